@@ -1,0 +1,2417 @@
+#!/usr/bin/env python3
+"""A SMART on FHIR patient portal in one file: for testing only, with made-up patients.
+
+    python s4s_proxy.py --port 8000
+
+starts an OAuth 2.0 authorization server (registration, sign-in, consent, tokens) in front of a
+FHIR API that lets an app see one patient's record and nothing else. It needs Python 3.9 or newer
+and nothing besides. In a test:
+
+    with s4s_proxy.Server() as portal:
+        token = portal.issue_token(scope="patient/*.rs")["access_token"]
+
+NEVER put real people's data behind it. Anybody who can reach it can sign in: the passwords are on
+its first page, and its debug endpoints hand out tokens to whoever asks.
+
+Map of the file. Each part uses only what stands above it; `grep '^# ####'` lists them.
+
+    1  settings      everything that can be chosen, once for keyword and command line
+    2  errors        what a client is told, and in which shape
+    3  secrets       random values, hashes, PKCE
+    4  scopes        what an app may ask for, and what a scope allows
+    5  state         the tables, and the clock
+    6  sample data   rows of facts about three people, and a builder for each FHIR type
+    7  the record    what belongs to a patient; reading, searching, paging
+    8  the portal    settings, state and record together; requests, answers, routes
+    9  pages         HTML that escapes by default
+   10  discovery     how an app finds the endpoints
+   11  clients       registration and authentication of apps
+   12  sign-in       who is at the browser
+   13  authorization the request, whose record, consent, the code
+   14  tokens        exchange, refresh, introspection, revocation
+   15  the FHIR API  the record behind a token
+   16  test controls what a test may do that an app may not
+   17  HTTP          sockets; nothing above knows of them
+   18  server        the fixture that tests use
+   19  command line
+
+Legend: the field's own names, used for nothing else.
+
+    client         an app, as the authorization server knows it (RFC 6749 section 1.1)
+    user           a person who signs in; may open one patient's record or several
+    patient        whose record it is; often, but not always, the user
+    grant          one user's permission for one client to see one patient's record until a date
+    code           the short-lived voucher that the browser carries back to the app
+    access token   what the app shows to the FHIR API
+    refresh token  what the app trades for a new access token
+    scope          what a token allows, in words like patient/Observation.rs
+    category       a kind of data the patient may leave out; "security label" in S4S
+    compartment    the resources that belong to one patient
+
+The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7591 (registration),
+7636 (PKCE), 7662 (introspection), 8414 (discovery), 9207 (issuer in the answer); SMART is the SMART
+App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/); S4S is Sync for Science, whose
+"SMART Example Server" of 2018 this file follows.
+
+Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Apache-2.0,
+Copyright 2015 Boston Children's Hospital.
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import calendar
+import contextlib
+import dataclasses
+import datetime
+import email.utils
+import hashlib
+import hmac
+import html
+import http.cookies
+import http.server
+import json
+import math
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import traceback
+import uuid
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+
+__version__ = "0.1.0"
+__all__ = ["Server", "PortalError", "StartError", "__version__"]
+
+Json = Dict[str, Any]  # a JSON object; FHIR resources are such
+
+
+# ######################################################################## 1 settings
+
+def _option(default: Any, help: str, metavar: str = "", flag: str = "") -> Any:
+    """A setting: its default, its line in --help, its placeholder there, its flag if not its own name."""
+    extra = {"help": help, "metavar": metavar, "flag": flag}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=list, metadata=extra)
+    return dataclasses.field(default=default, metadata=extra)
+
+
+@dataclasses.dataclass
+class Settings:
+    """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
+
+    A list may be given as one value. None means "decide by the address": see `local`.
+    """
+    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
+    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
+    base_url: List[str] = _option([], "public address, if not the one in each request; repeatable", "URL")
+    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
+    client: List[str] = _option([], "a client known from the start: ID[:SECRET]=REDIRECT_URI; repeatable", "CLIENT")
+    db: Optional[str] = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
+    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    open_fhir: Optional[bool] = _option(None, "serve /api/open-fhir/ (default: on loopback only)")
+    debug: Optional[bool] = _option(None, "serve /oauth/debug/* (default: on loopback only)")
+    certfile: Optional[str] = _option(None, "serve https with this certificate (PEM)", "FILE")
+    keyfile: Optional[str] = _option(None, "the certificate's key, if not in the same file", "FILE")
+    quiet: bool = _option(False, "no request log")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default_factory is list and not isinstance(value, list):
+                setattr(self, field.name, [value] if isinstance(value, str) else list(value))
+        self.base_url = [url.rstrip("/") for url in self.base_url]
+        for url in self.base_url:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+                raise StartError(f"--base-url {url}: give an absolute http or https address")
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server. What is open to anyone is on only then, unless told."""
+        return is_loopback(self.host)
+
+    @property
+    def serves_open_fhir(self) -> bool:
+        """Whether every record may be read without a token."""
+        return self.local if self.open_fhir is None else self.open_fhir
+
+    @property
+    def serves_debug(self) -> bool:
+        """Whether anyone may ask the test controls for tokens."""
+        return self.local if self.debug is None else self.debug
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this very machine."""
+    host = host.strip("[]").lower()
+    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+# ######################################################################## 2 errors
+
+class StartError(Exception):
+    """The server can't start; the message says why and how to mend it, in one line."""
+
+
+class PortalError(Exception):
+    """A request refused: `status` is HTTP's, `error` a code of the endpoint's text, `description` is for people.
+
+    Test controls raise it as it is; over HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2).
+    """
+    def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[Tuple[str, str]] = ()):
+        super().__init__(f"{error}: {description}")
+        self.error, self.description, self.status, self.headers = error, description, status, list(headers)
+
+
+class PageError(PortalError):
+    """An error that a person at a browser sees, as a page. Nothing is sent to the app."""
+
+
+class RedirectError(PortalError):
+    """An authorization error that travels to the app's redirect URI (RFC 6749 section 4.1.2.1).
+
+    Raised only after client and redirect URI have been found good: before that, a redirect would make this
+    server a tool for sending people anywhere (RFC 6749 section 10.15).
+    """
+
+
+class FhirError(PortalError):
+    """An error of the FHIR API: an OperationOutcome, whose issue code `error` is of FHIR's issue-type value set."""
+
+
+# ######################################################################## 3 secrets
+
+def base64url(data: bytes) -> str:
+    """Bytes in the alphabet that URLs leave alone, without padding (RFC 7515 section 2)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def s256_challenge(verifier: str) -> str:
+    """The PKCE challenge of a verifier (RFC 7636 section 4.2)."""
+    return base64url(hashlib.sha256(verifier.encode("ascii")).digest())
+
+
+def same_secret(one: str, other: str) -> bool:
+    """Compare in a time that tells nothing about where two secrets differ."""
+    return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode("utf-8", "replace"))
+
+
+def new_token() -> str:
+    """A value nobody can guess: a random UUID, as S4S promised its clients.
+
+    It holds 122 random bits, as SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more.
+    """
+    return str(uuid.uuid4())
+
+
+def hash_secret(secret: str) -> str:
+    """A client's secret as kept. SHA-256 is enough for a secret drawn at random; a person's password needs more."""
+    return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
+
+
+def hash_password(password: str, salt: str) -> str:
+    """A person's password as kept: slow on purpose (some 50 ms), so that a stolen table is hard to guess from."""
+    return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "replace"), salt.encode(), 200_000).hex()
+
+
+# The demo accounts' common password is no secret, so its hash may stand here: no start waits for hash_password.
+DEMO_PASSWORD = "demo-password"
+DEMO_SALT = "s4s-demo"
+DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
+
+
+# ######################################################################## 4 scopes
+
+LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}  # SMART 1 suffixes in SMART 2 letters
+GRANTABLE_LETTERS = "rs"  # read and search are all this server grants
+PLAIN_SCOPES = ("openid", "fhirUser", "profile", "launch", "launch/patient", "launch/encounter",
+                "offline_access", "online_access")
+_RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})\.(read|write|\*|c?r?u?d?s?)")
+
+
+class ResourceScope(NamedTuple):
+    """One scope of the form context/Type.letters (SMART, "Scopes for requesting FHIR Resources")."""
+    context: str  # patient, user or system
+    type: str     # a FHIR type, or * for all
+    letters: str  # some of c r u d s, in this order
+    text: str     # as the client wrote it
+
+    def covers(self, other: ResourceScope) -> bool:
+        """Whether everything that `other` allows to read or search, this allows too."""
+        return (self.context == other.context and self.type in ("*", other.type)
+                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS))
+
+
+def parse_scope(word: str) -> Optional[ResourceScope]:
+    """One word of a scope string as a resource scope; None if it is not one."""
+    match = _RESOURCE_SCOPE.fullmatch(word)
+    if not match or not match[3]:
+        return None
+    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word)
+
+
+def resource_scopes(scope: str) -> List[ResourceScope]:
+    """The resource scopes within a scope string."""
+    return [parsed for parsed in map(parse_scope, scope.split()) if parsed]
+
+
+def scope_covers(registered: str, word: str) -> bool:
+    """Whether a registered scope string bounds `word`, by meaning: patient/*.read covers patient/Observation.rs."""
+    allowed = registered.split()
+    wanted = parse_scope(word)
+    if wanted:
+        return any(scope.covers(wanted) for scope in resource_scopes(registered))
+    return word in allowed or (word == "launch" and "launch/patient" in allowed)
+
+
+def negotiate_scope(asked: str, registered: str) -> str:
+    """What of the scope asked for can be granted: the words that this server knows, can do, and the client registered.
+
+    Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3). A word that asks for writing
+    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling.
+    """
+    granted: List[str] = []
+    for word in asked.split():
+        parsed = parse_scope(word)
+        if parsed:
+            letters = "".join(letter for letter in parsed.letters if letter in GRANTABLE_LETTERS)
+            if not letters or parsed.context == "system" or not scope_covers(registered, word):
+                continue  # system/ scopes are for backend services, which have no user and no consent
+            if letters != parsed.letters:
+                suffix = "read" if word.endswith(".*") else letters
+                word = f"{parsed.context}/{parsed.type}.{suffix}"
+        elif word not in PLAIN_SCOPES or not scope_covers(registered, word):
+            continue
+        if word not in granted:
+            granted.append(word)
+    return " ".join(granted)
+
+
+def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
+    """Whether a granted scope string lets `letter` (r or s) be done to a type, in a context."""
+    return any(one.context == context and one.type in ("*", type_name) and letter in one.letters
+               for one in resource_scopes(scope))
+
+
+def describe_scope(word: str) -> str:
+    """A scope in words for the person who is asked to approve it."""
+    parsed = parse_scope(word)
+    if parsed:
+        what = "everything in the record, now and later" if parsed.type == "*" else f"{parsed.type} records"
+        verbs = {"r": "open", "s": "search", "rs": "open and search"}
+        owner = "" if parsed.context == "patient" else " of every patient you may open"
+        return f"{verbs['r' * ('r' in parsed.letters) + 's' * ('s' in parsed.letters)]} {what}{owner}"
+    return {
+        "openid": "know which account you sign in with",
+        "fhirUser": "know who you are in the records",
+        "profile": "know who you are in the records",
+        "launch": "know whose record is open",
+        "launch/patient": "know whose record you choose",
+        "launch/encounter": "know which visit is open",
+        "offline_access": "come back for new data when you are not there, until the date below",
+        "online_access": "stay connected while you are signed in",
+    }.get(word, word)
+
+
+# ######################################################################## 5 state
+
+STATE_SCHEMA = """
+-- Who may sign in. fhir_user is the resource that stands for this person.
+CREATE TABLE IF NOT EXISTS users (
+    username TEXT PRIMARY KEY, name TEXT NOT NULL, fhir_user TEXT,
+    password_salt TEXT NOT NULL, password_hash TEXT NOT NULL,
+    any_patient INTEGER NOT NULL DEFAULT 0);      -- 1: a clinician, who may open every record
+
+-- Which records a user may open. is_user: the record is the user's own.
+CREATE TABLE IF NOT EXISTS patients (
+    username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL,
+    name TEXT NOT NULL, is_user INTEGER NOT NULL,
+    PRIMARY KEY (username, patient_id));
+
+-- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client.
+CREATE TABLE IF NOT EXISTS clients (
+    client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL);
+
+-- Signed-in browsers. The id is the cookie's value.
+CREATE TABLE IF NOT EXISTS sessions (
+    session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users, expires REAL NOT NULL);
+
+-- Authorization requests that were found good and wait for the user's decision. details is JSON.
+CREATE TABLE IF NOT EXISTS pending (
+    request_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
+    details TEXT NOT NULL, expires REAL NOT NULL);
+
+-- What users approved. A row stays when it ended, so that a used token that returns is known for what it is.
+CREATE TABLE IF NOT EXISTS grants (
+    grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients, username TEXT NOT NULL REFERENCES users,
+    patient_id TEXT, scope TEXT NOT NULL,
+    security_labels TEXT NOT NULL,                -- JSON list of categories; empty: not limited
+    approved REAL NOT NULL, approval_expires REAL NOT NULL,
+    ended INTEGER NOT NULL DEFAULT 0,
+    issuer TEXT,                                  -- the base URL that the app knows this server by
+    redirect_uri TEXT, code_challenge TEXT);      -- what the code is bound to
+CREATE INDEX IF NOT EXISTS grants_by_user ON grants (username, client_id, patient_id);
+
+-- Codes, access tokens and refresh tokens. Values are kept as they are because S4S's debug endpoint shows them;
+-- a production server keeps hashes, so that who steals the table can't use it.
+CREATE TABLE IF NOT EXISTS tokens (
+    token TEXT PRIMARY KEY, kind TEXT NOT NULL CHECK (kind IN ('code', 'access', 'refresh')),
+    grant_id TEXT NOT NULL REFERENCES grants, scope TEXT NOT NULL,
+    issued REAL NOT NULL, expires REAL NOT NULL,
+    spent INTEGER NOT NULL DEFAULT 0,             -- a code exchanged, a refresh token rotated, a token revoked
+    refresh_token TEXT);                          -- of an access token: the one issued with it
+CREATE INDEX IF NOT EXISTS tokens_by_grant ON tokens (grant_id);
+CREATE INDEX IF NOT EXISTS tokens_by_refresh ON tokens (refresh_token);
+"""
+
+RECORD_SCHEMA = """
+-- The health records: FHIR resources as JSON, and what they can be searched by.
+CREATE TABLE IF NOT EXISTS resources (
+    number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
+    patient_id TEXT,                              -- whose compartment it is in; NULL: nobody's
+    updated REAL NOT NULL, json TEXT NOT NULL, UNIQUE (type, id));
+CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (patient_id, type);
+
+-- One row for each value of each search parameter: a token has system and value, a reference Type/id as value,
+-- a string its lower-case text, a date the first and last second it may mean.
+CREATE TABLE IF NOT EXISTS search_values (
+    number INTEGER NOT NULL REFERENCES resources, parameter TEXT NOT NULL,
+    system TEXT, value TEXT, first REAL, last REAL);
+CREATE INDEX IF NOT EXISTS search_by_number ON search_values (number, parameter);
+CREATE INDEX IF NOT EXISTS search_by_value ON search_values (parameter, value);
+"""
+
+Row = sqlite3.Row
+
+
+class Store:
+    """A SQLite database that many threads share: one connection, one lock.
+
+    One connection and a lock is faster here than a connection per thread, and leaves no question of who sees what:
+    a `transaction` is alone, from its first look to its last write.
+    """
+    def __init__(self, path: Optional[str], schema: str):
+        """Open the file at `path`, or memory if None, and create the tables that are missing."""
+        try:
+            self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
+                                              check_same_thread=False)
+            self.connection.row_factory = sqlite3.Row
+            if path:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+            self.connection.executescript(schema)
+        except sqlite3.Error as error:
+            raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
+        self._lock = threading.RLock()
+
+    def rows(self, sql: str, *values: Any) -> List[Row]:
+        """All rows of a query."""
+        with self._lock:
+            return self.connection.execute(sql, values).fetchall()
+
+    def row(self, sql: str, *values: Any) -> Optional[Row]:
+        """The first row of a query, or None."""
+        with self._lock:
+            found: Optional[Row] = self.connection.execute(sql, values).fetchone()
+            return found
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the writes in the block, or, if it raises, none. No other thread reads or writes meanwhile."""
+        with self._lock:
+            self.connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.connection
+            except BaseException:
+                self.connection.execute("ROLLBACK")
+                raise
+            self.connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the connection; safe to call twice."""
+        with self._lock:
+            self.connection.close()
+
+
+class Clock:
+    """The one clock. Nothing else reads the time, so a test that moves it moves every expiry."""
+    def __init__(self) -> None:
+        self.offset = 0.0
+
+    def now(self) -> float:
+        """The portal's time, in Unix seconds."""
+        return time.time() + self.offset
+
+    def advance(self, seconds: float) -> float:
+        """Move the clock on; gives the new time."""
+        self.offset += seconds
+        return self.now()
+
+
+def http_date(seconds: float) -> str:
+    """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
+    moment = datetime.datetime.fromtimestamp(0, datetime.timezone.utc) + datetime.timedelta(seconds=int(seconds))
+    return email.utils.format_datetime(moment, usegmt=True)
+
+
+# ######################################################################## 6 sample data
+
+# The facts: a row a line, columns between bars. From the SMART sample patients, units in UCUM; the
+# immunizations of Daniel and Joseph, the dates of smoking status, procedures, documents and images are made up.
+
+# patient_id | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
+PATIENTS = """\
+smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
+smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 | 2106-3 | White
+smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 | 2054-5 | Black or African American
+"""
+
+# id | patient | since | SNOMED CT | name
+PROBLEMS = """\
+14 | smart-1288992 | 2005-05-22 | 48167000 | Amnesia
+15 | smart-1288992 | 2007-07-11 | 1201005 | Benign essential hypertension
+16 | smart-1288992 | 2007-07-11 | 396275006 | Osteoarthritis
+17 | smart-1288992 | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
+18 | smart-1288992 | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
+19 | smart-1288992 | 2008-04-20 | 38341003 | Essential hypertension
+20 | smart-1288992 | 2008-07-10 | 427359005 | Disorder of lung
+21 | smart-1288992 | 2008-08-08 | 26929004 | Alzheimer's disease
+22 | smart-1288992 | 2008-08-08 | 191519005 | Dementia associated with another disease
+23 | smart-1288992 | 2008-08-08 | 185903001 | Needs influenza immunization
+119 | smart-1032702 | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+120 | smart-1032702 | 2007-12-19 | 267024001 | Abnormal weight loss
+121 | smart-1032702 | 2007-12-19 | 310249008 | Follow-up encounter
+122 | smart-1032702 | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
+123 | smart-1032702 | 2008-06-29 | 185903001 | Needs influenza immunization
+448 | smart-1081332 | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+449 | smart-1081332 | 2004-06-15 | 54150009 | Acute upper respiratory infection
+450 | smart-1081332 | 2004-07-13 | 65363002 | Otitis media
+451 | smart-1081332 | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
+452 | smart-1081332 | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
+453 | smart-1081332 | 2004-12-07 | 62315008 | Diarrhea
+454 | smart-1081332 | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
+455 | smart-1081332 | 2004-12-07 | 34095006 | Hypovolemia
+456 | smart-1081332 | 2004-12-07 | 233604007 | Pneumonia
+457 | smart-1081332 | 2004-12-08 | 422400008 | Vomiting
+458 | smart-1081332 | 2005-02-22 | 81564005 | Chronic serous otitis media
+459 | smart-1081332 | 2007-06-20 | 35183001 | Acute secretory otitis media
+601 | smart-1288992 | 2009-07-18 | 356744012 | Thiopurine methyltransferase deficiency
+"""
+
+# id | patient | since | system | code | allergen | reaction (SNOMED CT) | text | severity
+ALLERGIES = """\
+19 | smart-1032702 | 2000 | SNOMED | 160244002 | No known allergies |  |  | 
+20 | smart-1081332 | 2000 | SNOMED | 160244002 | No known allergies |  |  | 
+28 | smart-1288992 | 2000 | NDFRT | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
+"""
+
+# id | patient | written | RxNorm | name | directions | quantity | days | refills | dose | unit | times a day
+MEDICATIONS = """\
+101 | smart-1032702 | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 | 30 | 0 | 10 | mL | 2
+102 | smart-1081332 | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 | 10 | 0 | 7 | mL | 2
+103 | smart-1081332 | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension | 5 mL bid x 10 days | 1 | 10 | 0 | 5 | mL | 2
+104 | smart-1081332 | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days | 1 | 3 | 0 | 15 | mL | 1
+105 | smart-1081332 | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 | 10 | 0 | 7 | mL | 2
+106 | smart-1081332 | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] | 4 gtt in ear bid x7 days | 1 | 7 | 0 | 4 | [drp] | 3
+107 | smart-1081332 | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 | 10 | 0 | 10 | mL | 2
+108 | smart-1081332 | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] | 5 mL bid x 10 days | 1 | 10 | 0 | 5 | mL | 2
+139 | smart-1288992 | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 | 90 | 0 | 1 | {tablet} | 1
+140 | smart-1288992 | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 | 90 | 0 | 1 | {tablet} | 2
+141 | smart-1288992 | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 | 90 | 0 | 1 | {tablet} | 1
+142 | smart-1288992 | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 | 90 | 0 | 1 | {tablet} | 1
+143 | smart-1288992 | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 | 90 | 0 | 1 | {tablet} | 1
+"""
+
+# id | patient | handed over | medication id | days | quantity
+FILLS = """\
+5 | smart-1288992 | 2008-09-30 | 143 | 90 | 200
+6 | smart-1288992 | 2009-01-03 | 143 | 90 | 200
+7 | smart-1288992 | 2009-04-28 | 143 | 90 | 200
+8 | smart-1288992 | 2009-07-06 | 143 | 90 | 200
+9 | smart-1288992 | 2008-08-14 | 142 | 90 | 90
+10 | smart-1288992 | 2008-11-09 | 142 | 90 | 90
+11 | smart-1288992 | 2009-01-18 | 142 | 90 | 90
+12 | smart-1288992 | 2009-04-28 | 142 | 90 | 90
+13 | smart-1288992 | 2009-07-07 | 142 | 90 | 90
+14 | smart-1288992 | 2008-08-13 | 139 | 90 | 90
+15 | smart-1288992 | 2008-10-19 | 139 | 90 | 90
+16 | smart-1288992 | 2009-01-17 | 139 | 90 | 90
+17 | smart-1288992 | 2009-04-28 | 139 | 90 | 90
+18 | smart-1288992 | 2009-07-06 | 139 | 90 | 90
+19 | smart-1288992 | 2008-08-13 | 140 | 90 | 180
+20 | smart-1288992 | 2008-11-01 | 140 | 90 | 180
+21 | smart-1288992 | 2009-04-28 | 140 | 90 | 180
+22 | smart-1288992 | 2009-07-06 | 140 | 90 | 180
+23 | smart-1288992 | 2008-08-14 | 141 | 90 | 90
+24 | smart-1288992 | 2008-10-20 | 141 | 90 | 90
+25 | smart-1288992 | 2009-01-18 | 141 | 90 | 90
+26 | smart-1288992 | 2009-04-28 | 141 | 90 | 90
+27 | smart-1288992 | 2009-07-07 | 141 | 90 | 90
+187 | smart-1032702 | 2008-04-05 | 101 | 30 | 0
+188 | smart-1032702 | 2008-05-09 | 101 | 30 | 0
+1227 | smart-1081332 | 2005-01-28 | 105 | 10 | 60
+1228 | smart-1081332 | 2005-03-11 | 105 | 7 | 60
+1229 | smart-1081332 | 2004-07-13 | 102 | 7 | 75
+1230 | smart-1081332 | 2005-03-11 | 106 | 7 | 7
+1231 | smart-1081332 | 2005-01-18 | 104 | 5 | 15
+1232 | smart-1081332 | 2007-06-06 | 107 | 10 | 0
+1233 | smart-1081332 | 2007-08-14 | 107 | 10 | 0
+1234 | smart-1081332 | 2007-08-28 | 108 | 10 | 0
+1235 | smart-1081332 | 2007-10-18 | 108 | 10 | 0
+1236 | smart-1081332 | 2005-01-04 | 103 | 10 | 75
+1237 | smart-1081332 | 2005-02-07 | 103 | 10 | 125
+"""
+
+# id | patient | date | CVX | vaccine
+IMMUNIZATIONS = """\
+1 | smart-1032702 | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine
+2 | smart-1032702 | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation
+3 | smart-1032702 | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation
+4 | smart-1032702 | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine
+5 | smart-1288992 | 2008-10-14 | 141 | Influenza, seasonal, injectable
+6 | smart-1288992 | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent
+7 | smart-1288992 | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use
+8 | smart-1081332 | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine
+9 | smart-1081332 | 2005-04-04 | 21 | varicella virus vaccine
+"""
+
+# id | date | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's
+LABS = """\
+67 | 2008-07-10 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
+68 | 2008-07-10 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
+69 | 2008-07-10 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
+70 | 2008-07-10 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
+71 | 2008-07-10 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
+72 | 2008-07-10 | 5802-4 | Nitrites Ur for Drug Screen | Negative |  |  | 
+73 | 2008-07-10 | 13457-7 | LDL Calc Bld Qn (POC) | 89 | 0 | 100 | mg/dL
+74 | 2008-07-10 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
+75 | 2008-07-10 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
+76 | 2008-07-10 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
+77 | 2008-07-10 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
+78 | 2008-07-10 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
+79 | 2008-07-10 | 770-8 | Neutrophils % Bld Auto | 59 | 50 | 75 | %
+80 | 2008-07-10 | 11580-8 | TSH SerPl DL<=0.001 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
+81 | 2008-07-10 | 5767-9 | Appearance Ur | Clear |  |  | 
+82 | 2008-07-10 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 
+83 | 2008-07-10 | 5803-2 | pH Ur for Drug Screen | 6 | 5 | 8 | 
+84 | 2008-07-10 | 5804-0 | Protein Ur SQ Metab Scn | 10 |  |  | mg/dL
+85 | 2008-07-10 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
+86 | 2008-07-10 | 26515-7 | Plt Ct Ref Lab (Coag Studies) | 190 | 150 | 450 | 10*3/uL
+87 | 2008-07-10 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
+88 | 2008-07-10 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
+89 | 2008-07-10 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
+90 | 2008-07-10 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
+91 | 2008-07-10 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
+92 | 2008-07-10 | 1751-7 | Albumin SerPl Qn (Drug Monitor) | 4 | 3.5 | 5 | g/dL
+93 | 2008-07-10 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
+94 | 2008-07-10 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
+95 | 2008-07-10 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
+96 | 2008-07-10 | 2160-0 | Creatinine Ser Qn (Clr) | 1.4 | 0.8 | 1.4 | mg/dL
+97 | 2008-07-10 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
+98 | 2008-07-10 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
+99 | 2008-07-10 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
+100 | 2008-07-10 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
+101 | 2008-07-10 | 26478-8 | Lymphocytes fr Bld | 28 | 18 | 42 | %
+102 | 2008-07-10 | 26485-3 | Monocytes fr Bld | 11 | 2 | 11 | %
+103 | 2008-07-10 | 26450-7 | Eosinophil fr Bld | 1 | 0 | 3 | %
+104 | 2008-07-10 | 30180-4 | Basophils fr Bld | 1 | 0 | 2 | %
+105 | 2008-07-10 | 718-7 | Hgb Pre Therap Phleb | 12.8 | 14 | 18 | g/dL
+106 | 2008-07-10 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
+107 | 2008-07-10 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
+108 | 2008-07-10 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
+109 | 2008-07-10 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
+110 | 2008-07-10 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
+111 | 2008-07-10 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
+112 | 2008-07-10 | 30522-7 | C reactive protein | 4.4 | 0 | 3 | mg/L
+"""
+
+# id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | oxygen: Daniel Adams's
+VITALS = """\
+828 | 1997-04-30 | 75 | 20 | 37.0 | 97.5 | 165.1 | 35.8 | 87 | 75 | 100
+829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 107 | 67 | 100
+830 | 1997-05-07 | 43 | 20 | 37.0 | 99.0 | 165.1 | 36.4 | 68 | 43 | 100
+831 | 1999-12-20 | 53 | 19 | 37.1 | 96.9 | 165.6 | 35.4 | 83 | 53 | 100
+832 | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 128 | 81 | 100
+833 | 2001-01-19 | 69 | 20 | 37.1 | 95.0 | 165.9 | 34.6 | 110 | 69 | 100
+834 | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 63 | 100
+835 | 2001-01-25 | 80 | 20 | 37.1 | 94.3 | 165.9 | 34.3 | 129 | 80 | 100
+836 | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 133 | 82 | 100
+837 | 2001-11-01 | 85 | 20 | 37.1 | 99.8 | 165.9 | 36.3 | 138 | 85 | 100
+838 | 2001-11-02 | 54 | 20 | 37.1 | 94.6 | 165.9 | 34.4 | 85 | 54 | 100
+839 | 2001-11-05 | 82 | 20 | 37.1 | 94.1 | 165.9 | 34.2 | 133 | 82 | 100
+840 | 2005-02-09 | 66 | 22 | 36.9 | 90.4 | 166.6 | 32.6 | 109 | 66 | 100
+841 | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 97 | 58 | 100
+842 | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 60 | 35 | 100
+843 | 2005-02-24 | 78 | 22 | 36.9 | 91.6 | 166.6 | 33 | 128 | 78 | 100
+844 | 2005-02-25 | 66 | 22 | 36.9 | 92.4 | 166.6 | 33.3 | 109 | 66 | 100
+845 | 2009-04-07 | 29 | 20 | 36.9 | 90.3 | 163.3 | 33.9 | 48 | 29 | 100
+846 | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 120 | 72 | 100
+847 | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 125 | 75 | 100
+848 | 2009-04-23 | 38 | 20 | 36.9 | 86.5 | 163.1 | 32.5 | 63 | 38 | 100
+849 | 2009-04-24 | 63 | 20 | 36.9 | 89.8 | 163.1 | 33.7 | 105 | 63 | 100
+850 | 2009-04-27 | 43 | 20 | 36.9 | 86.4 | 163.3 | 32.4 | 71 | 43 | 100
+851 | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 132 | 79 | 100
+852 | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 120 | 72 | 100
+853 | 2009-10-30 | 25 | 20 | 36.9 | 91.7 | 163.1 | 34.5 | 40 | 25 | 100
+854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
+"""
+
+# id | patient | date | SNOMED CT | name
+SMOKING = """\
+21 | smart-1288992 | 2009-12-01 | 8517006 | Ex-smoker
+5 | smart-1032702 | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
+6 | smart-1081332 | 2007-06-20 | 8517006 | Ex-smoker
+"""
+
+# id | patient | date | SNOMED CT | name: made up, as all below
+PROCEDURES = """\
+1 | smart-1288992 | 2001-01-24 | 73761001 | Colonoscopy
+2 | smart-1288992 | 2005-02-10 | 399208008 | Plain X-ray of chest
+3 | smart-1288992 | 2009-04-08 | 241615005 | Magnetic resonance imaging of brain
+"""
+
+# id | patient | date | LOINC | type | text
+DOCUMENTS = """\
+1 | smart-1288992 | 2009-04-28 | 34133-9 | Summary of episode note | Daniel Adams was seen for follow-up of hypertension and Alzheimer's disease. No new complaints.
+2 | smart-1288992 | 2009-12-01 | 11506-3 | Progress note | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
+"""
+
+# id | patient | date | DICOM modality | description | study UID
+IMAGES = """\
+1 | smart-1288992 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
+2 | smart-1288992 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
+"""
+
+LOINC, SNOMED, RXNORM = "http://loinc.org", "http://snomed.info/sct", "http://www.nlm.nih.gov/research/umls/rxnorm"
+CVX, UCUM, HL7 = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://terminology.hl7.org/CodeSystem/"
+US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
+SYSTEMS = {"SNOMED": SNOMED, "NDFRT": "http://hl7.org/fhir/ndfrt"}
+DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
+CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
+VITAL_SIGNS = (  # column of VITALS, LOINC, name, unit (UCUM)
+    (2, "8867-4", "Heart rate", "/min"), (3, "9279-1", "Respiratory rate", "/min"),
+    (4, "8310-5", "Body temperature", "Cel"), (5, "29463-7", "Body weight", "kg"), (6, "8302-2", "Body height", "cm"),
+    (7, "39156-5", "Body mass index (BMI)", "kg/m2"), (10, "2708-6", "Oxygen saturation in arterial blood", "%"))
+
+
+def table(text: str) -> List[List[str]]:
+    """The rows and columns of one of the tables above."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+
+
+def coding(system: str, code: str, display: str = "") -> Json:
+    """A FHIR Coding."""
+    return {"system": system, "code": code, "display": display} if display else {"system": system, "code": code}
+
+
+def concept(system: str, code: str, display: str = "") -> Json:
+    """A FHIR CodeableConcept of one coding."""
+    text = {"text": display} if display else {}
+    return {"coding": [coding(system, code, display)], **text}
+
+
+def quantity(value: str, unit: str) -> Json:
+    """A FHIR Quantity in UCUM; the unit 1 where there is none."""
+    number = float(value)
+    return {"value": int(number) if number.is_integer() else number, "unit": unit or "1", "system": UCUM,
+            "code": unit or "1"}
+
+
+def person(patient_id: str) -> Json:
+    """A reference to a patient."""
+    return {"reference": f"Patient/{patient_id}"}
+
+
+def build_patient(row: List[str]) -> Json:
+    """A Patient with US Core's race, ethnicity and birth sex."""
+    pid, given, initial, family, gender, born, street, city, zip_code, phone, race, race_text = row
+    ethnic = "urn:oid:2.16.840.1.113883.6.238"
+    extensions: List[Json] = [
+        {"url": US_CORE + "ethnicity", "extension": [
+            {"url": "ombCategory", "valueCoding": coding(ethnic, "2186-5", "Not Hispanic or Latino")},
+            {"url": "text", "valueString": "Not Hispanic or Latino"}]},
+        {"url": US_CORE + "birthsex", "valueCode": "F" if gender == "female" else "M"}]
+    if race:
+        extensions.insert(0, {"url": US_CORE + "race", "extension": [
+            {"url": "ombCategory", "valueCoding": coding(ethnic, race, race_text)},
+            {"url": "text", "valueString": race_text}]})
+    return {
+        "resourceType": "Patient", "id": pid, "extension": extensions, "active": True, "gender": gender,
+        "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
+                        "system": "http://hospital.smarthealthit.org", "value": pid[len("smart-"):]}],
+        "name": [{"use": "official", "family": family, "given": [given, initial], "text": f"{given} {family}"}],
+        "telecom": [{"system": "phone", "value": phone, "use": "home"},
+                    {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
+        "birthDate": born, "address": [{"use": "home", "line": [street], "city": city, "state": "OK",
+                                        "postalCode": zip_code, "country": "USA"}],
+        "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
+        "managingOrganization": CLINIC}
+
+
+def build_condition(row: List[str]) -> Json:
+    """A problem on the problem list."""
+    number, pid, since, code, name = row
+    return {"resourceType": "Condition", "id": f"smart-Condition-{number}",
+            "clinicalStatus": concept(HL7 + "condition-clinical", "active"),
+            "verificationStatus": concept(HL7 + "condition-ver-status", "confirmed"),
+            "category": [concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
+            "code": concept(SNOMED, code, name), "subject": person(pid), "onsetDateTime": since,
+            "recordedDate": since}
+
+
+def build_allergy(row: List[str]) -> Json:
+    """An allergy, or the statement that none is known."""
+    number, pid, since, system, code, name, reaction, reaction_text, severity = row
+    built = {"resourceType": "AllergyIntolerance", "id": f"smart-AllergyIntolerance-{number}",
+             "clinicalStatus": concept(HL7 + "allergyintolerance-clinical", "active"),
+             "verificationStatus": concept(HL7 + "allergyintolerance-verification", "confirmed"),
+             "code": concept(SYSTEMS[system], code, name), "patient": person(pid), "recordedDate": since}
+    if reaction:
+        built.update(type="allergy", category=["medication"], criticality="low", reaction=[
+            {"manifestation": [concept(SNOMED, reaction, reaction_text)], "severity": severity}])
+    return built
+
+
+def build_prescription(row: List[str]) -> Json:
+    """A MedicationRequest; prescriptions of a limited course are over."""
+    number, pid, written, code, name, directions, amount, days, refills, dose, unit, frequency = row
+    return {"resourceType": "MedicationRequest", "id": f"smart-MedicationRequest-{number}",
+            "status": "active" if int(days) >= 30 else "completed", "intent": "order",
+            "medicationCodeableConcept": concept(RXNORM, code, name), "subject": person(pid), "authoredOn": written,
+            "requester": DOCTOR, "dosageInstruction": [{
+                "text": directions, "timing": {"repeat": {"frequency": int(frequency), "period": 1, "periodUnit": "d"}},
+                "doseAndRate": [{"doseQuantity": quantity(dose, unit)}]}],
+            "dispenseRequest": {"numberOfRepeatsAllowed": int(refills), "quantity": quantity(amount, unit),
+                                "expectedSupplyDuration": quantity(days, "d")}}
+
+
+def build_statement(row: List[str]) -> Json:
+    """What the patient says about taking a medicine: one for each prescription."""
+    number, pid, written, code, name = row[:5]
+    return {"resourceType": "MedicationStatement", "id": f"smart-MedicationStatement-{number}",
+            "status": "active" if int(row[7]) >= 30 else "completed", "subject": person(pid),
+            "medicationCodeableConcept": concept(RXNORM, code, name), "effectivePeriod": {"start": written},
+            "dateAsserted": written, "basedOn": [{"reference": f"MedicationRequest/smart-MedicationRequest-{number}"}]}
+
+
+def build_dispense(row: List[str]) -> Json:
+    """A medicine handed over at the pharmacy."""
+    number, pid, date, prescription, days, amount = row
+    drug = next(drug for drug in table(MEDICATIONS) if drug[0] == prescription)
+    return {"resourceType": "MedicationDispense", "id": f"smart-MedicationDispense-{number}", "status": "completed",
+            "medicationCodeableConcept": concept(RXNORM, drug[3], drug[4]), "subject": person(pid),
+            "authorizingPrescription": [{"reference": f"MedicationRequest/smart-MedicationRequest-{prescription}"}],
+            "quantity": quantity(amount, drug[10]), "daysSupply": quantity(days, "d"), "whenHandedOver": date}
+
+
+def build_administration(row: List[str]) -> Json:
+    """A medicine given in the clinic: the first dose of each of Daniel's prescriptions."""
+    number, pid, written, code, name, directions, dose, unit = row[:6] + row[9:11]
+    return {"resourceType": "MedicationAdministration", "id": f"smart-MedicationAdministration-{number}",
+            "status": "completed", "medicationCodeableConcept": concept(RXNORM, code, name), "subject": person(pid),
+            "effectiveDateTime": written, "request": {"reference": f"MedicationRequest/smart-MedicationRequest-{number}"},
+            "dosage": {"text": directions, "dose": quantity(dose, unit)}}
+
+
+def build_immunization(row: List[str]) -> Json:
+    """A vaccine given."""
+    number, pid, date, code, name = row
+    return {"resourceType": "Immunization", "id": f"smart-Immunization-{number}", "status": "completed",
+            "vaccineCode": concept(CVX, code, name), "patient": person(pid), "occurrenceDateTime": date,
+            "primarySource": True}
+
+
+def build_observation(key: str, pid: str, date: str, category: str, code: Json, value: Json) -> Json:
+    """An Observation of a category, with whatever holds its value."""
+    return {"resourceType": "Observation", "id": f"smart-Observation-{key}", "status": "final",
+            "category": [concept(HL7 + "observation-category", category)], "code": code, "subject": person(pid),
+            "effectiveDateTime": date, **value}
+
+
+def build_lab(row: List[str]) -> Json:
+    """A laboratory result; a word where it is not a number."""
+    number, date, code, name, value, low, high, unit = row
+    try:
+        result: Json = {"valueQuantity": quantity(value, unit)}
+    except ValueError:
+        result = {"valueCodeableConcept": {"text": value}}
+    if low and high:
+        result["referenceRange"] = [{"low": quantity(low, unit), "high": quantity(high, unit)}]
+    return build_observation(f"{number}-lab", "smart-1288992", date, "laboratory", concept(LOINC, code, name), result)
+
+
+def build_smoking(row: List[str]) -> Json:
+    """A smoking status."""
+    number, pid, date, code, name = row
+    return build_observation(f"{number}-smoking", pid, date, "social-history",
+                             concept(LOINC, "72166-2", "Tobacco smoking status"),
+                             {"issued": f"{date}T12:00:00Z", "valueCodeableConcept": concept(SNOMED, code, name)})
+
+
+def build_visit(row: List[str]) -> Iterator[Json]:
+    """A visit: its Encounter, and an Observation for each vital sign."""
+    number, date = row[:2]
+    pid = "smart-1288992"
+    visit = {"encounter": {"reference": f"Encounter/smart-Encounter-{number}"}}
+    yield {"resourceType": "Encounter", "id": f"smart-Encounter-{number}", "status": "finished",
+           "class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory"), "subject": person(pid),
+           "type": [concept(SNOMED, "185349003", "Encounter for check up (procedure)")],
+           "period": {"start": date, "end": date}, "participant": [{"individual": DOCTOR}], "serviceProvider": CLINIC}
+    for column, code, name, unit in VITAL_SIGNS:
+        codes = concept(LOINC, code, name)
+        if code == "2708-6":  # US Core's pulse oximetry wants both codes
+            codes["coding"].append(coding(LOINC, "59408-5", "Oxygen saturation in arterial blood by pulse oximetry"))
+        yield build_observation(f"{number}-{code}", pid, date, "vital-signs", codes,
+                                {**visit, "valueQuantity": quantity(row[column], unit)})
+    yield build_observation(f"{number}-85354-9", pid, date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"), {
+        **visit, "component": [
+            {"code": concept(LOINC, "8480-6", "Systolic blood pressure"), "valueQuantity": quantity(row[8], "mm[Hg]")},
+            {"code": concept(LOINC, "8462-4", "Diastolic blood pressure"), "valueQuantity": quantity(row[9], "mm[Hg]")},
+        ]})
+
+
+def build_procedure(row: List[str]) -> Json:
+    """A procedure done."""
+    number, pid, date, code, name = row
+    return {"resourceType": "Procedure", "id": f"smart-Procedure-{number}", "status": "completed",
+            "code": concept(SNOMED, code, name), "subject": person(pid), "performedDateTime": date}
+
+
+def build_document(row: List[str]) -> Iterator[Json]:
+    """A document: its DocumentReference, and the Binary that holds its text."""
+    number, pid, date, code, name, text = row
+    data = base64.b64encode(text.encode()).decode()
+    yield {"resourceType": "Binary", "id": f"smart-Binary-{number}", "contentType": "text/plain", "data": data,
+           "securityContext": person(pid)}
+    yield {"resourceType": "DocumentReference", "id": f"smart-DocumentReference-{number}", "status": "current",
+           "identifier": [{"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{number}"}],
+           "type": concept(LOINC, code, name), "subject": person(pid), "date": f"{date}T12:00:00Z", "author": [DOCTOR],
+           "category": [concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
+                                "clinical-note", "Clinical Note")],
+           "content": [{"attachment": {"contentType": "text/plain", "url": f"Binary/smart-Binary-{number}",
+                                       "title": name, "creation": f"{date}T12:00:00Z"},
+                        "format": coding("http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem",
+                                         "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}]}
+
+
+def build_image(row: List[str]) -> Json:
+    """An imaging study of one series."""
+    number, pid, date, modality, description, uid = row
+    kind = coding("http://dicom.nema.org/resources/ontology/DCM", modality)
+    return {"resourceType": "ImagingStudy", "id": f"smart-ImagingStudy-{number}", "status": "available",
+            "identifier": [{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], "subject": person(pid),
+            "started": date, "modality": [kind], "numberOfSeries": 1, "numberOfInstances": 1,
+            "description": description, "endpoint": [{"reference": "Endpoint/smart-imaging"}],
+            "series": [{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}]}
+
+
+def build_report() -> Json:
+    """The laboratory report that gathers Daniel's results."""
+    return {"resourceType": "DiagnosticReport", "id": "smart-DiagnosticReport-1", "status": "final",
+            "category": [concept(HL7 + "v2-0074", "LAB", "Laboratory"),
+                         concept(HL7 + "observation-category", "laboratory", "Laboratory")],
+            "code": concept(LOINC, "11502-2", "Laboratory report"), "subject": person("smart-1288992"),
+            "effectiveDateTime": "2008-07-10", "issued": "2008-07-10T12:00:00Z", "performer": [CLINIC],
+            "result": [{"reference": f"Observation/smart-Observation-{row[0]}-lab"} for row in table(LABS)]}
+
+
+def build_insurance() -> Iterator[Json]:
+    """Daniel's insurance, and one bill it paid."""
+    pid, cover = person("smart-1288992"), {"reference": "Coverage/smart-Coverage-1"}
+    yield {"resourceType": "Coverage", "id": "smart-Coverage-1", "status": "active", "beneficiary": pid,
+           "type": concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"), "subscriberId": "S4S-1288992",
+           "relationship": concept(HL7 + "subscriber-relationship", "self"), "period": {"start": "2008-01-01"},
+           "payor": [{"reference": "Organization/smart-insurer", "display": "Example Health Plan"}]}
+    yield {"resourceType": "ExplanationOfBenefit", "id": "smart-ExplanationOfBenefit-1", "status": "active",
+           "type": concept(HL7 + "claim-type", "professional"), "use": "claim", "patient": pid,
+           "created": "2009-05-04", "insurer": {"reference": "Organization/smart-insurer"}, "provider": DOCTOR,
+           "outcome": "complete", "insurance": [{"focal": True, "coverage": cover}],
+           "item": [{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
+                     "servicedDate": "2009-04-28", "net": {"value": 120.0, "currency": "USD"}}],
+           "total": [{"category": concept(HL7 + "adjudication", "benefit"),
+                      "amount": {"value": 120.0, "currency": "USD"}}]}
+
+
+def build_shared() -> Iterator[Json]:
+    """What belongs to nobody, and Daniel as his daughter's representative."""
+    yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
+           "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
+           "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
+    for key, kind, name in (("clinic", "prov", "SMART Example Clinic"), ("insurer", "pay", "Example Health Plan")):
+        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": name,
+               "type": [concept(HL7 + "organization-type", kind)]}
+    yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
+           "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
+           "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
+    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
+           "patient": person("smart-1032702"), "name": [{"family": "Adams", "given": ["Daniel"]}],
+           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
+
+
+def sample_resources() -> Iterator[Json]:
+    """Every resource of the sample records, with times of last change spread over 2016 to 2018."""
+    single: Sequence[Tuple[str, Callable[[List[str]], Json]]] = (
+        (PATIENTS, build_patient), (PROBLEMS, build_condition), (ALLERGIES, build_allergy),
+        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (FILLS, build_dispense),
+        (IMMUNIZATIONS, build_immunization), (LABS, build_lab), (SMOKING, build_smoking),
+        (PROCEDURES, build_procedure), (IMAGES, build_image))
+    built = [build(row) for text, build in single for row in table(text)]
+    built += [build_administration(row) for row in table(MEDICATIONS) if row[1] == "smart-1288992"]
+    built += [resource for row in table(VITALS) for resource in build_visit(row)]
+    built += [resource for row in table(DOCUMENTS) for resource in build_document(row)]
+    built += [build_report(), *build_insurance(), *build_shared()]
+    first = datetime.datetime(2016, 1, 1, 12, tzinfo=datetime.timezone.utc)
+    for place, resource in enumerate(built):
+        moment = first + datetime.timedelta(days=place * 3 % 1000)
+        yield {**resource, "meta": {"versionId": "1", "lastUpdated": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}}
+
+
+# ######################################################################## 7 the record
+
+# How each type belongs to a patient: the element that refers to the owner. FHIR calls all that belongs to one patient
+# the patient's compartment. One element a type, the one that says whose record it is: an Observation about Amy that
+# her father performed is Amy's alone. A type that is neither here nor in SHARED_TYPES is refused: what is not known
+# to be harmless might be somebody's.
+OWNER_ELEMENT = {
+    "Patient": "id", "AllergyIntolerance": "patient", "Binary": "securityContext", "Condition": "subject",
+    "Coverage": "beneficiary", "Device": "patient", "DiagnosticReport": "subject", "DocumentReference": "subject",
+    "Encounter": "subject", "ExplanationOfBenefit": "patient", "ImagingStudy": "subject", "Immunization": "patient",
+    "MedicationAdministration": "subject", "MedicationDispense": "subject", "MedicationRequest": "subject",
+    "MedicationStatement": "subject", "Observation": "subject", "Procedure": "subject", "RelatedPerson": "patient",
+}
+SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
+NOBODY = ""  # the owner of what belongs to nobody
+
+
+def owner(resource: Json) -> Optional[str]:
+    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told."""
+    type_name = resource.get("resourceType", "")
+    if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
+        return NOBODY
+    element = OWNER_ELEMENT.get(type_name)
+    if element == "id":
+        return resource.get("id")
+    reference = resource.get(element or "")
+    match = re.fullmatch(r"Patient/([A-Za-z0-9.-]{1,64})", reference_of(reference))
+    return match[1] if match else None
+
+
+def reference_of(element: Any) -> str:
+    """The text of a FHIR Reference, "" if there is none."""
+    text = element.get("reference") if isinstance(element, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+# The categories of the consent page, in its order: what it is called there, and the types it covers.
+CATEGORIES: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+    "patient": ("Name, address and other demographics", ("Patient",)),
+    "medications": ("Medications", ("MedicationOrder", "MedicationRequest", "MedicationStatement",
+                                    "MedicationDispense", "MedicationAdministration")),
+    "allergies": ("Allergies", ("AllergyIntolerance",)),
+    "immunizations": ("Immunizations", ("Immunization",)),
+    "problems": ("Problems and diagnoses", ("Condition",)),
+    "procedures": ("Procedures", ("Procedure",)),
+    "vital-signs": ("Vital signs", ("Observation",)),
+    "laboratory": ("Laboratory results", ("Observation", "DiagnosticReport")),
+    "smoking": ("Smoking and social history", ("Observation",)),
+    "documents": ("Documents", ("DocumentReference", "Binary")),
+    "coverage": ("Insurance coverage", ("Coverage",)),
+    "explanation-of-benefit": ("Insurance payments", ("ExplanationOfBenefit",)),
+    "imaging": ("Imaging studies", ("ImagingStudy",)),
+    "encounters": ("Visits", ("Encounter",)),
+    "other": ("Everything else", tuple(name for name in OWNER_ELEMENT if name in (
+        "Device", "DiagnosticReport", "Observation", "RelatedPerson"))),
+}
+OLD_CATEGORIES = {"allergy": "allergies"}
+_CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
+                     if name not in ("Observation", "DiagnosticReport")}
+
+
+def categories(resource: Json) -> List[str]:
+    """The data categories a resource falls into; empty for what belongs to nobody."""
+    if owner(resource) == NOBODY:
+        return []
+    type_name = resource.get("resourceType", "")
+    if type_name not in ("Observation", "DiagnosticReport"):
+        return [_CATEGORY_OF_TYPE.get(type_name, "other")]
+    codes = {code for _, code in tokens_of(elements(resource, "category"))}
+    found = []
+    if type_name == "Observation" and "vital-signs" in codes:
+        found.append("vital-signs")
+    if "laboratory" in codes or (type_name == "DiagnosticReport" and "LAB" in codes):
+        found.append("laboratory")
+    if type_name == "Observation" and ("social-history" in codes
+                                       or (LOINC, "72166-2") in tokens_of(elements(resource, "code"))):
+        found.append("smoking")
+    return found or ["other"]
+
+
+class Access(NamedTuple):
+    """What one request may see. Everything that leaves the FHIR API has passed `may_see`."""
+    scope: Optional[str]                 # None: everything, as /api/open-fhir shows it
+    patient_id: Optional[str] = None     # whose record patient/ scopes open
+    users_patients: Optional[frozenset[str]] = frozenset()  # whose records user/ scopes open; None: everybody's
+    labels: frozenset[str] = frozenset()  # the categories approved; empty: not limited
+
+    def allows(self, type_name: str, letter: str) -> bool:
+        """Whether the scope lets this type be read (r) or searched (s) at all."""
+        return self.scope is None or any(scope_allows(self.scope, context, type_name, letter)
+                                         for context in ("patient", "user"))
+
+    def patients(self, type_name: str, letter: str) -> Optional[frozenset[str]]:
+        """The patients whose resources of a type may be seen; None: everybody's."""
+        if self.scope is None:
+            return None
+        found: frozenset[str] = frozenset()
+        if self.patient_id and scope_allows(self.scope, "patient", type_name, letter):
+            found |= {self.patient_id}
+        if scope_allows(self.scope, "user", type_name, letter):
+            if self.users_patients is None:
+                return None
+            found |= self.users_patients
+        return found
+
+    def may_see(self, resource: Json, letter: str) -> bool:
+        """Whether this very resource may be seen: by type, by owner, by category. In doubt, no."""
+        if self.scope is None:
+            return True
+        whose, type_name = owner(resource), resource.get("resourceType", "")
+        if whose is None or not self.allows(type_name, letter):
+            return False
+        if whose == NOBODY:
+            return True
+        patients = self.patients(type_name, letter)
+        # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
+        return ((patients is None or whose in patients)
+                and (not self.labels or self.labels.issuperset(categories(resource))))
+
+
+# What can be searched, for each type: parameter -> (kind, elements it looks into). A dotted path goes through lists.
+Parameters = Dict[str, Tuple[str, Tuple[str, ...]]]
+
+
+def _subject(element: str = "subject") -> Parameters:
+    """The parameters that name the patient; `patient` without a type means the same in every type."""
+    return {"patient": ("reference", (element,)), element: ("reference", (element,))}
+
+
+_STATUS_CODE: Parameters = {"status": ("token", ("status",)), "code": ("token", ("code",)),
+                            "identifier": ("token", ("identifier",))}
+_MEDICATION: Parameters = {"status": ("token", ("status",)), "code": ("token", ("medicationCodeableConcept",)),
+                           **_subject()}
+SEARCH: Dict[str, Parameters] = {
+    "Patient": {"identifier": ("token", ("identifier",)), "gender": ("token", ("gender",)),
+                "birthdate": ("date", ("birthDate",)), "name": ("string", ("name",)),
+                "family": ("string", ("name.family",)), "given": ("string", ("name.given",)),
+                "active": ("token", ("active",))},
+    "AllergyIntolerance": {"clinical-status": ("token", ("clinicalStatus",)), "code": ("token", ("code",)),
+                           "verification-status": ("token", ("verificationStatus",)),
+                           "category": ("token", ("category",)), "date": ("date", ("recordedDate",)),
+                           **_subject("patient")},
+    "Condition": {"clinical-status": ("token", ("clinicalStatus",)), "code": ("token", ("code",)),
+                  "verification-status": ("token", ("verificationStatus",)), "category": ("token", ("category",)),
+                  "onset-date": ("date", ("onsetDateTime", "onsetPeriod")),
+                  "recorded-date": ("date", ("recordedDate",)), **_subject()},
+    "Coverage": {"status": ("token", ("status",)), "type": ("token", ("type",)), **_subject("beneficiary")},
+    "DiagnosticReport": {"category": ("token", ("category",)), "result": ("reference", ("result",)),
+                         "date": ("date", ("effectiveDateTime", "effectivePeriod")), **_STATUS_CODE, **_subject()},
+    "DocumentReference": {"status": ("token", ("status",)), "type": ("token", ("type",)), "date": ("date", ("date",)),
+                          "category": ("token", ("category",)), "identifier": ("token", ("identifier",)),
+                          **_subject()},
+    "Encounter": {"status": ("token", ("status",)), "type": ("token", ("type",)), "class": ("token", ("class",)),
+                  "date": ("date", ("period",)), **_subject()},
+    "ExplanationOfBenefit": {"status": ("token", ("status",)), "created": ("date", ("created",)),
+                             "identifier": ("token", ("identifier",)), **_subject("patient")},
+    "ImagingStudy": {"status": ("token", ("status",)), "identifier": ("token", ("identifier",)),
+                     "modality": ("token", ("modality",)), "started": ("date", ("started",)), **_subject()},
+    "Immunization": {"status": ("token", ("status",)), "vaccine-code": ("token", ("vaccineCode",)),
+                     "date": ("date", ("occurrenceDateTime",)), **_subject("patient")},
+    "MedicationRequest": {"intent": ("token", ("intent",)), "authoredon": ("date", ("authoredOn",)),
+                          "encounter": ("reference", ("encounter",)), **_MEDICATION},
+    "MedicationStatement": {"effective": ("date", ("effectiveDateTime", "effectivePeriod")), **_MEDICATION},
+    "MedicationDispense": {"whenhandedover": ("date", ("whenHandedOver",)),
+                           "prescription": ("reference", ("authorizingPrescription",)), **_MEDICATION},
+    "MedicationAdministration": {"effective-time": ("date", ("effectiveDateTime", "effectivePeriod")),
+                                 "request": ("reference", ("request",)), **_MEDICATION},
+    "Observation": {"category": ("token", ("category",)), "encounter": ("reference", ("encounter",)),
+                    "date": ("date", ("effectiveDateTime", "effectivePeriod")), **_STATUS_CODE, **_subject()},
+    "Procedure": {"category": ("token", ("category",)), "date": ("date", ("performedDateTime", "performedPeriod")),
+                  **_STATUS_CODE, **_subject()},
+    "RelatedPerson": {"name": ("string", ("name",)), **_subject("patient")},
+    "Practitioner": {"name": ("string", ("name",)), "identifier": ("token", ("identifier",))},
+    "Organization": {"name": ("string", ("name",)), "type": ("token", ("type",))},
+    "Endpoint": {"status": ("token", ("status",))},
+    "Binary": {},
+}
+NAMES_A_PATIENT = ("patient", "subject", "beneficiary")  # parameters whose value is the owner
+RESULT_PARAMETERS = ("_count", "_offset", "_sort", "_summary", "_format", "_pretty")
+COMMON_PARAMETERS = ("_id", "_lastUpdated")
+
+
+def elements(resource: Any, path: str) -> List[Any]:
+    """All values at a dotted path, through lists."""
+    found = [resource]
+    for name in path.split("."):
+        found = [value[name] for value in found if isinstance(value, dict) and name in value]
+        found = [item for value in found for item in (value if isinstance(value, list) else [value])]
+    return found
+
+
+def tokens_of(values: Iterable[Any]) -> List[Tuple[str, str]]:
+    """(system, code) of codes, booleans, Codings, CodeableConcepts and Identifiers."""
+    found: List[Tuple[str, str]] = []
+    for value in values:
+        if isinstance(value, bool):
+            found.append(("", "true" if value else "false"))
+        elif isinstance(value, str):
+            found.append(("", value))
+        elif isinstance(value, dict) and isinstance(value.get("coding"), list):
+            found += tokens_of(value["coding"])
+        elif isinstance(value, dict):
+            code = value.get("code", value.get("value"))
+            if isinstance(code, str):
+                found.append((str(value.get("system", "")), code))
+    return found
+
+
+def strings_of(values: Iterable[Any]) -> Iterator[str]:
+    """The text in strings and in the parts of a HumanName."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            yield from strings_of(elements(value, "family") + elements(value, "given") + elements(value, "text"))
+
+
+_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+
+
+def date_range(text: str) -> Tuple[float, float]:
+    """The first and the last second that a FHIR date or time may mean: 2008-07 is all of July, UTC.
+
+    ValueError if it is none.
+    """
+    match = _DATE.fullmatch(text)
+    if not match:
+        raise ValueError(text)
+    year, month, day, hour, minute, second, zone = match.groups()
+    start = datetime.datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), int(minute or 0),
+                              min(int(second or 0), 59), tzinfo=datetime.timezone.utc)
+    first = float(calendar.timegm(start.timetuple()))
+    if zone and zone != "Z":
+        first -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
+    if second or hour:
+        return first, first + (0 if second else 59)
+    days = 1 if day else calendar.monthrange(start.year, start.month)[1] if month else 365 + calendar.isleap(start.year)
+    return first, first + days * 86400 - 1
+
+
+def period_of(value: Any) -> Optional[Tuple[float, float]]:
+    """The range of a date or a Period; a Period without an end goes on for ever."""
+    try:
+        if isinstance(value, str):
+            return date_range(value)
+        if isinstance(value, dict):
+            return (date_range(value["start"])[0] if "start" in value else -math.inf,
+                    date_range(value["end"])[1] if "end" in value else math.inf)
+    except (ValueError, TypeError):
+        pass
+    return None
+
+
+SearchValue = Tuple[str, Optional[str], Optional[str], Optional[float], Optional[float]]
+
+
+def search_values(resource: Json) -> Iterator[SearchValue]:
+    """What a resource can be found by: (parameter, system, value, first, last), as the table search_values has it."""
+    for label in categories(resource):
+        yield "_category", None, label, None, None  # so that the database can leave out what was not approved
+    for parameter, (kind, paths) in SEARCH.get(resource["resourceType"], {}).items():
+        values = [value for path in paths for value in elements(resource, path)]
+        if kind == "token":
+            for system, code in tokens_of(values):
+                yield parameter, system, code, None, None
+        elif kind == "reference":
+            for value in values:
+                yield parameter, None, reference_of(value), None, None
+        elif kind == "string":
+            for text in strings_of(values):
+                yield parameter, None, text.casefold(), None, None
+        else:
+            for span in filter(None, map(period_of, values)):
+                yield parameter, None, None, span[0], span[1]
+
+
+class Condition(NamedTuple):
+    """A piece of SQL that a resource `r` must meet, and its values."""
+    sql: str
+    values: Tuple[Any, ...]
+
+
+def _any(alternatives: Sequence[Condition]) -> Condition:
+    """One of several conditions: FHIR's comma."""
+    return Condition("(" + " OR ".join(one.sql for one in alternatives) + ")",
+                     tuple(value for one in alternatives for value in one.values))
+
+
+_DATE_SQL = {  # FHIR search, "Prefixes": the resource's time from {first} to {last} against ? from, ? to
+    "eq": "{first} >= ? AND {last} <= ?", "ne": "NOT ({first} >= ? AND {last} <= ?)",
+    "gt": "{last} > ?2", "ge": "{last} >= ?1", "lt": "{first} < ?1", "le": "{first} <= ?2",
+    "sa": "{first} > ?2", "eb": "{last} < ?1", "ap": "{first} <= ?2 AND {last} >= ?1"}
+
+
+def date_condition(parameter: str, text: str, first: str, last: str) -> Condition:
+    """A date parameter's value, with its prefix, as SQL over two columns."""
+    prefix, rest = (text[:2], text[2:]) if text[:2] in _DATE_SQL else ("eq", text)
+    try:
+        low, high = date_range(rest)
+    except ValueError:
+        raise FhirError("value", f"{parameter}={text}: expected a date such as 2008-07-10, with a prefix "
+                                 f"({', '.join(_DATE_SQL)}) or without")
+    sql = _DATE_SQL[prefix].format(first=first, last=last)
+    values = {"?1": (low,), "?2": (high,)}
+    wanted = re.findall(r"\?\d?", sql)
+    bound = (low, high) if wanted == ["?", "?"] else tuple(values[mark][0] for mark in wanted)
+    return Condition(re.sub(r"\?\d", "?", sql), bound)
+
+
+def value_condition(kind: str, parameter: str, text: str) -> Condition:
+    """One value of a parameter as SQL over a row of search_values."""
+    if kind == "date":
+        return date_condition(parameter, text, "first", "last")
+    if kind == "string":
+        pattern = re.sub(r"([\\%_])", r"\\\1", text.casefold())
+        return Condition("value LIKE ? ESCAPE '\\'", (pattern + "%",))
+    if kind == "reference":
+        name = NAMES_A_PATIENT.count(parameter) and "/" not in text
+        return Condition("value = ?", (f"Patient/{text}" if name else "/".join(text.split("/")[-2:]),))
+    system, bar, code = text.rpartition("|")
+    if not bar:
+        return Condition("value = ?", (code,))
+    return Condition("system = ? AND value = ?", (system, code)) if code else Condition("system = ?", (system,))
+
+
+def parameter_condition(type_name: str, name: str, text: str) -> Condition:
+    """One search parameter as SQL over a resource `r`; FhirError if it isn't known."""
+    if name == "_id":
+        return _any([Condition("r.id = ?", (one,)) for one in text.split(",")])
+    if name == "_lastUpdated":
+        return _any([date_condition(name, one, "r.updated", "r.updated") for one in text.split(",")])
+    known = SEARCH[type_name]
+    if name not in known:
+        raise FhirError("not-supported", f"{name}: unknown search parameter of {type_name}; known are "
+                        + ", ".join(sorted([*known, *COMMON_PARAMETERS, *RESULT_PARAMETERS])))
+    inner = _any([value_condition(known[name][0], name, one) for one in text.split(",")])
+    return Condition(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND {inner.sql})",
+                     (name, *inner.values))
+
+
+def access_condition(access: Access, type_name: str) -> Condition:
+    """What `access.may_see` says, as SQL: so that a page is full and a total is right. May_see has the last word."""
+    if access.scope is None or type_name in SHARED_TYPES:
+        return Condition("1", ())
+    parts: List[Condition] = []
+    patients = access.patients(type_name, "s")
+    if patients is not None:
+        parts.append(Condition(f"r.patient_id IN ({', '.join('?' * len(patients))})", tuple(sorted(patients))))
+    if access.labels:
+        marks = ", ".join("?" * len(access.labels))
+        parts.append(Condition("NOT EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND "
+                               f"parameter = '_category' AND value NOT IN ({marks}))", tuple(sorted(access.labels))))
+    return Condition(" AND ".join(part.sql for part in parts) or "1",
+                     tuple(value for part in parts for value in part.values))
+
+
+class Page(NamedTuple):
+    """One page of a search: how many match in all, and those on this page."""
+    total: int
+    resources: List[Json]
+
+
+class Records:
+    """The embedded records: FHIR resources in SQLite."""
+    def __init__(self, path: Optional[str]):
+        self.store = Store(path, RECORD_SCHEMA)
+        self._ready = threading.Event()
+        self._filling = threading.Lock()
+
+    def _filled(self) -> Store:
+        """The store, with the sample records in it. They are put there on first use, so that a start need not wait."""
+        if not self._ready.is_set():
+            with self._filling:
+                if not self._ready.is_set() and not self.store.row("SELECT 1 FROM resources"):
+                    self.put(sample_resources())
+                self._ready.set()
+        return self.store
+
+    def put(self, resources: Iterable[Json]) -> int:
+        """Add resources, or replace those of the same type and id; all or none. Gives how many."""
+        count = 0
+        with self.store.transaction() as database:
+            for count, resource in enumerate(resources, 1):
+                where = (resource["resourceType"], resource["id"])
+                old = database.execute("SELECT number FROM resources WHERE type = ? AND id = ?", where).fetchone()
+                if old:
+                    database.execute("DELETE FROM search_values WHERE number = ?", (old[0],))
+                    database.execute("DELETE FROM resources WHERE number = ?", (old[0],))
+                cursor = database.execute(
+                    "INSERT INTO resources (type, id, patient_id, updated, json) VALUES (?, ?, ?, ?, ?)",
+                    (*where, owner(resource) or None, date_range(resource["meta"]["lastUpdated"])[0],
+                     json.dumps(resource, separators=(",", ":"))))
+                database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)",
+                                     [(cursor.lastrowid, *row) for row in search_values(resource)])
+        return count
+
+    def read(self, type_name: str, resource_id: str) -> Optional[Json]:
+        """One resource, or None."""
+        found = self._filled().row("SELECT json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
+        return json.loads(found["json"]) if found else None
+
+    def search(self, type_name: str, parameters: Sequence[Tuple[str, str]], access: Access,
+               count: int, offset: int) -> Page:
+        """The resources that match all parameters and may be seen; sorted by _sort, else in the order of loading."""
+        conditions = [Condition("r.type = ?", (type_name,)), access_condition(access, type_name)]
+        order = "r.number"
+        for name, text in parameters:
+            if name == "_sort":
+                order = self._order(type_name, text)
+            elif name not in RESULT_PARAMETERS:
+                conditions.append(parameter_condition(type_name, name, text))
+        where = " AND ".join(one.sql for one in conditions)
+        values = [value for one in conditions for value in one.values]
+        store = self._filled()
+        total = store.row(f"SELECT count(*) FROM resources r WHERE {where}", *values)
+        rows = store.rows(f"SELECT json FROM resources r WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
+                          *values, count, offset)
+        found = [json.loads(row["json"]) for row in rows]
+        return Page(total[0] if total else 0, [one for one in found if access.may_see(one, "s")])
+
+    @staticmethod
+    def _order(type_name: str, text: str) -> str:
+        """_sort as SQL: parameters in order of weight, a minus for falling."""
+        order = []
+        for word in text.split(","):
+            name, direction = (word[1:], "DESC") if word.startswith("-") else (word, "ASC")
+            column = {"_id": "r.id", "_lastUpdated": "r.updated"}.get(name)
+            if name in SEARCH[type_name]:  # a name of our own table, so it may stand in SQL
+                column = ("(SELECT min(coalesce(first, value)) FROM search_values "
+                          f"WHERE number = r.number AND parameter = '{name}')")
+            if not column:
+                raise FhirError("value", f"_sort={text}: {name} is no search parameter of {type_name}")
+            order.append(f"{column} {direction}")
+        return ", ".join([*order, "r.number"])
+
+
+# ######################################################################## 8 the portal
+
+MAX_BODY = 1 << 20        # bytes of a request's body
+DEMO_USERS = (            # username, name, fhir_user, may open any record
+    ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
+    ("joseph-ross", "Joseph Ross", "Patient/smart-1081332", False),
+    ("clinician", "Clara Clinician", "Practitioner/smart-clinician", True))
+DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user
+    ("daniel-adams", "smart-1288992", "Daniel Adams", True), ("daniel-adams", "smart-1032702", "Amy Shaw", False),
+    ("joseph-ross", "smart-1081332", "Joseph Ross", True))
+DEMO_SCOPE = "launch/patient patient/*.read offline_access"
+DEMO_CLIENTS = (          # client_id, secret, redirect URI
+    ("test-suite", "demo-secret-s4s", "http://tests.dev.syncfor.science:9003/authorized/"),
+    ("api-test", "api-secret", "http://localhost:9001/authorized"))
+DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_access"
+
+
+class Client(NamedTuple):
+    """An app, as registered."""
+    client_id: str
+    secret_hash: Optional[str]  # None: a public client, which can keep no secret
+    metadata: Json              # RFC 7591 section 2
+
+    @property
+    def name(self) -> str:
+        """What people are shown."""
+        return str(self.metadata.get("client_name") or self.client_id)
+
+    @property
+    def scope(self) -> str:
+        """What the client registered for; the most it can get."""
+        return str(self.metadata.get("scope", ""))
+
+
+class Portal:
+    """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.clock = Clock()
+        self.state = Store(settings.db, STATE_SCHEMA)
+        self.records = Records(settings.db)
+        self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
+        self.log: Callable[[str], None] = lambda line: None
+        self._seed()
+
+    def _seed(self) -> None:
+        """The accounts and clients that are there from the start."""
+        known: Dict[str, Client] = {}
+        for client_id, secret, uri in DEMO_CLIENTS:
+            known[client_id] = Client(client_id, hash_secret(secret), {"redirect_uris": [uri], "scope": DEMO_SCOPE})
+        for text in self.settings.client:
+            match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+            if not match:
+                raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+            client_id, secret, uri = match.groups()
+            if not is_redirect_uri(uri):
+                raise StartError(f"--client {text}: {uri} can't be a redirect URI: give an absolute URI")
+            earlier = known[client_id].metadata["redirect_uris"] if client_id in known else []
+            known[client_id] = Client(client_id, hash_secret(secret) if secret else None,
+                                      {"redirect_uris": [*earlier, uri], "scope": DEFAULT_SCOPE})
+        with self.state.transaction() as database:
+            database.executemany("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, ?)", [
+                (username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                for username, name, fhir_user, anyone in DEMO_USERS])
+            database.executemany("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, ?)", DEMO_PATIENTS)
+            database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?)", [
+                (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now())
+                for one in known.values()])
+
+    def reset(self) -> None:
+        """Back to the start: the clock too, and every client, grant, token and session made since gone."""
+        self.clock.offset = 0.0
+        with self.state.transaction() as database:
+            for name in ("tokens", "grants", "pending", "sessions", "clients", "patients", "users"):
+                database.execute(f"DELETE FROM {name}")
+        self._seed()
+
+    def close(self) -> None:
+        """Close the databases."""
+        self.state.close()
+        self.records.store.close()
+
+    def client(self, client_id: str) -> Optional[Client]:
+        """A registered client, or None."""
+        row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
+        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"])) if row else None
+
+    def user(self, username: str) -> Optional[Row]:
+        """A user's row, or None."""
+        return self.state.row("SELECT * FROM users WHERE username = ?", username)
+
+    def patients_of(self, username: str) -> Dict[str, str]:
+        """The patients a user may open, id -> name, the user's own record first."""
+        user = self.user(username)
+        if user and user["any_patient"]:
+            found = self.records.search("Patient", [], Access(None), 1000, 0).resources
+            return {one["id"]: next(iter(strings_of(elements(one, "name.text"))), one["id"]) for one in found}
+        return {row["patient_id"]: row["name"] for row in self.state.rows(
+            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
+
+    def base(self, request: Request) -> str:
+        """The base URL that this request's sender knows the server by."""
+        ours = f"{request.scheme}://{request.host}"
+        if not self.settings.base_url:
+            return ours if request.host else self.address
+        return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
+                    self.settings.base_url[0])
+
+    def browser_base(self, request: Request) -> str:
+        """The base URL for addresses that a person's browser goes to: always the first."""
+        return self.settings.base_url[0] if self.settings.base_url else self.base(request)
+
+
+def is_redirect_uri(uri: Any) -> bool:
+    """Whether a URI may be registered to send browsers to: absolute, without fragment (RFC 6749 section 3.1.2).
+
+    http and https, or a private-use scheme, which has a dot or is at least no scheme that browsers act on by
+    themselves (RFC 8252 section 7.1): a redirect to javascript: would run in this server's name.
+    """
+    if not isinstance(uri, str) or not re.fullmatch(r"[!-~]+", uri) or "#" in uri:
+        return False
+    try:
+        parts = urlsplit(uri)
+        if parts.scheme in ("http", "https"):
+            return bool(parts.hostname) and "@" not in parts.netloc and "\\" not in uri and parts.port != 0
+    except ValueError:
+        return False
+    return (bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*:.", uri))
+            and parts.scheme not in ("javascript", "data", "vbscript", "file", "blob", "about", "view-source",
+                                     "filesystem", "mailto", "tel", "ws", "wss", "ftp"))
+
+
+class Fields:
+    """The parameters of a query or a form. Each at most once (RFC 6749 section 3.1), empty the same as absent."""
+    def __init__(self, pairs: Iterable[Tuple[str, str]]):
+        self.values: Dict[str, str] = {}
+        self.repeated: List[str] = []
+        for name, value in pairs:
+            if name in self.values:
+                self.repeated.append(name)
+            self.values[name] = value
+
+    def get(self, name: str, default: str = "") -> str:
+        """A parameter's value, or the default."""
+        if name in self.repeated:
+            raise PortalError("invalid_request", f"{name} is given more than once")
+        return self.values.get(name) or default
+
+    def need(self, name: str) -> str:
+        """A parameter that must be there."""
+        value = self.get(name)
+        if not value:
+            raise PortalError("invalid_request", f"{name} is missing")
+        return value
+
+
+def decode_pairs(text: str) -> List[Tuple[str, str]]:
+    """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
+    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
+    try:
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=1000)
+    except ValueError as error:
+        raise PortalError("invalid_request", f"parameters can't be decoded: {error}")
+    for name, value in pairs:
+        if "\0" in name or "\0" in value:
+            raise PortalError("invalid_request", f"{name!r}: a NUL character")
+    return pairs
+
+
+class Request:
+    """What came in. `headers` has lower-case names; `scheme` is http or https; `rest` is what a route's {} matched."""
+    def __init__(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"", scheme: str = "http"):
+        path, _, self.query = target.partition("?")
+        self.method, self.raw_path, self.headers, self.body, self.scheme = method, path, headers, body, scheme
+        self.path = path.rstrip("/") or "/"     # a trailing slash is ignored
+        self.host = headers.get("host", "")
+        self.rest = ""
+        self.client_id = self.username = ""     # found out on the way, for the log
+
+    def pairs(self) -> List[Tuple[str, str]]:
+        """The query's parameters, in order."""
+        return decode_pairs(self.query)
+
+    @property
+    def media_type(self) -> str:
+        """The body's type, without parameters."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def form(self) -> List[Tuple[str, str]]:
+        """The body's parameters: application/x-www-form-urlencoded in UTF-8 (RFC 6749 appendix B)."""
+        if self.media_type != "application/x-www-form-urlencoded":
+            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
+                              "application/x-www-form-urlencoded", 415)
+        try:
+            return decode_pairs(self.body.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise PortalError("invalid_request", "the body is not UTF-8")
+
+    def json(self) -> Json:
+        """The body as a JSON object."""
+        if self.media_type != "application/json":
+            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
+                              "application/json", 415)
+        return parse_json(self.body)
+
+    def cookie(self, name: str) -> str:
+        """A cookie's value, or "". """
+        try:
+            jar = http.cookies.SimpleCookie(self.headers.get("cookie", ""))
+        except http.cookies.CookieError:
+            return ""
+        return jar[name].value if name in jar else ""
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json(data: bytes) -> Json:
+    """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        json.dumps(value).encode("ascii")
+    except RecursionError:
+        raise PortalError("invalid_request", "the JSON nests too deep")
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        raise PortalError("invalid_request", f"the body is not JSON: {error}")
+    if not isinstance(value, dict):
+        raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+class Response:
+    """What goes out."""
+    def __init__(self, status: int, body: bytes = b"", content_type: str = "",
+                 headers: Sequence[Tuple[str, str]] = ()):
+        self.status, self.body = status, body
+        self.headers = [("Content-Type", content_type)] if content_type else []
+        self.headers += headers
+
+
+def json_response(value: Any, status: int = 200, headers: Sequence[Tuple[str, str]] = ()) -> Response:
+    """JSON that no cache may keep: what OAuth's endpoints answer (RFC 6749 section 5.1)."""
+    return Response(status, json.dumps(value).encode("ascii"), "application/json",
+                    [("Cache-Control", "no-store"), ("Pragma", "no-cache"), *headers])
+
+
+def redirect(url: str, cookies: Sequence[str] = ()) -> Response:
+    """See other: the browser goes there with GET (RFC 9110 section 15.4.4)."""
+    return Response(303, headers=[("Location", url), ("Cache-Control", "no-store"),
+                                  *(("Set-Cookie", cookie) for cookie in cookies)])
+
+
+def with_query(url: str, **parameters: str) -> str:
+    """A URL with parameters added, its own query kept (RFC 6749 section 3.1.2)."""
+    return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
+
+
+Endpoint = Callable[[Portal, Request], Response]
+
+
+class Route(NamedTuple):
+    """One endpoint: methods, path (`{}` stands for the rest), the text it implements, whether browsers of any origin
+    may read it, and what kind of thing it is: oauth, fhir, page or debug; errors are shaped by that."""
+    methods: Tuple[str, ...]
+    path: str
+    spec: str
+    cors: bool
+    kind: str
+    endpoint: Endpoint
+
+
+ROUTES: List[Route] = []
+
+
+def route(rule: str, spec: str, cors: bool = False, kind: str = "oauth") -> Callable[[Endpoint], Endpoint]:
+    """Declare the endpoint that serves `rule`, such as "GET,POST /login"."""
+    methods, path = rule.split(" ")
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        ROUTES.append(Route(tuple(methods.split(",")), path, spec, cors, kind, endpoint))
+        return endpoint
+    return declare
+
+
+# ######################################################################## 9 pages
+
+class Markup(str):
+    """Text that is HTML already. All other text is escaped when it enters a page."""
+
+
+def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+    """An HTML element. class_ is class, data_slide is data-slide; True is a bare attribute, None and False are none."""
+    words = [name]
+    for key, value in attributes.items():
+        key = key.rstrip("_").replace("_", "-")
+        if value is True:
+            words.append(key)
+        elif value is not None and value is not False:
+            words.append(f'{key}="{html.escape(str(value))}"')
+    start = f"<{' '.join(words)}>"
+    if name in ("input", "br", "hr", "meta", "link"):
+        return Markup(start)
+    return Markup(start + "".join(map(escaped, children)) + f"</{name}>")
+
+
+def escaped(child: Any) -> str:
+    """A child of an element: markup as it is, a list one by one, None not at all, everything else escaped."""
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, (list, tuple)):
+        return "".join(map(escaped, child))
+    return "" if child is None else html.escape(str(child))
+
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b2733;--paper:#fff;--soft:#f1f5f8;--line:#8497a6;--accent:#0b5c8a;--on:#fff;
+--warn:#7a2e00}
+@media(prefers-color-scheme:dark){:root{--ink:#e8eef3;--paper:#12191f;--soft:#1d2730;--line:#8497a6;--accent:#7cc4ee;
+--on:#0a1620;--warn:#ffb38a}}
+*{box-sizing:border-box}
+body{margin:0;font:1.0625rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
+header,main,footer{max-width:46rem;margin:0 auto;padding:1rem}
+header{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;align-items:baseline;border-bottom:1px solid var(--line)}
+header strong{flex:1 1 12rem}footer{border-top:1px solid var(--line);color:var(--warn)}
+h1{font-size:1.6rem;line-height:1.25;margin:.6em 0}h2{font-size:1.2rem;margin-top:1.6em}
+a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+label{display:block;margin:.5rem 0}input{font:inherit}
+input[type=text],input[type=password],input[type=date]{display:block;width:100%;max-width:24rem;padding:.5rem;
+border:1px solid var(--line);border-radius:.3rem;background:var(--paper);color:var(--ink)}
+input[type=checkbox]{width:1.3rem;height:1.3rem;margin-right:.6rem;vertical-align:-.2rem;accent-color:var(--accent)}
+button{font:inherit;min-height:2.75rem;padding:.5rem 1.2rem;margin:.5rem .5rem .5rem 0;border-radius:.3rem;
+border:1px solid var(--accent);background:var(--accent);color:var(--on);cursor:pointer}
+button.btn-default,button.link{background:transparent;color:var(--accent)}
+button[data-patient-id]{display:block;width:100%;max-width:24rem;text-align:left}
+pre,code{font-family:ui-monospace,monospace;font-size:.9rem}pre{background:var(--soft);padding:.8rem;overflow-x:auto;
+white-space:pre-wrap}
+table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.45rem;
+border-bottom:1px solid var(--line)}
+.modal{border:2px solid var(--accent);padding:1rem;background:var(--soft);border-radius:.4rem}
+.error{border-left:.3rem solid var(--warn);padding:.2rem .8rem;background:var(--soft)}
+.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]{display:inline-block}
+@media(max-width:34rem){table,tbody,tr,td{display:block}thead{display:none}td{border:0;padding:.15rem 0}
+tr{display:block;border-bottom:1px solid var(--line);padding:.5rem 0}}
+@media print{header a,button,footer{display:none}.js section:not(.active){display:block}}
+"""
+# The consent page's three steps. Without this script all three stand below each other, as one plain form.
+SCRIPT = """
+(function(){var form=document.getElementById('consent-carousel');if(!form)return;
+var steps=form.querySelectorAll('section'),at=0;
+function show(){for(var i=0;i<steps.length;i++)steps[i].classList.toggle('active',i===at);}
+form.classList.add('js');show();
+form.addEventListener('click',function(event){
+var button=event.target.closest('button[data-slide=next]');if(!button)return;
+var boxes=steps[at].querySelectorAll('input[rel=confirm]');
+for(var i=0;i<boxes.length;i++)if(!boxes[i].checked){boxes[i].reportValidity();return;}
+at++;show();var head=steps[at].querySelector('h2');head.tabIndex=-1;head.focus();});})();
+"""
+
+
+def _source_hash(text: str) -> str:
+    """What a Content-Security-Policy calls an inline script or style by."""
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+PAGE_HEADERS = [  # no form-action: the consent form's answer redirects to the app, which that would forbid
+    ("Content-Security-Policy", f"default-src 'none'; style-src {_source_hash(STYLE)}; "
+     f"script-src {_source_hash(SCRIPT)}; base-uri 'none'; frame-ancestors 'none'"),
+    ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+
+
+def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
+         cookies: Sequence[str] = (), script: bool = False) -> Response:
+    """A page of the portal."""
+    body = tag("html", tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {portal.settings.name}"),
+                           tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+                           tag("style", Markup(STYLE))),
+               tag("body",
+                   tag("header", tag("strong", portal.settings.name), tag("a", "Start", href="/"),
+                       tag("a", "Apps you share with", href="/apps"),
+                       tag("span", f"Signed in as {username}") if username else None),
+                   tag("main", tag("h1", title), *content),
+                   tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
+                   tag("script", Markup(SCRIPT)) if script else None), lang="en")
+    return Response(status, b"<!doctype html>" + body.encode("utf-8", "replace"), "text/html; charset=utf-8",
+                    [*PAGE_HEADERS, *(("Set-Cookie", cookie) for cookie in cookies)])
+
+
+def error_page(portal: Portal, error: PortalError) -> Response:
+    """An error for the person at the browser."""
+    return page(portal, "This did not work", tag("p", error.description, class_="error"),
+                tag("p", "Error code: ", tag("code", error.error)), tag("p", tag("a", "To the start page", href="/")),
+                status=error.status)
+
+
+# ######################################################################## 10 discovery
+
+def addresses(base: str, browser_base: str) -> Dict[str, str]:
+    """The endpoints, absolute. One source for every document that names them, so that all agree."""
+    return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
+            "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
+            "management_endpoint": f"{browser_base}/apps", "introspection_endpoint": f"{base}/oauth/introspect",
+            "revocation_endpoint": f"{base}/oauth/revoke"}
+
+
+@route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True)
+def server_metadata(portal: Portal, request: Request) -> Response:
+    """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
+    return json_response({
+        **addresses(portal.base(request), portal.browser_base(request)),
+        "scopes_supported": ["launch/patient", "patient/*.rs", "patient/*.read", "user/*.rs", "offline_access"],
+        "response_types_supported": ["code"], "grant_types_supported": ["authorization_code", "refresh_token"],
+        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post", "none"],
+        "code_challenge_methods_supported": ["S256"], "authorization_response_iss_parameter_supported": True})
+
+
+@route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True)
+def smart_configuration(portal: Portal, request: Request) -> Response:
+    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance")."""
+    document = json.loads(server_metadata(portal, request).body)
+    for name in ("issuer", "authorization_response_iss_parameter_supported"):
+        del document[name]  # without OpenID Connect SMART wants no issuer here
+    document["grant_types_supported"] = ["authorization_code"]
+    document["capabilities"] = [
+        "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+        "context-standalone-patient", "permission-offline", "permission-patient", "permission-user", "permission-v1"]
+    return json_response(document)
+
+
+def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
+    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris)."""
+    found = addresses(portal.base(request), portal.browser_base(request))
+    api = "fhir" if secured else "open-fhir"
+    rest: Json = {"mode": "server", "resource": [
+        {"type": name, "interaction": [{"code": "read"}, {"code": "search-type"}], "searchParam": [
+            {"name": parameter, "type": kind} for parameter, (kind, _) in sorted(known.items())]
+            + [{"name": "_id", "type": "token"}, {"name": "_lastUpdated", "type": "date"}]}
+        for name, known in sorted(SEARCH.items()) if known]}
+    if secured:
+        rest["security"] = {
+            "cors": True, "service": [concept(HL7 + "restful-security-service", "SMART-on-FHIR")],
+            "extension": [{"url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris", "extension": [
+                {"url": short, "valueUri": found[name]} for short, name in (
+                    ("authorize", "authorization_endpoint"), ("token", "token_endpoint"),
+                    ("register", "registration_endpoint"), ("manage", "management_endpoint"),
+                    ("introspect", "introspection_endpoint"), ("revoke", "revocation_endpoint"))]}]}
+    return {"resourceType": "CapabilityStatement", "status": "active", "date": "2026-11-24", "kind": "instance",
+            "publisher": portal.settings.name, "fhirVersion": "4.0.1", "format": ["application/fhir+json", "json"],
+            "software": {"name": "s4s_proxy.py", "version": __version__},
+            "implementation": {"description": "A test server with made-up patients",
+                               "url": f"{portal.base(request)}/api/{api}"}, "rest": [rest]}
+
+
+# ######################################################################## 11 clients
+
+def _strings(metadata: Json, name: str, default: Sequence[str]) -> List[str]:
+    """A member of client metadata that must be an array of strings."""
+    value = metadata.get(name, list(default))
+    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+        raise PortalError("invalid_client_metadata", f"{name}: expected an array of strings, got {json.dumps(value)}")
+    return value
+
+
+def register_client(portal: Portal, metadata: Json) -> Json:
+    """Register an app; gives its id and secret beside the metadata (RFC 7591 section 3.2.1)."""
+    grants = _strings(metadata, "grant_types", ("authorization_code", "refresh_token"))
+    for grant in grants:
+        if grant not in ("authorization_code", "refresh_token"):
+            raise PortalError("invalid_client_metadata", f"grant_types: {grant!r} is not supported")
+    uris = _strings(metadata, "redirect_uris", ())
+    if not uris and "authorization_code" in grants:
+        raise PortalError("invalid_redirect_uri", "redirect_uris: at least one absolute URI is needed")
+    for uri in uris:
+        if not is_redirect_uri(uri):
+            raise PortalError("invalid_redirect_uri", f"redirect_uris: {uri!r} is not an absolute http, https or "
+                              "private-use URI without a fragment")
+    for name in ("client_name", "scope", "token_endpoint_auth_method"):
+        if not isinstance(metadata.get(name, ""), str):
+            raise PortalError("invalid_client_metadata", f"{name}: expected a string, got {json.dumps(metadata[name])}")
+    method = metadata.get("token_endpoint_auth_method", "client_secret_basic")
+    if method not in ("none", "client_secret_basic", "client_secret_post"):
+        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method: {method!r} is not supported; "
+                          "expected none, client_secret_basic or client_secret_post")
+    scope = metadata.get("scope", DEFAULT_SCOPE)
+    if not scope.split() or not re.fullmatch(r"[!#-\[\]-~ ]+", scope):
+        raise PortalError("invalid_client_metadata", f"scope: {scope!r} is not a list of words (RFC 6749 section 3.3)")
+    client_id, secret = new_token(), None if method == "none" else new_token()
+    kept = {**metadata, "client_name": metadata.get("client_name") or client_id, "redirect_uris": uris,
+            "scope": scope, "grant_types": grants, "token_endpoint_auth_method": method}
+    kept = {name: value for name, value in kept.items() if not name.startswith("client_secret")}
+    now = portal.clock.now()
+    with portal.state.transaction() as database:
+        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?)",
+                         (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
+    answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
+    if secret:
+        answer.update(client_secret=secret, client_secret_expires_at=0)
+    return answer
+
+
+@route("POST /oauth/register", "RFC 7591 section 3", cors=True)
+def register(portal: Portal, request: Request) -> Response:
+    """Register an app (RFC 7591 section 3.1): JSON in, id and secret out."""
+    return json_response(register_client(portal, request.json()), 201)
+
+
+def invalid_client(description: str, request: Request) -> PortalError:
+    """401, naming the scheme that was tried (RFC 6749 section 5.2)."""
+    return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
+
+
+def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
+    """Client id and secret of HTTP Basic, as they came; None without such a header."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        client_id, colon, secret = base64.b64decode(value.strip(), validate=True).decode("utf-8").partition(":")
+    except (binascii.Error, ValueError):
+        raise invalid_client("the Basic credentials are not base64 of client_id:client_secret", request)
+    if not colon:
+        raise invalid_client("the Basic credentials have no colon between client_id and client_secret", request)
+    return client_id, secret
+
+
+def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
+    """Which client asks, proven: HTTP Basic, secret in the form, or, for a public client, the id alone.
+
+    RFC 6749 section 2.3: one method in a request, never two.
+    """
+    basic = basic_credentials(request)
+    posted = form.get("client_secret")
+    if basic and posted:
+        raise PortalError("invalid_request", "client authentication is given twice: header and client_secret")
+    if basic:
+        # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
+        pairs = [basic, (decode_plus(basic[0]), decode_plus(basic[1]))]
+        if form.get("client_id") not in ("", pairs[0][0], pairs[1][0]):
+            raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
+    else:
+        pairs = [(form.get("client_id"), posted)]
+    for client_id, secret in pairs:
+        client = portal.client(client_id)
+        if client and client.secret_hash and secret and same_secret(hash_secret(secret), client.secret_hash):
+            request.client_id = client.client_id
+            return client
+        if client and not client.secret_hash and not secret:
+            request.client_id = client.client_id
+            return client
+    if not pairs[0][0]:
+        raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, or client_id",
+                             request)
+    if not any(portal.client(client_id) for client_id, _ in pairs):
+        raise invalid_client(f"client_id {pairs[0][0]!r} is not registered here", request)
+    raise invalid_client(f"client {pairs[0][0]!r}: the secret is missing or wrong", request)
+
+
+def decode_plus(text: str) -> str:
+    """Form decoding of a single value."""
+    return unquote(text.replace("+", " "))
+
+
+# ######################################################################## 12 sign-in
+
+SESSION_SECONDS = 1800
+
+
+def cookie_name(portal: Portal) -> str:
+    """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
+    return f"s4s_session_{portal.settings.port}"
+
+
+def set_cookie(portal: Portal, request: Request, value: str) -> str:
+    """A Set-Cookie value that scripts can't read and other sites' forms don't send."""
+    secure = "; Secure" if portal.browser_base(request).startswith("https:") else ""
+    return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
+
+
+def form_token(session_id: str) -> str:
+    """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
+    return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
+
+
+def session_user(portal: Portal, request: Request) -> Optional[Row]:
+    """The user signed in at this browser, or None."""
+    session_id = request.cookie(cookie_name(portal))
+    user = session_id and portal.state.row(
+        "SELECT users.* FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
+        session_id, portal.clock.now())
+    if user:
+        request.username = user["username"]
+    return user or None
+
+
+def guarded_form(portal: Portal, request: Request) -> Fields:
+    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF)."""
+    form = Fields(request.form())
+    session_id = request.cookie(cookie_name(portal))
+    if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
+        raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
+                        "are off. Go back to the start page and try again.", 403)
+    return form
+
+
+def start_session(portal: Portal, username: str) -> str:
+    """Sign a user in; gives the new session's id."""
+    session_id = secrets.token_urlsafe(24)
+    now = portal.clock.now()
+    with portal.state.transaction() as database:
+        database.execute("DELETE FROM sessions WHERE expires <= ?", (now,))
+        database.execute("INSERT INTO sessions VALUES (?, ?, ?)", (session_id, username, now + SESSION_SECONDS))
+    return session_id
+
+
+def hidden(session_id: str, **fields: str) -> List[Markup]:
+    """The hidden fields of a form, its token among them."""
+    return [tag("input", type="hidden", name=name, value=value)
+            for name, value in {"form_token": form_token(session_id), **fields}.items()]
+
+
+def local_path(text: str) -> str:
+    """Where to go after signing in: a path of this server, nothing else, or a link could lead anywhere."""
+    return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
+
+
+def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
+    """The form; with a cookie for a browser that has none, for its form token to hang on."""
+    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    form = tag("form",
+               hidden(session_id, next=next_path),
+               tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
+                                             autocomplete="username", required=True)),
+               tag("label", "Password", tag("input", type="password", id="password", name="password",
+                                            value="" if message else DEMO_PASSWORD, autocomplete="current-password",
+                                            required=True)),
+               tag("button", "Sign in", id="sign-in"), method="post", action=f"{portal.browser_base(request)}/login")
+    accounts = ", ".join(row["username"] for row in portal.state.rows("SELECT username FROM users LIMIT 20"))
+    return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
+                tag("p", f"Test accounts: {accounts}. Password: ", tag("code", DEMO_PASSWORD)),
+                status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+
+
+@route("GET,POST /login", "S4S", kind="page")
+def login(portal: Portal, request: Request) -> Response:
+    """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
+    if request.method != "POST":
+        return sign_in_page(portal, request, "daniel-adams", "", local_path(Fields(request.pairs()).get("next")))
+    form = guarded_form(portal, request)
+    username, next_path = form.get("username"), local_path(form.get("next"))
+    user = portal.user(username)
+    kept_hash, salt = (user["password_hash"], user["password_salt"]) if user else ("", DEMO_SALT)
+    # An unknown user costs the same time as a wrong password, and gets the same words.
+    if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
+        return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
+    return redirect(portal.browser_base(request) + next_path,
+                    [set_cookie(portal, request, start_session(portal, username))])
+
+
+@route("POST /logout", "S4S", kind="page")
+def logout(portal: Portal, request: Request) -> Response:
+    """Sign out: the session ends on the server, whatever becomes of the cookie."""
+    guarded_form(portal, request)
+    with portal.state.transaction() as database:
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (request.cookie(cookie_name(portal)),))
+    return redirect(portal.browser_base(request) + "/")
+
+
+def to_sign_in(portal: Portal, request: Request) -> Response:
+    """Send the browser to sign in and back to this very page."""
+    here = request.path + ("?" + request.query if request.query else "")
+    return redirect(with_query(portal.browser_base(request) + "/login", next=here))
+
+
+# ######################################################################## 13 authorization
+
+PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400
+
+
+class Authorization:
+    """An authorization request on its way through the checks below, each of which may refuse it."""
+    def __init__(self, portal: Portal, request: Request, fields: Fields):
+        self.portal, self.request, self.fields = portal, request, fields
+        self.redirect_uri = self.state = self.scope = self.issuer = ""
+        self.client = Client("", None, {})
+
+
+def check_client(asked: Authorization) -> None:
+    """Which app asks. Not yet a reason to send the browser anywhere."""
+    client = asked.portal.client(asked.fields.need("client_id"))
+    if not client:
+        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here")
+    asked.client = client
+    asked.request.client_id = client.client_id
+
+
+def check_redirect_uri(asked: Authorization) -> None:
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
+    uri = asked.fields.need("redirect_uri")
+    if uri not in asked.client.metadata.get("redirect_uris", []):
+        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}")
+    asked.redirect_uri = uri
+
+
+def check_state(asked: Authorization) -> None:
+    """SMART demands state from every app: it is how the app knows that it asked (RFC 6749 section 10.12)."""
+    asked.state = asked.fields.need("state")
+
+
+def check_repeats(asked: Authorization) -> None:
+    """No parameter twice (RFC 6749 section 3.1)."""
+    if asked.fields.repeated:
+        raise PortalError("invalid_request", f"{asked.fields.repeated[0]} is given more than once")
+
+
+def check_response_type(asked: Authorization) -> None:
+    """Only the code flow."""
+    if asked.fields.need("response_type") != "code":
+        raise PortalError("unsupported_response_type",
+                          f"response_type is {asked.fields.get('response_type')!r}; expected code")
+
+
+def check_audience(asked: Authorization) -> None:
+    """The FHIR server the app means must be this one: else a false server could fetch tokens for the true one (SMART).
+
+    The issuer is the name that the app knows this server by.
+    """
+    bases = asked.portal.settings.base_url or [asked.portal.base(asked.request)]
+    asked.issuer = bases[0]
+    audience = asked.fields.get("aud")
+    if not audience and not asked.portal.settings.strict:
+        return  # S4S's apps may leave it out
+    for base in bases:
+        if same_address(asked.fields.need("aud"), base + "/api/fhir"):
+            asked.issuer = base
+            return
+    raise PortalError("invalid_request", f"aud is {audience!r}; this server's FHIR base is {bases[0]}/api/fhir")
+
+
+def same_address(one: str, other: str) -> bool:
+    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
+    def plain(url: str) -> str:
+        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
+    return plain(one) == plain(other)
+
+
+def check_pkce(asked: Authorization) -> None:
+    """A challenge from every public client: without a secret, it is all that ties the code to the app (RFC 7636)."""
+    challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
+    if not challenge:
+        if not asked.client.secret_hash or asked.portal.settings.strict:
+            raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
+        if method:
+            raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
+        return
+    if method != "S256":
+        raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
+                          "expected S256")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
+        raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
+
+
+def check_scope(asked: Authorization) -> None:
+    """What of the scope can be granted; if nothing of it, say so."""
+    asked.scope = negotiate_scope(asked.fields.need("scope"), asked.client.scope)
+    if not asked.scope:
+        raise PortalError("invalid_scope", f"scope {asked.fields.get('scope')!r}: nothing of it can be granted; the "
+                          f"client registered for {asked.client.scope!r}")
+
+
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead.
+PAGE_CHECKS = (check_client, check_redirect_uri)
+REDIRECT_CHECKS = (check_repeats, check_state, check_response_type, check_audience, check_pkce, check_scope)
+
+
+def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
+    """The app's redirect URI with an answer: `state` as it came, `iss` so that the app knows who answers (RFC 9207)."""
+    return with_query(redirect_uri, **parameters, **({"state": state} if state else {}), iss=issuer)
+
+
+@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page")
+def authorize(portal: Portal, request: Request) -> Response:
+    """An app asks for a user's permission: check the request, remember it, send the browser on to the user's part."""
+    asked = Authorization(portal, request, Fields(request.form() if request.method == "POST" else request.pairs()))
+    for check in PAGE_CHECKS:
+        check(asked)
+    try:
+        for check in REDIRECT_CHECKS:
+            check(asked)
+    except PortalError as error:
+        state = asked.fields.values.get("state", "")
+        return redirect(back_to_app(asked.redirect_uri, state, asked.issuer or portal.browser_base(request),
+                                    error=error.error, error_description=error.description))
+    request_id, now = new_token(), portal.clock.now()
+    details = {"redirect_uri": asked.redirect_uri, "state": asked.state, "scope": asked.scope,
+               "issuer": asked.issuer, "code_challenge": asked.fields.get("code_challenge")}
+    with portal.state.transaction() as database:
+        database.execute("DELETE FROM pending WHERE expires <= ?", (now,))
+        database.execute("INSERT INTO pending VALUES (?, ?, ?, ?)",
+                         (request_id, asked.client.client_id, json.dumps(details), now + PENDING_SECONDS))
+    return redirect(f"{portal.browser_base(request)}/oauth/consent?request={request_id}")
+
+
+def offered_categories(portal: Portal, client: Client, scope: str) -> List[str]:
+    """The categories that a scope reaches; a client's security_labels narrow them."""
+    access = Access(scope, "any", frozenset(["any"]))
+    wanted = client.metadata.get("security_labels")
+    return [label for label, (_, types) in CATEGORIES.items()
+            if any(access.allows(name, letter) for name in types for letter in GRANTABLE_LETTERS)
+            and (not wanted or label in [OLD_CATEGORIES.get(one, one) for one in wanted])]
+
+
+def end_of_day(date: str) -> float:
+    """The last second of a day, UTC; ValueError for what is no date."""
+    return calendar.timegm(datetime.date.fromisoformat(date).timetuple()) + DAY - 1.0
+
+
+def day_of(seconds: float) -> str:
+    """A Unix time's day, UTC."""
+    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+
+
+def pending_request(portal: Portal, request_id: str) -> Tuple[Client, Json]:
+    """A remembered authorization request: its client and its details."""
+    row = portal.state.row("SELECT * FROM pending WHERE request_id = ? AND expires > ?",
+                           request_id, portal.clock.now())
+    client = portal.client(row["client_id"]) if row else None
+    if not row or not client:
+        raise PageError("invalid_request", "This request is not open any more: it was answered, or waited too long. "
+                        "Go back to the app and start again.")
+    return client, json.loads(row["details"])
+
+
+@route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
+def consent(portal: Portal, request: Request) -> Response:
+    """The user's part: whose record, what of it, until when, yes or no."""
+    user = session_user(portal, request)
+    if not user:
+        return to_sign_in(portal, request)
+    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
+    request_id = fields.get("request")
+    client, details = pending_request(portal, request_id)
+    request.client_id = client.client_id
+    if fields.get("decision") == "deny" and request.method == "POST":
+        return redirect(decide(portal, request_id, None))
+    patients = portal.patients_of(user["username"])
+    patient_id = fields.get("patient_id") or (next(iter(patients)) if len(patients) == 1 else "")
+    if not patient_id:
+        return picker_page(portal, request, user, client, request_id, patients)
+    if patient_id not in patients:
+        raise PageError("forbidden", f"{user['name']} may not open the record {patient_id!r}.", 403)
+    if fields.get("decision") != "approve" or request.method != "POST":
+        return consent_page(portal, request, user, client, details, request_id, patient_id, patients[patient_id])
+    labels = [value for name, value in request.form() if name == "security_labels"]
+    return redirect(decide(portal, request_id, new_grant(
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"))))
+
+
+def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
+                patients: Dict[str, str]) -> Response:
+    """Whose record."""
+    if not patients:
+        raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
+    session_id = request.cookie(cookie_name(portal))
+    return page(portal, "Whose record?", tag("p", f"{client.name} asks to see one person's health record. Whose?"),
+                tag("form", hidden(session_id, request=request_id),
+                    [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
+                     for patient_id, name in patients.items()],
+                    tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
+                    method="post", action=f"{portal.browser_base(request)}/oauth/consent"), username=user["name"])
+
+
+def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
+                 patient_id: str, patient_name: str) -> Response:
+    """The consent in three steps: what this is, confirm each point, review. One form, so that it works in one go."""
+    now = portal.clock.now()
+    refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
+    forward = tag("button", "Continue", type="button", data_slide="next")
+    points = (f"I want {client.name} to see the health record of {patient_name}.",
+              "What the app does with the data afterwards is up to the app, not to this portal.",
+              "I can stop sharing at any time, on the page \"Apps you share with\".")
+    return page(
+        portal, f"Share data with {client.name}?",
+        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id),
+            tag("section", tag("h2", "What this is"),
+                tag("p", f"{client.name} asks to see the health record of {patient_name}. If you approve, it can:"),
+                tag("ul", [tag("li", describe_scope(word)) for word in details["scope"].split()]), forward, refuse),
+            tag("section", tag("h2", "Confirm each point"),
+                [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True), point)
+                 for point in points], forward),
+            tag("section", tag("h2", "Review"),
+                tag("p", f"{client.name} will see, of the record of {patient_name}:"),
+                [tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
+                     CATEGORIES[label][0]) for label in offered_categories(portal, client, details["scope"])],
+                tag("label", "Until the end of", tag(
+                    "input", type="date", name="approval_expires", required=True, min=day_of(now),
+                    max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
+                tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse),
+            id="consent-carousel", method="post", action=f"{portal.browser_base(request)}/oauth/consent"),
+        username=user["name"], script=True)
+
+
+class Grant(NamedTuple):
+    """What a user approved, before it is stored."""
+    grant_id: str
+    client_id: str
+    username: str
+    patient_id: str
+    scope: str
+    labels: List[str]
+    approval_expires: float
+    issuer: str
+    redirect_uri: Optional[str]
+    code_challenge: Optional[str]
+
+
+def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json,
+              labels: Sequence[str], until: str) -> Grant:
+    """What the consent form says, as a grant; PageError where the form can't be."""
+    offered = offered_categories(portal, client, details["scope"])
+    labels = [OLD_CATEGORIES.get(label, label) for label in labels]
+    for label in labels:
+        if label not in offered:
+            raise PageError("invalid_request", f"{label!r} is not a category offered here.")
+    if offered and not labels:
+        raise PageError("invalid_request", "Nothing is checked: choose at least one category, or do not approve.")
+    now = portal.clock.now()
+    try:
+        expires = end_of_day(until)
+    except ValueError:
+        raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
+    if not now < expires <= end_of_day(day_of(now + 730 * DAY)):
+        raise PageError("invalid_request", f"The end date {until} is not from today to two years from now.")
+    return Grant(new_token(), client.client_id, username, patient_id, details["scope"], labels, expires,
+                 details["issuer"], details["redirect_uri"], details["code_challenge"] or None)
+
+
+def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
+    """Write a grant down."""
+    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)", (
+        grant.grant_id, grant.client_id, grant.username, grant.patient_id, grant.scope, json.dumps(grant.labels), now,
+        grant.approval_expires, grant.issuer, grant.redirect_uri, grant.code_challenge))
+
+
+def decide(portal: Portal, request_id: str, grant: Optional[Grant]) -> str:
+    """Close a pending request: with a code for the grant, or with access_denied. Gives where the browser goes."""
+    client, details = pending_request(portal, request_id)
+    code, now = secrets.token_urlsafe(24), portal.clock.now()
+    with portal.state.transaction() as database:
+        if not database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount:
+            raise PageError("invalid_request", "This request was answered already.")  # a double click
+        if grant:
+            store_grant(database, grant, now)
+            database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
+                             (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
+    answer = {"code": code} if grant else {"error": "access_denied", "error_description": "the user did not approve"}
+    return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
+
+
+@route("GET /apps", "S4S", kind="page")
+def apps(portal: Portal, request: Request) -> Response:
+    """What the user shares, with whom, until when, and a button to stop it. `?stop=` asks once more."""
+    user = session_user(portal, request)
+    if not user:
+        return to_sign_in(portal, request)
+    fields = Fields(request.pairs())
+    rows = portal.state.rows(
+        "SELECT *, max(approved) AS newest, max(approval_expires) AS until FROM grants WHERE username = ? AND NOT ended "
+        "AND approval_expires > ? GROUP BY client_id, patient_id ORDER BY newest DESC",
+        user["username"], portal.clock.now())
+    names, session_id, base = portal.patients_of(user["username"]), request.cookie(cookie_name(portal)), \
+        portal.browser_base(request)
+
+    def line(row: Row) -> Markup:
+        client = portal.client(row["client_id"])
+        labels = [CATEGORIES[label][0] for label in json.loads(row["security_labels"])]
+        name = client.name if client else row["client_id"]
+        return tag("tr", tag("td", tag("strong", name)), tag("td", names.get(row["patient_id"], row["patient_id"])),
+                   tag("td", "; ".join(labels) or "everything its scope allows"),
+                   tag("td", f"{day_of(row['newest'])} until {day_of(row['until'])}"),
+                   tag("td", tag("form", tag("button", "Stop sharing", name="stop", value=row["grant_id"]),
+                                 action=f"{base}/apps")), rel=row["client_id"])
+    stop = next((row for row in rows if row["grant_id"] == fields.get("stop")), None)
+    modal = stop and tag("div", tag("h2", "Stop sharing?"), tag("p", "The app can't fetch anything more."), tag(
+        "form", hidden(session_id), tag("button", "Stop sharing"), method="post",
+        action=f"{base}/revoke/{stop['grant_id']}"), tag("p", tag("a", "Keep sharing", href="/apps")), class_="modal in")
+    table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
+        "App", "Whose record", "What", "Since and until", "")])), tag("tbody", [line(row) for row in rows]))
+    return page(portal, "Apps you share with", modal, table_ if rows else tag("p", "You share with no app."),
+                tag("form", hidden(session_id), tag("button", "Sign out", class_="btn-default"), method="post",
+                    action=f"{base}/logout"), username=user["name"])
+
+
+@route("POST /revoke/{}", "S4S", kind="page")
+def stop_sharing(portal: Portal, request: Request) -> Response:
+    """End every authorization that this user gave one app for one patient. Another user's is not found."""
+    user = session_user(portal, request)
+    if not user:
+        return to_sign_in(portal, request)
+    guarded_form(portal, request)
+    grant = portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?", request.rest, user["username"])
+    if not grant:
+        raise PageError("not_found", "You gave no such permission.", 404)
+    with portal.state.transaction() as database:
+        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id = ?",
+                         (grant["username"], grant["client_id"], grant["patient_id"]))
+    return redirect(portal.browser_base(request) + "/apps")
+
+
