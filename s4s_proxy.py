@@ -2415,3 +2415,378 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
     return redirect(portal.browser_base(request) + "/apps")
 
 
+# ######################################################################## 14 tokens
+
+DEBUG_APPROVAL_SECONDS = 7 * DAY
+LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))
+
+
+def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
+                 refresh_token: Optional[str], lifetime: float = ACCESS_SECONDS) -> Json:
+    """A new access token, as the token endpoint answers (RFC 6749 section 5.1). It never outlives the approval."""
+    token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
+    database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
+                     (token, grant["grant_id"], scope, now, expires, refresh_token))
+    answer = {"access_token": token, "token_type": "Bearer", "expires_in": int(expires - now), "scope": scope,
+              "patient": grant["patient_id"]}
+    if refresh_token:
+        answer["refresh_token"] = refresh_token
+    return answer
+
+
+def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
+    """A new refresh token; it lasts as long as the approval."""
+    token = new_token()
+    database.execute("INSERT INTO tokens VALUES (?, 'refresh', ?, ?, ?, ?, 0, NULL)",
+                     (token, grant["grant_id"], grant["scope"], now, grant["approval_expires"]))
+    return token
+
+
+# A token with all that is known of its grant. live: nothing has ended it yet but perhaps time.
+TOKEN_SQL = """SELECT tokens.token, tokens.kind, tokens.scope AS token_scope, tokens.issued, tokens.expires,
+    tokens.spent, tokens.refresh_token, NOT tokens.spent AND NOT grants.ended AS live, grants.*
+    FROM tokens JOIN grants USING (grant_id) WHERE token = ?"""
+
+
+def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
+    """End an authorization: every token of it is worthless from now on."""
+    database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
+
+
+def spend(portal: Portal, client: Client, kind: str, value: str,
+          check: Callable[[Row], None], issue: Callable[[sqlite3.Connection, Row, float], Json]) -> Json:
+    """Use up a code or a refresh token, once: look, judge, mark and issue in one transaction, so that of any number
+    of requests that race, one wins.
+
+    A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
+    RFC 9700 section 4.14.2). Any other failure consumes nothing.
+    """
+    name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
+    reused = False
+    with portal.state.transaction() as database:
+        row = database.execute(TOKEN_SQL, (value,)).fetchone()
+        if not row or row["kind"] != kind or row["client_id"] != client.client_id:
+            raise PortalError("invalid_grant", f"this {name} was not issued to this client")
+        if row["spent"]:
+            end_grant(database, row["grant_id"])
+            reused = True
+        elif row["ended"] or row["expires"] <= now:
+            raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
+        else:
+            check(row)
+            database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
+            return issue(database, row, now)
+    assert reused
+    raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
+
+
+def exchange_code(portal: Portal, client: Client, form: Fields) -> Json:
+    """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
+    code, verifier = form.need("code"), form.get("code_verifier")
+    uri = form.get("redirect_uri")
+
+    def check(row: Row) -> None:
+        if uri != row["redirect_uri"]:
+            raise PortalError("invalid_grant", f"redirect_uri {uri!r} is not the one of the authorization request")
+        if row["code_challenge"]:
+            # RFC 7636 section 4.6: who asked is who knows the verifier.
+            if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+                raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
+            if not same_secret(s256_challenge(verifier), row["code_challenge"]):
+                raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+        elif verifier:
+            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+
+    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
+        offline = "offline_access" in row["scope"].split()
+        return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
+    return spend(portal, client, "code", code, check, issue)
+
+
+def refresh(portal: Portal, client: Client, form: Fields) -> Json:
+    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one."""
+    wanted = form.get("scope")
+
+    def check(row: Row) -> None:
+        for word in wanted.split():
+            if not scope_covers(row["scope"], word):
+                raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
+
+    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
+        scope = negotiate_scope(wanted, row["scope"]) or row["scope"]
+        return issue_access(database, row, scope, now, issue_refresh(database, row, now))
+    return spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+
+
+GRANT_TYPES: Dict[str, Callable[[Portal, Client, Fields], Json]] = {
+    "authorization_code": exchange_code, "refresh_token": refresh}
+
+
+@route("POST /oauth/token", "RFC 6749 section 3.2", cors=True)
+def token(portal: Portal, request: Request) -> Response:
+    """Tokens for a code or for a refresh token (RFC 6749 section 3.2)."""
+    form = Fields(request.form())
+    if form.repeated:
+        raise PortalError("invalid_request", f"{form.repeated[0]} is given more than once")
+    grant_type = form.need("grant_type")
+    if grant_type not in GRANT_TYPES:
+        raise PortalError("unsupported_grant_type",
+                          f"grant_type {grant_type!r}: expected one of {', '.join(GRANT_TYPES)}")
+    if grant_type == "refresh_token" and not form.get("client_id") and "authorization" not in request.headers:
+        # A public client's refresh may leave client_id out: the token names it. A confidential one must prove itself.
+        row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
+        form.values["client_id"] = row["client_id"] if row else ""
+    client = authenticate_client(portal, request, form)
+    if grant_type not in client.metadata.get("grant_types", GRANT_TYPES):
+        raise PortalError("unauthorized_client", f"client {client.client_id!r} did not register for {grant_type}")
+    return json_response(GRANT_TYPES[grant_type](portal, client, form))
+
+
+def known_token(portal: Portal, value: str) -> Optional[Row]:
+    """An access or refresh token's row, whatever its state; None for what was never one."""
+    row = portal.state.row(TOKEN_SQL, value)
+    return row if row and row["kind"] != "code" else None
+
+
+def is_active(portal: Portal, row: Row) -> bool:
+    """Whether a token is good now."""
+    return bool(row["live"]) and row["expires"] > portal.clock.now()
+
+
+@route("POST /oauth/introspect", "RFC 7662 section 2", cors=True)
+def introspect(portal: Portal, request: Request) -> Response:
+    """What a token is good for, told to a client that proves who it is, or to the token's own bearer (RFC 7662)."""
+    form = Fields(request.form())
+    row = known_token(portal, form.need("token"))
+    if request.headers.get("authorization", "").lower().startswith("bearer "):
+        bearer = known_token(portal, request.headers["authorization"][7:].strip())
+        if not bearer or not is_active(portal, bearer) or (row and row["grant_id"] != bearer["grant_id"]):
+            raise invalid_client("a bearer token may ask only about its own authorization, while it is valid", request)
+    else:
+        client = authenticate_client(portal, request, form)
+        if not client.secret_hash and row and row["client_id"] != client.client_id:
+            row = None  # anybody can say a public client's name; it learns of its own tokens only
+    if not row or not is_active(portal, row):
+        return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
+    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"],
+              "username": row["username"], "exp": int(row["expires"]), "iat": int(row["issued"]),
+              "patient": row["patient_id"]}
+    if row["kind"] == "access":
+        answer["token_type"] = "Bearer"
+    if row["issuer"]:
+        answer["iss"] = row["issuer"]
+    return json_response(answer)
+
+
+@route("POST /oauth/revoke", "RFC 7009 section 2", cors=True)
+def revoke(portal: Portal, request: Request) -> Response:
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009)."""
+    form = Fields(request.form())
+    value = form.need("token")
+    client = authenticate_client(portal, request, form)
+    row = known_token(portal, value)
+    if row and row["client_id"] == client.client_id:
+        with portal.state.transaction() as database:
+            if row["kind"] == "refresh":
+                end_grant(database, row["grant_id"])
+            else:
+                database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
+    return json_response({})
+
+
+# ######################################################################## 15 the FHIR API
+
+REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
+FHIR_TYPE = "application/fhir+json"
+JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if not scheme:
+        raise FhirError("login", "no access token: send Authorization: Bearer ...", 401, [REALM])
+    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = "has expired" if row and row["live"] else "is not a valid one"
+        raise FhirError("login", f"the access token {why}", 401, [(
+            REALM[0], f'{REALM[1]}, error="invalid_token", error_description="the access token {why}"')])
+    request.client_id, request.username = row["client_id"], row["username"]
+    return row
+
+
+def access_of(portal: Portal, row: Row) -> Access:
+    """What an access token lets its bearer see."""
+    user = portal.user(row["username"])
+    everybody = bool(user and user["any_patient"])
+    return Access(row["token_scope"], row["patient_id"],
+                  None if everybody else frozenset(portal.patients_of(row["username"])),
+                  frozenset(json.loads(row["security_labels"])))
+
+
+def too_little_scope(type_name: str, letter: str) -> FhirError:
+    """403 that names the scope it would take (RFC 6750 section 3.1)."""
+    needed = f"patient/{type_name}.{letter}"
+    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
+                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
+
+
+def fhir_response(request: Request, body: Json, status: int = 200,
+                  headers: Sequence[Tuple[str, str]] = ()) -> Response:
+    """A resource, in the JSON type asked for; 406 if no JSON is acceptable."""
+    wanted = dict(request.pairs()).get("_format", "") if status == 200 else ""
+    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
+    if wanted:
+        accepted = [wanted.replace(" ", "+").partition(";")[0].lower()]
+    if status == 200 and accepted != [""] and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
+    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPE
+    pretty = "_pretty=true" in request.query
+    return Response(status, json.dumps(body, indent=2 if pretty else None).encode(), media_type, headers)
+
+
+def outcome(error: PortalError) -> Json:
+    """An error as FHIR says it."""
+    code = error.error if isinstance(error, FhirError) else "invalid"
+    return {"resourceType": "OperationOutcome", "issue": [
+        {"severity": "error", "code": code, "diagnostics": error.description}]}
+
+
+def _count(parameters: Sequence[Tuple[str, str]], name: str, default: int, most: int) -> int:
+    """A whole number among the parameters."""
+    text = dict(parameters).get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise FhirError("value", f"{name}={text}: expected a whole number")
+    return min(int(text), most)
+
+
+def search_parameters(request: Request, type_name: str) -> List[Tuple[str, str]]:
+    """The parameters of a search: of the query and of a POST's form. Lenient handling drops what is unknown."""
+    pairs = request.pairs() + (request.form() if request.method == "POST" else [])
+    pairs = [(name, value) for name, value in pairs if value]
+    if "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""):
+        known = [*SEARCH[type_name], *COMMON_PARAMETERS, *RESULT_PARAMETERS]
+        pairs = [(name, value) for name, value in pairs if name in known]
+    return pairs
+
+
+def pin_to_patient(access: Access, type_name: str, parameters: Sequence[Tuple[str, str]]) -> None:
+    """A search that names another patient is refused in words, rather than found empty."""
+    allowed = access.patients(type_name, "s")
+    if allowed is None or type_name in SHARED_TYPES:
+        return
+    for name, text in parameters:
+        if name in NAMES_A_PATIENT or (name == "_id" and type_name == "Patient"):
+            for one in text.split(","):
+                if one.split("/")[-1] not in allowed:
+                    raise FhirError("forbidden", f"{name}={one}: the token is not for this patient's record", 403)
+
+
+def search(portal: Portal, request: Request, access: Access, type_name: str, base: str) -> Response:
+    """A page of a type's resources that match and may be seen, as a Bundle with links to the other pages."""
+    parameters = search_parameters(request, type_name)
+    pin_to_patient(access, type_name, parameters)
+    count = _count(parameters, "_count", 20, 1000)
+    offset = _count(parameters, "_offset", 0, 10 ** 9)
+    summary = dict(parameters).get("_summary", "false")
+    if summary not in ("count", "false"):
+        raise FhirError("not-supported", f"_summary={summary}: only count and false are supported")
+    only_count = summary == "count" or count == 0
+    found = portal.records.search(type_name, parameters, access, 0 if only_count else count, offset)
+
+    def link(relation: str, start: int) -> Json:
+        rest = [(name, value) for name, value in parameters if name not in ("_offset", "_count")]
+        rest += [("_count", str(count))] if "_count" in dict(parameters) else []
+        rest += [("_offset", str(start))] if start else []
+        query = urlencode(rest, quote_via=quote)
+        return {"relation": relation, "url": f"{base}/{type_name}" + (f"?{query}" if query else "")}
+    links = [link("self", offset)]
+    if not only_count:
+        links += [link("first", 0)] if offset else []
+        links += [link("previous", max(0, offset - count))] if offset else []
+        links += [link("next", offset + count)] if offset + count < found.total else []
+    bundle: Json = {"resourceType": "Bundle", "type": "searchset", "total": found.total, "link": links}
+    if access.labels:
+        del bundle["total"]  # it would tell how much was left out
+    if found.resources:
+        bundle["entry"] = [{"fullUrl": f"{base}/{type_name}/{one['id']}", "resource": one,
+                            "search": {"mode": "match"}} for one in found.resources]
+    return fhir_response(request, bundle)
+
+
+def read(portal: Portal, request: Request, access: Access, type_name: str, resource_id: str) -> Response:
+    """One resource: fetched, then judged."""
+    resource = portal.records.read(type_name, resource_id)
+    if not resource:
+        raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
+    if not access.may_see(resource, "r"):
+        raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
+                        "category that was not approved", 403)
+    version, updated = resource["meta"]["versionId"], date_range(resource["meta"]["lastUpdated"])[0]
+    return fhir_response(request, resource, headers=[("ETag", f'W/"{version}"'), ("Last-Modified", http_date(updated))])
+
+
+def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
+    """What of the FHIR API a path means: a type to search, a resource to read."""
+    parts = [unquote(part) for part in request.rest.split("/")]
+    type_name = parts[0]
+    if type_name not in SEARCH:
+        raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
+                        + ", ".join(sorted(SEARCH)), 404)
+    if request.method == "POST" and parts[1:] != ["_search"]:
+        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
+    letter = "s" if len(parts) == 1 or parts[1:] == ["_search"] else "r"
+    if not access.allows(type_name, letter):
+        raise too_little_scope(type_name, letter)
+    if letter == "s" and (len(parts) == 1 or request.method == "POST"):
+        return search(portal, request, access, type_name, base)
+    if len(parts) == 2 and re.fullmatch(r"[A-Za-z0-9.-]{1,64}", parts[1]):
+        return read(portal, request, access, type_name, parts[1])
+    raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
+
+
+@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir")
+def fhir_metadata(portal: Portal, request: Request) -> Response:
+    """What the FHIR API can do, and where to get a token for it. Needs none itself."""
+    return fhir_response(request, capability_statement(portal, request, True))
+
+
+@route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir")
+def fhir(portal: Portal, request: Request) -> Response:
+    """The record of the patient that the access token is for, and nothing else."""
+    row = bearer(portal, request)
+    if request.method not in ("GET", "POST"):
+        raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
+    return serve_records(portal, request, access_of(portal, row), portal.base(request) + "/api/fhir")
+
+
+@route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir")
+def open_fhir(portal: Portal, request: Request) -> Response:
+    """All records, without a token: to look what there is."""
+    if not portal.settings.serves_open_fhir:
+        raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
+    if request.rest == "metadata":
+        return fhir_response(request, capability_statement(portal, request, False))
+    if request.method == "POST" and not request.rest.endswith("/_search"):
+        raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
+    return serve_records(portal, request, Access(None), portal.base(request) + "/api/open-fhir")
+
+
+@route("GET /api/me", "S4S", cors=True, kind="fhir")
+def me(portal: Portal, request: Request) -> Response:
+    """The client of this token, and the tokens of the same user and client that are still good; never their values."""
+    row = bearer(portal, request)
+    now = portal.clock.now()
+    client = portal.client(row["client_id"])
+    rows = portal.state.rows(
+        "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
+        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
+        "AND username = ? ORDER BY issued", now, row["client_id"], row["username"])
+    return json_response({
+        "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
+            {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
+             "approval_expires": http_date(one["approval_expires"])} for one in rows]})
+
+
