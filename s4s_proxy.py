@@ -62,7 +62,6 @@ import base64
 import binascii
 import calendar
 import contextlib
-import dataclasses
 import datetime
 import email.utils
 import hashlib
@@ -74,57 +73,55 @@ import json
 import math
 import re
 import secrets
-import signal
-import socket
 import sqlite3
-import sys
 import threading
 import time
-import traceback
 import uuid
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
-__all__ = ["Server", "PortalError", "StartError", "__version__"]
+__all__ = ["PortalError", "Server", "StartError", "__version__"]
 
-Json = Dict[str, Any]  # a JSON object; FHIR resources are such
+Json = dict[str, Any]  # a JSON object; FHIR resources are such
 
 
 # ######################################################################## 1 settings
 
-def _option(default: Any, help: str, metavar: str = "", flag: str = "") -> Any:
-    """A setting: its default, its line in --help, its placeholder there, its flag if not its own name."""
-    extra = {"help": help, "metavar": metavar, "flag": flag}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=list, metadata=extra)
-    return dataclasses.field(default=default, metadata=extra)
+def _shown(text: str, placeholder: str = "") -> dict[str, str]:
+    """How --help shows a setting."""
+    return {"help": text, "placeholder": placeholder}
 
 
-@dataclasses.dataclass
+@dataclass
 class Settings:
     """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
 
-    A list may be given as one value. None means "decide by the address": see `local`.
+    A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
     """
-    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
-    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
-    base_url: List[str] = _option([], "public address, if not the one in each request; repeatable", "URL")
-    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
-    client: List[str] = _option([], "a client known from the start: ID[:SECRET]=REDIRECT_URI; repeatable", "CLIENT")
-    db: Optional[str] = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
-    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: Optional[bool] = _option(None, "serve /api/open-fhir/ (default: on loopback only)")
-    debug: Optional[bool] = _option(None, "serve /oauth/debug/* (default: on loopback only)")
-    certfile: Optional[str] = _option(None, "serve https with this certificate (PEM)", "FILE")
-    keyfile: Optional[str] = _option(None, "the certificate's key, if not in the same file", "FILE")
-    quiet: bool = _option(False, "no request log")
+    host: str = field(default="127.0.0.1", metadata=_shown("address to listen on", "ADDR"))
+    port: int = field(default=8000, metadata=_shown("port to listen on; 0 takes any free one", "N"))
+    base_url: list[str] = field(default_factory=list, metadata=_shown(
+        "the public address, if not the one that each request names; repeatable", "URL"))
+    name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
+    client: list[str] = field(default_factory=list, metadata=_shown(
+        "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
+    db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
+    strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
+    open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
+    debug: bool | None = field(default=None, metadata=_shown("serve /oauth/debug/* (default: on loopback only)"))
+    certfile: str | None = field(default=None, metadata=_shown("serve https with this certificate (PEM)", "FILE"))
+    keyfile: str | None = field(default=None, metadata=_shown("its key, if not in the same file", "FILE"))
+    quiet: bool = field(default=False, metadata=_shown("no request log"))
+    verbose: bool = field(default=False, metadata=_shown("explain each decision in the request log"))
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.default_factory is list and not isinstance(value, list):
-                setattr(self, field.name, [value] if isinstance(value, str) else list(value))
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.default_factory is list and not isinstance(value, list):
+                setattr(self, one.name, list(value) if isinstance(value, (tuple, set)) else [value])
         self.base_url = [url.rstrip("/") for url in self.base_url]
         for url in self.base_url:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
@@ -163,7 +160,7 @@ class PortalError(Exception):
 
     Test controls raise it as it is; over HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2).
     """
-    def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[Tuple[str, str]] = ()):
+    def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
 
@@ -176,8 +173,11 @@ class RedirectError(PortalError):
     """An authorization error that travels to the app's redirect URI (RFC 6749 section 4.1.2.1).
 
     Raised only after client and redirect URI have been found good: before that, a redirect would make this
-    server a tool for sending people anywhere (RFC 6749 section 10.15).
+    server a tool for sending people anywhere (RFC 6749 section 10.15). `url` is where the browser goes.
     """
+    def __init__(self, error: PortalError, url: str):
+        super().__init__(error.error, error.description)
+        self.url = url
 
 
 class FhirError(PortalError):
@@ -199,6 +199,11 @@ def s256_challenge(verifier: str) -> str:
 def same_secret(one: str, other: str) -> bool:
     """Compare in a time that tells nothing about where two secrets differ."""
     return hmac.compare_digest(one.encode("utf-8", "replace"), other.encode("utf-8", "replace"))
+
+
+def shorten(secret: str) -> str:
+    """A secret as the log may show it: enough to tell two apart, too little to use."""
+    return secret[:4] + "..."
 
 
 def new_token() -> str:
@@ -247,7 +252,7 @@ class ResourceScope(NamedTuple):
                 and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS))
 
 
-def parse_scope(word: str) -> Optional[ResourceScope]:
+def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
     if not match or not match[3]:
@@ -255,7 +260,7 @@ def parse_scope(word: str) -> Optional[ResourceScope]:
     return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word)
 
 
-def resource_scopes(scope: str) -> List[ResourceScope]:
+def resource_scopes(scope: str) -> list[ResourceScope]:
     """The resource scopes within a scope string."""
     return [parsed for parsed in map(parse_scope, scope.split()) if parsed]
 
@@ -275,7 +280,7 @@ def negotiate_scope(asked: str, registered: str) -> str:
     Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3). A word that asks for writing
     beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling.
     """
-    granted: List[str] = []
+    granted: list[str] = []
     for word in asked.split():
         parsed = parse_scope(word)
         if parsed:
@@ -395,7 +400,7 @@ class Store:
     One connection and a lock is faster here than a connection per thread, and leaves no question of who sees what:
     a `transaction` is alone, from its first look to its last write.
     """
-    def __init__(self, path: Optional[str], schema: str):
+    def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
@@ -408,15 +413,15 @@ class Store:
             raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
         self._lock = threading.RLock()
 
-    def rows(self, sql: str, *values: Any) -> List[Row]:
+    def rows(self, sql: str, *values: Any) -> list[Row]:
         """All rows of a query."""
         with self._lock:
             return self.connection.execute(sql, values).fetchall()
 
-    def row(self, sql: str, *values: Any) -> Optional[Row]:
+    def row(self, sql: str, *values: Any) -> Row | None:
         """The first row of a query, or None."""
         with self._lock:
-            found: Optional[Row] = self.connection.execute(sql, values).fetchone()
+            found: Row | None = self.connection.execute(sql, values).fetchone()
             return found
 
     @contextlib.contextmanager
@@ -454,7 +459,7 @@ class Clock:
 
 def http_date(seconds: float) -> str:
     """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
-    moment = datetime.datetime.fromtimestamp(0, datetime.timezone.utc) + datetime.timedelta(seconds=int(seconds))
+    moment = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(seconds=int(seconds))
     return email.utils.format_datetime(moment, usegmt=True)
 
 
@@ -698,7 +703,7 @@ VITAL_SIGNS = (  # column of VITALS, LOINC, name, unit (UCUM)
     (7, "39156-5", "Body mass index (BMI)", "kg/m2"), (10, "2708-6", "Oxygen saturation in arterial blood", "%"))
 
 
-def table(text: str) -> List[List[str]]:
+def table(text: str) -> list[list[str]]:
     """The rows and columns of one of the tables above."""
     return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
 
@@ -726,11 +731,11 @@ def person(patient_id: str) -> Json:
     return {"reference": f"Patient/{patient_id}"}
 
 
-def build_patient(row: List[str]) -> Json:
+def build_patient(row: list[str]) -> Json:
     """A Patient with US Core's race, ethnicity and birth sex."""
     pid, given, initial, family, gender, born, street, city, zip_code, phone, race, race_text = row
     ethnic = "urn:oid:2.16.840.1.113883.6.238"
-    extensions: List[Json] = [
+    extensions: list[Json] = [
         {"url": US_CORE + "ethnicity", "extension": [
             {"url": "ombCategory", "valueCoding": coding(ethnic, "2186-5", "Not Hispanic or Latino")},
             {"url": "text", "valueString": "Not Hispanic or Latino"}]},
@@ -752,7 +757,7 @@ def build_patient(row: List[str]) -> Json:
         "managingOrganization": CLINIC}
 
 
-def build_condition(row: List[str]) -> Json:
+def build_condition(row: list[str]) -> Json:
     """A problem on the problem list."""
     number, pid, since, code, name = row
     return {"resourceType": "Condition", "id": f"smart-Condition-{number}",
@@ -763,10 +768,10 @@ def build_condition(row: List[str]) -> Json:
             "recordedDate": since}
 
 
-def build_allergy(row: List[str]) -> Json:
+def build_allergy(row: list[str]) -> Json:
     """An allergy, or the statement that none is known."""
     number, pid, since, system, code, name, reaction, reaction_text, severity = row
-    built = {"resourceType": "AllergyIntolerance", "id": f"smart-AllergyIntolerance-{number}",
+    built: Json = {"resourceType": "AllergyIntolerance", "id": f"smart-AllergyIntolerance-{number}",
              "clinicalStatus": concept(HL7 + "allergyintolerance-clinical", "active"),
              "verificationStatus": concept(HL7 + "allergyintolerance-verification", "confirmed"),
              "code": concept(SYSTEMS[system], code, name), "patient": person(pid), "recordedDate": since}
@@ -776,7 +781,7 @@ def build_allergy(row: List[str]) -> Json:
     return built
 
 
-def build_prescription(row: List[str]) -> Json:
+def build_prescription(row: list[str]) -> Json:
     """A MedicationRequest; prescriptions of a limited course are over."""
     number, pid, written, code, name, directions, amount, days, refills, dose, unit, frequency = row
     return {"resourceType": "MedicationRequest", "id": f"smart-MedicationRequest-{number}",
@@ -789,7 +794,7 @@ def build_prescription(row: List[str]) -> Json:
                                 "expectedSupplyDuration": quantity(days, "d")}}
 
 
-def build_statement(row: List[str]) -> Json:
+def build_statement(row: list[str]) -> Json:
     """What the patient says about taking a medicine: one for each prescription."""
     number, pid, written, code, name = row[:5]
     return {"resourceType": "MedicationStatement", "id": f"smart-MedicationStatement-{number}",
@@ -798,7 +803,7 @@ def build_statement(row: List[str]) -> Json:
             "dateAsserted": written, "basedOn": [{"reference": f"MedicationRequest/smart-MedicationRequest-{number}"}]}
 
 
-def build_dispense(row: List[str]) -> Json:
+def build_dispense(row: list[str]) -> Json:
     """A medicine handed over at the pharmacy."""
     number, pid, date, prescription, days, amount = row
     drug = next(drug for drug in table(MEDICATIONS) if drug[0] == prescription)
@@ -808,7 +813,7 @@ def build_dispense(row: List[str]) -> Json:
             "quantity": quantity(amount, drug[10]), "daysSupply": quantity(days, "d"), "whenHandedOver": date}
 
 
-def build_administration(row: List[str]) -> Json:
+def build_administration(row: list[str]) -> Json:
     """A medicine given in the clinic: the first dose of each of Daniel's prescriptions."""
     number, pid, written, code, name, directions, dose, unit = row[:6] + row[9:11]
     return {"resourceType": "MedicationAdministration", "id": f"smart-MedicationAdministration-{number}",
@@ -817,7 +822,7 @@ def build_administration(row: List[str]) -> Json:
             "dosage": {"text": directions, "dose": quantity(dose, unit)}}
 
 
-def build_immunization(row: List[str]) -> Json:
+def build_immunization(row: list[str]) -> Json:
     """A vaccine given."""
     number, pid, date, code, name = row
     return {"resourceType": "Immunization", "id": f"smart-Immunization-{number}", "status": "completed",
@@ -832,7 +837,7 @@ def build_observation(key: str, pid: str, date: str, category: str, code: Json, 
             "effectiveDateTime": date, **value}
 
 
-def build_lab(row: List[str]) -> Json:
+def build_lab(row: list[str]) -> Json:
     """A laboratory result; a word where it is not a number."""
     number, date, code, name, value, low, high, unit = row
     try:
@@ -844,7 +849,7 @@ def build_lab(row: List[str]) -> Json:
     return build_observation(f"{number}-lab", "smart-1288992", date, "laboratory", concept(LOINC, code, name), result)
 
 
-def build_smoking(row: List[str]) -> Json:
+def build_smoking(row: list[str]) -> Json:
     """A smoking status."""
     number, pid, date, code, name = row
     return build_observation(f"{number}-smoking", pid, date, "social-history",
@@ -852,7 +857,7 @@ def build_smoking(row: List[str]) -> Json:
                              {"issued": f"{date}T12:00:00Z", "valueCodeableConcept": concept(SNOMED, code, name)})
 
 
-def build_visit(row: List[str]) -> Iterator[Json]:
+def build_visit(row: list[str]) -> Iterator[Json]:
     """A visit: its Encounter, and an Observation for each vital sign."""
     number, date = row[:2]
     pid = "smart-1288992"
@@ -874,14 +879,14 @@ def build_visit(row: List[str]) -> Iterator[Json]:
         ]})
 
 
-def build_procedure(row: List[str]) -> Json:
+def build_procedure(row: list[str]) -> Json:
     """A procedure done."""
     number, pid, date, code, name = row
     return {"resourceType": "Procedure", "id": f"smart-Procedure-{number}", "status": "completed",
             "code": concept(SNOMED, code, name), "subject": person(pid), "performedDateTime": date}
 
 
-def build_document(row: List[str]) -> Iterator[Json]:
+def build_document(row: list[str]) -> Iterator[Json]:
     """A document: its DocumentReference, and the Binary that holds its text."""
     number, pid, date, code, name, text = row
     data = base64.b64encode(text.encode()).decode()
@@ -898,7 +903,7 @@ def build_document(row: List[str]) -> Iterator[Json]:
                                          "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}]}
 
 
-def build_image(row: List[str]) -> Json:
+def build_image(row: list[str]) -> Json:
     """An imaging study of one series."""
     number, pid, date, modality, description, uid = row
     kind = coding("http://dicom.nema.org/resources/ontology/DCM", modality)
@@ -954,7 +959,7 @@ def build_shared() -> Iterator[Json]:
 
 def sample_resources() -> Iterator[Json]:
     """Every resource of the sample records, with times of last change spread over 2016 to 2018."""
-    single: Sequence[Tuple[str, Callable[[List[str]], Json]]] = (
+    single: Sequence[tuple[str, Callable[[list[str]], Json]]] = (
         (PATIENTS, build_patient), (PROBLEMS, build_condition), (ALLERGIES, build_allergy),
         (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (FILLS, build_dispense),
         (IMMUNIZATIONS, build_immunization), (LABS, build_lab), (SMOKING, build_smoking),
@@ -964,7 +969,7 @@ def sample_resources() -> Iterator[Json]:
     built += [resource for row in table(VITALS) for resource in build_visit(row)]
     built += [resource for row in table(DOCUMENTS) for resource in build_document(row)]
     built += [build_report(), *build_insurance(), *build_shared()]
-    first = datetime.datetime(2016, 1, 1, 12, tzinfo=datetime.timezone.utc)
+    first = datetime.datetime(2016, 1, 1, 12, tzinfo=datetime.UTC)
     for place, resource in enumerate(built):
         moment = first + datetime.timedelta(days=place * 3 % 1000)
         yield {**resource, "meta": {"versionId": "1", "lastUpdated": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}}
@@ -987,7 +992,7 @@ SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", 
 NOBODY = ""  # the owner of what belongs to nobody
 
 
-def owner(resource: Json) -> Optional[str]:
+def owner(resource: Json) -> str | None:
     """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told."""
     type_name = resource.get("resourceType", "")
     if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
@@ -1007,7 +1012,7 @@ def reference_of(element: Any) -> str:
 
 
 # The categories of the consent page, in its order: what it is called there, and the types it covers.
-CATEGORIES: Dict[str, Tuple[str, Tuple[str, ...]]] = {
+CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "patient": ("Name, address and other demographics", ("Patient",)),
     "medications": ("Medications", ("MedicationOrder", "MedicationRequest", "MedicationStatement",
                                     "MedicationDispense", "MedicationAdministration")),
@@ -1031,7 +1036,7 @@ _CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for
                      if name not in ("Observation", "DiagnosticReport")}
 
 
-def categories(resource: Json) -> List[str]:
+def categories(resource: Json) -> list[str]:
     """The data categories a resource falls into; empty for what belongs to nobody."""
     if owner(resource) == NOBODY:
         return []
@@ -1052,9 +1057,9 @@ def categories(resource: Json) -> List[str]:
 
 class Access(NamedTuple):
     """What one request may see. Everything that leaves the FHIR API has passed `may_see`."""
-    scope: Optional[str]                 # None: everything, as /api/open-fhir shows it
-    patient_id: Optional[str] = None     # whose record patient/ scopes open
-    users_patients: Optional[frozenset[str]] = frozenset()  # whose records user/ scopes open; None: everybody's
+    scope: str | None                 # None: everything, as /api/open-fhir shows it
+    patient_id: str | None = None     # whose record patient/ scopes open
+    users_patients: frozenset[str] | None = frozenset()  # whose records user/ scopes open; None: everybody's
     labels: frozenset[str] = frozenset()  # the categories approved; empty: not limited
 
     def allows(self, type_name: str, letter: str) -> bool:
@@ -1062,7 +1067,7 @@ class Access(NamedTuple):
         return self.scope is None or any(scope_allows(self.scope, context, type_name, letter)
                                          for context in ("patient", "user"))
 
-    def patients(self, type_name: str, letter: str) -> Optional[frozenset[str]]:
+    def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
         """The patients whose resources of a type may be seen; None: everybody's."""
         if self.scope is None:
             return None
@@ -1091,7 +1096,7 @@ class Access(NamedTuple):
 
 
 # What can be searched, for each type: parameter -> (kind, elements it looks into). A dotted path goes through lists.
-Parameters = Dict[str, Tuple[str, Tuple[str, ...]]]
+Parameters = dict[str, tuple[str, tuple[str, ...]]]
 
 
 def _subject(element: str = "subject") -> Parameters:
@@ -1103,7 +1108,7 @@ _STATUS_CODE: Parameters = {"status": ("token", ("status",)), "code": ("token", 
                             "identifier": ("token", ("identifier",))}
 _MEDICATION: Parameters = {"status": ("token", ("status",)), "code": ("token", ("medicationCodeableConcept",)),
                            **_subject()}
-SEARCH: Dict[str, Parameters] = {
+SEARCH: dict[str, Parameters] = {
     "Patient": {"identifier": ("token", ("identifier",)), "gender": ("token", ("gender",)),
                 "birthdate": ("date", ("birthDate",)), "name": ("string", ("name",)),
                 "family": ("string", ("name.family",)), "given": ("string", ("name.given",)),
@@ -1152,7 +1157,7 @@ RESULT_PARAMETERS = ("_count", "_offset", "_sort", "_summary", "_format", "_pret
 COMMON_PARAMETERS = ("_id", "_lastUpdated")
 
 
-def elements(resource: Any, path: str) -> List[Any]:
+def elements(resource: Any, path: str) -> list[Any]:
     """All values at a dotted path, through lists."""
     found = [resource]
     for name in path.split("."):
@@ -1161,9 +1166,9 @@ def elements(resource: Any, path: str) -> List[Any]:
     return found
 
 
-def tokens_of(values: Iterable[Any]) -> List[Tuple[str, str]]:
+def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
     """(system, code) of codes, booleans, Codings, CodeableConcepts and Identifiers."""
-    found: List[Tuple[str, str]] = []
+    found: list[tuple[str, str]] = []
     for value in values:
         if isinstance(value, bool):
             found.append(("", "true" if value else "false"))
@@ -1190,7 +1195,7 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
 _DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
 
 
-def date_range(text: str) -> Tuple[float, float]:
+def date_range(text: str) -> tuple[float, float]:
     """The first and the last second that a FHIR date or time may mean: 2008-07 is all of July, UTC.
 
     ValueError if it is none.
@@ -1200,7 +1205,7 @@ def date_range(text: str) -> Tuple[float, float]:
         raise ValueError(text)
     year, month, day, hour, minute, second, zone = match.groups()
     start = datetime.datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), int(minute or 0),
-                              min(int(second or 0), 59), tzinfo=datetime.timezone.utc)
+                              min(int(second or 0), 59), tzinfo=datetime.UTC)
     first = float(calendar.timegm(start.timetuple()))
     if zone and zone != "Z":
         first -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
@@ -1210,7 +1215,7 @@ def date_range(text: str) -> Tuple[float, float]:
     return first, first + days * 86400 - 1
 
 
-def period_of(value: Any) -> Optional[Tuple[float, float]]:
+def period_of(value: Any) -> tuple[float, float] | None:
     """The range of a date or a Period; a Period without an end goes on for ever."""
     try:
         if isinstance(value, str):
@@ -1223,7 +1228,7 @@ def period_of(value: Any) -> Optional[Tuple[float, float]]:
     return None
 
 
-SearchValue = Tuple[str, Optional[str], Optional[str], Optional[float], Optional[float]]
+SearchValue = tuple[str, str | None, str | None, float | None, float | None]
 
 
 def search_values(resource: Json) -> Iterator[SearchValue]:
@@ -1249,7 +1254,7 @@ def search_values(resource: Json) -> Iterator[SearchValue]:
 class Condition(NamedTuple):
     """A piece of SQL that a resource `r` must meet, and its values."""
     sql: str
-    values: Tuple[Any, ...]
+    values: tuple[Any, ...]
 
 
 def _any(alternatives: Sequence[Condition]) -> Condition:
@@ -1314,7 +1319,7 @@ def access_condition(access: Access, type_name: str) -> Condition:
     """What `access.may_see` says, as SQL: so that a page is full and a total is right. May_see has the last word."""
     if access.scope is None or type_name in SHARED_TYPES:
         return Condition("1", ())
-    parts: List[Condition] = []
+    parts: list[Condition] = []
     patients = access.patients(type_name, "s")
     if patients is not None:
         parts.append(Condition(f"r.patient_id IN ({', '.join('?' * len(patients))})", tuple(sorted(patients))))
@@ -1329,12 +1334,12 @@ def access_condition(access: Access, type_name: str) -> Condition:
 class Page(NamedTuple):
     """One page of a search: how many match in all, and those on this page."""
     total: int
-    resources: List[Json]
+    resources: list[Json]
 
 
 class Records:
     """The embedded records: FHIR resources in SQLite."""
-    def __init__(self, path: Optional[str]):
+    def __init__(self, path: str | None):
         self.store = Store(path, RECORD_SCHEMA)
         self._ready = threading.Event()
         self._filling = threading.Lock()
@@ -1366,12 +1371,12 @@ class Records:
                                      [(cursor.lastrowid, *row) for row in search_values(resource)])
         return count
 
-    def read(self, type_name: str, resource_id: str) -> Optional[Json]:
+    def read(self, type_name: str, resource_id: str) -> Json | None:
         """One resource, or None."""
         found = self._filled().row("SELECT json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
         return json.loads(found["json"]) if found else None
 
-    def search(self, type_name: str, parameters: Sequence[Tuple[str, str]], access: Access,
+    def search(self, type_name: str, parameters: Sequence[tuple[str, str]], access: Access,
                count: int, offset: int) -> Page:
         """The resources that match all parameters and may be seen; sorted by _sort, else in the order of loading."""
         conditions = [Condition("r.type = ?", (type_name,)), access_condition(access, type_name)]
@@ -1426,7 +1431,7 @@ DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_acce
 class Client(NamedTuple):
     """An app, as registered."""
     client_id: str
-    secret_hash: Optional[str]  # None: a public client, which can keep no secret
+    secret_hash: str | None  # None: a public client, which can keep no secret
     metadata: Json              # RFC 7591 section 2
 
     @property
@@ -1453,7 +1458,7 @@ class Portal:
 
     def _seed(self) -> None:
         """The accounts and clients that are there from the start."""
-        known: Dict[str, Client] = {}
+        known: dict[str, Client] = {}
         for client_id, secret, uri in DEMO_CLIENTS:
             known[client_id] = Client(client_id, hash_secret(secret), {"redirect_uris": [uri], "scope": DEMO_SCOPE})
         for text in self.settings.client:
@@ -1488,16 +1493,16 @@ class Portal:
         self.state.close()
         self.records.store.close()
 
-    def client(self, client_id: str) -> Optional[Client]:
+    def client(self, client_id: str) -> Client | None:
         """A registered client, or None."""
         row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
         return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"])) if row else None
 
-    def user(self, username: str) -> Optional[Row]:
+    def user(self, username: str) -> Row | None:
         """A user's row, or None."""
         return self.state.row("SELECT * FROM users WHERE username = ?", username)
 
-    def patients_of(self, username: str) -> Dict[str, str]:
+    def patients_of(self, username: str) -> dict[str, str]:
         """The patients a user may open, id -> name, the user's own record first."""
         user = self.user(username)
         if user and user["any_patient"]:
@@ -1540,9 +1545,9 @@ def is_redirect_uri(uri: Any) -> bool:
 
 class Fields:
     """The parameters of a query or a form. Each at most once (RFC 6749 section 3.1), empty the same as absent."""
-    def __init__(self, pairs: Iterable[Tuple[str, str]]):
-        self.values: Dict[str, str] = {}
-        self.repeated: List[str] = []
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
+        self.values: dict[str, str] = {}
+        self.repeated: list[str] = []
         for name, value in pairs:
             if name in self.values:
                 self.repeated.append(name)
@@ -1562,7 +1567,7 @@ class Fields:
         return value
 
 
-def decode_pairs(text: str) -> List[Tuple[str, str]]:
+def decode_pairs(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
@@ -1585,8 +1590,13 @@ class Request:
         self.host = headers.get("host", "")
         self.rest = ""
         self.client_id = self.username = ""     # found out on the way, for the log
+        self.notes: list[str] = []              # what was decided on the way and why, for --verbose
 
-    def pairs(self) -> List[Tuple[str, str]]:
+    def note(self, text: str) -> None:
+        """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
+        self.notes.append(text)
+
+    def pairs(self) -> list[tuple[str, str]]:
         """The query's parameters, in order."""
         return decode_pairs(self.query)
 
@@ -1595,7 +1605,7 @@ class Request:
         """The body's type, without parameters."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
-    def form(self) -> List[Tuple[str, str]]:
+    def form(self) -> list[tuple[str, str]]:
         """The body's parameters: application/x-www-form-urlencoded in UTF-8 (RFC 6749 appendix B)."""
         if self.media_type != "application/x-www-form-urlencoded":
             raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
@@ -1642,13 +1652,13 @@ def parse_json(data: bytes) -> Json:
 class Response:
     """What goes out."""
     def __init__(self, status: int, body: bytes = b"", content_type: str = "",
-                 headers: Sequence[Tuple[str, str]] = ()):
+                 headers: Sequence[tuple[str, str]] = ()):
         self.status, self.body = status, body
         self.headers = [("Content-Type", content_type)] if content_type else []
         self.headers += headers
 
 
-def json_response(value: Any, status: int = 200, headers: Sequence[Tuple[str, str]] = ()) -> Response:
+def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
     """JSON that no cache may keep: what OAuth's endpoints answer (RFC 6749 section 5.1)."""
     return Response(status, json.dumps(value).encode("ascii"), "application/json",
                     [("Cache-Control", "no-store"), ("Pragma", "no-cache"), *headers])
@@ -1670,24 +1680,27 @@ Endpoint = Callable[[Portal, Request], Response]
 
 class Route(NamedTuple):
     """One endpoint: methods, path (`{}` stands for the rest), the text it implements, whether browsers of any origin
-    may read it, and what kind of thing it is: oauth, fhir, page or debug; errors are shaped by that."""
-    methods: Tuple[str, ...]
+    may read it, what kind of thing it is (oauth, fhir, page or debug; errors are shaped by that), and the name by
+    which a test makes it fail."""
+    methods: tuple[str, ...]
     path: str
     spec: str
     cors: bool
     kind: str
+    fault: str
     endpoint: Endpoint
 
 
-ROUTES: List[Route] = []
+ROUTES: list[Route] = []
 
 
-def route(rule: str, spec: str, cors: bool = False, kind: str = "oauth") -> Callable[[Endpoint], Endpoint]:
+def route(rule: str, spec: str, cors: bool = False, kind: str = "oauth",
+          fault: str = "") -> Callable[[Endpoint], Endpoint]:
     """Declare the endpoint that serves `rule`, such as "GET,POST /login"."""
     methods, path = rule.split(" ")
 
     def declare(endpoint: Endpoint) -> Endpoint:
-        ROUTES.append(Route(tuple(methods.split(",")), path, spec, cors, kind, endpoint))
+        ROUTES.append(Route(tuple(methods.split(",")), path, spec, cors, kind, fault, endpoint))
         return endpoint
     return declare
 
@@ -1698,7 +1711,7 @@ class Markup(str):
     """Text that is HTML already. All other text is escaped when it enters a page."""
 
 
-def tag(name: str, *children: Any, **attributes: Any) -> Markup:
+def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     """An HTML element. class_ is class, data_slide is data-slide; True is a bare attribute, None and False are none."""
     words = [name]
     for key, value in attributes.items():
@@ -1773,8 +1786,8 @@ def _source_hash(text: str) -> str:
 
 
 PAGE_HEADERS = [  # no form-action: the consent form's answer redirects to the app, which that would forbid
-    ("Content-Security-Policy", f"default-src 'none'; style-src {_source_hash(STYLE)}; "
-     f"script-src {_source_hash(SCRIPT)}; base-uri 'none'; frame-ancestors 'none'"),
+    ("Content-Security-Policy", (f"default-src 'none'; style-src {_source_hash(STYLE)}; "
+                                 f"script-src {_source_hash(SCRIPT)}; base-uri 'none'; frame-ancestors 'none'")),
     ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
 
 
@@ -1804,7 +1817,7 @@ def error_page(portal: Portal, error: PortalError) -> Response:
 
 # ######################################################################## 10 discovery
 
-def addresses(base: str, browser_base: str) -> Dict[str, str]:
+def addresses(base: str, browser_base: str) -> dict[str, str]:
     """The endpoints, absolute. One source for every document that names them, so that all agree."""
     return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
             "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
@@ -1812,7 +1825,7 @@ def addresses(base: str, browser_base: str) -> Dict[str, str]:
             "revocation_endpoint": f"{base}/oauth/revoke"}
 
 
-@route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True)
+@route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
 def server_metadata(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
     return json_response({
@@ -1823,7 +1836,7 @@ def server_metadata(portal: Portal, request: Request) -> Response:
         "code_challenge_methods_supported": ["S256"], "authorization_response_iss_parameter_supported": True})
 
 
-@route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True)
+@route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
 def smart_configuration(portal: Portal, request: Request) -> Response:
     """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance")."""
     document = json.loads(server_metadata(portal, request).body)
@@ -1862,7 +1875,7 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 
 # ######################################################################## 11 clients
 
-def _strings(metadata: Json, name: str, default: Sequence[str]) -> List[str]:
+def _strings(metadata: Json, name: str, default: Sequence[str]) -> list[str]:
     """A member of client metadata that must be an array of strings."""
     value = metadata.get(name, list(default))
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
@@ -1907,7 +1920,7 @@ def register_client(portal: Portal, metadata: Json) -> Json:
     return answer
 
 
-@route("POST /oauth/register", "RFC 7591 section 3", cors=True)
+@route("POST /oauth/register", "RFC 7591 section 3", cors=True, fault="register")
 def register(portal: Portal, request: Request) -> Response:
     """Register an app (RFC 7591 section 3.1): JSON in, id and secret out."""
     return json_response(register_client(portal, request.json()), 201)
@@ -1918,7 +1931,7 @@ def invalid_client(description: str, request: Request) -> PortalError:
     return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
 
 
-def basic_credentials(request: Request) -> Optional[Tuple[str, str]]:
+def basic_credentials(request: Request) -> tuple[str, str] | None:
     """Client id and secret of HTTP Basic, as they came; None without such a header."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":
@@ -1990,7 +2003,7 @@ def form_token(session_id: str) -> str:
     return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
 
 
-def session_user(portal: Portal, request: Request) -> Optional[Row]:
+def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
     session_id = request.cookie(cookie_name(portal))
     user = session_id and portal.state.row(
@@ -2021,7 +2034,7 @@ def start_session(portal: Portal, username: str) -> str:
     return session_id
 
 
-def hidden(session_id: str, **fields: str) -> List[Markup]:
+def hidden(session_id: str, **fields: str) -> list[Markup]:
     """The hidden fields of a form, its token among them."""
     return [tag("input", type="hidden", name=name, value=value)
             for name, value in {"form_token": form_token(session_id), **fields}.items()]
@@ -2186,10 +2199,12 @@ def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -
     return with_query(redirect_uri, **parameters, **({"state": state} if state else {}), iss=issuer)
 
 
-@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page")
-def authorize(portal: Portal, request: Request) -> Response:
-    """An app asks for a user's permission: check the request, remember it, send the browser on to the user's part."""
-    asked = Authorization(portal, request, Fields(request.form() if request.method == "POST" else request.pairs()))
+def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str:
+    """Check an authorization request and remember it; gives the id by which the consent page knows it.
+
+    A failed check is a PortalError for the person at the browser, or a RedirectError for the app.
+    """
+    asked = Authorization(portal, request, fields)
     for check in PAGE_CHECKS:
         check(asked)
     try:
@@ -2197,8 +2212,9 @@ def authorize(portal: Portal, request: Request) -> Response:
             check(asked)
     except PortalError as error:
         state = asked.fields.values.get("state", "")
-        return redirect(back_to_app(asked.redirect_uri, state, asked.issuer or portal.browser_base(request),
-                                    error=error.error, error_description=error.description))
+        raise RedirectError(error, back_to_app(
+            asked.redirect_uri, state, asked.issuer or portal.browser_base(request),
+            error=error.error, error_description=error.description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "state": asked.state, "scope": asked.scope,
                "issuer": asked.issuer, "code_challenge": asked.fields.get("code_challenge")}
@@ -2206,10 +2222,21 @@ def authorize(portal: Portal, request: Request) -> Response:
         database.execute("DELETE FROM pending WHERE expires <= ?", (now,))
         database.execute("INSERT INTO pending VALUES (?, ?, ?, ?)",
                          (request_id, asked.client.client_id, json.dumps(details), now + PENDING_SECONDS))
+    return request_id
+
+
+@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page", fault="authorize")
+def authorize(portal: Portal, request: Request) -> Response:
+    """An app asks for a user's permission: check the request, remember it, send the browser on to the user's part."""
+    asked = Fields(request.form() if request.method == "POST" else request.pairs())
+    try:
+        request_id = begin_authorization(portal, request, asked)
+    except RedirectError as error:
+        return redirect(error.url)
     return redirect(f"{portal.browser_base(request)}/oauth/consent?request={request_id}")
 
 
-def offered_categories(portal: Portal, client: Client, scope: str) -> List[str]:
+def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
     """The categories that a scope reaches; a client's security_labels narrow them."""
     access = Access(scope, "any", frozenset(["any"]))
     wanted = client.metadata.get("security_labels")
@@ -2228,7 +2255,7 @@ def day_of(seconds: float) -> str:
     return time.strftime("%Y-%m-%d", time.gmtime(seconds))
 
 
-def pending_request(portal: Portal, request_id: str) -> Tuple[Client, Json]:
+def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
     """A remembered authorization request: its client and its details."""
     row = portal.state.row("SELECT * FROM pending WHERE request_id = ? AND expires > ?",
                            request_id, portal.clock.now())
@@ -2265,7 +2292,7 @@ def consent(portal: Portal, request: Request) -> Response:
 
 
 def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
-                patients: Dict[str, str]) -> Response:
+                patients: dict[str, str]) -> Response:
     """Whose record."""
     if not patients:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
@@ -2315,11 +2342,11 @@ class Grant(NamedTuple):
     username: str
     patient_id: str
     scope: str
-    labels: List[str]
+    labels: list[str]
     approval_expires: float
     issuer: str
-    redirect_uri: Optional[str]
-    code_challenge: Optional[str]
+    redirect_uri: str | None
+    code_challenge: str | None
 
 
 def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json,
@@ -2350,9 +2377,9 @@ def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
         grant.approval_expires, grant.issuer, grant.redirect_uri, grant.code_challenge))
 
 
-def decide(portal: Portal, request_id: str, grant: Optional[Grant]) -> str:
+def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
     """Close a pending request: with a code for the grant, or with access_denied. Gives where the browser goes."""
-    client, details = pending_request(portal, request_id)
+    details = pending_request(portal, request_id)[1]
     code, now = secrets.token_urlsafe(24), portal.clock.now()
     with portal.state.transaction() as database:
         if not database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount:
@@ -2422,7 +2449,7 @@ LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))
 
 
 def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
-                 refresh_token: Optional[str], lifetime: float = ACCESS_SECONDS) -> Json:
+                 refresh_token: str | None, lifetime: float = ACCESS_SECONDS) -> Json:
     """A new access token, as the token endpoint answers (RFC 6749 section 5.1). It never outlives the approval."""
     token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
     database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
@@ -2518,11 +2545,11 @@ def refresh(portal: Portal, client: Client, form: Fields) -> Json:
     return spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
 
 
-GRANT_TYPES: Dict[str, Callable[[Portal, Client, Fields], Json]] = {
+GRANT_TYPES: dict[str, Callable[[Portal, Client, Fields], Json]] = {
     "authorization_code": exchange_code, "refresh_token": refresh}
 
 
-@route("POST /oauth/token", "RFC 6749 section 3.2", cors=True)
+@route("POST /oauth/token", "RFC 6749 section 3.2", cors=True, fault="token")
 def token(portal: Portal, request: Request) -> Response:
     """Tokens for a code or for a refresh token (RFC 6749 section 3.2)."""
     form = Fields(request.form())
@@ -2542,7 +2569,7 @@ def token(portal: Portal, request: Request) -> Response:
     return json_response(GRANT_TYPES[grant_type](portal, client, form))
 
 
-def known_token(portal: Portal, value: str) -> Optional[Row]:
+def known_token(portal: Portal, value: str) -> Row | None:
     """An access or refresh token's row, whatever its state; None for what was never one."""
     row = portal.state.row(TOKEN_SQL, value)
     return row if row and row["kind"] != "code" else None
@@ -2553,7 +2580,7 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
-@route("POST /oauth/introspect", "RFC 7662 section 2", cors=True)
+@route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
     """What a token is good for, told to a client that proves who it is, or to the token's own bearer (RFC 7662)."""
     form = Fields(request.form())
@@ -2578,7 +2605,7 @@ def introspect(portal: Portal, request: Request) -> Response:
     return json_response(answer)
 
 
-@route("POST /oauth/revoke", "RFC 7009 section 2", cors=True)
+@route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
     """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009)."""
     form = Fields(request.form())
@@ -2632,7 +2659,7 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
 
 
 def fhir_response(request: Request, body: Json, status: int = 200,
-                  headers: Sequence[Tuple[str, str]] = ()) -> Response:
+                  headers: Sequence[tuple[str, str]] = ()) -> Response:
     """A resource, in the JSON type asked for; 406 if no JSON is acceptable."""
     wanted = dict(request.pairs()).get("_format", "") if status == 200 else ""
     accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
@@ -2652,7 +2679,7 @@ def outcome(error: PortalError) -> Json:
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
 
-def _count(parameters: Sequence[Tuple[str, str]], name: str, default: int, most: int) -> int:
+def _count(parameters: Sequence[tuple[str, str]], name: str, default: int, most: int) -> int:
     """A whole number among the parameters."""
     text = dict(parameters).get(name)
     if text is None:
@@ -2662,7 +2689,7 @@ def _count(parameters: Sequence[Tuple[str, str]], name: str, default: int, most:
     return min(int(text), most)
 
 
-def search_parameters(request: Request, type_name: str) -> List[Tuple[str, str]]:
+def search_parameters(request: Request, type_name: str) -> list[tuple[str, str]]:
     """The parameters of a search: of the query and of a POST's form. Lenient handling drops what is unknown."""
     pairs = request.pairs() + (request.form() if request.method == "POST" else [])
     pairs = [(name, value) for name, value in pairs if value]
@@ -2672,7 +2699,7 @@ def search_parameters(request: Request, type_name: str) -> List[Tuple[str, str]]
     return pairs
 
 
-def pin_to_patient(access: Access, type_name: str, parameters: Sequence[Tuple[str, str]]) -> None:
+def pin_to_patient(access: Access, type_name: str, parameters: Sequence[tuple[str, str]]) -> None:
     """A search that names another patient is refused in words, rather than found empty."""
     allowed = access.patients(type_name, "s")
     if allowed is None or type_name in SHARED_TYPES:
@@ -2747,13 +2774,13 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
 
 
-@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir")
+@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
     return fhir_response(request, capability_statement(portal, request, True))
 
 
-@route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir")
+@route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
     row = bearer(portal, request)
@@ -2762,7 +2789,7 @@ def fhir(portal: Portal, request: Request) -> Response:
     return serve_records(portal, request, access_of(portal, row), portal.base(request) + "/api/fhir")
 
 
-@route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir")
+@route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
 def open_fhir(portal: Portal, request: Request) -> Response:
     """All records, without a token: to look what there is."""
     if not portal.settings.serves_open_fhir:
