@@ -67,6 +67,8 @@ import collections
 import contextlib
 import datetime
 import email.utils
+import functools
+import gzip
 import hashlib
 import hmac
 import html
@@ -75,6 +77,7 @@ import http.server
 import io
 import json
 import math
+import operator
 import os
 import queue
 import re
@@ -88,7 +91,9 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
@@ -98,6 +103,7 @@ __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
 
 Json = dict[str, Any]  # a JSON object; FHIR resources are such
+FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people call them, and how FHIR does
 
 
 # ######################################################################## 1 settings
@@ -120,6 +126,11 @@ class Settings:
     name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
     client: list[str] = field(default_factory=list, metadata=_shown(
         "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
+    fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
+                                                            "VERSION"))
+    data: list[Any] = field(default_factory=list, metadata=_shown(
+        "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
+        "none leaves the sample patients out; repeatable", "PATH"))
     db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
     strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
     open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
@@ -134,6 +145,8 @@ class Settings:
             value = getattr(self, one.name)
             if one.default_factory is list and not isinstance(value, list):
                 setattr(self, one.name, list(value) if isinstance(value, (tuple, set)) else [value])
+        if self.fhir_version not in FHIR_VERSIONS:
+            raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
         self.base_url = [url.rstrip("/") for url in self.base_url]
         for url in self.base_url:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
@@ -388,19 +401,30 @@ CREATE INDEX IF NOT EXISTS tokens_by_refresh ON tokens (refresh_token);
 
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
+PRAGMA cache_size = -65536;                       -- at most 64 MB of memory, however large the file
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
-    patient_id TEXT,                              -- whose compartment it is in; NULL: nobody's
+    patient_id TEXT NOT NULL,                     -- whose compartment it is in; '' nobody's, '?' can't be told
     updated REAL NOT NULL, json TEXT NOT NULL, UNIQUE (type, id));
-CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (patient_id, type);
+CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
 
--- One row for each value of each search parameter: a token has system and value, a reference Type/id as value,
--- a string its lower-case text, a date the first and last second it may mean.
+-- One row for each value of each search parameter: a token has system and value; a reference its id as value, its type
+-- as system; a string what it is compared as, and itself as system; a date the span it may mean, in Unix seconds.
 CREATE TABLE IF NOT EXISTS search_values (
-    number INTEGER NOT NULL REFERENCES resources, parameter TEXT NOT NULL,
-    system TEXT, value TEXT, first REAL, last REAL);
-CREATE INDEX IF NOT EXISTS search_by_number ON search_values (number, parameter);
+    number INTEGER NOT NULL, parameter TEXT NOT NULL, value TEXT NOT NULL, system TEXT NOT NULL,
+    first REAL NOT NULL, last REAL NOT NULL,
+    PRIMARY KEY (number, parameter, value, system, first, last)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS search_by_value ON search_values (parameter, value);
+
+-- References that wait for what they mean to be loaded: Practitioner?identifier=..., urn:uuid:...
+CREATE TABLE IF NOT EXISTS unresolved (
+    number INTEGER NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (number, reference)) WITHOUT ROWID;
+
+-- What reset brings back: the JSON before a load replaced it; NULL: it was not there.
+CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
+
+-- version: of FHIR; samples: they are in.
+CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 Row = sqlite3.Row
@@ -471,8 +495,7 @@ class Clock:
 
 def http_date(seconds: float) -> str:
     """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
-    moment = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(seconds=int(seconds))
-    return email.utils.format_datetime(moment, usegmt=True)
+    return email.utils.formatdate(int(seconds), usegmt=True)
 
 
 # ######################################################################## 6 sample data
@@ -969,7 +992,7 @@ def build_shared() -> Iterator[Json]:
            "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
 
 
-def sample_resources() -> Iterator[Json]:
+def sample_resources(version: str) -> Iterator[Json]:
     """Every resource of the sample records, with times of last change spread over 2016 to 2018."""
     single: Sequence[tuple[str, Callable[[list[str]], Json]]] = (
         (PATIENTS, build_patient), (PROBLEMS, build_condition), (ALLERGIES, build_allergy),
@@ -981,7 +1004,7 @@ def sample_resources() -> Iterator[Json]:
     built += [resource for row in table(VITALS) for resource in build_visit(row)]
     built += [resource for row in table(DOCUMENTS) for resource in build_document(row)]
     built += [build_report(), *build_insurance(), *build_shared()]
-    first = datetime.datetime(2016, 1, 1, 12, tzinfo=datetime.UTC)
+    first = datetime.datetime(2016, 1, 1, 12)
     for place, resource in enumerate(built):
         moment = first + datetime.timedelta(days=place * 3 % 1000)
         yield {**resource, "meta": {"versionId": "1", "lastUpdated": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}}
@@ -1107,66 +1130,224 @@ class Access(NamedTuple):
                 and (not self.labels or self.labels.issuperset(categories(resource))))
 
 
-# What can be searched, for each type: parameter -> (kind, elements it looks into). A dotted path goes through lists.
-Parameters = dict[str, tuple[str, tuple[str, ...]]]
+# What can be searched: types | versions (none: all three) | kind | parameters. The names are those of each version's
+# own registry (Coverage's `patient` in STU3 is ours). A parameter looks into the element of its own name, in camel
+# case, or into those after "=". As no element changes its meaning from version to version, one row names what the
+# versions call it: encounter=encounter+context. The kind `owner` is a reference to the patient whose record it is.
+SEARCH_PARAMETERS = """\
+Patient | | token | identifier, gender, active, telecom, language=communication.language
+Patient | | date | birthdate=birthDate
+Patient, Practitioner | | string | name, family=name.family, given=name.given
+Patient, Organization, Location | | string | address, address-city=address.city, address-state=address.state
+Patient, Organization, Location | | string | address-postalcode=address.postalCode
+Patient | | reference | organization=managingOrganization
+Patient | stu3 r4 | reference | general-practitioner
+AllergyIntolerance | | owner | patient
+AllergyIntolerance | | token | identifier, category, criticality, type
+AllergyIntolerance | dstu2 | token | status, substance=substance+reaction.substance
+AllergyIntolerance | stu3 r4 | token | clinical-status, verification-status, code=code+reaction.substance
+AllergyIntolerance | | date | date=recordedDate+assertedDate, onset=reaction.onset
+Binary | | |
+CarePlan, DiagnosticReport, DocumentReference, Goal, Media, Observation | | owner | patient, subject
+Procedure, QuestionnaireResponse, Specimen | | owner | patient, subject
+CarePlan | stu3 r4 | token | identifier, category, intent, status
+CarePlan | | date | date=period
+CareTeam | stu3 r4 | owner | patient, subject
+CareTeam | stu3 r4 | token | identifier, category, status
+CareTeam | stu3 r4 | date | date=period
+CareTeam | stu3 r4 | reference | participant=participant.member
+Claim | | owner | patient
+Claim | | token | identifier, use
+Claim | r4 | token | status
+Claim | stu3 r4 | date | created
+Condition, Encounter | dstu2 | owner | patient
+Condition, Encounter | stu3 r4 | owner | patient, subject
+Condition | | token | identifier, category, code, severity
+Condition | dstu2 | token | clinicalstatus=clinicalStatus
+Condition | stu3 r4 | token | clinical-status, verification-status
+Condition | dstu2 | date | onset=onset[x], date-recorded=dateRecorded
+Condition | stu3 r4 | date | onset-date=onset[x], abatement-date=abatement[x]
+Condition | stu3 | date | asserted-date
+Condition | r4 | date | recorded-date
+Condition | | reference | encounter=encounter+context, asserter
+Coverage | stu3 r4 | owner | patient, beneficiary
+Coverage | stu3 r4 | token | identifier, type
+Coverage | r4 | token | status
+Coverage | stu3 r4 | reference | payor, subscriber
+Device | | owner | patient
+Device | | token | identifier, type
+Device | stu3 r4 | token | status
+DiagnosticOrder | dstu2 | owner | patient, subject
+DiagnosticOrder | dstu2 | token | identifier, status, code=item.code
+DiagnosticReport | | token | identifier, category, code, status
+DiagnosticReport | | date | date=effective[x], issued
+DiagnosticReport | | reference | encounter=encounter+context, result, specimen, performer=performer+performer.actor
+DocumentReference | | token | identifier=masterIdentifier+identifier, status, type
+DocumentReference | dstu2 stu3 | token | class
+DocumentReference | r4 | token | category, contenttype=content.attachment.contentType
+DocumentReference | | date | period=context.period
+DocumentReference | dstu2 stu3 | date | created, indexed
+DocumentReference | r4 | date | date
+DocumentReference | | reference | author, custodian, encounter=context.encounter
+Encounter | | token | identifier, status, type
+Encounter | stu3 r4 | token | class
+Encounter | r4 | token | reason-code
+Encounter | | date | date=period
+Encounter | | reference | participant=participant.individual, location=location.location
+Encounter | stu3 r4 | reference | service-provider
+Endpoint | stu3 r4 | token | identifier, status, connection-type
+Endpoint, Location | stu3 r4 | string | name
+Endpoint | stu3 r4 | reference | organization=managingOrganization
+ExplanationOfBenefit | stu3 r4 | owner | patient
+ExplanationOfBenefit | stu3 r4 | token | identifier
+ExplanationOfBenefit | r4 | token | status
+ExplanationOfBenefit | stu3 r4 | date | created
+ExplanationOfBenefit | stu3 r4 | reference | claim, provider, coverage=insurance.coverage, encounter=item.encounter
+FamilyMemberHistory | | owner | patient
+FamilyMemberHistory | | token | identifier, code=condition.code
+FamilyMemberHistory | stu3 r4 | token | status
+FamilyMemberHistory | | date | date
+Goal | | token | identifier, category
+Goal | dstu2 stu3 | token | status
+Goal | r4 | token | lifecycle-status, achievement-status
+Goal | stu3 r4 | date | start-date=start[x], target-date=target.due[x]
+ImagingStudy | dstu2 stu3 | owner | patient
+ImagingStudy | r4 | owner | patient, subject
+ImagingStudy | | token | modality=series.modality
+ImagingStudy | stu3 r4 | token | identifier
+ImagingStudy | r4 | token | status
+ImagingStudy | | date | started
+ImagingStudy | stu3 r4 | reference | endpoint=endpoint+series.endpoint
+ImagingStudy | r4 | reference | encounter
+Immunization | | owner | patient
+Immunization | | token | identifier, status, vaccine-code
+Immunization | dstu2 stu3 | token | notgiven=wasNotGiven+notGiven
+Immunization | r4 | token | status-reason, reason-code
+Immunization | | date | date=date+occurrence[x]
+Immunization | | string | lot-number
+Immunization | | reference | location, manufacturer
+Location | | token | identifier, status, type
+Location | dstu2 | string | name
+Location | | reference | organization=managingOrganization
+Media | | token | identifier, type
+Medication | | token | code
+Medication | stu3 r4 | token | status
+Medication | r4 | token | identifier
+MedicationOrder | dstu2 | owner | patient
+MedicationOrder | dstu2 | token | identifier, status, code=medication[x]
+MedicationOrder | dstu2 | date | datewritten=dateWritten
+MedicationOrder | dstu2 | reference | encounter, prescriber, medication=medication[x]
+MedicationRequest | stu3 r4 | owner | patient, subject
+MedicationRequest | stu3 r4 | token | identifier, status, intent, category, priority, code=medication[x]
+MedicationRequest | stu3 r4 | date | authoredon=authoredOn
+MedicationRequest | stu3 r4 | reference | medication=medication[x], requester=requester+requester.agent
+MedicationRequest | stu3 | reference | context
+MedicationRequest | r4 | reference | encounter
+MedicationAdministration, MedicationDispense, MedicationStatement | dstu2 | owner | patient
+MedicationAdministration, MedicationDispense, MedicationStatement | stu3 r4 | owner | patient, subject
+MedicationAdministration, MedicationDispense, MedicationStatement | | token | identifier, status, code=medication[x]
+MedicationAdministration, MedicationDispense, MedicationStatement | | reference | medication=medication[x]
+MedicationAdministration, MedicationDispense, MedicationStatement | stu3 r4 | reference | context
+MedicationAdministration | dstu2 | date | effectivetime=effectiveTime[x]
+MedicationAdministration | stu3 r4 | date | effective-time=effective[x]
+MedicationAdministration | dstu2 stu3 | reference | prescription
+MedicationAdministration | r4 | reference | request
+MedicationDispense | | token | type
+MedicationDispense | | date | whenhandedover=whenHandedOver, whenprepared=whenPrepared
+MedicationDispense | | reference | prescription=authorizingPrescription
+MedicationStatement | stu3 r4 | token | category
+MedicationStatement | dstu2 | date | effectivedate=effective[x]
+MedicationStatement | stu3 r4 | date | effective=effective[x]
+Observation | | token | identifier, category, code, status, value-concept=value[x], component-code=component.code
+Observation | | token | data-absent-reason
+Observation | | date | date=effective[x], value-date=value[x]
+Observation | | reference | encounter=encounter+context, performer, specimen
+Observation | r4 | reference | has-member, derived-from
+Organization | | token | identifier, type, active
+Organization | | string | name
+Organization | | reference | partof=partOf
+Practitioner | | token | identifier, gender
+PractitionerRole | stu3 r4 | token | identifier, active, specialty, role=code
+PractitionerRole | stu3 r4 | reference | practitioner, organization, location
+Procedure | | token | identifier, code
+Procedure | stu3 r4 | token | category, status
+Procedure | | date | date=performed[x]
+Procedure | | reference | encounter=encounter+context, location, performer=performer.actor
+ProcedureRequest | dstu2 stu3 | owner | patient, subject
+ProcedureRequest | dstu2 stu3 | token | identifier
+ProcedureRequest | stu3 | token | code, intent, status
+ProcedureRequest | stu3 | date | authored=authoredOn
+ProcedureRequest | dstu2 stu3 | reference | encounter=encounter+context
+QuestionnaireResponse | | token | status
+QuestionnaireResponse | | date | authored
+RelatedPerson | | owner | patient
+RelatedPerson | | token | identifier, gender
+RelatedPerson | | string | name
+RelatedPerson | | date | birthdate=birthDate
+ServiceRequest | r4 | owner | patient, subject
+ServiceRequest | r4 | token | identifier, category, code, intent, status
+ServiceRequest | r4 | date | authored=authoredOn, occurrence=occurrence[x]
+ServiceRequest | r4 | reference | encounter, requester
+Specimen | | token | identifier, type
+Substance | | token | identifier, code, category
+SupplyDelivery | | owner | patient
+SupplyDelivery | | token | identifier, status
+"""
 
-
-def _subject(element: str = "subject") -> Parameters:
-    """The parameters that name the patient; `patient` without a type means the same in every type."""
-    return {"patient": ("reference", (element,)), element: ("reference", (element,))}
-
-
-_STATUS_CODE: Parameters = {"status": ("token", ("status",)), "code": ("token", ("code",)),
-                            "identifier": ("token", ("identifier",))}
-_MEDICATION: Parameters = {"status": ("token", ("status",)), "code": ("token", ("medicationCodeableConcept",)),
-                           **_subject()}
-SEARCH: dict[str, Parameters] = {
-    "Patient": {"identifier": ("token", ("identifier",)), "gender": ("token", ("gender",)),
-                "birthdate": ("date", ("birthDate",)), "name": ("string", ("name",)),
-                "family": ("string", ("name.family",)), "given": ("string", ("name.given",)),
-                "active": ("token", ("active",))},
-    "AllergyIntolerance": {"clinical-status": ("token", ("clinicalStatus",)), "code": ("token", ("code",)),
-                           "verification-status": ("token", ("verificationStatus",)),
-                           "category": ("token", ("category",)), "date": ("date", ("recordedDate",)),
-                           **_subject("patient")},
-    "Condition": {"clinical-status": ("token", ("clinicalStatus",)), "code": ("token", ("code",)),
-                  "verification-status": ("token", ("verificationStatus",)), "category": ("token", ("category",)),
-                  "onset-date": ("date", ("onsetDateTime", "onsetPeriod")),
-                  "recorded-date": ("date", ("recordedDate",)), **_subject()},
-    "Coverage": {"status": ("token", ("status",)), "type": ("token", ("type",)), **_subject("beneficiary")},
-    "DiagnosticReport": {"category": ("token", ("category",)), "result": ("reference", ("result",)),
-                         "date": ("date", ("effectiveDateTime", "effectivePeriod")), **_STATUS_CODE, **_subject()},
-    "DocumentReference": {"status": ("token", ("status",)), "type": ("token", ("type",)), "date": ("date", ("date",)),
-                          "category": ("token", ("category",)), "identifier": ("token", ("identifier",)),
-                          **_subject()},
-    "Encounter": {"status": ("token", ("status",)), "type": ("token", ("type",)), "class": ("token", ("class",)),
-                  "date": ("date", ("period",)), **_subject()},
-    "ExplanationOfBenefit": {"status": ("token", ("status",)), "created": ("date", ("created",)),
-                             "identifier": ("token", ("identifier",)), **_subject("patient")},
-    "ImagingStudy": {"status": ("token", ("status",)), "identifier": ("token", ("identifier",)),
-                     "modality": ("token", ("modality",)), "started": ("date", ("started",)), **_subject()},
-    "Immunization": {"status": ("token", ("status",)), "vaccine-code": ("token", ("vaccineCode",)),
-                     "date": ("date", ("occurrenceDateTime",)), **_subject("patient")},
-    "MedicationRequest": {"intent": ("token", ("intent",)), "authoredon": ("date", ("authoredOn",)),
-                          "encounter": ("reference", ("encounter",)), **_MEDICATION},
-    "MedicationStatement": {"effective": ("date", ("effectiveDateTime", "effectivePeriod")), **_MEDICATION},
-    "MedicationDispense": {"whenhandedover": ("date", ("whenHandedOver",)),
-                           "prescription": ("reference", ("authorizingPrescription",)), **_MEDICATION},
-    "MedicationAdministration": {"effective-time": ("date", ("effectiveDateTime", "effectivePeriod")),
-                                 "request": ("reference", ("request",)), **_MEDICATION},
-    "Observation": {"category": ("token", ("category",)), "encounter": ("reference", ("encounter",)),
-                    "date": ("date", ("effectiveDateTime", "effectivePeriod")), **_STATUS_CODE, **_subject()},
-    "Procedure": {"category": ("token", ("category",)), "date": ("date", ("performedDateTime", "performedPeriod")),
-                  **_STATUS_CODE, **_subject()},
-    "RelatedPerson": {"name": ("string", ("name",)), **_subject("patient")},
-    "Practitioner": {"name": ("string", ("name",)), "identifier": ("token", ("identifier",))},
-    "Organization": {"name": ("string", ("name",)), "type": ("token", ("type",))},
-    "Endpoint": {"status": ("token", ("status",))},
-    "Binary": {},
+# What a reference parameter may refer to, by its name: what _include and _revinclude can follow.
+REFERS_TO = {
+    "Claim": ("claim",), "Coverage": ("coverage",), "Encounter": ("encounter", "context"), "Endpoint": ("endpoint",),
+    "Location": ("location",), "Medication": ("medication",), "MedicationOrder": ("prescription",),
+    "MedicationRequest": ("prescription", "request"), "Observation": ("result", "has-member", "derived-from"),
+    "Organization": ("organization", "general-practitioner", "payor", "performer", "author", "custodian", "provider",
+                     "service-provider", "manufacturer", "partof", "requester", "participant"),
+    "Patient": ("asserter", "subscriber", "payor", "performer", "author", "participant", "requester"),
+    "Practitioner": ("general-practitioner", "asserter", "performer", "author", "provider", "participant",
+                     "prescriber", "practitioner", "requester"),
+    "PractitionerRole": ("general-practitioner", "performer", "author", "provider", "requester", "participant"),
+    "RelatedPerson": ("asserter", "subscriber", "payor", "author", "participant", "requester"),
+    "Specimen": ("specimen",),
 }
-NAMES_A_PATIENT = ("patient", "subject", "beneficiary")  # parameters whose value is the owner
-RESULT_PARAMETERS = ("_count", "_offset", "_sort", "_summary", "_format", "_pretty")
-COMMON_PARAMETERS = ("_id", "_lastUpdated")
+
+
+class Parameter(NamedTuple):
+    """A search parameter: its kind, and the elements it looks into."""
+    kind: str
+    paths: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """What FHIR calls this kind."""
+        return {"owner": "reference", "id": "token", "updated": "date"}.get(self.kind, self.kind)
+
+
+COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated")}
+RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary",
+                     "_total")
+_CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
+            "reference": ("Reference",)}  # what may stand for [x]
+
+
+@functools.cache
+def search_table(version: str) -> dict[str, dict[str, Parameter]]:
+    """The types that a version of the embedded records serves, and what each can be searched by."""
+    found: dict[str, dict[str, Parameter]] = {}
+    for types, versions, kind, names in table(SEARCH_PARAMETERS):
+        for type_name in types.split(", ") if version in (versions or version) else ():
+            known = found.setdefault(type_name, dict(COMMON_PARAMETERS))
+            for name, _, paths in (word.partition("=") for word in names.split(", ") if word):
+                paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
+                known[name] = Parameter(kind, tuple(
+                    path[:-3] + choice for path in paths.split("+")
+                    for choice in (_CHOICES[kind] if path.endswith("[x]") else [path[-3:]])))
+    return found
+
+
+def targets(type_name: str, version: str) -> list[tuple[str, str]]:
+    """The (type, parameter) pairs through which resources refer to a type."""
+    return [(source, name) for source, known in search_table(version).items() for name, parameter in known.items()
+            if (parameter.kind == "owner" and type_name == "Patient")
+            or (parameter.kind == "reference" and name in REFERS_TO.get(type_name, ()))]
 
 
 def elements(resource: Any, path: str) -> list[Any]:
@@ -1179,7 +1360,7 @@ def elements(resource: Any, path: str) -> list[Any]:
 
 
 def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
-    """(system, code) of codes, booleans, Codings, CodeableConcepts and Identifiers."""
+    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
     found: list[tuple[str, str]] = []
     for value in values:
         if isinstance(value, bool):
@@ -1196,145 +1377,374 @@ def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
 
 
 def strings_of(values: Iterable[Any]) -> Iterator[str]:
-    """The text in strings and in the parts of a HumanName."""
+    """The text in strings, and in the parts of HumanNames and Addresses."""
     for value in values:
         if isinstance(value, str):
             yield value
         elif isinstance(value, dict):
-            yield from strings_of(elements(value, "family") + elements(value, "given") + elements(value, "text"))
+            for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state",
+                         "postalCode", "country"):
+                yield from strings_of(elements(value, part))
 
 
-_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+def fold(text: str) -> str:
+    """Text as strings are compared: without case and accents (FHIR search, "string")."""
+    if not text.isascii():
+        text = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
+    return text.casefold()
 
 
+_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+_EPOCH = datetime.date(1970, 1, 1).toordinal()
+FOREVER = 1e15  # seconds: the end of a Period that has none
+
+
+@functools.lru_cache(maxsize=4096)
 def date_range(text: str) -> tuple[float, float]:
-    """The first and the last second that a FHIR date or time may mean: 2008-07 is all of July, UTC.
+    """The span of time that a FHIR date or time may mean: from the first second to that after the last.
 
-    ValueError if it is none.
+    2008-07 is all of July 2008. What has no time zone is UTC. ValueError if it is none.
     """
     match = _DATE.fullmatch(text)
     if not match:
         raise ValueError(text)
-    year, month, day, hour, minute, second, zone = match.groups()
-    start = datetime.datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), int(minute or 0),
-                              min(int(second or 0), 59), tzinfo=datetime.UTC)
-    first = float(calendar.timegm(start.timetuple()))
+    year, month, day, hour, minute, second, fraction, zone = match.groups()
+    first = datetime.date(int(year), int(month or 1), int(day or 1))
+    start = (first.toordinal() - _EPOCH) * 86400.0
+    if not hour:
+        days = 1 if day else calendar.monthrange(first.year, first.month)[1] if month else 365 + calendar.isleap(
+            first.year)
+        return start, start + days * 86400
+    if hour > "23" or minute > "59" or (second or "") > "60":
+        raise ValueError(text)
+    start += int(hour) * 3600 + int(minute) * 60 + min(int(second or 0), 59) + float(fraction or 0)
     if zone and zone != "Z":
-        first -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
-    if second or hour:
-        return first, first + (0 if second else 59)
-    days = 1 if day else calendar.monthrange(start.year, start.month)[1] if month else 365 + calendar.isleap(start.year)
-    return first, first + days * 86400 - 1
+        start -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
+    return start, start + (60 if not second else 10.0 ** (1 - len(fraction)) if fraction else 1)
 
 
 def period_of(value: Any) -> tuple[float, float] | None:
-    """The range of a date or a Period; a Period without an end goes on for ever."""
+    """The span of a date or a Period, which may lack its start or end; None if it is neither."""
     try:
         if isinstance(value, str):
             return date_range(value)
-        if isinstance(value, dict):
-            return (date_range(value["start"])[0] if "start" in value else -math.inf,
-                    date_range(value["end"])[1] if "end" in value else math.inf)
+        if isinstance(value, dict) and ("start" in value or "end" in value):
+            return (date_range(value["start"])[0] if "start" in value else -FOREVER,
+                    date_range(value["end"])[1] if "end" in value else FOREVER)
     except (ValueError, TypeError):
         pass
     return None
 
 
-SearchValue = tuple[str, str | None, str | None, float | None, float | None]
+_RELATIVE = re.compile(r"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})(?:/_history/.*)?")
 
 
-def search_values(resource: Json) -> Iterator[SearchValue]:
-    """What a resource can be found by: (parameter, system, value, first, last), as the table search_values has it."""
-    for label in categories(resource):
-        yield "_category", None, label, None, None  # so that the database can leave out what was not approved
-    for parameter, (kind, paths) in SEARCH.get(resource["resourceType"], {}).items():
-        values = [value for path in paths for value in elements(resource, path)]
-        if kind == "token":
-            for system, code in tokens_of(values):
-                yield parameter, system, code, None, None
-        elif kind == "reference":
-            for value in values:
-                yield parameter, None, reference_of(value), None, None
-        elif kind == "string":
-            for text in strings_of(values):
-                yield parameter, None, text.casefold(), None, None
-        else:
-            for span in filter(None, map(period_of, values)):
-                yield parameter, None, None, span[0], span[1]
+def reference_parts(text: str) -> tuple[str, str]:
+    """A reference as (type, id); ("", text) if it is not a relative one."""
+    match = _RELATIVE.fullmatch(text)
+    return (match[1], match[2]) if match else ("", text)
+
+
+SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
+
+
+def values_of(resource: Json, name: str, parameter: Parameter) -> Iterator[SearchValue]:
+    """What one search parameter finds in a resource."""
+    if parameter.kind == "owner":
+        yield name, owner(resource) or "", "Patient", 0, 0
+        return
+    if parameter.kind == "id":
+        yield name, str(resource.get("id")), "", 0, 0
+        return
+    found = elements(resource, "meta.lastUpdated") if parameter.kind == "updated" else [
+        value for path in parameter.paths for value in elements(resource, path)]
+    if parameter.kind == "token":
+        for system, code in tokens_of(found):
+            yield name, code, system, 0, 0
+    elif parameter.kind == "reference":
+        for text in filter(None, map(reference_of, found)):
+            type_name, target = reference_parts(text)
+            yield name, target, type_name, 0, 0
+    elif parameter.kind == "string":
+        for text in strings_of(found):
+            yield name, fold(text), text, 0, 0
+    else:
+        for span in filter(None, map(period_of, found)):
+            yield name, "", "", *span
+
+
+def search_values(resource: Json, version: str) -> set[SearchValue]:
+    """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
+    found = {row for name, parameter in search_table(version)[resource["resourceType"]].items() if parameter.paths
+             for row in values_of(resource, name, parameter) if parameter.kind != "owner"}
+    # Two that nobody can ask for: the category, so that the database can leave out what was not approved, and the
+    # Binary that a document points to, so that who may see the document may read that.
+    found.update(("_category", label, "", 0, 0) for label in categories(resource))
+    if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
+        for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
+            type_name, target = reference_parts(str(url))
+            found.add(("_attachment", target, type_name, 0, 0))
+    return found
 
 
 class Condition(NamedTuple):
     """A piece of SQL that a resource `r` must meet, and its values."""
     sql: str
-    values: tuple[Any, ...]
+    values: tuple[Any, ...] = ()
 
 
-def _any(alternatives: Sequence[Condition]) -> Condition:
-    """One of several conditions: FHIR's comma."""
-    return Condition("(" + " OR ".join(one.sql for one in alternatives) + ")",
-                     tuple(value for one in alternatives for value in one.values))
+class Comparison(NamedTuple):
+    """A column of search_values held against a value. SQL and Python read it alike: see `Constraint`."""
+    column: str
+    operator: str
+    value: str | float
 
 
-_DATE_SQL = {  # FHIR search, "Prefixes": the resource's time from {first} to {last} against ? from, ? to
-    "eq": "{first} >= ? AND {last} <= ?", "ne": "NOT ({first} >= ? AND {last} <= ?)",
-    "gt": "{last} > ?2", "ge": "{last} >= ?1", "lt": "{first} < ?1", "le": "{first} <= ?2",
-    "sa": "{first} > ?2", "eb": "{last} < ?1", "ap": "{first} <= ?2 AND {last} >= ?1"}
+_IN_SQL = {"contains": "instr({}, ?) > 0"}  # the others are spelt alike
+_IN_PYTHON: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+    "contains": operator.contains}
+_PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
+_OF_RESOURCE = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # what no row of search_values is needed for
+                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 
 
-def date_condition(parameter: str, text: str, first: str, last: str) -> Condition:
-    """A date parameter's value, with its prefix, as SQL over two columns."""
-    prefix, rest = (text[:2], text[2:]) if text[:2] in _DATE_SQL else ("eq", text)
+class Constraint(NamedTuple):
+    """One search parameter with its values: what a resource must meet, in SQL or in Python."""
+    name: str
+    parameter: Parameter
+    alternatives: tuple[tuple[Comparison, ...], ...]  # of which one must hold, whole: FHIR's comma
+    negated: bool = False
+
+    def condition(self, pinned: bool) -> Condition:
+        """As SQL. `pinned`: few resources are left to look at, so look at each; else start from the value."""
+        own = _OF_RESOURCE.get(self.parameter.kind)
+        sql = " OR ".join(" AND ".join(_IN_SQL.get(one.operator, "{} " + one.operator + " ?").format(
+            own[one.column] if own else one.column) for one in every) or "1" for every in self.alternatives)
+        values = tuple(one.value for every in self.alternatives for one in every)
+        if own:
+            return Condition(f"{'NOT ' * self.negated}({sql})", values)
+        if pinned or self.negated:
+            return Condition(f"{'NOT ' * self.negated}EXISTS (SELECT 1 FROM search_values "
+                             f"WHERE number = r.number AND parameter = ? AND ({sql}))", (self.name, *values))
+        return Condition(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND ({sql}))",
+                         (self.name, *values))
+
+    def met_by(self, resource: Json) -> bool:
+        """The same in Python."""
+        return self.negated != any(
+            all(_IN_PYTHON[one.operator](row[_PLACE[one.column]], one.value) for one in every)
+            for row in values_of(resource, self.name, self.parameter) for every in self.alternatives)
+
+
+# FHIR search, "Prefixes": how a resource's time (first, last) stands to the searched span; 0 is its start, 1 its end.
+_DATE_PREFIXES: dict[str, tuple[tuple[tuple[str, str, int], ...], ...]] = {
+    "eq": ((("first", ">=", 0), ("last", "<=", 1)),), "ne": ((("first", "<", 0),), (("last", ">", 1),)),
+    "gt": ((("last", ">", 1),),), "ge": ((("first", ">=", 0),), (("last", ">", 1),)),
+    "lt": ((("first", "<", 0),),), "le": ((("last", "<=", 1),), (("first", "<", 0),)),
+    "sa": ((("first", ">=", 1),),), "eb": ((("last", "<=", 0),),), "ap": ((("first", "<", 1), ("last", ">", 0)),)}
+_MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing")}
+MAX_INCLUDED = 10_000  # resources on a page beside its matches
+MAX_VALUES = 500  # of one parameter: SQLite's expressions are bounded, and so is anybody's patience
+
+
+def _date_alternatives(name: str, text: str) -> Iterator[tuple[Comparison, ...]]:
+    """A date with or without a prefix."""
+    prefix, rest = (text[:2], text[2:]) if text[:2] in _DATE_PREFIXES else ("eq", text)
     try:
-        low, high = date_range(rest)
+        span = date_range(rest.replace(" ", "+"))  # a + in a URL that was not encoded
     except ValueError:
-        raise FhirError("value", f"{parameter}={text}: expected a date such as 2008-07-10, with a prefix "
-                                 f"({', '.join(_DATE_SQL)}) or without")
-    sql = _DATE_SQL[prefix].format(first=first, last=last)
-    values = {"?1": (low,), "?2": (high,)}
-    wanted = re.findall(r"\?\d?", sql)
-    bound = (low, high) if wanted == ["?", "?"] else tuple(values[mark][0] for mark in wanted)
-    return Condition(re.sub(r"\?\d", "?", sql), bound)
+        raise FhirError("value", f"{name}={text}: expected a date such as 2008-07-10, with a prefix "
+                                 f"({', '.join(_DATE_PREFIXES)}) or without")
+    for every in _DATE_PREFIXES[prefix]:
+        yield tuple(Comparison(column, sign, span[bound]) for column, sign, bound in every)
 
 
-def value_condition(kind: str, parameter: str, text: str) -> Condition:
-    """One value of a parameter as SQL over a row of search_values."""
-    if kind == "date":
-        return date_condition(parameter, text, "first", "last")
-    if kind == "string":
-        pattern = re.sub(r"([\\%_])", r"\\\1", text.casefold())
-        return Condition("value LIKE ? ESCAPE '\\'", (pattern + "%",))
-    if kind == "reference":
-        name = NAMES_A_PATIENT.count(parameter) and "/" not in text
-        return Condition("value = ?", (f"Patient/{text}" if name else "/".join(text.split("/")[-2:]),))
-    system, bar, code = text.rpartition("|")
-    if not bar:
-        return Condition("value = ?", (code,))
-    return Condition("system = ? AND value = ?", (system, code)) if code else Condition("system = ?", (system,))
+def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> Iterator[tuple[Comparison, ...]]:
+    """One of a parameter's values, in which a backslash still stands before what is no separator."""
+    plain = re.sub(r"\\([,|$])", r"\1", text).replace("\0", "\\")
+    if kind in ("date", "updated"):
+        yield from _date_alternatives(name, plain)
+    elif kind == "string":
+        if modifier == "exact":
+            yield (Comparison("system", "=", plain),)
+        elif modifier == "contains":
+            yield (Comparison("value", "contains", fold(plain)),)
+        else:
+            yield Comparison("value", ">=", fold(plain)), Comparison("value", "<", fold(plain) + "\U0010ffff")
+    elif kind in ("owner", "reference"):
+        plain = plain[len(base) + 1:] if base and plain.startswith(base + "/") else plain
+        type_name, target = reference_parts(plain)
+        if modifier and type_name in ("", modifier):
+            type_name = modifier
+        if modifier not in ("", type_name) or (kind == "owner" and type_name not in ("", "Patient")):
+            target = plain  # no patient's id: found nowhere
+        yield (Comparison("value", "=", target),
+               *((Comparison("system", "=", type_name),) if type_name and kind == "reference" else ()))
+    else:
+        *system, code = re.split(r"(?<!\\)\|", text, maxsplit=1) if kind == "token" else [plain]
+        parts = [("system", one) for one in system] + ([("value", code)] if code or not system else [])
+        yield tuple(Comparison(column, "=", re.sub(r"\\([,|$])", r"\1", one).replace("\0", "\\"))
+                    for column, one in parts)
 
 
-def parameter_condition(type_name: str, name: str, text: str) -> Condition:
-    """One search parameter as SQL over a resource `r`; FhirError if it isn't known."""
-    if name == "_id":
-        return _any([Condition("r.id = ?", (one,)) for one in text.split(",")])
-    if name == "_lastUpdated":
-        return _any([date_condition(name, one, "r.updated", "r.updated") for one in text.split(",")])
-    known = SEARCH[type_name]
-    if name not in known:
+def parse_constraint(version: str, type_name: str, name: str, text: str, base: str = "") -> Constraint:
+    """A search parameter and its values. `base` is what this server's own absolute references begin with.
+
+    FhirError, not-supported where the parameter or its modifier isn't known, value where a value is none.
+    """
+    known = search_table(version)[type_name]
+    bare, _, modifier = name.partition(":")
+    if bare not in known:
         raise FhirError("not-supported", f"{name}: unknown search parameter of {type_name}; known are "
-                        + ", ".join(sorted([*known, *COMMON_PARAMETERS, *RESULT_PARAMETERS])))
-    inner = _any([value_condition(known[name][0], name, one) for one in text.split(",")])
-    return Condition(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND {inner.sql})",
-                     (name, *inner.values))
+                        + ", ".join(sorted([*known, *RESULT_PARAMETERS])))
+    parameter = known[bare]
+    possible = _MODIFIERS.get(parameter.kind, ())
+    if parameter.kind == "reference":
+        possible = ("missing", *(one for one, names in REFERS_TO.items() if bare in names))
+    elif parameter.kind == "owner":
+        possible = ("Patient",)
+    if modifier not in ("", *possible) or name.endswith(":"):
+        raise FhirError("not-supported", f"{name}: unknown modifier; {bare} takes {', '.join(possible) or 'none'}")
+    if modifier == "missing":
+        if text not in ("true", "false"):
+            raise FhirError("value", f"{name}={text}: expected true or false")
+        return Constraint(bare, parameter, ((),), text == "true")
+    words = re.split(r"(?<!\\),", text.replace("\\\\", "\0"))
+    if len(words) > MAX_VALUES:
+        raise FhirError("too-costly", f"{name}: {len(words)} values; at most {MAX_VALUES} can be searched at once")
+    return Constraint(bare, parameter, tuple(
+        every for word in words for every in _alternatives(bare, parameter.kind, modifier, word, base)), modifier == "not")
+
+
+def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
+    """Whether a resource meets search parameters (name, value), as a search for them would find it.
+
+    False for a type that isn't served; FhirError for a parameter that isn't known.
+    """
+    type_name = resource.get("resourceType", "")
+    return type_name in search_table(version) and all(
+        parse_constraint(version, type_name, name, text).met_by(resource) for name, text in constraints)
+
+
+class Include(NamedTuple):
+    """_include, or in reverse _revinclude: resources that a match refers to, or that refer to a match."""
+    reverse: bool
+    source: str
+    parameter: str
+    target: str  # a type, or "" for any
+
+
+class Query(NamedTuple):
+    """A search, understood: what to find and what to show of it."""
+    type: str
+    constraints: tuple[Constraint, ...]
+    sort: tuple[tuple[str, bool], ...]  # parameter, falling
+    includes: tuple[Include, ...]
+    limit: int                              # entries on a page; 0: none, only the total
+    total: bool
+    elements: tuple[str, ...]
+    after: tuple[Any, ...]                  # where the page before ended: see Records.search
+    parameters: tuple[tuple[str, str], ...]  # those that took effect
+
+    def patients(self) -> set[str]:
+        """The ids of the patients that the search names."""
+        return {str(every[0].value) for one in self.constraints for every in one.alternatives
+                if one.parameter.kind == "owner" or (self.type == "Patient" and one.parameter.kind == "id")}
+
+
+def _parse_sort(known: Mapping[str, Parameter], text: str) -> Iterator[tuple[str, bool]]:
+    """_sort: parameters in order of weight, a minus for falling."""
+    for word in dict.fromkeys(text.split(",")):
+        if word.lstrip("-") not in known:
+            raise FhirError("value", f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can")
+        yield word.lstrip("-"), word.startswith("-")
+
+
+def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
+    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
+    source, _, rest = text.partition(":")
+    parameter, _, target = rest.partition(":")
+    reverse = name == "_revinclude"
+    if reverse:
+        possible = targets(type_name, version)
+    else:
+        possible = [(type_name, one) for one, what in search_table(version)[type_name].items()
+                    if what.kind in ("owner", "reference")]
+    if (source, parameter) not in possible:
+        raise FhirError("value", f"{name}={text}: not possible for {type_name}; possible are "
+                        + (", ".join(sorted(map(":".join, possible))) or "none"))
+    return Include(reverse, source, parameter, target)
+
+
+def _number(name: str, text: str, most: int) -> int:
+    """A whole number, cut to the most that is possible."""
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise FhirError("value", f"{name}={text}: expected a whole number")
+    return min(int(text), most)
+
+
+def parse_query(version: str, type_name: str, parameters: Iterable[tuple[str, str]], base: str = "",
+                lenient: bool = False) -> Query:
+    """Search parameters, understood. FhirError for what is unknown, unless lenient; that is left out then."""
+    known = search_table(version)[type_name]
+    constraints: list[Constraint] = []
+    includes: dict[Include, None] = {}
+    sort: dict[str, bool] = {}
+    effective: list[tuple[str, str]] = []
+    chosen = {"_count": "20", "_summary": "false", "_total": "accurate", "_elements": "", "_page": ""}
+    for name, text in parameters:
+        try:
+            if name in ("_include", "_revinclude"):
+                includes[_parse_include(version, type_name, name, text)] = None
+            elif name == "_sort":
+                sort.update(_parse_sort(known, text))
+            elif name in chosen:
+                chosen[name] = text
+            elif name not in ("_format", "_pretty"):
+                constraints.append(parse_constraint(version, type_name, name, text, base))
+        except FhirError as error:
+            if lenient and error.error == "not-supported":
+                continue  # FHIR search, "Handling Errors": Prefer: handling=lenient
+            raise
+        effective.append((name, text))
+    for name, possible in (("_summary", ("count", "false")), ("_total", ("accurate", "estimate", "none"))):
+        if chosen[name] not in possible:
+            raise FhirError("value", f"{name}={chosen[name]}: expected one of {', '.join(possible)}")
+    if sum(len(one.alternatives) for one in constraints) > MAX_VALUES:
+        raise FhirError("too-costly", f"more than {MAX_VALUES} values in all")
+    return Query(type_name, tuple(constraints), tuple(sort.items()), tuple(includes),
+                 0 if chosen["_summary"] == "count" else _number("_count", chosen["_count"], 1000),
+                 chosen["_total"] != "none", tuple(filter(None, chosen["_elements"].split(","))),
+                 _parse_page(chosen["_page"]), tuple(effective))
+
+
+def page_mark(keys: Sequence[Any]) -> str:
+    """Where a page ended, for the link to the next: the sort keys and number of its last entry.
+
+    Not how many entries came before: with that, what is loaded meanwhile would shift entries over the pages' edges.
+    """
+    return base64url(json.dumps(keys).encode())
+
+
+def _parse_page(text: str) -> tuple[Any, ...]:
+    """What page_mark wrote."""
+    try:
+        keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
+        if isinstance(keys, list) and all(isinstance(key, (str, int, float)) for key in keys):
+            return tuple(keys)
+    except (ValueError, RecursionError):
+        pass
+    raise FhirError("value", f"_page={text}: not a link of this server")
 
 
 def access_condition(access: Access, type_name: str) -> Condition:
-    """What `access.may_see` says, as SQL: so that a page is full and a total is right. May_see has the last word."""
-    if access.scope is None or type_name in SHARED_TYPES:
-        return Condition("1", ())
+    """What `access.may_see` says, as far as SQL can, so that little is read in vain. May_see has the last word."""
     parts: list[Condition] = []
     patients = access.patients(type_name, "s")
     if patients is not None:
-        parts.append(Condition(f"r.patient_id IN ({', '.join('?' * len(patients))})", tuple(sorted(patients))))
+        whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
+        parts.append(Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose)))
     if access.labels:
         marks = ", ".join("?" * len(access.labels))
         parts.append(Condition("NOT EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND "
@@ -1343,84 +1753,641 @@ def access_condition(access: Access, type_name: str) -> Condition:
                      tuple(value for part in parts for value in part.values))
 
 
+class Found(NamedTuple):
+    """A resource as it lies in the database: parsed, to be judged, and as text, to be sent."""
+    number: int
+    resource: Json
+    text: str
+
+
 class Page(NamedTuple):
-    """One page of a search: how many match in all, and those on this page."""
-    total: int
-    resources: list[Json]
+    """One page of a search."""
+    matches: list[Found]
+    included: list[Found]
+    next: str          # the mark of the page after, "" if there is none
+    total: int | None  # how many match in all, where that may be told
+
+
+def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition:
+    """That a row comes after another in an order. The first half of it is what an index can use."""
+    (name, falling), value = keys[0], after[0]
+    sign = "<" if falling else ">"
+    if len(keys) == 1:
+        return Condition(f"{name} {sign} ?", (value,))
+    rest = _beyond(keys[1:], after[1:])
+    return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
+
+
+# What shows that a resource is of another version: element | its JSON type | the versions that have it so.
+TELLTALES = """\
+AllergyIntolerance.clinicalStatus | object | r4
+AllergyIntolerance.clinicalStatus | string | stu3
+AllergyIntolerance.substance | any | dstu2
+CareTeam | any | stu3 r4
+Condition.clinicalStatus | object | r4
+Condition.clinicalStatus | string | dstu2 stu3
+Condition.patient | any | dstu2
+DiagnosticOrder | any | dstu2
+DiagnosticReport.category | array | r4
+DiagnosticReport.category | object | dstu2 stu3
+DocumentReference.date | any | r4
+DocumentReference.indexed | any | dstu2 stu3
+Encounter.class | object | stu3 r4
+Encounter.class | string | dstu2
+Encounter.patient | any | dstu2
+Endpoint | any | stu3 r4
+ExplanationOfBenefit.insurance | array | r4
+ExplanationOfBenefit.insurance | object | stu3
+ImagingStudy.uid | any | dstu2 stu3
+Immunization.date | any | dstu2 stu3
+Immunization.notGiven | any | stu3
+Immunization.occurrenceDateTime | any | r4
+Immunization.wasNotGiven | any | dstu2
+MedicationAdministration.patient | any | dstu2
+MedicationDispense.patient | any | dstu2
+MedicationOrder | any | dstu2
+MedicationRequest | any | stu3 r4
+MedicationRequest.requester.agent | any | stu3
+MedicationStatement.patient | any | dstu2
+MedicationStatement.taken | any | stu3
+Observation.category | array | stu3 r4
+Observation.category | object | dstu2
+Patient.name.family | array | dstu2
+Patient.name.family | string | stu3 r4
+Practitioner.name | array | stu3 r4
+Practitioner.name | object | dstu2
+PractitionerRole | any | stu3 r4
+ProcedureRequest | any | dstu2 stu3
+ServiceRequest | any | r4
+"""
+_JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
+
+
+@functools.cache
+def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
+    """The rows of TELLTALES that speak against a version, by type: path, JSON type, versions."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for path, kind, versions in table(TELLTALES):
+        if version not in versions:
+            found.setdefault(path.partition(".")[0], []).append((path.partition(".")[2], kind, versions))
+    return found
+
+
+def check_version(resource: Json, version: str) -> None:
+    """PortalError if a resource is visibly of another version of FHIR than the records."""
+    type_name = resource["resourceType"]
+    for path, kind, versions in _telltales(version).get(type_name, ()):
+        above, _, name = path.rpartition(".")
+        for holder in elements(resource, above) if above else [resource]:
+            if not path or (isinstance(holder, dict) and name in holder
+                            and kind in ("any", _JSON_TYPES.get(type(holder[name])))):
+                what = f"{type_name}.{path}" if path else type_name
+                as_what = "" if kind == "any" else f" as {kind}"
+                raise PortalError("invalid_request", f"{what}{as_what} is of {' or '.join(versions.split())}, the records "
+                                  f"are {version}; --fhir-version chooses")
+
+
+FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})"')
+_OPEN_REFERENCE = re.compile(r'"reference":"([A-Z][A-Za-z]+\?[^"]+|urn:[^"]+)"')
+
+
+class Prepared(NamedTuple):
+    """A resource ready to be written: all that takes time is done, and no lock was held."""
+    resource: Json
+    row: tuple[str, str, str, float, str]  # type, id, patient_id, updated, json
+    values: set[SearchValue]
+    unresolved: set[str]
+    given: Json  # its meta, as it came
+
+
+def prepare(resource: Json, version: str, now: float) -> Prepared:
+    """A resource ready to be written, its meta completed. PortalError for what FHIR does not allow."""
+    given = resource.get("meta", {})
+    if not isinstance(given, dict):
+        raise PortalError("invalid_request", "meta: expected an object")
+    when = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=now)
+    resource = {**resource, "meta": {"versionId": "1", "lastUpdated": when.isoformat(timespec="milliseconds") + "Z", **given}}
+    try:
+        updated = date_range(resource["meta"]["lastUpdated"])[0]
+    except (TypeError, ValueError):
+        raise PortalError("invalid_request", f"meta.lastUpdated: {given.get('lastUpdated')!r} is not a time")
+    if not isinstance(resource["meta"]["versionId"], str):
+        raise PortalError("invalid_request", "meta.versionId: expected a string")
+    try:
+        text = _ENCODER.encode(resource)
+        text.encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise PortalError("invalid_request", f"can't be written as JSON: {error}")
+    whose = owner(resource)
+    return Prepared(resource, (resource["resourceType"], resource["id"], "?" if whose is None else whose, updated, text),
+                    search_values(resource, version), set(_OPEN_REFERENCE.findall(text)), given)
+
+
+def _write(database: sqlite3.Connection, number: int | None, prepared: Prepared) -> int:
+    """Put a resource where `number` says, or at the end; gives its number."""
+    if number is not None:
+        _erase(database, number)
+    number = int(database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *prepared.row)).lastrowid or 0)
+    database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)", [
+        (number, *value) for value in prepared.values])
+    if prepared.unresolved:
+        database.executemany("INSERT INTO unresolved VALUES (?, ?)", [(number, one) for one in prepared.unresolved])
+    return number
+
+
+def _erase(database: sqlite3.Connection, number: int) -> None:
+    """Take a resource out, with all that leads to it."""
+    for name in ("resources", "search_values", "unresolved"):
+        database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
+
+
+def unbundle(document: Json) -> Iterator[tuple[str, Json]]:
+    """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
+
+    Each has an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its content, so
+    that loading it twice gives the same. References to a fullUrl of the Bundle become Type/id.
+    """
+    if document.get("resourceType") != "Bundle":
+        yield "", _identified(document, {})
+        return
+    entries = document.get("entry", [])
+    if not isinstance(entries, list):
+        raise PortalError("invalid_request", "Bundle.entry: expected an array")
+    if document.get("type") == "history":
+        raise PortalError("invalid_request", "Bundle.type history: expected transaction, batch, collection or searchset")
+    found: list[tuple[str, Json]] = []
+    names: dict[str, str] = {}
+    for place, entry in enumerate(entries):
+        where = f"Bundle.entry[{place}]"
+        if not isinstance(entry, dict):
+            raise PortalError("invalid_request", f"{where}: expected an object")
+        if "resource" in entry:  # a batch's GET and DELETE have none
+            try:
+                resource = _identified(entry["resource"], entry)
+            except PortalError as error:
+                raise PortalError(error.error, f"{where}.resource: {error.description}")
+            found.append((f"{where}.resource ({resource['resourceType']}): ", resource))
+            if isinstance(entry.get("fullUrl"), str):
+                names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
+    for where, resource in found:
+        _point(resource, names)
+        yield where, resource
+
+
+def _identified(found: Any, entry: Json) -> Json:
+    """A resource with an id. PortalError if it is no FHIR resource."""
+    if not isinstance(found, dict) or not isinstance(found.get("resourceType"), str):
+        raise PortalError("invalid_request", "not a FHIR resource: expected an object with a resourceType")
+    resource: Json = found
+    key = resource.get("id")
+    if key is None:
+        for text in [str(entry.get("fullUrl", "")), *map(str, elements(entry, "request.url"))]:
+            match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", text)
+            key = key or (match and match[1])
+        resource = {**resource, "id": key or str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(resource, sort_keys=True)))}
+    if not isinstance(resource["id"], str) or not FHIR_ID.fullmatch(resource["id"]):
+        raise PortalError("invalid_request", f"id {resource['id']!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
+    return resource
+
+
+def _point(resource: Json, names: Mapping[str, str]) -> None:
+    """Make references (and addresses of attachments) that mean an entry of the same Bundle say Type/id."""
+    waiting: list[Any] = [resource]
+    while waiting:
+        value = waiting.pop()
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(inner, (dict, list)):
+                waiting.append(inner)
+            elif key in ("reference", "url") and inner in names:
+                value[key] = names[inner]
+
+
+def person_name(resource: Json) -> str:
+    """What to call a Patient or another person; the id if there is no name."""
+    for name in elements(resource, "name"):
+        parts = elements(name, "text") or elements(name, "given") + elements(name, "family")
+        if parts:
+            return " ".join(map(str, parts))
+    return str(resource["id"])
+
+
+class DataFile(NamedTuple):
+    """A file to load."""
+    path: str
+    size: int
+
+    def documents(self) -> Iterator[tuple[str, Json, int]]:
+        """The JSON objects in it, each with its place and how many bytes have been read: one a line, or one in all.
+
+        A line at a time, so that a file of any length takes no more memory than its longest line.
+        """
+        with open(self.path, "rb") as raw:
+            stream: Any = gzip.open(raw) if self.path.endswith(".gz") else raw
+            line = stream.readline()
+            try:
+                first = parse_document(line)
+            except PortalError:
+                yield "", parse_document(line + stream.read()), self.size
+                return
+            yield "", first, raw.tell()
+            for number, line in enumerate(stream, 2):
+                if line.strip():
+                    try:
+                        yield f"line {number}: ", parse_document(line), raw.tell()
+                    except PortalError as error:
+                        raise PortalError(error.error, f"line {number}: {error.description}")
+
+
+def parse_document(data: bytes) -> Json:
+    """A JSON object; PortalError, which says where it goes wrong, if it is none."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise PortalError("invalid_request", f"not JSON: {error}")
+    if not isinstance(value, dict):
+        raise PortalError("invalid_request", f"a JSON {type(value).__name__}: expected a FHIR resource or Bundle")
+    return value
+
+
+def data_files(path: str) -> list[DataFile]:
+    """The files that --data names: itself, or those in the folder that may hold FHIR. StartError if there are none."""
+    try:
+        if not os.path.isdir(path):
+            return [DataFile(path, os.stat(path).st_size)]
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                 if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
+        if found:
+            return [DataFile(name, os.stat(name).st_size) for name in sorted(found)]
+    except OSError as error:
+        raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
+    raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
+
+
+@functools.cache
+def sample_database(version: str) -> sqlite3.Connection:
+    """The sample records in memory, made once in a process. Servers copy it."""
+    store = Store(None, RECORD_SCHEMA)
+    with store.transaction() as database:
+        database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
+        for resource in sample_resources(version):
+            _write(database, None, prepare(resource, version, 0))
+    return store.connection
+
+
+class Progress:
+    """A line on standard error now and then, for a load that takes more than a second."""
+    def __init__(self, total: int, clock: Clock):
+        self.total, self.clock = total, clock
+        self.begun = self.shown = clock.now()
+
+    def at(self, read: int) -> None:
+        """Say how far it is, unless that was just said."""
+        now = self.clock.now()
+        if now - self.shown >= 1 and read:
+            self.shown, rate = now, read / (now - self.begun)
+            print(f"loading: {read / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, "
+                  f"{(self.total - read) / rate:.0f} s left", file=sys.stderr, flush=True)
 
 
 class Records:
-    """The embedded records: FHIR resources in SQLite."""
-    def __init__(self, path: str | None):
-        self.store = Store(path, RECORD_SCHEMA)
-        self._ready = threading.Event()
-        self._filling = threading.Lock()
+    """The embedded records: FHIR resources of one version in SQLite."""
+    def __init__(self, settings: Settings, clock: Clock):
+        """Open them and load what --data names. StartError where that fails; `warnings` tell what was left out."""
+        self.version, self.clock = settings.fhir_version, clock
+        self.store = Store(settings.db, RECORD_SCHEMA)
+        self.warnings: list[str] = []
+        self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
+        self._ready, self._filling = False, threading.Lock()
+        try:
+            with self.store.transaction() as database:
+                database.execute("INSERT OR IGNORE INTO record_facts VALUES ('version', ?)", (self.version,))
+            kept = self._fact("version")
+            if kept != self.version:
+                raise StartError(f"--db {settings.db} holds {kept} records: start with --fhir-version {kept}, "
+                                 "or name another file")
+            self._load_data([one for one in settings.data if one != "none"])
+        except BaseException:
+            self.store.close()
+            raise
+
+    # ---------------------------------------------------------------- filling
+
+    def _fact(self, name: str) -> str:
+        """What the database says about itself; "" if nothing."""
+        row = self.store.row("SELECT value FROM record_facts WHERE name = ?", name)
+        return row["value"] if row else ""
 
     def _filled(self) -> Store:
         """The store, with the sample records in it. They are put there on first use, so that a start need not wait."""
-        if not self._ready.is_set():
+        if not self._ready:
             with self._filling:
-                if not self._ready.is_set() and not self.store.row("SELECT 1 FROM resources"):
-                    self.put(sample_resources())
-                self._ready.set()
+                if not self._ready and self._with_samples and not self._fact("samples"):
+                    self._fill(sample_database(self.version))
+                self._ready = True
         return self.store
 
-    def put(self, resources: Iterable[Json]) -> int:
-        """Add resources, or replace those of the same type and id; all or none. Gives how many."""
-        count = 0
+    def _fill(self, samples: sqlite3.Connection) -> None:
+        """Copy the sample records in."""
+        if self._in_memory:
+            samples.backup(self.store.connection)
+            return
         with self.store.transaction() as database:
-            for count, resource in enumerate(resources, 1):
-                where = (resource["resourceType"], resource["id"])
-                old = database.execute("SELECT number FROM resources WHERE type = ? AND id = ?", where).fetchone()
-                if old:
-                    database.execute("DELETE FROM search_values WHERE number = ?", (old[0],))
-                    database.execute("DELETE FROM resources WHERE number = ?", (old[0],))
-                cursor = database.execute(
-                    "INSERT INTO resources (type, id, patient_id, updated, json) VALUES (?, ?, ?, ?, ?)",
-                    (*where, owner(resource) or None, date_range(resource["meta"]["lastUpdated"])[0],
-                     json.dumps(resource, separators=(",", ":"))))
-                database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)",
-                                     [(cursor.lastrowid, *row) for row in search_values(resource)])
-        return count
+            for (text,) in samples.execute("SELECT json FROM resources ORDER BY number").fetchall():
+                self._put(database, prepare(json.loads(text), self.version, 0), later=False)
+            database.execute("INSERT INTO record_facts VALUES ('samples', 'yes')")
 
-    def read(self, type_name: str, resource_id: str) -> Json | None:
-        """One resource, or None."""
-        found = self._filled().row("SELECT json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
-        return json.loads(found["json"]) if found else None
+    def load(self, document: Json) -> int:
+        """Add the resources of a Bundle, or one resource, or replace those of the same type and id; all or none.
 
-    def search(self, type_name: str, parameters: Sequence[tuple[str, str]], access: Access,
-               count: int, offset: int) -> Page:
-        """The resources that match all parameters and may be seen; sorted by _sort, else in the order of loading."""
-        conditions = [Condition("r.type = ?", (type_name,)), access_condition(access, type_name)]
-        order = "r.number"
-        for name, text in parameters:
-            if name == "_sort":
-                order = self._order(type_name, text)
-            elif name not in RESULT_PARAMETERS:
-                conditions.append(parameter_condition(type_name, name, text))
-        where = " AND ".join(one.sql for one in conditions)
-        values = [value for one in conditions for value in one.values]
-        store = self._filled()
-        total = store.row(f"SELECT count(*) FROM resources r WHERE {where}", *values)
-        rows = store.rows(f"SELECT json FROM resources r WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
-                          *values, count, offset)
-        found = [json.loads(row["json"]) for row in rows]
-        return Page(total[0] if total else 0, [one for one in found if access.may_see(one, "s")])
+        Gives how many. PortalError if it is not FHIR of this version, or nothing of it is served.
+        """
+        return self._load(document, later=True)
+
+    def _load(self, document: Json, later: bool) -> int:
+        self._filled()
+        skipped: collections.Counter[str] = collections.Counter()
+        prepared = list(self._prepared(document, skipped))
+        if skipped and not prepared:
+            raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
+                              + ", ".join(sorted(search_table(self.version))))
+        with self.store.transaction() as database:
+            for one in prepared:
+                self._put(database, one, later)
+            self._resolve(database, later)
+        self._warn(skipped)
+        return len(prepared)
+
+    def _load_data(self, data: Sequence[Any]) -> None:
+        """Load what --data names, file by file: a bad one is refused whole, those before it stay."""
+        for document in data:
+            if isinstance(document, dict):
+                try:
+                    self._load(document, later=False)
+                except PortalError as error:
+                    raise StartError(f"data: {error.description}")
+        files = [file for one in data if not isinstance(one, dict) for file in data_files(os.fspath(one))]
+        if not files:
+            return
+        self._filled()
+        skipped: collections.Counter[str] = collections.Counter()
+        progress, done = Progress(sum(file.size for file in files), self.clock), 0
+        for file in files:
+            try:
+                with self.store.transaction() as database:
+                    for place, document, read in file.documents():
+                        for one in self._prepared(document, skipped, place):
+                            self._put(database, one, later=False)
+                        progress.at(done + read)
+            except PortalError as error:
+                raise StartError(f"--data {file.path}: {error.description}")
+            except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
+                raise StartError(f"--data {file.path}: {error}")
+            done += file.size
+        with self.store.transaction() as database:
+            self._resolve(database, later=False)
+        self._warn(skipped)
+
+    def _prepared(self, document: Json, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
+        """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
+        now = self.clock.now()
+        for where, resource in unbundle(document):
+            try:
+                check_version(resource, self.version)
+                if resource["resourceType"] in search_table(self.version):
+                    yield prepare(resource, self.version, now)
+                else:
+                    skipped[resource["resourceType"]] += 1
+            except PortalError as error:
+                raise PortalError(error.error, f"{place}{where}{error.description}")
+
+    def _put(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
+        """Write a resource; one that says the same as before, but for the time we gave it, stays as it is.
+
+        later: after the start, so that reset takes it back.
+        """
+        old = database.execute("SELECT number, json FROM resources WHERE type = ? AND id = ?", new.row[:2]).fetchone()
+        if not old:
+            self._replace(database, None, None, new, later)
+            return
+        new = self._resolved(database, new, {})
+        was = json.loads(old["json"])
+        if {**new.resource, "meta": {**was["meta"], **new.given}} == was:
+            return
+        if "versionId" not in new.given and was["meta"]["versionId"].isdigit():
+            new.resource["meta"]["versionId"] = str(int(was["meta"]["versionId"]) + 1)
+            new = prepare(new.resource, self.version, 0)
+        self._replace(database, old["number"], old["json"], new, later)
 
     @staticmethod
-    def _order(type_name: str, text: str) -> str:
-        """_sort as SQL: parameters in order of weight, a minus for falling."""
-        order = []
-        for word in text.split(","):
-            name, direction = (word[1:], "DESC") if word.startswith("-") else (word, "ASC")
-            column = {"_id": "r.id", "_lastUpdated": "r.updated"}.get(name)
-            if name in SEARCH[type_name]:  # a name of our own table, so it may stand in SQL
-                column = ("(SELECT min(coalesce(first, value)) FROM search_values "
-                          f"WHERE number = r.number AND parameter = '{name}')")
-            if not column:
-                raise FhirError("value", f"_sort={text}: {name} is no search parameter of {type_name}")
-            order.append(f"{column} {direction}")
-        return ", ".join([*order, "r.number"])
+    def _replace(database: sqlite3.Connection, number: int | None, text: str | None, new: Prepared, later: bool) -> None:
+        """Write a resource in the place of `number`, and keep what reset needs: the text before."""
+        number = _write(database, number, new)
+        if later:
+            database.execute("INSERT OR IGNORE INTO before_load VALUES (?, ?)", (number, text))
+        else:
+            database.execute("DELETE FROM before_load WHERE number = ?", (number,))
+
+    def _resolve(self, database: sqlite3.Connection, later: bool) -> None:
+        """Turn references that were open when their resource was written into Type/id, where that is known now."""
+        known: dict[str, str | None] = {reference: target for (reference,) in database.execute("SELECT DISTINCT reference FROM unresolved").fetchall()
+                 for target in [self._target(database, reference)] if target}
+        numbers = [number for number, reference in database.execute("SELECT number, reference FROM unresolved")
+                   if reference in known]
+        for number in dict.fromkeys(numbers):
+            (text,) = database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
+            new = self._resolved(database, prepare(json.loads(text), self.version, 0), known)
+            self._replace(database, number, text, new, later)
+
+    def _resolved(self, database: sqlite3.Connection, one: Prepared, known: dict[str, str | None]) -> Prepared:
+        """A resource with its open references resolved, as far as possible."""
+        text = one.row[-1]
+        for reference in one.unresolved:
+            if reference not in known:
+                known[reference] = self._target(database, reference)
+            if known[reference]:
+                text = text.replace(f'"reference":"{reference}"', f'"reference":"{known[reference]}"')
+        if text == one.row[-1]:
+            return one
+        return prepare(json.loads(text), self.version, 0)._replace(given=one.given)
+
+    def _target(self, database: sqlite3.Connection, reference: str) -> str | None:
+        """What a conditional reference (Practitioner?identifier=system|value) or a urn:uuid: means; None if unclear."""
+        type_name, conditional, search = reference.partition("?")
+        served = search_table(self.version)
+        if not conditional:
+            key = reference.rpartition(":")[2]
+            found = database.execute(f"SELECT type, id FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+                                     "AND id = ?", (*served, key)).fetchall()
+        elif type_name in served:
+            try:
+                query = parse_query(self.version, type_name, parse_qsl(search))
+            except (FhirError, ValueError):
+                return None
+            where = self._where(query, Access(None))
+            found = database.execute(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", where.values).fetchall()
+        return f"{found[0][0]}/{found[0][1]}" if conditional <= "?" and len(found) == 1 else None
+
+    def _warn(self, skipped: Mapping[str, int]) -> None:
+        """Note what a load left out, for whoever started it."""
+        if skipped:
+            self.warnings.append(f"{sum(skipped.values())} resources of types that are not served were left out: "
+                                 + ", ".join(f"{name} ({count})" for name, count in sorted(skipped.items())))
+        (count, example), = self.store.rows("SELECT count(*), min(reference) FROM unresolved")
+        if count:
+            self.warnings.append(f"{count} references mean nothing that was loaded and were kept, such as {example}")
+
+    # ---------------------------------------------------------------- reset
+
+    def reset(self) -> None:
+        """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
+        if not self.store.row("SELECT 1 FROM before_load"):
+            return
+        with self.store.transaction() as database:
+            for number, text in database.execute("SELECT number, json FROM before_load").fetchall():
+                _erase(database, number)
+                if text is not None:
+                    _write(database, number, prepare(json.loads(text), self.version, 0))
+            database.execute("DELETE FROM before_load")
+
+    # ---------------------------------------------------------------- reading
+
+    def find(self, type_name: str, resource_id: str) -> Found | None:
+        """One resource, or None."""
+        row = self._filled().row("SELECT number, json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
+        return Found(row["number"], json.loads(row["json"]), row["json"]) if row else None
+
+    def read(self, type_name: str, resource_id: str) -> Json | None:
+        """One resource, parsed, or None."""
+        found = self.find(type_name, resource_id)
+        return found.resource if found else None
+
+    def patients(self, text: str = "", limit: int = 100) -> list[tuple[str, str]]:
+        """(id, name) of patients, by id; with a text, of those whose id or name has all its words. limit -1: all."""
+        words = fold(text).split()
+        like = " AND (instr(lower(r.id), ?) OR EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND " \
+               "parameter = 'name' AND instr(value, ?)))"
+        rows = self._filled().rows(
+            f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id LIMIT ?",
+            *(word for one in words for word in (one, one)), limit)
+        return [(one["id"], person_name(one)) for one in (json.loads(row["json"]) for row in rows)]
+
+    def pointing_to(self, binary_id: str) -> list[Json]:
+        """The DocumentReferences and DiagnosticReports whose content is a Binary."""
+        return [json.loads(row["json"]) for row in self._filled().rows(
+            "SELECT json FROM resources WHERE number IN (SELECT number FROM search_values "
+            "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)]
+
+    # ---------------------------------------------------------------- searching
+
+    def _where(self, query: Query, access: Access) -> Condition:
+        """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
+        starts from the values searched for (the plus keeps it from going through the whole type)."""
+        pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not None or any(
+            one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
+        parts = [one.condition(pinned) for one in query.constraints]
+        plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
+        parts = [Condition(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
+        return Condition(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
+
+    def search(self, query: Query, access: Access) -> Page:
+        """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
+        where = self._where(query, access)
+        sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
+            ("r.patient_id", False)]
+        columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
+        keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
+        page, dropped = self._page(Condition(f"SELECT r.number, r.json{columns} FROM resources r WHERE {where.sql}",
+                                             where.values), keys, query.limit, query.after, access, "s")
+        total = None
+        if query.total and not dropped and not access.labels and "?" not in (access.scope or ""):
+            total = self.store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+        return page._replace(included=self._included(query, page.matches, access), total=total)
+
+    def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
+        """A page of a patient's compartment, and what it refers to that belongs to nobody."""
+        served = search_table(self.version)
+        page, _ = self._page(Condition(f"SELECT number, json FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+                                       "AND patient_id = ?", (*served, patient_id)),
+                             [("number", False)], count, after, access, "rs")
+        ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
+                             if end[0] in SHARED_TYPES or end[0] == "Device")
+        others = [one for one in (self.find(*end) for end in ends) if one and owner(one.resource) == NOBODY]
+        return page._replace(included=[one for one in others if all(access.may_see(one.resource, letter) for letter in "rs")])
+
+    def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
+              access: Access, letters: str) -> tuple[Page, bool]:
+        """A page of what `select` finds, in the order of `keys`, and whether something was left out of it.
+
+        It begins after an entry, not after so many entries: what is loaded meanwhile shifts nothing over its edge.
+        """
+        if len(after) not in (0, len(keys)):
+            raise FhirError("value", "_page: not a link of this search")
+        order = ", ".join(name + " DESC" * falling for name, falling in keys)
+        found: list[tuple[Found, list[Any]]] = []
+        dropped, more = False, count > 0
+        while more and len(found) <= count:  # until the page is full and one more is seen
+            beyond = _beyond(keys, after) if after else Condition("1")
+            rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
+                                       *select.values, *beyond.values, count + 1)
+            for row in rows:
+                after = [row[name] for name, _ in keys]
+                one = Found(row["number"], json.loads(row["json"]), row["json"])
+                if all(access.may_see(one.resource, letter) for letter in letters):
+                    found.append((one, after))
+                else:
+                    dropped = True
+            more = len(rows) > count
+        following = page_mark(found[count - 1][1]) if len(found) > count > 0 else ""
+        return Page([one for one, _ in found[:count]], [], following, None), dropped
+
+    def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
+        """What _sort looks at, as SQL: of several values the first in its direction. Who has none comes last."""
+        kind = search_table(self.version)[type_name][name].kind
+        own = {"id": "r.id", "owner": "r.patient_id", "updated": "r.updated"}.get(kind)
+        if own:
+            return own
+        column = "first" if kind == "date" else "value"  # the name is one of our table's, so it may stand in SQL
+        return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
+                f"WHERE number = r.number AND parameter = '{name}'), {'-1e308' if falling else 'char(1114111)'})")
+
+    def _included(self, query: Query, matches: Sequence[Found], access: Access) -> list[Found]:
+        """What _include and _revinclude add to a page, each resource once, and only what may be seen itself."""
+        seen, found = {one.number for one in matches}, []
+        for include in query.includes:
+            for match in matches:
+                for one in self._follow(include, query.type, match):
+                    if one.number not in seen and access.may_see(one.resource, "s"):
+                        seen.add(one.number)
+                        found.append(one)
+                if len(found) > MAX_INCLUDED:
+                    raise FhirError("too-costly", f"more than {MAX_INCLUDED} resources would be included; "
+                                    "ask for fewer matches with _count")
+        return found
+
+    def _follow(self, include: Include, type_name: str, match: Found) -> Iterator[Found]:
+        """The resources at the other end of a reference."""
+        owned = search_table(self.version)[include.source][include.parameter].kind == "owner"
+        if include.reverse:
+            if owned:
+                condition = Condition("type = ? AND patient_id = ?", (include.source, match.resource["id"]))
+            else:
+                condition = Condition("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
+                                      "AND value = ? AND system = ?)",
+                                      (include.source, include.parameter, match.resource["id"], type_name))
+            for row in self.store.rows(f"SELECT number, json FROM resources WHERE {condition.sql} LIMIT ?",
+                                       *condition.values, MAX_INCLUDED + 1):
+                yield Found(row["number"], json.loads(row["json"]), row["json"])
+        else:
+            ends = [("Patient", owner(match.resource) or "")] if owned else [
+                (row["system"], row["value"]) for row in self.store.rows(
+                    "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?",
+                    match.number, include.parameter)]
+            for end in ends:
+                found = self.find(*end) if include.target in ("", end[0]) else None
+                if found:
+                    yield found
 
 
 # ######################################################################## 8 the portal
@@ -1510,7 +2477,7 @@ class Portal:
         self.settings = settings
         self.clock = Clock()
         self.state = Store(settings.db, STATE_SCHEMA)
-        self.records = Records(settings.db)
+        self.records = Records(settings, self.clock)
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
@@ -1547,6 +2514,7 @@ class Portal:
         self.clock.offset = 0.0
         self.faults.clear()
         self.recorded.clear()
+        self.records.reset()
         with self.state.transaction() as database:
             for name in ("tokens", "grants", "pending", "sessions", "clients", "patients", "users"):
                 database.execute(f"DELETE FROM {name}")
@@ -1570,8 +2538,7 @@ class Portal:
         """The patients a user may open, id -> name, the user's own record first."""
         user = self.user(username)
         if user and user["any_patient"]:
-            found = self.records.search("Patient", [], Access(None), 1000, 0).resources
-            return {one["id"]: next(iter(strings_of(elements(one, "name.text"))), one["id"]) for one in found}
+            return dict(self.records.patients(limit=1000))
         return {row["patient_id"]: row["name"] for row in self.state.rows(
             "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
 
@@ -1938,27 +2905,43 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
 
 
 def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
-    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris)."""
-    found = addresses(portal.base(request), portal.browser_base(request))
-    api = "fhir" if secured else "open-fhir"
+    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris).
+
+    A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
+    """
+    version, url = portal.settings.fhir_version, f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    service = HL7 if version == "r4" else "http://hl7.org/fhir/"
+    operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
     rest: Json = {"mode": "server", "resource": [
-        {"type": name, "interaction": [{"code": "read"}, {"code": "search-type"}], "searchParam": [
-            {"name": parameter, "type": kind} for parameter, (kind, _) in sorted(known.items())]
-            + [{"name": "_id", "type": "token"}, {"name": "_lastUpdated", "type": "date"}]}
-        for name, known in sorted(SEARCH.items()) if known]}
+        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]} if name == "Binary" else
+        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
+         "searchInclude": [f"{name}:{one}" for one in sorted(known) if known[one].type == "reference"],
+         "searchRevInclude": sorted(map(":".join, targets(name, version))),
+         "searchParam": [{"name": one, "type": known[one].type} for one in sorted(known)]}
+        for name, known in sorted(search_table(version).items())]}
+    for resource in rest["resource"]:  # FHIR: a list is not empty, it is absent
+        for name in [name for name, value in resource.items() if not value]:
+            del resource[name]
+        if version == "r4" and resource["type"] == "Patient":
+            resource["operation"] = [{"name": "everything", "definition": operation}]
+    if version != "r4":
+        rest["operation"] = [{"name": "everything", "definition": {"reference": operation}}]
     if secured:
+        found = addresses(portal.base(request), portal.browser_base(request))
         rest["security"] = {
-            "cors": True, "service": [concept(HL7 + "restful-security-service", "SMART-on-FHIR")],
+            "cors": True, "service": [concept(service + "restful-security-service", "SMART-on-FHIR")],
             "extension": [{"url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris", "extension": [
                 {"url": short, "valueUri": found[name]} for short, name in (
                     ("authorize", "authorization_endpoint"), ("token", "token_endpoint"),
                     ("register", "registration_endpoint"), ("manage", "management_endpoint"),
                     ("introspect", "introspection_endpoint"), ("revoke", "revocation_endpoint"))]}]}
-    return {"resourceType": "CapabilityStatement", "status": "active", "date": "2026-11-24", "kind": "instance",
-            "publisher": portal.settings.name, "fhirVersion": "4.0.1", "format": ["application/fhir+json", "json"],
-            "software": {"name": "s4s_proxy.py", "version": __version__},
-            "implementation": {"description": "A test server with made-up patients",
-                               "url": f"{portal.base(request)}/api/{api}"}, "rest": [rest]}
+    statement = {
+        "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
+        "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
+        "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
+        "software": {"name": "s4s_proxy.py", "version": __version__},
+        "implementation": {"description": "A test server with made-up patients", "url": url}, "rest": [rest]}
+    return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
 
 
 # ######################################################################## 11 clients
@@ -2716,6 +3699,7 @@ def revoke(portal: Portal, request: Request) -> Response:
 
 REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
 FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
 JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
 
 
@@ -2749,18 +3733,24 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
                      [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
 
 
-def fhir_response(request: Request, body: Json, status: int = 200,
-                  headers: Sequence[tuple[str, str]] = ()) -> Response:
-    """A resource, in the JSON type asked for; 406 if no JSON is acceptable."""
-    wanted = dict(request.pairs()).get("_format", "") if status == 200 else ""
-    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
-    if wanted:
-        accepted = [wanted.replace(" ", "+").partition(";")[0].lower()]
-    if status == 200 and accepted != [""] and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+def accepted_types(request: Request) -> list[str]:
+    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
+    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
+            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request) if status == 200 else []
+    if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
         raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPE
-    pretty = "_pretty=true" in request.query
-    return Response(status, json.dumps(body, indent=2 if pretty else None).encode(), media_type, headers)
+    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
+    return Response(status, text.encode("utf-8"), media_type, headers)
 
 
 def outcome(error: PortalError) -> Json:
@@ -2770,112 +3760,150 @@ def outcome(error: PortalError) -> Json:
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
 
-def _count(parameters: Sequence[tuple[str, str]], name: str, default: int, most: int) -> int:
-    """A whole number among the parameters."""
-    text = dict(parameters).get(name)
-    if text is None:
-        return default
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise FhirError("value", f"{name}={text}: expected a whole number")
-    return min(int(text), most)
-
-
-def search_parameters(request: Request, type_name: str) -> list[tuple[str, str]]:
-    """The parameters of a search: of the query and of a POST's form. Lenient handling drops what is unknown."""
-    pairs = request.pairs() + (request.form() if request.method == "POST" else [])
-    pairs = [(name, value) for name, value in pairs if value]
-    if "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""):
-        known = [*SEARCH[type_name], *COMMON_PARAMETERS, *RESULT_PARAMETERS]
-        pairs = [(name, value) for name, value in pairs if name in known]
-    return pairs
-
-
-def pin_to_patient(access: Access, type_name: str, parameters: Sequence[tuple[str, str]]) -> None:
+def check_patients(access: Access, query: Query) -> None:
     """A search that names another patient is refused in words, rather than found empty."""
-    allowed = access.patients(type_name, "s")
-    if allowed is None or type_name in SHARED_TYPES:
-        return
-    for name, text in parameters:
-        if name in NAMES_A_PATIENT or (name == "_id" and type_name == "Patient"):
-            for one in text.split(","):
-                if one.split("/")[-1] not in allowed:
-                    raise FhirError("forbidden", f"{name}={one}: the token is not for this patient's record", 403)
+    allowed = access.patients(query.type, "s")
+    others = query.patients() - (allowed or set())
+    if allowed is not None and others:
+        raise FhirError("forbidden", f"{', '.join(sorted(others))}: the token is not for this patient's record", 403)
+
+
+def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
+    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
+    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
+    meta = {**resource["meta"], "tag": [*resource["meta"].get("tag", []), coding(system, "SUBSETTED")]}
+    return {name: meta if name == "meta" else value for name, value in resource.items()
+            if name in ("resourceType", "id", "meta", *names)}
+
+
+def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
+                    base: str, version: str, names: Sequence[str] = ()) -> Response:
+    """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
+    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
+        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=quote, safe=",:/")}
+        for relation, rest in links]}
+    if page.total is None:
+        del head["total"]
+    entries = [
+        f'{{"fullUrl":{json.dumps(base + "/" + one.resource["resourceType"] + "/" + one.resource["id"])},"resource":'
+        + (json.dumps(only_elements(one.resource, names, version)) if names else one.text)
+        + f',"search":{{"mode":"{mode}"}}}}' for mode, found in (("match", page.matches), ("include", page.included))
+        for one in found]
+    text = json.dumps(head)
+    return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
+                         version=version)
 
 
 def search(portal: Portal, request: Request, access: Access, type_name: str, base: str) -> Response:
-    """A page of a type's resources that match and may be seen, as a Bundle with links to the other pages."""
-    parameters = search_parameters(request, type_name)
-    pin_to_patient(access, type_name, parameters)
-    count = _count(parameters, "_count", 20, 1000)
-    offset = _count(parameters, "_offset", 0, 10 ** 9)
-    summary = dict(parameters).get("_summary", "false")
-    if summary not in ("count", "false"):
-        raise FhirError("not-supported", f"_summary={summary}: only count and false are supported")
-    only_count = summary == "count" or count == 0
-    found = portal.records.search(type_name, parameters, access, 0 if only_count else count, offset)
-
-    def link(relation: str, start: int) -> Json:
-        rest = [(name, value) for name, value in parameters if name not in ("_offset", "_count")]
-        rest += [("_count", str(count))] if "_count" in dict(parameters) else []
-        rest += [("_offset", str(start))] if start else []
-        query = urlencode(rest, quote_via=quote)
-        return {"relation": relation, "url": f"{base}/{type_name}" + (f"?{query}" if query else "")}
-    links = [link("self", offset)]
-    if not only_count:
-        links += [link("first", 0)] if offset else []
-        links += [link("previous", max(0, offset - count))] if offset else []
-        links += [link("next", offset + count)] if offset + count < found.total else []
-    bundle: Json = {"resourceType": "Bundle", "type": "searchset", "total": found.total, "link": links}
-    if access.labels:
-        del bundle["total"]  # it would tell how much was left out
-    if found.resources:
-        bundle["entry"] = [{"fullUrl": f"{base}/{type_name}/{one['id']}", "resource": one,
-                            "search": {"mode": "match"}} for one in found.resources]
-    return fhir_response(request, bundle)
+    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search)."""
+    version = portal.settings.fhir_version
+    pairs = request.pairs() + (request.form() if request.method == "POST" else [])
+    query = parse_query(version, type_name, [(name, value) for name, value in pairs if value], base,
+                        "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
+    check_patients(access, query)
+    page = portal.records.search(query, access)
+    rest = [(name, value) for name, value in query.parameters if name != "_page"]
+    links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
+    if page.next:
+        links.append(("next", [*rest, ("_page", page.next)]))
+    return bundle_response(request, page, links, f"{base}/{type_name}", base, version, query.elements)
 
 
-def read(portal: Portal, request: Request, access: Access, type_name: str, resource_id: str) -> Response:
-    """One resource: fetched, then judged."""
-    resource = portal.records.read(type_name, resource_id)
-    if not resource:
+def everything(portal: Portal, request: Request, access: Access, patient: Found, base: str) -> Response:
+    """A page of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
+    for name, _ in request.pairs():
+        if name not in ("_count", "_page", "_format", "_pretty"):
+            raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
+    query = parse_query(portal.settings.fhir_version, "Patient", [("_count", "1000"), *request.pairs()])
+    page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
+    rest = [(name, value) for name, value in request.pairs() if name != "_page"]
+    return bundle_response(request, page, [("self", request.pairs())] + [
+        ("next", [*rest, ("_page", page.next)])] * bool(page.next),
+        f"{base}/Patient/{patient.resource['id']}/$everything", base, portal.settings.fhir_version)
+
+
+def visible(portal: Portal, access: Access, type_name: str, resource_id: str) -> Found:
+    """One resource: fetched, then judged. A Binary mostly doesn't say whose it is; what points to it decides."""
+    found = portal.records.find(type_name, resource_id)
+    if not found:
         raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-    if not access.may_see(resource, "r"):
+    if not access.may_see(found.resource, "r") and not (
+            type_name == "Binary" and owner(found.resource) is None
+            and any(access.may_see(one, "r") for one in portal.records.pointing_to(resource_id))):
         raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
                         "category that was not approved", 403)
-    version, updated = resource["meta"]["versionId"], date_range(resource["meta"]["lastUpdated"])[0]
-    return fhir_response(request, resource, headers=[("ETag", f'W/"{version}"'), ("Last-Modified", http_date(updated))])
+    return found
+
+
+def is_unchanged(request: Request, tag: str, updated: float) -> bool:
+    """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
+    known = request.headers.get("if-none-match")
+    if known is not None:
+        return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
+    try:
+        since = email.utils.parsedate_to_datetime(request.headers.get("if-modified-since", ""))
+        return updated < since.timestamp() + 1
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return False
+
+
+def read(portal: Portal, request: Request, access: Access, found: Found) -> Response:
+    """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
+    resource, tag = found.resource, f'"{found.resource["meta"]["versionId"]}"'
+    updated = date_range(resource["meta"]["lastUpdated"])[0]
+    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(updated))]
+    if is_unchanged(request, tag, updated):
+        return Response(304, headers=headers)
+    kind = str(resource.get("contentType", "")) if resource["resourceType"] == "Binary" else ""
+    if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
+        try:
+            content = base64.b64decode(str(resource.get("data", resource.get("content", ""))))
+            # sandbox: content that somebody loaded must not run as a page of this portal
+            return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
+        except (TypeError, ValueError):
+            pass
+    return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
 
 
 def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
-    """What of the FHIR API a path means: a type to search, a resource to read."""
-    parts = [unquote(part) for part in request.rest.split("/")]
-    type_name = parts[0]
-    if type_name not in SEARCH:
+    """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
+    type_name, *rest = [unquote(part) for part in request.rest.split("/")]
+    served = search_table(portal.settings.fhir_version)
+    if type_name not in served:
         raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
-                        + ", ".join(sorted(SEARCH)), 404)
-    if request.method == "POST" and parts[1:] != ["_search"]:
+                        + ", ".join(sorted(served)), 404)
+    searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
+    if request.method == "POST" and (rest != ["_search"] or not searching):
         raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    letter = "s" if len(parts) == 1 or parts[1:] == ["_search"] else "r"
-    if not access.allows(type_name, letter):
-        raise too_little_scope(type_name, letter)
-    if letter == "s" and (len(parts) == 1 or request.method == "POST"):
+    if not access.allows(type_name, "s" if searching else "r"):
+        raise too_little_scope(type_name, "s" if searching else "r")
+    if searching:
         return search(portal, request, access, type_name, base)
-    if len(parts) == 2 and re.fullmatch(r"[A-Za-z0-9.-]{1,64}", parts[1]):
-        return read(portal, request, access, type_name, parts[1])
-    raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
+    if not rest or not FHIR_ID.fullmatch(rest[0]):
+        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
+    found = visible(portal, access, type_name, rest[0])
+    if len(rest) == 1 or rest[1:] == ["_history", found.resource["meta"]["versionId"]]:
+        return read(portal, request, access, found)
+    if rest[1:] == ["$everything"] and type_name == "Patient":
+        return everything(portal, request, access, found, base)
+    if rest[1] == "_history":
+        raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
+    if rest[1].startswith("$"):
+        raise FhirError("forbidden", f"{rest[1]}: the only operation here is Patient/[id]/$everything", 403)
+    raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
 
 
 @route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
-    return fhir_response(request, capability_statement(portal, request, True))
+    return fhir_response(request, capability_statement(portal, request, True), version=portal.settings.fhir_version)
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
     row = bearer(portal, request)
-    if request.method not in ("GET", "POST"):
+    if request.method not in ("GET", "HEAD", "POST"):
         raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
     return serve_records(portal, request, access_of(portal, row), portal.base(request) + "/api/fhir")
 
@@ -2886,7 +3914,7 @@ def open_fhir(portal: Portal, request: Request) -> Response:
     if not portal.settings.serves_open_fhir:
         raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
     if request.rest == "metadata":
-        return fhir_response(request, capability_statement(portal, request, False))
+        return fhir_response(request, capability_statement(portal, request, False), version=portal.settings.fhir_version)
     if request.method == "POST" and not request.rest.endswith("/_search"):
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
     return serve_records(portal, request, Access(None), portal.base(request) + "/api/open-fhir")
