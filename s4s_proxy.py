@@ -471,8 +471,7 @@ class Clock:
 
 def http_date(seconds: float) -> str:
     """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
-    moment = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(seconds=int(seconds))
-    return email.utils.format_datetime(moment, usegmt=True)
+    return email.utils.formatdate(int(seconds), usegmt=True)
 
 
 # ######################################################################## 6 sample data
@@ -981,7 +980,7 @@ def sample_resources() -> Iterator[Json]:
     built += [resource for row in table(VITALS) for resource in build_visit(row)]
     built += [resource for row in table(DOCUMENTS) for resource in build_document(row)]
     built += [build_report(), *build_insurance(), *build_shared()]
-    first = datetime.datetime(2016, 1, 1, 12, tzinfo=datetime.UTC)
+    first = datetime.datetime(2016, 1, 1, 12)
     for place, resource in enumerate(built):
         moment = first + datetime.timedelta(days=place * 3 % 1000)
         yield {**resource, "meta": {"versionId": "1", "lastUpdated": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}}
@@ -1217,7 +1216,7 @@ def date_range(text: str) -> tuple[float, float]:
         raise ValueError(text)
     year, month, day, hour, minute, second, zone = match.groups()
     start = datetime.datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), int(minute or 0),
-                              min(int(second or 0), 59), tzinfo=datetime.UTC)
+                              min(int(second or 0), 59))
     first = float(calendar.timegm(start.timetuple()))
     if zone and zone != "Z":
         first -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
@@ -1594,6 +1593,11 @@ class Portal:
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
+
+    def log_bug(self, during: str, error: Exception) -> None:
+        """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
+        self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
     def base(self, request: Request) -> str:
         """The base URL that this request's sender knows the server by."""
@@ -3332,9 +3336,7 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
     except PortalError as error:
         return error_response(portal, kind, error)
     except Exception as error:  # noqa: BLE001
-        # A bug of ours. Say so, and where, but no value: it might be a secret.
-        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
-        portal.log(f"BUG {type(error).__name__} in {request.method} {request.path}" + "".join(where))
+        portal.log_bug(f"{request.method} {request.path}", error)
         return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
 
 
@@ -3686,6 +3688,8 @@ class Listener(http.server.HTTPServer):
             Handler(served, ("", 0), self)
         except (OSError, ValueError):
             pass  # a handshake that failed, a client that went away
+        except Exception as error:  # noqa: BLE001
+            self.portal.log_bug("a connection", error)
         finally:
             with self._lock:
                 self._open -= {connection, served}

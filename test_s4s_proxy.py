@@ -1078,10 +1078,12 @@ class CommandLine(unittest.TestCase):
         process = subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         with process:
-            assert process.stdout
-            url = process.stdout.readline().strip()
-            self.assertEqual(ask(url + "/health").status, 200)
-            process.terminate()
+            try:
+                assert process.stdout
+                url = process.stdout.readline().strip()
+                self.assertEqual(ask(url + "/health").status, 200)
+            finally:
+                process.terminate()
             self.assertEqual(process.wait(10), 0 if os.name == "posix" else 1)
 
     def test_a_bad_option_is_exit_status_2(self) -> None:
