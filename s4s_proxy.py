@@ -2562,6 +2562,11 @@ class Portal:
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
 
+    def log_bug(self, during: str, error: Exception) -> None:
+        """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
+        self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
+
     def base(self, request: Request) -> str:
         """The base URL that this request's sender knows the server by."""
         ours = f"{request.scheme}://{request.host}"
@@ -3528,7 +3533,7 @@ def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: floa
     token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
     database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
                      (token, grant["grant_id"], scope, now, expires, refresh_token))
-    answer = {"access_token": token, "token_type": "Bearer", "expires_in": int(expires - now), "scope": scope,
+    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
               "patient": grant["patient_id"]}
     if refresh_token:
         answer["refresh_token"] = refresh_token
@@ -3992,14 +3997,16 @@ MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
 
 
-def control(path: str, answer: Callable[[Any], Any]) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out."""
+def control(path: str, answer: Callable[[Any], Any], **aliases: str) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `aliases` are
+    other names of members."""
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__] = function
 
         def over_http(portal: Portal, request: Request) -> Response:
             only_with_debug(portal)
-            return json_response(answer(call_with_members(portal, function, request.json())))
+            members = {aliases.get(name, name): value for name, value in request.json().items()}
+            return json_response(answer(call_with_members(portal, function, members)))
         over_http.__doc__ = function.__doc__
         over_http.__name__ = f"debug_{function.__name__}"
         route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
@@ -4088,7 +4095,7 @@ def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
     return next(iter(patients))
 
 
-@control("token", lambda given: given)
+@control("token", lambda given: given, user_name="username")
 def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | None = None,
                 patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
                 approval_expires: float | None = None) -> Json:
@@ -4358,9 +4365,7 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
     except PortalError as error:
         return error_response(portal, kind, error)
     except Exception as error:  # noqa: BLE001
-        # A bug of ours. Say so, and where, but no value: it might be a secret.
-        where = "".join(traceback.format_tb(error.__traceback__))
-        portal.log(f"BUG {type(error).__name__} in {request.method} {request.path}\n{where}")
+        portal.log_bug(f"{request.method} {request.path}", error)
         return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
 
 
@@ -4621,19 +4626,21 @@ class Listener(http.server.HTTPServer):
         self._idle = 0                               # threads that no arrived connection is meant for
         self._date = (0, "")
         self._context: Any = None
+        self._wake, self._woken = socket.socketpair()
         if portal.settings.certfile:
             import ssl  # takes long to import, and few need it
             try:
                 self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
                 self._context.load_cert_chain(portal.settings.certfile, portal.settings.keyfile)
             except (OSError, ssl.SSLError) as error:
+                self._wake.close()
+                self._woken.close()
                 raise StartError(f"--certfile {portal.settings.certfile}: {error}; give PEM files")
             self.scheme = "https"
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
             raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
-        self._wake, self._woken = socket.socketpair()
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
@@ -4710,6 +4717,8 @@ class Listener(http.server.HTTPServer):
             Handler(served, ("", 0), self)
         except (OSError, ValueError):
             pass  # a handshake that failed, a client that went away
+        except Exception as error:  # noqa: BLE001
+            self.portal.log_bug("a connection", error)
         finally:
             with self._lock:
                 self._open -= {connection, served}
