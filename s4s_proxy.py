@@ -75,6 +75,7 @@ import html
 import http.cookies
 import http.server
 import io
+import itertools
 import json
 import math
 import operator
@@ -402,6 +403,7 @@ CREATE INDEX IF NOT EXISTS tokens_by_refresh ON tokens (refresh_token);
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
 PRAGMA cache_size = -65536;                       -- at most 64 MB of memory, however large the file
+PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
     patient_id TEXT NOT NULL,                     -- whose compartment it is in; '' nobody's, '?' can't be told
@@ -1338,8 +1340,20 @@ def search_table(version: str) -> dict[str, dict[str, Parameter]]:
             for name, _, paths in (word.partition("=") for word in names.split(", ") if word):
                 paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
                 known[name] = Parameter(kind, tuple(
-                    path[:-3] + choice for path in paths.split("+")
-                    for choice in (_CHOICES[kind] if path.endswith("[x]") else [path[-3:]])))
+                    path.replace("[x]", choice) for path in paths.split("+")
+                    for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
+    return found
+
+
+@functools.cache
+def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, Parameter]]]]:
+    """The same from the resource's side: type -> element -> the parameters that look into it, one for each path."""
+    found: dict[str, dict[str, list[tuple[str, Parameter]]]] = {}
+    for type_name, known in search_table(version).items():
+        inside = found.setdefault(type_name, {})
+        for name, parameter in known.items():
+            for path in parameter.paths if parameter.kind != "owner" else ():
+                inside.setdefault(path.partition(".")[0], []).append((name, Parameter(parameter.kind, (path,))))
     return found
 
 
@@ -1354,8 +1368,8 @@ def elements(resource: Any, path: str) -> list[Any]:
     """All values at a dotted path, through lists."""
     found = [resource]
     for name in path.split("."):
-        found = [value[name] for value in found if isinstance(value, dict) and name in value]
-        found = [item for value in found for item in (value if isinstance(value, list) else [value])]
+        found = [item for value in found if isinstance(value, dict) and name in value
+                 for item in (value[name] if isinstance(value[name], list) else (value[name],))]
     return found
 
 
@@ -1363,16 +1377,15 @@ def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
     """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
     found: list[tuple[str, str]] = []
     for value in values:
-        if isinstance(value, bool):
+        if isinstance(value, dict):
+            for one in value["coding"] if isinstance(value.get("coding"), list) else (value,):
+                code = one.get("code", one.get("value")) if isinstance(one, dict) else None
+                if isinstance(code, str):
+                    found.append((str(one.get("system", "")), code))
+        elif isinstance(value, bool):
             found.append(("", "true" if value else "false"))
         elif isinstance(value, str):
             found.append(("", value))
-        elif isinstance(value, dict) and isinstance(value.get("coding"), list):
-            found += tokens_of(value["coding"])
-        elif isinstance(value, dict):
-            code = value.get("code", value.get("value"))
-            if isinstance(code, str):
-                found.append((str(value.get("system", "")), code))
     return found
 
 
@@ -1448,38 +1461,32 @@ def reference_parts(text: str) -> tuple[str, str]:
 SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
 
 
-def values_of(resource: Json, name: str, parameter: Parameter) -> Iterator[SearchValue]:
+def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchValue]:
     """What one search parameter finds in a resource."""
-    if parameter.kind == "owner":
-        yield name, owner(resource) or "", "Patient", 0, 0
-        return
-    if parameter.kind == "id":
-        yield name, str(resource.get("id")), "", 0, 0
-        return
-    found = elements(resource, "meta.lastUpdated") if parameter.kind == "updated" else [
-        value for path in parameter.paths for value in elements(resource, path)]
-    if parameter.kind == "token":
-        for system, code in tokens_of(found):
-            yield name, code, system, 0, 0
-    elif parameter.kind == "reference":
-        for text in filter(None, map(reference_of, found)):
-            type_name, target = reference_parts(text)
-            yield name, target, type_name, 0, 0
-    elif parameter.kind == "string":
-        for text in strings_of(found):
-            yield name, fold(text), text, 0, 0
-    else:
-        for span in filter(None, map(period_of, found)):
-            yield name, "", "", *span
+    kind = parameter.kind
+    if kind == "owner":
+        return [(name, owner(resource) or "", "Patient", 0, 0)]
+    if kind == "id":
+        return [(name, str(resource.get("id")), "", 0, 0)]
+    if kind == "updated":
+        return [(name, "", "", *span) for span in map(period_of, elements(resource, "meta.lastUpdated")) if span]
+    found = [value for path in parameter.paths for value in elements(resource, path)]
+    if kind == "token":
+        return [(name, code, system, 0, 0) for system, code in tokens_of(found)]
+    if kind == "reference":
+        return [(name, target, type_name, 0, 0)
+                for type_name, target in map(reference_parts, filter(None, map(reference_of, found)))]
+    if kind == "string":
+        return [(name, fold(text), text, 0, 0) for text in strings_of(found)]
+    return [(name, "", "", *span) for span in map(period_of, found) if span]
 
 
 def search_values(resource: Json, version: str) -> set[SearchValue]:
     """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
-    found = {row for name, parameter in search_table(version)[resource["resourceType"]].items() if parameter.paths
-             for row in values_of(resource, name, parameter) if parameter.kind != "owner"}
-    # Two that nobody can ask for: the category, so that the database can leave out what was not approved, and the
-    # Binary that a document points to, so that who may see the document may read that.
-    found.update(("_category", label, "", 0, 0) for label in categories(resource))
+    inside = _looked_into(version)[resource["resourceType"]]
+    found = {row for name in resource if name in inside for parameter, looked in inside[name]
+             for row in values_of(resource, parameter, looked)}
+    # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
     if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
         for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
             type_name, target = reference_parts(str(url))
@@ -1739,18 +1746,12 @@ def _parse_page(text: str) -> tuple[Any, ...]:
 
 
 def access_condition(access: Access, type_name: str) -> Condition:
-    """What `access.may_see` says, as far as SQL can, so that little is read in vain. May_see has the last word."""
-    parts: list[Condition] = []
+    """What SQL can do of `access.may_see`: keep to the patients. May_see has the last word on every resource."""
     patients = access.patients(type_name, "s")
-    if patients is not None:
-        whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
-        parts.append(Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose)))
-    if access.labels:
-        marks = ", ".join("?" * len(access.labels))
-        parts.append(Condition("NOT EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND "
-                               f"parameter = '_category' AND value NOT IN ({marks}))", tuple(sorted(access.labels))))
-    return Condition(" AND ".join(part.sql for part in parts) or "1",
-                     tuple(value for part in parts for value in part.values))
+    if patients is None:
+        return Condition("1")
+    whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
+    return Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
 
 
 class Found(NamedTuple):
@@ -1848,9 +1849,9 @@ def check_version(resource: Json, version: str) -> None:
 
 
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")
-_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False)
 _RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})"')
-_OPEN_REFERENCE = re.compile(r'"reference":"([A-Z][A-Za-z]+\?[^"]+|urn:[^"]+)"')
+_OPEN_REFERENCE = re.compile(r'"reference":"((?:urn:|[A-Z][A-Za-z]+\?)[^"]+)"')
 
 
 class Prepared(NamedTuple):
@@ -1858,43 +1859,41 @@ class Prepared(NamedTuple):
     resource: Json
     row: tuple[str, str, str, float, str]  # type, id, patient_id, updated, json
     values: set[SearchValue]
-    unresolved: set[str]
-    given: Json  # its meta, as it came
+    unresolved: set[str]                   # references that are no Type/id yet
+    given: Json                            # its meta, as it came
 
 
-def prepare(resource: Json, version: str, now: float) -> Prepared:
+def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     """A resource ready to be written, its meta completed. PortalError for what FHIR does not allow."""
     given = resource.get("meta", {})
-    if not isinstance(given, dict):
-        raise PortalError("invalid_request", "meta: expected an object")
-    when = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=now)
-    resource = {**resource, "meta": {"versionId": "1", "lastUpdated": when.isoformat(timespec="milliseconds") + "Z", **given}}
     try:
-        updated = date_range(resource["meta"]["lastUpdated"])[0]
-    except (TypeError, ValueError):
-        raise PortalError("invalid_request", f"meta.lastUpdated: {given.get('lastUpdated')!r} is not a time")
-    if not isinstance(resource["meta"]["versionId"], str):
-        raise PortalError("invalid_request", "meta.versionId: expected a string")
-    try:
+        meta = {"versionId": "1", "lastUpdated": now, **given}
+        updated = date_range(meta["lastUpdated"])[0]
+        if not isinstance(meta["versionId"], str):
+            raise TypeError("versionId is not a string")
+        resource = {**resource, "meta": meta}
         text = _ENCODER.encode(resource)
         text.encode("utf-8")
-    except (ValueError, RecursionError) as error:
-        raise PortalError("invalid_request", f"can't be written as JSON: {error}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PortalError("invalid_request", f"meta is wrong, or something can't be written as JSON: {error}")
     whose = owner(resource)
     return Prepared(resource, (resource["resourceType"], resource["id"], "?" if whose is None else whose, updated, text),
                     search_values(resource, version), set(_OPEN_REFERENCE.findall(text)), given)
 
 
-def _write(database: sqlite3.Connection, number: int | None, prepared: Prepared) -> int:
-    """Put a resource where `number` says, or at the end; gives its number."""
-    if number is not None:
-        _erase(database, number)
-    number = int(database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *prepared.row)).lastrowid or 0)
+def _write(database: sqlite3.Connection, number: int, prepared: Prepared) -> None:
+    """Put a resource where `number` says, in place of what is there."""
+    _erase(database, number)
+    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *prepared.row))
+    _index(database, [(number, prepared)])
+
+
+def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]) -> None:
+    """Write down what leads to resources that were written."""
     database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)", [
-        (number, *value) for value in prepared.values])
-    if prepared.unresolved:
-        database.executemany("INSERT INTO unresolved VALUES (?, ?)", [(number, one) for one in prepared.unresolved])
-    return number
+        (number, *value) for number, one in written for value in one.values])
+    database.executemany("INSERT INTO unresolved VALUES (?, ?)", [
+        (number, reference) for number, one in written for reference in one.unresolved])
 
 
 def _erase(database: sqlite3.Connection, number: int) -> None:
@@ -1903,22 +1902,20 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
         database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
 
 
-def unbundle(document: Json) -> Iterator[tuple[str, Json]]:
+def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
     """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
 
     Each has an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its content, so
-    that loading it twice gives the same. References to a fullUrl of the Bundle become Type/id.
+    that loading it twice gives the same. Beside them, what the fullUrls mean: Type/id.
     """
     if document.get("resourceType") != "Bundle":
-        yield "", _identified(document, {})
-        return
+        return [("", _identified(document, {}))], {}
     entries = document.get("entry", [])
-    if not isinstance(entries, list):
-        raise PortalError("invalid_request", "Bundle.entry: expected an array")
-    if document.get("type") == "history":
-        raise PortalError("invalid_request", "Bundle.type history: expected transaction, batch, collection or searchset")
+    if not isinstance(entries, list) or document.get("type") == "history":
+        raise PortalError("invalid_request", "Bundle: expected a transaction, batch, collection or searchset, with an "
+                          "array of entries")
     found: list[tuple[str, Json]] = []
-    names: dict[str, str] = {}
+    names: dict[str, str | None] = {}
     for place, entry in enumerate(entries):
         where = f"Bundle.entry[{place}]"
         if not isinstance(entry, dict):
@@ -1931,9 +1928,7 @@ def unbundle(document: Json) -> Iterator[tuple[str, Json]]:
             found.append((f"{where}.resource ({resource['resourceType']}): ", resource))
             if isinstance(entry.get("fullUrl"), str):
                 names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
-    for where, resource in found:
-        _point(resource, names)
-        yield where, resource
+    return found, names
 
 
 def _identified(found: Any, entry: Json) -> Json:
@@ -1952,18 +1947,6 @@ def _identified(found: Any, entry: Json) -> Json:
     return resource
 
 
-def _point(resource: Json, names: Mapping[str, str]) -> None:
-    """Make references (and addresses of attachments) that mean an entry of the same Bundle say Type/id."""
-    waiting: list[Any] = [resource]
-    while waiting:
-        value = waiting.pop()
-        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(inner, (dict, list)):
-                waiting.append(inner)
-            elif key in ("reference", "url") and inner in names:
-                value[key] = names[inner]
-
-
 def person_name(resource: Json) -> str:
     """What to call a Patient or another person; the id if there is no name."""
     for name in elements(resource, "name"):
@@ -1978,37 +1961,36 @@ class DataFile(NamedTuple):
     path: str
     size: int
 
-    def documents(self) -> Iterator[tuple[str, Json, int]]:
-        """The JSON objects in it, each with its place and how many bytes have been read: one a line, or one in all.
+    def documents(self) -> Iterator[tuple[str, bytes, int]]:
+        """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
 
         A line at a time, so that a file of any length takes no more memory than its longest line.
         """
-        with open(self.path, "rb") as raw:
-            stream: Any = gzip.open(raw) if self.path.endswith(".gz") else raw
+        with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
-            try:
-                first = parse_document(line)
-            except PortalError:
-                yield "", parse_document(line + stream.read()), self.size
+            if not line.rstrip().endswith(b"}"):
+                yield "", line + stream.read(), self.size
                 return
-            yield "", first, raw.tell()
-            for number, line in enumerate(stream, 2):
-                if line.strip():
-                    try:
-                        yield f"line {number}: ", parse_document(line), raw.tell()
-                    except PortalError as error:
-                        raise PortalError(error.error, f"line {number}: {error.description}")
+            for number, text in enumerate(itertools.chain([line], stream), 1):
+                if text.strip():
+                    yield f"line {number}: " * bool(stream.tell() > len(line)), text, raw.tell()
 
 
-def parse_document(data: bytes) -> Json:
-    """A JSON object; PortalError, which says where it goes wrong, if it is none."""
+def parse_document(data: bytes) -> tuple[Json, list[Json]]:
+    """A JSON object, and those within it that may refer to something; PortalError, which says where it goes wrong."""
+    pointers: list[Json] = []
+
+    def notice(found: Json) -> Json:
+        if "reference" in found or "url" in found:
+            pointers.append(found)
+        return found
     try:
-        value = json.loads(data.decode("utf-8-sig"))
+        value = json.loads(data.decode("utf-8-sig"), object_hook=notice)
     except (ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"not JSON: {error}")
     if not isinstance(value, dict):
         raise PortalError("invalid_request", f"a JSON {type(value).__name__}: expected a FHIR resource or Bundle")
-    return value
+    return value, pointers
 
 
 def data_files(path: str) -> list[DataFile]:
@@ -2031,8 +2013,8 @@ def sample_database(version: str) -> sqlite3.Connection:
     store = Store(None, RECORD_SCHEMA)
     with store.transaction() as database:
         database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
-        for resource in sample_resources(version):
-            _write(database, None, prepare(resource, version, 0))
+        for number, resource in enumerate(sample_resources(version), 1):
+            _write(database, number, prepare(resource, version))
     return store.connection
 
 
@@ -2042,13 +2024,14 @@ class Progress:
         self.total, self.clock = total, clock
         self.begun = self.shown = clock.now()
 
-    def at(self, read: int) -> None:
-        """Say how far it is, unless that was just said."""
+    def at(self, read: int) -> bool:
+        """Say how far it is, unless that was just said; always true."""
         now = self.clock.now()
         if now - self.shown >= 1 and read:
             self.shown, rate = now, read / (now - self.begun)
             print(f"loading: {read / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, "
                   f"{(self.total - read) / rate:.0f} s left", file=sys.stderr, flush=True)
+        return True
 
 
 class Records:
@@ -2094,8 +2077,8 @@ class Records:
             samples.backup(self.store.connection)
             return
         with self.store.transaction() as database:
-            for (text,) in samples.execute("SELECT json FROM resources ORDER BY number").fetchall():
-                self._put(database, prepare(json.loads(text), self.version, 0), later=False)
+            texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()
+            self._put(database, (prepare(json.loads(text), self.version) for (text,) in texts), later=False)
             database.execute("INSERT INTO record_facts VALUES ('samples', 'yes')")
 
     def load(self, document: Json) -> int:
@@ -2108,13 +2091,12 @@ class Records:
     def _load(self, document: Json, later: bool) -> int:
         self._filled()
         skipped: collections.Counter[str] = collections.Counter()
-        prepared = list(self._prepared(document, skipped))
+        prepared = list(self._prepared(json.dumps(document).encode(), skipped))
         if skipped and not prepared:
             raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
                               + ", ".join(sorted(search_table(self.version))))
         with self.store.transaction() as database:
-            for one in prepared:
-                self._put(database, one, later)
+            self._put(database, prepared, later)
             self._resolve(database, later)
         self._warn(skipped)
         return len(prepared)
@@ -2136,10 +2118,8 @@ class Records:
         for file in files:
             try:
                 with self.store.transaction() as database:
-                    for place, document, read in file.documents():
-                        for one in self._prepared(document, skipped, place):
-                            self._put(database, one, later=False)
-                        progress.at(done + read)
+                    self._put(database, (one for place, text, read in file.documents() if progress.at(done + read)
+                                         for one in self._prepared(text, skipped, place)), later=False)
             except PortalError as error:
                 raise StartError(f"--data {file.path}: {error.description}")
             except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
@@ -2149,85 +2129,97 @@ class Records:
             self._resolve(database, later=False)
         self._warn(skipped)
 
-    def _prepared(self, document: Json, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
+    def _prepared(self, text: bytes, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
-        now = self.clock.now()
-        for where, resource in unbundle(document):
-            try:
+        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
+        now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
+        try:
+            document, pointers = parse_document(text)
+            found, names = unbundle(document)
+            self._point(pointers, names)
+            for where, resource in found:
                 check_version(resource, self.version)
                 if resource["resourceType"] in search_table(self.version):
                     yield prepare(resource, self.version, now)
                 else:
                     skipped[resource["resourceType"]] += 1
-            except PortalError as error:
-                raise PortalError(error.error, f"{place}{where}{error.description}")
+        except PortalError as error:
+            raise PortalError(error.error, f"{place}{where}{error.description}")
 
-    def _put(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
-        """Write a resource; one that says the same as before, but for the time we gave it, stays as it is.
+    def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> int:
+        """Write resources, many at once; gives how many. later: after the start, so that reset takes them back."""
+        count, written = 0, []
+        for count, new in enumerate(resources, 1):
+            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?)", new.row)
+            if added.rowcount:
+                written.append((int(added.lastrowid or 0), new))
+                if later:
+                    database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
+            if not added.rowcount or len(written) == 100:
+                _index(database, written)
+                written.clear()
+            if not added.rowcount:
+                self._renew(database, new, later)
+        _index(database, written)
+        return count
 
-        later: after the start, so that reset takes it back.
-        """
-        old = database.execute("SELECT number, json FROM resources WHERE type = ? AND id = ?", new.row[:2]).fetchone()
-        if not old:
-            self._replace(database, None, None, new, later)
+    def _renew(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
+        """Replace a resource, unless the new one says the same but for the meta that we gave it."""
+        number, text = database.execute("SELECT number, json FROM resources WHERE type = ? AND id = ?", new.row[:2]).fetchone()
+        was = json.loads(text)
+        kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
+        if {**new.resource, "meta": {**kept, **new.given}} == was:
             return
-        new = self._resolved(database, new, {})
-        was = json.loads(old["json"])
-        if {**new.resource, "meta": {**was["meta"], **new.given}} == was:
-            return
-        if "versionId" not in new.given and was["meta"]["versionId"].isdigit():
-            new.resource["meta"]["versionId"] = str(int(was["meta"]["versionId"]) + 1)
-            new = prepare(new.resource, self.version, 0)
-        self._replace(database, old["number"], old["json"], new, later)
+        if "versionId" not in new.given and kept["versionId"].isdigit():
+            new.resource["meta"]["versionId"] = str(int(kept["versionId"]) + 1)
+            new = prepare(new.resource, self.version)
+        self._replace(database, number, text, new, later)
 
     @staticmethod
-    def _replace(database: sqlite3.Connection, number: int | None, text: str | None, new: Prepared, later: bool) -> None:
-        """Write a resource in the place of `number`, and keep what reset needs: the text before."""
-        number = _write(database, number, new)
+    def _replace(database: sqlite3.Connection, number: int, text: str, new: Prepared, later: bool) -> None:
+        """Write a resource in another's place; the text before is what reset brings back."""
         if later:
             database.execute("INSERT OR IGNORE INTO before_load VALUES (?, ?)", (number, text))
         else:
             database.execute("DELETE FROM before_load WHERE number = ?", (number,))
+        _write(database, number, new)
 
     def _resolve(self, database: sqlite3.Connection, later: bool) -> None:
         """Turn references that were open when their resource was written into Type/id, where that is known now."""
-        known: dict[str, str | None] = {reference: target for (reference,) in database.execute("SELECT DISTINCT reference FROM unresolved").fetchall()
-                 for target in [self._target(database, reference)] if target}
-        numbers = [number for number, reference in database.execute("SELECT number, reference FROM unresolved")
-                   if reference in known]
-        for number in dict.fromkeys(numbers):
+        names: dict[str, str | None] = {}
+        waiting = database.execute("SELECT number, reference FROM unresolved").fetchall()
+        for number in dict.fromkeys(number for number, reference in waiting if self._meaning(reference, names)):
             (text,) = database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
-            new = self._resolved(database, prepare(json.loads(text), self.version, 0), known)
-            self._replace(database, number, text, new, later)
+            resource, pointers = parse_document(text.encode())
+            self._point(pointers, names)
+            self._replace(database, number, text, prepare(resource, self.version), later)
 
-    def _resolved(self, database: sqlite3.Connection, one: Prepared, known: dict[str, str | None]) -> Prepared:
-        """A resource with its open references resolved, as far as possible."""
-        text = one.row[-1]
-        for reference in one.unresolved:
-            if reference not in known:
-                known[reference] = self._target(database, reference)
-            if known[reference]:
-                text = text.replace(f'"reference":"{reference}"', f'"reference":"{known[reference]}"')
-        if text == one.row[-1]:
-            return one
-        return prepare(json.loads(text), self.version, 0)._replace(given=one.given)
+    def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
+        """Make references, and addresses of attachments, say Type/id where another way of saying it is understood."""
+        for pointer in pointers:
+            for key in ("reference", "url"):
+                text = pointer.get(key)
+                if isinstance(text, str) and (text in names or text.startswith("urn:") or "?" in text):
+                    pointer[key] = self._meaning(text, names) or text
 
-    def _target(self, database: sqlite3.Connection, reference: str) -> str | None:
-        """What a conditional reference (Practitioner?identifier=system|value) or a urn:uuid: means; None if unclear."""
-        type_name, conditional, search = reference.partition("?")
-        served = search_table(self.version)
-        if not conditional:
-            key = reference.rpartition(":")[2]
-            found = database.execute(f"SELECT type, id FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
-                                     "AND id = ?", (*served, key)).fetchall()
-        elif type_name in served:
-            try:
-                query = parse_query(self.version, type_name, parse_qsl(search))
-            except (FhirError, ValueError):
-                return None
-            where = self._where(query, Access(None))
-            found = database.execute(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", where.values).fetchall()
-        return f"{found[0][0]}/{found[0][1]}" if conditional <= "?" and len(found) == 1 else None
+    def _meaning(self, reference: str, names: dict[str, str | None]) -> str | None:
+        """The Type/id that a reference means: by `names`, which also remembers, else by what was loaded.
+
+        A conditional one (Practitioner?identifier=system|value) must have one match (FHIR, transaction); of a urn:uuid:
+        the id may have been made.
+        """
+        if reference not in names:
+            type_name, conditional, search = reference.partition("?")
+            served, rows = search_table(self.version), []
+            if reference.startswith("urn:"):
+                rows = self.store.rows(f"SELECT type, id FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+                                       "AND id = ?", *served, reference.rpartition(":")[2])
+            elif conditional and type_name in served:
+                with contextlib.suppress(FhirError, ValueError):
+                    where = self._where(parse_query(self.version, type_name, parse_qsl(search)), Access(None))
+                    rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
+            names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
+        return names[reference]
 
     def _warn(self, skipped: Mapping[str, int]) -> None:
         """Note what a load left out, for whoever started it."""
@@ -2248,7 +2240,7 @@ class Records:
             for number, text in database.execute("SELECT number, json FROM before_load").fetchall():
                 _erase(database, number)
                 if text is not None:
-                    _write(database, number, prepare(json.loads(text), self.version, 0))
+                    _write(database, number, prepare(json.loads(text), self.version))
             database.execute("DELETE FROM before_load")
 
     # ---------------------------------------------------------------- reading
