@@ -60,6 +60,7 @@ Copyright 2015 Boston Children's Hospital.
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import binascii
 import calendar
@@ -1686,7 +1687,7 @@ def _parse_include(version: str, type_name: str, name: str, text: str) -> Includ
 
 def _number(name: str, text: str, most: int) -> int:
     """A whole number, cut to the most that is possible."""
-    if not re.fullmatch(r"[0-9]{1,9}", text):
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise FhirError("value", f"{name}={text}: expected a whole number")
     return min(int(text), most)
 
@@ -1738,9 +1739,10 @@ def _parse_page(text: str) -> tuple[Any, ...]:
     """What page_mark wrote."""
     try:
         keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
-        if isinstance(keys, list) and all(isinstance(key, (str, int, float)) for key in keys):
+        json.dumps(keys, ensure_ascii=False).encode()  # fails for what SQLite can't take, as does the comparison
+        if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
             return tuple(keys)
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         pass
     raise FhirError("value", f"_page={text}: not a link of this server")
 
@@ -1869,16 +1871,16 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     try:
         meta = {"versionId": "1", "lastUpdated": now, **given}
         updated = date_range(meta["lastUpdated"])[0]
-        if not isinstance(meta["versionId"], str):
-            raise TypeError("versionId is not a string")
+        if not FHIR_ID.fullmatch(meta["versionId"]):
+            raise ValueError("versionId is no id")
         resource = {**resource, "meta": meta}
         text = _ENCODER.encode(resource)
         text.encode("utf-8")
+        whose, values = owner(resource), search_values(resource, version)
     except (ValueError, TypeError, RecursionError) as error:
         raise PortalError("invalid_request", f"meta is wrong, or something can't be written as JSON: {error}")
-    whose = owner(resource)
     return Prepared(resource, (resource["resourceType"], resource["id"], "?" if whose is None else whose, updated, text),
-                    search_values(resource, version), set(_OPEN_REFERENCE.findall(text)), given)
+                    values, set(_OPEN_REFERENCE.findall(text)), given)
 
 
 def _write(database: sqlite3.Connection, number: int, prepared: Prepared) -> None:
@@ -1968,12 +1970,14 @@ class DataFile(NamedTuple):
         """
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
-            if not line.rstrip().endswith(b"}"):
+            try:
+                json.loads(line)
+            except (ValueError, RecursionError):  # one text over many lines
                 yield "", line + stream.read(), self.size
                 return
             for number, text in enumerate(itertools.chain([line], stream), 1):
                 if text.strip():
-                    yield f"line {number}: " * bool(stream.tell() > len(line)), text, raw.tell()
+                    yield f"line {number}: ", text, raw.tell()
 
 
 def parse_document(data: bytes) -> tuple[Json, list[Json]]:
@@ -2015,6 +2019,7 @@ def sample_database(version: str) -> sqlite3.Connection:
         database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
         for number, resource in enumerate(sample_resources(version), 1):
             _write(database, number, prepare(resource, version))
+    atexit.register(store.close)
     return store.connection
 
 
@@ -3768,7 +3773,7 @@ def check_patients(access: Access, query: Query) -> None:
 def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
     """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
     system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
-    meta = {**resource["meta"], "tag": [*resource["meta"].get("tag", []), coding(system, "SUBSETTED")]}
+    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
     return {name: meta if name == "meta" else value for name, value in resource.items()
             if name in ("resourceType", "id", "meta", *names)}
 
@@ -3794,7 +3799,7 @@ def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Seq
 def search(portal: Portal, request: Request, access: Access, type_name: str, base: str) -> Response:
     """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search)."""
     version = portal.settings.fhir_version
-    pairs = request.pairs() + (request.form() if request.method == "POST" else [])
+    pairs = request.pairs() + (request.form() if request.body else [])
     query = parse_query(version, type_name, [(name, value) for name, value in pairs if value], base,
                         "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
@@ -4327,7 +4332,8 @@ def error_response(portal: Portal, kind: str, error: PortalError) -> Response:
     if kind == "page":
         response = error_page(portal, error)
     elif kind == "fhir":
-        response = Response(error.status, json.dumps(outcome(error)).encode(), FHIR_TYPE)
+        response = Response(error.status, json.dumps(outcome(error)).encode(),
+                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
     else:
         response = json_response({"error": error.error, "error_description": error.description}, error.status)
     response.headers += error.headers
