@@ -1133,184 +1133,135 @@ class Access(NamedTuple):
                 and (not self.labels or self.labels.issuperset(categories(resource))))
 
 
-# What can be searched: types | versions (none: all three) | kind | parameters. The names are those of each version's
-# own registry (Coverage's `patient` in STU3 is ours). A parameter looks into the element of its own name, in camel
-# case, or into those after "=". As no element changes its meaning from version to version, one row names what the
-# versions call it: encounter=encounter+context. The kind `owner` is a reference to the patient whose record it is.
+# What can be searched: types | kind | parameters. Versions after a type or a parameter are those that have it; none: all.
+# The names are those of each version's registry (Coverage's `patient` in STU3 is ours). A parameter looks into the
+# element of its own name, in camel case, or into those after "=", under all the names that the versions gave them. The
+# kind `owner` is a reference to the patient whose record it is. What is in no row is not served.
 SEARCH_PARAMETERS = """\
-Patient | | token | identifier, gender, active, telecom, language=communication.language
-Patient | | date | birthdate=birthDate
-Patient, Practitioner | | string | name, family=name.family, given=name.given
-Patient, Organization, Location | | string | address, address-city=address.city, address-state=address.state
-Patient, Organization, Location | | string | address-postalcode=address.postalCode
-Patient | | reference | organization=managingOrganization
-Patient | stu3 r4 | reference | general-practitioner
-AllergyIntolerance | | owner | patient
-AllergyIntolerance | | token | identifier, category, criticality, type
-AllergyIntolerance | dstu2 | token | status, substance=substance+reaction.substance
-AllergyIntolerance | stu3 r4 | token | clinical-status, verification-status, code=code+reaction.substance
-AllergyIntolerance | | date | date=recordedDate+assertedDate, onset=reaction.onset
-Binary | | |
-CarePlan, DiagnosticReport, DocumentReference, Goal, Media, Observation | | owner | patient, subject
-Procedure, QuestionnaireResponse, Specimen | | owner | patient, subject
-CarePlan | stu3 r4 | token | identifier, category, intent, status
-CarePlan | | date | date=period
-CareTeam | stu3 r4 | owner | patient, subject
-CareTeam | stu3 r4 | token | identifier, category, status
-CareTeam | stu3 r4 | date | date=period
-CareTeam | stu3 r4 | reference | participant=participant.member
-Claim | | owner | patient
-Claim | | token | identifier, use
-Claim | r4 | token | status
-Claim | stu3 r4 | date | created
-Condition, Encounter | dstu2 | owner | patient
-Condition, Encounter | stu3 r4 | owner | patient, subject
-Condition | | token | identifier, category, code, severity
-Condition | dstu2 | token | clinicalstatus=clinicalStatus
-Condition | stu3 r4 | token | clinical-status, verification-status
-Condition | dstu2 | date | onset=onset[x], date-recorded=dateRecorded
-Condition | stu3 r4 | date | onset-date=onset[x], abatement-date=abatement[x]
-Condition | stu3 | date | asserted-date
-Condition | r4 | date | recorded-date
-Condition | | reference | encounter=encounter+context, asserter
-Coverage | stu3 r4 | owner | patient, beneficiary
-Coverage | stu3 r4 | token | identifier, type
-Coverage | r4 | token | status
-Coverage | stu3 r4 | reference | payor, subscriber
-Device | | owner | patient
-Device | | token | identifier, type
-Device | stu3 r4 | token | status
-DiagnosticOrder | dstu2 | owner | patient, subject
-DiagnosticOrder | dstu2 | token | identifier, status, code=item.code
-DiagnosticReport | | token | identifier, category, code, status
-DiagnosticReport | | date | date=effective[x], issued
-DiagnosticReport | | reference | encounter=encounter+context, result, specimen, performer=performer+performer.actor
-DocumentReference | | token | identifier=masterIdentifier+identifier, status, type
-DocumentReference | dstu2 stu3 | token | class
-DocumentReference | r4 | token | category, contenttype=content.attachment.contentType
-DocumentReference | | date | period=context.period
-DocumentReference | dstu2 stu3 | date | created, indexed
-DocumentReference | r4 | date | date
-DocumentReference | | reference | author, custodian, encounter=context.encounter
-Encounter | | token | identifier, status, type
-Encounter | stu3 r4 | token | class
-Encounter | r4 | token | reason-code
-Encounter | | date | date=period
-Encounter | | reference | participant=participant.individual, location=location.location
-Encounter | stu3 r4 | reference | service-provider
-Endpoint | stu3 r4 | token | identifier, status, connection-type
-Endpoint, Location | stu3 r4 | string | name
-Endpoint | stu3 r4 | reference | organization=managingOrganization
-ExplanationOfBenefit | stu3 r4 | owner | patient
-ExplanationOfBenefit | stu3 r4 | token | identifier
-ExplanationOfBenefit | r4 | token | status
-ExplanationOfBenefit | stu3 r4 | date | created
-ExplanationOfBenefit | stu3 r4 | reference | claim, provider, coverage=insurance.coverage, encounter=item.encounter
-FamilyMemberHistory | | owner | patient
-FamilyMemberHistory | | token | identifier, code=condition.code
-FamilyMemberHistory | stu3 r4 | token | status
-FamilyMemberHistory | | date | date
-Goal | | token | identifier, category
-Goal | dstu2 stu3 | token | status
-Goal | r4 | token | lifecycle-status, achievement-status
-Goal | stu3 r4 | date | start-date=start[x], target-date=target.due[x]
-ImagingStudy | dstu2 stu3 | owner | patient
-ImagingStudy | r4 | owner | patient, subject
-ImagingStudy | | token | modality=series.modality
-ImagingStudy | stu3 r4 | token | identifier
-ImagingStudy | r4 | token | status
-ImagingStudy | | date | started
-ImagingStudy | stu3 r4 | reference | endpoint=endpoint+series.endpoint
-ImagingStudy | r4 | reference | encounter
-Immunization | | owner | patient
-Immunization | | token | identifier, status, vaccine-code
-Immunization | dstu2 stu3 | token | notgiven=wasNotGiven+notGiven
-Immunization | r4 | token | status-reason, reason-code
-Immunization | | date | date=date+occurrence[x]
-Immunization | | string | lot-number
-Immunization | | reference | location, manufacturer
-Location | | token | identifier, status, type
-Location | dstu2 | string | name
-Location | | reference | organization=managingOrganization
-Media | | token | identifier, type
-Medication | | token | code
-Medication | stu3 r4 | token | status
-Medication | r4 | token | identifier
-MedicationOrder | dstu2 | owner | patient
-MedicationOrder | dstu2 | token | identifier, status, code=medication[x]
-MedicationOrder | dstu2 | date | datewritten=dateWritten
-MedicationOrder | dstu2 | reference | encounter, prescriber, medication=medication[x]
-MedicationRequest | stu3 r4 | owner | patient, subject
-MedicationRequest | stu3 r4 | token | identifier, status, intent, category, priority, code=medication[x]
-MedicationRequest | stu3 r4 | date | authoredon=authoredOn
-MedicationRequest | stu3 r4 | reference | medication=medication[x], requester=requester+requester.agent
-MedicationRequest | stu3 | reference | context
-MedicationRequest | r4 | reference | encounter
-MedicationAdministration, MedicationDispense, MedicationStatement | dstu2 | owner | patient
-MedicationAdministration, MedicationDispense, MedicationStatement | stu3 r4 | owner | patient, subject
-MedicationAdministration, MedicationDispense, MedicationStatement | | token | identifier, status, code=medication[x]
-MedicationAdministration, MedicationDispense, MedicationStatement | | reference | medication=medication[x]
-MedicationAdministration, MedicationDispense, MedicationStatement | stu3 r4 | reference | context
-MedicationAdministration | dstu2 | date | effectivetime=effectiveTime[x]
-MedicationAdministration | stu3 r4 | date | effective-time=effective[x]
-MedicationAdministration | dstu2 stu3 | reference | prescription
-MedicationAdministration | r4 | reference | request
-MedicationDispense | | token | type
-MedicationDispense | | date | whenhandedover=whenHandedOver, whenprepared=whenPrepared
-MedicationDispense | | reference | prescription=authorizingPrescription
-MedicationStatement | stu3 r4 | token | category
-MedicationStatement | dstu2 | date | effectivedate=effective[x]
-MedicationStatement | stu3 r4 | date | effective=effective[x]
-Observation | | token | identifier, category, code, status, value-concept=value[x], component-code=component.code
-Observation | | token | data-absent-reason
-Observation | | date | date=effective[x], value-date=value[x]
-Observation | | reference | encounter=encounter+context, performer, specimen
-Observation | r4 | reference | has-member, derived-from
-Organization | | token | identifier, type, active
-Organization | | string | name
-Organization | | reference | partof=partOf
-Practitioner | | token | identifier, gender
-PractitionerRole | stu3 r4 | token | identifier, active, specialty, role=code
-PractitionerRole | stu3 r4 | reference | practitioner, organization, location
-Procedure | | token | identifier, code
-Procedure | stu3 r4 | token | category, status
-Procedure | | date | date=performed[x]
-Procedure | | reference | encounter=encounter+context, location, performer=performer.actor
-ProcedureRequest | dstu2 stu3 | owner | patient, subject
-ProcedureRequest | dstu2 stu3 | token | identifier
-ProcedureRequest | stu3 | token | code, intent, status
-ProcedureRequest | stu3 | date | authored=authoredOn
-ProcedureRequest | dstu2 stu3 | reference | encounter=encounter+context
-QuestionnaireResponse | | token | status
-QuestionnaireResponse | | date | authored
-RelatedPerson | | owner | patient
-RelatedPerson | | token | identifier, gender
-RelatedPerson | | string | name
-RelatedPerson | | date | birthdate=birthDate
-ServiceRequest | r4 | owner | patient, subject
-ServiceRequest | r4 | token | identifier, category, code, intent, status
-ServiceRequest | r4 | date | authored=authoredOn, occurrence=occurrence[x]
-ServiceRequest | r4 | reference | encounter, requester
-Specimen | | token | identifier, type
-Substance | | token | identifier, code, category
-SupplyDelivery | | owner | patient
-SupplyDelivery | | token | identifier, status
+AllergyIntolerance, Claim, Device, ExplanationOfBenefit stu3 r4, FamilyMemberHistory, Immunization | owner | patient
+MedicationOrder dstu2, RelatedPerson, SupplyDelivery | owner | patient
+CarePlan, CareTeam stu3 r4, DiagnosticOrder dstu2, DiagnosticReport, DocumentReference, Goal | owner | patient, subject
+Media, MedicationRequest stu3 r4, Observation, Procedure, ProcedureRequest dstu2 stu3 | owner | patient, subject
+QuestionnaireResponse, ServiceRequest r4, Specimen | owner | patient, subject
+Condition, Encounter, MedicationAdministration, MedicationDispense | owner | patient, subject stu3 r4
+MedicationStatement | owner | patient, subject stu3 r4
+Coverage stu3 r4 | owner | patient, beneficiary
+ImagingStudy | owner | patient, subject r4
+Location, Organization, Patient | string | address, address-city=address.city, address-state=address.state
+Location, Organization, Patient | string | address-postalcode=address.postalCode
+Patient, Practitioner | string | name, family=name.family, given=name.given
+AllergyIntolerance | token | identifier, category, criticality, type, status dstu2
+AllergyIntolerance | token | substance=substance+reaction.substance dstu2, clinical-status stu3 r4
+AllergyIntolerance | token | verification-status stu3 r4, code=code+reaction.substance stu3 r4
+AllergyIntolerance | date | date=recordedDate+assertedDate, onset=reaction.onset
+Binary | |
+CarePlan | token | identifier stu3 r4, category stu3 r4, intent stu3 r4, status stu3 r4
+CarePlan | date | date=period
+CareTeam stu3 r4 | token | identifier, category, status
+CareTeam stu3 r4 | date | date=period
+CareTeam stu3 r4 | reference | participant=participant.member
+Claim | token | identifier, use, status r4
+Claim | date | created stu3 r4
+Condition | token | identifier, category, code, severity, clinicalstatus=clinicalStatus dstu2, clinical-status stu3 r4
+Condition | token | verification-status stu3 r4
+Condition | date | onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4
+Condition | date | abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
+Condition | reference | encounter=encounter+context, asserter
+Coverage stu3 r4 | token | identifier, type, status r4
+Coverage stu3 r4 | reference | payor, subscriber
+Device | token | identifier, type, status stu3 r4
+DiagnosticOrder dstu2 | token | identifier, status, code=item.code
+DiagnosticReport | token | identifier, category, code, status
+DiagnosticReport | date | date=effective[x], issued
+DiagnosticReport | reference | encounter=encounter+context, result, specimen, performer=performer+performer.actor
+DocumentReference | token | identifier=masterIdentifier+identifier, status, type, class dstu2 stu3, category r4
+DocumentReference | token | contenttype=content.attachment.contentType r4
+DocumentReference | date | period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4
+DocumentReference | reference | author, custodian, encounter=context.encounter
+Encounter | token | identifier, status, type, class stu3 r4, reason-code r4
+Encounter | date | date=period
+Encounter | reference | participant=participant.individual, location=location.location, service-provider stu3 r4
+Endpoint stu3 r4 | token | identifier, status, connection-type
+Endpoint stu3 r4 | string | name
+Endpoint stu3 r4 | reference | organization=managingOrganization
+ExplanationOfBenefit stu3 r4 | token | identifier, status r4
+ExplanationOfBenefit stu3 r4 | date | created
+ExplanationOfBenefit stu3 r4 | reference | claim, provider, coverage=insurance.coverage, encounter=item.encounter
+FamilyMemberHistory | token | identifier, code=condition.code, status stu3 r4
+FamilyMemberHistory | date | date
+Goal | token | identifier, category, status dstu2 stu3, lifecycle-status r4, achievement-status r4
+Goal | date | start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
+ImagingStudy | token | modality=series.modality, identifier stu3 r4, status r4
+ImagingStudy | date | started
+ImagingStudy | reference | endpoint=endpoint+series.endpoint stu3 r4, encounter r4
+Immunization | token | identifier, status, vaccine-code, notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4
+Immunization | token | reason-code r4
+Immunization | string | lot-number
+Immunization | date | date=date+occurrence[x]
+Immunization | reference | location, manufacturer
+Location | token | identifier, status, type
+Location | string | name
+Location | reference | organization=managingOrganization
+Media | token | identifier, type
+Medication | token | code, status stu3 r4, identifier r4
+MedicationAdministration | token | identifier, status, code=medication[x]
+MedicationAdministration | date | effectivetime=effectiveTime[x] dstu2, effective-time=effective[x] stu3 r4
+MedicationAdministration | reference | medication=medication[x], context stu3 r4, prescription dstu2 stu3, request r4
+MedicationDispense | token | identifier, status, code=medication[x], type
+MedicationDispense | date | whenhandedover=whenHandedOver, whenprepared=whenPrepared
+MedicationDispense | reference | medication=medication[x], context stu3 r4, prescription=authorizingPrescription
+MedicationOrder dstu2 | token | identifier, status, code=medication[x]
+MedicationOrder dstu2 | date | datewritten=dateWritten
+MedicationOrder dstu2 | reference | encounter, prescriber, medication=medication[x]
+MedicationRequest stu3 r4 | token | identifier, status, intent, category, priority, code=medication[x]
+MedicationRequest stu3 r4 | date | authoredon=authoredOn
+MedicationRequest stu3 r4 | reference | medication=medication[x], requester=requester+requester.agent, context stu3
+MedicationRequest stu3 r4 | reference | encounter r4
+MedicationStatement | token | identifier, status, code=medication[x], category stu3 r4
+MedicationStatement | date | effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
+MedicationStatement | reference | medication=medication[x], context stu3 r4
+Observation | token | identifier, category, code, status, value-concept=value[x], component-code=component.code
+Observation | token | data-absent-reason
+Observation | date | date=effective[x], value-date=value[x]
+Observation | reference | encounter=encounter+context, performer, specimen, has-member r4, derived-from r4
+Organization | token | identifier, type, active
+Organization | string | name
+Organization | reference | partof=partOf
+Patient | token | identifier, gender, active, telecom, language=communication.language
+Patient | date | birthdate=birthDate
+Patient | reference | organization=managingOrganization, general-practitioner stu3 r4
+Practitioner | token | identifier, gender
+PractitionerRole stu3 r4 | token | identifier, active, specialty, role=code
+PractitionerRole stu3 r4 | reference | practitioner, organization, location
+Procedure | token | identifier, code, category stu3 r4, status stu3 r4
+Procedure | date | date=performed[x]
+Procedure | reference | encounter=encounter+context, location, performer=performer.actor
+ProcedureRequest dstu2 stu3 | token | identifier, code stu3, intent stu3, status stu3
+ProcedureRequest dstu2 stu3 | date | authored=authoredOn stu3
+ProcedureRequest dstu2 stu3 | reference | encounter=encounter+context
+QuestionnaireResponse | token | status
+QuestionnaireResponse | date | authored
+RelatedPerson | token | identifier, gender
+RelatedPerson | string | name
+RelatedPerson | date | birthdate=birthDate
+ServiceRequest r4 | token | identifier, category, code, intent, status
+ServiceRequest r4 | date | authored=authoredOn, occurrence=occurrence[x]
+ServiceRequest r4 | reference | encounter, requester
+Specimen | token | identifier, type
+Substance | token | identifier, code, category
+SupplyDelivery | token | identifier, status
 """
-
-# What a reference parameter may refer to, by its name: what _include and _revinclude can follow.
-REFERS_TO = {
-    "Claim": ("claim",), "Coverage": ("coverage",), "Encounter": ("encounter", "context"), "Endpoint": ("endpoint",),
-    "Location": ("location",), "Medication": ("medication",), "MedicationOrder": ("prescription",),
-    "MedicationRequest": ("prescription", "request"), "Observation": ("result", "has-member", "derived-from"),
-    "Organization": ("organization", "general-practitioner", "payor", "performer", "author", "custodian", "provider",
-                     "service-provider", "manufacturer", "partof", "requester", "participant"),
-    "Patient": ("asserter", "subscriber", "payor", "performer", "author", "participant", "requester"),
-    "Practitioner": ("general-practitioner", "asserter", "performer", "author", "provider", "participant",
-                     "prescriber", "practitioner", "requester"),
-    "PractitionerRole": ("general-practitioner", "performer", "author", "provider", "requester", "participant"),
-    "RelatedPerson": ("asserter", "subscriber", "payor", "author", "participant", "requester"),
-    "Specimen": ("specimen",),
-}
+# What may refer to a type, by the parameter's name: where _include and _revinclude can lead.
+REFERENCES = {
+    "Claim": "claim", "Coverage": "coverage", "Encounter": "encounter context", "Endpoint": "endpoint",
+    "Location": "location", "Medication": "medication", "MedicationOrder": "prescription",
+    "MedicationRequest": "prescription request", "Observation": "result has-member derived-from",
+    "Organization": "organization general-practitioner payor performer author custodian provider service-provider "
+                    "manufacturer partof requester participant",
+    "Patient": "asserter subscriber payor performer author participant requester",
+    "Practitioner": "general-practitioner asserter performer author provider participant prescriber practitioner requester",
+    "PractitionerRole": "general-practitioner performer author provider requester participant",
+    "RelatedPerson": "asserter subscriber payor author participant requester", "Specimen": "specimen"}
 
 
 class Parameter(NamedTuple):
@@ -1325,8 +1276,7 @@ class Parameter(NamedTuple):
 
 
 COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated")}
-RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary",
-                     "_total")
+RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
 _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
             "reference": ("Reference",)}  # what may stand for [x]
 
@@ -1335,14 +1285,17 @@ _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("Codeab
 def search_table(version: str) -> dict[str, dict[str, Parameter]]:
     """The types that a version of the embedded records serves, and what each can be searched by."""
     found: dict[str, dict[str, Parameter]] = {}
-    for types, versions, kind, names in table(SEARCH_PARAMETERS):
-        for type_name in types.split(", ") if version in (versions or version) else ():
-            known = found.setdefault(type_name, dict(COMMON_PARAMETERS))
-            for name, _, paths in (word.partition("=") for word in names.split(", ") if word):
-                paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
-                known[name] = Parameter(kind, tuple(
-                    path.replace("[x]", choice) for path in paths.split("+")
-                    for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
+    for types, kind, names in table(SEARCH_PARAMETERS):
+        for type_name, *having in map(str.split, types.split(",")):
+            if not having or version in having:
+                known = found.setdefault(type_name, dict(COMMON_PARAMETERS))
+                for word, *having in map(str.split, names.split(",") if names else ()):
+                    name, _, paths = word.partition("=")
+                    paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
+                    if not having or version in having:
+                        known[name] = Parameter(kind, tuple(
+                            path.replace("[x]", choice) for path in paths.split("+")
+                            for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
     return found
 
 
@@ -1358,11 +1311,11 @@ def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, Parameter]
     return found
 
 
-def targets(type_name: str, version: str) -> list[tuple[str, str]]:
+def referring(type_name: str, version: str) -> list[tuple[str, str]]:
     """The (type, parameter) pairs through which resources refer to a type."""
     return [(source, name) for source, known in search_table(version).items() for name, parameter in known.items()
             if (parameter.kind == "owner" and type_name == "Patient")
-            or (parameter.kind == "reference" and name in REFERS_TO.get(type_name, ()))]
+            or (parameter.kind == "reference" and name in REFERENCES.get(type_name, "").split())]
 
 
 def elements(resource: Any, path: str) -> list[Any]:
@@ -1395,10 +1348,9 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
     for value in values:
         if isinstance(value, str):
             yield value
-        elif isinstance(value, dict):
-            for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state",
-                         "postalCode", "country"):
-                yield from strings_of(elements(value, part))
+        for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state", "postalCode",
+                     "country") if isinstance(value, dict) else ():
+            yield from (text for text in elements(value, part) if isinstance(text, str))
 
 
 def fold(text: str) -> str:
@@ -1410,27 +1362,26 @@ def fold(text: str) -> str:
 
 _DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
 _EPOCH = datetime.date(1970, 1, 1).toordinal()
-FOREVER = 1e15  # seconds: the end of a Period that has none
+_EVER = 1e15  # seconds: the end of a Period that has none
 
 
 @functools.lru_cache(maxsize=4096)
 def date_range(text: str) -> tuple[float, float]:
-    """The span of time that a FHIR date or time may mean: from the first second to that after the last.
+    """The span of time that a FHIR date or time may mean: from its first moment to the one after its last.
 
     2008-07 is all of July 2008. What has no time zone is UTC. ValueError if it is none.
     """
     match = _DATE.fullmatch(text)
     if not match:
-        raise ValueError(text)
+        raise ValueError(f"{text!r} is no date")
     year, month, day, hour, minute, second, fraction, zone = match.groups()
-    first = datetime.date(int(year), int(month or 1), int(day or 1))
-    start = (first.toordinal() - _EPOCH) * 86400.0
+    date = datetime.date(int(year), int(month or 1), int(day or 1))
+    start = (date.toordinal() - _EPOCH) * 86400.0
     if not hour:
-        days = 1 if day else calendar.monthrange(first.year, first.month)[1] if month else 365 + calendar.isleap(
-            first.year)
-        return start, start + days * 86400
+        in_month = calendar.monthrange(date.year, date.month)[1]
+        return start, start + 86400 * (1 if day else in_month if month else 365 + calendar.isleap(date.year))
     if hour > "23" or minute > "59" or (second or "") > "60":
-        raise ValueError(text)
+        raise ValueError(f"{text!r} is no time")
     start += int(hour) * 3600 + int(minute) * 60 + min(int(second or 0), 59) + float(fraction or 0)
     if zone and zone != "Z":
         start -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
@@ -1443,13 +1394,14 @@ def period_of(value: Any) -> tuple[float, float] | None:
         if isinstance(value, str):
             return date_range(value)
         if isinstance(value, dict) and ("start" in value or "end" in value):
-            return (date_range(value["start"])[0] if "start" in value else -FOREVER,
-                    date_range(value["end"])[1] if "end" in value else FOREVER)
+            return (date_range(value["start"])[0] if "start" in value else -_EVER,
+                    date_range(value["end"])[1] if "end" in value else _EVER)
     except (ValueError, TypeError):
         pass
     return None
 
 
+FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _RELATIVE = re.compile(r"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})(?:/_history/.*)?")
 
 
@@ -1469,9 +1421,7 @@ def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchVal
         return [(name, owner(resource) or "", "Patient", 0, 0)]
     if kind == "id":
         return [(name, str(resource.get("id")), "", 0, 0)]
-    if kind == "updated":
-        return [(name, "", "", *span) for span in map(period_of, elements(resource, "meta.lastUpdated")) if span]
-    found = [value for path in parameter.paths for value in elements(resource, path)]
+    found = [value for path in parameter.paths or ("meta.lastUpdated",) for value in elements(resource, path)]
     if kind == "token":
         return [(name, code, system, 0, 0) for system, code in tokens_of(found)]
     if kind == "reference":
@@ -1508,12 +1458,10 @@ class Comparison(NamedTuple):
     value: str | float
 
 
-_IN_SQL = {"contains": "instr({}, ?) > 0"}  # the others are spelt alike
-_IN_PYTHON: dict[str, Callable[[Any, Any], bool]] = {
-    "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-    "contains": operator.contains}
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "contains": operator.contains}
 _PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
-_OF_RESOURCE = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # what no row of search_values is needed for
+_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # where no row of search_values is needed
                 "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 
 
@@ -1526,12 +1474,13 @@ class Constraint(NamedTuple):
 
     def condition(self, pinned: bool) -> Condition:
         """As SQL. `pinned`: few resources are left to look at, so look at each; else start from the value."""
-        own = _OF_RESOURCE.get(self.parameter.kind)
-        sql = " OR ".join(" AND ".join(_IN_SQL.get(one.operator, "{} " + one.operator + " ?").format(
-            own[one.column] if own else one.column) for one in every) or "1" for every in self.alternatives)
+        own = _OWN_COLUMNS.get(self.parameter.kind)
+        sql = " OR ".join(" AND ".join(
+            ("instr({}, ?) > 0" if one.operator == "contains" else "{} " + one.operator + " ?").format(
+                own[one.column] if own else one.column) for one in every) or "1" for every in self.alternatives)
         values = tuple(one.value for every in self.alternatives for one in every)
         if own:
-            return Condition(f"{'NOT ' * self.negated}({sql})", values)
+            return Condition(f"({sql})", values)
         if pinned or self.negated:
             return Condition(f"{'NOT ' * self.negated}EXISTS (SELECT 1 FROM search_values "
                              f"WHERE number = r.number AND parameter = ? AND ({sql}))", (self.name, *values))
@@ -1541,7 +1490,7 @@ class Constraint(NamedTuple):
     def met_by(self, resource: Json) -> bool:
         """The same in Python."""
         return self.negated != any(
-            all(_IN_PYTHON[one.operator](row[_PLACE[one.column]], one.value) for one in every)
+            all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
             for row in values_of(resource, self.name, self.parameter) for every in self.alternatives)
 
 
@@ -1552,87 +1501,86 @@ _DATE_PREFIXES: dict[str, tuple[tuple[tuple[str, str, int], ...], ...]] = {
     "lt": ((("first", "<", 0),),), "le": ((("last", "<=", 1),), (("first", "<", 0),)),
     "sa": ((("first", ">=", 1),),), "eb": ((("last", "<=", 0),),), "ap": ((("first", "<", 1), ("last", ">", 0)),)}
 _MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing")}
-MAX_INCLUDED = 10_000  # resources on a page beside its matches
-MAX_VALUES = 500  # of one parameter: SQLite's expressions are bounded, and so is anybody's patience
+MAX_VALUES = 500        # in one search: SQLite's expressions are bounded
+MAX_INCLUDED = 10_000   # resources on a page beside its matches
 
 
-def _date_alternatives(name: str, text: str) -> Iterator[tuple[Comparison, ...]]:
-    """A date with or without a prefix."""
-    prefix, rest = (text[:2], text[2:]) if text[:2] in _DATE_PREFIXES else ("eq", text)
-    try:
-        span = date_range(rest.replace(" ", "+"))  # a + in a URL that was not encoded
-    except ValueError:
-        raise FhirError("value", f"{name}={text}: expected a date such as 2008-07-10, with a prefix "
-                                 f"({', '.join(_DATE_PREFIXES)}) or without")
-    for every in _DATE_PREFIXES[prefix]:
-        yield tuple(Comparison(column, sign, span[bound]) for column, sign, bound in every)
+def _unescaped(text: str) -> str:
+    """A value without the backslashes before what is no separator; a doubled one has become NUL."""
+    return re.sub(r"\\([,|$])", r"\1", text).replace("\0", "\\")
 
 
 def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> Iterator[tuple[Comparison, ...]]:
-    """One of a parameter's values, in which a backslash still stands before what is no separator."""
-    plain = re.sub(r"\\([,|$])", r"\1", text).replace("\0", "\\")
+    """What one of a parameter's values asks for."""
+    plain = _unescaped(text)
     if kind in ("date", "updated"):
-        yield from _date_alternatives(name, plain)
+        prefix, date = (plain[:2], plain[2:]) if plain[:2] in _DATE_PREFIXES else ("eq", plain)
+        try:
+            span = date_range(date.replace(" ", "+"))  # a + in a URL that was not encoded
+        except ValueError:
+            raise FhirError("value", f"{name}={plain}: expected a date such as 2008-07-10, with a prefix "
+                                     f"({', '.join(_DATE_PREFIXES)}) or without")
+        for every in _DATE_PREFIXES[prefix]:
+            yield tuple(Comparison(column, sign, span[bound]) for column, sign, bound in every)
+    elif kind == "string" and modifier == "exact":
+        yield (Comparison("system", "=", plain),)
+    elif kind == "string" and modifier == "contains":
+        yield (Comparison("value", "contains", fold(plain)),)
     elif kind == "string":
-        if modifier == "exact":
-            yield (Comparison("system", "=", plain),)
-        elif modifier == "contains":
-            yield (Comparison("value", "contains", fold(plain)),)
-        else:
-            yield Comparison("value", ">=", fold(plain)), Comparison("value", "<", fold(plain) + "\U0010ffff")
-    elif kind in ("owner", "reference"):
-        plain = plain[len(base) + 1:] if base and plain.startswith(base + "/") else plain
-        type_name, target = reference_parts(plain)
-        if modifier and type_name in ("", modifier):
-            type_name = modifier
-        if modifier not in ("", type_name) or (kind == "owner" and type_name not in ("", "Patient")):
-            target = plain  # no patient's id: found nowhere
-        yield (Comparison("value", "=", target),
-               *((Comparison("system", "=", type_name),) if type_name and kind == "reference" else ()))
+        yield Comparison("value", ">=", fold(plain)), Comparison("value", "<", fold(plain) + "\U0010ffff")
+    elif kind == "token":
+        *systems, code = re.split(r"(?<!\\)\|", text, maxsplit=1)
+        yield (*(Comparison("system", "=", _unescaped(system)) for system in systems),
+               *([Comparison("value", "=", _unescaped(code))] if code or not systems else []))
+    elif kind == "id":
+        yield (Comparison("value", "=", plain),)
     else:
-        *system, code = re.split(r"(?<!\\)\|", text, maxsplit=1) if kind == "token" else [plain]
-        parts = [("system", one) for one in system] + ([("value", code)] if code or not system else [])
-        yield tuple(Comparison(column, "=", re.sub(r"\\([,|$])", r"\1", one).replace("\0", "\\"))
-                    for column, one in parts)
+        type_name, target = reference_parts(plain[len(base) + 1:] if base and plain.startswith(base + "/") else plain)
+        wanted = modifier or ("Patient" if kind == "owner" else type_name)
+        if wanted not in ("", type_name) and type_name:
+            target = plain  # no id: found nowhere
+        yield (Comparison("value", "=", target),
+               *([Comparison("system", "=", wanted)] if wanted and kind == "reference" else []))
 
 
 def parse_constraint(version: str, type_name: str, name: str, text: str, base: str = "") -> Constraint:
     """A search parameter and its values. `base` is what this server's own absolute references begin with.
 
-    FhirError, not-supported where the parameter or its modifier isn't known, value where a value is none.
+    FhirError: not-supported where the parameter or its modifier isn't known, value where a value is none.
     """
     known = search_table(version)[type_name]
-    bare, _, modifier = name.partition(":")
+    bare, colon, modifier = name.partition(":")
     if bare not in known:
         raise FhirError("not-supported", f"{name}: unknown search parameter of {type_name}; known are "
                         + ", ".join(sorted([*known, *RESULT_PARAMETERS])))
     parameter = known[bare]
     possible = _MODIFIERS.get(parameter.kind, ())
     if parameter.kind == "reference":
-        possible = ("missing", *(one for one, names in REFERS_TO.items() if bare in names))
+        possible = ("missing", *(one for one, names in REFERENCES.items() if bare in names.split()))
     elif parameter.kind == "owner":
         possible = ("Patient",)
-    if modifier not in ("", *possible) or name.endswith(":"):
+    if colon and modifier not in possible:
         raise FhirError("not-supported", f"{name}: unknown modifier; {bare} takes {', '.join(possible) or 'none'}")
     if modifier == "missing":
         if text not in ("true", "false"):
             raise FhirError("value", f"{name}={text}: expected true or false")
         return Constraint(bare, parameter, ((),), text == "true")
-    words = re.split(r"(?<!\\),", text.replace("\\\\", "\0"))
-    if len(words) > MAX_VALUES:
-        raise FhirError("too-costly", f"{name}: {len(words)} values; at most {MAX_VALUES} can be searched at once")
     return Constraint(bare, parameter, tuple(
-        every for word in words for every in _alternatives(bare, parameter.kind, modifier, word, base)), modifier == "not")
+        every for word in re.split(r"(?<!\\),", text.replace("\\\\", "\0"))
+        for every in _alternatives(bare, parameter.kind, modifier, word, base)), modifier == "not")
 
 
 def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
     """Whether a resource meets search parameters (name, value), as a search for them would find it.
 
-    False for a type that isn't served; FhirError for a parameter that isn't known.
+    False where a type isn't served, a parameter isn't known or a value is none: see `parse_constraint`.
     """
     type_name = resource.get("resourceType", "")
-    return type_name in search_table(version) and all(
-        parse_constraint(version, type_name, name, text).met_by(resource) for name, text in constraints)
+    try:
+        return type_name in search_table(version) and all(
+            parse_constraint(version, type_name, name, text).met_by(resource) for name, text in constraints)
+    except FhirError:
+        return False
 
 
 class Include(NamedTuple):
@@ -1647,12 +1595,12 @@ class Query(NamedTuple):
     """A search, understood: what to find and what to show of it."""
     type: str
     constraints: tuple[Constraint, ...]
-    sort: tuple[tuple[str, bool], ...]  # parameter, falling
+    sort: tuple[tuple[str, bool], ...]       # parameter, falling
     includes: tuple[Include, ...]
-    limit: int                              # entries on a page; 0: none, only the total
+    limit: int                               # matches on a page; 0: none, only the total
     total: bool
-    elements: tuple[str, ...]
-    after: tuple[Any, ...]                  # where the page before ended: see Records.search
+    elements: tuple[str, ...]                # empty: all
+    after: tuple[Any, ...]                   # where the page before ended: see page_mark
     parameters: tuple[tuple[str, str], ...]  # those that took effect
 
     def patients(self) -> set[str]:
@@ -1661,52 +1609,26 @@ class Query(NamedTuple):
                 if one.parameter.kind == "owner" or (self.type == "Patient" and one.parameter.kind == "id")}
 
 
-def _parse_sort(known: Mapping[str, Parameter], text: str) -> Iterator[tuple[str, bool]]:
-    """_sort: parameters in order of weight, a minus for falling."""
-    for word in dict.fromkeys(text.split(",")):
-        if word.lstrip("-") not in known:
-            raise FhirError("value", f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can")
-        yield word.lstrip("-"), word.startswith("-")
-
-
-def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
-    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
-    source, _, rest = text.partition(":")
-    parameter, _, target = rest.partition(":")
-    reverse = name == "_revinclude"
-    if reverse:
-        possible = targets(type_name, version)
-    else:
-        possible = [(type_name, one) for one, what in search_table(version)[type_name].items()
-                    if what.kind in ("owner", "reference")]
-    if (source, parameter) not in possible:
-        raise FhirError("value", f"{name}={text}: not possible for {type_name}; possible are "
-                        + (", ".join(sorted(map(":".join, possible))) or "none"))
-    return Include(reverse, source, parameter, target)
-
-
-def _number(name: str, text: str, most: int) -> int:
-    """A whole number, cut to the most that is possible."""
-    if not re.fullmatch(r"[0-9]{1,18}", text):
-        raise FhirError("value", f"{name}={text}: expected a whole number")
-    return min(int(text), most)
-
-
-def parse_query(version: str, type_name: str, parameters: Iterable[tuple[str, str]], base: str = "",
+def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
                 lenient: bool = False) -> Query:
-    """Search parameters, understood. FhirError for what is unknown, unless lenient; that is left out then."""
+    """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
     known = search_table(version)[type_name]
     constraints: list[Constraint] = []
     includes: dict[Include, None] = {}
     sort: dict[str, bool] = {}
     effective: list[tuple[str, str]] = []
     chosen = {"_count": "20", "_summary": "false", "_total": "accurate", "_elements": "", "_page": ""}
+    if sum(text.count(",") + 1 for _, text in parameters) > MAX_VALUES:
+        raise FhirError("too-costly", f"a search takes at most {MAX_VALUES} values")
     for name, text in parameters:
         try:
             if name in ("_include", "_revinclude"):
                 includes[_parse_include(version, type_name, name, text)] = None
             elif name == "_sort":
-                sort.update(_parse_sort(known, text))
+                for word in text.split(","):
+                    if word.lstrip("-") not in known:
+                        raise FhirError("value", f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can")
+                    sort.setdefault(word.lstrip("-"), word.startswith("-"))
             elif name in chosen:
                 chosen[name] = text
             elif name not in ("_format", "_pretty"):
@@ -1719,18 +1641,29 @@ def parse_query(version: str, type_name: str, parameters: Iterable[tuple[str, st
     for name, possible in (("_summary", ("count", "false")), ("_total", ("accurate", "estimate", "none"))):
         if chosen[name] not in possible:
             raise FhirError("value", f"{name}={chosen[name]}: expected one of {', '.join(possible)}")
-    if sum(len(one.alternatives) for one in constraints) > MAX_VALUES:
-        raise FhirError("too-costly", f"more than {MAX_VALUES} values in all")
-    return Query(type_name, tuple(constraints), tuple(sort.items()), tuple(includes),
-                 0 if chosen["_summary"] == "count" else _number("_count", chosen["_count"], 1000),
-                 chosen["_total"] != "none", tuple(filter(None, chosen["_elements"].split(","))),
-                 _parse_page(chosen["_page"]), tuple(effective))
+    if not re.fullmatch(r"[0-9]{1,18}", chosen["_count"]):
+        raise FhirError("value", f"_count={chosen['_count']}: expected a whole number")
+    limit = 0 if chosen["_summary"] == "count" else min(int(chosen["_count"]), 1000)
+    return Query(type_name, tuple(constraints), tuple(sort.items()), tuple(includes), limit, chosen["_total"] != "none",
+                 tuple(filter(None, chosen["_elements"].split(","))), _parse_page(chosen["_page"]), tuple(effective))
+
+
+def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
+    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
+    source, parameter, target = (*text.split(":", 2), "", "")[:3]
+    reverse = name == "_revinclude"
+    possible = referring(type_name, version) if reverse else [
+        (type_name, one) for one, known in search_table(version)[type_name].items() if known.type == "reference"]
+    if (source, parameter) not in possible or (reverse and target not in ("", type_name)):
+        raise FhirError("value", f"{name}={text}: not possible for {type_name}; possible are "
+                        + (", ".join(sorted(map(":".join, possible))) or "none"))
+    return Include(reverse, source, parameter, target)
 
 
 def page_mark(keys: Sequence[Any]) -> str:
     """Where a page ended, for the link to the next: the sort keys and number of its last entry.
 
-    Not how many entries came before: with that, what is loaded meanwhile would shift entries over the pages' edges.
+    Not how many entries came before: what is loaded meanwhile would then shift entries over the pages' edges.
     """
     return base64url(json.dumps(keys).encode())
 
@@ -1739,7 +1672,7 @@ def _parse_page(text: str) -> tuple[Any, ...]:
     """What page_mark wrote."""
     try:
         keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
-        json.dumps(keys, ensure_ascii=False).encode()  # fails for what SQLite can't take, as does the comparison
+        json.dumps(keys, ensure_ascii=False).encode()  # fails, as does the comparison, for what SQLite can't take
         if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
             return tuple(keys)
     except (ValueError, TypeError, RecursionError):
@@ -1754,6 +1687,16 @@ def access_condition(access: Access, type_name: str) -> Condition:
         return Condition("1")
     whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
     return Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
+
+
+def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition:
+    """That a row comes after another in an order. The first half of it is what an index can use."""
+    (name, falling), value = keys[0], after[0]
+    sign = "<" if falling else ">"
+    if len(keys) == 1:
+        return Condition(f"{name} {sign} ?", (value,))
+    rest = _beyond(keys[1:], after[1:])
+    return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
 
 
 class Found(NamedTuple):
@@ -1771,89 +1714,55 @@ class Page(NamedTuple):
     total: int | None  # how many match in all, where that may be told
 
 
-def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition:
-    """That a row comes after another in an order. The first half of it is what an index can use."""
-    (name, falling), value = keys[0], after[0]
-    sign = "<" if falling else ">"
-    if len(keys) == 1:
-        return Condition(f"{name} {sign} ?", (value,))
-    rest = _beyond(keys[1:], after[1:])
-    return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
-
-
-# What shows that a resource is of another version: element | its JSON type | the versions that have it so.
+# What shows of which version a resource is: versions that have it so | JSON type | elements, or types alone.
 TELLTALES = """\
-AllergyIntolerance.clinicalStatus | object | r4
-AllergyIntolerance.clinicalStatus | string | stu3
-AllergyIntolerance.substance | any | dstu2
-CareTeam | any | stu3 r4
-Condition.clinicalStatus | object | r4
-Condition.clinicalStatus | string | dstu2 stu3
-Condition.patient | any | dstu2
-DiagnosticOrder | any | dstu2
-DiagnosticReport.category | array | r4
-DiagnosticReport.category | object | dstu2 stu3
-DocumentReference.date | any | r4
-DocumentReference.indexed | any | dstu2 stu3
-Encounter.class | object | stu3 r4
-Encounter.class | string | dstu2
-Encounter.patient | any | dstu2
-Endpoint | any | stu3 r4
-ExplanationOfBenefit.insurance | array | r4
-ExplanationOfBenefit.insurance | object | stu3
-ImagingStudy.uid | any | dstu2 stu3
-Immunization.date | any | dstu2 stu3
-Immunization.notGiven | any | stu3
-Immunization.occurrenceDateTime | any | r4
-Immunization.wasNotGiven | any | dstu2
-MedicationAdministration.patient | any | dstu2
-MedicationDispense.patient | any | dstu2
-MedicationOrder | any | dstu2
-MedicationRequest | any | stu3 r4
-MedicationRequest.requester.agent | any | stu3
-MedicationStatement.patient | any | dstu2
-MedicationStatement.taken | any | stu3
-Observation.category | array | stu3 r4
-Observation.category | object | dstu2
-Patient.name.family | array | dstu2
-Patient.name.family | string | stu3 r4
-Practitioner.name | array | stu3 r4
-Practitioner.name | object | dstu2
-PractitionerRole | any | stu3 r4
-ProcedureRequest | any | dstu2 stu3
-ServiceRequest | any | r4
+dstu2 | any | AllergyIntolerance.substance, Condition.patient, DiagnosticOrder, Encounter.patient, MedicationOrder
+dstu2 | any | Immunization.wasNotGiven, MedicationDispense.patient, MedicationStatement.patient
+dstu2 | array | Patient.name.family
+dstu2 | object | Observation.category, Practitioner.name
+dstu2 | string | Encounter.class
+dstu2 stu3 | any | DocumentReference.indexed, ImagingStudy.uid, Immunization.date, ProcedureRequest
+dstu2 stu3 | object | DiagnosticReport.category
+dstu2 stu3 | string | Condition.clinicalStatus
+stu3 | any | Immunization.notGiven, MedicationRequest.requester.agent, MedicationStatement.taken
+stu3 | object | ExplanationOfBenefit.insurance
+stu3 | string | AllergyIntolerance.clinicalStatus
+stu3 r4 | any | CareTeam, Endpoint, MedicationRequest, PractitionerRole
+stu3 r4 | array | Observation.category, Practitioner.name
+stu3 r4 | object | Encounter.class
+stu3 r4 | string | Patient.name.family
+r4 | any | DocumentReference.date, Immunization.occurrenceDateTime, ServiceRequest
+r4 | array | DiagnosticReport.category, ExplanationOfBenefit.insurance
+r4 | object | AllergyIntolerance.clinicalStatus, Condition.clinicalStatus
 """
 _JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
 
 
 @functools.cache
 def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
-    """The rows of TELLTALES that speak against a version, by type: path, JSON type, versions."""
+    """What speaks against a version, by type: (path, JSON type, versions)."""
     found: dict[str, list[tuple[str, str, str]]] = {}
-    for path, kind, versions in table(TELLTALES):
-        if version not in versions:
+    for versions, kind, paths in table(TELLTALES):
+        for path in paths.split(", ") if version not in versions else ():
             found.setdefault(path.partition(".")[0], []).append((path.partition(".")[2], kind, versions))
     return found
 
 
 def check_version(resource: Json, version: str) -> None:
     """PortalError if a resource is visibly of another version of FHIR than the records."""
-    type_name = resource["resourceType"]
-    for path, kind, versions in _telltales(version).get(type_name, ()):
+    for path, kind, versions in _telltales(version).get(resource["resourceType"], ()):
         above, _, name = path.rpartition(".")
         for holder in elements(resource, above) if above else [resource]:
             if not path or (isinstance(holder, dict) and name in holder
                             and kind in ("any", _JSON_TYPES.get(type(holder[name])))):
-                what = f"{type_name}.{path}" if path else type_name
-                as_what = "" if kind == "any" else f" as {kind}"
-                raise PortalError("invalid_request", f"{what}{as_what} is of {' or '.join(versions.split())}, the records "
-                                  f"are {version}; --fhir-version chooses")
+                what = (path + " " + kind * (kind != "any")).strip() or "the type"
+                raise PortalError("invalid_request", f"{what} is of {versions.replace(' ', ' or ')}, the records are "
+                                  f"{version}: choose with --fhir-version")
 
 
-FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False)
 _RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})"')
-_OPEN_REFERENCE = re.compile(r'"reference":"((?:urn:|[A-Z][A-Za-z]+\?)[^"]+)"')
+_OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|[A-Z][A-Za-z]+\?)[^"]+)"')
 
 
 class Prepared(NamedTuple):
@@ -1868,26 +1777,31 @@ class Prepared(NamedTuple):
 def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     """A resource ready to be written, its meta completed. PortalError for what FHIR does not allow."""
     given = resource.get("meta", {})
+    if not isinstance(given, dict):
+        raise PortalError("invalid_request", "meta: expected an object")
+    meta = {"versionId": "1", "lastUpdated": now, **given}
+    resource = {**resource, "meta": meta}
     try:
-        meta = {"versionId": "1", "lastUpdated": now, **given}
         updated = date_range(meta["lastUpdated"])[0]
         if not FHIR_ID.fullmatch(meta["versionId"]):
             raise ValueError("versionId is no id")
-        resource = {**resource, "meta": meta}
+    except (ValueError, TypeError) as error:
+        raise PortalError("invalid_request", f"meta: {error}")
+    try:
         text = _ENCODER.encode(resource)
         text.encode("utf-8")
-        whose, values = owner(resource), search_values(resource, version)
-    except (ValueError, TypeError, RecursionError) as error:
-        raise PortalError("invalid_request", f"meta is wrong, or something can't be written as JSON: {error}")
+    except (ValueError, RecursionError) as error:
+        raise PortalError("invalid_request", f"can't be written as JSON: {error}")
+    whose = owner(resource)
     return Prepared(resource, (resource["resourceType"], resource["id"], "?" if whose is None else whose, updated, text),
-                    values, set(_OPEN_REFERENCE.findall(text)), given)
+                    search_values(resource, version), set(_OPEN_IN_JSON.findall(text)), given)
 
 
-def _write(database: sqlite3.Connection, number: int, prepared: Prepared) -> None:
+def _write(database: sqlite3.Connection, number: int, one: Prepared) -> None:
     """Put a resource where `number` says, in place of what is there."""
     _erase(database, number)
-    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *prepared.row))
-    _index(database, [(number, prepared)])
+    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *one.row))
+    _index(database, [(number, one)])
 
 
 def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]) -> None:
@@ -1902,82 +1816,6 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
     """Take a resource out, with all that leads to it."""
     for name in ("resources", "search_values", "unresolved"):
         database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
-
-
-def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
-    """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
-
-    Each has an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its content, so
-    that loading it twice gives the same. Beside them, what the fullUrls mean: Type/id.
-    """
-    if document.get("resourceType") != "Bundle":
-        return [("", _identified(document, {}))], {}
-    entries = document.get("entry", [])
-    if not isinstance(entries, list) or document.get("type") == "history":
-        raise PortalError("invalid_request", "Bundle: expected a transaction, batch, collection or searchset, with an "
-                          "array of entries")
-    found: list[tuple[str, Json]] = []
-    names: dict[str, str | None] = {}
-    for place, entry in enumerate(entries):
-        where = f"Bundle.entry[{place}]"
-        if not isinstance(entry, dict):
-            raise PortalError("invalid_request", f"{where}: expected an object")
-        if "resource" in entry:  # a batch's GET and DELETE have none
-            try:
-                resource = _identified(entry["resource"], entry)
-            except PortalError as error:
-                raise PortalError(error.error, f"{where}.resource: {error.description}")
-            found.append((f"{where}.resource ({resource['resourceType']}): ", resource))
-            if isinstance(entry.get("fullUrl"), str):
-                names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
-    return found, names
-
-
-def _identified(found: Any, entry: Json) -> Json:
-    """A resource with an id. PortalError if it is no FHIR resource."""
-    if not isinstance(found, dict) or not isinstance(found.get("resourceType"), str):
-        raise PortalError("invalid_request", "not a FHIR resource: expected an object with a resourceType")
-    resource: Json = found
-    key = resource.get("id")
-    if key is None:
-        for text in [str(entry.get("fullUrl", "")), *map(str, elements(entry, "request.url"))]:
-            match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", text)
-            key = key or (match and match[1])
-        resource = {**resource, "id": key or str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(resource, sort_keys=True)))}
-    if not isinstance(resource["id"], str) or not FHIR_ID.fullmatch(resource["id"]):
-        raise PortalError("invalid_request", f"id {resource['id']!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return resource
-
-
-def person_name(resource: Json) -> str:
-    """What to call a Patient or another person; the id if there is no name."""
-    for name in elements(resource, "name"):
-        parts = elements(name, "text") or elements(name, "given") + elements(name, "family")
-        if parts:
-            return " ".join(map(str, parts))
-    return str(resource["id"])
-
-
-class DataFile(NamedTuple):
-    """A file to load."""
-    path: str
-    size: int
-
-    def documents(self) -> Iterator[tuple[str, bytes, int]]:
-        """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
-
-        A line at a time, so that a file of any length takes no more memory than its longest line.
-        """
-        with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
-            line = stream.readline()
-            try:
-                json.loads(line)
-            except (ValueError, RecursionError):  # one text over many lines
-                yield "", line + stream.read(), self.size
-                return
-            for number, text in enumerate(itertools.chain([line], stream), 1):
-                if text.strip():
-                    yield f"line {number}: ", text, raw.tell()
 
 
 def parse_document(data: bytes) -> tuple[Json, list[Json]]:
@@ -1997,30 +1835,98 @@ def parse_document(data: bytes) -> tuple[Json, list[Json]]:
     return value, pointers
 
 
-def data_files(path: str) -> list[DataFile]:
-    """The files that --data names: itself, or those in the folder that may hold FHIR. StartError if there are none."""
+def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
+    """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
+
+    Beside them, what the entries' fullUrls mean: Type/id.
+    """
+    if document.get("resourceType") != "Bundle":
+        return [("", _identified(document, {}, ""))], {}
+    entries = document.get("entry", [])
+    if not isinstance(entries, list) or document.get("type") == "history":
+        raise PortalError("invalid_request", "Bundle: expected a transaction, batch, collection or searchset, with an "
+                          "array of entries")
+    found: list[tuple[str, Json]] = []
+    names: dict[str, str | None] = {}
+    for place, entry in enumerate(entries):
+        where = f"Bundle.entry[{place}]"
+        if not isinstance(entry, dict):
+            raise PortalError("invalid_request", f"{where}: expected an object")
+        if "resource" in entry:  # a batch's GET and DELETE have none
+            resource = _identified(entry["resource"], entry, f"{where}.resource: ")
+            found.append((f"{where}.resource ({resource['resourceType']}): ", resource))
+            if isinstance(entry.get("fullUrl"), str):
+                names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
+    return found, names
+
+
+def _identified(resource: Any, entry: Json, where: str) -> Json:
+    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its
+    content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
+    if not isinstance(resource, dict) or not isinstance(resource.get("resourceType"), str):
+        raise PortalError("invalid_request", f"{where}not a FHIR resource: expected an object with a resourceType")
+    key = resource.get("id")
+    for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")] if key is None else ():
+        match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
+        key = key or (match and match[1])
+    if key is None:
+        key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(resource, sort_keys=True)))
+    if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
+        raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
+    return {**resource, "id": key}
+
+
+def person_name(resource: Json) -> str:
+    """What to call a Patient or another person; the id if there is no name."""
+    for name in elements(resource, "name"):
+        parts = elements(name, "text") or elements(name, "given") + elements(name, "family")
+        if parts:
+            return " ".join(map(str, parts))
+    return str(resource["id"])
+
+
+class Source(NamedTuple):
+    """One thing to load: a file, or a text that Server(data=...) was given."""
+    path: str
+    size: int
+    text: bytes = b""
+
+    def documents(self) -> Iterator[tuple[str, bytes, int]]:
+        """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
+
+        A line at a time, so that a file of any length takes no more memory than its longest line.
+        """
+        if self.text:
+            yield "", self.text, self.size
+            return
+        with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
+            line = stream.readline()
+            try:
+                json.loads(line)
+            except (ValueError, RecursionError):  # one text over many lines
+                yield "", line + stream.read(), self.size
+                return
+            for number, text in enumerate(itertools.chain([line], stream), 1):
+                if text.strip():
+                    yield f"line {number}: ", text, raw.tell()
+
+
+def sources(data: Any) -> list[Source]:
+    """What an item of --data names: a resource or Bundle, a file, or those of a folder that may hold FHIR."""
+    if isinstance(data, dict):
+        text = json.dumps(data).encode()
+        return [Source("(given as a dict)", len(text), text)]
+    path = os.fspath(data)
     try:
         if not os.path.isdir(path):
-            return [DataFile(path, os.stat(path).st_size)]
+            return [Source(path, os.stat(path).st_size)]
         found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                  if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
         if found:
-            return [DataFile(name, os.stat(name).st_size) for name in sorted(found)]
+            return [Source(name, os.stat(name).st_size) for name in sorted(found)]
     except OSError as error:
         raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
     raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
-
-
-@functools.cache
-def sample_database(version: str) -> sqlite3.Connection:
-    """The sample records in memory, made once in a process. Servers copy it."""
-    store = Store(None, RECORD_SCHEMA)
-    with store.transaction() as database:
-        database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
-        for number, resource in enumerate(sample_resources(version), 1):
-            _write(database, number, prepare(resource, version))
-    atexit.register(store.close)
-    return store.connection
 
 
 class Progress:
@@ -2039,8 +1945,20 @@ class Progress:
         return True
 
 
+@functools.cache
+def sample_database(version: str) -> sqlite3.Connection:
+    """The sample records in memory, made once in a process. Servers copy it."""
+    store = Store(None, RECORD_SCHEMA)
+    atexit.register(store.close)
+    with store.transaction() as database:
+        database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
+        for number, resource in enumerate(sample_resources(version), 1):
+            _write(database, number, prepare(resource, version))
+    return store.connection
+
+
 class Records:
-    """The embedded records: FHIR resources of one version in SQLite."""
+    """The embedded records: FHIR resources of one version in SQLite. Four parts: filling, reset, reading, searching."""
     def __init__(self, settings: Settings, clock: Clock):
         """Open them and load what --data names. StartError where that fails; `warnings` tell what was left out."""
         self.version, self.clock = settings.fhir_version, clock
@@ -2055,12 +1973,12 @@ class Records:
             if kept != self.version:
                 raise StartError(f"--db {settings.db} holds {kept} records: start with --fhir-version {kept}, "
                                  "or name another file")
-            self._load_data([one for one in settings.data if one != "none"])
+            found = [source for one in settings.data if one != "none" for source in sources(one)]
+            if found:
+                self._load_sources(found)
         except BaseException:
             self.store.close()
             raise
-
-    # ---------------------------------------------------------------- filling
 
     def _fact(self, name: str) -> str:
         """What the database says about itself; "" if nothing."""
@@ -2091,9 +2009,6 @@ class Records:
 
         Gives how many. PortalError if it is not FHIR of this version, or nothing of it is served.
         """
-        return self._load(document, later=True)
-
-    def _load(self, document: Json, later: bool) -> int:
         self._filled()
         skipped: collections.Counter[str] = collections.Counter()
         prepared = list(self._prepared(json.dumps(document).encode(), skipped))
@@ -2101,38 +2016,28 @@ class Records:
             raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
                               + ", ".join(sorted(search_table(self.version))))
         with self.store.transaction() as database:
-            self._put(database, prepared, later)
-            self._resolve(database, later)
-        self._warn(skipped)
+            self._put(database, prepared, later=True)
+            self._resolve(database, later=True)
         return len(prepared)
 
-    def _load_data(self, data: Sequence[Any]) -> None:
-        """Load what --data names, file by file: a bad one is refused whole, those before it stay."""
-        for document in data:
-            if isinstance(document, dict):
-                try:
-                    self._load(document, later=False)
-                except PortalError as error:
-                    raise StartError(f"data: {error.description}")
-        files = [file for one in data if not isinstance(one, dict) for file in data_files(os.fspath(one))]
-        if not files:
-            return
-        self._filled()
+    def _load_sources(self, found: Sequence[Source]) -> None:
+        """Load one after the other: a bad one is refused whole, those before it stay."""
+        before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
         skipped: collections.Counter[str] = collections.Counter()
-        progress, done = Progress(sum(file.size for file in files), self.clock), 0
-        for file in files:
+        progress, done = Progress(sum(source.size for source in found), self.clock), 0
+        for source in found:
             try:
                 with self.store.transaction() as database:
-                    self._put(database, (one for place, text, read in file.documents() if progress.at(done + read)
+                    self._put(database, (one for place, text, read in source.documents() if progress.at(done + read)
                                          for one in self._prepared(text, skipped, place)), later=False)
             except PortalError as error:
-                raise StartError(f"--data {file.path}: {error.description}")
+                raise StartError(f"--data {source.path}: {error.description}")
             except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
-                raise StartError(f"--data {file.path}: {error}")
-            done += file.size
+                raise StartError(f"--data {source.path}: {error}")
+            done += source.size
         with self.store.transaction() as database:
             self._resolve(database, later=False)
-        self._warn(skipped)
+        self._warn(skipped, before)
 
     def _prepared(self, text: bytes, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
@@ -2151,10 +2056,10 @@ class Records:
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
 
-    def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> int:
-        """Write resources, many at once; gives how many. later: after the start, so that reset takes them back."""
-        count, written = 0, []
-        for count, new in enumerate(resources, 1):
+    def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
+        """Write resources, many at once. later: after the start, so that reset takes them back."""
+        written: list[tuple[int, Prepared]] = []
+        for new in resources:
             added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?)", new.row)
             if added.rowcount:
                 written.append((int(added.lastrowid or 0), new))
@@ -2166,7 +2071,6 @@ class Records:
             if not added.rowcount:
                 self._renew(database, new, later)
         _index(database, written)
-        return count
 
     def _renew(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
@@ -2175,7 +2079,7 @@ class Records:
         kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
         if {**new.resource, "meta": {**kept, **new.given}} == was:
             return
-        if "versionId" not in new.given and kept["versionId"].isdigit():
+        if "versionId" not in new.given and kept["versionId"].isdecimal():
             new.resource["meta"]["versionId"] = str(int(kept["versionId"]) + 1)
             new = prepare(new.resource, self.version)
         self._replace(database, number, text, new, later)
@@ -2226,16 +2130,19 @@ class Records:
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
         return names[reference]
 
-    def _warn(self, skipped: Mapping[str, int]) -> None:
-        """Note what a load left out, for whoever started it."""
+    def _warn(self, skipped: Mapping[str, int], before: int) -> None:
+        """Note what a load left out, and which references of what came after `before` lead nowhere."""
         if skipped:
             self.warnings.append(f"{sum(skipped.values())} resources of types that are not served were left out: "
                                  + ", ".join(f"{name} ({count})" for name, count in sorted(skipped.items())))
-        (count, example), = self.store.rows("SELECT count(*), min(reference) FROM unresolved")
-        if count:
-            self.warnings.append(f"{count} references mean nothing that was loaded and were kept, such as {example}")
-
-    # ---------------------------------------------------------------- reset
+        lost = self.store.rows(
+            "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
+            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment' AND system IN "
+            f"({', '.join('?' * len(search_table(self.version)))}) "
+            "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))",
+            before, *search_table(self.version))[0]
+        if lost[0]:
+            self.warnings.append(f"{lost[0]} references lead to nothing that was loaded, such as {lost[1]}; they were kept")
 
     def reset(self) -> None:
         """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
@@ -2247,8 +2154,6 @@ class Records:
                 if text is not None:
                     _write(database, number, prepare(json.loads(text), self.version))
             database.execute("DELETE FROM before_load")
-
-    # ---------------------------------------------------------------- reading
 
     def find(self, type_name: str, resource_id: str) -> Found | None:
         """One resource, or None."""
@@ -2275,8 +2180,6 @@ class Records:
         return [json.loads(row["json"]) for row in self._filled().rows(
             "SELECT json FROM resources WHERE number IN (SELECT number FROM search_values "
             "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)]
-
-    # ---------------------------------------------------------------- searching
 
     def _where(self, query: Query, access: Access) -> Condition:
         """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
@@ -2918,7 +2821,7 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
         {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]} if name == "Binary" else
         {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
          "searchInclude": [f"{name}:{one}" for one in sorted(known) if known[one].type == "reference"],
-         "searchRevInclude": sorted(map(":".join, targets(name, version))),
+         "searchRevInclude": sorted(map(":".join, referring(name, version))),
          "searchParam": [{"name": one, "type": known[one].type} for one in sorted(known)]}
         for name, known in sorted(search_table(version).items())]}
     for resource in rest["resource"]:  # FHIR: a list is not empty, it is absent
