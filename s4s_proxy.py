@@ -1275,7 +1275,7 @@ class Parameter(NamedTuple):
         return {"owner": "reference", "id": "token", "updated": "date"}.get(self.kind, self.kind)
 
 
-COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated")}
+COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",))}
 RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
 _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
             "reference": ("Reference",)}  # what may stand for [x]
@@ -1300,14 +1300,15 @@ def search_table(version: str) -> dict[str, dict[str, Parameter]]:
 
 
 @functools.cache
-def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, Parameter]]]]:
-    """The same from the resource's side: type -> element -> the parameters that look into it, one for each path."""
-    found: dict[str, dict[str, list[tuple[str, Parameter]]]] = {}
+def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
+    """The same from the resource's side: type -> element -> (parameter, kind, path within the element)."""
+    found: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
     for type_name, known in search_table(version).items():
         inside = found.setdefault(type_name, {})
         for name, parameter in known.items():
-            for path in parameter.paths if parameter.kind != "owner" else ():
-                inside.setdefault(path.partition(".")[0], []).append((name, Parameter(parameter.kind, (path,))))
+            for path in parameter.paths if parameter.kind not in _OWN_COLUMNS else ():
+                element, _, within = path.partition(".")
+                inside.setdefault(element, []).append((name, parameter.kind, within))
     return found
 
 
@@ -1414,14 +1415,8 @@ def reference_parts(text: str) -> tuple[str, str]:
 SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
 
 
-def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchValue]:
-    """What one search parameter finds in a resource."""
-    kind = parameter.kind
-    if kind == "owner":
-        return [(name, owner(resource) or "", "Patient", 0, 0)]
-    if kind == "id":
-        return [(name, str(resource.get("id")), "", 0, 0)]
-    found = [value for path in parameter.paths or ("meta.lastUpdated",) for value in elements(resource, path)]
+def values_of(name: str, kind: str, found: Iterable[Any]) -> list[SearchValue]:
+    """What a search parameter of a kind makes of the elements found."""
     if kind == "token":
         return [(name, code, system, 0, 0) for system, code in tokens_of(found)]
     if kind == "reference":
@@ -1434,9 +1429,13 @@ def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchVal
 
 def search_values(resource: Json, version: str) -> set[SearchValue]:
     """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
-    inside = _looked_into(version)[resource["resourceType"]]
-    found = {row for name in resource if name in inside for parameter, looked in inside[name]
-             for row in values_of(resource, parameter, looked)}
+    looked_into, found = _looked_into(version)[resource["resourceType"]], set()
+    for element, value in resource.items():
+        if element in looked_into:
+            inside = value if isinstance(value, list) else [value]
+            for name, kind, path in looked_into[element]:
+                found.update(values_of(name, kind, [
+                    deeper for one in inside for deeper in elements(one, path)] if path else inside))
     # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
     if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
         for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
@@ -1489,9 +1488,15 @@ class Constraint(NamedTuple):
 
     def met_by(self, resource: Json) -> bool:
         """The same in Python."""
-        return self.negated != any(
-            all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
-            for row in values_of(resource, self.name, self.parameter) for every in self.alternatives)
+        kind = self.parameter.kind
+        if kind == "owner":
+            rows: list[SearchValue] = [("", owner(resource) or "", "Patient", 0, 0)]
+        elif kind == "id":
+            rows = [("", str(resource.get("id")), "", 0, 0)]
+        else:
+            rows = values_of("", kind, [value for path in self.parameter.paths for value in elements(resource, path)])
+        return self.negated != any(all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
+                                   for row in rows for every in self.alternatives)
 
 
 # FHIR search, "Prefixes": how a resource's time (first, last) stands to the searched span; 0 is its start, 1 its end.
@@ -1873,7 +1878,7 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
         key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(resource, sort_keys=True)))
     if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
         raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return {**resource, "id": key}
+    return resource if "id" in resource else {**resource, "id": key}
 
 
 def person_name(resource: Json) -> str:
@@ -1923,7 +1928,8 @@ def sources(data: Any) -> list[Source]:
         found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                  if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
         if found:
-            return [Source(name, os.stat(name).st_size) for name in sorted(found)]
+            # swapcase: Synthea's hospitalInformation and practitionerInformation before the patients that refer to them
+            return [Source(name, os.stat(name).st_size) for name in sorted(found, key=str.swapcase)]
     except OSError as error:
         raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
     raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
@@ -1965,7 +1971,8 @@ class Records:
         self.store = Store(settings.db, RECORD_SCHEMA)
         self.warnings: list[str] = []
         self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
-        self._ready, self._filling = False, threading.Lock()
+        self._ready, self._filling, self._indexed = False, threading.Lock(), True
+        self._identified: dict[str, str] = {}  # while loading: Practitioner?identifier=system|value -> Practitioner/id
         try:
             with self.store.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO record_facts VALUES ('version', ?)", (self.version,))
@@ -2025,6 +2032,9 @@ class Records:
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
         skipped: collections.Counter[str] = collections.Counter()
         progress, done = Progress(sum(source.size for source in found), self.clock), 0
+        if before < 2000:  # little but the samples: the index that takes longest is faster made at the end, at once
+            self.store.connection.execute("DROP INDEX search_by_value")
+            self._indexed = False
         for source in found:
             try:
                 with self.store.transaction() as database:
@@ -2035,6 +2045,8 @@ class Records:
             except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
                 raise StartError(f"--data {source.path}: {error}")
             done += source.size
+        self.store.connection.executescript(RECORD_SCHEMA)
+        self._indexed, self._identified = True, {}
         with self.store.transaction() as database:
             self._resolve(database, later=False)
         self._warn(skipped, before)
@@ -2050,11 +2062,19 @@ class Records:
             for where, resource in found:
                 check_version(resource, self.version)
                 if resource["resourceType"] in search_table(self.version):
-                    yield prepare(resource, self.version, now)
+                    yield self._remembered(prepare(resource, self.version, now))
                 else:
                     skipped[resource["resourceType"]] += 1
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
+
+    def _remembered(self, one: Prepared) -> Prepared:
+        """Note what conditional references to a practitioner or organization will mean in the documents to come."""
+        type_name, resource_id = one.row[:2]
+        for name, value, system, *_ in one.values if type_name in SHARED_TYPES else ():
+            if name == "identifier":
+                self._identified[f"{type_name}?identifier={system}|{value}"] = f"{type_name}/{resource_id}"
+        return one
 
     def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
         """Write resources, many at once. later: after the start, so that reset takes them back."""
@@ -2117,7 +2137,9 @@ class Records:
         A conditional one (Practitioner?identifier=system|value) must have one match (FHIR, transaction); of a urn:uuid:
         the id may have been made.
         """
-        if reference not in names:
+        if reference in self._identified:
+            return self._identified[reference]
+        if reference not in names and self._indexed:
             type_name, conditional, search = reference.partition("?")
             served, rows = search_table(self.version), []
             if reference.startswith("urn:"):
@@ -2128,7 +2150,7 @@ class Records:
                     where = self._where(parse_query(self.version, type_name, parse_qsl(search)), Access(None))
                     rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
-        return names[reference]
+        return names.get(reference)
 
     def _warn(self, skipped: Mapping[str, int], before: int) -> None:
         """Note what a load left out, and which references of what came after `before` lead nowhere."""
