@@ -1276,6 +1276,8 @@ class Parameter(NamedTuple):
 
 
 COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",))}
+_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # kinds that need no row of search_values
+                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
 _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
             "reference": ("Reference",)}  # what may stand for [x]
@@ -1460,8 +1462,6 @@ class Comparison(NamedTuple):
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "contains": operator.contains}
 _PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
-_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # where no row of search_values is needed
-                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 
 
 class Constraint(NamedTuple):
@@ -2399,7 +2399,11 @@ class Portal:
         self.settings = settings
         self.clock = Clock()
         self.state = Store(settings.db, STATE_SCHEMA)
-        self.records = Records(settings, self.clock)
+        try:
+            self.records = Records(settings, self.clock)
+        except StartError:
+            self.state.close()
+            raise
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
@@ -4870,6 +4874,7 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
         f"  accounts     {', '.join(name for name, *_ in DEMO_USERS)}; password {DEMO_PASSWORD}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}"]
     lines += [f"  environment  {name} took effect" for name in from_environment]
+    lines += [f"  data         {warning}" for warning in server.portal.records.warnings]
     return "\n".join(lines)
 
 
