@@ -477,9 +477,9 @@ def http_date(seconds: float) -> str:
 
 # ######################################################################## 6 sample data
 
-# The facts: a row a line, columns between bars. From the SMART sample patients; units are UCUM's, and two codes that
-# SNOMED CT no longer has are replaced. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and Joseph's
-# vaccines, the dates of smoking status, doses given in the clinic, and all from MORE_LABS down.
+# The facts: a row a line, columns between bars. From the SMART sample patients, with units in UCUM and two codes put
+# right that are no concepts of SNOMED CT now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and
+# Joseph's vaccines, the dates of smoking status, doses taken in the clinic, and all from MORE_LABS down.
 
 # patient | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
 PATIENTS = """\
@@ -585,7 +585,7 @@ IMMUNIZATIONS = """\
 7 | Daniel | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use | 
 8 | Joseph | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine | 
 9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
-10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ
+10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
 """
 
 # id | patient | date | SNOMED CT | name
@@ -868,7 +868,7 @@ def build_immunization(key: str, given: str, date: str, code: str, name: str, re
     """An Immunization, given or refused."""
     yield new("Immunization", key, status="not-done" if reason else "completed", vaccineCode=concept(CVX, code, name),
               patient=person(given), occurrenceDateTime=date, primarySource=True,
-              statusReason=concept(HL7 + "v3-ActReason", reason) if reason else None)
+              statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
 
 
 def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
@@ -1021,8 +1021,8 @@ def build_others() -> Iterator[Json]:
 
 
 # The versions. The builders make R4; here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
-# A change: the types it is about, an element (a dotted path goes through lists), the names it has in the earlier version
-# (none: it is not there), and how its value differs. Without an element, one is made from the whole resource.
+# A change: the types it is about, an element (a dotted path goes through lists), what the earlier version calls it
+# (nothing: it is not there), and how its value differs. Without an element, one is made from the whole resource.
 Change = tuple[str, str, str, Callable[[Any], Any]]
 
 
