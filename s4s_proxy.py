@@ -471,8 +471,7 @@ class Clock:
 
 def http_date(seconds: float) -> str:
     """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
-    moment = datetime.datetime.fromtimestamp(0, datetime.UTC) + datetime.timedelta(seconds=int(seconds))
-    return email.utils.format_datetime(moment, usegmt=True)
+    return email.utils.formatdate(int(seconds), usegmt=True)
 
 
 # ######################################################################## 6 sample data
@@ -1415,7 +1414,7 @@ def date_range(text: str) -> tuple[float, float]:
         raise ValueError(text)
     year, month, day, hour, minute, second, zone = match.groups()
     start = datetime.datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), int(minute or 0),
-                              min(int(second or 0), 59), tzinfo=datetime.UTC)
+                              min(int(second or 0), 59))
     first = float(calendar.timegm(start.timetuple()))
     if zone and zone != "Z":
         first -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
@@ -1438,7 +1437,7 @@ def period_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
-SearchValue = tuple[str, str | None, str | None, float | None, float | None]
+SearchValue = tuple[Any, ...]  # parameter, system, value, first, last: as the table search_values has it
 
 
 def search_values(resource: Json) -> Iterator[SearchValue]:
@@ -1792,6 +1791,11 @@ class Portal:
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
+
+    def log_bug(self, during: str, error: Exception) -> None:
+        """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
+        self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
     def base(self, request: Request) -> str:
         """The base URL that this request's sender knows the server by."""
@@ -2743,7 +2747,7 @@ def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: floa
     token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
     database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
                      (token, grant["grant_id"], scope, now, expires, refresh_token))
-    answer = {"access_token": token, "token_type": "Bearer", "expires_in": int(expires - now), "scope": scope,
+    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
               "patient": grant["patient_id"]}
     if refresh_token:
         answer["refresh_token"] = refresh_token
@@ -3073,7 +3077,7 @@ def fhir_metadata(portal: Portal, request: Request) -> Response:
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
     row = bearer(portal, request)
-    if request.method not in ("GET", "POST"):
+    if request.method not in ("GET", "HEAD", "POST"):
         raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
     return serve_records(portal, request, access_of(portal, row), portal.base(request) + "/api/fhir")
 
@@ -3162,14 +3166,16 @@ MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
 
 
-def control(path: str, answer: Callable[[Any], Any]) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out."""
+def control(path: str, answer: Callable[[Any], Any], **aliases: str) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `aliases` are
+    other names of members."""
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__] = function
 
         def over_http(portal: Portal, request: Request) -> Response:
             only_with_debug(portal)
-            return json_response(answer(call_with_members(portal, function, request.json())))
+            members = {aliases.get(name, name): value for name, value in request.json().items()}
+            return json_response(answer(call_with_members(portal, function, members)))
         over_http.__doc__ = function.__doc__
         over_http.__name__ = f"debug_{function.__name__}"
         route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
@@ -3258,7 +3264,7 @@ def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
     return next(iter(patients))
 
 
-@control("token", lambda given: given)
+@control("token", lambda given: given, user_name="username")
 def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | None = None,
                 patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
                 approval_expires: float | None = None) -> Json:
@@ -3528,9 +3534,7 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
     except PortalError as error:
         return error_response(portal, kind, error)
     except Exception as error:  # noqa: BLE001
-        # A bug of ours. Say so, and where, but no value: it might be a secret.
-        where = "".join(traceback.format_tb(error.__traceback__))
-        portal.log(f"BUG {type(error).__name__} in {request.method} {request.path}\n{where}")
+        portal.log_bug(f"{request.method} {request.path}", error)
         return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
 
 
@@ -3791,19 +3795,21 @@ class Listener(http.server.HTTPServer):
         self._idle = 0                               # threads that no arrived connection is meant for
         self._date = (0, "")
         self._context: Any = None
+        self._wake, self._woken = socket.socketpair()
         if portal.settings.certfile:
             import ssl  # takes long to import, and few need it
             try:
                 self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
                 self._context.load_cert_chain(portal.settings.certfile, portal.settings.keyfile)
             except (OSError, ssl.SSLError) as error:
+                self._wake.close()
+                self._woken.close()
                 raise StartError(f"--certfile {portal.settings.certfile}: {error}; give PEM files")
             self.scheme = "https"
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
             raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
-        self._wake, self._woken = socket.socketpair()
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
@@ -3880,6 +3886,8 @@ class Listener(http.server.HTTPServer):
             Handler(served, ("", 0), self)
         except (OSError, ValueError):
             pass  # a handshake that failed, a client that went away
+        except Exception as error:  # noqa: BLE001
+            self.portal.log_bug("a connection", error)
         finally:
             with self._lock:
                 self._open -= {connection, served}
