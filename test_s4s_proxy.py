@@ -1124,6 +1124,7 @@ ELEMENTS: tuple[tuple[str, str, Any, Any, Any], ...] = (
     ("Binary", "contentType", str, str, str),
     ("Binary", "content", str, str, None),
     ("Binary", "data", None, None, str),
+    ("Binary", "securityContext", None, dict, dict),
     ("Condition", "patient", dict, None, None),
     ("Condition", "subject", None, dict, dict),
     ("Condition", "code", dict, dict, dict),
@@ -1190,6 +1191,10 @@ ELEMENTS: tuple[tuple[str, str, Any, Any, Any], ...] = (
     ("ImagingStudy", "started", str, str, str),
     ("ImagingStudy", "numberOfSeries", int, int, int),
     ("ImagingStudy", "numberOfInstances", int, int, int),
+    ("ImagingStudy", "modalityList", list, list, None),
+    ("ImagingStudy", "modality", None, None, list),
+    ("ImagingStudy", "context", None, dict, None),
+    ("ImagingStudy", "encounter", None, None, dict),
     ("ImagingStudy", "endpoint", None, list, list),
     ("ImagingStudy", "series.uid", str, str, str),
     ("ImagingStudy", "series.modality", dict, dict, dict),
@@ -1225,6 +1230,7 @@ ELEMENTS: tuple[tuple[str, str, Any, Any, Any], ...] = (
     ("MedicationOrder", "medicationCodeableConcept", dict, None, None),
     ("MedicationOrder", "dosageInstruction.doseQuantity", dict, None, None),
     ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnits", str, None, None),
+    ("MedicationOrder", "intent", None, None, None),
     ("MedicationRequest", "status", None, str, str),
     ("MedicationRequest", "intent", None, str, str),
     ("MedicationRequest", "subject", None, dict, dict),
@@ -1265,6 +1271,7 @@ ELEMENTS: tuple[tuple[str, str, Any, Any, Any], ...] = (
     ("Procedure", "performedDateTime", str, str, str),
     ("Procedure", "encounter", dict, None, dict),
     ("Procedure", "context", None, dict, None),
+    ("RelatedPerson", "active", None, bool, bool),
     ("RelatedPerson", "patient", dict, dict, dict),
     ("RelatedPerson", "name", dict, list, list),
     ("RelatedPerson", "relationship", dict, dict, list),
@@ -1349,6 +1356,25 @@ class SampleRecords(unittest.TestCase):
                     if kind:
                         self.assertTrue(found)
                     self.assertEqual({type(value) for value in found}, {kind or type(None)} if found else set())
+
+    def test_codes_are_those_of_the_version(self) -> None:
+        for type_name, path, *expected in (
+                ("AllergyIntolerance", "category", {"medication"}, {"['medication']"}, {"['medication']"}),
+                ("AllergyIntolerance", "criticality", {"CRITL"}, {"low"}, {"low"}),
+                ("Encounter", "class", {"ambulatory"}, None, None),
+                ("Encounter", "class.code", None, {"AMB"}, {"AMB"}),
+                ("ImagingStudy", "availability", {"ONLINE"}, {"ONLINE"}, set()),
+                ("Immunization", "status", {"completed"}, {"completed"}, {"completed", "not-done"}),
+                ("MedicationStatement", "taken", set(), {"y"}, set())):
+            for version, codes in zip(("dstu2", "stu3", "r4"), expected):
+                if codes is not None:
+                    found = {str(at(one, path)) for one in self.records[version] if one["resourceType"] == type_name}
+                    self.assertEqual(found - {"None"}, codes, (version, type_name, path))
+
+    def test_dicom_numbers_were_addresses_before_r4(self) -> None:
+        for version, start in (("dstu2", "urn:oid:2.25."), ("stu3", "urn:oid:2.25."), ("r4", "2.25.")):
+            numbers = [at(one, "series.uid") for one in self.records[version] if one["resourceType"] == "ImagingStudy"]
+            self.assertEqual([number for number in numbers if not number.startswith(start)], [], version)
 
     def test_an_observation_has_a_value_or_components(self) -> None:
         for version, records in self.records.items():
