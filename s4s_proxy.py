@@ -918,6 +918,7 @@ def build_labs() -> Iterator[Json]:
     tests = {row[1]: row for row in table(LABS)}
 
     def result(key: str, date: str, loinc: str, value: str, visit: Json | None = None) -> Json:
+        """The Observation of one test."""
         _, _, name, _, low, high, unit = tests[loinc]
         what = {"valueQuantity": quantity(f"{value} {unit}")} if unit else {"valueCodeableConcept": {"text": value}}
         normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None

@@ -5,6 +5,7 @@
 """
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import dataclasses
@@ -12,11 +13,13 @@ import datetime
 import hashlib
 import html.parser
 import http.client
+import http.server
 import io
 import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +28,7 @@ import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
@@ -1505,11 +1508,266 @@ class SampleRecords(unittest.TestCase):
 
 class Repository(unittest.TestCase):
     """What the repository itself promises."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def example(self, name: str) -> str:
+        """The README's code block that is marked `run: name`."""
+        found = re.search(rf"```\w+\n(?:#|//) run: {name}\n(.*?)```", self.readme, re.DOTALL)
+        assert found, name
+        return found[1]
+
+    def run_example(self, name: str, *command: str, portal: s4s.Server | None = None) -> str:
+        """Run an example as it stands, but for the server's address; give its output."""
+        if not shutil.which(command[0]):
+            self.skipTest(f"{command[0]} is not installed")
+        text = self.example(name)
+        if portal:
+            text = text.replace("http://localhost:8000", portal.url)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=HERE, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout + done.stderr
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_quick_start_shows_a_record(self) -> None:
+        with s4s.Server() as portal:
+            shown = self.run_example("quick", "bash", "-e", portal=portal)
+            self.assertEqual({one.status for one in portal.requests}, {200})
+        self.assertIn('"family": "Adams"', shown)
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_tour_leads_through_the_flow(self) -> None:
+        with s4s.Server() as portal:
+            self.run_example("tour", "bash", "-e", portal=portal)
+            self.assertEqual([(one.path.rpartition("/")[2], one.status) for one in portal.requests], [
+                ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200), ("Observation", 200),
+                (AMY, 403), ("introspect", 200), ("token", 200), ("revoke", 200), (DANIEL, 401)])
+
+    def test_the_readmes_unittest_example_passes(self) -> None:
+        self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
+
+    def test_the_readmes_javascript_example_runs(self) -> None:
+        self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
+
+    def test_the_readme_shows_every_option_and_every_endpoint(self) -> None:
+        for action in s4s.build_parser()._actions:
+            for flag in action.option_strings:
+                self.assertIn(flag, self.readme)
+        for route in s4s.ROUTES:
+            self.assertIn(f"`{route.path.replace('{}', '…')}`", self.readme)
+
+    def test_every_function_that_the_readme_names_is_there(self) -> None:
+        for name in re.findall(r"; (\w+)\(\)", self.readme):
+            self.assertTrue(callable(getattr(s4s, name)), name)
 
     def test_every_route_names_its_text_and_says_what_it_does(self) -> None:
         for route in s4s.ROUTES:
             self.assertTrue(route.spec and route.endpoint.__doc__, route)
 
+    def test_every_public_class_and_function_has_a_docstring(self) -> None:
+        for node in ast.walk(ast.parse((HERE / "s4s_proxy.py").read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                self.assertTrue(ast.get_docstring(node) or node.name in (
+                    "setup", "readable", "readinto", "declare", "check", "issue", "over_http", "line", "link", "plain"),
+                    node.name)
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        if not hasattr(sys, "stdlib_module_names"):
+            self.skipTest("needs Python 3.10")
+        for name in ("s4s_proxy.py", "test_s4s_proxy.py"):
+            for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+                modules = [one.name for one in node.names] if isinstance(node, ast.Import) else (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                for module in modules:
+                    self.assertIn(module.partition(".")[0], {*sys.stdlib_module_names, "s4s_proxy"})
+
+    def test_the_module_works_under_another_name_inside_a_package(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder, "vendor_")
+            package.mkdir()
+            (package / "__init__.py").write_text("")
+            shutil.copy(HERE / "s4s_proxy.py", package / "smart_portal.py")
+            program = ("from vendor_ import smart_portal\nwith smart_portal.Server() as portal:\n"
+                       "    print(portal.issue_token()['patient'])")
+            done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=folder, capture_output=True,
+                                  text=True, timeout=60, check=False)
+            self.assertEqual((done.stdout.strip(), done.stderr), (DANIEL, ""))
+
+
+# ######################################################################## the benchmark
+
+class Bare(http.server.BaseHTTPRequestHandler):
+    """The floor: a handler of http.server that answers 500 bytes, HTTP/1.1, one buffered write."""
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
+    body = b'{"x": "' + b"x" * 491 + b'"}'
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+        self.wfile.flush()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def bare_server(body: bytes = Bare.body) -> Iterator[str]:
+    """A running bare handler; gives its address."""
+    class Floor(http.server.ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 1024, True
+    server = Floor(("127.0.0.1", 0), type("Answers", (Bare,), {"body": body}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def hammer(url: str, connections: int, seconds: float, request: bytes) -> tuple[float, float]:
+    """Send a request over kept-alive connections, all of them at once, again and again: requests and MB a second."""
+    parts = urlsplit(url)
+    sockets = [socket.create_connection((parts.hostname or "", parts.port or 80)) for _ in range(connections)]
+    files = [one.makefile("rb") for one in sockets]
+    count, size, started = 0, 0, time.perf_counter()
+    while time.perf_counter() < started + seconds:
+        for one in sockets:
+            one.sendall(request)
+        for file in files:
+            status, length = file.readline(), 0
+            assert status.startswith(b"HTTP/1.1 200"), status
+            for line in iter(file.readline, b"\r\n"):
+                if line[:15].lower() == b"content-length:":
+                    length = int(line[15:])
+            size += len(file.read(length))
+            count += 1
+    taken = time.perf_counter() - started
+    for one, file in zip(sockets, files):
+        file.close()
+        one.close()
+    return count / taken, size / taken / 1e6
+
+
+def rate(url: str, request: bytes, connections: int = 8, rounds: int = 3) -> tuple[float, float]:
+    """The median of some rounds of `hammer`, run by another process."""
+    rates = []
+    for _ in range(rounds):
+        done = subprocess.run([sys.executable, __file__, "--hammer", url, str(connections), "1"], input=request,
+                              capture_output=True, check=True)
+        rates.append(tuple(float(word) for word in done.stdout.split()))
+    return sorted(rates)[len(rates) // 2]  # type: ignore[return-value]
+
+
+def raw(method: str, path: str, token: str = "", body: str = "") -> bytes:
+    """A request as bytes, as an app sends it."""
+    headers = ["Host: localhost", "Accept: application/json", "User-Agent: benchmark"]
+    headers += [f"Authorization: Bearer {token}"] if token else []
+    headers += ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}"] if body else []
+    return ("\r\n".join([f"{method} {path} HTTP/1.1", *headers]) + "\r\n\r\n" + body).encode()
+
+
+def timed(action: Callable[[], object], rounds: int = 9) -> float:
+    """The median time of an action, in milliseconds."""
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - started) * 1000)
+    return sorted(times)[rounds // 2]
+
+
+def first_answer() -> tuple[float, float]:
+    """Start the command, ask once: milliseconds, and MiB of memory (0 where the system doesn't tell)."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        ask(process.stdout.readline().strip() + "/health")
+        taken = (time.perf_counter() - started) * 1000
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            memory = int(text.partition("VmRSS:")[2].split()[0]) / 1024
+            process.terminate()
+            return taken, memory
+        process.terminate()
+    return taken, 0.0
+
+
+def add_tokens(portal: s4s.Server, count: int) -> None:
+    """Live tokens, straight into the tables."""
+    given = portal.issue_token()["access_token"]
+    with portal.portal.state.transaction() as database:
+        names = [row[1] for row in database.execute("PRAGMA table_info(tokens)")]
+        row = dict(zip(names, database.execute("SELECT * FROM tokens WHERE token = ?", (given,)).fetchone()))
+        database.executemany(f"INSERT INTO tokens VALUES ({', '.join('?' * len(names))})",
+                             (tuple({**row, "token": secrets.token_hex(16)}.values()) for _ in range(count)))
+
+
+def benchmark() -> None:
+    """Print how fast everything is, each figure beside a bare http.server handler or process of the same run."""
+    def show(what: str, figure: str, ratio: str = "") -> None:
+        print(f"| {what} | {figure} | {ratio} |", flush=True)
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {sys.platform}\n")
+    show("what", "figure", "beside the bare one")
+    show("---", "---:", "---:")
+    program = "import http.server, sqlite3, json"
+    bare_start = timed(lambda: subprocess.run([sys.executable, "-c", program], check=True))
+    starts = [first_answer() for _ in range(9)]
+    start = sorted(taken for taken, _ in starts)[4]
+    show("process start to first answer", f"{start:.0f} ms", f"{start / bare_start:.2f} x `python -c \"{program}\"`")
+    show("memory after the first answer", f"{max(memory for _, memory in starts):.1f} MiB")
+
+    def whole() -> None:
+        with s4s.Server() as one:
+            ask(one.url + "/health")
+    show("`Server()` start, one request, stop", f"{timed(whole, 31):.1f} ms")
+    with s4s.Server() as portal, bare_server() as bare:
+        ask(f"{portal.open_fhir_url}/Patient")
+        show("`reset()`", f"{timed(portal.reset, 31):.2f} ms")
+        token = portal.issue_token(scope="patient/*.rs")["access_token"]
+        look = raw("POST", "/oauth/introspect", token, f"token={token}")
+        read = raw("GET", f"/api/fhir/Patient/{DANIEL}", token)
+        floors = {connections: rate(bare, raw("GET", "/"), connections)[0] for connections in (1, 8, 32)}
+        for connections, floor in floors.items():
+            for what, request in (("introspections", look), ("token reads of a Patient", read)):
+                got = rate(portal.url, request, connections)[0]
+                show(f"{what}, {connections} connections", f"{got:,.0f} /s", f"{got / floor:.2f} x")
+        for count in (10, 1000):
+            path = f"/api/fhir/Observation?patient={DANIEL}&_count={count}"
+            got, megabytes = rate(portal.url, raw("GET", path, token))
+            show(f"searches of {count} entries", f"{got:,.0f} /s, {megabytes:.0f} MB/s", f"{got / floors[8]:.2f} x")
+        app = App(portal)
+        url = app.authorize_url()
+
+        def flow() -> None:
+            back = portal.approve(url, "daniel-adams")
+            form = {"grant_type": "authorization_code", "code": dict(parse_qsl(urlsplit(back).query))["code"],
+                    "redirect_uri": app.redirect_uri, "code_verifier": app.verifier}
+            assert connection_post(portal, app, form) == 200
+        show("code flows: `approve` and the token endpoint", f"{1000 / timed(flow, 201):,.0f} /s")
+        for count in (1_000, 100_000):
+            add_tokens(portal, count)
+            got = rate(portal.url, look)[0]
+            show(f"introspections with {count:,} live tokens", f"{got:,.0f} /s", f"{got / floors[8]:.2f} x")
+
+
+def connection_post(portal: s4s.Server, app: App, form: dict[str, str]) -> int:
+    """The token endpoint without the cost of a client: the status."""
+    credentials = base64.b64encode(f"{app.client_id}:{app.secret}".encode()).decode()
+    request = s4s.Request("POST", "/oauth/token", {
+        "host": f"{portal.host}:{portal.port}", "authorization": f"Basic {credentials}",
+        "content-type": "application/x-www-form-urlencoded"}, urlencode(form).encode())
+    return s4s.dispatch(portal.portal, request).status
+
 
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["--benchmark"]:
+        benchmark()
+    elif sys.argv[1:2] == ["--hammer"]:
+        print(*hammer(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.stdin.buffer.read()))
+    else:
+        unittest.main()
