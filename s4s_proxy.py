@@ -230,34 +230,253 @@ DEMO_SALT = "s4s-demo"
 DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
 
 
+# ######################################################################## 3b signing
+
+# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
+# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
+# many tells something about the key: a production server leaves this to a library.
+
+def base64url_bytes(text: str) -> bytes:
+    """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64url(data) != text:
+        raise ValueError(f"{text[:20]!r} is not base64url without padding")
+    return data
+
+
+def _jwk_number(jwk: Json, name: str) -> int:
+    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
+    text = jwk.get(name)
+    return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
+
+
+def _jwk_text(number: int) -> str:
+    """A number as a JWK holds it."""
+    return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+
+
+class RsaKey(NamedTuple):
+    """A private RSA key: two primes, known to nobody else (RFC 8017 section 3.2)."""
+    p: int
+    q: int
+
+    def public_jwk(self) -> Json:
+        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
+        jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
+        return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
+
+
+RSA_EXPONENT = 65537
+RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
+    "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
+    "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
+
+
+def new_rsa_key(bits: int = 2048) -> RsaKey:
+    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
+    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
+
+    def prime() -> int:
+        while True:
+            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
+            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
+                return number
+    key = RsaKey(prime(), prime())
+    return key if key.p != key.q else new_rsa_key(bits)
+
+
+def is_prime(number: int) -> bool:
+    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
+    halvings = ((number - 1) & (1 - number)).bit_length() - 1
+    for _ in range(5):
+        power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(halvings - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
+    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
+    make, name = RSA_HASHES[algorithm]
+    end = b"\0" + name + make(message).digest()
+    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
+
+
+def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
+    """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
+    length = ((key.p * key.q).bit_length() + 7) // 8
+    padded = _padded_hash(algorithm, message, length)
+    by_p = pow(padded, pow(RSA_EXPONENT, -1, key.p - 1), key.p)
+    by_q = pow(padded, pow(RSA_EXPONENT, -1, key.q - 1), key.q)
+    return (by_q + (by_p - by_q) * pow(key.q, -1, key.p) % key.p * key.q).to_bytes(length, "big")
+
+
+def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
+    modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
+    if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
+        raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
+    length, number = (modulus.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    return (len(signature) == length and number < modulus
+            and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
+
+
+# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
+P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
+P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
+P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
+P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
+          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
+Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
+
+
+def _double(point: Point) -> Point:
+    """A point added to itself (Cohen, Miyaji and Ono 1998, for a = -3)."""
+    x, y, z = point
+    square, zz = y * y % P384_P, z * z % P384_P
+    slope, mean = 3 * (x - zz) * (x + zz), 4 * x * square
+    x3 = (slope * slope - 2 * mean) % P384_P
+    return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
+
+
+def _add(one: Point, other: Point) -> Point:
+    """The sum of two points."""
+    (x1, y1, z1), (x2, y2, z2) = one, other
+    if not z1 or not z2:
+        return other if not z1 else one
+    zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
+    u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
+    width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
+    if not width:
+        return (1, 1, 0) if height else _double(one)
+    cube = width * width % P384_P
+    mean, cube = u1 * cube % P384_P, cube * width % P384_P
+    x3 = (height * height - cube - 2 * mean) % P384_P
+    return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
+
+
+def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
+    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
+
+    ValueError for a key that is not a point of P-384.
+    """
+    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
+    x, y, _ = key
+    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
+        raise ValueError("expected a point of the curve P-384 as x and y")
+    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
+    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
+        return False
+    inverse = pow(s, -1, P384_N)
+    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
+    u2 = r * inverse % P384_N
+    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
+    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
+    for bit in range(383, -1, -1):
+        total = _double(total)
+        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
+        if which:
+            total = _add(total, sums[which])
+    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
+
+
+KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
+
+
+def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
+    if algorithm == "ES384":
+        return es384_verify(jwk, message, signature)
+    return rsa_verify(jwk, algorithm, message, signature)
+
+
+def thumbprint(jwk: Json) -> str:
+    """A name for a key that follows from the key itself (RFC 7638)."""
+    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
+    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
+    return base64url(hashlib.sha256(text.encode("ascii")).digest())
+
+
+def sign_jwt(key: RsaKey, claims: Json) -> str:
+    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
+    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
+    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
+    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
+
+
+class Jwt(NamedTuple):
+    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
+    header: Json
+    claims: Json
+    signed: bytes
+    signature: bytes
+
+
+def read_jwt(text: str) -> Jwt:
+    """Take a JWT apart; ValueError for what is none."""
+    parts = text.split(".")
+    try:
+        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
+        signature = base64url_bytes(parts[2])
+    except (ValueError, IndexError, RecursionError):
+        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
+    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
+        raise ValueError("expected a JWT whose header and claims are JSON objects")
+    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
+
+
 # ######################################################################## 4 scopes
 
 LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}  # SMART 1 suffixes in SMART 2 letters
 GRANTABLE_LETTERS = "rs"  # read and search are all this server grants
-PLAIN_SCOPES = ("openid", "fhirUser", "profile", "launch", "launch/patient", "launch/encounter",
-                "offline_access", "online_access")
-_RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})\.(read|write|\*|c?r?u?d?s?)")
+PLAIN_SCOPES = {          # the scopes that are no resource's, and what each lets the app do
+    "openid": "know which account you sign in with",
+    "fhirUser": "know who you are in the records",
+    "profile": "know who you are in the records",  # what fhirUser was called at first
+    "launch": "know whose record is open",
+    "launch/patient": "know whose record you choose",
+    "launch/encounter": "know which visit is open",
+    "offline_access": "come back for new data when you are not there, until the date below or until you stop it"}
+SCOPE_SYNTAX = re.compile(r"[!#-\[\]-~ ]*[!#-\[\]-~][!#-\[\]-~ ]*")  # RFC 6749 section 3.3
+_RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
+                             r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
+# No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
+_CONSTRAINT = re.compile(r"(?!_filter=)([A-Za-z_][A-Za-z0-9_-]*)=([^&]+)")
+_COMMA = re.compile(r"(?<!\\),")  # between alternatives; one after a backslash belongs to the value (FHIR search)
 
 
 class ResourceScope(NamedTuple):
-    """One scope of the form context/Type.letters (SMART, "Scopes for requesting FHIR Resources")."""
+    """One scope of the form context/Type.letters?param=value (SMART, "Scopes for requesting FHIR Resources")."""
     context: str  # patient, user or system
     type: str     # a FHIR type, or * for all
     letters: str  # some of c r u d s, in this order
     text: str     # as the client wrote it
+    constraints: tuple[tuple[str, str], ...] = ()  # search parameters that all must match; commas in a value mean or
 
     def covers(self, other: ResourceScope) -> bool:
         """Whether everything that `other` allows to read or search, this allows too."""
         return (self.context == other.context and self.type in ("*", other.type)
-                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS))
+                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS)
+                and all(any(name == same and set(_COMMA.split(narrower)) <= set(_COMMA.split(value))
+                            for same, narrower in other.constraints) for name, value in self.constraints))
 
 
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
-    if not match or not match[3]:
+    if not match:
         return None
-    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word)
+    pairs = [_CONSTRAINT.fullmatch(pair) for pair in match[4].split("&")] if match[4] is not None else []
+    if not all(pairs):
+        return None
+    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word,
+                         tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
 def resource_scopes(scope: str) -> list[ResourceScope]:
@@ -271,26 +490,35 @@ def scope_covers(registered: str, word: str) -> bool:
     wanted = parse_scope(word)
     if wanted:
         return any(scope.covers(wanted) for scope in resource_scopes(registered))
-    return word in allowed or (word == "launch" and "launch/patient" in allowed)
+    return (word in allowed or (word == "launch" and "launch/patient" in allowed)
+            or (word == "profile" and "fhirUser" in allowed))
 
 
-def negotiate_scope(asked: str, registered: str) -> str:
+def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
     """What of the scope asked for can be granted: the words that this server knows, can do, and the client registered.
 
     Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3). A word that asks for writing
-    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling.
+    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling. PortalError for what is no
+    scope at all, and for a constraint this server can't keep: without it, the app would get more than it asked for.
+    `contexts`: system/ is for backend services, which have no user and no consent; the others are for users.
     """
+    if not SCOPE_SYNTAX.fullmatch(asked):
+        raise PortalError("invalid_scope", f"scope {asked!r}: expected words of ASCII without quotes and backslashes")
     granted: list[str] = []
     for word in asked.split():
         parsed = parse_scope(word)
         if parsed:
             letters = "".join(letter for letter in parsed.letters if letter in GRANTABLE_LETTERS)
-            if not letters or parsed.context == "system" or not scope_covers(registered, word):
-                continue  # system/ scopes are for backend services, which have no user and no consent
+            if not letters or parsed.context not in contexts or not scope_covers(registered, word):
+                continue
             if letters != parsed.letters:
-                suffix = "read" if word.endswith(".*") else letters
-                word = f"{parsed.context}/{parsed.type}.{suffix}"
-        elif word not in PLAIN_SCOPES or not scope_covers(registered, word):
+                head, question, constraints = word.partition("?")
+                suffix = "read" if head.endswith(".*") else letters
+                word = f"{parsed.context}/{parsed.type}.{suffix}{question}{constraints}"
+        elif parse_scope(word.partition("?")[0]):
+            raise PortalError("invalid_scope", f"scope {word!r}: after the ? expected name=value pairs joined by &; "
+                              "modifiers, chained parameters and _filter are not supported")
+        elif word not in PLAIN_SCOPES or "user" not in contexts or not scope_covers(registered, word):
             continue
         if word not in granted:
             granted.append(word)
@@ -303,24 +531,22 @@ def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
                for one in resource_scopes(scope))
 
 
+def needs_patient(scope: str) -> bool:
+    """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
+    return (any(one.context == "patient" for one in resource_scopes(scope))
+            or not {"launch/patient", "launch/encounter"}.isdisjoint(scope.split()))
+
+
 def describe_scope(word: str) -> str:
     """A scope in words for the person who is asked to approve it."""
     parsed = parse_scope(word)
-    if parsed:
-        what = "everything in the record, now and later" if parsed.type == "*" else f"{parsed.type} records"
-        verbs = {"r": "open", "s": "search", "rs": "open and search"}
-        owner = "" if parsed.context == "patient" else " of every patient you may open"
-        return f"{verbs['r' * ('r' in parsed.letters) + 's' * ('s' in parsed.letters)]} {what}{owner}"
-    return {
-        "openid": "know which account you sign in with",
-        "fhirUser": "know who you are in the records",
-        "profile": "know who you are in the records",
-        "launch": "know whose record is open",
-        "launch/patient": "know whose record you choose",
-        "launch/encounter": "know which visit is open",
-        "offline_access": "come back for new data when you are not there, until the date below",
-        "online_access": "stay connected while you are signed in",
-    }.get(word, word)
+    if not parsed:
+        return PLAIN_SCOPES.get(word, word)
+    verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
+    what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
+    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
+    owner = "the record" if parsed.context == "patient" else "every record you may open"
+    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
 
 
 # ######################################################################## 5 state
@@ -332,34 +558,49 @@ CREATE TABLE IF NOT EXISTS users (
     password_salt TEXT NOT NULL, password_hash TEXT NOT NULL,
     any_patient INTEGER NOT NULL DEFAULT 0);      -- 1: a clinician, who may open every record
 
--- Which records a user may open. is_user: the record is the user's own.
+-- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this patient,
+-- if not who the user is anyway (a RelatedPerson).
 CREATE TABLE IF NOT EXISTS patients (
     username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL,
-    name TEXT NOT NULL, is_user INTEGER NOT NULL,
+    name TEXT NOT NULL, is_user INTEGER NOT NULL, fhir_user TEXT,
     PRIMARY KEY (username, patient_id));
 
--- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client.
+-- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client, or one with keys.
+-- registered_itself: by /oauth/register, and not by who runs this server.
 CREATE TABLE IF NOT EXISTS clients (
-    client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL);
+    client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL,
+    registered_itself INTEGER NOT NULL DEFAULT 0);
 
 -- Signed-in browsers. The id is the cookie's value.
 CREATE TABLE IF NOT EXISTS sessions (
-    session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users, expires REAL NOT NULL);
+    session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users,
+    started REAL NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS sessions_by_expiry ON sessions (expires);
+
+-- Launches by the EHR that wait for their app. context is JSON: the members of the token response.
+CREATE TABLE IF NOT EXISTS launches (
+    launch TEXT PRIMARY KEY, client_id TEXT REFERENCES clients,  -- NULL until an app uses it, if none was named
+    username TEXT, patient_id TEXT, context TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS launches_by_expiry ON launches (expires);
 
 -- Authorization requests that were found good and wait for the user's decision. details is JSON.
 CREATE TABLE IF NOT EXISTS pending (
     request_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
     details TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS pending_by_expiry ON pending (expires);
 
 -- What users approved. A row stays when it ended, so that a used token that returns is known for what it is.
 CREATE TABLE IF NOT EXISTS grants (
-    grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients, username TEXT NOT NULL REFERENCES users,
+    grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
+    username TEXT REFERENCES users,               -- NULL: a backend service, which acts for nobody
     patient_id TEXT, scope TEXT NOT NULL,
     security_labels TEXT NOT NULL,                -- JSON list of categories; empty: not limited
     approved REAL NOT NULL, approval_expires REAL NOT NULL,
     ended INTEGER NOT NULL DEFAULT 0,
     issuer TEXT,                                  -- the base URL that the app knows this server by
-    redirect_uri TEXT, code_challenge TEXT);      -- what the code is bound to
+    redirect_uri TEXT, code_challenge TEXT,       -- what the code is bound to
+    nonce TEXT, signed_in REAL,                   -- what the id_token repeats, and when the user signed in
+    context TEXT NOT NULL DEFAULT '{}');          -- JSON: members of the token response beside patient
 CREATE INDEX IF NOT EXISTS grants_by_user ON grants (username, client_id, patient_id);
 
 -- Codes, access tokens and refresh tokens. Values are kept as they are because S4S's debug endpoint shows them;
@@ -372,6 +613,15 @@ CREATE TABLE IF NOT EXISTS tokens (
     refresh_token TEXT);                          -- of an access token: the one issued with it
 CREATE INDEX IF NOT EXISTS tokens_by_grant ON tokens (grant_id);
 CREATE INDEX IF NOT EXISTS tokens_by_refresh ON tokens (refresh_token);
+
+-- Assertions by which apps proved who they are; each counts once.
+CREATE TABLE IF NOT EXISTS assertions (
+    client_id TEXT NOT NULL REFERENCES clients, jti TEXT NOT NULL, expires REAL NOT NULL,
+    PRIMARY KEY (client_id, jti));
+CREATE INDEX IF NOT EXISTS assertions_by_expiry ON assertions (expires);
+
+-- The key that signs id_tokens, as its two primes in hexadecimal.
+CREATE TABLE IF NOT EXISTS keys (p TEXT NOT NULL, q TEXT NOT NULL);
 """
 
 RECORD_SCHEMA = """
@@ -440,6 +690,12 @@ class Store:
         """Close the connection; safe to call twice."""
         with self._lock:
             self.connection.close()
+
+
+def forget_expired(database: sqlite3.Connection, table: str, now: float) -> None:
+    """Delete rows that have expired, a few whenever one is added, so that nobody ever waits for many."""
+    database.execute(f"DELETE FROM {table} WHERE rowid IN "
+                     f"(SELECT rowid FROM {table} WHERE expires <= ? LIMIT 50)", (now,))
 
 
 class Clock:
