@@ -30,10 +30,11 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
    13  authorization the request, whose record, consent, the code
    14  tokens        exchange, refresh, introspection, revocation
    15  the FHIR API  the record behind a token
-   16  test controls what a test may do that an app may not
-   17  HTTP          sockets; nothing above knows of them
-   18  server        the fixture that tests use
-   19  command line
+   16  start page    what this is, for who opens it in a browser
+   17  test controls what a test may do that an app may not
+   18  HTTP          sockets; nothing above knows of them
+   19  server        the fixture that tests use
+   20  command line
 
 Legend: the field's own names, used for nothing else.
 
@@ -58,9 +59,11 @@ Copyright 2015 Boston Children's Hospital.
 """
 from __future__ import annotations
 
+import argparse
 import base64
 import binascii
 import calendar
+import collections
 import contextlib
 import datetime
 import email.utils
@@ -69,17 +72,26 @@ import hmac
 import html
 import http.cookies
 import http.server
+import io
 import json
 import math
+import os
+import queue
 import re
 import secrets
+import selectors
+import signal
+import socket
+import socketserver
 import sqlite3
+import sys
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 __version__ = "0.1.0"
@@ -1701,6 +1713,53 @@ class Client(NamedTuple):
         return str(self.metadata.get("scope", ""))
 
 
+class Fault(NamedTuple):
+    """Trouble that a test ordered for an endpoint."""
+    status: int              # HTTP's; 0: none
+    error: str
+    retry_after: int | None  # seconds
+    delay: float             # seconds
+    drop: bool               # close the connection without an answer
+    times: int | None        # None: until reset
+
+
+# The status that the texts give an error code; 400 for all others (RFC 6749 section 5.2, RFC 6750 section 3.1).
+ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope": 403, "server_error": 500,
+                "temporarily_unavailable": 503}
+
+
+class Faults:
+    """The faults that tests ordered, a queue for each endpoint."""
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[str, list[Fault]] = {}
+
+    def add(self, endpoint: str, fault: Fault) -> None:
+        """Order a fault, after those ordered before."""
+        with self._lock:
+            self._queues.setdefault(endpoint, []).append(fault)
+
+    def take(self, endpoint: str) -> Fault | None:
+        """The fault that this request of an endpoint meets, if any."""
+        if endpoint not in self._queues:  # the common case needs no lock
+            return None
+        with self._lock:
+            waiting = self._queues[endpoint]
+            if not waiting:
+                return None
+            fault = waiting.pop(0)
+            if fault.times is None:
+                waiting.insert(0, fault)
+            elif fault.times > 1:
+                waiting.insert(0, fault._replace(times=fault.times - 1))
+            return fault
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._queues.clear()
+
+
 class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
@@ -1710,6 +1769,9 @@ class Portal:
         self.records = Records(settings.db)
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
+        self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
+        self.faults = Faults()
+        self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
         self._seed()
 
     def _seed(self) -> None:
@@ -1739,6 +1801,8 @@ class Portal:
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
         self.clock.offset = 0.0
+        self.faults.clear()
+        self.recorded.clear()
         with self.state.transaction() as database:
             for name in ("tokens", "grants", "pending", "sessions", "clients", "patients", "users"):
                 database.execute(f"DELETE FROM {name}")
@@ -1767,6 +1831,26 @@ class Portal:
         return {row["patient_id"]: row["name"] for row in self.state.rows(
             "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
 
+    def meet_fault(self, endpoint: str) -> None:
+        """Do what a test ordered for this endpoint, if anything: wait, then refuse.
+
+        ConnectionAbortedError for a drop, PageError where only a status was ordered.
+        """
+        fault = self.faults.take(endpoint)
+        if not fault:
+            return
+        if fault.delay:
+            self.stopping.wait(fault.delay)
+        if fault.drop:
+            raise ConnectionAbortedError
+        if fault.status:
+            headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
+            if fault.status == 401:
+                headers.append(("WWW-Authenticate", f'Bearer realm="s4s", error="{fault.error or "invalid_token"}"'))
+            kind = PortalError if fault.error else PageError
+            raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
+                       "a test made this request fail", fault.status, headers)
+
     def base(self, request: Request) -> str:
         """The base URL that this request's sender knows the server by."""
         ours = f"{request.scheme}://{request.host}"
@@ -1774,6 +1858,10 @@ class Portal:
             return ours if request.host else self.address
         return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
                     self.settings.base_url[0])
+
+    def public_url(self) -> str:
+        """The base URL where no request names one: the first, or the address listened on."""
+        return self.settings.base_url[0] if self.settings.base_url else self.address
 
     def browser_base(self, request: Request) -> str:
         """The base URL for addresses that a person's browser goes to: always the first."""
@@ -2464,8 +2552,11 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     for check in PAGE_CHECKS:
         check(asked)
     try:
+        portal.meet_fault("authorize")
         for check in REDIRECT_CHECKS:
             check(asked)
+    except PageError:
+        raise
     except PortalError as error:
         state = asked.fields.values.get("state", "")
         raise RedirectError(error, back_to_app(
@@ -3073,3 +3164,1037 @@ def me(portal: Portal, request: Request) -> Response:
              "approval_expires": http_date(one["approval_expires"])} for one in rows]})
 
 
+# ######################################################################## 16 start page
+
+@route("GET /health", "for monitors", cors=True)
+def health(portal: Portal, request: Request) -> Response:
+    """Whether the server is up, and its version."""
+    return json_response({"status": "ok", "version": __version__})
+
+
+def endpoint_table(portal: Portal) -> Markup:
+    """Every endpoint with the text it implements, from the routes themselves; a link where GET shows something."""
+    def line(one: Route) -> Markup:
+        bare = "{" not in one.path and "GET" in one.methods
+        return tag("tr", tag("td", tag("code", " ".join(one.methods))),
+                   tag("td", tag("a", one.path, href=one.path) if bare else tag("code", one.path.replace("{}", "..."))),
+                   tag("td", one.spec), tag("td", (one.endpoint.__doc__ or "").partition("\n")[0]))
+    shown = [one for one in ROUTES if portal.settings.serves_debug or one.kind != "debug"]
+    return tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
+        "Method", "Path", "Text", "What it does")])), tag("tbody", [line(one) for one in shown]))
+
+
+@route("GET /", "S4S", kind="page")
+def start_page(portal: Portal, request: Request) -> Response:
+    """What this is, who can sign in, what can be tried."""
+    base, user = portal.base(request), session_user(portal, request)
+    open_to_all = [text for text, serves in (
+        ("every record, at /api/open-fhir/", portal.settings.serves_open_fhir),
+        ("tokens for any account, at /oauth/debug/", portal.settings.serves_debug)) if serves]
+    accounts = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    return page(
+        portal, portal.settings.name,
+        tag("p", "An OAuth 2.0 authorization server in front of a FHIR API: an app sees one patient's record, if the "
+            "patient approves, and nothing else. It is for testing SMART on FHIR apps; all patients are made up."),
+        tag("p", "Open to anyone who can reach this server: " + ("; ".join(open_to_all) or "nothing") + ".",
+            class_="error"),
+        tag("p", tag("a", "Apps you share with", href="/apps")) if user else None,
+        tag("h2", "Accounts"),
+        tag("ul", [tag("li", tag("code", row["username"]), f" {row['name']}") for row in accounts]),
+        tag("p", "Password: ", tag("code", DEMO_PASSWORD), " ", tag("a", "Sign in", href="/login")),
+        tag("h2", "Try it"), tag("p", "A token, and a record read with it:"),
+        tag("pre", f"curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
+            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}'\n"
+            f"curl -s {base}/api/fhir/Patient/smart-1288992 -H 'Authorization: Bearer ACCESS_TOKEN'", tabindex=0),
+        tag("p", "The FHIR base that apps are given: ", tag("code", f"{base}/api/fhir")),
+        tag("h2", "Endpoints"), endpoint_table(portal), username=user["name"] if user else "")
+
+
+# ######################################################################## 17 test controls
+
+# Each control is one function with two doors: a method of `Server`, and a path under /oauth/debug/ whose JSON members
+# have the parameters' names. Their first argument is the portal; all others are named.
+Control = TypeVar("Control", bound=Callable[..., Any])
+CONTROLS: dict[str, Callable[..., Any]] = {}
+MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
+MAX_RECORDED_BODY = 64 << 10
+
+
+def control(path: str, answer: Callable[[Any], Any]) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out."""
+    def declare(function: Control) -> Control:
+        CONTROLS[function.__name__] = function
+
+        def over_http(portal: Portal, request: Request) -> Response:
+            only_with_debug(portal)
+            return json_response(answer(call_with_members(portal, function, request.json())))
+        over_http.__doc__ = function.__doc__
+        over_http.__name__ = f"debug_{function.__name__}"
+        route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
+        return function
+    return declare
+
+
+def only_with_debug(portal: Portal) -> None:
+    """Debug endpoints are there on loopback only, unless told."""
+    if not portal.settings.serves_debug:
+        raise PortalError("not_found", "the debug endpoints are off; --debug turns them on", 404)
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names that a control takes, without the portal."""
+    code = function.__code__
+    return code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]
+
+
+def call_with_members(portal: Portal, function: Callable[..., Any], members: Json) -> Any:
+    """Call a control with a JSON object's members; an unknown or missing one is named."""
+    names = parameters_of(function)
+    for name in members:
+        if name not in names:
+            raise PortalError("invalid_request", f"{name}: unknown; known are {', '.join(names)}")
+    for name in names:
+        if name not in members and name not in (function.__kwdefaults__ or {}):
+            raise PortalError("invalid_request", f"{name} is missing")
+    return function(portal, **members)
+
+
+def need_text(name: str, value: Any) -> str:
+    """A control's parameter that must be a string with something in it."""
+    if not isinstance(value, str) or not value:
+        raise PortalError("invalid_request", f"{name}: expected a string, got {json.dumps(value, default=str)}")
+    return value
+
+
+def need_number(name: str, value: Any) -> float:
+    """A finite number; it may come as a string."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise PortalError("invalid_request", f"{name}: expected a number, got {json.dumps(value, default=str)}")
+    return number
+
+
+def need_moment(name: str, seconds: float) -> float:
+    """A Unix time that a calendar can write: within the years 1970 to 9999."""
+    if not 0 <= seconds <= LAST_SECOND:
+        raise PortalError("invalid_request", f"{name}: {seconds:.0f} is not a Unix time from 1970 to 9999")
+    return seconds
+
+
+def known_client(portal: Portal, client_id: Any) -> Client:
+    """A registered client; PortalError for a stranger."""
+    client = portal.client(need_text("client_id", client_id))
+    if not client:
+        raise PortalError("invalid_request", f"client_id: {client_id!r} is not registered here")
+    return client
+
+
+def known_user(portal: Portal, username: Any) -> Row:
+    """A user; PortalError for a stranger."""
+    user = portal.user(need_text("username", username))
+    if not user:
+        raise PortalError("invalid_request", f"username: there is no user {username!r}")
+    return user
+
+
+def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
+    """The patient asked for, if this user may open that record; without one, the user's own, or the only one."""
+    patients = portal.patients_of(username)
+    if patient_id is not None:
+        if need_text("patient_id", patient_id) not in patients:
+            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}; "
+                              f"these are {', '.join(list(patients)[:20]) or 'none'}")
+        return str(patient_id)
+    own = portal.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
+    if own and own["patient_id"] in patients:
+        return str(own["patient_id"])
+    if len(patients) != 1:
+        raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
+    return next(iter(patients))
+
+
+@control("token", lambda given: given)
+def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | None = None,
+                patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
+                approval_expires: float | None = None) -> Json:
+    """Tokens without the browser: as if this user had approved this client for this patient (S4S).
+
+    access_lifetime is in seconds, approval_expires a Unix time (default: in seven days); either may lie in the past,
+    which gives tokens born expired.
+    """
+    client, user = known_client(portal, client_id), known_user(portal, username)
+    asked = client.scope if scope is None else need_text("scope", scope)
+    granted = negotiate_scope(asked, asked)
+    if not granted:
+        raise PortalError("invalid_scope", f"scope: nothing of {asked!r} can be granted")
+    now = portal.clock.now()
+    lifetime = need_number("access_lifetime", access_lifetime)
+    until = now + DEBUG_APPROVAL_SECONDS if approval_expires is None else need_number("approval_expires",
+                                                                                     approval_expires)
+    need_moment("access_lifetime", now + lifetime)
+    grant = Grant(new_token(), client.client_id, user["username"], users_patient(portal, username, patient_id),
+                  granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
+    with portal.state.transaction() as database:
+        store_grant(database, grant, now)
+        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
+
+
+@route("GET /oauth/debug/introspect", "S4S", kind="debug")
+def debug_introspect(portal: Portal, request: Request) -> Response:
+    """All that is known of an access or refresh token, its values too; no client needs to ask (S4S)."""
+    only_with_debug(portal)
+    value = Fields(request.pairs()).need("token")
+    row = known_token(portal, value)
+    if not row:
+        return json_response({"active": False})
+    access, other = row, row
+    if row["kind"] == "refresh":
+        access = portal.state.row("SELECT * FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC", value) or row
+    else:
+        other = portal.state.row("SELECT * FROM tokens WHERE token = ?", row["refresh_token"]) or row
+    return json_response({
+        "active": is_active(portal, row), "access_token": access["token"] if access["kind"] == "access" else None,
+        "refresh_token": other["token"] if other["kind"] == "refresh" else None,
+        "access_expires": http_date(access["expires"]), "approval_expires": http_date(row["approval_expires"]),
+        "client_id": row["client_id"], "scope": row["token_scope"], "token_type": "Bearer",
+        "security_labels": json.loads(row["security_labels"]), "username": row["username"]})
+
+
+@control("authorize", lambda url: {"redirect_to": url})
+def approve(portal: Portal, *, url: str, username: str, patient_id: str | None = None,
+            security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
+            deny: bool = False) -> str:
+    """Play the browser: sign in as a user, choose the patient, answer the consent page. Gives where the app is called
+    back, with a code or with an error.
+
+    Without security_labels all that are offered stay checked; approval_expires is the form's date (default: a year
+    from today). What would leave a person on an error page is a PortalError.
+    """
+    parts = urlsplit(need_text("url", url))
+    request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
+    if request.path != "/oauth/authorize":
+        raise PortalError("invalid_request", f"url: {url!r} is not an address of /oauth/authorize")
+    check_host(portal, request)
+    user = known_user(portal, username)
+    try:
+        request_id = begin_authorization(portal, request, Fields(request.pairs()))
+    except RedirectError as error:
+        return error.url
+    client, details = pending_request(portal, request_id)
+    if deny is not False:
+        if deny is not True:
+            raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
+        return decide(portal, request_id, None)
+    patient = users_patient(portal, username, patient_id)
+    labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
+    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        raise PortalError("invalid_request", "security_labels: expected an array of strings")
+    until = day_of(portal.clock.now() + 365 * DAY) if approval_expires is None else need_text("approval_expires",
+                                                                                             approval_expires)
+    return decide(portal, request_id, new_grant(portal, client, user["username"], patient, details, labels, until))
+
+
+@control("clock", lambda now: {"now": now})
+def advance(portal: Portal, *, seconds: float) -> float:
+    """Move the portal's clock by seconds, which may be fractional; gives the portal's time, in Unix seconds."""
+    step = need_number("seconds", seconds)
+    need_moment("seconds", portal.clock.now() + step)
+    return portal.clock.advance(step)
+
+
+@route("POST /oauth/debug/reset", "test control", kind="debug")
+def debug_reset(portal: Portal, request: Request) -> Response:
+    """Back to the start."""
+    only_with_debug(portal)
+    portal.reset()
+    return Response(204)
+
+
+FAULTS = sorted({one.fault for one in ROUTES if one.fault})  # the endpoints that a test can make fail
+
+
+@control("fail", lambda given: given)
+def fail(portal: Portal, *, endpoint: str, status: int | None = None, error: str | None = None,
+         retry_after: int | None = None, delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
+    """Make an endpoint fail: its next requests, `times` of them (None: until reset), after faults ordered earlier.
+
+    status is HTTP's, error a code of the endpoint's text (alone: with the status that the text gives it), retry_after
+    and delay are seconds; drop closes the connection without an answer. A delay alone only delays.
+    """
+    if endpoint not in FAULTS:
+        raise PortalError("invalid_request", f"endpoint: {json.dumps(endpoint, default=str)} is not one of "
+                          + ", ".join(FAULTS))
+    if status is not None and (isinstance(status, bool) or not isinstance(status, int) or not 400 <= status <= 599):
+        raise PortalError("invalid_request", f"status: expected 400 to 599, got {json.dumps(status, default=str)}")
+    if error is not None and not re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)):
+        raise PortalError("invalid_request", f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
+    if drop not in (True, False):
+        raise PortalError("invalid_request", f"drop: expected true or false, got {json.dumps(drop, default=str)}")
+    for name, value, least in (("times", times, 1), ("retry_after", retry_after, 0)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise PortalError("invalid_request", f"{name}: expected a whole number from {least}, got "
+                              + json.dumps(value, default=str))
+    wait = need_number("delay", delay)
+    if not 0 <= wait <= 300:
+        raise PortalError("invalid_request", f"delay: expected 0 to 300 seconds, got {wait:g}")
+    if not status and (error or retry_after is not None):
+        status = ERROR_STATUS.get(error, 400) if error else 503
+    if not status and not wait and not drop:
+        raise PortalError("invalid_request", "fail: give at least one of status, error, retry_after, delay, drop")
+    portal.faults.add(endpoint, Fault(status or 0, error or "", retry_after, wait, drop, times))
+    return {"endpoint": endpoint, "times": times}
+
+
+SECRET_NAMES = frozenset((
+    "access_token", "authorization", "client_assertion", "client_secret", "code", "code_verifier", "cookie",
+    "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
+REDACTED = "[redacted]"
+
+
+def redact(value: Any) -> Any:
+    """A copy of JSON in which the values of secret members are gone."""
+    if isinstance(value, dict):
+        return {name: REDACTED if name.lower() in SECRET_NAMES else redact(inner) for name, inner in value.items()}
+    return [redact(inner) for inner in value] if isinstance(value, list) else value
+
+
+def redact_pairs(text: str) -> str:
+    """A query or form in which the values of secret parameters are gone."""
+    return "&".join(name + "=" + REDACTED if unquote(name).lower() in SECRET_NAMES else name + equals + value
+                    for name, equals, value in (part.partition("=") for part in text.split("&")))
+
+
+class RecordedRequest(NamedTuple):
+    """A request that came in, as it was; `repr` and `redacted` leave the secrets out."""
+    method: str
+    path: str
+    query: str
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: str
+    client_id: str
+    username: str
+
+    def redacted(self) -> Json:
+        """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
+        body = self.body
+        if body and "json" in self.headers.get("content-type", ""):
+            try:
+                body = json.dumps(redact(json.loads(body)))
+            except (ValueError, RecursionError):
+                body = REDACTED  # who can say what is in it
+        elif body:
+            body = redact_pairs(body)
+        return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
+
+    def __repr__(self) -> str:
+        return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
+
+
+@route("GET,DELETE /oauth/debug/requests", "test control", kind="debug")
+def debug_requests(portal: Portal, request: Request) -> Response:
+    """What the app really sent, oldest first, without secrets; DELETE forgets it."""
+    only_with_debug(portal)
+    if request.method == "DELETE":
+        portal.recorded.clear()
+        return Response(204)
+    return json_response({"requests": [one.redacted() for one in list(portal.recorded)]})
+
+
+# ######################################################################## 18 HTTP
+
+ALLOWED_ORIGIN = [
+    ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
+    ("Access-Control-Expose-Headers", "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
+PREFLIGHT = [
+    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+    # A wildcard would not cover Authorization (Fetch standard).
+    ("Access-Control-Allow-Headers", ("Authorization, Accept, Content-Type, Prefer, If-Match, If-None-Match, "
+                                      "If-Modified-Since, If-None-Exist")),
+    ("Access-Control-Max-Age", "600")]
+_EXACT = {one.path: one for one in ROUTES if not one.path.endswith("{}")}
+_PREFIXES = [(one.path[:-2], one) for one in ROUTES if one.path.endswith("{}")]
+_NOWHERE = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}  # how to say that nothing is there
+
+
+def find_route(request: Request) -> Route | None:
+    """The route of a request's path; what its {} matched is request.rest."""
+    found = _EXACT.get(request.path)
+    if found:
+        return found
+    for prefix, candidate in _PREFIXES:
+        if request.path.startswith(prefix) or request.path == prefix[:-1]:
+            request.rest = request.path[len(prefix):]
+            return candidate
+    return None
+
+
+def check_host(portal: Portal, request: Request) -> None:
+    """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
+    settings, host = portal.settings, request.host
+    if not settings.local or host in [urlsplit(url).netloc for url in settings.base_url]:
+        return
+    name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+    if not is_loopback(name):
+        raise PortalError("misdirected_request", f"Host is {host!r}; this server is on loopback: use localhost, "
+                          "127.0.0.1 or a --base-url", 421)
+
+
+def check_same_origin(request: Request) -> None:
+    """Debug endpoints obey no other web page: a browser names the page that sends."""
+    origin = request.headers.get("origin")
+    if origin and origin != f"{request.scheme}://{request.host}":
+        raise PortalError("forbidden", f"Origin is {origin!r}: debug endpoints take no requests from other sites", 403)
+
+
+def error_response(portal: Portal, kind: str, error: PortalError) -> Response:
+    """An error in the shape that this kind of endpoint's clients parse."""
+    if kind == "page":
+        response = error_page(portal, error)
+    elif kind == "fhir":
+        response = Response(error.status, json.dumps(outcome(error)).encode(), FHIR_TYPE)
+    else:
+        response = json_response({"error": error.error, "error_description": error.description}, error.status)
+    response.headers += error.headers
+    return response
+
+
+def answer(portal: Portal, request: Request, found: Route | None) -> Response:
+    """The response to a request, errors included."""
+    kind = found.kind if found else next(
+        (kind for prefix, kind in _NOWHERE.items() if request.path.startswith(prefix)), "page")
+    try:
+        check_host(portal, request)
+        if not found:
+            raise PortalError("not_found", f"there is nothing at {request.path}", 404)
+        if request.method == "OPTIONS":
+            return Response(204, headers=[("Allow", allowed_methods(found)), *(PREFLIGHT if found.cors else [])])
+        if (("GET" if request.method == "HEAD" else request.method) not in found.methods):
+            raise PortalError("invalid_request", f"{request.method} is not possible here; "
+                              f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
+        if found.kind == "debug":
+            check_same_origin(request)
+        if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
+            portal.meet_fault(found.fault)
+        return found.endpoint(portal, request)
+    except ConnectionAbortedError:
+        raise
+    except PortalError as error:
+        return error_response(portal, kind, error)
+    except Exception as error:  # noqa: BLE001
+        # A bug of ours. Say so, and where, but no value: it might be a secret.
+        where = "".join(traceback.format_tb(error.__traceback__))
+        portal.log(f"BUG {type(error).__name__} in {request.method} {request.path}\n{where}")
+        return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
+
+
+def allowed_methods(found: Route) -> str:
+    """A route's methods, as the Allow header lists them."""
+    return ", ".join([*found.methods, *(["HEAD"] if "GET" in found.methods else []), "OPTIONS"])
+
+
+def dispatch(portal: Portal, request: Request) -> Response:
+    """Answer a request: the whole server without its sockets. ConnectionAbortedError where a test ordered a drop."""
+    found = find_route(request)
+    response = None
+    try:
+        response = answer(portal, request, found)
+    finally:
+        if not request.path.startswith("/oauth/debug/"):
+            portal.recorded.append(RecordedRequest(
+                request.method, request.path, request.query, response.status if response else 0,
+                dict(request.headers), request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"),
+                request.client_id, request.username))
+    if found and found.cors:
+        response.headers += ALLOWED_ORIGIN
+    response.headers.append(("X-Content-Type-Options", "nosniff"))
+    return response
+
+
+_REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
+_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
+_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+_HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+MAX_HEAD = 64 << 10          # bytes of the request line and headers
+
+
+class BadRequest(Exception):
+    """A request that can't be read. The connection closes: nobody knows where the next one would begin."""
+    def __init__(self, status: int, description: str):
+        super().__init__(description)
+        self.status = status
+
+
+class SocketReader(io.RawIOBase):
+    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
+    def __init__(self, connection: socket.socket):
+        self.connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
+        try:
+            self.connection.settimeout(max(left, 0.001))
+            return self.connection.recv_into(buffer)
+        except OSError:
+            if time.monotonic() >= self.deadline:
+                raise BadRequest(408, "the request took too long to arrive")
+            raise
+
+
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
+    if not _HEADER_LINES.fullmatch(lines):
+        raise BadRequest(400, "a header line is malformed")
+    headers: dict[str, str] = {}
+    for line in lines.decode("latin-1").split("\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t\r")
+        if name in headers:
+            if name in _ONCE:
+                raise BadRequest(400, f"the header {name} is given twice")
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    return headers
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
+    email.parser takes longer than all that the portal does; and writes each answer at once: header and body in two
+    writes would cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed acknowledgement)."""
+    server: Listener
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self.reader = SocketReader(self.connection)
+        self.lines = io.BufferedReader(self.reader, 16 << 10)
+
+    def handle(self) -> None:
+        """Requests, one after the other, until somebody closes."""
+        self.close_connection = False
+        try:
+            while not self.close_connection:
+                self.handle_one_request()
+        except ConnectionAbortedError:  # a test ordered a drop
+            pass
+        except BadRequest as error:
+            self.refuse(error)
+        except OSError:
+            pass  # the client went away
+
+    def handle_one_request(self) -> None:
+        """Read a request, answer it."""
+        request = self.read_request()
+        if request is None:
+            self.close_connection = True
+            return
+        started = time.perf_counter()
+        response = dispatch(self.server.portal, request)
+        self.send(request.method, response)
+        self.server.log_request(request, response.status, time.perf_counter() - started)
+
+    def read_request(self) -> Request | None:
+        """The next request; None when the client is done. Between two requests the connection may be stopped."""
+        server = self.server
+        self.reader.deadline = time.monotonic() + server.idle_seconds
+        try:
+            if not server.may_wait(self.connection) or not self.lines.peek(1):
+                return None
+        except BadRequest:
+            return None  # idle for long: nothing to complain of
+        finally:
+            server.busy(self.connection)
+        self.reader.deadline = time.monotonic() + server.head_seconds
+        line = self.lines.readline(MAX_HEAD + 1)
+        if line in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: one empty line before a request is forgiven
+            line = self.lines.readline(MAX_HEAD + 1)
+        match = _REQUEST_LINE.fullmatch(line)
+        if not match:
+            if len(line) > MAX_HEAD:
+                raise BadRequest(414, f"the request line is longer than {MAX_HEAD} bytes")
+            raise BadRequest(400, "expected a request line such as GET / HTTP/1.1")
+        if match[3] != b"1":
+            raise BadRequest(505, "expected HTTP/1.1 or HTTP/1.0")
+        headers = self.read_headers(MAX_HEAD - len(line))
+        self.close_connection = match[4] == b"0" or "close" in headers.get("connection", "").lower()
+        method, target = match[1].decode(), match[2].decode()
+        request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
+                          scheme=server.scheme)
+        request.body = self.read_body(request, headers)
+        return request
+
+    def read_headers(self, most: int) -> dict[str, str]:
+        """The header lines up to the empty one."""
+        lines: list[bytes] = []
+        while True:
+            line = self.lines.readline(most + 1)
+            most -= len(line)
+            if most < 0:
+                raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
+            if line in (b"\r\n", b"\n"):
+                return parse_headers(b"".join(lines))
+            if not line:
+                raise BadRequest(400, "the request ends within its header")
+            lines.append(line)
+
+    def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
+        """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
+        if target.lower().startswith(("http://", "https://")):
+            parts = urlsplit(target)
+            headers["host"] = parts.netloc
+            target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        elif target == "*" and method == "OPTIONS":
+            target = "/"
+        if not target.startswith("/") or "#" in target:
+            raise BadRequest(400, "expected a request target that starts with /")
+        if "host" not in headers and not old:
+            raise BadRequest(400, "the Host header is missing")
+        if not _HOST.fullmatch(headers.setdefault("host", urlsplit(self.server.portal.address).netloc)):
+            raise BadRequest(400, "the Host header is malformed")
+        return target
+
+    def read_body(self, request: Request, headers: dict[str, str]) -> bytes:
+        """The body as announced: by length or in chunks, never both, or two servers in a row may disagree on where
+        it ends (RFC 9112 section 6.3)."""
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        most = MAX_LOAD if request.path == "/oauth/debug/load" and self.server.portal.settings.serves_debug else MAX_BODY
+        if coding is not None and length is not None:
+            raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
+        if length is not None and not re.fullmatch(r"\d{1,18}", length):
+            raise BadRequest(400, "Content-Length: expected a number of bytes")
+        if length is not None and int(length) > most:
+            raise BadRequest(413, f"the body is longer than {most} bytes")
+        if coding is not None and coding.lower() != "chunked":
+            raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
+        if not length and coding is None:
+            return b""
+        if headers.get("expect", "").lower() == "100-continue":
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.reader.deadline = time.monotonic() + self.server.body_seconds
+        body = self.read_chunks(most) if coding is not None else self.lines.read(int(length or 0))
+        if coding is None and len(body) < int(length or 0):
+            raise BadRequest(400, "the body is shorter than its Content-Length")
+        return body
+
+    def read_chunks(self, most: int) -> bytes:
+        """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
+        body = bytearray()
+        while True:
+            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", self.lines.readline(1024))
+            if not match:
+                raise BadRequest(400, "a chunk's size is malformed")
+            size = int(match[1], 16)
+            if size == 0:
+                self.read_headers(MAX_HEAD)
+                return bytes(body)
+            if len(body) + size > most:
+                raise BadRequest(413, f"the body is longer than {most} bytes")
+            chunk = self.lines.read(size + 2)
+            if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
+                raise BadRequest(400, "a chunk is not as long as it says")
+            body += chunk[:-2]
+
+    def send(self, method: str, response: Response) -> None:
+        """Write a response in one piece."""
+        if self.server.stopping:
+            self.close_connection = True
+        body = response.body
+        head = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n",
+                f"Date: {self.server.date()}\r\n"]
+        head += [f"{name}: {value}\r\n" for name, value in response.headers]
+        if response.status not in (204, 304):
+            head.append(f"Content-Length: {len(body)}\r\n")
+        head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
+        self.connection.settimeout(self.server.body_seconds)
+        self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
+
+    def refuse(self, error: BadRequest) -> None:
+        """Answer what can't be read, then let the client finish sending for a moment, so that it sees the answer."""
+        self.close_connection = True
+        response = json_response({"error": "invalid_request", "error_description": str(error)}, error.status)
+        with contextlib.suppress(OSError, BadRequest):
+            self.send("", response)
+            self.connection.shutdown(socket.SHUT_WR)
+            self.reader.deadline = time.monotonic() + 1
+            for _ in range(1024):
+                if not self.lines.read1(64 << 10):
+                    break
+
+
+REASONS = {status.value: status.phrase for status in http.HTTPStatus}
+
+
+class Listener(http.server.HTTPServer):
+    """The listening socket, and a thread for each connection; threads that are done wait for the next connection."""
+    request_queue_size = 1024     # clients that come at the same time wait here; with the default of 5 most fail
+    allow_reuse_address = sys.platform != "win32"  # there it would let two servers share a port
+    idle_seconds, head_seconds, body_seconds, stop_seconds = 120.0, 20.0, 60.0, 2.0
+    spare_threads = 64
+
+    def __init__(self, portal: Portal, host: str, port: int):
+        self.portal, self.scheme, self.stopping = portal, "http", False
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._waiting: set[socket.socket] = set()    # connections between two requests
+        self._open: set[socket.socket] = set()
+        self._arrived: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
+        self._idle = 0                               # threads that no arrived connection is meant for
+        self._date = (0, "")
+        self._context: Any = None
+        if portal.settings.certfile:
+            import ssl  # takes long to import, and few need it
+            try:
+                self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+                self._context.load_cert_chain(portal.settings.certfile, portal.settings.keyfile)
+            except (OSError, ssl.SSLError) as error:
+                raise StartError(f"--certfile {portal.settings.certfile}: {error}; give PEM files")
+            self.scheme = "https"
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
+        self._wake, self._woken = socket.socketpair()
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def date(self) -> str:
+        """The Date header, made once a second."""
+        second = int(self.portal.clock.now())
+        if self._date[0] != second:
+            self._date = (second, http_date(second))
+        return self._date[1]
+
+    def log_request(self, request: Request, status: int, seconds: float) -> None:
+        """A line a request, of nothing that could be a secret: no query, no header, no body."""
+        settings = self.portal.settings
+        if settings.quiet:
+            return
+        path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", lambda found: shorten(found[0]), request.path)
+        who = " ".join(part for part in (request.client_id, request.username) if part)
+        line = f"{request.method} {path} {status} {seconds * 1000:.1f} ms {who}".rstrip()
+        line = re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", line)
+        self.portal.log("\n    ".join([line, *(request.notes if settings.verbose else [])]))
+
+    def accept_until_stopped(self) -> None:
+        """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a second."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while not self.stopping:
+                selector.select()
+                if self.stopping:
+                    break
+                try:
+                    connection = self.socket.accept()[0]
+                except OSError:  # the client is gone again, or no file descriptor is left
+                    self.portal.stopping.wait(0.01)
+                    continue
+                self._hand_over(connection)
+
+    def _hand_over(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._open.add(connection)
+            self._arrived.put(connection)
+            if self._idle:
+                self._idle -= 1
+                return
+            thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
+            self._threads.add(thread)
+        thread.start()
+
+    def _work(self) -> None:
+        """A thread's life: connection after connection."""
+        connection = self._arrived.get()
+        while connection:
+            self._serve(connection)
+            with self._lock:
+                if self.stopping or self._idle >= self.spare_threads:
+                    break
+                self._idle += 1
+            connection = self._arrived.get()
+        with self._lock:
+            self._threads.discard(threading.current_thread())
+
+    def _serve(self, connection: socket.socket) -> None:
+        """One connection, from its handshake to its end."""
+        served = connection
+        try:
+            if self._context:
+                connection.settimeout(self.head_seconds)
+                served = self._context.wrap_socket(connection, server_side=True)
+                with self._lock:
+                    self._open.add(served)
+            Handler(served, ("", 0), self)
+        except (OSError, ValueError):
+            pass  # a handshake that failed, a client that went away
+        finally:
+            with self._lock:
+                self._open -= {connection, served}
+            for one in (served, connection):
+                one.close()
+
+    def may_wait(self, connection: socket.socket) -> bool:
+        """Whether a connection may wait for a further request; from now on it may be stopped."""
+        with self._lock:
+            self._waiting.add(connection)
+            return not self.stopping
+
+    def busy(self, connection: socket.socket) -> None:
+        """A request has come: it is finished, whatever happens."""
+        with self._lock:
+            self._waiting.discard(connection)
+
+    def stop(self) -> None:
+        """Stop accepting, let requests in flight finish, for 2 seconds at most, close everything."""
+        with self._lock:
+            self.stopping = True
+            threads, waiting = list(self._threads), list(self._waiting)
+        self._wake.send(b"x")
+        self.portal.stopping.set()
+        for _ in threads:
+            self._arrived.put(None)
+        self._shut(waiting)
+        deadline = time.monotonic() + self.stop_seconds
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            late = list(self._open)
+        self._shut(late)
+        for thread in threads:
+            thread.join(1)
+
+    @staticmethod
+    def _shut(connections: Iterable[socket.socket]) -> None:
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def server_close(self) -> None:
+        """Close the listening socket and the wake sockets."""
+        super().server_close()
+        self._wake.close()
+        self._woken.close()
+
+
+# ######################################################################## 19 server
+
+class Server:
+    """A running portal: what a test starts, talks to and stops.
+
+        with s4s_proxy.Server() as portal:
+            token = portal.issue_token(scope="patient/*.rs")["access_token"]
+
+    Takes the command line's options as keywords; the port is any free one, and there is no log unless verbose.
+    Any number may run at once. Each method below is one of section 17's controls, and refuses with PortalError.
+    """
+    def __init__(self, **settings: Any):
+        self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
+        self.portal: Portal
+        self._listener: Listener | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Server:
+        """Start listening; StartError says why if it can't."""
+        if self._listener:
+            raise StartError("this server is running already; stop() it first")
+        portal = Portal(self.settings)
+        try:
+            self._listener = Listener(portal, self.settings.host, self.settings.port)
+        except BaseException:
+            portal.close()
+            raise
+        portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
+        portal.log = write_log
+        self.portal = portal
+        self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop; safe to call twice. Nothing is left: no thread, no socket, no file."""
+        listener, self._listener = self._listener, None
+        if listener and self._thread:
+            listener.stop()
+            self._thread.join()
+            listener.server_close()
+            self.portal.close()
+
+    def __enter__(self) -> Server:  # noqa: PYI034 (Self is newer than Python 3.9)
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _printable_host(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.settings.host, self.settings.host)
+        return f"[{host}]" if ":" in host else host
+
+    @property
+    def address(self) -> str:
+        """The address listened on."""
+        return self.portal.address
+
+    @property
+    def url(self) -> str:
+        """The base URL, and issuer: the first base_url, or the address listened on."""
+        return self.portal.public_url()
+
+    @property
+    def fhir_url(self) -> str:
+        """The FHIR base that apps use, with a token."""
+        return self.url + "/api/fhir"
+
+    @property
+    def open_fhir_url(self) -> str:
+        """The FHIR base that needs no token."""
+        return self.url + "/api/open-fhir"
+
+    @property
+    def host(self) -> str:
+        """The address's host."""
+        return self._printable_host()
+
+    @property
+    def port(self) -> int:
+        """The address's port."""
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def requests(self) -> list[RecordedRequest]:
+        """The last requests, oldest first, as they came."""
+        return list(self.portal.recorded)
+
+    def register_client(self, **metadata: Any) -> Json:
+        """See register_client in section 11."""
+        return register_client(self.portal, metadata)
+
+    def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams", scope: str | None = None,
+                    patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
+                    approval_expires: float | None = None) -> Json:
+        """See issue_token in section 17."""
+        return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
+                           access_lifetime=access_lifetime, approval_expires=approval_expires)
+
+    def approve(self, url: str, username: str, patient_id: str | None = None,
+                security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
+                deny: bool = False) -> str:
+        """See approve in section 17."""
+        return approve(self.portal, url=url, username=username, patient_id=patient_id,
+                       security_labels=security_labels, approval_expires=approval_expires, deny=deny)
+
+    def advance(self, seconds: float) -> float:
+        """See advance in section 17."""
+        return advance(self.portal, seconds=seconds)
+
+    def fail(self, endpoint: str, status: int | None = None, error: str | None = None, retry_after: int | None = None,
+             delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
+        """See fail in section 17."""
+        return fail(self.portal, endpoint=endpoint, status=status, error=error, retry_after=retry_after, delay=delay,
+                    drop=drop, times=times)
+
+    def reset(self) -> None:
+        """Back to the start: users, clients, records, clock; grants, tokens, faults and recorded requests are gone."""
+        self.portal.reset()
+
+
+def write_log(line: str) -> None:
+    """A line of the log, on standard error, in one write so that threads don't mix theirs."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+# ######################################################################## 20 command line
+
+ENVIRONMENT = {"BASE_URL": "base_url", "API_SERVER_NAME": "name", "ENABLE_UNSECURE_FHIR": "open_fhir"}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's options: the settings, one each."""
+    parser = argparse.ArgumentParser(
+        prog="s4s_proxy.py", description="A SMART on FHIR patient portal for testing, with made-up patients.",
+        epilog="The source is the manual: it is meant to be read from top to bottom, in a day.")
+    for one in fields(Settings):
+        flag, shown = "--" + one.name.replace("_", "-"), one.metadata
+        options: Json = {"default": argparse.SUPPRESS, "help": shown["help"]}
+        if one.type == "bool":
+            options["action"] = "store_true"
+        elif one.type == "bool | None":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.update(metavar=shown["placeholder"], type={"int": int, "float": float}.get(str(one.type), str))
+            if str(one.type).startswith("list"):
+                options["action"] = "append"
+            elif one.default is not None:
+                options["help"] += f" (default: {one.default})"
+        parser.add_argument(flag, **options)
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The original's environment variables, where the option is not given."""
+    found: dict[str, Any] = {}
+    for variable, name in ENVIRONMENT.items():
+        text = os.environ.get(variable, "")
+        if text and name not in chosen:
+            if name == "open_fhir" and text.lower() not in ("true", "false"):
+                raise StartError(f"{variable}={text}: expected True or False")
+            found[name] = text.lower() == "true" if name == "open_fhir" else text
+    return found
+
+
+def banner(server: Server, from_environment: Iterable[str]) -> str:
+    """What a person who starts the server wants to know."""
+    settings, url = server.settings, server.url
+    open_to_all = [name for name, serves in ((f"{url}/api/open-fhir/ (every record)", settings.serves_open_fhir),
+                                             (f"{url}/oauth/debug/ (tokens for anybody)", settings.serves_debug)) if serves]
+    lines = [
+        f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
+        f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
+        f"  accounts     {', '.join(name for name, *_ in DEMO_USERS)}; password {DEMO_PASSWORD}",
+        f"  open to all  {'; '.join(open_to_all) or 'nothing'}"]
+    lines += [f"  environment  {name} took effect" for name in from_environment]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the portal until SIGINT or SIGTERM. `argv` is the command line without the program's name.
+
+    Gives the exit status: 0, or 1 where it can't start. A bad option ends in argparse's SystemExit(2).
+    """
+    chosen = vars(build_parser().parse_args(argv))
+    stop = threading.Event()
+    try:
+        environment = settings_from_environment(chosen)
+        server = Server(**{"port": Settings.port, "quiet": False, **environment, **chosen}).start()
+    except StartError as error:
+        print(f"s4s_proxy.py: {error}", file=sys.stderr)
+        return 1
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(one, lambda *_: stop.set()) for one in wanted]
+    try:
+        print(server.address, flush=True)
+        write_log(banner(server, [name for name, setting in ENVIRONMENT.items() if setting in environment]))
+        while not stop.wait(0.5):  # with a timeout, or Windows would not hear Ctrl-C
+            pass
+    finally:
+        server.stop()
+        for one, handler in zip(wanted, before):
+            signal.signal(one, handler)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
