@@ -1517,7 +1517,7 @@ def period_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
-SearchValue = tuple[str, str | None, str | None, float | None, float | None]
+SearchValue = tuple[Any, ...]  # parameter, system, value, first, last: as the table search_values has it
 
 
 def search_values(resource: Json) -> Iterator[SearchValue]:
@@ -3392,7 +3392,7 @@ def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: floa
     token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
     database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
                      (token, grant["grant_id"], scope, now, expires, refresh_token))
-    answer = {"access_token": token, "token_type": "Bearer", "expires_in": int(expires - now), "scope": scope,
+    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
               **launch_context(grant)}
     if refresh_token:
         answer["refresh_token"] = refresh_token
@@ -3831,7 +3831,7 @@ def fhir_metadata(portal: Portal, request: Request) -> Response:
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
     row = bearer(portal, request)
-    if request.method not in ("GET", "POST"):
+    if request.method not in ("GET", "HEAD", "POST"):
         raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
     return serve_records(portal, request, access_of(portal, row), portal.base(request) + "/api/fhir")
 
@@ -3920,14 +3920,16 @@ MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
 
 
-def control(path: str, answer: Callable[[Any], Any]) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out."""
+def control(path: str, answer: Callable[[Any], Any], **aliases: str) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `aliases` are
+    other names of members."""
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__] = function
 
         def over_http(portal: Portal, request: Request) -> Response:
             only_with_debug(portal)
-            return json_response(answer(call_with_members(portal, function, request.json())))
+            members = {aliases.get(name, name): value for name, value in request.json().items()}
+            return json_response(answer(call_with_members(portal, function, members)))
         over_http.__doc__ = function.__doc__
         over_http.__name__ = f"debug_{function.__name__}"
         route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
@@ -4016,7 +4018,7 @@ def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
     return next(iter(patients))
 
 
-@control("token", lambda given: given)
+@control("token", lambda given: given, user_name="username")
 def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | None = None,
                 patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
                 approval_expires: float | None = None) -> Json:
@@ -4303,8 +4305,8 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
         return error_response(portal, kind, error)
     except Exception as error:  # noqa: BLE001
         # A bug of ours. Say so, and where, but no value: it might be a secret.
-        where = "".join(traceback.format_tb(error.__traceback__))
-        portal.log(f"BUG {type(error).__name__} in {request.method} {request.path}\n{where}")
+        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
+        portal.log(f"BUG {type(error).__name__} in {request.method} {request.path}" + "".join(where))
         return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
 
 
@@ -4565,19 +4567,21 @@ class Listener(http.server.HTTPServer):
         self._idle = 0                               # threads that no arrived connection is meant for
         self._date = (0, "")
         self._context: Any = None
+        self._wake, self._woken = socket.socketpair()
         if portal.settings.certfile:
             import ssl  # takes long to import, and few need it
             try:
                 self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
                 self._context.load_cert_chain(portal.settings.certfile, portal.settings.keyfile)
             except (OSError, ssl.SSLError) as error:
+                self._wake.close()
+                self._woken.close()
                 raise StartError(f"--certfile {portal.settings.certfile}: {error}; give PEM files")
             self.scheme = "https"
         try:
             super().__init__((host, port), Handler)
         except (OSError, OverflowError) as error:
             raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
-        self._wake, self._woken = socket.socketpair()
 
     def server_bind(self) -> None:
         """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
