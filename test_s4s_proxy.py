@@ -1551,9 +1551,9 @@ class Repository(unittest.TestCase):
     def test_the_readme_shows_every_option_and_every_endpoint(self) -> None:
         for action in s4s.build_parser()._actions:
             for flag in action.option_strings:
-                self.assertIn(flag, self.readme)
+                self.assertTrue(flag in self.readme, flag)
         for route in s4s.ROUTES:
-            self.assertIn(f"`{route.path.replace('{}', '…')}`", self.readme)
+            self.assertTrue(f"`{route.path.replace('{}', '…')}`" in self.readme, route.path)
 
     def test_every_function_that_the_readme_names_is_there(self) -> None:
         for name in re.findall(r"; (\w+)\(\)", self.readme):
@@ -1564,11 +1564,11 @@ class Repository(unittest.TestCase):
             self.assertTrue(route.spec and route.endpoint.__doc__, route)
 
     def test_every_public_class_and_function_has_a_docstring(self) -> None:
-        for node in ast.walk(ast.parse((HERE / "s4s_proxy.py").read_text(encoding="utf-8"))):
+        module = ast.parse((HERE / "s4s_proxy.py").read_text(encoding="utf-8"))
+        overriding = ("setup", "readable", "readinto")  # of the standard library's classes, which says what they do
+        for node in [*module.body, *(one for kind in module.body if isinstance(kind, ast.ClassDef) for one in kind.body)]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-                self.assertTrue(ast.get_docstring(node) or node.name in (
-                    "setup", "readable", "readinto", "declare", "check", "issue", "over_http", "line", "link", "plain"),
-                    node.name)
+                self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
 
     def test_only_the_standard_library_is_imported(self) -> None:
         if not hasattr(sys, "stdlib_module_names"):
