@@ -2184,6 +2184,7 @@ class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
         self.settings = settings
+        self._seeds = seeds(settings)
         self.clock = Clock()
         self.state = Store(settings.db, STATE_SCHEMA)
         self.records = Records(settings.db)
@@ -2194,7 +2195,6 @@ class Portal:
         self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
-        self._seeds = seeds(settings)
         self._seed()
 
     def _seed(self) -> None:
