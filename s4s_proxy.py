@@ -2893,7 +2893,7 @@ SESSION_SECONDS = 1800
 
 def cookie_name(portal: Portal) -> str:
     """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
-    return f"s4s_session_{portal.settings.port}"
+    return f"s4s_session_{portal.address.rpartition(':')[2]}"
 
 
 def set_cookie(portal: Portal, request: Request, value: str) -> str:
@@ -3394,8 +3394,8 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
     return Grant(new_token(), client.client_id, username, patient, details["scope"],
                  # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])], expires, details["issuer"],
-                 details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
+                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
@@ -4205,20 +4205,15 @@ def known_user(portal: Portal, username: Any) -> Row:
     return user
 
 
-def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
+def users_patient(portal: Portal, username: str, patient_id: Any) -> str | None:
     """The patient asked for, if this user may open that record; without one, the user's own, or the only one."""
-    patients = portal.patients_of(username)
     if patient_id is not None:
-        if need_text("patient_id", patient_id) not in patients:
-            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}; "
-                              f"these are {', '.join(list(patients)[:20]) or 'none'}")
+        if portal.patient_name(username, need_text("patient_id", patient_id)) is None:
+            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}")
         return str(patient_id)
+    rows = portal.state.rows("SELECT patient_id FROM patients WHERE username = ? ORDER BY is_user DESC LIMIT 2", username)
     own = portal.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
-    if own and own["patient_id"] in patients:
-        return str(own["patient_id"])
-    if len(patients) != 1:
-        raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
-    return next(iter(patients))
+    return str((own or rows[0])["patient_id"]) if own or len(rows) == 1 else None
 
 
 @control("token", lambda given: given, user_name="username")
@@ -4278,8 +4273,9 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     """Play the browser: sign in as a user, choose the patient, answer the consent page. Gives where the app is called
     back, with a code or with an error.
 
-    Without security_labels all that are offered stay checked; approval_expires is the form's date (default: a year
-    from today). What would leave a person on an error page is a PortalError.
+    Without patient_id it is the launch's patient, or the user's own; without security_labels all that are offered stay
+    checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
+    page is a PortalError.
     """
     parts = urlsplit(need_text("url", url))
     request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
@@ -4296,24 +4292,26 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    # A launch that names the patient leaves nothing to choose; else the one named, or the user's own.
-    patient = details["launch"].get("patient_id") if patient_id is None else users_patient(portal, username, patient_id)
-    if not patient and whose_record(portal, username, details, "") == "":
+    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
+    if patient == "":
         patient = users_patient(portal, username, None)
+        if not patient:
+            raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
-    until = day_of(portal.clock.now() + 365 * DAY) if approval_expires is None else need_text("approval_expires",
-                                                                                             approval_expires)
-    return decide(portal, request_id, new_grant(portal, client, user["username"], patient or "", details, labels, until,
-                                                need_text("encounter_id", encounter_id) if encounter_id else ""))
+    now = portal.clock.now()
+    until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
+    visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
+    return decide(portal, request_id, new_grant(
+        portal, client, user["username"], patient or "", details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)
 def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
            patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
            need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as an EHR does; gives launch_url, the address to open, and what is in it: launch and iss."""
+    """Launch an app as the EHR does, without the page: see create_launch in section 13."""
     return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)
