@@ -687,7 +687,8 @@ class Store:
                                               check_same_thread=False)
             self.connection.row_factory = sqlite3.Row
             if path:
-                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA journal_mode = WAL")    # readers and a second process don't wait
+                self.connection.execute("PRAGMA synchronous = NORMAL")  # what is committed outlives the process
             self.connection.executescript(schema)
         except sqlite3.Error as error:
             raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
@@ -711,10 +712,11 @@ class Store:
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
+                self.connection.execute("COMMIT")  # may fail too: a full disk
             except BaseException:
-                self.connection.execute("ROLLBACK")
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
                 raise
-            self.connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connection; safe to call twice."""
@@ -1988,7 +1990,8 @@ def client_metadata(metadata: Json) -> Json:
     (RFC 7591 section 3.2.2)."""
     def refuse(name: str, expected: str) -> PortalError:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
-        return PortalError(error, f"{name}: expected {expected}, got {json.dumps(metadata.get(name))[:200]}")
+        return PortalError(error, f"{name}: expected {expected}, got "
+                           f"{json.dumps(metadata.get(name), default=str)[:200]}")
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
         if member in METADATA_STRINGS and not isinstance(value, str):
@@ -2100,12 +2103,13 @@ def add_fixtures(found: Seeds, source: str | Json) -> None:
                 raise StartError(f"{where}: {place} has no {name}")
         return value
     fixtures: Any = source
-    if isinstance(source, str):
-        try:
+    try:
+        if isinstance(source, str):
             with open(source, encoding="utf-8") as file:
                 fixtures = json.load(file)
-        except (OSError, ValueError, RecursionError) as error:
-            raise StartError(f"{where}: {error}; give a file of JSON")
+        json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise StartError(f"{where}: {error}; give a file of JSON")
     check("the whole", fixtures, FIXTURES)
     # One salt for all, so that the slow hash is needed only once for users who share a password.
     salt = new_token()
@@ -2184,8 +2188,8 @@ class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
         self.settings = settings
-        self._seeds = seeds(settings)
         self.clock = Clock()
+        self._seeds = seeds(settings)           # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
         self.records = Records(settings.db)
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
@@ -2195,18 +2199,21 @@ class Portal:
         self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
-        self._seed()
+        try:
+            with self.state.transaction() as database:
+                self._seed(database)
+        except sqlite3.Error as error:
+            self.close()
+            raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
 
-    def _seed(self) -> None:
+    def _seed(self, database: sqlite3.Connection) -> None:
         """The accounts and clients that are there from the start."""
         users, patients, clients = self._seeds
-        with self.state.transaction() as database:
-            database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
-            database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
-            database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
-            database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
-                (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now())
-                for one in clients.values()])
+        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
+        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
+        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
+        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
+            (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now()) for one in clients.values()])
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
@@ -2218,7 +2225,7 @@ class Portal:
             for name in ("tokens", "grants", "pending", "launches", "sessions", "assertions", "clients", "patients",
                          "users"):
                 database.execute(f"DELETE FROM {name}")
-        self._seed()
+            self._seed(database)
 
     def close(self) -> None:
         """Close the databases."""
@@ -2232,8 +2239,18 @@ class Portal:
                       bool(row["registered_itself"])) if row else None
 
     def user(self, username: str) -> Row | None:
-        """A user's row, or None."""
-        return self.state.row("SELECT * FROM users WHERE username = ?", username)
+        """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
+        sql = "SELECT * FROM users WHERE username = ?"
+        row = self.state.row(sql, username)
+        patient = None if row else self.records.read("Patient", username)
+        if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
+            name = next(iter(strings_of(elements(patient, "name.text"))), username)
+            with self.state.transaction() as database:
+                database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
+                    username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
+                database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)", (username, username, name))
+            return self.state.row(sql, username)
+        return row
 
     def patients_of(self, username: str) -> dict[str, str]:
         """The patients a user may open, id -> name, the user's own record first."""
@@ -4504,6 +4521,10 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
         raise
     except PortalError as error:
         return error_response(portal, kind, error)
+    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
+        portal.log(f"DATABASE {error} in {request.method} {request.path}")
+        return error_response(portal, kind, PortalError(
+            "temporarily_unavailable", f"the database says: {error}; nothing was changed", 503))
     except Exception as error:  # noqa: BLE001
         portal.log_bug(f"{request.method} {request.path}", error)
         return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
@@ -4830,7 +4851,7 @@ class Listener(http.server.HTTPServer):
                 return
             thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
             self._threads.add(thread)
-        thread.start()
+            thread.start()  # with the lock, so that stop() finds no thread that has not begun
 
     def _work(self) -> None:
         """A thread's life: connection after connection."""
