@@ -18,6 +18,7 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
     1  settings      everything that can be chosen, once for keyword and command line
     2  errors        what a client is told, and in which shape
     3  secrets       random values, hashes, PKCE
+   3b  signing       tokens that say who signed them: RSA, P-384, JWT
     4  scopes        what an app may ask for, and what a scope allows
     5  state         the tables, and the clock
     6  sample data   rows of facts about three people, and a builder for each FHIR type
@@ -28,7 +29,9 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
    11  clients       registration and authentication of apps
    12  sign-in       who is at the browser
    13  authorization the request, whose record, consent, the code
+  13b  launch        the EHR starts an app
    14  tokens        exchange, refresh, introspection, revocation
+  14b  identity      who signed in, for the app (OpenID Connect)
    15  the FHIR API  the record behind a token
    16  start page    what this is, for who opens it in a browser
    17  test controls what a test may do that an app may not
@@ -42,6 +45,7 @@ Legend: the field's own names, used for nothing else.
     user           a person who signs in; may open one patient's record or several
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
+    launch         the EHR's: an app started from within it, with the record that is open there
     code           the short-lived voucher that the browser carries back to the app
     access token   what the app shows to the FHIR API
     refresh token  what the app trades for a new access token
@@ -49,10 +53,11 @@ Legend: the field's own names, used for nothing else.
     category       a kind of data the patient may leave out; "security label" in S4S
     compartment    the resources that belong to one patient
 
-The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7591 (registration),
-7636 (PKCE), 7662 (introspection), 8414 (discovery), 9207 (issuer in the answer); SMART is the SMART
-App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/); S4S is Sync for Science, whose
-"SMART Example Server" of 2018 this file follows.
+The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7515 to 7519 (JOSE: signed
+tokens and keys), 7523 (assertions), 7591 (registration), 7636 (PKCE), 7638 (thumbprints), 7662 (introspection),
+8017 (RSA), 8252 (native apps), 8414 (discovery), 8707 (resource), 9207 (issuer in the answer), 9700 (best
+practice); OpenID Connect Core; SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/);
+S4S is Sync for Science, whose "SMART Example Server" of 2018 this file follows.
 
 Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Apache-2.0,
 Copyright 2015 Boston Children's Hospital.
@@ -3047,6 +3052,7 @@ def check_redirect_uri(asked: Authorization) -> None:
     if uri not in uris_of(asked.portal, asked.request, asked.client, "redirect_uris"):
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}")
     asked.redirect_uri = uri
+    asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
 
 
 def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
@@ -3107,12 +3113,14 @@ def check_pkce(asked: Authorization) -> None:
             raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
         if method:
             raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
+        asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
         return
     if method != "S256":
         raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
                           "expected S256")
     if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
         raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
+    asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
 def check_scope(asked: Authorization) -> None:
@@ -3201,6 +3209,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PortalError as error:
         # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
         description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
+        request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
                                                error=error.error, error_description=description))
     request_id, now = new_token(), portal.clock.now()
@@ -3691,6 +3700,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
         offline = "offline_access" in row["scope"].split()
         return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     answer = spend(portal, client, "code", code, check, issue)
+    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
+                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
         answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
     return answer
@@ -3711,7 +3722,9 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
         scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
         return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    return spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
+    return answer
 
 
 BACKEND_SECONDS = 300

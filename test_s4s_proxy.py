@@ -2769,17 +2769,22 @@ class Identity(PortalTest):
         self.assertEqual(set(key), {"kty", "n", "e", "kid", "use", "alg"})
         self.assertEqual(key["kid"], s4s.thumbprint(key))
 
-    def test_the_key_is_made_once_and_outlives_a_reset(self) -> None:
-        with s4s.Server() as portal:
-            keys: list[Any] = []
-            threads = [threading.Thread(target=lambda: keys.append(ask(portal.url + "/oauth/jwks").json)) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            portal.reset()
-            self.assertEqual([ask(portal.url + "/oauth/jwks").json] * 3, keys)
-            self.assertNotEqual(keys[0], ask(self.portal.url + "/oauth/jwks").json)
+    def test_the_key_is_made_once_and_kept_with_the_state(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, keys = os.path.join(folder, "state.db"), []  # type: str, list[Any]
+            with s4s.Server(db=path) as portal:
+                threads = [threading.Thread(target=lambda: keys.append(ask(portal.url + "/oauth/jwks").json))
+                           for _ in range(3)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                portal.reset()
+                keys.append(ask(portal.url + "/oauth/jwks").json)
+            with s4s.Server(db=path) as portal:
+                keys.append(ask(portal.url + "/oauth/jwks").json)
+        self.assertEqual(keys, keys[:1] * 5)
+        self.assertNotEqual(keys[0], ask(self.portal.url + "/oauth/jwks").json)
 
     def test_userinfo_says_what_the_id_token_says(self) -> None:
         tokens = self.app.tokens()
