@@ -452,7 +452,7 @@ def read_jwt(text: str) -> Jwt:
     try:
         header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
         signature = base64url_bytes(parts[2])
-        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\\ud800")
+        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
     except (ValueError, IndexError, RecursionError):
         raise ValueError("expected a JWT: three parts in base64url, joined by dots")
     if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
@@ -2410,7 +2410,7 @@ def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(value).encode("ascii")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
     except RecursionError:
         raise PortalError("invalid_request", "the JSON nests too deep")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
@@ -3539,7 +3539,7 @@ def create_launch(portal: Portal, base: str, *, client_id: str | None = None, la
                "fhirContext": fhir_context}
     handle, now = secrets.token_urlsafe(24), portal.clock.now()
     with portal.state.transaction() as database:
-        forget_expired(database, "launches", now)
+        forget_expired(database, "launches", now - PENDING_SECONDS)  # a user may still be deciding on one
         database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)", (
             handle, client_id, username, patient_id,
             json.dumps({name: value for name, value in context.items() if value is not None}), now + LAUNCH_SECONDS))

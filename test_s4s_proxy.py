@@ -2266,6 +2266,9 @@ class ClientMetadata(PortalTest):
                 self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
                 self.assertIn(member.partition("#")[0], got.json["error_description"])
 
+    def test_half_a_character_is_no_text(self) -> None:
+        self.assertEqual(self.register(client_name="\ud800").json["error"], "invalid_request")
+
     def test_keys_come_in_one_way(self) -> None:
         both = {"jwks": {"keys": [RSA_JWK]}, "jwks_uri": "https://app.example/jwks"}
         self.assertEqual(self.register(**both).status, 400)
@@ -2864,7 +2867,7 @@ class TokenRules(PortalTest):
             app.code()
             self.portal.launch(launch_uri="https://app.example/launch")
             ask(app.authorize_url())
-            self.portal.advance(2000)
+            self.portal.advance(2200)
         for table, left in (("launches", 1), ("pending", 1), ("tokens", 1)):
             rows = state.row(f"SELECT count(*) FROM {table}")
             assert rows
