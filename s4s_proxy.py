@@ -1049,7 +1049,7 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("for",): "Task",
     ("individual",): "ResearchSubject",
     ("actor",): "AppointmentResponse",
-    ("participant.actor",): "Appointment",
+    ("participant",): "Appointment",
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
@@ -1073,7 +1073,7 @@ def owner(resource: Json, base: str = "") -> str | None:
     named = _named_patients(resource, base)
     if not named and resource.get("resourceType") in (*SHARED_TYPES, "Device"):
         named = {NOBODY}
-    for inner in elements(resource, "contained"):
+    for inner in as_list(resource.get("contained")):
         named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
     return named.pop() if len(named) == 1 else None
 
@@ -1087,18 +1087,23 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
         return {resource["id"] if isinstance(resource.get("id"), str) else None}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
-    named = {_match(_PATIENT_REFERENCE, reference_of(value), base)
-             for path in OWNER_ELEMENTS[type_name] for value in elements(resource, path)}
-    if type_name == "Appointment":
-        named.discard(None)  # doctors and rooms take part too
-    return named
+    if type_name == "Appointment":  # doctors and rooms take part too
+        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
+        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
+            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
 
 
-def _match(pattern: re.Pattern[str], text: str, base: str) -> str | None:
-    """The id in a reference, relative or below `base`, to what the pattern says."""
-    if base and text.startswith(base + "/"):
-        text = text[len(base) + 1:]
-    match = pattern.fullmatch(text)
+def as_list(value: Any) -> list[Any]:
+    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
+    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
+    if base and reference.startswith(base):
+        reference = reference[len(base) + 1:]
+    match = pattern.fullmatch(reference)
     return match[1] if match else None
 
 
@@ -1211,18 +1216,18 @@ class Access:
         if letters == "r" and f"{type_name}/{resource.get('id')}" == self.fhir_user:
             return True
         whose = owner(resource, base)
-        if whose is None or not any(self._fits(one, resource, whose, letters) for one in self.scopes):
+        if whose is None:
+            return False
+        for one in self.scopes:  # each alone: the ?param=value of one go together, several scopes add up
+            if one.type in ("*", type_name) and all(letter in one.letters for letter in letters):
+                reach = self._reach(one.context)
+                if ((whose == NOBODY or reach is None or whose in reach)
+                        and (not one.constraints or resource_matches(resource, self.version, one.constraints))):
+                    break
+        else:
             return False
         # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
         return whose == NOBODY or not self.labels or self.labels.issuperset(categories(resource))
-
-    def _fits(self, one: ResourceScope, resource: Json, whose: str, letters: str) -> bool:
-        """Whether one scope alone lets a resource be seen: its ?param=value go together, several scopes add up."""
-        if one.type not in ("*", resource["resourceType"]) or any(letter not in one.letters for letter in letters):
-            return False
-        reach = self._reach(one.context)
-        return ((whose == NOBODY or reach is None or whose in reach)
-                and (not one.constraints or resource_matches(resource, self.version, one.constraints)))
 
     def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
         """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
@@ -1244,7 +1249,7 @@ class Access:
                 if self.may_see(one, "r", base) or self.may_see(one, "s", base)
                 for attachment in elements(one, "content.attachment") + elements(one, "presentedForm")
                 if isinstance(attachment, dict)]
-        return {found for found in (_match(_BINARY_REFERENCE, url, base) for url in urls if isinstance(url, str)) if found}
+        return {found for found in (_id_in(url, _BINARY_REFERENCE, base) for url in urls if isinstance(url, str)) if found}
 
 
 def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
@@ -3249,7 +3254,7 @@ class Upstream:
         lower = text.lower()
         if any(hint in lower for hint in self._hints):
             text = self._traces.sub("fhir-server.invalid", text)
-        return text.replace("\0", ours).replace("\1", quote(ours, safe=""))
+        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
 
     def check(self, answer: Answer) -> None:
         """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients wait)."""
@@ -3435,11 +3440,11 @@ class Forwarding:
         assert portal.upstream
         self.portal, self.upstream, self.request = portal, portal.upstream, request
         self.access, self.base, self.grant_id = access, base, grant_id
+        self.response = fhir_response(request, {})  # in the media type asked for; or 406, before anybody is asked
 
     def answer(self) -> Response:
         """What the path asks for. Only these shapes are forwarded, rebuilt from their parts: what a path hides in
         dots, slashes or semicolons, encoded once or twice, never reaches the FHIR server."""
-        fhir_response(self.request, {})  # 406 before anybody is asked
         parts = [unquote(part) for part in self.request.rest.split("/")]
         type_name, posted = parts[0], self.request.method == "POST"
         if posted and (len(parts) != 2 or parts[1] != "_search"):
@@ -3476,10 +3481,9 @@ class Forwarding:
 
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        response = fhir_response(self.request, {}, headers=[
-            (name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers])
-        response.body = text.encode("utf-8", "replace")
-        return response
+        self.response.body = text.encode("utf-8", "replace")
+        self.response.headers += [(name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers]
+        return self.response
 
     def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
         """One resource: fetched, then judged."""
@@ -3496,15 +3500,14 @@ class Forwarding:
                 else self.may_see(resource, text, "r")):
             raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
                             "category that was not approved", 403)
-        response = self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
-        response.status = 304 if unchanged else 200
-        return response
+        self.response.status = 304 if unchanged else 200
+        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
         a member given twice, none in a place where FHIR has none."""
         return self.access.scope is None or (
-            isinstance(resource, dict) and text.count('"resourceType"') == 1 + len(elements(resource, "contained"))
+            isinstance(resource, dict) and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
             and self.access.may_see(resource, letters, self.base))
 
     def is_pointed_to(self, binary_id: str) -> bool:
@@ -3597,8 +3600,8 @@ class Forwarding:
         seen = []
         for entry, text in entries:
             if self.may_see(entry.get("resource"), text, letters):
-                plain = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                seen.append(text if len(plain) == len(entry) else json.dumps(plain))
+                strange = entry.keys() - {"fullUrl", "resource", "search"}
+                seen.append(json.dumps({name: entry[name] for name in entry if name not in strange}) if strange else text)
         self.request.note(f"{len(seen)} of {len(entries)} entries may be seen (the FHIR server is not trusted to filter)")
         path, query = self.request.rest, self.request.query
         if self.request.method == "POST":
