@@ -150,7 +150,7 @@ class Settings:
     def _check_fhir_server(self) -> None:
         """What concerns the FHIR server behind: an address requests can be put below, headers that don't disturb."""
         if self.fhir_server is not None:
-            self.fhir_server = self.fhir_server.rstrip("/")
+            self.fhir_server = str(self.fhir_server).rstrip("/")
             match = re.fullmatch(r"(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?",
                                  self.fhir_server, re.IGNORECASE)
             if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
@@ -3178,7 +3178,7 @@ class Upstream:
                 answer: Answer = self._open(asked, timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
-                url, form = self.inside(urljoin(url, answer.headers.get("location", ""))) or "", None
+                url, form = self.inside(answer.headers.get("location", ""), url) or "", None
                 if not url:
                     raise refused("redirects to an address that is not its own")
             raise refused("redirects in circles")
@@ -3191,30 +3191,31 @@ class Upstream:
                 raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
             raise refused(f"can't be reached, or broke off ({type(error).__name__})")
 
-    def inside(self, url: str) -> str | None:
-        """An address that the FHIR server gave, below its base; None if it leads elsewhere.
+    def inside(self, url: str, seen_at: str) -> str | None:
+        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
 
         Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
         is put in its place.
         """
         try:
-            parts = urlsplit(url)
+            url = urljoin(seen_at, url)
+            scheme, _, path, query, _ = urlsplit(url)
         except ValueError:
             return None
-        path = parts.path
         for base in self._bases:
             if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
-                path = self.path + urlsplit(url[len(base):]).path
-        if (parts.scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
+                path = self.path + re.split("[?#]", url[len(base):])[0]
+        if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
                 or re.search(r"/\.|%2e|%2f|%5c|//|\\", path, re.IGNORECASE)):
             return None
-        query = "?" + quote(parts.query, safe="!$%&'()*+,/:;=?@[]~|") if parts.query else ""
-        return self.origin + quote(path, safe="!$%&'()*+,/:;=@~") + query
+        safe = "!$%&'()*+,/:;=?@[]~|"
+        return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
     def _learn(self, base: str) -> None:
         """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
         self._bases.append(base)
         addresses, traces, self._hints = [], [], set()
+        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
         for one in sorted(self._bases, key=len, reverse=True):
             parts = urlsplit(one)
             host, port = parts.hostname or "", parts.port
@@ -3227,13 +3228,13 @@ class Upstream:
             addresses.append(f"{name}(?:{_COLON}(?:80|443))?{path}" if usual else f"{name}{_COLON}{port}{path}")
             # On loopback the port makes the difference, elsewhere the very name is too much.
             if not is_loopback(host):
-                traces.append(rf"(?<![\w.-]){name}(?:{_COLON}\d+)?(?![\w-])")
+                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
                 self._hints |= {host}
             elif usual:
-                traces.append(rf"(?<![\w.-]){name}(?:{_COLON}(?:80|443))?(?![\w.:-]|%3)")
+                traces.append(rf"{before}{name}(?:{_COLON}(?:80|443))?(?![\w.:-]|%3)")
                 self._hints |= {host, "localhost", "127.0.0.1", "[::1]"}
             else:
-                traces.append(rf"(?<![\w.-]){name}{_COLON}{port}(?!\d)")
+                traces.append(rf"{before}{name}{_COLON}{port}(?!\d)")
                 self._hints |= {f":{port}", f"%3a{port}"}
         self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
         self._traces = re.compile("|".join(traces))
@@ -3449,7 +3450,7 @@ class Forwarding:
         type_name, posted = parts[0], self.request.method == "POST"
         if posted and (len(parts) != 2 or parts[1] != "_search"):
             raise FhirError("forbidden", "writing and batches are not possible here; only POST [type]/_search", 403)
-        if any("$" in part for part in parts) and parts[2:] != ["$everything"]:
+        if any("$" in part for part in parts) and (type_name, *parts[2:]) != ("Patient", "$everything"):
             raise FhirError("forbidden", f"{self.request.path}: of operations only Patient/[id]/$everything", 403)
         if parts == [""]:
             raise FhirError("forbidden", "a search over all types is not possible here: name a type", 403)
@@ -3582,7 +3583,7 @@ class Forwarding:
                 for ours, theirs in ((self.base, self.upstream.base),
                                      (quote(self.base, safe=""), quote(self.upstream.base, safe=""))):
                     url = url.replace(ours, theirs)  # it was rewritten with all the rest
-                inside = self.upstream.inside(urljoin(answer.url, url))
+                inside = self.upstream.inside(url, answer.url)
                 if inside:
                     found[relation] = inside
                 elif relation == "next":
