@@ -1,24 +1,246 @@
-"""Tests of s4s_proxy.py, over real sockets. Run: python -m unittest"""
+"""Tests of s4s_proxy.py: a real server, real sockets, one behaviour a test. Run: python -m unittest
+
+    python -m unittest                              all of them
+    python -m unittest test_s4s_proxy.TokenEndpoint one endpoint's
+"""
 from __future__ import annotations
 
+import ast
+import base64
 import contextlib
+import dataclasses
+import datetime
 import gzip
+import hashlib
+import html.parser
 import http.client
 import http.server
+import io
 import json
 import os
+import re
+import secrets
+import shutil
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 import unittest
-import urllib.error
-import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 
 import s4s_proxy as s4s
 
+HERE = Path(__file__).resolve().parent
+DANIEL, AMY, JOSEPH = "smart-1288992", "smart-1032702", "smart-1081332"
+
+
+# ######################################################################## helpers: a client, an app, a browser
+
+class Answer:
+    """An HTTP answer. `headers` has lower-case names."""
+    def __init__(self, status: int, headers: list[tuple[str, str]], body: bytes):
+        self.status, self.body = status, body
+        self.headers = {name.lower(): value for name, value in headers}
+        self.cookies = [value for name, value in headers if name.lower() == "set-cookie"]
+
+    @property
+    def text(self) -> str:
+        return self.body.decode("utf-8")
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def location(self) -> dict[str, str]:
+        """The query of where this answer redirects to."""
+        return dict(parse_qsl(urlsplit(self.headers["location"]).query, keep_blank_values=True))
+
+    def __repr__(self) -> str:
+        return f"<{self.status} {self.body[:300]!r}>"
+
+
+def ask(url: str, *, method: str = "", form: Any = None, data: Any = None, body: bytes | None = None,
+        basic: tuple[str, str] | None = None, token: str = "", headers: dict[str, str] | None = None) -> Answer:
+    """One request, redirects not followed: `form` is sent as a form, `data` as JSON, `body` as it is."""
+    parts, sent = urlsplit(url), dict(headers or {})
+    if form is not None:
+        body = urlencode(form).encode()
+        sent.setdefault("Content-Type", "application/x-www-form-urlencoded")
+    elif data is not None:
+        body = json.dumps(data).encode()
+        sent.setdefault("Content-Type", "application/json")
+    if basic:
+        sent["Authorization"] = "Basic " + base64.b64encode(":".join(basic).encode()).decode()
+    if token:
+        sent["Authorization"] = "Bearer " + token
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=30)
+    try:
+        connection.request(method or ("GET" if body is None else "POST"),
+                           (parts.path or "/") + ("?" + parts.query if parts.query else ""), body, sent)
+        got = connection.getresponse()
+        return Answer(got.status, got.getheaders(), got.read())
+    finally:
+        connection.close()
+
+
+class Form(html.parser.HTMLParser):
+    """A form of a page: its method, its action, and what it would send untouched; buttons by id, name or text."""
+    def __init__(self, page: str, index: int = 0):
+        super().__init__()
+        self.method, self.action, self.fields, self.buttons = "get", "", [], []  # type: str, str, list[Any], list[Any]
+        self.inputs: list[dict[str, Any]] = []
+        self._index, self._at, self._inside, self._button = index, -1, False, None  # type: int, int, bool, Any
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = dict(attrs)
+        if tag == "form":
+            self._at += 1
+            self._inside = self._at == self._index
+            if self._inside:
+                self.method, self.action = attributes.get("method") or "get", attributes.get("action") or ""
+        elif self._inside and tag == "input":
+            self.inputs.append(attributes)
+            if "name" in attributes and (attributes.get("type") != "checkbox" or "checked" in attributes):
+                self.fields.append((attributes["name"], attributes.get("value") or ""))
+        elif self._inside and tag == "button":
+            self._button = {**attributes, "text": ""}
+            self.buttons.append(self._button)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "form":
+            self._inside = False
+        elif tag == "button":
+            self._button = None
+
+    def handle_data(self, data: str) -> None:
+        if self._button:
+            self._button["text"] += data
+
+
+class Browser:
+    """What a person uses: cookies, links, forms. It follows redirects within the portal and stops at the app's."""
+    def __init__(self, portal: s4s.Server):
+        self.portal, self.cookies, self.page = portal, {}, Answer(0, [], b"")  # type: Any, dict[str, str], Answer
+        self.url = portal.url
+
+    def open(self, url: str, method: str = "GET", fields: list[tuple[str, str]] | None = None) -> Answer:
+        """Go to a URL; the answer is that of the last page, or the redirect that leaves the portal."""
+        for _ in range(10):
+            headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
+            self.url = url
+            self.page = ask(url, method=method, form=fields if method == "POST" else None,
+                            headers=headers if self.cookies else {})
+            for cookie in self.page.cookies:
+                name, _, value = cookie.partition(";")[0].partition("=")
+                self.cookies[name] = value
+            target = urljoin(url, self.page.headers.get("location", ""))
+            if self.page.status not in (302, 303) or not target.startswith(self.portal.url):
+                return self.page
+            url, method, fields = target, "GET", None
+        raise AssertionError("redirects without end")
+
+    def submit(self, button: str = "", form: int = 0, without: str = "", **changed: str) -> Answer:
+        """Submit a form of the page by a button (its id, value, name or text), with some fields changed, those of the
+        name `without` left out."""
+        found = Form(self.page.text, form)
+        fields = [(name, changed.pop(name, value)) for name, value in found.fields if name != without]
+        fields += list(changed.items())
+        for one in found.buttons:
+            if button and button in (one.get("id"), one.get("value"), one.get("data-patient-id"), one["text"]):
+                fields += [(one["name"], one.get("value", ""))] if "name" in one else []
+                break
+        else:
+            assert not button, f"no button {button!r} in {found.buttons}"
+        url = urljoin(self.url, found.action)
+        if found.method.lower() == "post":
+            return self.open(url, "POST", fields)
+        return self.open(url + "?" + urlencode(fields))
+
+    def sign_in(self, username: str = "daniel-adams", password: str = "demo-password") -> Answer:
+        """Fill in the sign-in page."""
+        return self.submit("sign-in", username=username, password=password)
+
+
+class App:
+    """A small SMART app: it asks for authorization and exchanges codes."""
+    redirect_uri = "https://app.example/cb?own=1"
+
+    def __init__(self, portal: s4s.Server, scope: str = "launch/patient patient/*.rs offline_access",
+                 **metadata: Any):
+        self.portal, self.scope = portal, scope
+        given = portal.register_client(redirect_uris=[self.redirect_uri], scope=scope, **metadata)
+        self.client_id, self.secret = given["client_id"], given.get("client_secret", "")
+        self.verifier = secrets.token_urlsafe(48)
+        self.state = "s;t a/t+e%7E~"
+
+    def authorize_url(self, **changed: str | None) -> str:
+        """The address the app sends the browser to; None leaves a parameter out."""
+        challenge = base64.urlsafe_b64encode(hashlib.sha256(self.verifier.encode()).digest()).rstrip(b"=").decode()
+        fields: dict[str, str | None] = {
+            "response_type": "code", "client_id": self.client_id, "redirect_uri": self.redirect_uri,
+            "scope": self.scope, "state": self.state, "aud": self.portal.fhir_url, "code_challenge": challenge,
+            "code_challenge_method": "S256", **changed}
+        return f"{self.portal.url}/oauth/authorize?" + urlencode(
+            {name: value for name, value in fields.items() if value is not None})
+
+    def code(self, username: str = "daniel-adams", patient_id: str | None = None, **changed: Any) -> str:
+        """A code that a user approved."""
+        back = self.portal.approve(self.authorize_url(**changed), username=username, patient_id=patient_id)
+        return dict(parse_qsl(urlsplit(back).query))["code"]
+
+    def token_request(self, **form: str) -> Answer:
+        """A request of the token endpoint, with this app's authentication."""
+        if self.secret:
+            return ask(f"{self.portal.url}/oauth/token", form=form, basic=(self.client_id, self.secret))
+        return ask(f"{self.portal.url}/oauth/token", form={"client_id": self.client_id, **form})
+
+    def exchange(self, code: str, **changed: str) -> Answer:
+        """Tokens for a code."""
+        return self.token_request(**{"grant_type": "authorization_code", "code": code,
+                                     "redirect_uri": self.redirect_uri, "code_verifier": self.verifier, **changed})
+
+    def refresh(self, refresh_token: str, **changed: str) -> Answer:
+        """New tokens for a refresh token."""
+        return self.token_request(grant_type="refresh_token", refresh_token=refresh_token, **changed)
+
+    def tokens(self, **approved: Any) -> Any:
+        """The whole flow."""
+        return self.exchange(self.code(**approved)).json
+
+
+class PortalTest(unittest.TestCase):
+    """A class of tests has one server, reset before each test."""
+    settings: ClassVar[dict[str, Any]] = {}
+    portal: s4s.Server
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.portal = s4s.Server(**cls.settings).start()
+        cls.addClassCleanup(cls.portal.stop)
+
+    def setUp(self) -> None:
+        self.portal.reset()
+
+    def fhir(self, path: str, token: Any = None, **how: Any) -> Answer:
+        """A request of the FHIR API; `token` is a token response, or a token."""
+        value = token["access_token"] if isinstance(token, dict) else token or ""
+        return ask(f"{self.portal.fhir_url}/{path}", token=value, **how)
+
+    def post(self, path: str, data: Any, **how: Any) -> Answer:
+        """JSON to the portal."""
+        return ask(self.portal.url + path, data=data, **how)
+
+
+# ######################################################################## published vectors
 
 class PublishedVectors(unittest.TestCase):
     """Examples that the texts themselves give."""
@@ -27,6 +249,1264 @@ class PublishedVectors(unittest.TestCase):
         self.assertEqual(s4s.s256_challenge("dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"),
                          "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM")
 
+
+# ######################################################################## S4S, as documented
+
+class Registration(PortalTest):
+    """POST /oauth/register (RFC 7591), as S4S documented it."""
+
+    def test_an_app_gets_an_id_and_a_secret(self) -> None:
+        sent = {"client_name": "My App", "redirect_uris": ["https://app.example/cb"], "scope": "patient/*.read"}
+        got = self.post("/oauth/register", sent)
+        self.assertEqual(got.status, 201)
+        self.assertEqual({name: got.json[name] for name in sent}, sent)
+        self.assertRegex(got.json["client_id"], r"^[0-9a-f-]{36}$")
+        self.assertRegex(got.json["client_secret"], r"^[0-9a-f-]{36}$")
+        self.assertEqual(got.json["client_secret_expires_at"], 0)
+        self.assertEqual(got.headers["cache-control"], "no-store")
+
+    def test_the_name_of_an_app_without_one_is_its_id(self) -> None:
+        got = self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"]}).json
+        self.assertEqual(got["client_name"], got["client_id"])
+
+    def test_redirect_uris_that_would_run_or_lead_astray_are_refused(self) -> None:
+        for uri in ("javascript:alert(1)", "data:text/html,x", "/relative", "https://a.example/#fragment", "https://",
+                    "http://user@host/", "", 7, None, "file:///etc/passwd", "https://a b/", "https://a.example:0/"):
+            with self.subTest(uri=uri):
+                got = self.post("/oauth/register", {"redirect_uris": [uri]})
+                self.assertEqual(got.status, 400)
+                self.assertIn(got.json["error"], ("invalid_redirect_uri", "invalid_client_metadata"))
+
+    def test_a_private_use_scheme_is_fine(self) -> None:
+        got = self.post("/oauth/register", {"redirect_uris": ["com.example.app:/cb", "org.app://callback"]})
+        self.assertEqual(got.status, 201)
+
+    def test_at_least_one_redirect_uri_is_needed_for_the_code_flow(self) -> None:
+        self.assertEqual(self.post("/oauth/register", {"client_name": "x"}).json["error"], "invalid_redirect_uri")
+
+    def test_members_of_a_wrong_type_are_named(self) -> None:
+        for member, value in (("client_name", 5), ("scope", ["a"]), ("redirect_uris", "https://app.example/cb"),
+                              ("grant_types", "authorization_code"), ("token_endpoint_auth_method", 1)):
+            with self.subTest(member=member):
+                got = self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], member: value})
+                self.assertEqual(got.status, 400)
+                self.assertIn(member, got.json["error_description"])
+
+    def test_a_body_that_is_no_json_object_is_refused_in_words(self) -> None:
+        for body in (b"", b"{", b"[]", b"7", b"\xff", b'{"a": NaN}', b"[" * 100_000, b'{"a":' * 50_000):
+            with self.subTest(body=body[:20]):
+                got = ask(self.portal.url + "/oauth/register", body=body, headers={"Content-Type": "application/json"})
+                self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
+
+    def test_another_content_type_is_415(self) -> None:
+        self.assertEqual(ask(self.portal.url + "/oauth/register", form={"a": "b"}).status, 415)
+
+
+class DebugToken(PortalTest):
+    """POST /oauth/debug/token (S4S)."""
+
+    def token(self, **members: Any) -> Answer:
+        return self.post("/oauth/debug/token", {"client_id": "test-suite", "username": "daniel-adams", **members})
+
+    def test_a_token_opens_the_users_own_record(self) -> None:
+        got = self.token()
+        self.assertEqual(got.status, 200)
+        self.assertEqual({name: got.json[name] for name in ("token_type", "expires_in", "scope", "patient")}, {
+            "token_type": "Bearer", "expires_in": 3600, "scope": "launch/patient patient/*.read offline_access",
+            "patient": DANIEL})
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", got.json).json["id"], DANIEL)
+
+    def test_user_name_is_read_as_username(self) -> None:
+        got = self.post("/oauth/debug/token", {"client_id": "test-suite", "user_name": "joseph-ross"})
+        self.assertEqual(got.json["patient"], JOSEPH)
+
+    def test_a_daughters_record_can_be_asked_for(self) -> None:
+        self.assertEqual(self.token(patient_id=AMY).json["patient"], AMY)
+
+    def test_numbers_may_come_as_strings(self) -> None:
+        self.assertEqual(self.token(access_lifetime="60", approval_expires=str(time.time() + 99.5)).json["expires_in"], 60)
+
+    def test_a_token_may_be_born_expired(self) -> None:
+        for members in ({"access_lifetime": 0}, {"access_lifetime": -5}, {"approval_expires": 1_000_000_000}):
+            with self.subTest(members=members):
+                got = self.token(**members)
+                self.assertEqual((got.status, got.json["expires_in"]), (200, 0))
+                self.assertEqual(self.fhir(f"Patient/{DANIEL}", got.json).status, 401)
+
+    def test_wrong_input_is_a_400_that_names_it(self) -> None:
+        for member, value in (
+                ("client_id", "nobody"), ("username", "nobody"), ("patient_id", "nobody"), ("patient_id", JOSEPH),
+                ("access_lifetime", "soon"), ("access_lifetime", 1e308), ("access_lifetime", "nan"),
+                ("access_lifetime", True), ("approval_expires", "inf"), ("approval_expires", 1e15),
+                ("approval_expires", []), ("client_id", 5), ("username", None), ("scope", 7), ("scope", "nonsense"),
+                ("unknown", 1)):
+            with self.subTest(member=member, value=value):
+                got = self.token(**{member: value})
+                self.assertEqual(got.status, 400)
+                self.assertIn(member, got.json["error_description"])
+
+    def test_client_id_and_username_are_required(self) -> None:
+        for name in ("client_id", "username"):
+            members = {"client_id": "test-suite", "username": "daniel-adams"}
+            del members[name]
+            self.assertIn(name, self.post("/oauth/debug/token", members).json["error_description"])
+
+    def test_another_web_page_can_not_ask(self) -> None:
+        self.assertEqual(self.post("/oauth/debug/token", {}, headers={"Origin": "https://evil.example"}).status, 403)
+        self.assertEqual(ask(self.portal.url + "/oauth/debug/token", form={"client_id": "test-suite"}).status, 415)
+
+
+class DebugIntrospect(PortalTest):
+    """GET /oauth/debug/introspect (S4S)."""
+
+    def look(self, token: str) -> Any:
+        return ask(f"{self.portal.url}/oauth/debug/introspect/?token={token}").json
+
+    def test_an_access_token_and_its_refresh_token_show_the_same(self) -> None:
+        given = self.portal.issue_token(approval_expires=1527806923 + 10 ** 9)
+        seen = self.look(given["access_token"])
+        self.assertEqual(seen["approval_expires"], "Mon, 07 Feb 2050 00:35:23 GMT")
+        self.assertRegex(seen["access_expires"], r"^\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT$")
+        del seen["access_expires"], seen["approval_expires"]
+        self.assertEqual(seen, {
+            "access_token": given["access_token"], "refresh_token": given["refresh_token"], "active": True,
+            "client_id": "test-suite", "scope": given["scope"], "security_labels": [], "token_type": "Bearer",
+            "username": "daniel-adams"})
+        self.assertEqual(self.look(given["refresh_token"])["access_token"], given["access_token"])
+
+    def test_an_expired_token_keeps_its_members(self) -> None:
+        given = self.portal.issue_token()
+        self.portal.advance(3601)
+        self.assertEqual((self.look(given["access_token"])["active"], self.look(given["refresh_token"])["active"]),
+                         (False, True))
+
+    def test_an_unknown_token_is_just_inactive(self) -> None:
+        self.assertEqual(self.look("nothing"), {"active": False})
+
+    def test_the_token_parameter_is_required(self) -> None:
+        self.assertIn("token", ask(self.portal.url + "/oauth/debug/introspect").json["error_description"])
+
+
+# ######################################################################## the code flow, in a browser
+
+class CodeFlow(PortalTest):
+    """From the app's request to its tokens, through the pages."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app, self.browser = App(self.portal), Browser(self.portal)
+
+    def to_consent(self, patient_id: str = DANIEL) -> None:
+        self.browser.open(self.app.authorize_url())
+        self.browser.sign_in()
+        self.browser.submit(patient_id)
+
+    def test_sign_in_choose_approve_exchange_read(self) -> None:
+        self.assertEqual(self.browser.open(self.app.authorize_url()).status, 200)
+        self.assertIn("Sign in", self.browser.page.text)
+        self.browser.sign_in()
+        self.assertIn(f'data-patient-id="{AMY}"', self.browser.page.text)
+        self.browser.submit(AMY)
+        self.assertIn("Amy Shaw", self.browser.page.text)
+        back = self.browser.submit("authorize")
+        self.assertTrue(back.headers["location"].startswith("https://app.example/cb?own=1&"))
+        self.assertEqual((back.location["state"], back.location["iss"]), (self.app.state, self.portal.url))
+        tokens = self.app.exchange(back.location["code"])
+        self.assertEqual((tokens.status, tokens.json["patient"]), (200, AMY))
+        self.assertEqual(self.fhir(f"Patient/{AMY}", tokens.json).status, 200)
+
+    def test_the_app_learns_of_a_refusal(self) -> None:
+        self.to_consent()
+        back = self.browser.submit("deny")
+        self.assertEqual((back.location["error"], back.location["state"]), ("access_denied", self.app.state))
+
+    def test_only_the_categories_left_checked_are_shared(self) -> None:
+        self.to_consent()
+        back = self.browser.submit("authorize", without="security_labels", security_labels="medications")
+        tokens = self.app.exchange(back.location["code"]).json
+        self.assertEqual(self.fhir(f"MedicationRequest?patient={DANIEL}", tokens).status, 200)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 403)
+        self.assertNotIn("entry", self.fhir(f"Condition?patient={DANIEL}", tokens).json)
+
+    def test_at_least_one_category_is_needed(self) -> None:
+        self.to_consent()
+        self.assertEqual(self.browser.submit("authorize", without="security_labels").status, 400)
+
+    def test_the_end_date_bounds_every_token(self) -> None:
+        self.to_consent()
+        today = time.strftime("%Y-%m-%d", time.gmtime(self.portal.portal.clock.now()))
+        back = self.browser.submit("authorize", approval_expires=today)
+        tokens = self.app.exchange(back.location["code"]).json
+        self.portal.advance(86400)
+        self.assertEqual(self.app.refresh(tokens["refresh_token"]).json["error"], "invalid_grant")
+
+    def test_an_end_date_in_the_past_or_too_far_is_refused(self) -> None:
+        self.to_consent()
+        for date in ("2020-01-01", "2999-01-01", "tomorrow", ""):
+            with self.subTest(date=date):
+                self.assertEqual(self.browser.submit("authorize", approval_expires=date).status, 400)
+                self.browser.open(self.app.authorize_url())
+                self.browser.submit(DANIEL)
+
+    def test_a_record_that_is_not_the_users_is_refused(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        self.browser.sign_in()
+        self.assertEqual(self.browser.submit(DANIEL, patient_id=JOSEPH).status, 400)  # given twice
+        page = self.browser.open(self.browser.url.partition("?")[0], "POST", [("patient_id", JOSEPH)])
+        self.assertEqual(page.status, 403)
+
+    def test_a_wrong_password_signs_nobody_in(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        page = self.browser.sign_in(password="guess")
+        self.assertEqual(page.status, 401)
+        self.assertIn("do not match", page.text)
+
+    def test_a_form_without_its_token_is_refused(self) -> None:
+        self.to_consent()
+        self.assertEqual(self.browser.submit("authorize", form_token="forged").status, 403)
+
+    def test_a_request_is_answered_once(self) -> None:
+        self.to_consent()
+        page, url = self.browser.page, self.browser.url
+        self.browser.submit("authorize")
+        self.browser.page, self.browser.url = page, url
+        self.assertEqual(self.browser.submit("authorize").status, 400)
+
+    def test_the_session_gets_a_new_id_at_sign_in(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        before = dict(self.browser.cookies)
+        self.browser.sign_in()
+        self.assertNotEqual(before, self.browser.cookies)
+
+    def test_old_automation_finds_its_ids_and_attributes(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        for needle in ('id="username"', 'id="password"', 'id="sign-in"', 'value="daniel-adams"',
+                       'value="demo-password"'):
+            self.assertIn(needle, self.browser.page.text)
+        self.browser.sign_in()
+        self.browser.submit(DANIEL)
+        text = self.browser.page.text
+        self.assertEqual(text.count('data-slide="next"'), 2)
+        self.assertIn('id="consent-carousel"', text)
+        form = Form(text)
+        confirms = [one for one in form.inputs if one.get("rel") == "confirm"]
+        self.assertTrue(confirms)
+        for box in confirms:
+            self.assertEqual((box["class"], box["type"], "required" in box, "value" in box),
+                             ("glyphbox", "checkbox", True, False))
+        labels = [one["value"] for one in form.inputs if one.get("name") == "security_labels"]
+        self.assertIn("vital-signs", labels)
+        self.assertLess(text.index("glyphbox"), text.index("security_labels"))
+        until = next(one for one in form.inputs if one.get("name") == "approval_expires")
+        self.assertTrue(until["type"] == "date" and until["min"] < until["value"] < until["max"])
+        refusals = [one for one in form.buttons if one.get("class") == "btn-default"]
+        self.assertTrue(refusals and all("formnovalidate" in one for one in refusals))
+        self.assertIn("authorize", [one.get("id") for one in form.buttons])
+
+
+class AuthorizationEndpoint(PortalTest):
+    """What is wrong with a request is said before anybody signs in."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal)
+
+    def test_an_unknown_client_or_redirect_uri_is_a_page_and_no_redirect(self) -> None:
+        for changed in ({"client_id": "nobody"}, {"client_id": None}, {"redirect_uri": "https://evil.example/"},
+                        {"redirect_uri": None}, {"redirect_uri": self.app.redirect_uri + "/x"}):
+            with self.subTest(changed=changed):
+                got = ask(self.app.authorize_url(**changed))
+                self.assertEqual(got.status, 400)
+                self.assertNotIn("location", got.headers)
+
+    def test_everything_else_goes_to_the_redirect_uri_with_the_state(self) -> None:
+        for error, changed in (
+                ("unsupported_response_type", {"response_type": "token"}), ("invalid_request", {"response_type": None}),
+                ("invalid_request", {"scope": None}), ("invalid_scope", {"scope": "nonsense"}),
+                ("invalid_request", {"aud": "https://other.example/fhir"}),
+                ("invalid_request", {"code_challenge_method": "plain"}),
+                ("invalid_request", {"code_challenge_method": None}), ("invalid_request", {"code_challenge": "short"})):
+            with self.subTest(changed=changed):
+                got = ask(self.app.authorize_url(**changed))
+                self.assertEqual((got.status, got.location["error"]), (303, error))
+                self.assertEqual(got.location["state"], self.app.state)
+
+    def test_a_request_without_state_is_refused(self) -> None:
+        self.assertEqual(ask(self.app.authorize_url(state=None)).location["error"], "invalid_request")
+
+    def test_a_parameter_given_twice_is_refused(self) -> None:
+        got = ask(self.app.authorize_url() + "&scope=patient/*.rs")
+        self.assertEqual(got.location["error"], "invalid_request")
+
+    def test_a_public_client_must_send_a_challenge(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="none")
+        got = ask(app.authorize_url(code_challenge=None, code_challenge_method=None))
+        self.assertEqual(got.location["error"], "invalid_request")
+
+    def test_the_request_may_come_as_a_form(self) -> None:
+        url, _, query = self.app.authorize_url().partition("?")
+        self.assertIn("/oauth/consent", ask(url, form=parse_qsl(query)).headers["location"])
+
+    def test_the_apps_redirect_uri_is_never_unencoded_in_the_portals_addresses(self) -> None:
+        self.assertNotIn("app.example", ask(self.app.authorize_url()).headers["location"])
+
+
+class TokenEndpoint(PortalTest):
+    """POST /oauth/token (RFC 6749)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal)
+
+    def test_the_answer_is_not_cached_and_says_what_was_granted(self) -> None:
+        got = self.app.exchange(self.app.code())
+        self.assertEqual((got.headers["cache-control"], got.headers["pragma"]), ("no-store", "no-cache"))
+        self.assertEqual((got.json["token_type"], got.json["expires_in"], got.json["scope"]),
+                         ("Bearer", 3600, self.app.scope))
+
+    def test_a_code_works_once_even_in_a_race_of_16(self) -> None:
+        code, answers = self.app.code(), []  # type: str, list[int]
+        gate = threading.Barrier(16)
+
+        def run() -> None:
+            gate.wait()
+            answers.append(self.app.exchange(code).status)
+        threads = [threading.Thread(target=run) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(answers), [200] + [400] * 15)
+
+    def test_a_code_used_again_ends_what_it_gave(self) -> None:
+        code = self.app.code()
+        tokens = self.app.exchange(code).json
+        self.assertEqual(self.app.exchange(code).json["error"], "invalid_grant")
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
+
+    def test_a_code_lasts_a_minute(self) -> None:
+        code = self.app.code()
+        self.portal.advance(61)
+        self.assertEqual(self.app.exchange(code).json["error"], "invalid_grant")
+
+    def test_a_failed_exchange_uses_nothing_up(self) -> None:
+        code = self.app.code()
+        for changed in ({"code_verifier": "x" * 43}, {"redirect_uri": "https://app.example/other"},
+                        {"code_verifier": ""}, {"redirect_uri": ""}):
+            self.assertEqual(self.app.exchange(code, **changed).json["error"], "invalid_grant")
+        self.assertEqual(App(self.portal).exchange(code).json["error"], "invalid_grant")
+        self.assertEqual(self.app.exchange(code).status, 200)
+
+    def test_a_client_authenticates_by_basic_or_post_and_never_both(self) -> None:
+        form = {"grant_type": "authorization_code", "redirect_uri": self.app.redirect_uri,
+                "code_verifier": self.app.verifier}
+        url, secret = self.portal.url + "/oauth/token", self.app.secret
+        posted = {"client_id": self.app.client_id, "client_secret": secret}
+        self.assertEqual(ask(url, form={**form, **posted, "code": self.app.code()}).status, 200)
+        both = ask(url, form={**form, **posted, "code": self.app.code()}, basic=(self.app.client_id, secret))
+        self.assertEqual((both.status, both.json["error"]), (400, "invalid_request"))
+        wrong = ask(url, form={**form, "code": self.app.code()}, basic=(self.app.client_id, "guess"))
+        self.assertEqual((wrong.status, wrong.json["error"]), (401, "invalid_client"))
+        self.assertTrue(wrong.headers["www-authenticate"].startswith("Basic"))
+
+    def test_a_public_client_says_its_name_only(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="none")
+        tokens = app.exchange(app.code())
+        self.assertEqual(tokens.status, 200)
+        got = ask(self.portal.url + "/oauth/token",
+                  form={"grant_type": "refresh_token", "refresh_token": tokens.json["refresh_token"]})
+        self.assertEqual(got.status, 200, "a public client's refresh may leave out client_id")
+
+    def test_refresh_tokens_rotate_and_earlier_access_tokens_live_on(self) -> None:
+        first = self.app.tokens()
+        second = self.app.refresh(first["refresh_token"]).json
+        self.assertNotEqual(first["refresh_token"], second["refresh_token"])
+        self.assertEqual(second["patient"], DANIEL)
+        for tokens in (first, second):
+            self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 200)
+
+    def test_a_refresh_token_used_twice_ends_the_authorization(self) -> None:
+        first = self.app.tokens()
+        second = self.app.refresh(first["refresh_token"]).json
+        self.assertEqual(self.app.refresh(first["refresh_token"]).json["error"], "invalid_grant")
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", second).status, 401)
+        self.assertEqual(self.app.refresh(second["refresh_token"]).json["error"], "invalid_grant")
+
+    def test_without_offline_access_there_is_no_refresh_token(self) -> None:
+        self.assertNotIn("refresh_token", self.app.tokens(scope="launch/patient patient/*.rs"))
+
+    def test_a_refresh_may_narrow_the_scope_and_never_widen_it(self) -> None:
+        tokens = self.app.tokens()
+        self.assertEqual(self.app.refresh(tokens["refresh_token"], scope="user/*.rs").json["error"], "invalid_scope")
+        got = self.app.refresh(tokens["refresh_token"], scope="patient/Observation.rs").json
+        self.assertEqual(got["scope"], "patient/Observation.rs")
+        self.assertEqual(self.app.refresh(got["refresh_token"]).json["scope"], self.app.scope)
+
+    def test_what_is_wrong_is_said_with_the_rfcs_code(self) -> None:
+        for error, form in (("unsupported_grant_type", {"grant_type": "not_a_grant_type"}),
+                            ("invalid_request", {}), ("invalid_request", {"grant_type": "refresh_token"}),
+                            ("invalid_grant", {"grant_type": "refresh_token", "refresh_token": "nothing"})):
+            with self.subTest(form=form):
+                got = self.app.token_request(**form)
+                self.assertEqual((got.status, got.json["error"]), (400, error))
+                self.assertEqual(got.headers["cache-control"], "no-store")
+
+    def test_get_is_405_and_json_415(self) -> None:
+        got = ask(self.portal.url + "/oauth/token")
+        self.assertEqual((got.status, "POST" in got.headers["allow"]), (405, True))
+        self.assertEqual(self.post("/oauth/token", {"grant_type": "refresh_token"}).status, 415)
+
+
+class AppsPage(PortalTest):
+    """GET /apps and stopping to share (S4S)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app, self.browser = App(self.portal), Browser(self.portal)
+        self.browser.open(self.portal.url + "/apps")
+        self.browser.sign_in()
+
+    def test_stopping_ends_the_apps_authorizations_for_that_patient_alone(self) -> None:
+        first, second = self.app.tokens(), self.app.tokens()
+        daughters, others = self.app.tokens(patient_id=AMY), App(self.portal).tokens()
+        page = self.browser.open(self.portal.url + "/apps")
+        self.assertEqual(page.text.count(f'rel="{self.app.client_id}"'), 2)  # a row for each patient
+        rows = page.text.split("<tr rel=")[1:]
+        daniels = next(place for place, row in enumerate(rows) if self.app.client_id in row and "Daniel Adams" in row)
+        self.browser.submit("Stop sharing", form=daniels)
+        self.assertIn('class="modal in"', self.browser.page.text)
+        self.browser.submit("Stop sharing")
+        for tokens, status in ((first, 401), (second, 401), (daughters, 200), (others, 200)):
+            self.assertEqual(self.fhir(f"Patient/{tokens['patient']}", tokens).status, status)
+
+    def test_anybody_elses_authorization_is_not_found(self) -> None:
+        self.app.tokens(username="joseph-ross")
+        self.browser.open(self.portal.url + "/apps")
+        self.assertEqual(self.browser.submit("Sign out", form=0).status, 200)
+        self.browser.open(self.portal.url + "/apps")
+        self.browser.sign_in()
+        grant = self.portal.portal.state.row("SELECT grant_id FROM grants WHERE username = 'joseph-ross'")
+        assert grant
+        token = dict(Form(self.browser.page.text).fields)["form_token"]
+        got = self.browser.open(f"{self.portal.url}/revoke/{grant['grant_id']}", "POST", [("form_token", token)])
+        self.assertEqual(got.status, 404)
+
+
+class Introspection(PortalTest):
+    """POST /oauth/introspect (RFC 7662) and /oauth/revoke (RFC 7009)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal)
+        self.given = self.app.tokens()
+
+    def look(self, about: str, **how: Any) -> Answer:
+        how = how or {"basic": (self.app.client_id, self.app.secret)}
+        return ask(self.portal.url + "/oauth/introspect", form={"token": about}, **how)
+
+    def test_it_says_what_the_token_response_said(self) -> None:
+        seen = self.look(self.given["access_token"]).json
+        self.assertEqual((seen["active"], seen["scope"], seen["patient"], seen["client_id"], seen["token_type"]),
+                         (True, self.given["scope"], DANIEL, self.app.client_id, "Bearer"))
+
+    def test_an_unknown_or_expired_token_is_inactive_and_nothing_else(self) -> None:
+        self.assertEqual(self.look("nothing").json, {"active": False})
+        self.portal.advance(3601)
+        self.assertEqual(self.look(self.given["access_token"]).json, {"active": False})
+
+    def test_a_refresh_token_is_active_and_its_value_is_not_repeated(self) -> None:
+        got = self.look(self.given["refresh_token"])
+        self.assertTrue(got.json["active"])
+        self.assertNotIn(self.given["refresh_token"], got.text)
+
+    def test_a_stranger_is_refused(self) -> None:
+        got = ask(self.portal.url + "/oauth/introspect", form={"token": self.given["access_token"]})
+        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+
+    def test_a_token_may_ask_about_its_own_authorization(self) -> None:
+        value = self.given["access_token"]
+        self.assertTrue(self.look(value, token=value).json["active"])
+        other = self.app.tokens()["access_token"]
+        self.assertEqual(self.look(other, token=value).status, 401)
+
+    def test_revoking_an_access_token_ends_it_alone(self) -> None:
+        got = self.app.refresh(self.given["refresh_token"]).json
+        self.revoke(got["access_token"])
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", got).status, 401)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 200)
+
+    def test_revoking_a_refresh_token_ends_the_authorization(self) -> None:
+        self.revoke(self.given["refresh_token"])
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 401)
+
+    def test_revoking_what_is_unknown_is_fine_and_anothers_token_stays(self) -> None:
+        self.revoke("nothing")
+        other = App(self.portal)
+        ask(self.portal.url + "/oauth/revoke", form={"token": self.given["access_token"]},
+            basic=(other.client_id, other.secret))
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 200)
+
+    def revoke(self, token: str) -> None:
+        got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=(self.app.client_id, self.app.secret))
+        self.assertEqual(got.status, 200)
+
+
+# ######################################################################## the record
+
+class FhirApi(PortalTest):
+    """/api/fhir: one patient, and nothing else."""
+
+    def test_without_a_token_it_is_401_without_an_error_code(self) -> None:
+        got = self.fhir(f"Patient/{DANIEL}")
+        self.assertEqual((got.status, got.headers["www-authenticate"]), (401, 'Bearer realm="s4s"'))
+        self.assertEqual(got.json["resourceType"], "OperationOutcome")
+
+    def test_a_bad_token_is_401_invalid_token(self) -> None:
+        got = self.fhir(f"Patient/{DANIEL}", "nonsense")
+        self.assertEqual(got.status, 401)
+        self.assertIn('error="invalid_token"', got.headers["www-authenticate"])
+
+    def test_too_small_a_scope_is_403_insufficient_scope(self) -> None:
+        token = self.portal.issue_token(scope="patient/Observation.rs")
+        got = self.fhir(f"Condition?patient={DANIEL}", token)
+        self.assertEqual(got.status, 403)
+        self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
+
+    def test_another_patients_resources_are_403(self) -> None:
+        token = self.portal.issue_token(scope="patient/*.rs")
+        for path in (f"Patient/{AMY}", "Condition/smart-Condition-119", f"Condition?patient={AMY}",
+                     f"Condition?patient={DANIEL},{AMY}", f"Observation?subject=Patient/{AMY}", f"Patient?_id={AMY}"):
+            with self.subTest(path=path):
+                self.assertEqual(self.fhir(path, token).status, 403)
+
+    def test_a_search_finds_the_tokens_patient_only(self) -> None:
+        token = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
+        found = self.fhir("Condition?_count=100", token).json["entry"]
+        self.assertEqual({entry["resource"]["subject"]["reference"] for entry in found}, {f"Patient/{AMY}"})
+
+    def test_letters_of_a_v2_scope_count(self) -> None:
+        only_read = self.portal.issue_token(scope="patient/Condition.r")
+        self.assertEqual(self.fhir("Condition/smart-Condition-14", only_read).status, 200)
+        self.assertEqual(self.fhir(f"Condition?patient={DANIEL}", only_read).status, 403)
+        only_search = self.portal.issue_token(scope="patient/Condition.s")
+        self.assertEqual(self.fhir("Condition/smart-Condition-14", only_search).status, 403)
+        self.assertEqual(self.fhir(f"Condition?patient={DANIEL}", only_search).status, 200)
+
+    def test_writing_is_refused_before_the_body_is_judged(self) -> None:
+        token = self.portal.issue_token()
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            with self.subTest(method=method):
+                self.assertEqual(self.fhir("Patient/x", method=method, body=b"{").status, 401)
+                self.assertEqual(self.fhir("Patient/x", token, method=method, body=b"{").status, 403)
+
+    def test_pages_lead_from_the_first_entry_to_the_last(self) -> None:
+        token, url, seen = self.portal.issue_token(), f"Observation?category=laboratory&patient={DANIEL}", []
+        while url:
+            bundle = self.fhir(url, token).json
+            seen += [entry["resource"]["id"] for entry in bundle["entry"]]
+            url = next((link["url"][len(self.portal.fhir_url) + 1:] for link in bundle["link"]
+                        if link["relation"] == "next"), "")
+        self.assertGreater(len(seen), 20)
+        self.assertEqual((len(seen), len(set(seen))), (bundle["total"], bundle["total"]))
+
+    def test_post_search_is_the_same_search(self) -> None:
+        token = self.portal.issue_token()
+        got = self.fhir("Condition/_search", token, form={"patient": DANIEL, "code": "http://snomed.info/sct|48167000"})
+        self.assertEqual([entry["resource"]["id"] for entry in got.json["entry"]], ["smart-Condition-14"])
+
+    def test_an_unknown_parameter_is_named(self) -> None:
+        got = self.fhir("Condition?colour=red", self.portal.issue_token())
+        self.assertEqual(got.status, 400)
+        self.assertIn("colour", got.json["issue"][0]["diagnostics"])
+
+    def test_open_access_shows_everybodys_and_takes_no_writing(self) -> None:
+        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient?_count=50").json["total"], 3)
+        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient", data={}).status, 405)
+
+    def test_me_tells_of_the_clients_tokens_but_not_their_values(self) -> None:
+        given = self.portal.issue_token()
+        got = ask(self.portal.url + "/api/me", token=given["access_token"])
+        self.assertEqual((got.json["client_id"], got.json["tokens"][0]["patient"]), ("test-suite", DANIEL))
+        self.assertNotIn(given["access_token"], got.text)
+
+    def test_a_head_request_has_the_headers_of_get_and_no_body(self) -> None:
+        token = self.portal.issue_token()
+        got, head = self.fhir(f"Patient/{DANIEL}", token), self.fhir(f"Patient/{DANIEL}", token, method="HEAD")
+        self.assertEqual((head.status, head.body), (200, b""))
+        self.assertEqual(head.headers["content-length"], got.headers["content-length"])
+
+
+# ######################################################################## the fixture
+
+class Fixture(PortalTest):
+    """s4s_proxy.Server, as tests use it."""
+
+    def test_advance_moves_every_expiry(self) -> None:
+        token = self.portal.issue_token()
+        self.portal.advance(3599)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", token).status, 200)
+        self.portal.advance(1.5)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", token).status, 401)
+
+    def test_reset_leaves_nothing_of_what_was_made(self) -> None:
+        client, token = self.portal.register_client(redirect_uris=["https://a.example/"]), self.portal.issue_token()
+        now = self.portal.advance(10_000)
+        self.portal.reset()
+        self.assertLess(self.portal.portal.clock.now(), now)
+        self.assertEqual(self.portal.requests, [])
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", token).status, 401)
+        self.assertIsNone(self.portal.portal.client(client["client_id"]))
+
+    def test_a_refused_control_says_why(self) -> None:
+        with self.assertRaises(s4s.PortalError) as caught:
+            self.portal.issue_token(username="nobody")
+        self.assertEqual((caught.exception.status, caught.exception.error), (400, "invalid_request"))
+        self.assertIn("nobody", caught.exception.description)
+
+    def test_approve_gives_the_redirect_errors_too(self) -> None:
+        app = App(self.portal)
+        self.assertIn("error=invalid_scope", self.portal.approve(app.authorize_url(scope="x"), "daniel-adams"))
+        self.assertIn("error=access_denied", self.portal.approve(app.authorize_url(), "daniel-adams", deny=True))
+
+    def test_approve_raises_where_a_browser_would_be_left_on_a_page(self) -> None:
+        app = App(self.portal)
+        hows: tuple[dict[str, Any], ...] = (
+            {"url": app.authorize_url(client_id="nobody")}, {"patient_id": JOSEPH}, {"username": "nobody"},
+            {"security_labels": ["nonsense"]}, {"security_labels": []}, {"approval_expires": "never"},
+            {"url": "https://elsewhere.example/oauth/authorize"}, {"url": self.portal.url + "/login"})
+        for how in hows:
+            with self.subTest(how=how), self.assertRaises(s4s.PortalError):
+                self.portal.approve(**{"url": app.authorize_url(), "username": "daniel-adams", **how})
+
+    def test_fail_makes_the_next_request_fail(self) -> None:
+        app = App(self.portal)
+        code = app.code()
+        self.portal.fail("token", error="invalid_grant")
+        self.assertEqual(app.exchange(code).json["error"], "invalid_grant")
+        self.assertEqual(app.exchange(code).status, 200)
+
+    def test_faults_queue_and_some_last(self) -> None:
+        self.portal.fail("metadata", status=503, retry_after=7)
+        self.portal.fail("metadata", status=500, times=None)
+        first = self.fhir("metadata")
+        self.assertEqual((first.status, first.headers["retry-after"]), (503, "7"))
+        self.assertEqual([self.fhir("metadata").status for _ in range(3)], [500] * 3)
+        self.portal.reset()
+        self.assertEqual(self.fhir("metadata").status, 200)
+
+    def test_a_dropped_connection_has_no_answer(self) -> None:
+        self.portal.fail("discovery", drop=True)
+        with self.assertRaises((http.client.HTTPException, OSError)):
+            ask(f"{self.portal.fhir_url}/.well-known/smart-configuration")
+
+    def test_an_authorization_error_travels_to_the_app(self) -> None:
+        app = App(self.portal)
+        self.portal.fail("authorize", error="temporarily_unavailable")
+        self.assertIn("error=temporarily_unavailable", self.portal.approve(app.authorize_url(), "daniel-adams"))
+
+    def test_requests_show_what_the_app_sent_and_repr_hides_secrets(self) -> None:
+        app = App(self.portal)
+        app.tokens()
+        seen = self.portal.requests[-1]
+        self.assertEqual((seen.method, seen.path, seen.status, seen.client_id),
+                         ("POST", "/oauth/token", 200, app.client_id))
+        self.assertIn(app.verifier, seen.body)
+        self.assertNotIn(app.verifier, repr(seen))
+        self.assertNotIn(seen.headers["authorization"], repr(seen))
+        self.assertIn("authorization_code", repr(seen))
+        self.assertNotIn(app.verifier, ask(self.portal.url + "/oauth/debug/requests").text)
+
+    def test_two_servers_know_nothing_of_each_other(self) -> None:
+        with s4s.Server() as other:
+            token = other.issue_token()["access_token"]
+            self.assertEqual(self.fhir(f"Patient/{DANIEL}", token).status, 401)
+
+    def test_stop_leaves_nothing_and_is_safe_twice(self) -> None:
+        before = threading.active_count()
+        server = s4s.Server().start()
+        ask(server.url + "/health")
+        server.stop()
+        server.stop()
+        self.assertEqual(threading.active_count(), before)
+        with self.assertRaises(OSError):
+            ask(server.url + "/health")
+
+    def test_a_server_can_be_started_again(self) -> None:
+        server = s4s.Server()
+        for _ in range(2):
+            with server:
+                self.assertEqual(ask(server.url + "/health").status, 200)
+
+    def test_state_outlives_a_server_with_a_file(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "state.db")
+            with s4s.Server(db=path) as server:
+                token = server.issue_token()["access_token"]
+            with s4s.Server(db=path) as server:
+                self.assertEqual(ask(f"{server.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
+
+
+class Drift(PortalTest):
+    """Each control has two doors; they must not drift apart."""
+
+    def test_methods_and_http_take_the_same_names_and_defaults(self) -> None:
+        for name, function in s4s.CONTROLS.items():
+            with self.subTest(control=name):
+                method = getattr(s4s.Server, name)
+                code = method.__code__
+                names = code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]
+                self.assertEqual(sorted(names), sorted(s4s.parameters_of(function)))
+                defaults = dict(zip(names[len(names) - len(method.__defaults__ or ()):], method.__defaults__ or ()))
+                defaults.update(method.__kwdefaults__ or {})
+                if name == "issue_token":  # the one difference: see the contract of the two doors
+                    self.assertEqual((defaults.pop("client_id"), defaults.pop("username")),
+                                     ("test-suite", "daniel-adams"))
+                self.assertEqual(defaults, function.__kwdefaults__ or {})
+
+    def test_every_setting_is_an_option_and_a_keyword(self) -> None:
+        options = {action.dest for action in s4s.build_parser()._actions} - {"help", "version"}
+        self.assertEqual(options, {one.name for one in dataclasses.fields(s4s.Settings)})
+
+
+# ######################################################################## HTTP
+
+class Sockets(PortalTest):
+    """What comes over a raw socket."""
+
+    def send(self, data: bytes) -> bytes:
+        """Send bytes, read until the server closes."""
+        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
+            connection.sendall(data)
+            answer = b""
+            while True:
+                more = connection.recv(65536)
+                answer += more
+                if not more:
+                    return answer
+
+    def status(self, data: bytes) -> int:
+        return int(self.send(data).split(b" ", 2)[1])
+
+    def host(self) -> bytes:
+        return f"Host: {self.portal.host}:{self.portal.port}\r\n".encode()
+
+    def test_malformed_requests_are_refused_and_closed(self) -> None:
+        for status, data in (
+                (400, b"nonsense\r\n\r\n"), (505, b"GET / HTTP/2.0\r\n\r\n"), (400, b"GET / HTTP/1.1\r\n\r\n"),
+                (400, b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), (400, b"GET / HTTP/1.1\r\nHost : a\r\n\r\n"),
+                (400, b"GET / HTTP/1.1\r\nHost: a\r\n folded: b\r\n\r\n"),
+                (421, b"GET http://other.example/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"), (431, b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000),
+                (414, b"GET /" + b"x" * 70_000), (400, b"GET relative HTTP/1.1\r\nHost: a\r\n\r\n"),
+                (400, b"GET / HTTP/1.1\r\nHost: a\x00b\r\n\r\n"), (400, b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n"),
+                (421, b"GET / HTTP/1.1\r\nHost: rebound.example\r\nConnection: close\r\n\r\n")):
+            with self.subTest(data=data[:60]):
+                self.assertEqual(self.status(data), status)
+
+    def test_both_framings_at_once_are_refused(self) -> None:
+        self.assertEqual(self.status(b"POST /oauth/token HTTP/1.1\r\n" + self.host() + b"Content-Length: 3\r\n"
+                                     b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"), 400)
+
+    def test_a_chunked_body_is_understood(self) -> None:
+        got = self.send(b"POST /oauth/token HTTP/1.1\r\n" + self.host() + b"Connection: close\r\nTransfer-Encoding: "
+                        b"chunked\r\nContent-Type: application/x-www-form-urlencoded\r\n\r\n"
+                        b"c;x=y\r\ngrant_type=n\r\n3\r\none\r\n0\r\n\r\n")
+        self.assertIn(b"unsupported_grant_type", got)
+
+    def test_a_body_over_the_limit_is_413_and_closed(self) -> None:
+        self.assertEqual(self.status(b"POST /oauth/token HTTP/1.1\r\n" + self.host()
+                                     + b"Content-Length: 1048577\r\n\r\n"), 413)
+
+    def test_a_body_is_read_even_when_nobody_wants_it(self) -> None:
+        got = self.send(b"POST /nothing HTTP/1.1\r\n" + self.host() + b"Content-Length: 5\r\n\r\nhello"
+                        b"GET /health HTTP/1.1\r\n" + self.host() + b"Connection: close\r\n\r\n")
+        self.assertIn(b"404 Not Found", got)
+        self.assertIn(b'"status": "ok"', got)
+
+    def test_expect_100_continue_is_answered(self) -> None:
+        got = self.send(b"POST /oauth/token HTTP/1.1\r\n" + self.host() + b"Expect: 100-continue\r\nConnection: close"
+                        b"\r\nContent-Length: 4\r\n\r\na=bc")
+        self.assertTrue(got.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 415"))
+
+    def test_an_absolute_request_target_is_served(self) -> None:
+        self.assertEqual(self.status(f"GET {self.portal.url}/health HTTP/1.1\r\nHost: x\r\nConnection: close"
+                                     "\r\n\r\n".encode()), 200)
+
+
+class Bugs(PortalTest):
+    """A bug of ours is a 500 in words, and its log shows no value."""
+
+    def test_the_log_names_the_place_and_no_secret(self) -> None:
+        lines: list[str] = []
+
+        def broken(portal: s4s.Portal, request: s4s.Request) -> s4s.Response:
+            raise RuntimeError("the secret is demo-secret-s4s")
+        route = s4s._EXACT["/oauth/token"]
+        s4s._EXACT["/oauth/token"] = route._replace(endpoint=broken)
+        self.addCleanup(s4s._EXACT.__setitem__, "/oauth/token", route)
+        self.portal.portal.log = lines.append
+        got = ask(self.portal.url + "/oauth/token", form={"a": "b"})
+        self.assertEqual((got.status, got.json["error"]), (500, "server_error"))
+        self.assertIn("RuntimeError", lines[0])
+        self.assertNotIn("demo-secret-s4s", lines[0])
+
+
+# ######################################################################## the command line
+
+class CommandLine(unittest.TestCase):
+    """python s4s_proxy.py"""
+
+    def run_main(self, *argv: str) -> tuple[int, str, str]:
+        """Run main in this thread; give exit status, standard output, standard error."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = s4s.main(argv)
+            except SystemExit as exit_:
+                status = int(exit_.code or 0)
+        return status, out.getvalue(), err.getvalue()
+
+    def test_the_first_line_is_the_address_and_sigint_ends_it_well(self) -> None:
+        heard: list[Answer] = []
+
+        class Out(io.StringIO):
+            def write(self, text: str) -> int:
+                if text.startswith("http"):
+                    heard.append(ask(text + "/health"))
+                    signal.raise_signal(signal.SIGINT)
+                return super().write(text)
+        out, err = Out(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            self.assertEqual(s4s.main(["--port", "0"]), 0)
+        self.assertEqual(heard[0].json["status"], "ok")
+        self.assertRegex(out.getvalue(), r"^http://127\.0\.0\.1:\d+\n$")
+        for needle in ("daniel-adams", "demo-password", "open-fhir", "FOR TESTING ONLY", "GET /health 200"):
+            self.assertIn(needle, err.getvalue())
+
+    def test_as_a_process_of_its_own(self) -> None:
+        process = subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        with process:
+            try:
+                assert process.stdout
+                url = process.stdout.readline().strip()
+                self.assertEqual(ask(url + "/health").status, 200)
+            finally:
+                process.terminate()
+            self.assertEqual(process.wait(10), 0 if os.name == "posix" else 1)
+
+    def test_a_bad_option_is_exit_status_2(self) -> None:
+        self.assertEqual(self.run_main("--nonsense")[0], 2)
+
+    def test_a_start_that_fails_is_one_line_and_exit_status_1(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            status, out, err = self.run_main("--port", str(taken.getsockname()[1]))
+        self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+        for argv in (["--client", "nonsense"], ["--base-url", "nonsense"], ["--db", "/nonexistent/x.db"],
+                     ["--certfile", "/nonexistent"], ["--client", "a=javascript:x"], ["--port", "99999"]):
+            with self.subTest(argv=argv):
+                status, out, err = self.run_main("--port", "0", *argv)
+                self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+
+    def test_version(self) -> None:
+        self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
+
+
+# ######################################################################## sample records
+
+# What each version asks for, or S4S's apps do: type, element, and what it is in DSTU2, STU3 and R4 (None: it is not
+# there). A dotted path takes the first of a list.
+ELEMENTS: tuple[tuple[str, str, Any, Any, Any], ...] = (
+    ("AllergyIntolerance", "patient", dict, dict, dict),
+    ("AllergyIntolerance", "substance", dict, None, None),
+    ("AllergyIntolerance", "code", None, dict, dict),
+    ("AllergyIntolerance", "status", str, None, None),
+    ("AllergyIntolerance", "clinicalStatus", None, str, dict),
+    ("AllergyIntolerance", "verificationStatus", None, str, dict),
+    ("AllergyIntolerance", "recordedDate", str, None, str),
+    ("AllergyIntolerance", "assertedDate", None, str, None),
+    ("Binary", "contentType", str, str, str),
+    ("Binary", "content", str, str, None),
+    ("Binary", "data", None, None, str),
+    ("Binary", "securityContext", None, dict, dict),
+    ("Condition", "patient", dict, None, None),
+    ("Condition", "subject", None, dict, dict),
+    ("Condition", "code", dict, dict, dict),
+    ("Condition", "category", dict, list, list),
+    ("Condition", "clinicalStatus", str, str, dict),
+    ("Condition", "verificationStatus", str, str, dict),
+    ("Condition", "onsetDateTime", str, str, str),
+    ("Condition", "dateRecorded", str, None, None),
+    ("Coverage", "status", None, str, str),
+    ("Coverage", "beneficiary", None, dict, dict),
+    ("Coverage", "payor", None, list, list),
+    ("Coverage", "type", None, dict, dict),
+    ("Coverage", "period", None, dict, dict),
+    ("Coverage", "class", None, None, list),
+    ("DiagnosticReport", "status", str, str, str),
+    ("DiagnosticReport", "category", dict, dict, list),
+    ("DiagnosticReport", "code", dict, dict, dict),
+    ("DiagnosticReport", "subject", dict, dict, dict),
+    ("DiagnosticReport", "effectiveDateTime", str, str, str),
+    ("DiagnosticReport", "issued", str, str, str),
+    ("DiagnosticReport", "performer", dict, list, list),
+    ("DiagnosticReport", "result.reference", str, str, str),
+    ("DocumentReference", "masterIdentifier", dict, dict, dict),
+    ("DocumentReference", "identifier", list, list, list),
+    ("DocumentReference", "subject", dict, dict, dict),
+    ("DocumentReference", "status", str, str, str),
+    ("DocumentReference", "type", dict, dict, dict),
+    ("DocumentReference", "category", None, None, list),
+    ("DocumentReference", "date", None, None, str),
+    ("DocumentReference", "indexed", str, str, None),
+    ("DocumentReference", "created", str, str, None),
+    ("DocumentReference", "context.encounter", dict, dict, list),
+    ("DocumentReference", "content.format", list, dict, dict),
+    ("DocumentReference", "content.attachment.contentType", str, str, str),
+    ("DocumentReference", "content.attachment.url", str, str, str),
+    ("Encounter", "status", str, str, str),
+    ("Encounter", "class", str, dict, dict),
+    ("Encounter", "type", list, list, list),
+    ("Encounter", "patient", dict, None, None),
+    ("Encounter", "subject", None, dict, dict),
+    ("Encounter", "period.start", str, str, str),
+    ("Endpoint", "address", None, str, str),
+    ("ExplanationOfBenefit", "status", None, str, str),
+    ("ExplanationOfBenefit", "patient", None, dict, dict),
+    ("ExplanationOfBenefit", "type", None, dict, dict),
+    ("ExplanationOfBenefit", "created", None, str, str),
+    ("ExplanationOfBenefit", "insurer", None, dict, dict),
+    ("ExplanationOfBenefit", "provider", None, dict, dict),
+    ("ExplanationOfBenefit", "use", None, None, str),
+    ("ExplanationOfBenefit", "outcome", None, dict, str),
+    ("ExplanationOfBenefit", "insurance", None, dict, list),
+    ("ExplanationOfBenefit", "item.service", None, dict, None),
+    ("ExplanationOfBenefit", "item.productOrService", None, None, dict),
+    ("ExplanationOfBenefit", "item.net.system", None, str, None),
+    ("ExplanationOfBenefit", "totalCost", None, dict, None),
+    ("ExplanationOfBenefit", "totalBenefit", None, dict, None),
+    ("ExplanationOfBenefit", "total", None, None, list),
+    ("ImagingStudy", "uid", str, str, None),
+    ("ImagingStudy", "identifier", None, None, list),
+    ("ImagingStudy", "status", None, None, str),
+    ("ImagingStudy", "availability", str, str, None),
+    ("ImagingStudy", "patient", dict, dict, None),
+    ("ImagingStudy", "subject", None, None, dict),
+    ("ImagingStudy", "started", str, str, str),
+    ("ImagingStudy", "numberOfSeries", int, int, int),
+    ("ImagingStudy", "numberOfInstances", int, int, int),
+    ("ImagingStudy", "modalityList", list, list, None),
+    ("ImagingStudy", "modality", None, None, list),
+    ("ImagingStudy", "context", None, dict, None),
+    ("ImagingStudy", "encounter", None, None, dict),
+    ("ImagingStudy", "endpoint", None, list, list),
+    ("ImagingStudy", "series.uid", str, str, str),
+    ("ImagingStudy", "series.modality", dict, dict, dict),
+    ("Immunization", "status", str, str, str),
+    ("Immunization", "vaccineCode", dict, dict, dict),
+    ("Immunization", "patient", dict, dict, dict),
+    ("Immunization", "date", str, str, None),
+    ("Immunization", "occurrenceDateTime", None, None, str),
+    ("Immunization", "wasNotGiven", bool, None, None),
+    ("Immunization", "reported", bool, None, None),
+    ("Immunization", "notGiven", None, bool, None),
+    ("Immunization", "primarySource", None, bool, bool),
+    ("MedicationAdministration", "status", str, str, str),
+    ("MedicationAdministration", "patient", dict, None, None),
+    ("MedicationAdministration", "subject", None, dict, dict),
+    ("MedicationAdministration", "effectiveTimeDateTime", str, None, None),
+    ("MedicationAdministration", "effectiveDateTime", None, str, str),
+    ("MedicationAdministration", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationAdministration", "prescription", dict, dict, None),
+    ("MedicationAdministration", "request", None, None, dict),
+    ("MedicationAdministration", "dosage.quantity", dict, None, None),
+    ("MedicationAdministration", "dosage.dose", None, dict, dict),
+    ("MedicationDispense", "status", str, str, str),
+    ("MedicationDispense", "patient", dict, None, None),
+    ("MedicationDispense", "subject", None, dict, dict),
+    ("MedicationDispense", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationDispense", "authorizingPrescription", list, list, list),
+    ("MedicationDispense", "whenHandedOver", str, str, str),
+    ("MedicationOrder", "status", str, None, None),
+    ("MedicationOrder", "dateWritten", str, None, None),
+    ("MedicationOrder", "patient", dict, None, None),
+    ("MedicationOrder", "prescriber", dict, None, None),
+    ("MedicationOrder", "medicationCodeableConcept", dict, None, None),
+    ("MedicationOrder", "dosageInstruction.doseQuantity", dict, None, None),
+    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnits", str, None, None),
+    ("MedicationOrder", "intent", None, None, None),
+    ("MedicationRequest", "status", None, str, str),
+    ("MedicationRequest", "intent", None, str, str),
+    ("MedicationRequest", "subject", None, dict, dict),
+    ("MedicationRequest", "authoredOn", None, str, str),
+    ("MedicationRequest", "requester.agent", None, dict, None),
+    ("MedicationRequest", "requester.reference", None, None, str),
+    ("MedicationRequest", "medicationCodeableConcept", None, dict, dict),
+    ("MedicationRequest", "dosageInstruction.doseQuantity", None, dict, None),
+    ("MedicationRequest", "dosageInstruction.doseAndRate", None, None, list),
+    ("MedicationRequest", "dosageInstruction.timing.repeat.periodUnit", None, str, str),
+    ("MedicationStatement", "status", str, str, str),
+    ("MedicationStatement", "patient", dict, None, None),
+    ("MedicationStatement", "subject", None, dict, dict),
+    ("MedicationStatement", "effectivePeriod", dict, dict, dict),
+    ("MedicationStatement", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationStatement", "taken", None, str, None),
+    ("MedicationStatement", "basedOn", None, list, list),
+    ("Observation", "status", str, str, str),
+    ("Observation", "category", dict, list, list),
+    ("Observation", "code", dict, dict, dict),
+    ("Observation", "subject", dict, dict, dict),
+    ("Observation", "effectiveDateTime", str, str, str),
+    ("Organization", "name", str, str, str),
+    ("Organization", "type", dict, list, list),
+    ("Patient", "name.family", list, str, str),
+    ("Patient", "name.given", list, list, list),
+    ("Patient", "identifier.system", str, str, str),
+    ("Patient", "identifier.value", str, str, str),
+    ("Patient", "gender", str, str, str),
+    ("Patient", "birthDate", str, str, str),
+    ("Patient", "address", list, list, list),
+    ("Patient", "telecom", list, list, list),
+    ("Patient", "communication.language", dict, dict, dict),
+    ("Practitioner", "name", dict, list, list),
+    ("Procedure", "status", str, str, str),
+    ("Procedure", "subject", dict, dict, dict),
+    ("Procedure", "code", dict, dict, dict),
+    ("Procedure", "performedDateTime", str, str, str),
+    ("Procedure", "encounter", dict, None, dict),
+    ("Procedure", "context", None, dict, None),
+    ("RelatedPerson", "active", None, bool, bool),
+    ("RelatedPerson", "patient", dict, dict, dict),
+    ("RelatedPerson", "name", dict, list, list),
+    ("RelatedPerson", "relationship", dict, dict, list),
+)
+
+
+def at(value: Any, path: str) -> Any:
+    """What is at a dotted path, of lists in the first; None if nothing."""
+    *outer, last = path.split(".")
+    for name in outer:
+        value = value.get(name, {})
+        value = value[0] if isinstance(value, list) else value
+    return value.get(last)
+
+
+def walk(value: Any) -> Iterator[Any]:
+    """A value and all that is in it."""
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walk(inner)
+
+
+def luhn(digits: str) -> int:
+    """The sum that LOINC's check digit brings to a multiple of ten."""
+    return sum(sum(divmod(int(digit) * (1 + place % 2), 10)) for place, digit in enumerate(reversed(digits)))
+
+
+def verhoeff(digits: str) -> int:
+    """The sum that SNOMED CT's check digit brings to 0: steps in the group of a pentagon's turns and flips."""
+    order, total = "1576283094", 0
+    for place, letter in enumerate(reversed(digits)):
+        digit = int(letter)
+        for _ in range(place % 8):
+            digit = int(order[digit])
+        turn = digit % 5 if total < 5 else -digit % 5 if digit < 5 else -(digit % 5)
+        total = (total % 5 + turn) % 5 + 5 * ((total < 5) != (digit < 5))
+    return total
+
+
+class SampleRecords(unittest.TestCase):
+    """The three patients' records, in each version of FHIR."""
+
+    records: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.records = {version: list(s4s.sample_resources(version)) for version in ("dstu2", "stu3", "r4")}
+
+    def of_patient(self, version: str, patient: str) -> list[dict[str, Any]]:
+        """What refers to a patient as its owner, and the patient."""
+        return [one for one in self.records[version] if one["id"] == patient or f"Patient/{patient}" in (
+            at(one, f"{name}.reference") for name in ("subject", "patient", "beneficiary"))]
+
+    def names(self, resources: list[dict[str, Any]]) -> set[str]:
+        """The types of resources; an Observation goes by its category."""
+        return {json.dumps(one["category"]).split('"code": "')[1].split('"')[0]
+                if one["resourceType"] == "Observation" else one["resourceType"] for one in resources}
+
+    def test_daniel_has_every_class_that_apps_ask_for(self) -> None:
+        common = {"Patient", "social-history", "laboratory", "vital-signs", "Condition", "MedicationStatement",
+                  "MedicationDispense", "MedicationAdministration", "AllergyIntolerance", "Procedure", "Immunization",
+                  "DocumentReference", "Encounter", "ImagingStudy", "DiagnosticReport"}
+        later = {"MedicationRequest", "Coverage", "ExplanationOfBenefit"}
+        self.assertEqual(self.names(self.of_patient("dstu2", DANIEL)), common | {"MedicationOrder"})
+        self.assertEqual(self.names(self.of_patient("stu3", DANIEL)), common | later)
+        self.assertEqual(self.names(self.of_patient("r4", DANIEL)), common | later)
+
+    def test_amy_and_joseph_have_the_classes_promised(self) -> None:
+        for version in self.records:
+            for patient in (AMY, JOSEPH):
+                with self.subTest(version=version, patient=patient):
+                    self.assertLessEqual({"Patient", "Condition", "MedicationStatement", "AllergyIntolerance",
+                                          "social-history", "Immunization",
+                                          "MedicationOrder" if version == "dstu2" else "MedicationRequest"},
+                                         self.names(self.of_patient(version, patient)))
+
+    def test_elements_are_those_of_the_version(self) -> None:
+        for type_name, path, *kinds in ELEMENTS:
+            for version, kind in zip(("dstu2", "stu3", "r4"), kinds):
+                found = [at(one, path) for one in self.records[version] if one["resourceType"] == type_name]
+                with self.subTest(version=version, element=f"{type_name}.{path}"):
+                    if kind:
+                        self.assertTrue(found)
+                    self.assertEqual({type(value) for value in found}, {kind or type(None)} if found else set())
+
+    def test_codes_are_those_of_the_version(self) -> None:
+        for type_name, path, *expected in (
+                ("AllergyIntolerance", "category", {"medication"}, {"['medication']"}, {"['medication']"}),
+                ("AllergyIntolerance", "criticality", {"CRITL"}, {"low"}, {"low"}),
+                ("Encounter", "class", {"ambulatory"}, None, None),
+                ("Encounter", "class.code", None, {"AMB"}, {"AMB"}),
+                ("ImagingStudy", "availability", {"ONLINE"}, {"ONLINE"}, set()),
+                ("Immunization", "status", {"completed"}, {"completed"}, {"completed", "not-done"}),
+                ("MedicationStatement", "taken", set(), {"y"}, set())):
+            for version, codes in zip(("dstu2", "stu3", "r4"), expected):
+                if codes is not None:
+                    found = {str(at(one, path)) for one in self.records[version] if one["resourceType"] == type_name}
+                    self.assertEqual(found - {"None"}, codes, (version, type_name, path))
+
+    def test_dicom_numbers_were_addresses_before_r4(self) -> None:
+        for version, start in (("dstu2", "urn:oid:2.25."), ("stu3", "urn:oid:2.25."), ("r4", "2.25.")):
+            numbers = [at(one, "series.uid") for one in self.records[version] if one["resourceType"] == "ImagingStudy"]
+            self.assertEqual([number for number in numbers if not number.startswith(start)], [], version)
+
+    def test_an_observation_has_a_value_or_components(self) -> None:
+        for version, records in self.records.items():
+            for one in records:
+                if one["resourceType"] == "Observation":
+                    self.assertEqual(len({"valueQuantity", "valueCodeableConcept", "component"}.intersection(one)), 1,
+                                     (version, one["id"]))
+
+    def test_every_id_is_there_once(self) -> None:
+        for version, records in self.records.items():
+            ids = [(one["resourceType"], one["id"]) for one in records]
+            self.assertEqual(len(ids), len(set(ids)), version)
+            self.assertEqual([name for _, name in ids if not re.fullmatch(r"[A-Za-z0-9.-]{1,64}", name)], [], version)
+
+    def test_every_reference_leads_to_a_record(self) -> None:
+        for version, records in self.records.items():
+            targets = {f"{one['resourceType']}/{one['id']}" for one in records}
+            objects = [value for value in walk(records) if isinstance(value, dict)]
+            references = {value["reference"] for value in objects if "reference" in value}
+            documents = {value["url"] for value in objects if "contentType" in value and "url" in value}
+            self.assertGreater(len(references), 90)
+            self.assertEqual(len(documents), 2)
+            self.assertEqual((references | documents) - targets, set(), version)
+
+    def test_the_people_who_sign_in_are_in_the_records(self) -> None:
+        for version, records in self.records.items():
+            ids = {f"{one['resourceType']}/{one['id']}" for one in records}
+            self.assertLessEqual({"Practitioner/smart-clinician", "RelatedPerson/daniel-adams-amy-shaw"}, ids, version)
+
+    def test_dates_are_of_the_calendar_and_times_have_a_zone(self) -> None:
+        for records in self.records.values():
+            dates = [value for value in walk(records) if isinstance(value, str) and re.match(r"\d{4}-\d\d", value)]
+            self.assertGreater(len(dates), 800)
+            for date in dates:
+                datetime.datetime.strptime(date, "%Y-%m-%dT%H:%M:%SZ" if "T" in date else "%Y-%m-%d")
+
+    def test_changes_are_spread_over_time_alike_in_each_version(self) -> None:
+        changed = {version: {one["id"]: one["meta"] for one in records} for version, records in self.records.items()}
+        times = sorted(meta["lastUpdated"] for meta in changed["r4"].values())
+        self.assertLess(times[0], "2016-02")
+        self.assertGreater(times[-1], "2018-06")
+        self.assertEqual({meta["versionId"] for meta in changed["r4"].values()}, {"1"})
+        for name, meta in changed["r4"].items():
+            self.assertEqual(changed["stu3"][name], meta)
+            self.assertIn(changed["dstu2"].get(name, meta), (meta,))
+
+    def test_check_digits_know_a_good_code_from_a_bad_one(self) -> None:
+        self.assertEqual(luhn("23457") % 10, 0)
+        self.assertNotEqual(luhn("23475") % 10, 0)
+        self.assertEqual(verhoeff("22298006"), 0)
+        self.assertNotEqual(verhoeff("22298060"), 0)
+
+    def test_codes_have_their_system_and_a_right_check_digit(self) -> None:
+        codes = {(one.get("system"), one["code"]) for records in self.records.values() for one in walk(records)
+                 if isinstance(one, dict) and isinstance(one.get("code"), str)}
+        self.assertEqual([code for system, code in codes if not system], [])
+        loinc = [code for system, code in codes if system == "http://loinc.org"]
+        self.assertGreater(len(loinc), 55)
+        self.assertEqual([code for code in loinc if luhn(code.replace("-", "")) % 10], [])
+        snomed = [code for system, code in codes if system == "http://snomed.info/sct"]
+        self.assertGreater(len(snomed), 30)
+        self.assertEqual([code for code in snomed if verhoeff(code) or code[-3:-1] not in ("00", "10")], [])
+
+    def test_units_are_of_ucum(self) -> None:
+        units = {one.get("code") for records in self.records.values() for one in walk(records)
+                 if isinstance(one, dict) and isinstance(one.get("value"), (int, float)) and "currency" not in one
+                 and one.get("system") != "urn:iso:std:iso:4217"}
+        self.assertEqual(units, {
+            "%", "/[HPF]", "/[LPF]", "/min", "1", "10*3/uL", "10*6/uL", "Cel", "U/L", "[drp]", "[pH]", "cm", "d", "fL",
+            "g/dL", "kg", "kg/m2", "mL", "mg/L", "mg/dL", "mm", "mm[Hg]", "mmol/L", "pg", "u[IU]/mL", "{bottle}",
+            "{tablet}"})
+
+    def test_each_version_has_its_own_code_systems(self) -> None:
+        systems = {version: {one["system"] for one in walk(records) if isinstance(one, dict) and "system" in one}
+                   for version, records in self.records.items()}
+        self.assertIn("http://terminology.hl7.org/CodeSystem/observation-category", systems["r4"])
+        for version in ("stu3", "dstu2"):
+            self.assertIn("http://hl7.org/fhir/observation-category", systems[version])
+            self.assertIn("http://hl7.org/fhir/v2/0203", systems[version])
+            self.assertNotIn("terminology.hl7.org", "".join(systems[version]))
+        self.assertIn("http://hl7.org/fhir/v3/Ethnicity", systems["dstu2"])
+
+    def test_vital_signs_have_the_codes_and_units_of_the_profiles(self) -> None:
+        expected = {"8867-4": "/min", "9279-1": "/min", "59408-5": "%", "8310-5": "Cel", "8302-2": "cm",
+                    "29463-7": "kg", "39156-5": "kg/m2", "8480-6": "mm[Hg]", "8462-4": "mm[Hg]"}
+        for version, records in self.records.items():
+            signs = {at(one, "code.coding.code"): at(one, "valueQuantity.code") for one in walk(records)
+                     if isinstance(one, dict) and isinstance(one.get("code"), dict) and "valueQuantity" in one}
+            self.assertEqual({code: signs.get(code) for code in expected}, expected, version)
+            oxygen = next(one for one in records if one["id"] == "smart-Observation-854-59408-5")
+            self.assertEqual([one["code"] for one in oxygen["code"]["coding"]], ["59408-5", "2708-6"], version)
+
+    def test_common_laboratory_values_can_be_drawn_over_time_with_their_normal_range(self) -> None:
+        for loinc in ("2345-7", "2160-0", "13457-7", "2823-3", "718-7", "11580-8"):
+            found = [one for one in self.records["r4"] if at(one, "code.coding.code") == loinc]
+            self.assertEqual(len({one["effectiveDateTime"] for one in found}), 6, loinc)
+            self.assertTrue(all("low" in one["referenceRange"][0] for one in found), loinc)
+
+    def test_a_vaccine_was_refused(self) -> None:
+        refused = {version: next(one for one in records if one["id"] == "smart-Immunization-10")
+                   for version, records in self.records.items()}
+        self.assertEqual(refused["r4"]["status"], "not-done")
+        self.assertEqual(at(refused["r4"], "statusReason.coding.code"), "PATOBJ")
+        self.assertTrue(refused["stu3"]["notGiven"])
+        self.assertTrue(refused["dstu2"]["wasNotGiven"])
+        self.assertEqual(at(refused["dstu2"], "explanation.reasonNotGiven.coding.code"), "PATOBJ")
+
+    def test_documents_can_be_opened(self) -> None:
+        for version, records in self.records.items():
+            binaries = {one["contentType"]: base64.b64decode(one["data" if version == "r4" else "content"])
+                        for one in records if one["resourceType"] == "Binary"}
+            sizes = {one["contentType"]: one["size"] for one in walk(records)
+                     if isinstance(one, dict) and "size" in one}
+            self.assertEqual({kind: len(data) for kind, data in binaries.items()}, sizes, version)
+            self.assertIn(b"Continue present medicines.", binaries["text/plain"])
+            self.assertTrue(binaries["application/pdf"].startswith(b"%PDF-1.4\n"))
+
+    def test_the_pdf_says_where_each_of_its_objects_begins(self) -> None:
+        data = s4s.pdf("One (1)\nTwo \\ 2")
+        self.assertIn(b"(One \\(1\\)) '\n(Two \\\\ 2) '\n", data)
+        table = int(data.split(b"startxref\n")[1].split()[0])
+        places = data[table:].splitlines()[3:-5]
+        self.assertEqual(data[table:table + 5], b"xref\n")
+        self.assertEqual([data[int(place[:10]):].split()[0] for place in places], [b"1", b"2", b"3", b"4", b"5", b"6"])
+
+
+# ######################################################################## in front of a real FHIR server
 
 class FhirServer:
     """A FHIR server that can't be trusted: it answers each search with all it has, whatever was asked, and `script`
@@ -71,7 +1551,8 @@ class FhirServer:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/fhir"
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/fhir"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True)
         self.thread.start()
 
@@ -105,7 +1586,7 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> tuple[int, dic
     return status, {"Content-Type": "application/fhir+json", **headers}, text
 
 
-ME, OTHER = "smart-1288992", "somebody-else"
+ME, OTHER = DANIEL, "somebody-else"
 
 
 def observation(name: str, patient: str = ME, **more: Any) -> dict[str, Any]:
@@ -120,25 +1601,24 @@ def document(name: str, patient: str, url: str) -> dict[str, Any]:
             "subject": {"reference": f"Patient/{patient}"}, "content": [{"attachment": {"url": url}}]}
 
 
-class ForwardingCase(unittest.TestCase):
+class ForwardingTest(PortalTest):
     """A portal in front of a FHIR server that can't be trusted, and a token for one record."""
-    fhir: FhirServer
-    portal: s4s.Server
+    behind: FhirServer
     scope = "patient/*.rs"
 
     @classmethod
     def setUpClass(cls) -> None:
-        cls.fhir = FhirServer()
-        cls.addClassCleanup(cls.fhir.stop)
-        cls.portal = s4s.Server(fhir_server=cls.fhir.url + "/", fhir_header=["X-Api-Key: swordfish"], fhir_timeout=5)
-        cls.portal.start()
-        cls.addClassCleanup(cls.portal.stop)
+        cls.behind = FhirServer()
+        cls.addClassCleanup(cls.behind.stop)
+        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5}
+        super().setUpClass()
 
     def setUp(self) -> None:
-        self.fhir.script.clear()
-        self.fhir.seen.clear()
-        url = self.fhir.url
-        self.fhir.records = {f"{one['resourceType']}/{one['id']}": one for one in (
+        super().setUp()
+        self.behind.script.clear()
+        self.behind.seen.clear()
+        url = self.behind.url
+        self.behind.records = {f"{one['resourceType']}/{one['id']}": one for one in (
             {"resourceType": "Patient", "id": ME}, {"resourceType": "Patient", "id": OTHER},
             observation("mine"), observation("theirs", OTHER), {"resourceType": "Practitioner", "id": "dr"},
             document("my-doc", ME, f"{url}/Binary/my-file"), document("their-doc", OTHER, f"{url}/Binary/their-file"),
@@ -150,51 +1630,38 @@ class ForwardingCase(unittest.TestCase):
         """An access token."""
         return str(self.portal.issue_token(scope=scope, **more)["access_token"])
 
-    def ask(self, path: str, method: str = "GET", body: str | None = None, token: str | None = None,
-            api: str = "/api/fhir/", headers: Mapping[str, str] | None = None) -> tuple[int, dict[str, str], bytes]:
-        """One request to the portal: status, headers, body."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.portal.port, timeout=20)
-        try:
-            form = {"Content-Type": "application/x-www-form-urlencoded"} if body is not None else {}
-            token = self.token if token is None else token
-            connection.request(method, api + path, body, {
-                **form, **({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})})
-            answer = connection.getresponse()
-            return answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read()
-        finally:
-            connection.close()
+    def get(self, path: str, *, api: str = "/api/fhir/", token: str | None = None, **how: Any) -> Answer:
+        """One request of the FHIR API, with the token for my record unless told otherwise."""
+        return ask(self.portal.url + api + path, token=self.token if token is None else token, **how)
 
-    def read(self, path: str, **more: Any) -> dict[str, Any]:
+    def read(self, path: str, **how: Any) -> dict[str, Any]:
         """The JSON of a request that must succeed."""
-        status, _, body = self.ask(path, **more)
-        self.assertEqual(status, 200, body)
-        found: dict[str, Any] = json.loads(body)
+        got = self.get(path, **how)
+        self.assertEqual(got.status, 200, got)
+        found: dict[str, Any] = got.json
         return found
 
-    def ids(self, path: str, **more: Any) -> list[str]:
+    def ids(self, path: str, **how: Any) -> list[str]:
         """The ids in a Bundle that must come."""
-        return [entry["resource"]["id"] for entry in self.read(path, **more).get("entry", [])]
+        return [entry["resource"]["id"] for entry in self.read(path, **how).get("entry", [])]
 
-    def assert_refused(self, path: str, status: int = 403, **more: Any) -> str:
-        """The request is refused with an OperationOutcome; gives what it says."""
-        found, _, body = self.ask(path, **more)
-        self.assertEqual(found, status, body)
-        outcome = json.loads(body)
-        self.assertEqual(outcome["resourceType"], "OperationOutcome")
-        self.assertNotIn(str(self.fhir.server.server_port), body.decode())
-        return str(outcome["issue"][0]["diagnostics"])
+    def assert_refused(self, path: str, status: int = 403, **how: Any) -> None:
+        """The request is refused with an OperationOutcome that doesn't tell the FHIR server's address."""
+        got = self.get(path, **how)
+        self.assertEqual((got.status, got.json["resourceType"]), (status, "OperationOutcome"), got)
+        self.assertNotIn(str(self.behind.port), got.text)
 
-    def assert_not_forwarded(self, path: str, status: int = 403, **more: Any) -> None:
+    def assert_not_forwarded(self, path: str, status: int = 403, **how: Any) -> None:
         """The request is refused before anything of it reaches the FHIR server."""
-        self.assert_refused(path, status, **more)
-        self.assertEqual(self.fhir.seen, [])
+        self.assert_refused(path, status, **how)
+        self.assertEqual(self.behind.seen, [])
 
     def script(self, path: str, resource: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """What the FHIR server answers at a path."""
-        self.fhir.script[path] = json_answer(resource, status, **(headers or {}))
+        self.behind.script[path] = json_answer(resource, status, **(headers or {}))
 
 
-class OnePatientAndNothingElse(ForwardingCase):
+class OnePatientAndNothingElse(ForwardingTest):
     """Attacks on the record's boundary, each of which a careless proxy lets through."""
 
     def test_my_own_resource_is_read(self) -> None:
@@ -220,14 +1687,14 @@ class OnePatientAndNothingElse(ForwardingCase):
 
     def test_not_modified_tells_nothing_about_another_patients_resource(self) -> None:
         answers = [json_answer(b"", 304), json_answer(observation("theirs", OTHER))]
-        with mock.patch.object(self.fhir, "answer", lambda target: answers.pop(0)):
+        with mock.patch.object(self.behind, "answer", lambda target: answers.pop(0)):
             self.assert_refused("Observation/theirs", headers={"If-None-Match": 'W/"7"'})
 
     def test_not_modified_comes_back_for_my_own(self) -> None:
         answers = [json_answer(b"", 304), json_answer(observation("mine"), ETag='W/"7"')]
-        with mock.patch.object(self.fhir, "answer", lambda target: answers.pop(0)):
-            status, headers, body = self.ask("Observation/mine", headers={"If-None-Match": 'W/"7"'})
-        self.assertEqual((status, headers["etag"], body), (304, 'W/"7"', b""))
+        with mock.patch.object(self.behind, "answer", lambda target: answers.pop(0)):
+            got = self.get("Observation/mine", headers={"If-None-Match": 'W/"7"'})
+        self.assertEqual((got.status, got.headers["etag"], got.body), (304, 'W/"7"', b""))
 
     def test_a_search_answered_with_everybodys_records_shows_mine(self) -> None:
         bundle = self.read("Observation?code=x")
@@ -236,10 +1703,10 @@ class OnePatientAndNothingElse(ForwardingCase):
         self.assertNotIn("total", bundle)
 
     def test_a_search_is_pinned_to_the_patient(self) -> None:
-        self.ask("Observation?code=x")
-        self.ask("Coverage")
-        self.ask("Patient?name=x")
-        self.assertEqual([target for target, _, _ in self.fhir.seen], [
+        self.get("Observation?code=x")
+        self.get("Coverage")
+        self.get("Patient?name=x")
+        self.assertEqual([target for target, _, _ in self.behind.seen], [
             f"/fhir/Observation?code=x&patient=Patient/{ME}", f"/fhir/Coverage?beneficiary=Patient/{ME}",
             f"/fhir/Patient?name=x&_id={ME}"])
 
@@ -250,7 +1717,7 @@ class OnePatientAndNothingElse(ForwardingCase):
                 self.assertIn("mine", self.ids(f"Observation?{query}"))
 
     def test_total_comes_where_nothing_was_dropped(self) -> None:
-        self.script("Observation", self.fhir.bundle(observation("mine")))
+        self.script("Observation", self.behind.bundle(observation("mine")))
         self.assertEqual(self.read("Observation")["total"], 1)
 
     def test_a_search_for_another_patient(self) -> None:
@@ -266,14 +1733,14 @@ class OnePatientAndNothingElse(ForwardingCase):
         self.assert_not_forwarded(f"Patient?_id={OTHER}")
 
     def test_a_post_search_for_another_patient(self) -> None:
-        self.assert_not_forwarded("Observation/_search", method="POST", body=f"patient={OTHER}")
+        self.assert_not_forwarded("Observation/_search", form={"patient": OTHER})
 
     def test_a_post_search_with_me_in_the_query_and_another_in_the_body(self) -> None:
-        self.assert_not_forwarded(f"Observation/_search?patient={ME}", method="POST", body=f"patient={OTHER}")
+        self.assert_not_forwarded(f"Observation/_search?patient={ME}", form={"patient": OTHER})
 
     def test_a_post_search_is_posted_and_pinned(self) -> None:
-        self.assertIn("mine", self.ids("Observation/_search", method="POST", body="code=a+b"))
-        target, headers, body = self.fhir.seen[-1]
+        self.assertIn("mine", self.ids("Observation/_search", form={"code": "a b"}))
+        target, headers, body = self.behind.seen[-1]
         self.assertEqual((target, body), ("/fhir/Observation/_search", f"code=a%20b&patient=Patient/{ME}".encode()))
         self.assertEqual(headers["content-type"], "application/x-www-form-urlencoded")
 
@@ -323,27 +1790,27 @@ class OnePatientAndNothingElse(ForwardingCase):
         self.assert_not_forwarded("Observation?_getpages=0d33d1e1")
 
     def test_another_patient_does_not_come_along_by_include(self) -> None:
-        self.script("Observation", self.fhir.bundle(observation("mine", performer=[{"reference": f"Patient/{OTHER}"}]),
-                                                    self.fhir.records[f"Patient/{OTHER}"]))
+        self.script("Observation", self.behind.bundle(observation("mine", performer=[{"reference": f"Patient/{OTHER}"}]),
+                                                    self.behind.records[f"Patient/{OTHER}"]))
         self.assertEqual(self.ids("Observation?_include=Observation:performer"), ["mine"])
 
     def test_another_patients_resource_does_not_come_along_by_revinclude(self) -> None:
         self.assertEqual(self.ids("Practitioner?_revinclude=Observation:performer"), [ME, "mine", "dr", "my-doc"])
 
     def test_parts_of_resources_are_not_asked_for_since_they_could_not_be_judged(self) -> None:
-        self.ask("Observation?_elements=code&_summary=true&_format=json")
-        self.assertEqual(self.fhir.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
+        self.get("Observation?_elements=code&_summary=true&_format=json")
+        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
 
     def test_my_compartment(self) -> None:
         self.assertIn("mine", self.ids(f"Patient/{ME}/Observation"))
-        self.assertEqual(self.fhir.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
+        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
 
     def test_another_patients_compartment(self) -> None:
         self.assert_not_forwarded(f"Patient/{OTHER}/Observation")
 
     def test_my_everything(self) -> None:
         self.assertEqual(self.ids(f"Patient/{ME}/$everything?_count=5"), [ME, "mine", "dr", "my-doc"])
-        self.assertEqual(self.fhir.seen[-1][0], f"/fhir/Patient/{ME}/$everything?_count=5")
+        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Patient/{ME}/$everything?_count=5")
 
     def test_another_patients_everything(self) -> None:
         self.assert_not_forwarded(f"Patient/{OTHER}/$everything")
@@ -358,43 +1825,45 @@ class OnePatientAndNothingElse(ForwardingCase):
                 self.assert_not_forwarded(path)
 
     def test_paths_that_hide_something_never_reach_the_fhir_server(self) -> None:
-        for path in ("Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient", "Observation/%2E%2E%2FPatient",
-                     "Observation/%252e%252e/Patient", "Observation/mine;a=b", "Observation;a=b", "Observation//mine",
-                     "/Observation/mine", "Observation/mine/", "Observation/mine%2f_history", "Observation/mine%3fa=b",
-                     "Observation%5cmine", "Observation\\mine", "Observation/mine%00", "Observation/mine%0d%0aX:y",
-                     "Observation/.", "observation/mine", "Observation/mine/_history/..", "metadata/..", "Observation/mine/x",
-                     f"Patient/{ME}/Observation/mine", "Observation/_search", "http://127.0.0.1/fhir/Observation/mine"):
+        for path in (
+                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient", "Observation/%2E%2E%2FPatient",
+                "Observation/%252e%252e/Patient", "Observation/mine;a=b", "Observation;a=b", "Observation//mine",
+                "/Observation/mine", "Observation/mine%2f_history", "Observation/mine%3fa=b", "Observation%5cmine",
+                "Observation\\mine", "Observation/mine%00", "Observation/mine%0d%0aX:y", "Observation/.", "metadata/..",
+                "observation/mine", "Observation/mine/_history/..", "Observation/mine/x", "Observation/_search",
+                f"Patient/{ME}/Observation/mine", "http://127.0.0.1/fhir/Observation/mine"):
             with self.subTest(path):
-                status, _, body = self.ask(path)
-                if status != 200 or path != "Observation/mine/":  # a trailing slash is ignored
-                    self.assertIn(status, (400, 403, 404), body)
-                    self.assertEqual(self.fhir.seen, [])
-                self.fhir.seen.clear()
+                self.assertIn(self.get(path).status, (400, 403, 404))
+                self.assertEqual(self.behind.seen, [])
 
     def test_an_absolute_request_target_is_served_for_this_host_only(self) -> None:
         for host, expected in ((f"127.0.0.1:{self.portal.port}", 200), ("fhir.example", 421)):
             with self.subTest(host):
-                self.assertEqual(self.ask("Observation/mine", api=f"http://{host}/api/fhir/")[0], expected)
+                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.portal.port)) as connection:
+                    connection.request("GET", f"http://{host}/api/fhir/Observation/mine", headers={
+                        "Authorization": f"Bearer {self.token}"})
+                    self.assertEqual(connection.getresponse().status, expected)
 
     def test_a_batch_is_not_forwarded(self) -> None:
-        self.assert_not_forwarded("", method="POST", body="{}")
+        self.assert_not_forwarded("", method="POST", body=b"{}")
 
     def test_writing_is_refused_before_the_body_is_judged(self) -> None:
         for method, path in (("POST", "Observation"), ("PUT", "Observation/mine"), ("PATCH", "Observation/mine"),
                              ("DELETE", "Observation/mine"), ("POST", "Observation/mine/_search")):
             with self.subTest(method):
-                self.assert_not_forwarded(path, method=method, body="{")
-                self.assert_not_forwarded(path, 401, method=method, body="{", token="")
+                self.assert_not_forwarded(path, method=method, body=b"{")
+                self.assert_not_forwarded(path, 401, method=method, body=b"{", token="")
 
     def test_open_access_reads_everybodys_and_writes_nothing(self) -> None:
-        self.assertEqual(len(self.ids("Observation", token="", api="/api/open-fhir/")), len(self.fhir.records))
-        self.assertEqual(self.read("Observation", token="", api="/api/open-fhir/")["total"], len(self.fhir.records))
-        self.assertEqual(self.ask("Observation/theirs", token="", api="/api/open-fhir/")[0], 200)
-        self.fhir.seen.clear()
+        self.assertEqual(len(self.ids("Observation", token="", api="/api/open-fhir/")), len(self.behind.records))
+        self.assertEqual(self.read("Observation", token="", api="/api/open-fhir/")["total"], len(self.behind.records))
+        self.assertEqual(self.get("Observation/theirs", token="", api="/api/open-fhir/").status, 200)
+        self.behind.seen.clear()
         for method, path in (("POST", ""), ("PUT", "Observation/mine"), ("DELETE", "Observation/mine")):
             with self.subTest(method):
-                self.assertEqual(self.ask(path, method, "{}", "", "/api/open-fhir/")[0], 405)
-        self.assertEqual(self.fhir.seen, [])
+                got = self.get(path, method=method, body=b"{}", token="", api="/api/open-fhir/")
+                self.assertEqual(got.status, 405)
+        self.assertEqual(self.behind.seen, [])
 
     def test_another_patient_inside_my_resource(self) -> None:
         for inner in ({"resourceType": "Patient", "id": OTHER}, observation("x", OTHER), {"resourceType": "Bundle"}):
@@ -408,17 +1877,17 @@ class OnePatientAndNothingElse(ForwardingCase):
         self.assertEqual(len(self.read("Observation/mine")["contained"]), 3)
 
     def test_a_resource_under_a_member_given_twice(self) -> None:
-        mine, theirs = (json.dumps(self.fhir.records[f"Observation/{name}"]) for name in ("mine", "theirs"))
+        mine, theirs = (json.dumps(self.behind.records[f"Observation/{name}"]) for name in ("mine", "theirs"))
         self.script("Observation", ('{"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": ' + theirs
                                     + ', "resource": ' + mine + "}]}").encode())
         self.assertEqual(self.ids("Observation"), [])
 
     def test_a_bundle_within_the_bundle(self) -> None:
-        self.script("Observation", self.fhir.bundle(self.fhir.bundle(observation("theirs", OTHER))))
+        self.script("Observation", self.behind.bundle(self.behind.bundle(observation("theirs", OTHER))))
         self.assertEqual(self.ids("Observation"), [])
 
     def test_an_outcome_that_quotes_something(self) -> None:
-        self.script("Observation", self.fhir.bundle(observation("mine"), {"resourceType": "OperationOutcome", "id": "o"}))
+        self.script("Observation", self.behind.bundle(observation("mine"), {"resourceType": "OperationOutcome", "id": "o"}))
         self.assertEqual(self.ids("Observation"), ["mine"])
 
     def test_types_nobody_can_place_are_refused(self) -> None:
@@ -443,22 +1912,22 @@ class OnePatientAndNothingElse(ForwardingCase):
         self.assertIn("theirs", self.ids("Observation", token=token))
 
     def test_a_representative_sees_the_records_of_both(self) -> None:
-        self.script("Observation", self.fhir.bundle(*(observation(one, one) for one in (ME, "smart-1032702", OTHER))))
+        self.script("Observation", self.behind.bundle(*(observation(one, one) for one in (ME, "smart-1032702", OTHER))))
         self.assertEqual(self.ids("Observation", token=self.issue("user/*.rs")), [ME, "smart-1032702"])
-        self.assertIn(f"patient=Patient/smart-1032702,Patient/{ME}", self.fhir.seen[-1][0])
+        self.assertIn(f"patient=Patient/smart-1032702,Patient/{ME}", self.behind.seen[-1][0])
 
     def test_binary_of_another(self) -> None:
         self.assert_refused("Binary/their-file")
 
     def test_binary_that_my_document_points_to(self) -> None:
         self.assertEqual(self.read("Binary/my-file")["id"], "my-file")
-        asked = len(self.fhir.seen)
+        asked = len(self.behind.seen)
         self.read("Binary/my-file")
-        self.assertEqual(len(self.fhir.seen), asked + 1, "remembered")
+        self.assertEqual(len(self.behind.seen), asked + 1, "remembered")
 
     def test_binary_that_my_report_points_to(self) -> None:
         self.script("DocumentReference", b"", 404)
-        self.script("DiagnosticReport", self.fhir.bundle({
+        self.script("DiagnosticReport", self.behind.bundle({
             "resourceType": "DiagnosticReport", "id": "r", "subject": {"reference": f"Patient/{ME}"},
             "presentedForm": [{"url": "Binary/my-file"}]}))
         self.assertEqual(self.read("Binary/my-file")["id"], "my-file")
@@ -468,7 +1937,7 @@ class OnePatientAndNothingElse(ForwardingCase):
             with self.subTest(patient):
                 self.script("Binary/my-file", {"resourceType": "Binary", "id": "my-file",
                                                "securityContext": {"reference": f"Patient/{patient}"}})
-                self.assertEqual(self.ask("Binary/my-file")[0], expected)
+                self.assertEqual(self.get("Binary/my-file").status, expected)
 
     def test_binary_of_a_document_that_the_scope_does_not_reach(self) -> None:
         self.assert_refused("Binary/my-file", token=self.issue("patient/Binary.rs"))
@@ -477,10 +1946,10 @@ class OnePatientAndNothingElse(ForwardingCase):
         self.assert_not_forwarded("Binary")
 
     def test_the_search_for_a_binarys_document_ends(self) -> None:
-        self.script("DocumentReference", self.fhir.bundle(next="?_getpages=again"))
-        self.fhir.script["/fhir?_getpages=again"] = json_answer(self.fhir.bundle(next="?_getpages=again"))
+        self.script("DocumentReference", self.behind.bundle(next="?_getpages=again"))
+        self.behind.script["/fhir?_getpages=again"] = json_answer(self.behind.bundle(next="?_getpages=again"))
         self.assert_refused("Binary/my-file")
-        self.assertLess(len(self.fhir.seen), 30)
+        self.assertLess(len(self.behind.seen), 30)
 
     def test_an_answer_about_another_resource_than_the_one_asked_for(self) -> None:
         self.script("Observation/mine", observation("theirs"))
@@ -551,24 +2020,24 @@ class WhoseItIs(unittest.TestCase):
         self.assertEqual(set(s4s.OWNER_ELEMENTS) - covered, set())
 
 
-class NoAddressGetsOut(ForwardingCase):
+class NoAddressGetsOut(ForwardingTest):
     """Whatever the FHIR server calls itself, apps see the portal's address."""
 
     def clean(self, path: str, **more: Any) -> str:
         """An answer in which nothing of the FHIR server's address is left."""
         body = json.dumps(self.read(path, **more))
-        self.assertNotIn(str(self.fhir.server.server_port), body)
+        self.assertNotIn(str(self.behind.port), body)
         self.assertNotIn("hidden.example", body)
         return body
 
     def spelled(self, text: str) -> dict[str, Any]:
         """What comes of an Observation with this text in it."""
-        self.fhir.script["Observation/mine"] = json_answer(json.dumps(observation("mine", note="NOTE")).replace(
+        self.behind.script["Observation/mine"] = json_answer(json.dumps(observation("mine", note="NOTE")).replace(
             "NOTE", text).encode())
         return dict(json.loads(self.clean("Observation/mine")))
 
     def test_every_spelling_of_the_base(self) -> None:
-        port, ours = self.fhir.server.server_port, self.portal.fhir_url
+        port, ours = self.behind.port, self.portal.fhir_url
         for text in (f"http://127.0.0.1:{port}/fhir/Patient/1", f"https://localhost:{port}/fhir/Patient/1",
                      f"http:\\/\\/LocalHost:{port}\\/fhir\\/Patient\\/1", f"http://[::1]:{port}/fhir/Patient/1",
                      f"http:\\u002f\\u002f127.0.0.1\\u003a{port}/fhir/Patient/1"):
@@ -576,20 +2045,20 @@ class NoAddressGetsOut(ForwardingCase):
                 self.assertEqual(self.spelled(text)["note"], f"{ours}/Patient/1")
 
     def test_an_address_within_a_parameter(self) -> None:
-        theirs, ours = (quote(url, safe="") for url in (self.fhir.url, self.portal.fhir_url))
+        theirs, ours = (quote(url, safe="") for url in (self.behind.url, self.portal.fhir_url))
         self.assertEqual(self.spelled(f"urn:x?base={theirs}")["note"], f"urn:x?base={ours}")
         self.assertEqual(self.spelled(f"urn:x?base={theirs.lower()}")["note"], f"urn:x?base={ours}")
 
     def test_other_paths_of_its_host(self) -> None:
-        port = self.fhir.server.server_port
+        port = self.behind.port
         for text in (f"http://127.0.0.1:{port}/admin", f"HTTP://LOCALHOST:{port}/FHIR", f"see localhost:{port}",
                      f"http%3a%2f%2flocalhost%3a{port}%2f", f"http://127.0.0.1:{port}/fhir2"):
             with self.subTest(text):
                 self.assertIn("fhir-server.invalid", self.spelled(text)["note"])
 
     def test_a_name_that_only_looks_alike_stays(self) -> None:
-        text = f"http://127.0.0.1:{self.fhir.server.server_port}9/fhir"
-        self.fhir.script["Observation/mine"] = json_answer(observation("mine", note=text))
+        text = f"http://127.0.0.1:{self.behind.port}9/fhir"
+        self.behind.script["Observation/mine"] = json_answer(observation("mine", note=text))
         self.assertEqual(self.read("Observation/mine")["note"], text)
 
     def test_links_full_urls_and_attachments(self) -> None:
@@ -605,28 +2074,28 @@ class NoAddressGetsOut(ForwardingCase):
         self.assertNotIn("/api/fhir", body)
 
     def test_another_name_that_the_server_goes_by(self) -> None:
-        bundle = json.dumps(self.fhir.bundle(observation("mine", note="http://hidden.example/r4/Patient/1")))
-        self.script("Observation", bundle.replace(self.fhir.url, "http://hidden.example/r4").encode())
+        bundle = json.dumps(self.behind.bundle(observation("mine", note="http://hidden.example/r4/Patient/1")))
+        self.script("Observation", bundle.replace(self.behind.url, "http://hidden.example/r4").encode())
         self.assertIn(f'"{self.portal.fhir_url}/Patient/1"', self.clean("Observation"))
 
     def test_a_reference_by_its_address_is_mine(self) -> None:
-        self.script("Observation/mine", observation("mine", subject={"reference": f"{self.fhir.url}/Patient/{ME}"}))
+        self.script("Observation/mine", observation("mine", subject={"reference": f"{self.behind.url}/Patient/{ME}"}))
         self.assertIn(f"{self.portal.fhir_url}/Patient/{ME}", self.clean("Observation/mine"))
 
     def test_decimals_come_through_as_they_were(self) -> None:
-        self.script("Observation", json.dumps(self.fhir.bundle(observation("mine"), observation("theirs", OTHER))).replace(
+        self.script("Observation", json.dumps(self.behind.bundle(observation("mine"), observation("theirs", OTHER))).replace(
             '"final"', '"final", "valueQuantity": {"value": 1.10}').encode())
-        self.assertIn(b'{"value": 1.10}', self.ask("Observation")[2])
+        self.assertIn(b'{"value": 1.10}', self.get("Observation").body)
 
 
-class Paging(ForwardingCase):
+class Paging(ForwardingTest):
     """Links to further pages are the portal's own."""
 
     def pages(self, *links: str) -> None:
         """Pages of one Observation each, with these links to the next."""
         for number, link in enumerate((*links, "")):
             path = f"/fhir?_getpages=abc&_offset={number}" if number else "Observation"
-            self.fhir.script[path] = json_answer(self.fhir.bundle(
+            self.behind.script[path] = json_answer(self.behind.bundle(
                 observation(f"o{number}"), observation("theirs", OTHER), **({"next": link} if link else {})))
 
     def next_link(self, path: str, **more: Any) -> str:
@@ -645,43 +2114,43 @@ class Paging(ForwardingCase):
         return found
 
     def test_to_the_last_page_by_links_without_a_type(self) -> None:
-        self.pages(*(f"{self.fhir.url}?_getpages=abc&_offset={number}" for number in (1, 2, 3)))
+        self.pages(*(f"{self.behind.url}?_getpages=abc&_offset={number}" for number in (1, 2, 3)))
         self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
 
     def test_to_the_last_page_by_relative_links_and_other_names(self) -> None:
-        port = self.fhir.server.server_port
+        port = self.behind.port
         self.pages("/fhir?_getpages=abc&_offset=1", f"http://localhost:{port}/fhir?_getpages=abc&_offset=2",
                    "https://hidden.example/fhir?_getpages=abc&_offset=3")
         self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
 
     def test_a_link_tells_nothing_of_the_address(self) -> None:
-        self.pages(f"{self.fhir.url}?_getpages=abc&_offset=1")
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assertRegex(self.next_link("Observation"), r"^Observation\?_page=[\w-]{22}$")
 
     def test_a_stolen_link(self) -> None:
-        self.pages(f"{self.fhir.url}?_getpages=abc&_offset=1")
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         link = self.next_link("Observation")
-        self.fhir.seen.clear()
+        self.behind.seen.clear()
         self.assert_not_forwarded(link, token=self.issue(self.scope))
-        self.assertEqual(self.ask(link, token="", api="/api/open-fhir/")[0], 403)
+        self.assert_refused(link, token="", api="/api/open-fhir/")
         self.assertEqual(self.ids(link), ["o1"])
 
     def test_a_link_of_open_access_works_there_only(self) -> None:
-        self.pages(f"{self.fhir.url}?_getpages=abc&_offset=1")
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         link = self.next_link("Observation", token="", api="/api/open-fhir/")
         self.assertEqual(self.ids(link, token="", api="/api/open-fhir/"), ["o1", "theirs"])
         self.assert_refused(link)
 
     def test_a_link_works_for_its_own_path_only(self) -> None:
-        self.pages(f"{self.fhir.url}?_getpages=abc&_offset=1")
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assert_refused(self.next_link("Observation").replace("Observation", "Patient"))
 
     def test_a_link_takes_no_other_parameter(self) -> None:
-        self.pages(f"{self.fhir.url}?_getpages=abc&_offset=1")
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assert_refused(self.next_link("Observation") + f"&patient={OTHER}", 400)
 
     def test_a_link_expires(self) -> None:
-        self.pages(f"{self.fhir.url}?_getpages=abc&_offset=1")
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         link, expires = self.next_link("Observation"), s4s.PAGE_SECONDS
         self.addCleanup(self.portal.advance, -expires)
         self.portal.advance(expires)
@@ -709,16 +2178,14 @@ class Paging(ForwardingCase):
             found: list[str] = []
             url = front.fhir_url + "/Observation?_count=100"
             while url:
-                request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
-                with urllib.request.urlopen(request) as answer:
-                    bundle = json.load(answer)
+                bundle = ask(url, token=token).json
                 found += [entry["resource"]["id"] for entry in bundle["entry"]]
                 url = next((link["url"] for link in bundle["link"] if link["relation"] == "next"), "")
             self.assertEqual(len(found), len(set(found)))
             self.assertGreater(len(found), 200)
 
 
-class Faults(ForwardingCase):
+class Faults(ForwardingTest):
     """What may go wrong behind the portal, and what the app is told of it."""
 
     def test_busy_is_passed_on_with_the_time_to_wait(self) -> None:
@@ -726,12 +2193,12 @@ class Faults(ForwardingCase):
             with self.subTest(status):
                 self.script("Observation/mine", b"", status, {"Retry-After": "7"})
                 self.assert_refused("Observation/mine", status)
-                self.assertEqual(self.ask("Observation/mine")[1]["retry-after"], "7")
+                self.assertEqual(self.get("Observation/mine").headers["retry-after"], "7")
 
     def test_absent_is_404_and_deleted_410_without_the_servers_words(self) -> None:
         for status in (404, 410):
             with self.subTest(status):
-                self.script("Observation/mine", {"resourceType": "OperationOutcome", "text": self.fhir.url}, status)
+                self.script("Observation/mine", {"resourceType": "OperationOutcome", "text": self.behind.url}, status)
                 self.assert_refused("Observation/mine", status)
 
     def test_a_search_that_is_not_accepted_is_400(self) -> None:
@@ -783,7 +2250,7 @@ class Faults(ForwardingCase):
                 "huge": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n",
                 "huge header": b"HTTP/1.1 200 OK\r\n" + b"A: " + b"b" * s4s.MAX_HEAD}.items():
             with self.subTest(name):
-                self.fhir.script["Observation/mine"] = data
+                self.behind.script["Observation/mine"] = data
                 self.assert_refused("Observation/mine", 502)
 
     def test_an_answer_too_large_is_502(self) -> None:
@@ -803,7 +2270,7 @@ class Faults(ForwardingCase):
 
     def test_gzip_chunks_and_interim_answers_are_understood(self) -> None:
         body = gzip.compress(json.dumps(observation("mine")).encode())
-        self.fhir.script["Observation/mine"] = (
+        self.behind.script["Observation/mine"] = (
             b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (
                 body[:20], body[20:])) + b"0\r\nTrailer: x\r\n\r\n")
@@ -813,12 +2280,9 @@ class Faults(ForwardingCase):
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
             with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}") as portal:
-                request = urllib.request.Request(portal.open_fhir_url + "/Patient/1")
-                with self.assertRaises(urllib.error.HTTPError) as caught:
-                    urllib.request.urlopen(request)
-                self.assertEqual(caught.exception.code, 502)
-                self.assertNotIn(str(unused.getsockname()[1]), caught.exception.read().decode())
-                caught.exception.close()
+                got = ask(portal.open_fhir_url + "/Patient/1")
+                self.assertEqual(got.status, 502)
+                self.assertNotIn(str(unused.getsockname()[1]), got.text)
 
     def test_too_slow_is_504_also_byte_by_byte(self) -> None:
         for drip in (b"", b"H", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"):
@@ -851,25 +2315,25 @@ class Faults(ForwardingCase):
                 self.assert_refused("Observation/1", 502)
 
 
-class Transport(ForwardingCase):
+class Transport(ForwardingTest):
     """What travels, and over which connections."""
 
     def test_connections_are_reused(self) -> None:
         self.read("Observation/mine")
-        before = self.fhir.connections
+        before = self.behind.connections
         for _ in range(5):
             self.read("Observation/mine")
-        self.assertEqual(self.fhir.connections, before)
+        self.assertEqual(self.behind.connections, before)
 
     def test_a_connection_closed_in_between_is_no_trouble(self) -> None:
         closing = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(json.dumps(observation("mine")))
-        self.fhir.script["Observation/mine"] = closing + json.dumps(observation("mine")).encode()
+        self.behind.script["Observation/mine"] = closing + json.dumps(observation("mine")).encode()
         for _ in range(5):
             self.read("Observation/mine")
-        self.assertEqual(len(self.fhir.seen), 5)
+        self.assertEqual(len(self.behind.seen), 5)
 
     def test_many_threads_share_them(self) -> None:
-        self.fhir.records.update({f"Observation/o{number}": observation(f"o{number}") for number in range(8)})
+        self.behind.records.update({f"Observation/o{number}": observation(f"o{number}") for number in range(8)})
         wrong: list[str] = []
 
         def ask(name: str) -> None:
@@ -881,18 +2345,18 @@ class Transport(ForwardingCase):
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertEqual((wrong, len(self.fhir.seen)), ([], 160))
+        self.assertEqual((wrong, len(self.behind.seen)), ([], 160))
 
     def test_credentials_of_the_app_stay_here(self) -> None:
-        self.ask("Observation/mine", headers={"Cookie": "a=b", "X-Other": "c"})
-        headers = self.fhir.seen[-1][1]
+        self.get("Observation/mine", headers={"Cookie": "a=b", "X-Other": "c"})
+        headers = self.behind.seen[-1][1]
         self.assertEqual({"authorization", "cookie", "x-other"} & headers.keys(), set())
-        self.assertNotIn(self.token, str(self.fhir.seen))
+        self.assertNotIn(self.token, str(self.behind.seen))
 
     def test_what_travels(self) -> None:
         sent = {"Prefer": "handling=strict", "If-None-Match": 'W/"3"', "If-Modified-Since": "Thu, 31 May 2018 22:48:43 GMT"}
-        self.ask("Observation/mine", headers={**sent, "Accept": "application/json"})
-        headers = self.fhir.seen[0][1]
+        self.get("Observation/mine", headers={**sent, "Accept": "application/json"})
+        headers = self.behind.seen[0][1]
         self.assertEqual({name: headers.get(name.lower()) for name in sent}, sent)
         self.assertEqual(headers["x-api-key"], "swordfish")
         self.assertIn("application/json+fhir", headers["accept"])
@@ -901,14 +2365,14 @@ class Transport(ForwardingCase):
         self.script("Observation/mine", observation("mine"), 200, {
             "ETag": 'W/"4"', "Last-Modified": "Thu, 31 May 2018 22:48:43 GMT", "Set-Cookie": "a=b", "Server": "secret",
             "Content-Location": "x"})
-        headers = self.ask("Observation/mine")[1]
+        headers = self.get("Observation/mine").headers
         self.assertEqual((headers["etag"], headers["last-modified"]), ('W/"4"', "Thu, 31 May 2018 22:48:43 GMT"))
         self.assertEqual({"set-cookie", "server", "content-location"} & headers.keys(), set())
 
     def test_head_is_judged_like_get(self) -> None:
-        status, headers, body = self.ask("Observation/mine", "HEAD")
-        self.assertEqual((status, body, headers["etag"]), (200, b"", 'W/"7"'))
-        self.assertEqual(self.ask("Observation/theirs", "HEAD")[0], 403)
+        got = self.get("Observation/mine", method="HEAD")
+        self.assertEqual((got.status, got.body, got.headers["etag"]), (200, b"", 'W/"7"'))
+        self.assertEqual(self.get("Observation/theirs", method="HEAD").status, 403)
 
     def test_only_json(self) -> None:
         self.assert_not_forwarded("Observation/mine", 406, headers={"Accept": "application/fhir+xml"})
@@ -918,7 +2382,7 @@ class Transport(ForwardingCase):
             self.read("Observation/mine")
 
 
-class WhatIsBehind(ForwardingCase):
+class WhatIsBehind(ForwardingTest):
     """Metadata, version and patients of the FHIR server."""
 
     STATEMENT: ClassVar[dict[str, Any]] = {
@@ -932,7 +2396,7 @@ class WhatIsBehind(ForwardingCase):
     def portal_with(self, statement: dict[str, Any]) -> s4s.Portal:
         """A portal of its own, that has not asked yet."""
         self.script("metadata", statement)
-        portal = s4s.Portal(s4s.Settings(fhir_server=self.fhir.url))
+        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url))
         self.addCleanup(portal.close)
         return portal
 
@@ -955,7 +2419,7 @@ class WhatIsBehind(ForwardingCase):
         for seconds, asked in ((0, 1), (299, 1), (2, 2)):
             portal.clock.advance(seconds)
             self.metadata(portal, "fhir")
-            self.assertEqual(len(self.fhir.seen), asked)
+            self.assertEqual(len(self.behind.seen), asked)
 
     def test_no_metadata_is_502(self) -> None:
         self.assertEqual(self.metadata(self.portal_with({"resourceType": "Patient"}), "fhir")[0], 502)
@@ -975,10 +2439,10 @@ class WhatIsBehind(ForwardingCase):
 
     def test_patients_are_found_by_name(self) -> None:
         names: tuple[Any, ...] = ([{"given": ["Ann", "B"], "family": ["Cee"]}], [{"text": "Dee"}], [])
-        self.script("Patient", self.fhir.bundle(*({"resourceType": "Patient", "id": f"p{number}", "name": name}
+        self.script("Patient", self.behind.bundle(*({"resourceType": "Patient", "id": f"p{number}", "name": name}
                                                   for number, name in enumerate(names)), observation("x")))
         self.assertEqual(s4s.upstream_patients(self.portal.portal, "a&b"), [("p0", "Ann B Cee"), ("p1", "Dee"), ("p2", "p2")])
-        self.assertEqual(self.fhir.seen[-1][0], "/fhir/Patient?name=a%26b&_count=50")
+        self.assertEqual(self.behind.seen[-1][0], "/fhir/Patient?name=a%26b&_count=50")
 
     def test_a_patient_is_there_or_not(self) -> None:
         self.assertEqual(s4s.upstream_patient(self.portal.portal, ME), ME)
@@ -995,5 +2459,270 @@ class WhatIsBehind(ForwardingCase):
                 s4s.Settings(**settings)
 
 
+# ######################################################################## promises about the repository
+
+class Repository(unittest.TestCase):
+    """What the repository itself promises."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def example(self, name: str) -> str:
+        """The README's code block that is marked `run: name`."""
+        found = re.search(rf"```\w+\n(?:#|//) run: {name}\n(.*?)```", self.readme, re.DOTALL)
+        assert found, name
+        return found[1]
+
+    def run_example(self, name: str, *command: str, portal: s4s.Server | None = None) -> str:
+        """Run an example as it stands, but for the server's address; give its output."""
+        if not shutil.which(command[0]):
+            self.skipTest(f"{command[0]} is not installed")
+        text = self.example(name)
+        if portal:
+            text = text.replace("http://localhost:8000", portal.url)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=HERE, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout + done.stderr
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_quick_start_shows_a_record(self) -> None:
+        with s4s.Server() as portal:
+            shown = self.run_example("quick", "bash", "-e", portal=portal)
+            self.assertEqual({one.status for one in portal.requests}, {200})
+        self.assertIn('"family": "Adams"', shown)
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_tour_leads_through_the_flow(self) -> None:
+        with s4s.Server() as portal:
+            self.run_example("tour", "bash", "-e", portal=portal)
+            self.assertEqual([(one.path.rpartition("/")[2], one.status) for one in portal.requests], [
+                ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200), ("Observation", 200),
+                (AMY, 403), ("introspect", 200), ("token", 200), ("revoke", 200), (DANIEL, 401)])
+
+    def test_the_readmes_unittest_example_passes(self) -> None:
+        self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
+
+    def test_the_readmes_javascript_example_runs(self) -> None:
+        self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
+
+    def test_the_readme_shows_every_option_and_every_endpoint(self) -> None:
+        for action in s4s.build_parser()._actions:
+            for flag in action.option_strings:
+                self.assertIn(flag, self.readme)
+        for route in s4s.ROUTES:
+            self.assertIn(f"`{route.path.replace('{}', '…')}`", self.readme)
+
+    def test_every_function_that_the_readme_names_is_there(self) -> None:
+        for name in re.findall(r"; (\w+)\(\)", self.readme):
+            self.assertTrue(callable(getattr(s4s, name)), name)
+
+    def test_every_route_names_its_text_and_says_what_it_does(self) -> None:
+        for route in s4s.ROUTES:
+            self.assertTrue(route.spec and route.endpoint.__doc__, route)
+
+    def test_every_public_class_and_function_has_a_docstring(self) -> None:
+        for node in ast.walk(ast.parse((HERE / "s4s_proxy.py").read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                self.assertTrue(ast.get_docstring(node) or node.name in (
+                    "setup", "readable", "readinto", "declare", "check", "issue", "over_http", "line", "link", "plain"),
+                    node.name)
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        if not hasattr(sys, "stdlib_module_names"):
+            self.skipTest("needs Python 3.10")
+        for name in ("s4s_proxy.py", "test_s4s_proxy.py"):
+            for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+                modules = [one.name for one in node.names] if isinstance(node, ast.Import) else (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                for module in modules:
+                    self.assertIn(module.partition(".")[0], {*sys.stdlib_module_names, "s4s_proxy"})
+
+    def test_the_module_works_under_another_name_inside_a_package(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder, "vendor_")
+            package.mkdir()
+            (package / "__init__.py").write_text("")
+            shutil.copy(HERE / "s4s_proxy.py", package / "smart_portal.py")
+            program = ("from vendor_ import smart_portal\nwith smart_portal.Server() as portal:\n"
+                       "    print(portal.issue_token()['patient'])")
+            done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=folder, capture_output=True,
+                                  text=True, timeout=60, check=False)
+            self.assertEqual((done.stdout.strip(), done.stderr), (DANIEL, ""))
+
+
+# ######################################################################## the benchmark
+
+class Bare(http.server.BaseHTTPRequestHandler):
+    """The floor: a handler of http.server that answers 500 bytes, HTTP/1.1, one buffered write."""
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
+    body = b'{"x": "' + b"x" * 491 + b'"}'
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+        self.wfile.flush()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def bare_server(body: bytes = Bare.body) -> Iterator[str]:
+    """A running bare handler; gives its address."""
+    class Floor(http.server.ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 1024, True
+    server = Floor(("127.0.0.1", 0), type("Answers", (Bare,), {"body": body}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def hammer(url: str, connections: int, seconds: float, request: bytes) -> tuple[float, float]:
+    """Send a request over kept-alive connections, all of them at once, again and again: requests and MB a second."""
+    parts = urlsplit(url)
+    sockets = [socket.create_connection((parts.hostname or "", parts.port or 80)) for _ in range(connections)]
+    files = [one.makefile("rb") for one in sockets]
+    count, size, started = 0, 0, time.perf_counter()
+    while time.perf_counter() < started + seconds:
+        for one in sockets:
+            one.sendall(request)
+        for file in files:
+            status, length = file.readline(), 0
+            assert status.startswith(b"HTTP/1.1 200"), status
+            for line in iter(file.readline, b"\r\n"):
+                if line[:15].lower() == b"content-length:":
+                    length = int(line[15:])
+            size += len(file.read(length))
+            count += 1
+    taken = time.perf_counter() - started
+    for one, file in zip(sockets, files):
+        file.close()
+        one.close()
+    return count / taken, size / taken / 1e6
+
+
+def rate(url: str, request: bytes, connections: int = 8, rounds: int = 3) -> tuple[float, float]:
+    """The median of some rounds of `hammer`, run by another process."""
+    rates = []
+    for _ in range(rounds):
+        done = subprocess.run([sys.executable, __file__, "--hammer", url, str(connections), "1"], input=request,
+                              capture_output=True, check=True)
+        rates.append(tuple(float(word) for word in done.stdout.split()))
+    return sorted(rates)[len(rates) // 2]  # type: ignore[return-value]
+
+
+def raw(method: str, path: str, token: str = "", body: str = "") -> bytes:
+    """A request as bytes, as an app sends it."""
+    headers = ["Host: localhost", "Accept: application/json", "User-Agent: benchmark"]
+    headers += [f"Authorization: Bearer {token}"] if token else []
+    headers += ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}"] if body else []
+    return ("\r\n".join([f"{method} {path} HTTP/1.1", *headers]) + "\r\n\r\n" + body).encode()
+
+
+def timed(action: Callable[[], object], rounds: int = 9) -> float:
+    """The median time of an action, in milliseconds."""
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - started) * 1000)
+    return sorted(times)[rounds // 2]
+
+
+def first_answer() -> tuple[float, float]:
+    """Start the command, ask once: milliseconds, and MiB of memory (0 where the system doesn't tell)."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        ask(process.stdout.readline().strip() + "/health")
+        taken = (time.perf_counter() - started) * 1000
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            memory = int(text.partition("VmRSS:")[2].split()[0]) / 1024
+            process.terminate()
+            return taken, memory
+        process.terminate()
+    return taken, 0.0
+
+
+def add_tokens(portal: s4s.Server, count: int) -> None:
+    """Live tokens, straight into the tables."""
+    given = portal.issue_token()["access_token"]
+    with portal.portal.state.transaction() as database:
+        names = [row[1] for row in database.execute("PRAGMA table_info(tokens)")]
+        row = dict(zip(names, database.execute("SELECT * FROM tokens WHERE token = ?", (given,)).fetchone()))
+        database.executemany(f"INSERT INTO tokens VALUES ({', '.join('?' * len(names))})",
+                             (tuple({**row, "token": secrets.token_hex(16)}.values()) for _ in range(count)))
+
+
+def benchmark() -> None:
+    """Print how fast everything is, each figure beside a bare http.server handler or process of the same run."""
+    def show(what: str, figure: str, ratio: str = "") -> None:
+        print(f"| {what} | {figure} | {ratio} |", flush=True)
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {sys.platform}\n")
+    show("what", "figure", "beside the bare one")
+    show("---", "---:", "---:")
+    program = "import http.server, sqlite3, json"
+    bare_start = timed(lambda: subprocess.run([sys.executable, "-c", program], check=True))
+    starts = [first_answer() for _ in range(9)]
+    start = sorted(taken for taken, _ in starts)[4]
+    show("process start to first answer", f"{start:.0f} ms", f"{start / bare_start:.2f} x `python -c \"{program}\"`")
+    show("memory after the first answer", f"{max(memory for _, memory in starts):.1f} MiB")
+
+    def whole() -> None:
+        with s4s.Server() as one:
+            ask(one.url + "/health")
+    show("`Server()` start, one request, stop", f"{timed(whole, 31):.1f} ms")
+    with s4s.Server() as portal, bare_server() as bare:
+        ask(f"{portal.open_fhir_url}/Patient")
+        show("`reset()`", f"{timed(portal.reset, 31):.2f} ms")
+        token = portal.issue_token(scope="patient/*.rs")["access_token"]
+        look = raw("POST", "/oauth/introspect", token, f"token={token}")
+        read = raw("GET", f"/api/fhir/Patient/{DANIEL}", token)
+        floors = {connections: rate(bare, raw("GET", "/"), connections)[0] for connections in (1, 8, 32)}
+        for connections, floor in floors.items():
+            for what, request in (("introspections", look), ("token reads of a Patient", read)):
+                got = rate(portal.url, request, connections)[0]
+                show(f"{what}, {connections} connections", f"{got:,.0f} /s", f"{got / floor:.2f} x")
+        for count in (10, 1000):
+            path = f"/api/fhir/Observation?patient={DANIEL}&_count={count}"
+            got, megabytes = rate(portal.url, raw("GET", path, token))
+            show(f"searches of {count} entries", f"{got:,.0f} /s, {megabytes:.0f} MB/s", f"{got / floors[8]:.2f} x")
+        app = App(portal)
+        url = app.authorize_url()
+
+        def flow() -> None:
+            back = portal.approve(url, "daniel-adams")
+            form = {"grant_type": "authorization_code", "code": dict(parse_qsl(urlsplit(back).query))["code"],
+                    "redirect_uri": app.redirect_uri, "code_verifier": app.verifier}
+            assert connection_post(portal, app, form) == 200
+        show("code flows: `approve` and the token endpoint", f"{1000 / timed(flow, 201):,.0f} /s")
+        for count in (1_000, 100_000):
+            add_tokens(portal, count)
+            got = rate(portal.url, look)[0]
+            show(f"introspections with {count:,} live tokens", f"{got:,.0f} /s", f"{got / floors[8]:.2f} x")
+
+
+def connection_post(portal: s4s.Server, app: App, form: dict[str, str]) -> int:
+    """The token endpoint without the cost of a client: the status."""
+    credentials = base64.b64encode(f"{app.client_id}:{app.secret}".encode()).decode()
+    request = s4s.Request("POST", "/oauth/token", {
+        "host": f"{portal.host}:{portal.port}", "authorization": f"Basic {credentials}",
+        "content-type": "application/x-www-form-urlencoded"}, urlencode(form).encode())
+    return s4s.dispatch(portal.portal, request).status
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["--benchmark"]:
+        benchmark()
+    elif sys.argv[1:2] == ["--hammer"]:
+        print(*hammer(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.stdin.buffer.read()))
+    else:
+        unittest.main()
