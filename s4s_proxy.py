@@ -162,8 +162,8 @@ class Settings:
             if not match or match[1].lower() in ("accept", "accept-encoding", "connection", "content-length", "expect",
                                                  "host", "te", "transfer-encoding", "upgrade"):
                 # The value may be a secret: it is not repeated.
-                raise StartError(f"--fhir-header {header.partition(':')[0]}: expected \"Name: value\", the name not one "
-                                 "that HTTP itself needs")
+                raise StartError(f"--fhir-header {header.partition(':')[0]}: expected \"Name: value\", and not a "
+                                 "name that HTTP itself needs")
         if not isinstance(self.fhir_timeout, (int, float)) or not 0 < self.fhir_timeout <= 3600:
             raise StartError(f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
 
@@ -1330,7 +1330,8 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "encounters": ("Visits", ("Encounter",)),
 }
 _BY_CONTENT = ("Observation", "DiagnosticReport")  # whose own category decides
-_CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types if name not in _BY_CONTENT}
+_CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
+                     if name not in _BY_CONTENT}
 CATEGORIES["other"] = ("Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _CATEGORY_OF_TYPE))
 OLD_CATEGORIES = {"allergy": "allergies"}
 
@@ -1442,12 +1443,10 @@ class Access:
         return is_pointed_to(binary["id"])
 
     def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
-        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, as far as these may be seen."""
-        urls = [attachment.get("url") for one in documents
-                if self.may_see(one, "r", base) or self.may_see(one, "s", base)
-                for attachment in elements(one, "content.attachment") + elements(one, "presentedForm")
-                if isinstance(attachment, dict)]
-        return {found for found in (_id_in(url, _BINARY_REFERENCE, base) for url in urls if isinstance(url, str)) if found}
+        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
+        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
+                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
+        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
 
 
 def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
@@ -1901,6 +1900,8 @@ class Portal:
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
         self.clock.offset = 0.0
+        if self.upstream:
+            self.upstream.forget()
         self.faults.clear()
         self.recorded.clear()
         with self.state.transaction() as database:
@@ -3098,6 +3099,11 @@ class BadRequest(Exception):
         self.status = status
 
 
+def too_large(most: int) -> BadRequest:
+    """413 that tells the limit."""
+    return BadRequest(413, f"the body is longer than {most} bytes")
+
+
 class SocketReader(io.RawIOBase):
     """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
     def __init__(self, connection: socket.socket):
@@ -3160,7 +3166,7 @@ def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
             read_headers(stream, MAX_HEAD)
             return bytes(body)
         if len(body) + size > most:
-            raise BadRequest(413, f"the body is longer than {most} bytes")
+            raise too_large(most)
         chunk = stream.read(size + 2)
         if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
             raise BadRequest(400, "a chunk is not as long as it says")
@@ -3227,12 +3233,14 @@ class Connection:
             body, keep = self.stream.read(MAX_ANSWER + 1), False
         elif not re.fullmatch(r"\d{1,18}", length):
             raise BadRequest(400, "its Content-Length is no number")
+        elif int(length) > MAX_ANSWER:
+            raise too_large(MAX_ANSWER)
         else:
-            body = self.stream.read(min(int(length), MAX_ANSWER + 1))
-            if len(body) < min(int(length), MAX_ANSWER + 1):
+            body = self.stream.read(int(length))
+            if len(body) < int(length):
                 raise BadRequest(400, "the connection broke off within the body")
         if len(body) > MAX_ANSWER:
-            raise BadRequest(413, f"the body is longer than {MAX_ANSWER} bytes")
+            raise too_large(MAX_ANSWER)
         self.reusable = keep
         return Answer(status, headers, unpacked(body, headers.get("content-encoding", "identity").lower()), url)
 
@@ -3253,7 +3261,7 @@ def unpacked(body: bytes, coding: str) -> bytes:
     except zlib.error:
         raise BadRequest(400, "its gzip is broken")
     if len(body) > MAX_ANSWER:
-        raise BadRequest(413, f"the body is longer than {MAX_ANSWER} bytes")
+        raise too_large(MAX_ANSWER)
     if not unpack.eof or unpack.unused_data:
         raise BadRequest(400, "its gzip is broken")
     return body
@@ -3262,7 +3270,8 @@ def unpacked(body: bytes, coding: str) -> bytes:
 def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
     """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
     code = {400: "invalid", 404: "not-found", 410: "deleted", 429: "throttled", 503: "transient", 504: "timeout"}
-    return FhirError(code.get(status, "exception"), f"the FHIR server behind this portal {description}", status, headers)
+    return FhirError(code.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
+                     headers)
 
 
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
@@ -3286,6 +3295,8 @@ def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
     entries: list[tuple[Any, str]] = []
     mark, at = _step(text, 0, "{")
     while mark != "}":
+        if not text.startswith('"', at):
+            raise ValueError("expected a member's name")
         name, at = _decode(text, at)
         at = _step(text, at, ":")[1]
         if name == "entry":
@@ -3323,10 +3334,9 @@ class Upstream:
             name, _, value = header.partition(":")
             self.headers[name] = value.strip()
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.forget()
         self._bases: list[str] = []
         self._learn(self.base)
-        self.version = ("", 0.0)                             # see fhir_version, and until when it holds
-        self._statement: tuple[Json, float] = ({}, 0.0)      # and until when it is fresh
         self._idle: list[Connection] = []
         send = self._send
 
@@ -3340,6 +3350,12 @@ class Upstream:
         opener = urllib.request.OpenerDirector()
         opener.add_handler(KeepAlive())
         self._request, self._open = urllib.request.Request, opener.open
+
+    def forget(self) -> None:
+        """Forget what was found out of the records and of the server's version."""
+        self.binaries.clear()
+        self.version = ("", 0.0)                         # see fhir_version; until when it holds
+        self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -3417,30 +3433,29 @@ class Upstream:
     def _learn(self, base: str) -> None:
         """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
         self._bases.append(base)
-        addresses, traces, self._hints = [], [], set()
+        addresses, traces, hints = [], [], set()
         before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
         for one in sorted(self._bases, key=len, reverse=True):
             parts = urlsplit(one)
-            host, port = parts.hostname or "", parts.port
+            host, port, path = parts.hostname or "", parts.port, "".join(
+                _SLASH if char == "/" else re.escape(char) for char in parts.path)
             names = {re.escape(f"[{host}]" if ":" in host else host)}
             if is_loopback(host):
                 names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
             name = "(?i:" + "|".join(sorted(names)) + ")"
-            usual = port in (None, 80, 443)
-            path = "".join(_SLASH if char == "/" else re.escape(char) for char in parts.path)
-            addresses.append(f"{name}(?:{_COLON}(?:80|443))?{path}" if usual else f"{name}{_COLON}{port}{path}")
-            # On loopback the port makes the difference, elsewhere the very name is too much.
-            if not is_loopback(host):
+            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+            addresses.append(where + path)
+            if not is_loopback(host):  # the name alone tells too much
                 traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
-                self._hints |= {host}
-            elif usual:
-                traces.append(rf"{before}{name}(?:{_COLON}(?:80|443))?(?![\w.:-]|%3)")
-                self._hints |= {host, "localhost", "127.0.0.1", "[::1]"}
+                hints |= {host}
+            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
+                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
             else:
-                traces.append(rf"{before}{name}{_COLON}{port}(?!\d)")
-                self._hints |= {f":{port}", f"%3a{port}"}
+                traces.append(before + where)
+                hints |= {f":{port}", f"%3a{port}"}
         self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
-        self._traces = re.compile("|".join(traces))
+        self._traces, self._hints = re.compile("|".join(traces)), hints
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
@@ -3471,7 +3486,7 @@ class Upstream:
         if status in (400, 422):
             raise refused(f"does not accept this request ({status})", 400)
         if status in (401, 403):
-            raise refused(f"lets this portal not do that ({status}); --fhir-header can give it credentials")
+            raise refused(f"does not let this portal in ({status}); --fhir-header can give it credentials")
         if status != 200:
             raise refused(f"answered with status {status}")
 
@@ -3481,7 +3496,7 @@ class Upstream:
         try:
             text = self.rewritten(answer.body, ours)
             value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
-            if not isinstance(value, dict) or not isinstance(value.get("resourceType"), str) or text[end:].strip(" \t\r\n"):
+            if not isinstance(value, dict) or not isinstance(value.get("resourceType"), str) or text[end:].strip():
                 raise ValueError("no resource")
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
@@ -3547,23 +3562,25 @@ def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json
     assert portal.upstream
     theirs, ours = portal.upstream.statement(portal.clock.now()), capability_statement(portal, request, secured)
     resources = []
-    for one in (one for rest in elements(theirs, "rest") for one in elements(rest, "resource") if isinstance(one, dict)):
-        name, can = str(one.get("type")), elements(one, "interaction.code")
-        can = [code for code in ("read", "vread", "search-type") if code in can and (name, code) != ("Binary", "search-type")]
+    for one in elements(theirs, "rest.resource"):
+        name = str(one.get("type")) if isinstance(one, dict) else ""
+        offered = elements(one, "interaction.code")
+        can = [code for code in ("read", "vread", "search-type")
+               if code in offered and (name, code) != ("Binary", "search-type")]
         if can and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
             resources.append({"type": name, "interaction": [{"code": code} for code in can], "searchParam": [
-                {"name": known["name"], "type": known["type"]} for known in elements(one, "searchParam")
-                if isinstance(known, dict) and may_be_forwarded(str(known.get("name"))) and isinstance(known.get("type"), str)]})
+                {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
+                if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
     ours["rest"][0]["resource"] = resources
     ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
     return ours
 
 
-# Search parameters that go to the FHIR server: those of the types, and these of the common ones. The others could look
-# into other records (_has, _filter, _query, _type, _list, _content ...) and tell by what is found what stands there; or
-# are not forwarded because the portal must see the whole resource to judge it (_elements, _summary but for count: FHIR
-# lets a server answer with more than asked).
-FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude", "_total")
+# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could look
+# into other records and tell by what is found what stands there (_has, _filter, _query, _type, _list, _content ...).
+FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude",
+             "_total")
+# These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
 PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
@@ -3576,35 +3593,36 @@ def may_be_forwarded(name: str) -> bool:
 
 
 def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]], base: str) -> list[tuple[str, str]]:
-    """The search to send: checked, with references made relative, and pinned to the patients that may be seen.
+    """The search to send: each parameter checked, and pinned to the patients that may be seen.
 
-    Asking for another patient is refused in words rather than found empty: in a parameter that names the owner, or by
-    Patient/... in any other. So is what can't be checked: chains (a.b), modifiers other than the type's own (patient:
-    Patient) on what names the owner.
+    Asking for another patient is refused in words rather than found empty: in a parameter that names the owner, under
+    whatever of its names, and by Patient/... in any other. So is what can't be checked: chains (a.b), and modifiers on
+    what names the owner, but for its type (subject:Patient).
     """
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
-    sent, pinned = [], False
+    pairs = [(name, value) for name, value in pairs
+             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+    if access.scope is None:
+        return pairs
+    sent: list[tuple[str, str]] = []
     for name, value in pairs:
         stem, _, modifier = name.partition(":")
-        if not value or (stem in NOT_FORWARDED and (name, value) != ("_summary", "count")):
-            continue
-        if access.scope is not None:
-            names_owner = stem in NAMES_A_PATIENT or stem == pin or modifier == "Patient"
-            if "." in name or not (may_be_forwarded(stem) or name == "_summary"):
-                raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
-            if names_owner and modifier not in ("", "Patient"):
-                raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
-            named = [one.removeprefix(base + "/") for one in value.split(",")]
-            ids = [one.removeprefix("Patient/") for one in named] if names_owner else [
-                found for one in named for found in re.findall(r"Patient/([^/|&?]*)", one)]
-            for one in ids:
-                if not FHIR_ID.fullmatch(one) or (allowed is not None and one not in allowed):
-                    raise FhirError("forbidden", f"{name}={value}: the token is not for this patient's record", 403)
-            if names_owner:
-                name, value = stem, ",".join(one if stem == "_id" else f"Patient/{one}" for one in ids)
-            pinned = pinned or stem == pin
+        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+            raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
+        owns = stem in NAMES_A_PATIENT or stem == pin
+        if owns and modifier not in ("", "Patient"):
+            raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
+        named = [one.removeprefix(base + "/") for one in value.split(",")]
+        if owns or modifier == "Patient":
+            ids = [one.removeprefix("Patient/") for one in named]
+            name, value = pin if owns else stem, ",".join(ids if pin == "_id" else [f"Patient/{one}" for one in ids])
+        else:
+            ids = [one for part in named for one in re.findall(r"Patient/([^/|&?]*)", part)]
+        for one in ids:
+            if not FHIR_ID.fullmatch(one) or (allowed is not None and one not in allowed):
+                raise FhirError("forbidden", f"{name}={one}: the token is not for this patient's record", 403)
         sent.append((name, value))
-    if allowed is not None and not pinned and type_name not in SHARED_TYPES:
+    if allowed is not None and type_name not in SHARED_TYPES and pin not in dict(sent):
         sent.append((pin, ",".join(one if pin == "_id" else f"Patient/{one}" for one in sorted(allowed))))
     return sent
 
@@ -3620,8 +3638,8 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
         database.execute("DELETE FROM pages WHERE expires <= ?", (now,))
         database.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", [
             (handles[relation], grant_id, path, url, now + PAGE_SECONDS) for relation, url in urls.items()])
-        database.execute("DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages WHERE grant_id = ?1 "
-                         "ORDER BY rowid DESC LIMIT 1 OFFSET ?2)", (grant_id, MAX_LINKS))
+        database.execute("DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages "
+                         "WHERE grant_id = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)", (grant_id, MAX_LINKS))
     return handles
 
 
@@ -3668,8 +3686,8 @@ class Forwarding:
                     return self.read(type_name, *parts[1::2])
                 if len(parts) == 3 and type_name == "Patient" and parts[2] == "$everything":
                     return self.everything(parts[1])
-        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/[id], [type]/[id]/_history/[id], "
-                        "Patient/[id]/[type], Patient/[id]/$everything or [type]/_search", 404)
+        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], [type]/[id]"
+                        "/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
 
     def check_scope(self, type_name: str, letters: str, resource_id: str = "") -> None:
         """Refuse what no scope allows, and types of which nobody can tell whose they are."""
@@ -3686,7 +3704,8 @@ class Forwarding:
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
         self.response.body = text.encode("utf-8", "replace")
-        self.response.headers += [(name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers]
+        self.response.headers += [(name, answer.headers[name.lower()]) for name in names
+                                  if name.lower() in answer.headers]
         return self.response
 
     def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
@@ -3702,8 +3721,8 @@ class Forwarding:
             raise refused("answered with another resource than the one asked for")
         if not (self.access.may_see_binary(resource, self.is_pointed_to, self.base) if type_name == "Binary"
                 else self.may_see(resource, text, "r")):
-            raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
-                            "category that was not approved", 403)
+            raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
+                            "a category that was not approved", 403)
         self.response.status = 304 if unchanged else 200
         return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
 
@@ -3804,9 +3823,9 @@ class Forwarding:
         seen = []
         for entry, text in entries:
             if self.may_see(entry.get("resource"), text, letters):
-                strange = entry.keys() - {"fullUrl", "resource", "search"}
-                seen.append(json.dumps({name: entry[name] for name in entry if name not in strange}) if strange else text)
-        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen (the FHIR server is not trusted to filter)")
+                known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
+                seen.append(text if len(known) == len(entry) else json.dumps(known))
+        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
         path, query = self.request.rest, self.request.query
         if self.request.method == "POST":
             path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
@@ -3877,7 +3896,8 @@ def access_of(portal: Portal, row: Row) -> Access:
     user = portal.user(row["username"])
     everybody = bool(user and user["any_patient"])
     return Access(row["token_scope"], row["patient_id"],
-                  None if everybody else frozenset(portal.patients_of(row["username"])),
+                  None if everybody else frozenset(
+                      portal.patients_of(row["username"]) if "user/" in row["token_scope"] else ()),
                   frozenset(json.loads(row["security_labels"])))
 
 
@@ -4007,7 +4027,8 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
 @route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
-    return fhir_response(request, (forwarded_statement if portal.upstream else capability_statement)(portal, request, True))
+    statement = forwarded_statement if portal.upstream else capability_statement
+    return fhir_response(request, statement(portal, request, True))
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
@@ -4028,8 +4049,8 @@ def open_fhir(portal: Portal, request: Request) -> Response:
     if not portal.settings.serves_open_fhir:
         raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
     if request.rest == "metadata":
-        return fhir_response(request, (forwarded_statement if portal.upstream else capability_statement)(
-            portal, request, False))
+        statement = forwarded_statement if portal.upstream else capability_statement
+        return fhir_response(request, statement(portal, request, False))
     if request.method == "POST" and not request.rest.endswith("/_search"):
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
     base = portal.base(request) + "/api/open-fhir"
@@ -4599,7 +4620,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length is not None and not re.fullmatch(r"\d{1,18}", length):
             raise BadRequest(400, "Content-Length: expected a number of bytes")
         if length is not None and int(length) > most:
-            raise BadRequest(413, f"the body is longer than {most} bytes")
+            raise too_large(most)
         if coding is not None and coding.lower() != "chunked":
             raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
         if not length and coding is None:
@@ -4932,7 +4953,8 @@ def write_log(line: str) -> None:
 
 # ######################################################################## 21 command line
 
-ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_NAME": "name", "ENABLE_UNSECURE_FHIR": "open_fhir"}
+ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_NAME": "name",
+               "ENABLE_UNSECURE_FHIR": "open_fhir"}
 
 
 def build_parser() -> argparse.ArgumentParser:

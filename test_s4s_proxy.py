@@ -1790,8 +1790,8 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assert_not_forwarded("Observation?_getpages=0d33d1e1")
 
     def test_another_patient_does_not_come_along_by_include(self) -> None:
-        self.script("Observation", self.behind.bundle(observation("mine", performer=[{"reference": f"Patient/{OTHER}"}]),
-                                                    self.behind.records[f"Patient/{OTHER}"]))
+        mine = observation("mine", performer=[{"reference": f"Patient/{OTHER}"}])
+        self.script("Observation", self.behind.bundle(mine, self.behind.records[f"Patient/{OTHER}"]))
         self.assertEqual(self.ids("Observation?_include=Observation:performer"), ["mine"])
 
     def test_another_patients_resource_does_not_come_along_by_revinclude(self) -> None:
@@ -1826,8 +1826,9 @@ class OnePatientAndNothingElse(ForwardingTest):
 
     def test_paths_that_hide_something_never_reach_the_fhir_server(self) -> None:
         for path in (
-                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient", "Observation/%2E%2E%2FPatient",
-                "Observation/%252e%252e/Patient", "Observation/mine;a=b", "Observation;a=b", "Observation//mine",
+                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient",
+                "Observation/%2E%2E%2FPatient", "Observation/%252e%252e/Patient", "Observation/mine;a=b",
+                "Observation;a=b", "Observation//mine",
                 "/Observation/mine", "Observation/mine%2f_history", "Observation/mine%3fa=b", "Observation%5cmine",
                 "Observation\\mine", "Observation/mine%00", "Observation/mine%0d%0aX:y", "Observation/.", "metadata/..",
                 "observation/mine", "Observation/mine/_history/..", "Observation/mine/x", "Observation/_search",
@@ -1838,11 +1839,10 @@ class OnePatientAndNothingElse(ForwardingTest):
 
     def test_an_absolute_request_target_is_served_for_this_host_only(self) -> None:
         for host, expected in ((f"127.0.0.1:{self.portal.port}", 200), ("fhir.example", 421)):
-            with self.subTest(host):
-                with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.portal.port)) as connection:
-                    connection.request("GET", f"http://{host}/api/fhir/Observation/mine", headers={
-                        "Authorization": f"Bearer {self.token}"})
-                    self.assertEqual(connection.getresponse().status, expected)
+            with self.subTest(host), socket.create_connection(("127.0.0.1", self.portal.port)) as connection:
+                connection.sendall(f"GET http://{host}/api/fhir/Observation/mine HTTP/1.1\r\nHost: x\r\n"
+                                   f"Authorization: Bearer {self.token}\r\n\r\n".encode())
+                self.assertIn(f"HTTP/1.1 {expected} ".encode(), connection.recv(4096))
 
     def test_a_batch_is_not_forwarded(self) -> None:
         self.assert_not_forwarded("", method="POST", body=b"{}")
@@ -1887,7 +1887,8 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assertEqual(self.ids("Observation"), [])
 
     def test_an_outcome_that_quotes_something(self) -> None:
-        self.script("Observation", self.behind.bundle(observation("mine"), {"resourceType": "OperationOutcome", "id": "o"}))
+        outcome = {"resourceType": "OperationOutcome", "id": "o", "issue": [{"diagnostics": f"Patient/{OTHER}"}]}
+        self.script("Observation", self.behind.bundle(observation("mine"), outcome))
         self.assertEqual(self.ids("Observation"), ["mine"])
 
     def test_types_nobody_can_place_are_refused(self) -> None:
@@ -1958,26 +1959,27 @@ class OnePatientAndNothingElse(ForwardingTest):
 
 class WhoseItIs(unittest.TestCase):
     """owner() and Access, resource by resource."""
+    base = "https://p.example/api/fhir"
 
     def test_references_that_count(self) -> None:
         for text in (f"Patient/{ME}", f"Patient/{ME}/_history/2", f"https://p.example/api/fhir/Patient/{ME}"):
             with self.subTest(text):
-                self.assertEqual(s4s.owner(observation("x", subject={"reference": text}), "https://p.example/api/fhir"), ME)
+                self.assertEqual(s4s.owner(observation("x", subject={"reference": text}), self.base), ME)
 
     def test_references_that_do_not_count(self) -> None:
         for subject in ({"reference": "Group/1"}, {"reference": "#p"}, {"identifier": {"value": ME}}, {"display": "me"},
                         {"reference": f"https://elsewhere.example/Patient/{ME}"}, {"reference": f"patient/{ME}"},
-                        {"reference": f"Patient/{ME}/x"}, {"reference": f"/Patient/{ME}"}, {"reference": [f"Patient/{ME}"]},
+                        {"reference": f"Patient/{ME}/x"}, {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
                         f"Patient/{ME}", None, 7):
             with self.subTest(subject):
-                self.assertIsNone(s4s.owner(observation("x", subject=subject), "https://p.example/api/fhir"))
+                self.assertIsNone(s4s.owner(observation("x", subject=subject), self.base))
 
     def test_each_version_of_fhir_has_its_element(self) -> None:
-        person = {"reference": f"Patient/{ME}"}
+        person, doctor = {"reference": f"Patient/{ME}"}, {"reference": "Practitioner/1"}
         for name, more in (("Condition", {"patient": person}), ("Condition", {"subject": person}),
                            ("Coverage", {"beneficiary": person}), ("Task", {"for": person}),
                            ("Account", {"subject": [person]}), ("Patient", {"id": ME}), ("Device", {"patient": person}),
-                           ("Appointment", {"participant": [{"actor": {"reference": "Practitioner/1"}}, {"actor": person}]})):
+                           ("Appointment", {"participant": [{"actor": doctor}, {"actor": person}]})):
             with self.subTest(name):
                 self.assertEqual(s4s.owner({"resourceType": name, **more}), ME)
 
@@ -2083,8 +2085,8 @@ class NoAddressGetsOut(ForwardingTest):
         self.assertIn(f"{self.portal.fhir_url}/Patient/{ME}", self.clean("Observation/mine"))
 
     def test_decimals_come_through_as_they_were(self) -> None:
-        self.script("Observation", json.dumps(self.behind.bundle(observation("mine"), observation("theirs", OTHER))).replace(
-            '"final"', '"final", "valueQuantity": {"value": 1.10}').encode())
+        text = json.dumps(self.behind.bundle(observation("mine", value="VALUE"), observation("theirs", OTHER)))
+        self.script("Observation", text.replace('"VALUE"', '{"value": 1.10}').encode())
         self.assertIn(b'{"value": 1.10}', self.get("Observation").body)
 
 
@@ -2166,8 +2168,8 @@ class Paging(ForwardingTest):
             s4s.kept_page(portal, "g", "p", first["0"])
 
     def test_a_link_that_leads_elsewhere(self) -> None:
-        for link in ("https://hidden.example/other?page=2", "/fhir/../admin", "/fhir/%2e%2e/admin", "file:///etc/passwd",
-                     "//[", "/fhirs", "/fhir//x"):
+        for link in ("https://hidden.example/other?page=2", "/fhir/../admin", "/fhir/%2e%2e/admin",
+                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x"):
             with self.subTest(link):
                 self.pages(link)
                 self.assert_refused("Observation", 502)
@@ -2214,25 +2216,27 @@ class Faults(ForwardingTest):
     def test_answers_that_are_no_fhir_are_502(self) -> None:
         mine = json.dumps(observation("mine"))
         for name, body in {
-                "HTML": b"<html>", "empty": b"", "array": b"[]", "null": b"null", "no type": b"{}", "cut": mine[:-2].encode(),
+                "HTML": b"<html>", "empty": b"", "array": b"[]", "null": b"null", "no type": b"{}",
+                "cut": mine[:-2].encode(), "control": mine.replace("final", "\0").encode(),
                 "NaN": mine.replace('"final"', "NaN").encode(), "twice": (mine + mine).encode(),
                 "byte order mark": b"\xef\xbb\xbf" + mine.encode(), "UTF-16": mine.encode("utf-16"),
-                "no UTF-8": mine.replace("final", "\xff").encode("latin-1"), "control": mine.replace("final", "\0").encode(),
+                "no UTF-8": mine.replace("final", "\xff").encode("latin-1"),
                 "deep": b'{"a":' * 100_000, "outcome": b'{"resourceType": "OperationOutcome"}'}.items():
             with self.subTest(name):
                 self.script("Observation/mine", body)
                 self.assert_refused("Observation/mine", 502)
 
     def test_searches_answered_with_no_bundle_are_502(self) -> None:
-        for body in (b"", b"{", b"[]", b'{"resourceType": "Bundle"}', b'{"resourceType": "Bundle", "type": "batch-response"}',
-                     b'{"resourceType": "Bundle", "type": "searchset", "entry": [}', b'{"entry": {}}', b'{"entry": [1 2]}',
-                     b'{"resourceType": "Bundle", "type": "searchset"} {}', b'{"resourceType" "Bundle"}', b'{1: 2}'):
+        head = b'{"resourceType": "Bundle", "type": "searchset"'
+        for body in (b"", b"{", b"[]", b'{"resourceType": "Bundle"}', head.replace(b"searchset", b"batch") + b"}",
+                     head + b', "entry": [}', head + b', "entry": {}}', head + b', "entry": [1 2]}', head + b"} {}",
+                     head + b', "x" 1}', head + b", 1: 2}", head + b", [1]: 2}", head):
             with self.subTest(body):
                 self.script("Observation", body)
                 self.assert_refused("Observation", 502)
 
     def test_odd_bundles_are_no_trouble(self) -> None:
-        for entry in (b"[]", b"[null, 1, {}, [], {\"resource\": []}, {\"fullUrl\": 1, \"resource\": {\"resourceType\": 1}}]"):
+        for entry in (b"[]", b'[null, 1, {}, [], {"resource": []}, {"fullUrl": 1, "resource": {"resourceType": 1}}]'):
             with self.subTest(entry):
                 self.script("Observation", b'{"resourceType": "Bundle", "type": "searchset", "link": [1], "entry": '
                             + entry + b"}")
@@ -2241,7 +2245,8 @@ class Faults(ForwardingTest):
     def test_broken_http_is_502(self) -> None:
         for name, data in {
                 "silence": b"", "no HTTP": b"SSH-2.0\r\n\r\n", "no header's end": b"HTTP/1.1 200 OK\r\nA: b\r\n",
-                "bad header": b"HTTP/1.1 200 OK\r\nA b\r\n\r\n", "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+                "bad header": b"HTTP/1.1 200 OK\r\nA b\r\n\r\n",
+                "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
                 "two ends": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
                 "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
                 "bad length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
@@ -2256,8 +2261,9 @@ class Faults(ForwardingTest):
     def test_an_answer_too_large_is_502(self) -> None:
         with mock.patch.object(s4s, "MAX_ANSWER", 1000):
             large = json.dumps(observation("mine", note="x" * 1000)).encode()
-            for name, headers, body in (("length", {}, large), ("to the end", {"Content-Length": "", "Connection": "close"}, large),
-                                        ("bomb", {"Content-Encoding": "gzip"}, gzip.compress(large))):
+            for name, headers, body in (
+                    ("length", {}, large), ("to the end", {"Content-Length": "", "Connection": "close"}, large),
+                    ("bomb", {"Content-Encoding": "gzip"}, gzip.compress(large))):
                 with self.subTest(name):
                     self.script("Observation/mine", body, 200, headers)
                     self.assert_refused("Observation/mine", 502)
@@ -2354,7 +2360,8 @@ class Transport(ForwardingTest):
         self.assertNotIn(self.token, str(self.behind.seen))
 
     def test_what_travels(self) -> None:
-        sent = {"Prefer": "handling=strict", "If-None-Match": 'W/"3"', "If-Modified-Since": "Thu, 31 May 2018 22:48:43 GMT"}
+        sent = {"Prefer": "handling=strict", "If-None-Match": 'W/"3"',
+                "If-Modified-Since": "Thu, 31 May 2018 22:48:43 GMT"}
         self.get("Observation/mine", headers={**sent, "Accept": "application/json"})
         headers = self.behind.seen[0][1]
         self.assertEqual({name: headers.get(name.lower()) for name in sent}, sent)
@@ -2386,12 +2393,14 @@ class WhatIsBehind(ForwardingTest):
     """Metadata, version and patients of the FHIR server."""
 
     STATEMENT: ClassVar[dict[str, Any]] = {
-        "resourceType": "CapabilityStatement", "fhirVersion": "4.0.1", "implementation": {"url": "http://hidden.example"},
-        "rest": [{"mode": "server", "security": {"description": "hidden.example"}, "operation": [{"name": "export"}], "resource": [
-            {"type": "Observation", "interaction": [{"code": code} for code in ("read", "vread", "create", "search-type")],
-             "searchParam": [{"name": "code", "type": "token", "documentation": "hidden.example"}, {"name": "_has", "type": "string"},
-                             {"name": "_id", "type": "token"}]},
-            {"type": "AuditEvent", "interaction": [{"code": "read"}]}, {"type": "Patient", "interaction": [{"code": "create"}]}]}]}
+        "resourceType": "CapabilityStatement", "fhirVersion": "4.0.1", "publisher": "hidden.example",
+        "rest": [{"mode": "server", "security": {"description": "hidden.example"}, "resource": [
+            {"type": "Observation", "operation": [{"name": "lastn"}],
+             "interaction": [{"code": code} for code in ("read", "vread", "create", "search-type")],
+             "searchParam": [{"name": "code", "type": "token", "documentation": "hidden.example"},
+                             {"name": "_has", "type": "string"}, {"name": "_id", "type": "token"}]},
+            {"type": "AuditEvent", "interaction": [{"code": "read"}]},
+            {"type": "Patient", "interaction": [{"code": "create"}]}]}]}
 
     def portal_with(self, statement: dict[str, Any]) -> s4s.Portal:
         """A portal of its own, that has not asked yet."""
@@ -2441,7 +2450,8 @@ class WhatIsBehind(ForwardingTest):
         names: tuple[Any, ...] = ([{"given": ["Ann", "B"], "family": ["Cee"]}], [{"text": "Dee"}], [])
         self.script("Patient", self.behind.bundle(*({"resourceType": "Patient", "id": f"p{number}", "name": name}
                                                   for number, name in enumerate(names)), observation("x")))
-        self.assertEqual(s4s.upstream_patients(self.portal.portal, "a&b"), [("p0", "Ann B Cee"), ("p1", "Dee"), ("p2", "p2")])
+        self.assertEqual(s4s.upstream_patients(self.portal.portal, "a&b"),
+                         [("p0", "Ann B Cee"), ("p1", "Dee"), ("p2", "p2")])
         self.assertEqual(self.behind.seen[-1][0], "/fhir/Patient?name=a%26b&_count=50")
 
     def test_a_patient_is_there_or_not(self) -> None:
@@ -2449,14 +2459,15 @@ class WhatIsBehind(ForwardingTest):
         self.assertIsNone(s4s.upstream_patient(self.portal.portal, "../x"))
 
     def test_settings_that_cannot_be(self) -> None:
-        for settings in ({"fhir_server": "ftp://x/"}, {"fhir_server": "x"}, {"fhir_server": "http://u@h/"}, {"fhir_server": "http:///x"},
-                         {"fhir_server": "http://h/?a"}, {"fhir_server": "http://h/#a"}, {"fhir_server": "http://h:99999"},
-                         {"fhir_server": "http://h/../a"}, {"fhir_server": 7},
-                         {"fhir_header": "x"}, {"fhir_header": "A: b\r\nC: d"}, {"fhir_header": ["Host: x"]},
-                         {"fhir_header": "Content-Length: 1"}, {"fhir_timeout": 0}, {"fhir_timeout": float("nan")},
-                         {"fhir_timeout": "soon"}):
-            with self.subTest(settings), self.assertRaises(s4s.StartError):
-                s4s.Settings(**settings)
+        wrong: dict[str, tuple[Any, ...]] = {
+            "fhir_server": ("ftp://x/", "x", "http://u@h/", "http:///x", "http://h/?a", "http://h/#a", "http://h:99999",
+                            "http://h/../a", 7),
+            "fhir_header": ("x", "A: b\r\nC: d", ["Host: x"], "Content-Length: 1", "A:"),
+            "fhir_timeout": (0, float("nan"), "soon", 1e9)}
+        for name, values in wrong.items():
+            for value in values:
+                with self.subTest(value), self.assertRaises(s4s.StartError):
+                    s4s.Settings(**{name: value})
 
 
 # ######################################################################## promises about the repository
