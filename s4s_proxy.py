@@ -124,7 +124,7 @@ class Settings:
         "forward FHIR requests to this server (default: the embedded records)", "URL"))
     fhir_header: list[str] = field(default_factory=list, metadata=_shown(
         "added to every forwarded request; repeatable", '"Name: value"'))
-    fhir_timeout: float = field(default=30.0, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
+    fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
     client: list[str] = field(default_factory=list, metadata=_shown(
         "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
     db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
