@@ -1907,6 +1907,33 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assert_not_forwarded("Practitioner", token=token)
         self.assertEqual(self.ids("Observation?_include=*", token=token), ["mine"])
 
+    def test_a_scope_narrowed_by_a_parameter_leaves_the_rest_and_the_number_out(self) -> None:
+        self.script("metadata", WhatIsBehind.STATEMENT)
+        draft = observation("draft", status="preliminary")
+        self.script("Observation", self.behind.bundle(observation("mine")))
+        self.script("Observation/draft", draft)
+        token = self.issue("patient/Observation.rs?status=final")
+        self.assertNotIn("total", self.read("Observation", token=token))
+        self.script("Observation", self.behind.bundle(observation("mine"), draft))
+        self.assertEqual(self.ids("Observation", token=token), ["mine"])
+        self.assert_refused("Observation/draft", token=token)
+
+    def test_a_category_left_out_is_left_out(self) -> None:
+        app = App(self.portal)
+        back = self.portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=["problems"])
+        token = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        self.assertEqual(self.ids("Observation", token=token), ["dr"])
+        self.assert_refused("Observation/mine", token=token)
+
+    def test_who_the_user_is_may_be_read_and_not_searched(self) -> None:
+        doctor = {"resourceType": "Practitioner", "id": "smart-clinician"}
+        self.script("Practitioner/smart-clinician", doctor)
+        token = self.issue("openid fhirUser patient/Observation.rs", username="clinician", patient_id=ME)
+        self.assertEqual(self.read("Practitioner/smart-clinician", token=token), doctor)
+        self.behind.seen.clear()
+        self.assert_not_forwarded("Practitioner/dr", token=token)
+        self.assert_not_forwarded("Practitioner?_id=smart-clinician", token=token)
+
     def test_a_clinician_sees_every_record(self) -> None:
         token = self.issue("user/*.rs", username="clinician", patient_id=ME)
         self.assertEqual(self.read("Observation/theirs", token=token)["id"], "theirs")
@@ -2004,11 +2031,16 @@ class WhoseItIs(unittest.TestCase):
         self.assertFalse(access.allows("Practitioner", "r", "other") or access.may_see(colleague, "r"))
 
     def test_a_scope_narrowed_by_a_parameter(self) -> None:
-        access = s4s.Access("patient/Observation.rs", ME)
-        access.scopes = [access.scopes[0]._replace(constraints=(("status", "final,amended"),))]
+        access = s4s.Access("patient/Observation.rs?status=final,amended", ME)
         self.assertTrue(access.narrowed)
         self.assertTrue(access.may_see(observation("x"), "r"))
         self.assertFalse(access.may_see(observation("x", status="preliminary"), "r"))
+
+    def test_scopes_of_the_system_open_every_record(self) -> None:
+        access = s4s.Access("system/Observation.r")
+        self.assertTrue(access.may_see(observation("theirs", OTHER), "r"))
+        self.assertFalse(access.may_see(observation("theirs", OTHER), "s"))
+        self.assertFalse(access.may_see({"resourceType": "Patient", "id": OTHER}, "r"))
 
     def test_categories_hide_and_hide_their_number(self) -> None:
         access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
