@@ -4387,10 +4387,10 @@ class Upstream:
 
     def _learn(self, base: str) -> None:
         """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
-        self._bases.append(base)
+        self._bases = sorted([*self._bases, base], key=len, reverse=True)
         addresses, traces, hints = [], [], set()
         before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        for one in sorted(self._bases, key=len, reverse=True):
+        for one in self._bases:
             parts = urlsplit(one)
             host, port, path = parts.hostname or "", parts.port, "".join(
                 _SLASH if char == "/" else re.escape(char) for char in parts.path)
@@ -4423,12 +4423,21 @@ class Upstream:
             raise ValueError("a control character")
         if _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
             text = json.dumps(json.loads(text))
-        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's.
-        text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
+        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
+        # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
+        for base in self._bases:
+            for end in '/?"':
+                text = text.replace(base + end, "\0" + end)
+        if self._hinted(text):
+            text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
+            if self._hinted(text):
+                text = self._traces.sub("fhir-server.invalid", text)
+        return text.replace("\0", ours).replace("\1", quote(ours, safe=""))
+
+    def _hinted(self, text: str) -> bool:
+        """Whether something of the FHIR server's address may be in a text."""
         lower = text.lower()
-        if any(hint in lower for hint in self._hints):
-            text = self._traces.sub("fhir-server.invalid", text)
-        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
+        return any(hint in lower for hint in self._hints)
 
     def check(self, answer: Answer) -> None:
         """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients wait)."""
