@@ -1763,13 +1763,16 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assert_not_forwarded(f"Observation?performer=Patient/{OTHER}")
 
     def test_a_modifier_that_cannot_be_judged(self) -> None:
-        self.assert_not_forwarded("Observation?patient:identifier=http://ids.example%7C1")
+        for parameter in ("patient:identifier=http://ids.example%7C1", f"patient:not={ME}", "subject:missing=true"):
+            with self.subTest(parameter):
+                self.assert_not_forwarded(f"Observation?{parameter}")
 
     def test_a_chain_with_a_type(self) -> None:
         self.assert_not_forwarded(f"Observation?subject:Patient._id={OTHER}")
 
     def test_a_chain(self) -> None:
         self.assert_not_forwarded("Observation?performer.name=Smith")
+        self.assert_not_forwarded("Observation?performer:Practitioner.name=Smith")
 
     def test_a_reverse_chain(self) -> None:
         self.assert_not_forwarded(f"Practitioner?_has:Observation:performer:patient={OTHER}")
@@ -1816,7 +1819,10 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assert_not_forwarded(f"Patient/{OTHER}/$everything")
 
     def test_everything_takes_reading_and_searching(self) -> None:
-        self.assert_not_forwarded(f"Patient/{ME}/$everything", token=self.issue("patient/*.s"))
+        for scope in ("patient/*.s", "patient/*.r", "patient/Observation.rs"):
+            got = self.get(f"Patient/{ME}/$everything", token=self.issue(scope))
+            self.assertEqual((got.status, self.behind.seen), (403, []))
+            self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
 
     def test_other_operations(self) -> None:
         for path in ("$export", "Patient/$export", "Patient/$match", f"Patient/{ME}/$summary", "Observation/$lastn",
@@ -1866,7 +1872,8 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assertEqual(self.behind.seen, [])
 
     def test_another_patient_inside_my_resource(self) -> None:
-        for inner in ({"resourceType": "Patient", "id": OTHER}, observation("x", OTHER), {"resourceType": "Bundle"}):
+        for inner in ({"resourceType": "Patient", "id": OTHER}, observation("x", OTHER), {"resourceType": "Bundle"},
+                      observation("x", contained=[observation("y")])):
             with self.subTest(inner["resourceType"]):
                 self.script("Observation/mine", observation("mine", contained=[inner]))
                 self.assert_refused("Observation/mine")
@@ -1885,6 +1892,13 @@ class OnePatientAndNothingElse(ForwardingTest):
     def test_a_bundle_within_the_bundle(self) -> None:
         self.script("Observation", self.behind.bundle(self.behind.bundle(observation("theirs", OTHER))))
         self.assertEqual(self.ids("Observation"), [])
+
+    def test_members_of_a_bundle_that_may_hold_anything(self) -> None:
+        bundle = {**self.behind.bundle(observation("mine")), "signature": {"who": OTHER}, "issues": OTHER}
+        bundle["entry"][0]["response"] = {"location": OTHER}
+        self.script("Observation", bundle)
+        self.assertNotIn(OTHER, self.get("Observation").text)
+        self.assertEqual(self.ids("Observation"), ["mine"])
 
     def test_an_outcome_that_quotes_something(self) -> None:
         outcome = {"resourceType": "OperationOutcome", "id": "o", "issue": [{"diagnostics": f"Patient/{OTHER}"}]}
@@ -2015,7 +2029,8 @@ class WhoseItIs(unittest.TestCase):
         for resource in ({"resourceType": "Condition", "subject": me, "patient": other},
                          {"resourceType": "Account", "subject": [me, other]},
                          {"resourceType": "Appointment", "participant": [{"actor": me}, {"actor": other}]},
-                         {"resourceType": "Practitioner", "contained": [observation("x", OTHER)]}):
+                         {"resourceType": "Practitioner", "contained": [observation("x", OTHER)]},
+                         observation("x", contained=[observation("y", contained=[observation("z", OTHER)])])):
             with self.subTest(resource["resourceType"]):
                 self.assertIsNone(s4s.owner(resource))
 
@@ -2041,6 +2056,7 @@ class WhoseItIs(unittest.TestCase):
         self.assertTrue(access.may_see(observation("theirs", OTHER), "r"))
         self.assertFalse(access.may_see(observation("theirs", OTHER), "s"))
         self.assertFalse(access.may_see({"resourceType": "Patient", "id": OTHER}, "r"))
+        self.assertFalse(s4s.Access("system/*.rs").may_see({"resourceType": "AuditEvent"}, "r"), "cannot be placed")
 
     def test_categories_hide_and_hide_their_number(self) -> None:
         access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
@@ -2089,6 +2105,23 @@ class NoAddressGetsOut(ForwardingTest):
                      f"http%3a%2f%2flocalhost%3a{port}%2f", f"http://127.0.0.1:{port}/fhir2"):
             with self.subTest(text):
                 self.assertIn("fhir-server.invalid", self.spelled(text)["note"])
+
+    def test_servers_elsewhere_and_on_usual_ports(self) -> None:
+        ours = "https://portal.example/api/fhir"
+        for base, theirs, expected in (
+                ("https://fhir.example", "https://fhir.example/Patient/1", ours + "/Patient/1"),
+                ("https://fhir.example", "http://FHIR.example:80/Patient/1", ours + "/Patient/1"),
+                ("https://fhir.example", "https://fhir.example", ours),
+                ("https://fhir.example/r4", "ftp://fhir.example:8443/x", "ftp://fhir-server.invalid/x"),
+                ("https://fhir.example/r4", "https://fhir.example.org/", "https://fhir-server.invalid.org/"),
+                ("https://fhir.example/r4", "https://myfhir.example/r4/", "https://myfhir.example/r4/"),
+                ("http://portal.example:9/r4", "http://portal.example:9/r4/Patient/1", ours + "/Patient/1"),
+                ("http://localhost/r4", "http://127.0.0.1/r4/Patient/1", ours + "/Patient/1"),
+                ("http://localhost/r4", "http://localhost:8080/r4/", "http://localhost:8080/r4/"),
+                ("http://localhost/r4", "http://localhost/admin", "http://fhir-server.invalid/admin")):
+            with self.subTest(theirs):
+                upstream = s4s.Upstream(s4s.Settings(fhir_server=base))
+                self.assertEqual(upstream.rewritten(f'"{theirs}"'.encode(), ours), f'"{expected}"')
 
     def test_a_name_that_only_looks_alike_stays(self) -> None:
         text = f"http://127.0.0.1:{self.behind.port}9/fhir"
@@ -2189,6 +2222,8 @@ class Paging(ForwardingTest):
         self.addCleanup(self.portal.advance, -expires)
         self.portal.advance(expires)
         self.assert_refused(link, 404, token=self.issue(self.scope))
+        self.read("Observation", token=self.issue(self.scope))
+        self.assertEqual(len(self.portal.portal.state.rows("SELECT * FROM pages")), 1, "the expired one is gone")
 
     def test_links_are_bounded_in_number(self) -> None:
         portal = self.portal.portal
@@ -2275,11 +2310,13 @@ class Faults(ForwardingTest):
                 self.assertEqual(self.ids("Observation"), [])
 
     def test_broken_http_is_502(self) -> None:
+        mine = json.dumps(observation("mine")).encode()
         for name, data in {
                 "silence": b"", "no HTTP": b"SSH-2.0\r\n\r\n", "no header's end": b"HTTP/1.1 200 OK\r\nA: b\r\n",
                 "bad header": b"HTTP/1.1 200 OK\r\nA b\r\n\r\n",
                 "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
-                "two ends": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+                "two ends": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
+                            b"%x\r\n%s\r\n0\r\n\r\n" % (len(mine), mine),
                 "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
                 "bad length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
                 "bad chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
@@ -2399,6 +2436,8 @@ class Transport(ForwardingTest):
         self.assertEqual({name: headers.get(name.lower()) for name in sent}, sent)
         self.assertEqual(headers["x-api-key"], "swordfish")
         self.assertIn("application/json+fhir", headers["accept"])
+        for url, coding in ((self.behind.url, "identity"), ("https://fhir.example", "gzip")):
+            self.assertEqual(s4s.Upstream(s4s.Settings(fhir_server=url)).headers["Accept-Encoding"], coding)
 
     def test_what_comes_back(self) -> None:
         self.script("Observation/mine", observation("mine"), 200, {
