@@ -686,6 +686,7 @@ CREATE TABLE IF NOT EXISTS pages (
     handle TEXT PRIMARY KEY, grant_id TEXT NOT NULL,   -- '': of /api/open-fhir
     path TEXT NOT NULL, url TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS pages_by_grant ON pages (grant_id);
+CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 """
 
 RECORD_SCHEMA = """
@@ -721,7 +722,8 @@ class Store:
                                               check_same_thread=False)
             self.connection.row_factory = sqlite3.Row
             if path:
-                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA journal_mode = WAL")    # readers and a second process don't wait
+                self.connection.execute("PRAGMA synchronous = NORMAL")  # what is committed outlives the process
             self.connection.executescript(schema)
         except sqlite3.Error as error:
             raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
@@ -745,10 +747,11 @@ class Store:
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
+                self.connection.execute("COMMIT")  # may fail too: a full disk
             except BaseException:
-                self.connection.execute("ROLLBACK")
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
                 raise
-            self.connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connection; safe to call twice."""
@@ -2340,6 +2343,7 @@ class Portal:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.clock = Clock()
+        self._seeds = seeds(settings)           # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
         self.records = Records(settings.db)
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
@@ -2350,19 +2354,21 @@ class Portal:
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
         self.upstream = Upstream(settings) if settings.fhir_server else None  # the FHIR server behind: section 15
-        self._seeds = seeds(settings)
-        self._seed()
+        try:
+            with self.state.transaction() as database:
+                self._seed(database)
+        except sqlite3.Error as error:
+            self.close()
+            raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
 
-    def _seed(self) -> None:
+    def _seed(self, database: sqlite3.Connection) -> None:
         """The accounts and clients that are there from the start."""
         users, patients, clients = self._seeds
-        with self.state.transaction() as database:
-            database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
-            database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
-            database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
-            database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
-                (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now())
-                for one in clients.values()])
+        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
+        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
+        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
+        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
+            (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now()) for one in clients.values()])
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
@@ -2376,7 +2382,7 @@ class Portal:
             for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
                          "patients", "users"):
                 database.execute(f"DELETE FROM {name}")
-        self._seed()
+            self._seed(database)
 
     def close(self) -> None:
         """Close the databases."""
@@ -3053,7 +3059,7 @@ SESSION_SECONDS = 1800
 
 def cookie_name(portal: Portal) -> str:
     """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
-    return f"s4s_session_{portal.settings.port}"
+    return f"s4s_session_{portal.address.rpartition(':')[2]}"
 
 
 def set_cookie(portal: Portal, request: Request, value: str) -> str:
@@ -3554,8 +3560,8 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
     return Grant(new_token(), client.client_id, username, patient, details["scope"],
                  # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])], expires, details["issuer"],
-                 details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
+                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
@@ -4599,7 +4605,7 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
     now = portal.clock.now()
     handles = {relation: secrets.token_urlsafe(16) for relation in urls}
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM pages WHERE expires <= ?", (now,))
+        forget_expired(database, "pages", now)
         database.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", [
             (handles[relation], grant_id, path, url, now + PAGE_SECONDS) for relation, url in urls.items()])
         database.execute("DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages "
@@ -5179,20 +5185,15 @@ def known_user(portal: Portal, username: Any) -> Row:
     return user
 
 
-def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
+def users_patient(portal: Portal, username: str, patient_id: Any) -> str | None:
     """The patient asked for, if this user may open that record; without one, the user's own, or the only one."""
-    patients = portal.patients_of(username)
     if patient_id is not None:
-        if need_text("patient_id", patient_id) not in patients:
-            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}; "
-                              f"these are {', '.join(list(patients)[:20]) or 'none'}")
+        if portal.patient_name(username, need_text("patient_id", patient_id)) is None:
+            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}")
         return str(patient_id)
+    rows = portal.state.rows("SELECT patient_id FROM patients WHERE username = ? ORDER BY is_user DESC LIMIT 2", username)
     own = portal.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
-    if own and own["patient_id"] in patients:
-        return str(own["patient_id"])
-    if len(patients) != 1:
-        raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
-    return next(iter(patients))
+    return str((own or rows[0])["patient_id"]) if own or len(rows) == 1 else None
 
 
 @control("token", lambda given: given, user_name="username")
@@ -5252,8 +5253,9 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     """Play the browser: sign in as a user, choose the patient, answer the consent page. Gives where the app is called
     back, with a code or with an error.
 
-    Without security_labels all that are offered stay checked; approval_expires is the form's date (default: a year
-    from today). What would leave a person on an error page is a PortalError.
+    Without patient_id it is the launch's patient, or the user's own; without security_labels all that are offered stay
+    checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
+    page is a PortalError.
     """
     parts = urlsplit(need_text("url", url))
     request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
@@ -5270,24 +5272,26 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    # A launch that names the patient leaves nothing to choose; else the one named, or the user's own.
-    patient = details["launch"].get("patient_id") if patient_id is None else users_patient(portal, username, patient_id)
-    if not patient and whose_record(portal, username, details, "") == "":
+    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
+    if patient == "":
         patient = users_patient(portal, username, None)
+        if not patient:
+            raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
-    until = day_of(portal.clock.now() + 365 * DAY) if approval_expires is None else need_text("approval_expires",
-                                                                                             approval_expires)
-    return decide(portal, request_id, new_grant(portal, client, user["username"], patient or "", details, labels, until,
-                                                need_text("encounter_id", encounter_id) if encounter_id else ""))
+    now = portal.clock.now()
+    until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
+    visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
+    return decide(portal, request_id, new_grant(
+        portal, client, user["username"], patient or "", details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)
 def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
            patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
            need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as an EHR does; gives launch_url, the address to open, and what is in it: launch and iss."""
+    """Launch an app as the EHR does, without the page: see create_launch in section 13."""
     return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)
@@ -5480,6 +5484,10 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
         raise
     except PortalError as error:
         return error_response(portal, kind, error)
+    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
+        portal.log(f"DATABASE {error} in {request.method} {request.path}")
+        return error_response(portal, kind, PortalError(
+            "temporarily_unavailable", f"the database says: {error}; nothing was changed", 503))
     except Exception as error:  # noqa: BLE001
         portal.log_bug(f"{request.method} {request.path}", error)
         return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
@@ -5727,7 +5735,7 @@ class Listener(http.server.HTTPServer):
                 return
             thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
             self._threads.add(thread)
-        thread.start()
+            thread.start()  # with the lock, so that stop() finds no thread that has not begun
 
     def _work(self) -> None:
         """A thread's life: connection after connection."""
