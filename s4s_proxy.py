@@ -4553,6 +4553,7 @@ FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_
 # These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
+OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
 PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
 
 
@@ -4579,7 +4580,7 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
         stem, _, modifier = name.partition(":")
         if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
-        owns = stem in NAMES_A_PATIENT or stem == pin
+        owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
             raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
         named = [one.removeprefix(base + "/") for one in value.split(",")]
@@ -4674,6 +4675,9 @@ class Forwarding:
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
         self.response.body = text.encode("utf-8", "replace")
+        told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
+            self.response.headers[0] = ("Content-Type", told)
         self.response.headers += [(name, answer.headers[name.lower()]) for name in names
                                   if name.lower() in answer.headers]
         return self.response
