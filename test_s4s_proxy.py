@@ -2545,7 +2545,7 @@ class Transport(ForwardingTest):
         self.assertEqual(headers["x-api-key"], "swordfish")
         self.assertIn("application/json+fhir", headers["accept"])
         for url, coding in ((self.behind.url, "identity"), ("https://fhir.example", "gzip")):
-            self.assertEqual(s4s.Upstream(s4s.Settings(fhir_server=url)).headers["Accept-Encoding"], coding)
+            self.assertIn(f"\nAccept-Encoding: {coding}\r", s4s.Upstream(s4s.Settings(fhir_server=url)).headers)
 
     def test_what_comes_back(self) -> None:
         self.script("Observation/mine", observation("mine"), 200, {
