@@ -4076,6 +4076,7 @@ PAGE_SECONDS = 3600
 DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
 
 
 class BadRequest(Exception):
@@ -4201,7 +4202,7 @@ class Connection:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
         while True:
-            match = re.fullmatch(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n", self.stream.readline(MAX_HEAD))
+            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
@@ -4217,7 +4218,7 @@ class Connection:
             body = read_chunks(self.stream, MAX_ANSWER)
         elif length is None:  # up to the end of the connection
             body, keep = self.stream.read(MAX_ANSWER + 1), False
-        elif not re.fullmatch(r"\d{1,18}", length):
+        elif not length.isdecimal() or len(length) > 18:
             raise BadRequest(400, "its Content-Length is no number")
         elif int(length) > MAX_ANSWER:
             raise too_large(MAX_ANSWER)
@@ -4314,11 +4315,9 @@ class Upstream:
         self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
         # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
-        self.headers = {"Accept": "application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
-                        "Accept-Encoding": "identity" if is_loopback(self.host) else "gzip"}
-        for header in settings.fhir_header:
-            name, _, value = header.partition(":")
-            self.headers[name] = value.strip()
+        self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
+            f"Host: {parts.netloc}", "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+            f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
         self.forget()
         self._bases: list[str] = []
@@ -4354,10 +4353,10 @@ class Upstream:
         All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
         """
         deadline, body = time.monotonic() + request.timeout, request.data or b""
-        lines = [f"{request.get_method()} {request.selector} HTTP/1.1", f"Host: {request.host}",
-                 *(f"{name}: {value}" for name, value in request.header_items())]
-        lines += [f"Content-Length: {len(body)}"] if body else []
-        message = "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body
+        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
+            f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
+        message = head.encode("latin-1", "replace") + body
         try:
             return self._exchange(self._idle.pop(), message, request.full_url, deadline)
         except (IndexError, StaleConnection):
@@ -4374,13 +4373,12 @@ class Upstream:
             else:
                 connection.close()
 
-    def ask(self, url: str, headers: Mapping[str, str] | None = None, form: bytes | None = None) -> Answer:
+    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
-                asked = self._request(url, form, {**self.headers, **(headers or {})})
-                answer: Answer = self._open(asked, timeout=deadline - time.monotonic())
+                answer: Answer = self._open(self._request(url, form, headers), timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
                 url, form = self.inside(answer.headers.get("location", ""), url) or "", None
@@ -4463,7 +4461,7 @@ class Upstream:
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
                 text = self._traces.sub("fhir-server.invalid", text)
-        return text.replace("\0", ours).replace("\1", quote(ours, safe=""))
+        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
 
     def _hinted(self, text: str) -> bool:
         """Whether something of the FHIR server's address may be in a text."""
@@ -4578,6 +4576,7 @@ FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_
 # These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
+OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
 PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
 
 
@@ -4604,7 +4603,7 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
         stem, _, modifier = name.partition(":")
         if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
-        owns = stem in NAMES_A_PATIENT or stem == pin
+        owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
             raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
         named = [one.removeprefix(base + "/") for one in value.split(",")]
@@ -4648,6 +4647,9 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     return str(row["url"])
 
 
+_TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
+
+
 class Forwarding:
     """One request to the FHIR server behind, and the judgement on its answer.
 
@@ -4670,10 +4672,10 @@ class Forwarding:
             raise FhirError("forbidden", f"{self.request.path}: of operations only Patient/[id]/$everything", 403)
         if parts == [""]:
             raise FhirError("forbidden", "a search over all types is not possible here: name a type", 403)
-        if len(parts) == 3 and type_name == "Patient" and re.fullmatch(r"[A-Z][A-Za-z]{1,63}", parts[2]):
+        if len(parts) == 3 and type_name == "Patient" and _TYPE_NAME.fullmatch(parts[2]):
             # Patient/P/Observation is Observation?patient=P, which more servers understand.
             return self.search(parts[2], [(PINNED_BY.get(parts[2], "patient"), parts[1]), *self.request.pairs()])
-        if re.fullmatch(r"[A-Z][A-Za-z]{1,63}", type_name):
+        if _TYPE_NAME.fullmatch(type_name):
             if len(parts) == 1 or posted:
                 return self.search(type_name, self.request.pairs() + (self.request.form() if posted else []))
             if all(map(FHIR_ID.fullmatch, parts[1::2])):
@@ -4699,6 +4701,9 @@ class Forwarding:
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
         self.response.body = text.encode("utf-8", "replace")
+        told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
+            self.response.headers[0] = ("Content-Type", told)
         self.response.headers += [(name, answer.headers[name.lower()]) for name in names
                                   if name.lower() in answer.headers]
         return self.response
