@@ -120,6 +120,8 @@ class Settings:
     name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
     client: list[str] = field(default_factory=list, metadata=_shown(
         "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
+    fixtures: str | Json | None = field(default=None, metadata=_shown(
+        "users and clients known from the start, as JSON", "FILE"))
     db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
     strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
     open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
@@ -242,34 +244,268 @@ DEMO_SALT = "s4s-demo"
 DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
 
 
+# ######################################################################## 3b signing
+
+# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
+# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
+# many tells something about the key: a production server leaves this to a library.
+
+def base64url_bytes(text: str) -> bytes:
+    """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64url(data) != text:
+        raise ValueError(f"{text[:20]!r} is not base64url without padding")
+    return data
+
+
+def _jwk_number(jwk: Json, name: str) -> int:
+    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
+    text = jwk.get(name)
+    return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
+
+
+def _jwk_text(number: int) -> str:
+    """A number as a JWK holds it."""
+    return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+
+
+class RsaKey(NamedTuple):
+    """A private RSA key: two primes, known to nobody else (RFC 8017 section 3.2)."""
+    p: int
+    q: int
+
+    def public_jwk(self) -> Json:
+        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
+        jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
+        return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
+
+
+RSA_EXPONENT = 65537
+RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
+    "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
+    "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
+
+
+def new_rsa_key(bits: int = 2048) -> RsaKey:
+    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
+    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
+
+    def prime() -> int:
+        while True:
+            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
+            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
+                return number
+    key = RsaKey(prime(), prime())
+    return key if key.p != key.q else new_rsa_key(bits)
+
+
+def is_prime(number: int) -> bool:
+    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
+    halvings = ((number - 1) & (1 - number)).bit_length() - 1
+    for _ in range(5):
+        power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(halvings - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
+    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
+    make, name = RSA_HASHES[algorithm]
+    end = b"\0" + name + make(message).digest()
+    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
+
+
+def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
+    """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
+    length = ((key.p * key.q).bit_length() + 7) // 8
+    padded = _padded_hash(algorithm, message, length)
+    by_p = pow(padded, pow(RSA_EXPONENT, -1, key.p - 1), key.p)
+    by_q = pow(padded, pow(RSA_EXPONENT, -1, key.q - 1), key.q)
+    return (by_q + (by_p - by_q) * pow(key.q, -1, key.p) % key.p * key.q).to_bytes(length, "big")
+
+
+def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
+    modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
+    if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
+        raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
+    length, number = (modulus.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    return (len(signature) == length and number < modulus
+            and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
+
+
+# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
+P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
+P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
+P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
+P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
+          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
+Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
+
+
+def _double(point: Point) -> Point:
+    """A point added to itself (Cohen, Miyaji and Ono 1998, for a = -3)."""
+    x, y, z = point
+    square, zz = y * y % P384_P, z * z % P384_P
+    slope, mean = 3 * (x - zz) * (x + zz), 4 * x * square
+    x3 = (slope * slope - 2 * mean) % P384_P
+    return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
+
+
+def _add(one: Point, other: Point) -> Point:
+    """The sum of two points."""
+    (x1, y1, z1), (x2, y2, z2) = one, other
+    if not z1 or not z2:
+        return other if not z1 else one
+    zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
+    u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
+    width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
+    if not width:
+        return (1, 1, 0) if height else _double(one)
+    cube = width * width % P384_P
+    mean, cube = u1 * cube % P384_P, cube * width % P384_P
+    x3 = (height * height - cube - 2 * mean) % P384_P
+    return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
+
+
+def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
+    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
+
+    ValueError for a key that is not a point of P-384.
+    """
+    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
+    x, y, _ = key
+    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
+        raise ValueError("expected a point of the curve P-384 as x and y")
+    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
+    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
+        return False
+    inverse = pow(s, -1, P384_N)
+    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
+    u2 = r * inverse % P384_N
+    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
+    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
+    for bit in range(383, -1, -1):
+        total = _double(total)
+        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
+        if which:
+            total = _add(total, sums[which])
+    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
+
+
+KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
+
+
+def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
+    if algorithm == "ES384":
+        return es384_verify(jwk, message, signature)
+    return rsa_verify(jwk, algorithm, message, signature)
+
+
+def key_set(value: Any) -> list[Json]:
+    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError, with words, where an app should mend its set."""
+    keys = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+        raise ValueError('expected a JSON object with "keys", an array of objects')
+    for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
+        if any(name in key for key in keys):
+            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make new keys")
+    names = [json.dumps([key.get("kty"), key.get("kid")]) for key in keys]
+    if len(set(names)) < len(names):
+        raise ValueError("two keys have the same kty and kid")
+    return keys
+
+
+def thumbprint(jwk: Json) -> str:
+    """A name for a key that follows from the key itself (RFC 7638)."""
+    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
+    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
+    return base64url(hashlib.sha256(text.encode("ascii")).digest())
+
+
+def sign_jwt(key: RsaKey, claims: Json) -> str:
+    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
+    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
+    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
+    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
+
+
+class Jwt(NamedTuple):
+    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
+    header: Json
+    claims: Json
+    signed: bytes
+    signature: bytes
+
+
+def read_jwt(text: str) -> Jwt:
+    """Take a JWT apart; ValueError for what is none."""
+    parts = text.split(".")
+    try:
+        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
+        signature = base64url_bytes(parts[2])
+        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\\ud800")
+    except (ValueError, IndexError, RecursionError):
+        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
+    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
+        raise ValueError("expected a JWT whose header and claims are JSON objects")
+    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
+
+
 # ######################################################################## 4 scopes
 
 LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}  # SMART 1 suffixes in SMART 2 letters
 GRANTABLE_LETTERS = "rs"  # read and search are all this server grants
-PLAIN_SCOPES = ("openid", "fhirUser", "profile", "launch", "launch/patient", "launch/encounter",
-                "offline_access", "online_access")
-_RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})\.(read|write|\*|c?r?u?d?s?)")
+PLAIN_SCOPES = {          # the scopes that are no resource's, and what each lets the app do
+    "openid": "know which account you sign in with",
+    "fhirUser": "know who you are in the records",
+    "profile": "know who you are in the records",  # what fhirUser was called at first
+    "launch": "know whose record is open",
+    "launch/patient": "know whose record you choose",
+    "launch/encounter": "know which visit is open",
+    "offline_access": "come back for new data when you are not there, until the date below or until you stop it"}
+SCOPE_SYNTAX = re.compile(r"[!#-\[\]-~ ]*[!#-\[\]-~][!#-\[\]-~ ]*")  # RFC 6749 section 3.3
+_RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
+                             r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
+# No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
+_CONSTRAINT = re.compile(r"(?!_filter=)([A-Za-z_][A-Za-z0-9_-]*)=([^&]+)")
+_COMMA = re.compile(r"(?<!\\),")  # between alternatives; one after a backslash belongs to the value (FHIR search)
 
 
 class ResourceScope(NamedTuple):
-    """One scope of the form context/Type.letters (SMART, "Scopes for requesting FHIR Resources")."""
+    """One scope of the form context/Type.letters?param=value (SMART, "Scopes for requesting FHIR Resources")."""
     context: str  # patient, user or system
     type: str     # a FHIR type, or * for all
     letters: str  # some of c r u d s, in this order
     text: str     # as the client wrote it
+    constraints: tuple[tuple[str, str], ...] = ()  # search parameters that all must match; commas in a value mean or
 
     def covers(self, other: ResourceScope) -> bool:
         """Whether everything that `other` allows to read or search, this allows too."""
         return (self.context == other.context and self.type in ("*", other.type)
-                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS))
+                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS)
+                and all(any(name == same and set(_COMMA.split(narrower)) <= set(_COMMA.split(value))
+                            for same, narrower in other.constraints) for name, value in self.constraints))
 
 
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
-    if not match or not match[3]:
+    if not match:
         return None
-    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word)
+    pairs = [_CONSTRAINT.fullmatch(pair) for pair in match[4].split("&")] if match[4] is not None else []
+    if not all(pairs):
+        return None
+    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word,
+                         tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
 def resource_scopes(scope: str) -> list[ResourceScope]:
@@ -283,26 +519,35 @@ def scope_covers(registered: str, word: str) -> bool:
     wanted = parse_scope(word)
     if wanted:
         return any(scope.covers(wanted) for scope in resource_scopes(registered))
-    return word in allowed or (word == "launch" and "launch/patient" in allowed)
+    return (word in allowed or (word == "launch" and "launch/patient" in allowed)
+            or (word == "profile" and "fhirUser" in allowed))
 
 
-def negotiate_scope(asked: str, registered: str) -> str:
+def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
     """What of the scope asked for can be granted: the words that this server knows, can do, and the client registered.
 
     Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3). A word that asks for writing
-    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling.
+    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling. PortalError for what is no
+    scope at all, and for a constraint this server can't keep: without it, the app would get more than it asked for.
+    `contexts`: system/ is for backend services, which have no user and no consent; the others are for users.
     """
+    if not SCOPE_SYNTAX.fullmatch(asked):
+        raise PortalError("invalid_scope", f"scope {asked!r}: expected words of ASCII without quotes and backslashes")
     granted: list[str] = []
     for word in asked.split():
         parsed = parse_scope(word)
         if parsed:
             letters = "".join(letter for letter in parsed.letters if letter in GRANTABLE_LETTERS)
-            if not letters or parsed.context == "system" or not scope_covers(registered, word):
-                continue  # system/ scopes are for backend services, which have no user and no consent
+            if not letters or parsed.context not in contexts or not scope_covers(registered, word):
+                continue
             if letters != parsed.letters:
-                suffix = "read" if word.endswith(".*") else letters
-                word = f"{parsed.context}/{parsed.type}.{suffix}"
-        elif word not in PLAIN_SCOPES or not scope_covers(registered, word):
+                head, question, constraints = word.partition("?")
+                suffix = "read" if head.endswith(".*") else letters
+                word = f"{parsed.context}/{parsed.type}.{suffix}{question}{constraints}"
+        elif parse_scope(word.partition("?")[0]):
+            raise PortalError("invalid_scope", f"scope {word!r}: after the ? expected name=value pairs joined by &; "
+                              "modifiers, chained parameters and _filter are not supported")
+        elif word not in PLAIN_SCOPES or "user" not in contexts or not scope_covers(registered, word):
             continue
         if word not in granted:
             granted.append(word)
@@ -315,24 +560,22 @@ def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
                for one in resource_scopes(scope))
 
 
+def needs_patient(scope: str) -> bool:
+    """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
+    return (any(one.context == "patient" for one in resource_scopes(scope))
+            or not {"launch/patient", "launch/encounter"}.isdisjoint(scope.split()))
+
+
 def describe_scope(word: str) -> str:
     """A scope in words for the person who is asked to approve it."""
     parsed = parse_scope(word)
-    if parsed:
-        what = "everything in the record, now and later" if parsed.type == "*" else f"{parsed.type} records"
-        verbs = {"r": "open", "s": "search", "rs": "open and search"}
-        owner = "" if parsed.context == "patient" else " of every patient you may open"
-        return f"{verbs['r' * ('r' in parsed.letters) + 's' * ('s' in parsed.letters)]} {what}{owner}"
-    return {
-        "openid": "know which account you sign in with",
-        "fhirUser": "know who you are in the records",
-        "profile": "know who you are in the records",
-        "launch": "know whose record is open",
-        "launch/patient": "know whose record you choose",
-        "launch/encounter": "know which visit is open",
-        "offline_access": "come back for new data when you are not there, until the date below",
-        "online_access": "stay connected while you are signed in",
-    }.get(word, word)
+    if not parsed:
+        return PLAIN_SCOPES.get(word, word)
+    verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
+    what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
+    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
+    owner = "the record" if parsed.context == "patient" else "every record you may open"
+    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
 
 
 # ######################################################################## 5 state
@@ -344,34 +587,49 @@ CREATE TABLE IF NOT EXISTS users (
     password_salt TEXT NOT NULL, password_hash TEXT NOT NULL,
     any_patient INTEGER NOT NULL DEFAULT 0);      -- 1: a clinician, who may open every record
 
--- Which records a user may open. is_user: the record is the user's own.
+-- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this patient,
+-- if not who the user is anyway (a RelatedPerson).
 CREATE TABLE IF NOT EXISTS patients (
     username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL,
-    name TEXT NOT NULL, is_user INTEGER NOT NULL,
+    name TEXT NOT NULL, is_user INTEGER NOT NULL, fhir_user TEXT,
     PRIMARY KEY (username, patient_id));
 
--- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client.
+-- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client, or one with keys.
+-- registered_itself: by /oauth/register, and not by who runs this server.
 CREATE TABLE IF NOT EXISTS clients (
-    client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL);
+    client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL,
+    registered_itself INTEGER NOT NULL DEFAULT 0);
 
 -- Signed-in browsers. The id is the cookie's value.
 CREATE TABLE IF NOT EXISTS sessions (
-    session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users, expires REAL NOT NULL);
+    session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users,
+    started REAL NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS sessions_by_expiry ON sessions (expires);
+
+-- Launches by the EHR that wait for their app. context is JSON: the members of the token response.
+CREATE TABLE IF NOT EXISTS launches (
+    launch TEXT PRIMARY KEY, client_id TEXT REFERENCES clients,  -- NULL until an app uses it, if none was named
+    username TEXT, patient_id TEXT, context TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS launches_by_expiry ON launches (expires);
 
 -- Authorization requests that were found good and wait for the user's decision. details is JSON.
 CREATE TABLE IF NOT EXISTS pending (
     request_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
     details TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS pending_by_expiry ON pending (expires);
 
 -- What users approved. A row stays when it ended, so that a used token that returns is known for what it is.
 CREATE TABLE IF NOT EXISTS grants (
-    grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients, username TEXT NOT NULL REFERENCES users,
+    grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
+    username TEXT REFERENCES users,               -- NULL: a backend service, which acts for nobody
     patient_id TEXT, scope TEXT NOT NULL,
     security_labels TEXT NOT NULL,                -- JSON list of categories; empty: not limited
     approved REAL NOT NULL, approval_expires REAL NOT NULL,
     ended INTEGER NOT NULL DEFAULT 0,
     issuer TEXT,                                  -- the base URL that the app knows this server by
-    redirect_uri TEXT, code_challenge TEXT);      -- what the code is bound to
+    redirect_uri TEXT, code_challenge TEXT,       -- what the code is bound to
+    nonce TEXT, signed_in REAL,                   -- what the id_token repeats, and when the user signed in
+    context TEXT NOT NULL DEFAULT '{}');          -- JSON: members of the token response beside patient
 CREATE INDEX IF NOT EXISTS grants_by_user ON grants (username, client_id, patient_id);
 
 -- Codes, access tokens and refresh tokens. Values are kept as they are because S4S's debug endpoint shows them;
@@ -384,6 +642,16 @@ CREATE TABLE IF NOT EXISTS tokens (
     refresh_token TEXT);                          -- of an access token: the one issued with it
 CREATE INDEX IF NOT EXISTS tokens_by_grant ON tokens (grant_id);
 CREATE INDEX IF NOT EXISTS tokens_by_refresh ON tokens (refresh_token);
+CREATE INDEX IF NOT EXISTS codes_by_expiry ON tokens (expires) WHERE kind = 'code' AND NOT spent;
+
+-- Assertions by which apps proved who they are; each counts once.
+CREATE TABLE IF NOT EXISTS assertions (
+    client_id TEXT NOT NULL REFERENCES clients, jti TEXT NOT NULL, expires REAL NOT NULL,
+    PRIMARY KEY (client_id, jti));
+CREATE INDEX IF NOT EXISTS assertions_by_expiry ON assertions (expires);
+
+-- The key that signs id_tokens, as its two primes in hexadecimal.
+CREATE TABLE IF NOT EXISTS keys (p TEXT NOT NULL, q TEXT NOT NULL);
 """
 
 RECORD_SCHEMA = """
@@ -454,6 +722,12 @@ class Store:
             self.connection.close()
 
 
+def forget_expired(database: sqlite3.Connection, table: str, now: float, which: str = "1") -> None:
+    """Delete rows that have expired, a few whenever one is added, so that nobody ever waits for many."""
+    database.execute(f"DELETE FROM {table} WHERE rowid IN "
+                     f"(SELECT rowid FROM {table} WHERE {which} AND expires <= ? LIMIT 50)", (now,))
+
+
 class Clock:
     """The one clock. Nothing else reads the time, so a test that moves it moves every expiry."""
     def __init__(self) -> None:
@@ -467,6 +741,9 @@ class Clock:
         """Move the clock on; gives the new time."""
         self.offset += seconds
         return self.now()
+
+
+LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
 
 
 def http_date(seconds: float) -> str:
@@ -1429,9 +1706,10 @@ DEMO_USERS = (            # username, name, fhir_user, may open any record
     ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
     ("joseph-ross", "Joseph Ross", "Patient/smart-1081332", False),
     ("clinician", "Clara Clinician", "Practitioner/smart-clinician", True))
-DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user
-    ("daniel-adams", "smart-1288992", "Daniel Adams", True), ("daniel-adams", "smart-1032702", "Amy Shaw", False),
-    ("joseph-ross", "smart-1081332", "Joseph Ross", True))
+DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user, who else the user is to the patient
+    ("daniel-adams", "smart-1288992", "Daniel Adams", True, None),
+    ("daniel-adams", "smart-1032702", "Amy Shaw", False, "RelatedPerson/daniel-adams-amy-shaw"),
+    ("joseph-ross", "smart-1081332", "Joseph Ross", True, None))
 DEMO_SCOPE = "launch/patient patient/*.read offline_access"
 DEMO_CLIENTS = (          # client_id, secret, redirect URI
     ("test-suite", "demo-secret-s4s", "http://tests.dev.syncfor.science:9003/authorized/"),
@@ -1442,8 +1720,9 @@ DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_acce
 class Client(NamedTuple):
     """An app, as registered."""
     client_id: str
-    secret_hash: str | None  # None: a public client, which can keep no secret
-    metadata: Json              # RFC 7591 section 2
+    secret_hash: str | None          # None: a public client, which can keep no secret, or one that has keys
+    metadata: Json                   # RFC 7591 section 2, as `client_metadata` has checked it
+    registered_itself: bool = False  # by /oauth/register, and not by who runs this server
 
     @property
     def name(self) -> str:
@@ -1453,7 +1732,206 @@ class Client(NamedTuple):
     @property
     def scope(self) -> str:
         """What the client registered for; the most it can get."""
-        return str(self.metadata.get("scope", ""))
+        return str(self.metadata["scope"])
+
+    @property
+    def auth_method(self) -> str:
+        """How the client proves who it is; none: it is public."""
+        return str(self.metadata["token_endpoint_auth_method"])
+
+    def may_use(self, grant_type: str) -> bool:
+        """Whether the client registered for a grant type."""
+        return grant_type in self.metadata["grant_types"]
+
+
+def is_web_url(uri: Any) -> bool:
+    """Whether something is an absolute http or https URL, without user and password."""
+    if not isinstance(uri, str) or not re.fullmatch(r"(?i:https?)://[!-\[\]-~]+", uri):
+        return False
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:
+        return False
+
+
+# Schemes that browsers act on by themselves. A redirect to javascript: would run in this server's name.
+BROWSER_SCHEMES = ("http", "https", "javascript", "data", "vbscript", "file", "blob", "about", "view-source",
+                   "filesystem", "mailto", "tel", "ws", "wss", "ftp")
+
+
+def is_redirect_uri(uri: Any) -> bool:
+    """Whether a URI may be registered to send browsers to: http, https or an app's private scheme, without fragment
+    (RFC 6749 section 3.1.2, RFC 8252 section 7.1)."""
+    if not isinstance(uri, str) or "#" in uri:
+        return False
+    private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
+    return is_web_url(uri) or bool(private and private[1].lower() not in BROWSER_SCHEMES)
+
+
+# What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
+# security_labels our own). What is not named here is kept, and given back as it came.
+METADATA_STRINGS = frozenset((
+    "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
+    "software_version", "software_statement", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri", "initiate_login_uri"))
+METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
+                            "security_labels", "post_logout_redirect_uris", "default_acr_values", "request_uris"))
+METADATA_CHOICES: dict[str, Sequence[str]] = {
+    "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
+    "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
+    "token_endpoint_auth_signing_alg": tuple(KEY_TYPES), "id_token_signed_response_alg": ("RS256",),
+    "subject_type": ("public",), "security_labels": (*CATEGORIES, *OLD_CATEGORIES)}
+
+
+def client_metadata(metadata: Json) -> Json:
+    """Client metadata, checked, its defaults filled in; PortalError that names the member where it can't be
+    (RFC 7591 section 3.2.2)."""
+    def refuse(name: str, expected: str) -> PortalError:
+        error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
+        return PortalError(error, f"{name}: expected {expected}, got {json.dumps(metadata.get(name))[:200]}")
+    for name, value in metadata.items():
+        member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS and not isinstance(value, str):
+            raise refuse(name, "a string")
+        if member in METADATA_LISTS and not (isinstance(value, list)
+                                             and all(isinstance(one, str) and one for one in value)):
+            raise refuse(name, "an array of strings")
+        if member in METADATA_URLS and not is_web_url(value):
+            raise refuse(name, "an absolute http or https URL")
+        known = METADATA_CHOICES.get(name)
+        if known and not set([value] if isinstance(value, str) else value) <= set(known):
+            raise refuse(name, f"only {', '.join(known)}")
+    kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **metadata}
+    asks_users = "authorization_code" in kept["grant_types"]
+    kept.setdefault("response_types", ["code"] if asks_users else [])
+    if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
+        raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
+    if not all(map(is_web_url, kept.get("launch_uris", []))):
+        raise refuse("launch_uris", "absolute http or https URLs")
+    if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
+        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3)")
+    if "jwks" in kept and "jwks_uri" in kept:
+        raise refuse("jwks_uri", "not to stand beside jwks")
+    if "jwks" in kept:
+        try:
+            for key in key_set(kept["jwks"]):
+                if key.get("kty") == "RSA" or key.get("crv") == "P-384":
+                    verify(key, "RS384" if key["kty"] == "RSA" else "ES384", b"", b"")
+        except ValueError as error:
+            raise PortalError("invalid_client_metadata", f"jwks: {error}")
+    if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
+        raise PortalError("invalid_client_metadata", "private_key_jwt needs jwks or jwks_uri")
+    return kept
+
+
+def seeded_client(client_id: Any, secret: Any, metadata: Json) -> Client:
+    """A client that is known from the start. Without a secret and without keys it is public."""
+    if not isinstance(client_id, str) or not re.fullmatch(r"[!-~]+", client_id):
+        raise PortalError("invalid_client_metadata", "client_id is missing or not a string of ASCII")
+    if secret is not None and (not isinstance(secret, str) or not secret):
+        raise PortalError("invalid_client_metadata", "client_secret: expected a string")
+    keys = {"jwks", "jwks_uri"} & metadata.keys()
+    method = "client_secret_basic" if secret else "private_key_jwt" if keys else "none"
+    kept = client_metadata({"token_endpoint_auth_method": method, **metadata})
+    if kept["token_endpoint_auth_method"].startswith("client_secret") != bool(secret):
+        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method is "
+                          f"{kept['token_endpoint_auth_method']}, {'but' if secret else 'without'} a client_secret")
+    return Client(client_id, hash_secret(secret) if secret else None, kept)
+
+
+class Seeds(NamedTuple):
+    """Who and what is there from the start, as rows of the tables users, patients and clients."""
+    users: list[tuple[Any, ...]]
+    patients: list[tuple[Any, ...]]
+    clients: dict[str, Client]
+
+
+def seeds(settings: Settings) -> Seeds:
+    """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
+    found = Seeds([(username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                   for username, name, fhir_user, anyone in DEMO_USERS], list(DEMO_PATIENTS), {})
+    for client_id, secret, uri in DEMO_CLIENTS:
+        found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
+    demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
+                            "token_endpoint_auth_method": "none"})
+    found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
+    for text in settings.client:
+        match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+        if not match:
+            raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+        try:
+            client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
+        except PortalError as error:
+            raise StartError(f"--client {text}: {error.description}")
+        earlier = found.clients.get(client.client_id)
+        if earlier:
+            if client.secret_hash not in (None, earlier.secret_hash):
+                raise StartError(f"--client {text}: {client.client_id} was given with another secret before")
+            client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
+                *earlier.metadata["redirect_uris"], match[3]]})
+        found.clients[client.client_id] = client
+    if settings.fixtures is not None:
+        add_fixtures(found, settings.fixtures)
+    return found
+
+
+# The members of --fixtures: name -> type; those of clients are client metadata.
+FIXTURES: Json = {"users": list, "clients": list}
+FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
+FIXTURE_PATIENT: Json = {"patient_id": str, "name": str, "is_user": bool}
+
+
+def add_fixtures(found: Seeds, source: str | Json) -> None:
+    """Add the users and clients of a fixtures file, or of the object that is in one."""
+    where = f"--fixtures {source}" if isinstance(source, str) else "fixtures"
+
+    def check(place: str, value: Any, known: Json, *needed: str) -> Json:
+        if not isinstance(value, dict):
+            raise StartError(f"{where}: {place} is not a JSON object")
+        for name, one in value.items():
+            if name not in known:
+                raise StartError(f"{where}: {place} has an unknown member {name}; known are {', '.join(known)}")
+            if not isinstance(one, known[name]):
+                kind = {str: "a string", list: "an array", bool: "true or false"}[known[name]]
+                raise StartError(f"{where}: {name} of {place} is not {kind}")
+        for name in needed:
+            if not value.get(name):
+                raise StartError(f"{where}: {place} has no {name}")
+        return value
+    fixtures: Any = source
+    if isinstance(source, str):
+        try:
+            with open(source, encoding="utf-8") as file:
+                fixtures = json.load(file)
+        except (OSError, ValueError, RecursionError) as error:
+            raise StartError(f"{where}: {error}; give a file of JSON")
+    check("the whole", fixtures, FIXTURES)
+    # One salt for all, so that the slow hash is needed only once for users who share a password.
+    salt = new_token()
+    hashes: dict[str, str] = {}
+    for number, user in enumerate(fixtures.get("users", [])):
+        place = f"users[{number}]"
+        username, password = (check(place, user, FIXTURE_USER, "username", "password")[name]
+                              for name in ("username", "password"))
+        if not re.fullmatch(r"[!-~]{1,255}", username):
+            raise StartError(f"{where}: username of {place} is not 1 to 255 characters of ASCII without spaces")
+        hashes[password] = hashes.get(password) or hash_password(password, salt)
+        found.users.append((username, user.get("name") or username, user.get("fhir_user"), salt, hashes[password], False))
+        for index, one in enumerate(user.get("patients", [])):
+            check(f"{place}.patients[{index}]", one, FIXTURE_PATIENT, "patient_id")
+            found.patients.append((username, one["patient_id"], one.get("name") or one["patient_id"],
+                                   one.get("is_user", False), None))
+    for number, one in enumerate(fixtures.get("clients", [])):
+        try:
+            if not isinstance(one, dict):
+                raise PortalError("invalid_client_metadata", "not a JSON object")
+            metadata = {name: value for name, value in one.items() if name not in ("client_id", "client_secret")}
+            client = seeded_client(one.get("client_id"), one.get("client_secret"), metadata)
+            found.clients[client.client_id] = client
+        except PortalError as error:
+            raise StartError(f"{where}: clients[{number}]: {error.description}")
 
 
 class Fault(NamedTuple):
@@ -1515,39 +1993,31 @@ class Portal:
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
         self.faults = Faults()
         self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
+        self.key_lock = threading.Lock()        # held while the signing key is made
+        self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
+        self._seeds = seeds(settings)
         self._seed()
 
     def _seed(self) -> None:
         """The accounts and clients that are there from the start."""
-        known: dict[str, Client] = {}
-        for client_id, secret, uri in DEMO_CLIENTS:
-            known[client_id] = Client(client_id, hash_secret(secret), {"redirect_uris": [uri], "scope": DEMO_SCOPE})
-        for text in self.settings.client:
-            match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
-            if not match:
-                raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
-            client_id, secret, uri = match.groups()
-            if not is_redirect_uri(uri):
-                raise StartError(f"--client {text}: {uri} can't be a redirect URI: give an absolute URI")
-            earlier = known[client_id].metadata["redirect_uris"] if client_id in known else []
-            known[client_id] = Client(client_id, hash_secret(secret) if secret else None,
-                                      {"redirect_uris": [*earlier, uri], "scope": DEFAULT_SCOPE})
+        users, patients, clients = self._seeds
         with self.state.transaction() as database:
-            database.executemany("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, ?)", [
-                (username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                for username, name, fhir_user, anyone in DEMO_USERS])
-            database.executemany("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, ?)", DEMO_PATIENTS)
-            database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?)", [
+            database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
+            database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
+            database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
+            database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
                 (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now())
-                for one in known.values()])
+                for one in clients.values()])
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
         self.clock.offset = 0.0
         self.faults.clear()
         self.recorded.clear()
+        self.key_sets.clear()
         with self.state.transaction() as database:
-            for name in ("tokens", "grants", "pending", "sessions", "clients", "patients", "users"):
+            for name in ("tokens", "grants", "pending", "launches", "sessions", "assertions", "clients", "patients",
+                         "users"):
                 database.execute(f"DELETE FROM {name}")
         self._seed()
 
@@ -1559,7 +2029,8 @@ class Portal:
     def client(self, client_id: str) -> Client | None:
         """A registered client, or None."""
         row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
-        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"])) if row else None
+        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"]),
+                      bool(row["registered_itself"])) if row else None
 
     def user(self, username: str) -> Row | None:
         """A user's row, or None."""
@@ -1573,6 +2044,22 @@ class Portal:
             return {one["id"]: next(iter(strings_of(elements(one, "name.text"))), one["id"]) for one in found}
         return {row["patient_id"]: row["name"] for row in self.state.rows(
             "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
+
+    def patient_name(self, username: str, patient_id: str) -> str | None:
+        """A patient's name; None if this user may not open that record."""
+        user = self.user(username)
+        if user and user["any_patient"]:
+            found = self.records.read("Patient", patient_id)
+            return next(iter(strings_of(elements(found, "name.text"))), patient_id) if found else None
+        return self.patients_of(username).get(patient_id)
+
+    def fhir_user(self, username: str, patient_id: str | None) -> str:
+        """The resource that stands for a user (SMART: fhirUser); for somebody else's record that may be another one."""
+        row = self.state.row("SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?", username, patient_id)
+        user = self.user(username)
+        own = self.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
+        return ((row and row["fhir_user"]) or (user and user["fhir_user"])
+                or (f"Patient/{own['patient_id']}" if own else ""))
 
     def meet_fault(self, endpoint: str) -> None:
         """Do what a test ordered for this endpoint, if anything: wait, then refuse.
@@ -1616,23 +2103,11 @@ class Portal:
         return self.settings.base_url[0] if self.settings.base_url else self.base(request)
 
 
-def is_redirect_uri(uri: Any) -> bool:
-    """Whether a URI may be registered to send browsers to: absolute, without fragment (RFC 6749 section 3.1.2).
-
-    http and https, or a private-use scheme, which has a dot or is at least no scheme that browsers act on by
-    themselves (RFC 8252 section 7.1): a redirect to javascript: would run in this server's name.
-    """
-    if not isinstance(uri, str) or not re.fullmatch(r"[!-~]+", uri) or "#" in uri:
-        return False
-    try:
-        parts = urlsplit(uri)
-        if parts.scheme in ("http", "https"):
-            return bool(parts.hostname) and "@" not in parts.netloc and "\\" not in uri and parts.port != 0
-    except ValueError:
-        return False
-    return (bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*:.", uri))
-            and parts.scheme not in ("javascript", "data", "vbscript", "file", "blob", "about", "view-source",
-                                     "filesystem", "mailto", "tel", "ws", "wss", "ftp"))
+def same_address(one: str, other: str) -> bool:
+    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
+    def plain(url: str) -> str:
+        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
+    return plain(one) == plain(other)
 
 
 class Fields:
@@ -1914,31 +2389,61 @@ def addresses(base: str, browser_base: str) -> dict[str, str]:
     return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
             "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
             "management_endpoint": f"{browser_base}/apps", "introspection_endpoint": f"{base}/oauth/introspect",
-            "revocation_endpoint": f"{base}/oauth/revoke"}
+            "revocation_endpoint": f"{base}/oauth/revoke", "userinfo_endpoint": f"{base}/oauth/userinfo",
+            "jwks_uri": f"{base}/oauth/jwks"}
+
+
+def server_metadata(portal: Portal, request: Request) -> Json:
+    """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
+    Discovery section 3. What a member says is what the code below does."""
+    methods, grants = METADATA_CHOICES["token_endpoint_auth_method"], METADATA_CHOICES["grant_types"]
+    return {
+        **addresses(portal.base(request), portal.browser_base(request)),
+        "scopes_supported": [*PLAIN_SCOPES, *(f"{context}/*.{suffix}" for context in ("patient", "user", "system")
+                                              for suffix in ("rs", "read"))],
+        "response_types_supported": ["code"], "response_modes_supported": ["query"],
+        "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
+        "token_endpoint_auth_methods_supported": list(methods),
+        "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "introspection_endpoint_auth_methods_supported": list(methods),
+        "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "revocation_endpoint_auth_methods_supported": list(methods),
+        "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "authorization_response_iss_parameter_supported": True,
+        "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
+        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name"],
+        "request_parameter_supported": False, "request_uri_parameter_supported": False}
 
 
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
-def server_metadata(portal: Portal, request: Request) -> Response:
+def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
-    return json_response({
-        **addresses(portal.base(request), portal.browser_base(request)),
-        "scopes_supported": ["launch/patient", "patient/*.rs", "patient/*.read", "user/*.rs", "offline_access"],
-        "response_types_supported": ["code"], "grant_types_supported": ["authorization_code", "refresh_token"],
-        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post", "none"],
-        "code_challenge_methods_supported": ["S256"], "authorization_response_iss_parameter_supported": True})
+    return json_response(server_metadata(portal, request))
+
+
+@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", cors=True, fault="discovery")
+def openid_configuration(portal: Portal, request: Request) -> Response:
+    """The same for OpenID Connect clients, which look for it here."""
+    return json_response(server_metadata(portal, request))
+
+
+CAPABILITIES = (  # SMART, "Capabilities": each is a promise
+    "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+    "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
+    "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
+    "permission-patient", "permission-user", "permission-v1", "permission-v2")
 
 
 @route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
 def smart_configuration(portal: Portal, request: Request) -> Response:
-    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance")."""
-    document = json.loads(server_metadata(portal, request).body)
-    for name in ("issuer", "authorization_response_iss_parameter_supported"):
-        del document[name]  # without OpenID Connect SMART wants no issuer here
-    document["grant_types_supported"] = ["authorization_code"]
-    document["capabilities"] = [
-        "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
-        "context-standalone-patient", "permission-offline", "permission-patient", "permission-user", "permission-v1"]
-    return json_response(document)
+    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance").
+
+    Two lists are shorter here: SMART has no word for refresh tokens and for public clients but in `capabilities`.
+    """
+    document = server_metadata(portal, request)
+    document["grant_types_supported"].remove("refresh_token")
+    document["token_endpoint_auth_methods_supported"].remove("none")
+    return json_response({**document, "capabilities": CAPABILITIES})
 
 
 def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
@@ -1967,44 +2472,15 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 
 # ######################################################################## 11 clients
 
-def _strings(metadata: Json, name: str, default: Sequence[str]) -> list[str]:
-    """A member of client metadata that must be an array of strings."""
-    value = metadata.get(name, list(default))
-    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-        raise PortalError("invalid_client_metadata", f"{name}: expected an array of strings, got {json.dumps(value)}")
-    return value
-
-
 def register_client(portal: Portal, metadata: Json) -> Json:
-    """Register an app; gives its id and secret beside the metadata (RFC 7591 section 3.2.1)."""
-    grants = _strings(metadata, "grant_types", ("authorization_code", "refresh_token"))
-    for grant in grants:
-        if grant not in ("authorization_code", "refresh_token"):
-            raise PortalError("invalid_client_metadata", f"grant_types: {grant!r} is not supported")
-    uris = _strings(metadata, "redirect_uris", ())
-    if not uris and "authorization_code" in grants:
-        raise PortalError("invalid_redirect_uri", "redirect_uris: at least one absolute URI is needed")
-    for uri in uris:
-        if not is_redirect_uri(uri):
-            raise PortalError("invalid_redirect_uri", f"redirect_uris: {uri!r} is not an absolute http, https or "
-                              "private-use URI without a fragment")
-    for name in ("client_name", "scope", "token_endpoint_auth_method"):
-        if not isinstance(metadata.get(name, ""), str):
-            raise PortalError("invalid_client_metadata", f"{name}: expected a string, got {json.dumps(metadata[name])}")
-    method = metadata.get("token_endpoint_auth_method", "client_secret_basic")
-    if method not in ("none", "client_secret_basic", "client_secret_post"):
-        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method: {method!r} is not supported; "
-                          "expected none, client_secret_basic or client_secret_post")
-    scope = metadata.get("scope", DEFAULT_SCOPE)
-    if not scope.split() or not re.fullmatch(r"[!#-\[\]-~ ]+", scope):
-        raise PortalError("invalid_client_metadata", f"scope: {scope!r} is not a list of words (RFC 6749 section 3.3)")
-    client_id, secret = new_token(), None if method == "none" else new_token()
-    kept = {**metadata, "client_name": metadata.get("client_name") or client_id, "redirect_uris": uris,
-            "scope": scope, "grant_types": grants, "token_endpoint_auth_method": method}
-    kept = {name: value for name, value in kept.items() if not name.startswith("client_secret")}
-    now = portal.clock.now()
+    """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
+    kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
+    kept["client_name"] = kept.get("client_name") or client_id
+    for name in ("client_id", "client_id_issued_at", "client_secret", "client_secret_expires_at"):
+        kept.pop(name, None)  # ours to say
+    secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
     with portal.state.transaction() as database:
-        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?)",
+        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
                          (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
     answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
     if secret:
@@ -2018,8 +2494,8 @@ def register(portal: Portal, request: Request) -> Response:
     return json_response(register_client(portal, request.json()), 201)
 
 
-def invalid_client(description: str, request: Request) -> PortalError:
-    """401, naming the scheme that was tried (RFC 6749 section 5.2)."""
+def invalid_client(description: str) -> PortalError:
+    """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
     return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
 
 
@@ -2031,42 +2507,179 @@ def basic_credentials(request: Request) -> tuple[str, str] | None:
     try:
         client_id, colon, secret = base64.b64decode(value.strip(), validate=True).decode("utf-8").partition(":")
     except (binascii.Error, ValueError):
-        raise invalid_client("the Basic credentials are not base64 of client_id:client_secret", request)
+        raise invalid_client("the Basic credentials are not base64 of client_id:client_secret")
     if not colon:
-        raise invalid_client("the Basic credentials have no colon between client_id and client_secret", request)
+        raise invalid_client("the Basic credentials have no colon between client_id and client_secret")
     return client_id, secret
 
 
 def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
-    """Which client asks, proven: HTTP Basic, secret in the form, or, for a public client, the id alone.
-
-    RFC 6749 section 2.3: one method in a request, never two.
-    """
-    basic = basic_credentials(request)
-    posted = form.get("client_secret")
-    if basic and posted:
-        raise PortalError("invalid_request", "client authentication is given twice: header and client_secret")
-    if basic:
-        # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
-        pairs = [basic, (decode_plus(basic[0]), decode_plus(basic[1]))]
-        if form.get("client_id") not in ("", pairs[0][0], pairs[1][0]):
-            raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
+    """Which client asks, proven: HTTP Basic, secret in the form, signed assertion, or, for a public client, the id
+    alone. RFC 6749 section 2.3: one method in a request, never two."""
+    basic, posted = basic_credentials(request), form.get("client_secret")
+    asserted = form.get("client_assertion") or form.get("client_assertion_type")
+    if bool(basic) + bool(posted) + bool(asserted) > 1:
+        raise PortalError("invalid_request", "client authentication is given twice; expected one of the Authorization "
+                          "header, client_secret and client_assertion")
+    if asserted:
+        client = client_of_assertion(portal, request, form)
     else:
-        pairs = [(form.get("client_id"), posted)]
+        client = client_of_secret(portal, form, basic or (form.get("client_id"), posted))
+    request.client_id = client.client_id
+    request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
+    return client
+
+
+def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Client:
+    """The client of an id and a secret, or of an id without one; else PortalError 401."""
+    # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
+    pairs = [given, (decode_plus(given[0]), decode_plus(given[1]))]
+    if form.get("client_id", given[0]) not in (pairs[0][0], pairs[1][0]):
+        raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
     for client_id, secret in pairs:
         client = portal.client(client_id)
         if client and client.secret_hash and secret and same_secret(hash_secret(secret), client.secret_hash):
-            request.client_id = client.client_id
             return client
-        if client and not client.secret_hash and not secret:
-            request.client_id = client.client_id
+        if client and client.auth_method == "none" and not secret:
             return client
-    if not pairs[0][0]:
-        raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, or client_id",
-                             request)
-    if not any(portal.client(client_id) for client_id, _ in pairs):
-        raise invalid_client(f"client_id {pairs[0][0]!r} is not registered here", request)
-    raise invalid_client(f"client {pairs[0][0]!r}: the secret is missing or wrong", request)
+    if not given[0]:
+        raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
+                             "client_assertion, or a public client's client_id")
+    found = next(filter(None, (portal.client(client_id) for client_id, _ in pairs)), None)
+    if not found:
+        raise invalid_client(f"client_id {given[0]!r} is not registered here")
+    raise invalid_client(f"client {given[0]!r}: " + (
+        "a public client has no secret" if found.auth_method == "none" else
+        "the secret is missing or wrong" if found.secret_hash else "it registered for private_key_jwt"))
+
+
+ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion, and how far two clocks may differ
+
+
+def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
+    """The client whose signed assertion came (RFC 7523 section 3; SMART, "Client Authentication: Asymmetric").
+
+    Each way to fail has its own words, and the same error, invalid_client.
+    """
+    def need(good: object, description: str) -> None:
+        if not good:
+            raise invalid_client(f"client_assertion: {description}")
+    if form.get("client_assertion_type") != ASSERTION_TYPE:
+        raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
+    try:
+        jwt = read_jwt(form.get("client_assertion"))
+    except ValueError as error:
+        raise invalid_client(f"client_assertion: {error}")
+    header, claims, now = jwt.header, jwt.claims, portal.clock.now()
+    client_id = claims.get("iss")
+    client = portal.client(client_id) if isinstance(client_id, str) else None
+    if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
+        raise invalid_client("client_assertion: expected a registered client_id as both iss and sub, and as client_id "
+                             "if that is sent")
+    need(client.auth_method == "private_key_jwt", f"client {client_id!r} did not register for private_key_jwt")
+    algorithm, registered = header.get("alg"), client.metadata.get("token_endpoint_auth_signing_alg")
+    need(algorithm in ([registered] if registered else list(KEY_TYPES)),
+         f"alg is {algorithm!r}; expected {registered or ' or '.join(KEY_TYPES)}")
+    need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
+    need(isinstance(header.get("kid"), str), "the header has no kid")
+    need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    try:
+        key = assertion_key(portal, client, header["kid"], KEY_TYPES[str(algorithm)])
+        need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
+    except (ValueError, RecursionError) as error:
+        raise invalid_client(f"client_assertion: {error}")
+    # From here on it is known to be the client who says all this.
+    audience = claims.get("aud")
+    ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
+    need(any(isinstance(one, str) and same_address(one, url) for url in ours
+             for one in (audience if isinstance(audience, list) else [audience])),
+         f"aud: expected {ours[1]} or {ours[0]}")
+    for name in ("exp", "nbf", "iat"):
+        need(is_moment(claims[name]) if name in claims else name != "exp", f"{name}: expected a Unix time")
+    need(claims["exp"] > now, "exp: it has expired")
+    need(claims["exp"] <= now + ASSERTION_SECONDS + LEEWAY_SECONDS, "exp: more than five minutes ahead")
+    need(max(claims.get("nbf", 0), claims.get("iat", 0)) <= now + LEEWAY_SECONDS, "nbf or iat is in the future")
+    jti = claims.get("jti")
+    need(isinstance(jti, str) and jti, "jti: expected a string that was never used before")
+    with portal.state.transaction() as database:  # of two that race with the same jti, one is first
+        forget_expired(database, "assertions", now)
+        need(database.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?, ?)",
+                              (client_id, jti, claims["exp"])).rowcount, "jti was used before")
+    return client
+
+
+def is_moment(value: Any) -> bool:
+    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
+
+
+def assertion_key(portal: Portal, client: Client, kid: str, key_type: str) -> Json:
+    """The one key of a client with this name and type; ValueError if there is none, or no way to get it."""
+    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
+        keys = client_keys(portal, client, fresh)
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == key_type]
+        if found or "jwks" in client.metadata:
+            break
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r} and kty {key_type}; expected one")
+    return found[0]
+
+
+def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
+    """A client's keys: registered, or fetched and kept as long as its Cache-Control says; `fresh`: not the kept ones."""
+    if "jwks" in client.metadata:
+        return key_set(client.metadata["jwks"])
+    url, now = client.metadata["jwks_uri"], portal.clock.now()
+    until, keys = portal.key_sets.get(url, (0.0, []))
+    if fresh or until <= now:
+        # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
+        text, lifetime = fetch(url, public_only=client.registered_itself and not portal.settings.serves_debug)
+        keys = key_set(json.loads(text))
+        portal.key_sets[url] = (now + lifetime, keys)
+    return keys
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection from another thread: who reads from it is woken."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
+    """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
+
+    At most so many bytes and seconds, and no redirect is followed. public_only: only from the public internet; judged
+    by the address that was connected to, since a name may mean another one each time it is looked up.
+    """
+    import http.client  # these take long to import, and few need them
+    import ipaddress
+    parts = urlsplit(url)
+    make = http.client.HTTPSConnection if parts.scheme.lower() == "https" else http.client.HTTPConnection
+    connection = make(parts.hostname or "", parts.port, timeout=seconds)
+    try:
+        connection.connect()
+        timer = threading.Timer(seconds, hang_up, [connection.sock])  # however slowly it drips
+        timer.start()
+        try:
+            if public_only and not ipaddress.ip_address(connection.sock.getpeername()[0]).is_global:
+                raise ValueError(f"{url} is at an address that is not public; this server won't ask there")
+            connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                               headers={"Accept": "application/json"})
+            answer = connection.getresponse()
+            body = answer.read(most + 1)
+        finally:
+            timer.cancel()
+            timer.join()
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"{url} could not be fetched: {error!r}")
+    finally:
+        connection.close()
+    if answer.status != 200 or len(body) > most:
+        raise ValueError(f"{url} answered {answer.status} with {len(body)} bytes; expected 200 and at most {most}")
+    control = answer.headers.get("Cache-Control", "").lower()
+    age = re.search(r"\bmax-age=(\d{1,9})\b", control)
+    return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
 
 
 def decode_plus(text: str) -> str:
@@ -2099,7 +2712,7 @@ def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
     session_id = request.cookie(cookie_name(portal))
     user = session_id and portal.state.row(
-        "SELECT users.* FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
+        "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
         session_id, portal.clock.now())
     if user:
         request.username = user["username"]
@@ -2121,8 +2734,8 @@ def start_session(portal: Portal, username: str) -> str:
     session_id = secrets.token_urlsafe(24)
     now = portal.clock.now()
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE expires <= ?", (now,))
-        database.execute("INSERT INTO sessions VALUES (?, ?, ?)", (session_id, username, now + SESSION_SECONDS))
+        forget_expired(database, "sessions", now)
+        database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
     return session_id
 
 
@@ -2158,7 +2771,8 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
 def login(portal: Portal, request: Request) -> Response:
     """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
     if request.method != "POST":
-        return sign_in_page(portal, request, "daniel-adams", "", local_path(Fields(request.pairs()).get("next")))
+        fields = Fields(request.pairs())
+        return sign_in_page(portal, request, fields.get("username", "daniel-adams"), "", local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
     user = portal.user(username)
@@ -2179,23 +2793,27 @@ def logout(portal: Portal, request: Request) -> Response:
     return redirect(portal.browser_base(request) + "/")
 
 
-def to_sign_in(portal: Portal, request: Request) -> Response:
-    """Send the browser to sign in and back to this very page."""
-    here = request.path + ("?" + request.query if request.query else "")
-    return redirect(with_query(portal.browser_base(request) + "/login", next=here))
+def to_sign_in(portal: Portal, request: Request, back: str = "", username: str = "") -> Response:
+    """Send the browser to sign in and then back, to this very page if no other is named; `username` is filled in."""
+    back = back or request.path + ("?" + request.query if request.query else "")
+    hint = {"username": username} if username else {}
+    return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
 
 
 # ######################################################################## 13 authorization
 
-PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400
+PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # how long each is good
 
 
 class Authorization:
     """An authorization request on its way through the checks below, each of which may refuse it."""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.redirect_uri = self.state = self.scope = self.issuer = ""
-        self.client = Client("", None, {})
+        self.redirect_uri = self.scope = ""
+        self.issuer = portal.browser_base(request)
+        self.client: Client
+        self.launch: Json = {}       # what the EHR's launch says: username, patient_id, context
+        self.signed_in_since = 0.0   # the user must have signed in after this time
 
 
 def check_client(asked: Authorization) -> None:
@@ -2210,14 +2828,19 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
     uri = asked.fields.need("redirect_uri")
-    if uri not in asked.client.metadata.get("redirect_uris", []):
+    if uri not in uris_of(asked.portal, asked.request, asked.client, "redirect_uris"):
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}")
     asked.redirect_uri = uri
 
 
+def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
+    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
+    return [portal.browser_base(request) + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
+
+
 def check_state(asked: Authorization) -> None:
     """SMART demands state from every app: it is how the app knows that it asked (RFC 6749 section 10.12)."""
-    asked.state = asked.fields.need("state")
+    asked.fields.need("state")
 
 
 def check_repeats(asked: Authorization) -> None:
@@ -2227,41 +2850,44 @@ def check_repeats(asked: Authorization) -> None:
 
 
 def check_response_type(asked: Authorization) -> None:
-    """Only the code flow."""
+    """Only the code flow, and only the answer in the query; from a client that registered for it."""
     if asked.fields.need("response_type") != "code":
         raise PortalError("unsupported_response_type",
                           f"response_type is {asked.fields.get('response_type')!r}; expected code")
+    if asked.fields.get("response_mode", "query") != "query":
+        raise PortalError("invalid_request", f"response_mode is {asked.fields.get('response_mode')!r}; expected query")
+    if not asked.client.may_use("authorization_code"):
+        raise PortalError("unauthorized_client", f"client {asked.client.client_id!r} did not register for "
+                          "authorization_code")
 
 
 def check_audience(asked: Authorization) -> None:
     """The FHIR server the app means must be this one: else a false server could fetch tokens for the true one (SMART).
 
-    The issuer is the name that the app knows this server by.
+    The issuer is the name that the app knows this server by. `resource` is RFC 8707's word for aud.
     """
-    bases = asked.portal.settings.base_url or [asked.portal.base(asked.request)]
-    asked.issuer = bases[0]
-    audience = asked.fields.get("aud")
-    if not audience and not asked.portal.settings.strict:
+    known = asked.portal.settings.base_url
+    name = next((name for name in ("aud", "resource") if asked.fields.get(name)), "")
+    if not name:
+        if asked.portal.settings.strict:
+            raise PortalError("invalid_request", "aud is missing (SMART)")
         return  # S4S's apps may leave it out
-    for base in bases:
-        if same_address(asked.fields.need("aud"), base + "/api/fhir"):
-            asked.issuer = base
+    audience = asked.fields.get(name).rstrip("/")
+    for base in known or [asked.portal.base(asked.request)]:
+        if same_address(audience, base + "/api/fhir"):
+            # Without base URLs, every document told the app the name that it used itself.
+            asked.issuer = base if known else audience[:-len("/api/fhir")]
+            asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
             return
-    raise PortalError("invalid_request", f"aud is {audience!r}; this server's FHIR base is {bases[0]}/api/fhir")
-
-
-def same_address(one: str, other: str) -> bool:
-    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
-    def plain(url: str) -> str:
-        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
-    return plain(one) == plain(other)
+    raise PortalError("invalid_target" if name == "resource" else "invalid_request",
+                      f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir")
 
 
 def check_pkce(asked: Authorization) -> None:
     """A challenge from every public client: without a secret, it is all that ties the code to the app (RFC 7636)."""
     challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
     if not challenge:
-        if not asked.client.secret_hash or asked.portal.settings.strict:
+        if asked.client.auth_method == "none" or asked.portal.settings.strict:
             raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
         if method:
             raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
@@ -2275,15 +2901,66 @@ def check_pkce(asked: Authorization) -> None:
 
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
-    asked.scope = negotiate_scope(asked.fields.need("scope"), asked.client.scope)
+    wanted = asked.fields.need("scope")
+    asked.scope = negotiate_scope(wanted, asked.client.scope)
+    if not asked.client.may_use("refresh_token"):
+        asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
     if not asked.scope:
-        raise PortalError("invalid_scope", f"scope {asked.fields.get('scope')!r}: nothing of it can be granted; the "
-                          f"client registered for {asked.client.scope!r}")
+        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; the client registered "
+                          f"for {asked.client.scope!r}")
+    asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead.
+def check_openid(asked: Authorization) -> None:
+    """What OpenID Connect adds (Core section 3.1.2): prompt and max_age. Request objects are not supported."""
+    for name in ("request", "request_uri", "registration"):
+        if asked.fields.get(name):
+            raise PortalError(f"{name}_not_supported", f"{name} is not supported: give plain parameters")
+    now, age, prompts = asked.portal.clock.now(), asked.fields.get("max_age"), asked.fields.get("prompt").split()
+    if age and not re.fullmatch(r"\d{1,9}", age):
+        raise PortalError("invalid_request", f"max_age is {age!r}; expected a number of seconds")
+    if age or "login" in prompts:
+        asked.signed_in_since = now - (0 if "login" in prompts else int(age))
+    if "none" in prompts:
+        if len(prompts) > 1:
+            raise PortalError("invalid_request", "prompt: none stands alone")
+        user = session_user(asked.portal, asked.request)
+        if not user or user["started"] < asked.signed_in_since:
+            raise PortalError("login_required", "prompt is none, but nobody is signed in")
+        raise PortalError("consent_required", "prompt is none, but every authorization here asks the user")
+
+
+def check_launch(asked: Authorization) -> None:
+    """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
+
+    Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may stand only
+    beside launch/patient, in an app that can be launched either way.
+    """
+    handle, words = asked.fields.get("launch"), asked.scope.split()
+    if "launch" not in words:
+        return
+    if not handle:
+        if "launch/patient" not in words:
+            raise PortalError("invalid_request", "launch is missing: the scope launch is for an app that the EHR "
+                              "launched; one that starts by itself asks for launch/patient")
+        return
+    client_id, now = asked.client.client_id, asked.portal.clock.now()
+    with asked.portal.state.transaction() as database:
+        if not database.execute("UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? AND "
+                                "coalesce(client_id, ?) = ?", (client_id, handle, now, client_id, client_id)).rowcount:
+            raise PortalError("invalid_request", "launch: this handle is unknown, has expired, was used before, or is "
+                              "for another app")
+        row = database.execute("SELECT * FROM launches WHERE launch = ?", (handle,)).fetchone()
+    asked.launch = {"handle": handle, "username": row["username"], "patient_id": row["patient_id"],
+                    "context": json.loads(row["context"])}
+    asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
+
+
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. The
+# last is the only one that changes anything.
 PAGE_CHECKS = (check_client, check_redirect_uri)
-REDIRECT_CHECKS = (check_repeats, check_state, check_response_type, check_audience, check_pkce, check_scope)
+REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
+                   check_openid, check_launch)
 
 
 def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
@@ -2306,15 +2983,16 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PageError:
         raise
     except PortalError as error:
-        state = asked.fields.values.get("state", "")
-        raise RedirectError(error, back_to_app(
-            asked.redirect_uri, state, asked.issuer or portal.browser_base(request),
-            error=error.error, error_description=error.description))
+        # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
+        description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
+        raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
+                                               error=error.error, error_description=description))
     request_id, now = new_token(), portal.clock.now()
-    details = {"redirect_uri": asked.redirect_uri, "state": asked.state, "scope": asked.scope,
-               "issuer": asked.issuer, "code_challenge": asked.fields.get("code_challenge")}
+    details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
+               "signed_in_since": asked.signed_in_since,
+               **{name: fields.get(name) for name in ("state", "code_challenge", "nonce", "login_hint")}}
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM pending WHERE expires <= ?", (now,))
+        forget_expired(database, "pending", now)
         database.execute("INSERT INTO pending VALUES (?, ?, ?, ?)",
                          (request_id, asked.client.client_id, json.dumps(details), now + PENDING_SECONDS))
     return request_id
@@ -2338,6 +3016,13 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
     return [label for label, (_, types) in CATEGORIES.items()
             if any(access.allows(name, letter) for name in types for letter in GRANTABLE_LETTERS)
             and (not wanted or label in [OLD_CATEGORIES.get(one, one) for one in wanted])]
+
+
+def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
+    """A patient's visits, id -> in words, the newest first."""
+    found = portal.records.search("Encounter", [("patient", patient_id), ("_sort", "-date")], Access(None), 100, 0)
+    return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
+            for one in found.resources}
 
 
 def end_of_day(date: str) -> float:
@@ -2364,26 +3049,50 @@ def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
 @route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
 def consent(portal: Portal, request: Request) -> Response:
     """The user's part: whose record, what of it, until when, yes or no."""
-    user = session_user(portal, request)
-    if not user:
-        return to_sign_in(portal, request)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
     request_id = fields.get("request")
     client, details = pending_request(portal, request_id)
     request.client_id = client.client_id
-    if fields.get("decision") == "deny" and request.method == "POST":
+    user = session_user(portal, request)
+    if not user or user["started"] < details["signed_in_since"]:
+        return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",
+                          details["launch"].get("username") or details["login_hint"])
+    decision = fields.get("decision") if request.method == "POST" else ""
+    if decision == "deny":
         return redirect(decide(portal, request_id, None))
-    patients = portal.patients_of(user["username"])
-    patient_id = fields.get("patient_id") or (next(iter(patients)) if len(patients) == 1 else "")
-    if not patient_id:
-        return picker_page(portal, request, user, client, request_id, patients)
-    if patient_id not in patients:
-        raise PageError("forbidden", f"{user['name']} may not open the record {patient_id!r}.", 403)
-    if fields.get("decision") != "approve" or request.method != "POST":
-        return consent_page(portal, request, user, client, details, request_id, patient_id, patients[patient_id])
+    patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
+    if patient_id == "":
+        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"]))
+    if decision != "approve":
+        return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
     return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"))))
+        portal, client, user["username"], patient_id or "", details, labels, fields.get("approval_expires"),
+        fields.get("encounter_id"), user["started"])))
+
+
+def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. "" while there is still
+    a choice to make; None where the scope is about no patient's record and the user has none of their own.
+
+    PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
+    signs nobody in, since whoever sees the link has it.
+    """
+    wanted, fixed = details["launch"].get("username"), details["launch"].get("patient_id")
+    if wanted not in (None, username):
+        raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
+                        "out, then launch the app again.", 403)
+    if fixed and chosen not in ("", fixed):
+        raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
+    patient_id = fixed or chosen
+    if patient_id:
+        if portal.patient_name(username, patient_id) is None:
+            raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
+        return str(patient_id)
+    user, patients = portal.user(username), portal.patients_of(username)
+    if not needs_patient(details["scope"]):  # S4S's apps find a patient in every token response, where there is one
+        return None if user and user["any_patient"] else next(iter(patients), None)
+    return next(iter(patients)) if len(patients) == 1 else ""
 
 
 def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
@@ -2401,27 +3110,35 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
 
 
 def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
-                 patient_id: str, patient_name: str) -> Response:
+                 patient_id: str | None) -> Response:
     """The consent in three steps: what this is, confirm each point, review. One form, so that it works in one go."""
-    now = portal.clock.now()
+    now, words = portal.clock.now(), details["scope"].split()
+    name = patient_id and portal.patient_name(user["username"], patient_id)
+    whose = f"the health record of {name}" if name else "what you may see here"
+    encounters = {}
+    if patient_id and "launch/encounter" in words and "encounter" not in details["launch"].get("context", {}):
+        encounters = encounters_of(portal, patient_id)
     refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
     forward = tag("button", "Continue", type="button", data_slide="next")
-    points = (f"I want {client.name} to see the health record of {patient_name}.",
+    points = (f"I want {client.name} to see {whose}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
     return page(
         portal, f"Share data with {client.name}?",
-        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id),
+        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
             tag("section", tag("h2", "What this is"),
-                tag("p", f"{client.name} asks to see the health record of {patient_name}. If you approve, it can:"),
-                tag("ul", [tag("li", describe_scope(word)) for word in details["scope"].split()]), forward, refuse),
+                tag("p", f"{client.name} asks to see {whose}. If you approve, it can:"),
+                tag("ul", [tag("li", describe_scope(word)) for word in words]), forward, refuse),
             tag("section", tag("h2", "Confirm each point"),
                 [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True), point)
                  for point in points], forward),
             tag("section", tag("h2", "Review"),
-                tag("p", f"{client.name} will see, of the record of {patient_name}:"),
+                tag("p", f"{client.name} will see, of {whose}:"),
                 [tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
                      CATEGORIES[label][0]) for label in offered_categories(portal, client, details["scope"])],
+                tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
+                                                           in encounters.items()], name="encounter_id"))
+                if encounters else None,
                 tag("label", "Until the end of", tag(
                     "input", type="date", name="approval_expires", required=True, min=day_of(now),
                     max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
@@ -2434,19 +3151,25 @@ class Grant(NamedTuple):
     """What a user approved, before it is stored."""
     grant_id: str
     client_id: str
-    username: str
-    patient_id: str
+    username: str | None
+    patient_id: str | None
     scope: str
-    labels: list[str]
+    labels: Sequence[str]
     approval_expires: float
     issuer: str
-    redirect_uri: str | None
-    code_challenge: str | None
+    redirect_uri: str | None = None
+    code_challenge: str | None = None
+    nonce: str | None = None
+    signed_in: float | None = None
+    context: str = "{}"  # JSON: members of the token response beside patient
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json,
-              labels: Sequence[str], until: str) -> Grant:
+def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json, labels: Sequence[str],
+              until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
     """What the consent form says, as a grant; PageError where the form can't be."""
+    patient = whose_record(portal, username, details, patient_id)
+    if patient == "":
+        raise PageError("invalid_request", "Choose whose record.")
     offered = offered_categories(portal, client, details["scope"])
     labels = [OLD_CATEGORIES.get(label, label) for label in labels]
     for label in labels:
@@ -2461,26 +3184,40 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
         raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
     if not now < expires <= end_of_day(day_of(now + 730 * DAY)):
         raise PageError("invalid_request", f"The end date {until} is not from today to two years from now.")
-    return Grant(new_token(), client.client_id, username, patient_id, details["scope"], labels, expires,
-                 details["issuer"], details["redirect_uri"], details["code_challenge"] or None)
+    context = {**details["launch"].get("context", {})}
+    if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
+        encounters = encounters_of(portal, patient)
+        if encounters:
+            context["encounter"] = encounter_id or next(iter(encounters))
+        if encounter_id and encounter_id not in encounters:
+            raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
+    elif encounter_id not in ("", context.get("encounter")):
+        raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
+    return Grant(new_token(), client.client_id, username, patient, details["scope"],
+                 # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])], expires, details["issuer"],
+                 details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+                 now if signed_in is None else signed_in, json.dumps(context))
 
 
 def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
     """Write a grant down."""
-    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)", (
-        grant.grant_id, grant.client_id, grant.username, grant.patient_id, grant.scope, json.dumps(grant.labels), now,
-        grant.approval_expires, grant.issuer, grant.redirect_uri, grant.code_challenge))
+    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)", (
+        *grant[:5], json.dumps(grant.labels), now, *grant[6:]))
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
     """Close a pending request: with a code for the grant, or with access_denied. Gives where the browser goes."""
     details = pending_request(portal, request_id)[1]
-    code, now = secrets.token_urlsafe(24), portal.clock.now()
+    code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
     with portal.state.transaction() as database:
         if not database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount:
             raise PageError("invalid_request", "This request was answered already.")  # a double click
+        if handle and not database.execute("DELETE FROM launches WHERE launch = ?", (handle,)).rowcount and grant:
+            raise PageError("invalid_request", "This launch was used already. Launch the app again.")
         if grant:
             store_grant(database, grant, now)
+            forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
             database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
                              (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
     answer = {"code": code} if grant else {"error": "access_denied", "error_description": "the user did not approve"}
@@ -2498,14 +3235,16 @@ def apps(portal: Portal, request: Request) -> Response:
         "SELECT *, max(approved) AS newest, max(approval_expires) AS until FROM grants WHERE username = ? AND NOT ended "
         "AND approval_expires > ? GROUP BY client_id, patient_id ORDER BY newest DESC",
         user["username"], portal.clock.now())
-    names, session_id, base = portal.patients_of(user["username"]), request.cookie(cookie_name(portal)), \
-        portal.browser_base(request)
+    session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
+
+    def whose(patient_id: str | None) -> str:
+        return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
 
     def line(row: Row) -> Markup:
         client = portal.client(row["client_id"])
         labels = [CATEGORIES[label][0] for label in json.loads(row["security_labels"])]
         name = client.name if client else row["client_id"]
-        return tag("tr", tag("td", tag("strong", name)), tag("td", names.get(row["patient_id"], row["patient_id"])),
+        return tag("tr", tag("td", tag("strong", name)), tag("td", whose(row["patient_id"])),
                    tag("td", "; ".join(labels) or "everything its scope allows"),
                    tag("td", f"{day_of(row['newest'])} until {day_of(row['until'])}"),
                    tag("td", tag("form", tag("button", "Stop sharing", name="stop", value=row["grant_id"]),
@@ -2532,15 +3271,123 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
     if not grant:
         raise PageError("not_found", "You gave no such permission.", 404)
     with portal.state.transaction() as database:
-        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id = ?",
+        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id IS ?",
                          (grant["username"], grant["client_id"], grant["patient_id"]))
     return redirect(portal.browser_base(request) + "/apps")
+
+
+# ######################################################################## 13b launch
+
+LAUNCH_SECONDS = 300
+
+
+def check_fhir_context(value: Any) -> None:
+    """The member fhirContext: what else is open in the EHR (SMART, "fhirContext"). PortalError where it can't be."""
+    def need(good: object, expected: str) -> None:
+        if not good:
+            raise PortalError("invalid_request", f"fhir_context: expected {expected}")
+    need(isinstance(value, list), "an array of objects")
+    for item in value:
+        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys(),
+             "objects with a reference, a canonical or an identifier")
+        reference, role = item.get("reference", "Basic/1"), item.get("role", "launch")
+        need(isinstance(reference, str) and re.fullmatch(r"[A-Z][A-Za-z]+/[A-Za-z0-9.-]{1,64}", reference),
+             "a relative reference such as ImagingStudy/1")
+        need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role), "an absolute URI as role")
+        need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
+             "Patient and Encounter only with a role: the launch's own are patient_id and encounter_id")
+
+
+def create_launch(portal: Portal, base: str, *, client_id: str | None = None, launch_uri: str | None = None,
+                  username: str | None = None, patient_id: str | None = None, encounter_id: str | None = None,
+                  intent: str | None = None, need_patient_banner: bool = True,
+                  fhir_context: list[Json] | None = None) -> Json:
+    """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is in it.
+
+    The handle is for one app, once, within five minutes. It carries the choice of patient, not the right to see one:
+    who signs in must be the user named here, if one is, and may open the patient's record. PortalError names what
+    can't be.
+    """
+    def need(good: object, description: str) -> None:
+        if not good:
+            raise PortalError("invalid_request", description)
+    for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username), ("intent", intent),
+                        ("patient_id", patient_id), ("encounter_id", encounter_id)):
+        need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
+    client = portal.client(client_id) if client_id else None
+    need(client or not client_id, f"client_id: {client_id!r} is not registered here")
+    registered = [base + uri if uri.startswith("/") else uri
+                  for uri in (client.metadata.get("launch_uris", []) if client else [])]
+    uri = launch_uri or next(iter(registered), None)
+    need(uri, "launch_uri is missing, and the client registered no launch_uris" if client else
+         "give client_id or launch_uri")
+    need(is_web_url(uri) and uri in (registered or [uri]), f"launch_uri: {uri!r} is not " + (
+        f"one of the client's: {', '.join(registered)}" if registered else "an absolute http or https URL"))
+    need(username is None or portal.user(username), f"username: there is no user {username!r}")
+    need(patient_id is None or portal.patient_name(username or "clinician", patient_id),
+         f"patient_id: {patient_id!r} is not a patient " + (f"of {username!r}" if username else "known here"))
+    need(encounter_id is None or (patient_id and encounter_id in encounters_of(portal, patient_id)),
+         f"encounter_id: {encounter_id!r} is not a visit of the patient")
+    need(isinstance(need_patient_banner, bool), "need_patient_banner: expected true or false")
+    if fhir_context is not None:
+        check_fhir_context(fhir_context)
+    context = {"encounter": encounter_id, "intent": intent, "need_patient_banner": need_patient_banner,
+               "fhirContext": fhir_context}
+    handle, now = secrets.token_urlsafe(24), portal.clock.now()
+    with portal.state.transaction() as database:
+        forget_expired(database, "launches", now)
+        database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)", (
+            handle, client_id, username, patient_id,
+            json.dumps({name: value for name, value in context.items() if value is not None}), now + LAUNCH_SECONDS))
+    iss = f"{base}/api/fhir"
+    return {"launch_url": with_query(str(uri), iss=iss, launch=handle), "launch": handle, "iss": iss}
+
+
+@route("GET,POST /launch", "SMART App Launch, EHR launch", kind="page")
+def launch_page(portal: Portal, request: Request) -> Response:
+    """Be the EHR: choose app, user, patient and visit, and launch. A test control, so open to anyone, or not there."""
+    if not portal.settings.serves_debug:
+        raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
+    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
+    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
+    chosen: Json = {name: fields.get(name) for name in names}
+    if request.method == "POST":
+        given = {name: value for name, value in chosen.items() if value}
+        return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
+            fields.get("need_patient_banner")))["launch_url"])
+    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+
+    def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
+        return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
+                                                  for value, text in choices], id=name, name=name))
+
+    def text(name: str, label: str) -> Markup:
+        return tag("label", label, tag("input", type="text", id=name, name=name, value=chosen[name]))
+    rows = portal.state.rows("SELECT client_id FROM clients")
+    apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
+    users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
+    visits = encounters_of(portal, chosen["patient_id"]) if chosen["patient_id"] else {}
+    return page(
+        portal, "Launch an app",
+        tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
+            "permission as always. It runs once, within five minutes."),
+        tag("form", hidden(session_id),
+            select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
+            text("launch_uri", "Its launch address (if none is registered, or another one)"),
+            select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
+            select("patient_id", "Whose record is open", [("", "none yet"), *portal.patients_of("clinician").items()]),
+            tag("button", "Show this patient's visits", class_="btn-default", formmethod="get", formnovalidate=True),
+            select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
+            text("intent", "Intent (a word that you and the app agreed on)"),
+            tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
+                "The app shows the patient's name itself (need_patient_banner)"),
+            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch"),
+        cookies=[set_cookie(portal, request, session_id)])
 
 
 # ######################################################################## 14 tokens
 
 DEBUG_APPROVAL_SECONDS = 7 * DAY
-LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))
 
 
 def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
@@ -2550,10 +3397,17 @@ def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: floa
     database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
                      (token, grant["grant_id"], scope, now, expires, refresh_token))
     answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
-              "patient": grant["patient_id"]}
+              **launch_context(grant)}
     if refresh_token:
         answer["refresh_token"] = refresh_token
     return answer
+
+
+def launch_context(grant: Row) -> Json:
+    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
+    arrives with your access_token")."""
+    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
+    return {**patient, **json.loads(grant["context"])}
 
 
 def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
@@ -2584,28 +3438,25 @@ def spend(portal: Portal, client: Client, kind: str, value: str,
     RFC 9700 section 4.14.2). Any other failure consumes nothing.
     """
     name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
-    reused = False
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
         if not row or row["kind"] != kind or row["client_id"] != client.client_id:
             raise PortalError("invalid_grant", f"this {name} was not issued to this client")
-        if row["spent"]:
-            end_grant(database, row["grant_id"])
-            reused = True
-        elif row["ended"] or row["expires"] <= now:
-            raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-        else:
+        if not row["spent"]:
+            if row["ended"] or row["expires"] <= now:
+                raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
             check(row)
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
             return issue(database, row, now)
-    assert reused
+        end_grant(database, row["grant_id"])
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
-def exchange_code(portal: Portal, client: Client, form: Fields) -> Json:
+def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
     code, verifier = form.need("code"), form.get("code_verifier")
     uri = form.get("redirect_uri")
+    grants: list[Row] = []
 
     def check(row: Row) -> None:
         if uri != row["redirect_uri"]:
@@ -2620,13 +3471,20 @@ def exchange_code(portal: Portal, client: Client, form: Fields) -> Json:
             raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
 
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
+        grants.append(row)
         offline = "offline_access" in row["scope"].split()
         return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    return spend(portal, client, "code", code, check, issue)
+    answer = spend(portal, client, "code", code, check, issue)
+    if "openid" in answer["scope"].split():
+        answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
+    return answer
 
 
-def refresh(portal: Portal, client: Client, form: Fields) -> Json:
-    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one."""
+def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
+    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one.
+
+    A narrower scope is the new access token's alone; the refresh token keeps what was granted.
+    """
     wanted = form.get("scope")
 
     def check(row: Row) -> None:
@@ -2635,18 +3493,42 @@ def refresh(portal: Portal, client: Client, form: Fields) -> Json:
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
 
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        scope = negotiate_scope(wanted, row["scope"]) or row["scope"]
+        scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
         return issue_access(database, row, scope, now, issue_refresh(database, row, now))
     return spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
 
 
-GRANT_TYPES: dict[str, Callable[[Portal, Client, Fields], Json]] = {
-    "authorization_code": exchange_code, "refresh_token": refresh}
+BACKEND_SECONDS = 300
+
+
+def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
+    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one that proves
+    itself by its keys may, and no refresh token comes with it: it just asks again."""
+    if client.auth_method != "private_key_jwt":
+        raise PortalError("unauthorized_client", "client_credentials is for clients that registered for private_key_jwt")
+    if client.registered_itself and not portal.settings.serves_debug:
+        raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
+                          "scopes are for clients of --fixtures only")
+    wanted = form.need("scope")
+    scope = negotiate_scope(wanted, client.scope, ("system",))
+    if not scope:
+        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
+                          f"within {client.scope!r}")
+    now = portal.clock.now()
+    grant = Grant(new_token(), client.client_id, None, None, scope, [], now + BACKEND_SECONDS, portal.base(request))
+    with portal.state.transaction() as database:
+        store_grant(database, grant, now)
+        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        return issue_access(database, row, scope, now, None)
+
+
+GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
+    "authorization_code": exchange_code, "refresh_token": refresh, "client_credentials": backend_token}
 
 
 @route("POST /oauth/token", "RFC 6749 section 3.2", cors=True, fault="token")
 def token(portal: Portal, request: Request) -> Response:
-    """Tokens for a code or for a refresh token (RFC 6749 section 3.2)."""
+    """Tokens for a code, for a refresh token, or for a backend service (RFC 6749 section 3.2)."""
     form = Fields(request.form())
     if form.repeated:
         raise PortalError("invalid_request", f"{form.repeated[0]} is given more than once")
@@ -2654,14 +3536,15 @@ def token(portal: Portal, request: Request) -> Response:
     if grant_type not in GRANT_TYPES:
         raise PortalError("unsupported_grant_type",
                           f"grant_type {grant_type!r}: expected one of {', '.join(GRANT_TYPES)}")
-    if grant_type == "refresh_token" and not form.get("client_id") and "authorization" not in request.headers:
+    if (grant_type == "refresh_token" and "authorization" not in request.headers
+            and not form.get("client_id") and not form.get("client_assertion")):
         # A public client's refresh may leave client_id out: the token names it. A confidential one must prove itself.
         row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
         form.values["client_id"] = row["client_id"] if row else ""
     client = authenticate_client(portal, request, form)
-    if grant_type not in client.metadata.get("grant_types", GRANT_TYPES):
+    if not client.may_use(grant_type):
         raise PortalError("unauthorized_client", f"client {client.client_id!r} did not register for {grant_type}")
-    return json_response(GRANT_TYPES[grant_type](portal, client, form))
+    return json_response(GRANT_TYPES[grant_type](portal, request, client, form))
 
 
 def known_token(portal: Portal, value: str) -> Row | None:
@@ -2675,28 +3558,36 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
+def bearer_token(portal: Portal, request: Request) -> Row | None:
+    """The access token of a request's Authorization header (RFC 6750 section 2.1), if it is good."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
+    return row if row and row["kind"] == "access" and is_active(portal, row) else None
+
+
 @route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
-    """What a token is good for, told to a client that proves who it is, or to the token's own bearer (RFC 7662)."""
+    """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
+    the bearer of a token of the same authorization."""
     form = Fields(request.form())
     row = known_token(portal, form.need("token"))
     if request.headers.get("authorization", "").lower().startswith("bearer "):
-        bearer = known_token(portal, request.headers["authorization"][7:].strip())
-        if not bearer or not is_active(portal, bearer) or (row and row["grant_id"] != bearer["grant_id"]):
-            raise invalid_client("a bearer token may ask only about its own authorization, while it is valid", request)
+        asker = bearer_token(portal, request)
+        if not asker or not (asker["username"] is None or (row and row["grant_id"] == asker["grant_id"])):
+            raise invalid_client("expected a bearer token that is valid, and is for system/ scopes or of the "
+                                 "authorization asked about")
     else:
         client = authenticate_client(portal, request, form)
-        if not client.secret_hash and row and row["client_id"] != client.client_id:
+        if client.auth_method == "none" and row and row["client_id"] != client.client_id:
             row = None  # anybody can say a public client's name; it learns of its own tokens only
     if not row or not is_active(portal, row):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
-    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"],
-              "username": row["username"], "exp": int(row["expires"]), "iat": int(row["issued"]),
-              "patient": row["patient_id"]}
+    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
+              "iat": int(row["issued"]), "iss": row["issuer"], **launch_context(row)}
     if row["kind"] == "access":
         answer["token_type"] = "Bearer"
-    if row["issuer"]:
-        answer["iss"] = row["issuer"]
+    if row["username"]:
+        answer.update(username=row["username"], **claims_of(portal, row))
     return json_response(answer)
 
 
@@ -2714,6 +3605,71 @@ def revoke(portal: Portal, request: Request) -> Response:
             else:
                 database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
     return json_response({})
+
+
+# ######################################################################## 14b identity
+
+def claims_of(portal: Portal, row: Row) -> Json:
+    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know it,
+    `fhirUser`, the resource that stands for the user, which with another person's record is not the patient (SMART,
+    "Scopes for requesting identity data")."""
+    words = row["token_scope"].split()
+    if "openid" not in words:
+        return {}
+    claims = {"sub": row["username"]}
+    who = portal.fhir_user(row["username"], row["patient_id"])
+    if who and not {"fhirUser", "profile"}.isdisjoint(words):
+        claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
+    return claims
+
+
+def signing_key(portal: Portal) -> RsaKey:
+    """The key that signs id_tokens: made when first needed, then kept with the state."""
+    sql = "SELECT p, q FROM keys"
+    row = portal.state.row(sql)
+    if not row:
+        with portal.key_lock:  # not the database's, since this takes half a second
+            if not portal.state.row(sql):
+                key = new_rsa_key()
+                with portal.state.transaction() as database:  # another process may have been first
+                    database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
+                                     (f"{key.p:x}", f"{key.q:x}"))
+        row = portal.state.row(sql)
+    assert row
+    return RsaKey(int(row["p"], 16), int(row["q"], 16))
+
+
+def id_token(portal: Portal, grant: Row) -> str:
+    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2); of a code's row."""
+    now = int(portal.clock.now())
+    claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
+              **claims_of(portal, grant)}
+    if grant["signed_in"] is not None:
+        claims["auth_time"] = int(grant["signed_in"])
+    if grant["nonce"]:
+        claims["nonce"] = grant["nonce"]
+    return sign_jwt(signing_key(portal), claims)
+
+
+@route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
+def jwks(portal: Portal, request: Request) -> Response:
+    """The public half of the key that signs id_tokens, for apps to verify them with."""
+    return json_response({"keys": [signing_key(portal).public_jwk()]})
+
+
+@route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
+def userinfo(portal: Portal, request: Request) -> Response:
+    """Who the user of an access token is: what the id_token says, and the name."""
+    row, realm = bearer_token(portal, request), 'Bearer realm="s4s"'
+    if not row:
+        given = ', error="invalid_token"' if "authorization" in request.headers else ""  # RFC 6750 section 3.1
+        raise PortalError("invalid_token", "expected Authorization: Bearer and an access token that is valid", 401,
+                          [("WWW-Authenticate", realm + given)])
+    user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
+    if not user or not claims:
+        raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
+                          [("WWW-Authenticate", f'{realm}, error="insufficient_scope", scope="openid"')])
+    return json_response({**claims, "name": user["name"]})
 
 
 # ######################################################################## 15 the FHIR API
@@ -3085,7 +4041,9 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     until = now + DEBUG_APPROVAL_SECONDS if approval_expires is None else need_number("approval_expires",
                                                                                      approval_expires)
     need_moment("access_lifetime", now + lifetime)
-    grant = Grant(new_token(), client.client_id, user["username"], users_patient(portal, username, patient_id),
+    nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
+    grant = Grant(new_token(), client.client_id, user["username"],
+                  None if nobodys else users_patient(portal, username, patient_id),
                   granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
     with portal.state.transaction() as database:
         store_grant(database, grant, now)
@@ -3116,8 +4074,8 @@ def debug_introspect(portal: Portal, request: Request) -> Response:
 
 @control("authorize", lambda url: {"redirect_to": url})
 def approve(portal: Portal, *, url: str, username: str, patient_id: str | None = None,
-            security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
-            deny: bool = False) -> str:
+            encounter_id: str | None = None, security_labels: Sequence[str] | None = None,
+            approval_expires: str | None = None, deny: bool = False) -> str:
     """Play the browser: sign in as a user, choose the patient, answer the consent page. Gives where the app is called
     back, with a code or with an error.
 
@@ -3139,13 +4097,27 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    patient = users_patient(portal, username, patient_id)
+    # A launch that names the patient leaves nothing to choose; else the one named, or the user's own.
+    patient = details["launch"].get("patient_id") if patient_id is None else users_patient(portal, username, patient_id)
+    if not patient and whose_record(portal, username, details, "") == "":
+        patient = users_patient(portal, username, None)
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
     if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
     until = day_of(portal.clock.now() + 365 * DAY) if approval_expires is None else need_text("approval_expires",
                                                                                              approval_expires)
-    return decide(portal, request_id, new_grant(portal, client, user["username"], patient, details, labels, until))
+    return decide(portal, request_id, new_grant(portal, client, user["username"], patient or "", details, labels, until,
+                                                need_text("encounter_id", encounter_id) if encounter_id else ""))
+
+
+@control("launch", lambda given: given)
+def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
+           patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
+           need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
+    """Launch an app as an EHR does; gives launch_url, the address to open, and what is in it: launch and iss."""
+    return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
+                         patient_id=patient_id, encounter_id=encounter_id, intent=intent,
+                         need_patient_banner=need_patient_banner, fhir_context=fhir_context)
 
 
 @control("clock", lambda now: {"now": now})
@@ -3839,12 +4811,20 @@ class Server:
         return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
                            access_lifetime=access_lifetime, approval_expires=approval_expires)
 
-    def approve(self, url: str, username: str, patient_id: str | None = None,
+    def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False) -> str:
         """See approve in section 17."""
-        return approve(self.portal, url=url, username=username, patient_id=patient_id,
+        return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
                        security_labels=security_labels, approval_expires=approval_expires, deny=deny)
+
+    def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
+               patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
+               need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
+        """See launch in section 17. Gives the app's launch URL."""
+        return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
+                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
+                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
 
     def advance(self, seconds: float) -> float:
         """See advance in section 17."""
