@@ -2302,48 +2302,70 @@ def escaped(child: Any) -> str:
     return "" if child is None else html.escape(str(child))
 
 
+# Where the texts can be read, besides the RFCs.
+TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html", "FHIR": "https://hl7.org/fhir/http.html",
+         "OpenID Connect Core": "https://openid.net/specs/openid-connect-core-1_0.html",
+         "OpenID Connect Discovery": "https://openid.net/specs/openid-connect-discovery-1_0.html"}
+_CITED = re.compile(r"\bRFC (\d{4})(?: section (\d+(?:\.\d+)*))?|\b(" + "|".join(TEXTS) + r")\b")
+
+
+def cited(text: str) -> Markup:
+    """Words with each text that they cite as a link to it."""
+    def link(found: re.Match[str]) -> str:
+        section = f"#section-{found[2]}" if found[2] else ""
+        return tag("a", found[0], href=TEXTS.get(found[0]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
+    return Markup(_CITED.sub(link, html.escape(text)))
+
+
+# Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
 STYLE = """
-:root{color-scheme:light dark;--ink:#1b2733;--paper:#fff;--soft:#f1f5f8;--line:#8497a6;--accent:#0b5c8a;--on:#fff;
---warn:#7a2e00}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eef3;--paper:#12191f;--soft:#1d2730;--line:#8497a6;--accent:#7cc4ee;
---on:#0a1620;--warn:#ffb38a}}
+:root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
+--edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;
+--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}
 *{box-sizing:border-box}
-body{margin:0;font:1.0625rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
-header,main,footer{max-width:46rem;margin:0 auto;padding:1rem}
-header{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;align-items:baseline;border-bottom:1px solid var(--line)}
-header strong{flex:1 1 12rem}footer{border-top:1px solid var(--line);color:var(--warn)}
-h1{font-size:1.6rem;line-height:1.25;margin:.6em 0}h2{font-size:1.2rem;margin-top:1.6em}
-a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
-label{display:block;margin:.5rem 0}input{font:inherit}
-input[type=text],input[type=password],input[type=date]{display:block;width:100%;max-width:24rem;padding:.5rem;
-border:1px solid var(--line);border-radius:.3rem;background:var(--paper);color:var(--ink)}
-input[type=checkbox]{width:1.3rem;height:1.3rem;margin-right:.6rem;vertical-align:-.2rem;accent-color:var(--accent)}
-button{font:inherit;min-height:2.75rem;padding:.5rem 1.2rem;margin:.5rem .5rem .5rem 0;border-radius:.3rem;
-border:1px solid var(--accent);background:var(--accent);color:var(--on);cursor:pointer}
-button.btn-default,button.link{background:transparent;color:var(--accent)}
-button[data-patient-id]{display:block;width:100%;max-width:24rem;text-align:left}
-pre,code{font-family:ui-monospace,monospace;font-size:.9rem}pre{background:var(--soft);padding:.8rem;overflow-x:auto;
-white-space:pre-wrap}
-table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.45rem;
+body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
+overflow-wrap:anywhere}
+body>*{padding:1rem max(1rem,50% - 25rem)}
+body>header{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;align-items:center;background:var(--paper);
 border-bottom:1px solid var(--line)}
-.modal{border:2px solid var(--accent);padding:1rem;background:var(--soft);border-radius:.4rem}
-.error{border-left:.3rem solid var(--warn);padding:.2rem .8rem;background:var(--soft)}
+header strong{flex:1 1 14rem;font-size:1.1rem}header strong::before{content:"";display:inline-block;width:.9em;
+height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
+header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}header a{padding:.4rem 0}
+footer{color:var(--warn);border-top:1px solid var(--line)}
+h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
+h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
+a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+small,.quiet{color:var(--quiet);font-size:.95rem}
+.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
+.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
+border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
+dl{display:grid;grid-template-columns:minmax(6rem,11rem) 1fr;gap:.3rem 1rem;margin:.6em 0}
+dt{color:var(--quiet)}dd{margin:0}
+label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;margin:1.2rem 0}
+legend{padding:0;font-weight:600}
+input,select{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
+border-radius:.4rem}
+input:not([type=checkbox]),select{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
+margin-top:.25rem}
+.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
+border-bottom:1px solid var(--line)}.choice small{display:block}
+input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}
+button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;cursor:pointer;
+border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
+button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}
+button[data-patient-id]{display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
+color:var(--accent)}
+pre,code{font:.9em/1.5 ui-monospace,monospace}
+pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
+table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
+padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line)}td button{margin:0}
 .js section:not(.active),button[data-slide]{display:none}.js button[data-slide]{display:inline-block}
-@media(max-width:34rem){table,tbody,tr,td{display:block}thead{display:none}td{border:0;padding:.15rem 0}
-tr{display:block;border-bottom:1px solid var(--line);padding:.5rem 0}}
-@media print{header a,button,footer{display:none}.js section:not(.active){display:block}}
-"""
-# The consent page's three steps. Without this script all three stand below each other, as one plain form.
-SCRIPT = """
-(function(){var form=document.getElementById('consent-carousel');if(!form)return;
-var steps=form.querySelectorAll('section'),at=0;
-function show(){for(var i=0;i<steps.length;i++)steps[i].classList.toggle('active',i===at);}
-form.classList.add('js');show();
-form.addEventListener('click',function(event){
-var button=event.target.closest('button[data-slide=next]');if(!button)return;
-var boxes=steps[at].querySelectorAll('input[rel=confirm]');
-for(var i=0;i<boxes.length;i++)if(!boxes[i].checked){boxes[i].reportValidity();return;}
-at++;show();var head=steps[at].querySelector('h2');head.tabIndex=-1;head.focus();});})();
+@media(max-width:40rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
+tr{border-bottom:1px solid var(--line);padding:.6rem 0}dl{display:block}dd{margin:0 0 .6rem}
+td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
+@media print{nav,button{display:none!important}.js section:not(.active){display:block}
+body{background:none}body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
 """
 
 
@@ -2352,34 +2374,58 @@ def _source_hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-PAGE_HEADERS = [  # no form-action: the consent form's answer redirects to the app, which that would forbid
-    ("Content-Security-Policy", (f"default-src 'none'; style-src {_source_hash(STYLE)}; "
-                                 f"script-src {_source_hash(SCRIPT)}; base-uri 'none'; frame-ancestors 'none'")),
-    ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+def page_headers(style: str, script: str) -> list[tuple[str, str]]:
+    """What guards a page: this style and this script run in it and no other, no site frames it, no cache keeps it.
+
+    A script may talk to this server alone. There is no form-action: the consent form's answer redirects to the app,
+    which that would forbid.
+    """
+    scripts = f"script-src {_source_hash(script)}; connect-src 'self'; " if script else ""
+    policy = f"default-src 'none'; style-src {_source_hash(style)}; {scripts}base-uri 'none'; frame-ancestors 'none'"
+    return [("Content-Security-Policy", policy),
+            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+
+
+def link_root(portal: Portal) -> str:
+    """What stands before the path in links: nothing, but where a reverse proxy serves this server below a path."""
+    return urlsplit(portal.public_url()).path
 
 
 def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
-         cookies: Sequence[str] = (), script: bool = False) -> Response:
-    """A page of the portal."""
+         cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
+    """A page of the portal; `brand` is whose page it is, if not the portal's."""
+    root = link_root(portal)
     body = tag("html", tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {portal.settings.name}"),
                            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-                           tag("style", Markup(STYLE))),
+                           tag("style", Markup(style))),
                tag("body",
-                   tag("header", tag("strong", portal.settings.name), tag("a", "Start", href="/"),
-                       tag("a", "Apps you share with", href="/apps"),
-                       tag("span", f"Signed in as {username}") if username else None),
+                   tag("header", tag("strong", brand or portal.settings.name),
+                       tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
+                           aria_label="Portal"),
+                       tag("span", f"Signed in as {username}", class_="quiet") if username else None),
                    tag("main", tag("h1", title), *content),
                    tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
-                   tag("script", Markup(SCRIPT)) if script else None), lang="en")
+                   tag("script", Markup(script)) if script else None), lang="en")
     return Response(status, b"<!doctype html>" + body.encode("utf-8", "replace"), "text/html; charset=utf-8",
-                    [*PAGE_HEADERS, *(("Set-Cookie", cookie) for cookie in cookies)])
+                    [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
 
 
-def error_page(portal: Portal, error: PortalError) -> Response:
-    """An error for the person at the browser."""
-    return page(portal, "This did not work", tag("p", error.description, class_="error"),
-                tag("p", "Error code: ", tag("code", error.error)), tag("p", tag("a", "To the start page", href="/")),
-                status=error.status)
+def facts(*pairs: tuple[str, Any]) -> Markup:
+    """A list of names and what they are; pairs with nothing are left out."""
+    return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
+
+
+def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
+    """An error for the person at the browser: what was expected, what came, and what to read."""
+    came = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
+    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
+                tag("p", cited(error.description), class_="error"),
+                tag("div", facts(
+                    ("What came", [tag("code", f"{request.method} {request.path}"), came and tag("ul", came)]),
+                    ("What it does", found and (found.endpoint.__doc__ or "").partition("\n")[0]),
+                    ("What to read", found and cited(found.spec)),
+                    ("Error code", tag("code", error.error))), class_="card"),
+                tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
 
 
 # ######################################################################## 10 discovery
@@ -2760,11 +2806,18 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
                tag("label", "Password", tag("input", type="password", id="password", name="password",
                                             value="" if message else DEMO_PASSWORD, autocomplete="current-password",
                                             required=True)),
-               tag("button", "Sign in", id="sign-in"), method="post", action=f"{portal.browser_base(request)}/login")
-    accounts = ", ".join(row["username"] for row in portal.state.rows("SELECT username FROM users LIMIT 20"))
+               tag("button", "Sign in", id="sign-in"),
+               method="post", action=f"{portal.browser_base(request)}/login", class_="card")
     return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
-                tag("p", f"Test accounts: {accounts}. Password: ", tag("code", DEMO_PASSWORD)),
-                status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+                accounts(portal), status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+
+
+def accounts(portal: Portal) -> Markup:
+    """Who can sign in, and how."""
+    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    return tag("section", tag("h2", "Test accounts"),
+               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
+               tag("p", "Everybody's password is ", tag("code", DEMO_PASSWORD), "."), class_="card")
 
 
 @route("GET,POST /login", "S4S", kind="page")
@@ -3062,7 +3115,10 @@ def consent(portal: Portal, request: Request) -> Response:
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
     if patient_id == "":
-        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"]))
+        text = fields.get("q")
+        return picker_page(portal, request, user, client, request_id, {
+            patient_id: name for patient_id, name in portal.patients_of(user["username"]).items()
+            if text.lower() in name.lower() or text.lower() == patient_id.lower()}, text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
@@ -3095,18 +3151,103 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
     return next(iter(patients)) if len(patients) == 1 else ""
 
 
+MANY_PATIENTS = 12  # more than this, and the picker has a search box
+
+
 def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
-                patients: dict[str, str]) -> Response:
-    """Whose record."""
-    if not patients:
+                patients: dict[str, str], text: str = "") -> Response:
+    """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
+    if not patients and not text:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id = request.cookie(cookie_name(portal))
-    return page(portal, "Whose record?", tag("p", f"{client.name} asks to see one person's health record. Whose?"),
+    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
+    search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
+                     tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
+                     tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
+    shown = list(patients.items())[:MANY_PATIENTS]
+    found = f"The first {len(shown)} of {len(patients)} patients." if len(patients) > len(shown) else (
+        None if patients else f"Nobody whose record you may open is called {text!r}.")
+    return page(portal, "Whose record?",
+                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page you "
+                    "decide what of it, and until when."),
+                search_box if text or len(patients) > MANY_PATIENTS else None,
                 tag("form", hidden(session_id, request=request_id),
+                    tag("p", found, role="status") if found else None,
                     [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
-                     for patient_id, name in patients.items()],
+                     for patient_id, name in shown],
                     tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
-                    method="post", action=f"{portal.browser_base(request)}/oauth/consent"), username=user["name"])
+                    method="post", action=action, class_="card"), username=user["name"])
+
+
+CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
+    "patient": "Name, birth date, gender, address, phone, language, ethnicity.",
+    "medications": "What was prescribed, dispensed, given or is taken, and how much of it.",
+    "allergies": "What causes reactions, which ones, and how bad they were.",
+    "immunizations": "Vaccines, and when they were given.",
+    "problems": "Illnesses, complaints and findings, now and in the past.",
+    "procedures": "Operations, examinations and treatments.",
+    "vital-signs": "Blood pressure, pulse, temperature, weight, height and the like, over time.",
+    "laboratory": "Blood, urine and other tests, and the reports on them.",
+    "smoking": "Tobacco use, and other habits and circumstances that were noted.",
+    "documents": "Letters and notes about care, and the files themselves.",
+    "coverage": "Who insures, under which number, since when.",
+    "explanation-of-benefit": "What was billed, what the insurance paid, and for which care.",
+    "imaging": "Which pictures were taken, such as X-rays, and when.",
+    "encounters": "Visits and stays: when, where, why, with whom.",
+    "other": "Whatever else the record holds and is not named above."}
+# The consent page's three steps. Without this script all three stand below each other, as one plain form.
+CONSENT_SCRIPT = """
+(function () {
+  var form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section'), at = 0;
+  form.classList.add('js');
+  steps[0].classList.add('active');
+  form.addEventListener('click', function (event) {
+    var button = event.target.closest('button[data-slide]');
+    if (!button) return;
+    var next = button.getAttribute('data-slide') === 'next';
+    var missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
+    if (missing) { missing.reportValidity(); return; }
+    steps[at].classList.remove('active');
+    at += next ? 1 : -1;
+    steps[at].classList.add('active');
+    steps[at].querySelector('h2').focus();
+  });
+})();
+"""
+
+
+def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
+    """Who asks, for what, of whom."""
+    target = urlsplit(details["redirect_uri"])
+    links = [tag("p", tag("a", label, href=client.metadata[name])) for name, label in (
+        ("client_uri", "The app's own page"), ("policy_uri", "What it does with data"), ("tos_uri", "Its terms"))
+        if name in client.metadata]
+    return tag("div", facts(
+        ("App", [tag("strong", client.name), links]),
+        ("Whose data", whose),
+        ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
+        ("Decided by", user["name"])),
+        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
+            class_="quiet"))
+
+
+def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
+    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
+    def line(word: str) -> Markup:
+        parsed = parse_scope(word)
+        kinds = [CATEGORIES[label][0] for label in offered_categories(portal, client, word)]
+        return tag("li", describe_scope(word), f": {', '.join(kinds).lower()}" if parsed and parsed.type != "*" and kinds
+                   else None, " ", tag("small", tag("code", word)))
+    parsed = resource_scopes(scope)
+    warnings = [text for text, holds in (
+        ("Everything means every kind of data, those that are added later too. The last step lets you leave kinds out.",
+         any(one.type == "*" for one in parsed)),
+        ("The app asks for the records of everybody whose record you may open, not for one.",
+         any(one.context == "user" for one in parsed)),
+        ("The app can fetch new data while you are away. That ends on the date you choose, or when you stop it.",
+         "offline_access" in scope.split())) if holds]
+    return tag("div", tag("ul", [line(word) for word in scope.split()]),
+               [tag("p", text, class_="note") for text in warnings],
+               tag("p", "It can change nothing, and it never learns your password."))
 
 
 def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
@@ -3120,31 +3261,43 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
         encounters = encounters_of(portal, patient_id)
     refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
     forward = tag("button", "Continue", type="button", data_slide="next")
+    back = tag("button", "Back", type="button", data_slide="back")
     points = (f"I want {client.name} to see {whose}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
+
+    def step(number: int, title: str, *content: Any) -> Markup:
+        return tag("section", tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1), *content,
+                   class_="card")
     return page(
         portal, f"Share data with {client.name}?",
         tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
-            tag("section", tag("h2", "What this is"),
-                tag("p", f"{client.name} asks to see {whose}. If you approve, it can:"),
-                tag("ul", [tag("li", describe_scope(word)) for word in words]), forward, refuse),
-            tag("section", tag("h2", "Confirm each point"),
-                [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True), point)
-                 for point in points], forward),
-            tag("section", tag("h2", "Review"),
-                tag("p", f"{client.name} will see, of {whose}:"),
-                [tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
-                     CATEGORIES[label][0]) for label in offered_categories(portal, client, details["scope"])],
-                tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
-                                                           in encounters.items()], name="encounter_id"))
-                if encounters else None,
-                tag("label", "Until the end of", tag(
-                    "input", type="date", name="approval_expires", required=True, min=day_of(now),
-                    max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
-                tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse),
+            # Enter in a field presses a form's first button, which would refuse. This one does nothing.
+            tag("button", disabled=True, hidden=True),
+            step(1, "What this is",
+                 tag("p", f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."),
+                 app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
+                 scope_list(portal, client, details["scope"]), forward, refuse),
+            step(2, "Confirm each point",
+                 [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True),
+                      tag("span", point), class_="choice") for point in points], forward, back),
+            step(3, "Review",
+                 tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
+                 tag("fieldset", tag("legend", "What it sees"), [
+                     tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
+                         tag("span", CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label])), class_="choice")
+                     for label in offered_categories(portal, client, details["scope"])]),
+                 tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
+                                                            in encounters.items()], name="encounter_id"))
+                 if encounters else None,
+                 tag("label", "Until the end of", tag(
+                     "input", type="date", name="approval_expires", required=True, min=day_of(now),
+                     max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
+                 tag("p", "You can stop sharing before that day, at any time, under ", tag("a", "Apps you share with", href=(
+                     f"{link_root(portal)}/apps")), ". What the app has fetched by then, it keeps."),
+                 tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse, back),
             id="consent-carousel", method="post", action=f"{portal.browser_base(request)}/oauth/consent"),
-        username=user["name"], script=True)
+        username=user["name"], script=CONSENT_SCRIPT)
 
 
 class Grant(NamedTuple):
@@ -3231,33 +3384,52 @@ def apps(portal: Portal, request: Request) -> Response:
     if not user:
         return to_sign_in(portal, request)
     fields = Fields(request.pairs())
-    rows = portal.state.rows(
-        "SELECT *, max(approved) AS newest, max(approval_expires) AS until FROM grants WHERE username = ? AND NOT ended "
-        "AND approval_expires > ? GROUP BY client_id, patient_id ORDER BY newest DESC",
-        user["username"], portal.clock.now())
+    shared: dict[tuple[str, str | None], list[Row]] = {}  # client and patient -> their grants, the newest first
+    for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
+                                 "ORDER BY approved DESC", user["username"], portal.clock.now()):
+        shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
     session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
+
+    def app_name(client_id: str) -> str:
+        client = portal.client(client_id)
+        return client.name if client else client_id
 
     def whose(patient_id: str | None) -> str:
         return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
 
-    def line(row: Row) -> Markup:
-        client = portal.client(row["client_id"])
-        labels = [CATEGORIES[label][0] for label in json.loads(row["security_labels"])]
-        name = client.name if client else row["client_id"]
-        return tag("tr", tag("td", tag("strong", name)), tag("td", whose(row["patient_id"])),
-                   tag("td", "; ".join(labels) or "everything its scope allows"),
-                   tag("td", f"{day_of(row['newest'])} until {day_of(row['until'])}"),
-                   tag("td", tag("form", tag("button", "Stop sharing", name="stop", value=row["grant_id"]),
-                                 action=f"{base}/apps")), rel=row["client_id"])
-    stop = next((row for row in rows if row["grant_id"] == fields.get("stop")), None)
-    modal = stop and tag("div", tag("h2", "Stop sharing?"), tag("p", "The app can't fetch anything more."), tag(
-        "form", hidden(session_id), tag("button", "Stop sharing"), method="post",
-        action=f"{base}/revoke/{stop['grant_id']}"), tag("p", tag("a", "Keep sharing", href="/apps")), class_="modal in")
+    def line(grants: list[Row]) -> Markup:
+        newest, labels = grants[0], [json.loads(one["security_labels"]) for one in grants]
+        what = [name for label, (name, _) in CATEGORIES.items() if any(label in one for one in labels)]
+        scope = dict.fromkeys(word for one in grants for word in one["scope"].split())
+        return tag("tr", tag("td", tag("strong", app_name(newest["client_id"]))),
+                   tag("td", whose(newest["patient_id"]), data_label="Whose record"),
+                   tag("td", "; ".join(what) if all(labels) else "everything its scope allows", tag("details", tag(
+                       "summary", "Scope"), tag("code", " ".join(scope))), data_label="What"),
+                   tag("td", day_of(newest["approved"]), data_label="Since"),
+                   tag("td", day_of(max(one["approval_expires"] for one in grants)), data_label="Until"),
+                   tag("td", tag("form", tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest[
+                       "grant_id"], aria_label=f"Stop sharing with {app_name(newest['client_id'])}"),
+                                 action=f"{base}/apps")), rel=newest["client_id"])
+    stop = next((grants[0] for grants in shared.values() if grants[0]["grant_id"] == fields.get("stop")), None)
+    modal = stop and tag(
+        "section", tag("h2", f"Stop sharing with {app_name(stop['client_id'])}?"),
+        tag("p", f"From now on it can fetch nothing more of this record: {whose(stop['patient_id'])}. What it has "
+            "fetched, it keeps. To share again, start in the app."),
+        tag("form", hidden(session_id), tag("button", "Stop sharing"), method="post",
+            action=f"{base}/revoke/{stop['grant_id']}"),
+        tag("p", tag("a", "Keep sharing", href=f"{base}/apps")), class_="modal in")
     table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "App", "Whose record", "What", "Since and until", "")])), tag("tbody", [line(row) for row in rows]))
-    return page(portal, "Apps you share with", modal, table_ if rows else tag("p", "You share with no app."),
-                tag("form", hidden(session_id), tag("button", "Sign out", class_="btn-default"), method="post",
-                    action=f"{base}/logout"), username=user["name"])
+        "App", "Whose record", "What", "Since", "Until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
+    return page(portal, "Apps you share with", modal,
+                tag("div", table_ if shared else tag("p", "You share with no app. When an app asks and you approve, it is "
+                                                     "listed here, with a button to stop it."), class_="card"),
+                sign_out(portal, request), username=user["name"])
+
+
+def sign_out(portal: Portal, request: Request) -> Markup:
+    """The button to sign out."""
+    return tag("form", hidden(request.cookie(cookie_name(portal))), tag("button", "Sign out", class_="btn-default"),
+               method="post", action=f"{portal.browser_base(request)}/logout")
 
 
 @route("POST /revoke/{}", "S4S", kind="page")
@@ -3380,8 +3552,9 @@ def launch_page(portal: Portal, request: Request) -> Response:
             select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
             text("intent", "Intent (a word that you and the app agreed on)"),
             tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
-                "The app shows the patient's name itself (need_patient_banner)"),
-            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch"),
+                tag("span", "The app shows the patient's name itself (need_patient_banner)"), class_="choice"),
+            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch",
+            class_="card"),
         cookies=[set_cookie(portal, request, session_id)])
 
 
@@ -3876,42 +4049,82 @@ def health(portal: Portal, request: Request) -> Response:
     return json_response({"status": "ok", "version": __version__})
 
 
-def endpoint_table(portal: Portal) -> Markup:
-    """Every endpoint with the text it implements, from the routes themselves; a link where GET shows something."""
+KINDS = {  # of routes, in the start page's order
+    "page": "Pages, for people", "oauth": "OAuth 2.0 and OpenID Connect, for apps",
+    "fhir": "FHIR, for apps", "debug": "Test controls, open to anyone"}
+TRY = {  # where to try what a plain link can't show
+    "/oauth/authorize": "/demo", "/oauth/consent": "/demo", "/oauth/token": "/demo", "/oauth/revoke": "/demo",
+    "/api/fhir/{}": "/api/fhir/Patient/smart-1288992", "/api/open-fhir/{}": "/api/open-fhir/Patient?_pretty=true"}
+
+
+def is_served(portal: Portal, one: Route) -> bool:
+    """Whether a route is more than a 404 here: test controls and the open FHIR API may be off."""
+    if one.path.startswith("/api/open-fhir"):
+        return portal.settings.serves_open_fhir
+    return portal.settings.serves_debug or (one.kind != "debug" and one.path != "/launch")
+
+
+def endpoint_table(portal: Portal, kind: str) -> Markup | None:
+    """Every endpoint of a kind with the text it implements, from the routes themselves; a link where one can try it."""
     def line(one: Route) -> Markup:
-        bare = "{" not in one.path and "GET" in one.methods
-        return tag("tr", tag("td", tag("code", " ".join(one.methods))),
-                   tag("td", tag("a", one.path, href=one.path) if bare else tag("code", one.path.replace("{}", "..."))),
-                   tag("td", one.spec), tag("td", (one.endpoint.__doc__ or "").partition("\n")[0]))
-    shown = [one for one in ROUTES if portal.settings.serves_debug or one.kind != "debug"]
-    return tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "Method", "Path", "Text", "What it does")])), tag("tbody", [line(one) for one in shown]))
+        target = TRY.get(one.path) or (one.path if "GET" in one.methods and "{" not in one.path else "")
+        path = tag("code", one.path.replace("{}", "..."))
+        return tag("tr", tag("td", tag("a", path, href=link_root(portal) + target) if target else path,
+                             tag("br"), tag("small", ", ".join(one.methods))),
+                   tag("td", (one.endpoint.__doc__ or "").partition("\n")[0]), tag("td", cited(one.spec)))
+    rows = [line(one) for one in ROUTES if one.kind == kind and is_served(portal, one)]
+    return tag("section", tag("h2", KINDS[kind]), tag("table", tag("thead", tag("tr", [
+        tag("th", text, scope="col") for text in ("Path and methods", "What it does", "Text")])), tag("tbody", rows)),
+        class_="card") if rows else None
+
+
+def first_steps(portal: Portal, base: str) -> str:
+    """Commands for a shell: a token, and a record read with it; discovery where nobody may ask for tokens."""
+    if not portal.settings.serves_debug:
+        return f"curl -s {base}/api/fhir/.well-known/smart-configuration"
+    return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
+            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}' |\n"
+            "  sed 's/.*\"access_token\": *\"\\([^\"]*\\)\".*/\\1/')\n"
+            f'curl -s "{base}/api/fhir/Patient/smart-1288992?_pretty=true" -H "Authorization: Bearer $token"')
+
+
+def home(portal: Portal, request: Request, user: Row) -> Markup:
+    """What a signed-in user can do here."""
+    names = list(portal.patients_of(user["username"]).values())
+    more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
+    return tag("section", tag("h2", f"Welcome, {user['name']}"),
+               facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
+               tag("p", tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
+                   ": what they see, until when, and a button to stop them."), sign_out(portal, request), class_="card")
 
 
 @route("GET /", "S4S", kind="page")
 def start_page(portal: Portal, request: Request) -> Response:
     """What this is, who can sign in, what can be tried."""
-    base, user = portal.base(request), session_user(portal, request)
+    base, root, user = portal.base(request), link_root(portal), session_user(portal, request)
     open_to_all = [text for text, serves in (
         ("every record, at /api/open-fhir/", portal.settings.serves_open_fhir),
         ("tokens for any account, at /oauth/debug/", portal.settings.serves_debug)) if serves]
-    accounts = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    go_on = [("Demo app", "/demo", "A whole SMART app in one page: watch every request and answer, then the record."),
+             ("Launch an app", "/launch", "Play the electronic health record: choose patient and app, and launch it."),
+             ("Sign in", "/login", "As one of the accounts above, to see which apps you share with.")]
     return page(
-        portal, portal.settings.name,
-        tag("p", "An OAuth 2.0 authorization server in front of a FHIR API: an app sees one patient's record, if the "
-            "patient approves, and nothing else. It is for testing SMART on FHIR apps; all patients are made up."),
-        tag("p", "Open to anyone who can reach this server: " + ("; ".join(open_to_all) or "nothing") + ".",
-            class_="error"),
-        tag("p", tag("a", "Apps you share with", href="/apps")) if user else None,
-        tag("h2", "Accounts"),
-        tag("ul", [tag("li", tag("code", row["username"]), f" {row['name']}") for row in accounts]),
-        tag("p", "Password: ", tag("code", DEMO_PASSWORD), " ", tag("a", "Sign in", href="/login")),
-        tag("h2", "Try it"), tag("p", "A token, and a record read with it:"),
-        tag("pre", f"curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
-            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}'\n"
-            f"curl -s {base}/api/fhir/Patient/smart-1288992 -H 'Authorization: Bearer ACCESS_TOKEN'", tabindex=0),
-        tag("p", "The FHIR base that apps are given: ", tag("code", f"{base}/api/fhir")),
-        tag("h2", "Endpoints"), endpoint_table(portal), username=user["name"] if user else "")
+        portal, "A patient portal to test apps with",
+        tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient approves, it sees "
+            "that record and nothing else. This is the OAuth 2.0 server and the FHIR API behind it, in one file of Python "
+            "that is meant to be read."),
+        tag("p", tag("strong", "For testing only. "), "All patients are made up. Open to anyone who can reach this "
+            "server: ", "; ".join([*open_to_all, "the password below"]), ".", class_="error"),
+        home(portal, request, user) if user else None,
+        accounts(portal),
+        tag("section", tag("h2", "Where to go"),
+            facts(*((tag("a", name, href=root + path), what) for name, path, what in go_on
+                    if path != "/launch" or portal.settings.serves_debug),
+                  ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
+                  ("More", "README.md beside the program; then the program itself, from its first line.")), class_="card"),
+        tag("section", tag("h2", "Try it in a shell"), tag("pre", first_steps(portal, base), tabindex=0), class_="card"),
+        [endpoint_table(portal, kind) for kind in KINDS],
+        username=user["name"] if user else "")
 
 
 # ######################################################################## 17 test controls
@@ -4273,10 +4486,10 @@ def check_same_origin(request: Request) -> None:
         raise PortalError("forbidden", f"Origin is {origin!r}: debug endpoints take no requests from other sites", 403)
 
 
-def error_response(portal: Portal, kind: str, error: PortalError) -> Response:
+def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
     if kind == "page":
-        response = error_page(portal, error)
+        response = error_page(portal, error, request, found)
     elif kind == "fhir":
         response = Response(error.status, json.dumps(outcome(error)).encode(), FHIR_TYPE)
     else:
@@ -4306,10 +4519,11 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
     except ConnectionAbortedError:
         raise
     except PortalError as error:
-        return error_response(portal, kind, error)
+        return error_response(portal, kind, error, request, found)
     except Exception as error:  # noqa: BLE001
         portal.log_bug(f"{request.method} {request.path}", error)
-        return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
+        bug = PortalError("server_error", "this server has a bug; its log says where", 500)
+        return error_response(portal, kind, bug, request, found)
 
 
 def allowed_methods(found: Route) -> str:
