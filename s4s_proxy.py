@@ -2326,7 +2326,7 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
 overflow-wrap:anywhere}
-body>*{padding:1rem max(1rem,50% - 25rem)}
+body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
 body>header{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;align-items:center;background:var(--paper);
 border-bottom:1px solid var(--line)}
 header strong{flex:1 1 14rem;font-size:1.1rem}header strong::before{content:"";display:inline-block;width:.9em;
@@ -2338,15 +2338,16 @@ h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.
 a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 small,.quiet{color:var(--quiet);font-size:.95rem}
 .card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
+.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
 .note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
 border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
-dl{display:grid;grid-template-columns:minmax(6rem,11rem) 1fr;gap:.3rem 1rem;margin:.6em 0}
+dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}
 dt{color:var(--quiet)}dd{margin:0}
 label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;margin:1.2rem 0}
 legend{padding:0;font-weight:600}
-input,select{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
+input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
 border-radius:.4rem}
-input:not([type=checkbox]),select{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
+input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
 margin-top:.25rem}
 .choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
 border-bottom:1px solid var(--line)}.choice small{display:block}
@@ -2359,10 +2360,11 @@ color:var(--accent)}
 pre,code{font:.9em/1.5 ui-monospace,monospace}
 pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
 table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
-padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line)}td button{margin:0}
+padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6rem}
+th:first-child,td:first-child{min-width:12rem}td button{margin:0;white-space:nowrap}
 .js section:not(.active),button[data-slide]{display:none}.js button[data-slide]{display:inline-block}
-@media(max-width:40rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
-tr{border-bottom:1px solid var(--line);padding:.6rem 0}dl{display:block}dd{margin:0 0 .6rem}
+@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
+tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
 td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
 @media print{nav,button{display:none!important}.js section:not(.active){display:block}
 body{background:none}body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
@@ -2873,7 +2875,8 @@ def check_client(asked: Authorization) -> None:
     """Which app asks. Not yet a reason to send the browser anywhere."""
     client = asked.portal.client(asked.fields.need("client_id"))
     if not client:
-        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here")
+        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here: "
+                          "register at /oauth/register (RFC 7591 section 3), or start this server with --client")
     asked.client = client
     asked.request.client_id = client.client_id
 
@@ -2881,8 +2884,10 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
     uri = asked.fields.need("redirect_uri")
-    if uri not in uris_of(asked.portal, asked.request, asked.client, "redirect_uris"):
-        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}")
+    registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
+    if uri not in registered:
+        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
+                          f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
 
 
@@ -3893,7 +3898,9 @@ def fhir_response(request: Request, body: Json, status: int = 200,
         raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
     media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPE
     pretty = "_pretty=true" in request.query
-    return Response(status, json.dumps(body, indent=2 if pretty else None).encode(), media_type, headers)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, json.dumps(body, indent=2 if pretty else None).encode(), media_type,
+                    [("Cache-Control", "no-store"), *headers])
 
 
 def outcome(error: PortalError) -> Json:
@@ -4125,6 +4132,356 @@ def start_page(portal: Portal, request: Request) -> Response:
         tag("section", tag("h2", "Try it in a shell"), tag("pre", first_steps(portal, base), tabindex=0), class_="card"),
         [endpoint_table(portal, kind) for kind in KINDS],
         username=user["name"] if user else "")
+
+
+# ######################################################################## 16b demo app
+
+# A SMART app such as others write: a public client, which this server treats like any other. Its script is the example
+# to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in the order in which they happen.
+
+DEMO_STYLE = STYLE + """
+.story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
+summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-size:.95rem}
+.story pre{max-height:18rem}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}
+figure{margin:0}svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
+.range{fill:var(--tint)}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
+circle{fill:var(--accent)}.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}
+td svg{width:7rem}.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
+@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}
+main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
+#told{grid-column:2;grid-row:2}}
+"""
+DEMO_SCRIPT = r"""
+'use strict';
+
+// ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run what it holds.
+
+const $ = id => document.getElementById(id);
+const SVG = ['svg', 'g', 'rect', 'line', 'polyline', 'circle', 'text', 'title'];
+
+function make(name, attributes, ...children) {
+  const made = SVG.includes(name) ? document.createElementNS('http://www.w3.org/2000/svg', name)
+                                  : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) made.setAttribute(key, value);
+  made.append(...children.flat(3).filter(child => child !== ''));
+  return made;
+}
+
+const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
+const definitions = pairs => make('dl', {}, pairs.map(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
+let story = [];  // what happened so far: title, the section of the text, parts to look at, shown open or closed
+
+function tell(title, section, parts, open = true) {
+  story.push([title, section, parts, open]);
+  const item = make('details', open ? {open: ''} : {}, make('summary', {}, title + ' ', make('small', {}, section)));
+  for (const [heading, value] of parts) {
+    const text = pretty(value), more = text.length - 6000;
+    item.append(make('h3', {}, heading), make('pre', {tabindex: 0, 'aria-label': heading},
+      more > 0 ? text.slice(0, 6000) + `\n... and ${more} characters more` : text));
+  }
+  $('story').append(make('li', {}, item));
+  $('told').hidden = false;
+}
+
+const fail = message => { throw new Error(message); };
+const run = work => work.catch(error => $('status').replaceChildren(
+  make('p', {class: 'error', role: 'alert'}, error.message, ' ', make('a', {href: home}, 'Start again'))));
+
+// One request, shown with its answer.
+async function call(title, section, url, {method = 'GET', headers = {}, form} = {}, open = true) {
+  const answer = await fetch(url, {method, headers, body: form && new URLSearchParams(form), cache: 'no-store'});
+  let body = await answer.text();
+  try { body = JSON.parse(body); } catch { /* not JSON: shown as it is */ }
+  const sent = Object.entries(headers).map(([name, value]) => `${name}: ${value}`).join('\n');
+  tell(title, section, [[`${method} ${url}`, sent || 'no headers of our own'], ...(form ? [['Form sent', form]] : []),
+    [`Answer: ${answer.status} ${answer.statusText}`, body]], open);
+  return {ok: answer.ok, status: answer.status, body};
+}
+
+// ---- 1 to 3: find the server, make a secret, ask.
+
+const base = $('app').dataset.base;         // the server's name for itself
+const home = base + '/demo';                // this page is where the browser comes back to, too
+const query = new URLSearchParams(location.search);
+
+const base64url = bytes => btoa(String.fromCharCode(...new Uint8Array(bytes)))
+  .replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+const random = () => base64url(crypto.getRandomValues(new Uint8Array(32)));
+
+async function prepare() {
+  // An EHR's launch says which server to ask. An app asks only servers it trusts, or a stranger's could read along.
+  const iss = query.get('iss') || base + '/api/fhir', launch = query.get('launch');
+  if (iss !== base + '/api/fhir') fail(`iss is ${iss}: this app trusts ${base}/api/fhir alone.`);
+  if (launch) tell('The EHR launched this app', 'SMART App Launch, EHR launch', [['In the address', {iss, launch}]]);
+  const found = await call('1. Discover the endpoints', 'SMART App Launch, Conformance; RFC 8414',
+                           iss + '/.well-known/smart-configuration');
+  if (!found.ok) fail('There is no discovery document.');
+  // Browsers hash only on https and on localhost.
+  if (!crypto.subtle) fail('This browser gives SHA-256 to pages from https or localhost alone; PKCE needs it.');
+  const verifier = random(), state = random(), nonce = random();
+  const challenge = base64url(await crypto.subtle.digest('SHA-256', new TextEncoder().encode(verifier)));
+  tell('2. Make secrets', 'RFC 7636 sections 4.1 and 4.2; RFC 6749 section 10.12', [
+    ['code_verifier: random, stays here', verifier], ['code_challenge: its SHA-256 in base64url, goes along', challenge],
+    ['state: comes back, so that we know we asked', state], ['nonce: comes back in the id_token', nonce]]);
+  $('scope').value = `openid fhirUser ${launch ? 'launch' : 'launch/patient'} patient/*.rs offline_access`;
+  $('ask').hidden = false;
+  $('ask').onsubmit = event => {
+    event.preventDefault();
+    const asked = {response_type: 'code', client_id: 'demo-app', redirect_uri: home, scope: $('scope').value, state,
+                   aud: iss, nonce, code_challenge: challenge, code_challenge_method: 'S256', ...(launch && {launch})};
+    tell('3. Send the browser to ask for permission', 'RFC 6749 section 4.1.1; SMART App Launch',
+         [[found.body.authorization_endpoint, asked]]);
+    // This page goes away now. What it must know afterwards waits in this tab's storage, where no other site looks.
+    sessionStorage.setItem('demo', JSON.stringify({config: found.body, iss, verifier, state, nonce, asked, story}));
+    location.assign(found.body.authorization_endpoint + '?' + new URLSearchParams(asked));
+  };
+}
+
+// ---- 4 and 5: the browser comes back with a code; trade it for tokens.
+
+let kept, token, expires;  // what we kept before leaving; the token response; when the access token ends
+const claims = jwt => JSON.parse(new TextDecoder().decode(
+  Uint8Array.from(atob(jwt.split('.')[1].replaceAll('-', '+').replaceAll('_', '/')), letter => letter.charCodeAt(0))));
+
+async function comeBack() {
+  kept = JSON.parse(sessionStorage.getItem('demo'));
+  sessionStorage.removeItem('demo');                 // once: a reload must not use the code again
+  history.replaceState(null, '', home);              // and nobody shall find it in the address
+  if (!kept) fail('An answer came, but this tab asked nothing.');
+  for (const told of kept.story) tell(...told);
+  tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207', [['In the address', Object.fromEntries(query)]]);
+  if (query.get('state') !== kept.state) fail('state is not the one we sent: somebody else made this answer.');
+  if (query.get('iss') !== kept.config.issuer) fail('iss is not the server we asked (RFC 9207).');
+  if (query.has('error')) fail(`No permission: ${query.get('error')}, ${query.get('error_description')}.`);
+  await obtain('5. Trade the code for tokens', 'RFC 6749 section 4.1.3; RFC 7636 section 4.5', {
+    grant_type: 'authorization_code', code: query.get('code'), redirect_uri: home, client_id: 'demo-app',
+    code_verifier: kept.verifier});
+  if (token.id_token) {
+    const told = claims(token.id_token), now = Date.now() / 1000;
+    tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7', [['The claims in the id_token', told]]);
+    // It came straight from the token endpoint, so TLS vouches for it; one from elsewhere needs its signature checked.
+    if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' || told.exp < now - 60)
+      fail('The id_token is not for this sign-in.');
+  }
+  await readRecord();
+}
+
+async function obtain(title, section, form) {
+  const answer = await call(title, section, kept.config.token_endpoint, {
+    method: 'POST', form, headers: {'Content-Type': 'application/x-www-form-urlencoded', Accept: 'application/json'}});
+  if (!answer.ok) fail(`The token endpoint refused: ${answer.body.error}, ${answer.body.error_description}.`);
+  token = {...token, ...answer.body};                // a refresh may leave out what stays as it is
+  expires = Date.now() + token.expires_in * 1000;
+  const id = token.id_token && claims(token.id_token);
+  $('granted').replaceChildren(make('h2', {}, 'What we were granted'), definitions([
+    ['Scope asked', kept.asked.scope], ['Scope granted', token.scope], ['Patient (context)', token.patient || 'none'],
+    ...['encounter', 'intent', 'need_patient_banner', 'fhirContext'].filter(name => name in token)
+      .map(name => [name, pretty(token[name])]),
+    ...(id ? [['User (id_token)', `${id.sub}, ${id.fhirUser || 'no fhirUser'}`]] : []),
+    ['Access token', make('span', {id: 'countdown', role: 'timer'}, '')],
+    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again when it ends']]));
+  $('refresh').hidden = $('revoke').hidden = !token.refresh_token;
+  $('granted').hidden = $('actions').hidden = false;
+  countDown();
+}
+
+function countDown() {
+  const left = Math.max(0, Math.round((expires - Date.now()) / 1000));
+  if ($('countdown')) $('countdown').textContent = !token.access_token ? 'revoked' : !left ? 'has expired: refresh it' :
+    `ends in ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
+}
+
+// ---- 6: read. Every request carries the access token in a header, never in an address.
+
+const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {
+  headers: {Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json, application/json+fhir'}}, open);
+
+async function search(type, parameter) {
+  let url = `${kept.iss}/${type}?${parameter}=${token.patient}&_count=200`;
+  const resources = [];
+  for (let page = 1; url && page <= 20; page++) {    // a search comes in pages; the link "next" leads on
+    const answer = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
+    if (!answer.ok) return {refused: answer.status, resources};
+    resources.push(...(answer.body.entry || []).map(entry => entry.resource).filter(one => one.resourceType === type));
+    url = ((answer.body.link || []).find(link => link.relation === 'next') || {}).url;
+  }
+  return {resources};
+}
+
+async function readRecord() {
+  if (!token.patient) fail('No patient in context, so there is no record to read.');
+  const metadata = await get('6. What the FHIR server can do', kept.iss + '/metadata');
+  const record = {}, patient = await get('Read the patient', `${kept.iss}/Patient/${token.patient}`);
+  for (const {type, searchParam = []} of metadata.body.rest[0].resource) {
+    const parameter = ['patient', 'subject', 'beneficiary'].find(name => searchParam.some(one => one.name === name));
+    if (!parameter || type === 'Patient') continue;
+    $('status').textContent = `Reading ${type} ...`;
+    record[type] = await search(type, parameter);
+  }
+  $('status').textContent = `Done: ${story.length} steps, each with its request and answer, are listed under What was said.`;
+  show(patient.ok ? patient.body : null, record);
+}
+
+// ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
+
+const words = concept => !concept ? '' : concept.text || [].concat(concept.coding || [])
+  .map(coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference || '';
+const all = (record, ...types) => types.flatMap(type => record[type] ? record[type].resources : []);
+const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), ...content);
+const list = (title, found, line) => card(title, found.length ? make('ul', {}, found.map(one => make('li', {}, line(one))))
+  : make('p', {class: 'quiet'}, 'Nothing came.'));
+const day = text => (text || '').slice(0, 10);
+
+function show(patient, record) {
+  const seen = all(record, 'Observation'), orders = all(record, 'MedicationRequest', 'MedicationOrder');
+  const given = token.scope.split(' ');
+  const name = patient && [].concat(patient.name || [])[0] || {};
+  const called = name.text || [].concat(name.given || [], name.family || []).join(' ');
+  const nothing = Object.keys(record).filter(type => !record[type].resources.length);
+  const refused = nothing.filter(type => record[type].refused);
+  $('patient').replaceChildren(
+    // need_patient_banner is false where the EHR shows already whose record it is.
+    token.need_patient_banner === false ? '' : card(called || 'A patient, unnamed', definitions(patient ? [
+      ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]] : [['Id', token.patient]])),
+    card('Vital signs', charts(seen, 'vital-signs')), card('Laboratory', charts(seen, 'laboratory')),
+    list('Problems', all(record, 'Condition'), one => `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate)}`),
+    list('Medicines', orders.length ? orders : all(record, 'MedicationStatement'), one => [
+      words(one.medicationCodeableConcept || one.medicationReference),
+      ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
+    list('Allergies', all(record, 'AllergyIntolerance'), one => [words(one.code || one.substance),
+      ...(one.reaction || []).flatMap(reaction => (reaction.manifestation || []).map(words))].filter(Boolean).join(': ')),
+    card('What the consent left out', make('ul', {},
+      make('li', {}, 'Scopes asked for but not granted: ' + (kept.asked.scope.split(' ')
+        .filter(word => !given.includes(word)).join(', ') || 'none')),
+      make('li', {}, 'Refused: ' + ((patient ? [] : ['Patient']).concat(refused).join(', ') || 'nothing')),
+      make('li', {}, 'Nothing came of: ' + (nothing.filter(type => !refused.includes(type)).join(', ') || 'no kind')),
+      make('li', {}, 'Nor of Observation: ' + (['vital-signs', 'laboratory', 'social-history'].filter(
+        kind => !seen.some(one => isKind(one, kind))).join(', ') || 'no category'))),
+      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share it. ' +
+        'An app can not tell which, and must not guess.')));
+  $('patient').hidden = false;
+}
+
+// ---- Numbers over time.
+
+const isKind = (one, kind) => [].concat(one.category || []).some(concept => (concept.coding || []).some(
+  coding => coding.code === kind));
+
+function charts(observations, kind) {
+  const groups = {}, rows = [];                      // what was measured, in which unit -> its series of points
+  for (const one of observations.filter(one => isKind(one, kind))) {
+    const when = one.effectiveDateTime || (one.effectivePeriod || {}).start || one.issued || '';
+    for (const part of one.component || [one]) {     // blood pressure comes in two components
+      const {value, unit = ''} = part.valueQuantity || {}, range = (part.referenceRange || [{}])[0];
+      const text = words(part.valueCodeableConcept) || part.valueString || '';
+      if (value === undefined && text) rows.push({name: words(one.code), when, text});
+      if (value === undefined || !Date.parse(when)) continue;
+      const group = groups[words(one.code) + unit] = groups[words(one.code) + unit] || {
+        name: words(one.code), unit, low: (range.low || {}).value, high: (range.high || {}).value, series: {}};
+      const label = part === one ? '' : words(part.code);
+      (group.series[label] = group.series[label] || []).push({when, time: Date.parse(when), value});
+    }
+  }
+  const drawn = [];
+  for (const group of Object.values(groups)) {
+    const series = Object.entries(group.series);
+    for (const [, points] of series) points.sort((one, other) => one.time - other.time);
+    if (series[0][1].length > 1) drawn.push(chart(group, series));
+    else for (const [label, [point]] of series) rows.push({...group, ...point, name: label || group.name});
+  }
+  rows.sort((one, other) => one.name.localeCompare(other.name));
+  return !drawn.length && !rows.length ? [make('p', {class: 'quiet'}, 'Nothing came.')] : [
+    make('div', {class: 'charts'}, drawn), rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(row => [
+      row.name, row.text || make('span', outside(row) ? {class: 'off'} : {}, `${row.value} ${row.unit}${outside(row)}`),
+      row.text ? '' : [reference(row), rangeBar(row)], day(row.when)])) : ''];
+}
+
+const table = (heads, rows) => make('table', {},
+  make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
+  make('tbody', {}, rows.map(row => make('tr', {}, row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
+const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
+const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
+  : low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`;
+
+// Where one value lies: the band is the reference range.
+function rangeBar({low, high, value}) {
+  if (low === undefined || high === undefined) return '';
+  const from = Math.min(low, value), width = Math.max(high, value) - from || 1, x = at => 5 + (at - from) / width * 90;
+  return make('svg', {viewBox: '0 0 100 12', 'aria-hidden': 'true'},
+    make('rect', {class: 'range', x: x(low), y: 1, width: x(high) - x(low), height: 10, rx: 2}),
+    make('circle', {cx: x(value), cy: 6, r: 3.5}));
+}
+
+function chart({name, unit, low, high}, series) {
+  const points = series.flatMap(([, some]) => some), times = points.map(point => point.time);
+  const values = points.map(point => point.value).concat([low, high].filter(value => value !== undefined));
+  const [first, last, least, most] = [Math.min(...times), Math.max(...times), Math.min(...values), Math.max(...values)];
+  const x = time => 40 + (time - first) / (last - first || 1) * 270, y = value => 10 + (most - value) / (most - least || 1) * 90;
+  const ends = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
+  const band = low === undefined && high === undefined ? '' : make('rect', {class: 'range', x: 40, width: 270,
+    y: y(high === undefined ? most : high), height: y(low === undefined ? least : low) - y(high === undefined ? most : high)});
+  const latest = series.map(([label, some]) => `${label} ${some[some.length - 1].value}`.trim()).join(', ');
+  return make('figure', {}, make('figcaption', {}, make('strong', {}, name), make('br'),
+      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}; ${reference({low, high})}`)),
+    make('svg', {viewBox: '0 0 320 120', role: 'img',
+                 'aria-label': `${name}: ${points.length} values from ${ends[0]} to ${ends[1]}, ${least} to ${most} ${unit}`},
+      band, make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
+      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, 'text-anchor': 'end'}, String(value))),
+      make('text', {x: 40, y: 116}, ends[0]), make('text', {x: 310, y: 116, 'text-anchor': 'end'}, ends[1]),
+      series.map(([, some], at) => make('g', {class: 's' + at},
+        make('polyline', {points: some.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
+        some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
+          make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
+    make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
+      series[0][1].map((point, at) => [day(point.when), ...series.map(([, some]) => some[at] ? String(some[at].value) : '')]))));
+}
+
+// ---- 7 and 8: come back with the refresh token; end it all.
+
+$('refresh').onclick = () => run(obtain('7. Refresh: the refresh token buys new ones, once', 'RFC 6749 section 6',
+  {grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'}));
+$('reread').onclick = () => run(get('Read the patient again', `${kept.iss}/Patient/${token.patient}`, true));
+$('revoke').onclick = () => run(revoke());
+
+async function revoke() {
+  await call('8. Revoke: ending the refresh token ends the authorization', 'RFC 7009 section 2.1',
+    kept.config.revocation_endpoint, {method: 'POST', form: {token: token.refresh_token, client_id: 'demo-app'},
+    headers: {'Content-Type': 'application/x-www-form-urlencoded'}});
+  await get('What the old access token is worth now', `${kept.iss}/Patient/${token.patient}`, true);
+  token.access_token = '';
+  countDown();
+  $('actions').hidden = true;
+}
+
+setInterval(() => token && countDown(), 1000);
+// Opened under another name of the server, the page would not find its storage again after the way through the portal.
+if (!location.href.startsWith(home)) location.replace(home + location.search);
+else run(query.has('code') || query.has('error') ? comeBack() : prepare());
+"""
+
+
+@route("GET /demo", "SMART App Launch, RFC 6749, RFC 7636", kind="page")
+def demo_page(portal: Portal, request: Request) -> Response:
+    """A complete SMART app in one page: it shows each request and answer, then the patient. Its own redirect URI."""
+    return page(
+        portal, "A SMART app in one page",
+        tag("div",
+            tag("div", tag("p", "This page is an app, not a part of the portal: a public client with the id ",
+                           tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record and "
+                           "shows every request and answer. Its source is in this page, to be read and copied."),
+                tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
+                                    class_="error")),
+                tag("form", tag("label", "Scope to ask for", tag("textarea", id="scope", rows=3, required=True,
+                                                                 spellcheck="false")),
+                    tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
+                tag("p", id="status", role="status"), class_="card"),
+            tag("section", id="granted", class_="card", hidden=True),
+            tag("p", tag("button", "Refresh", id="refresh"), tag("button", "Read again", id="reread", class_="btn-default"),
+                tag("button", "Revoke", id="revoke", class_="btn-default"), id="actions", hidden=True),
+            tag("div", id="patient", hidden=True), id="app", data_base=portal.browser_base(request)),
+        tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"), id="told", class_="card",
+            hidden=True),
+        style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
 # ######################################################################## 17 test controls
