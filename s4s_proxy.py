@@ -2306,14 +2306,14 @@ def escaped(child: Any) -> str:
 TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html", "FHIR": "https://hl7.org/fhir/http.html",
          "OpenID Connect Core": "https://openid.net/specs/openid-connect-core-1_0.html",
          "OpenID Connect Discovery": "https://openid.net/specs/openid-connect-discovery-1_0.html"}
-_CITED = re.compile(r"\bRFC (\d{4})(?: section (\d+(?:\.\d+)*))?|\b(" + "|".join(TEXTS) + r")\b")
+_CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join(TEXTS)})\b(?: App Launch)?")
 
 
 def cited(text: str) -> Markup:
     """Words with each text that they cite as a link to it."""
     def link(found: re.Match[str]) -> str:
         section = f"#section-{found[2]}" if found[2] else ""
-        return tag("a", found[0], href=TEXTS.get(found[0]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
+        return tag("a", found[0], href=TEXTS.get(found[3]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
     return Markup(_CITED.sub(link, html.escape(text)))
 
 
@@ -2360,8 +2360,8 @@ color:var(--accent)}
 pre,code{font:.9em/1.5 ui-monospace,monospace}
 pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
 table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
-padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6rem}
-th:first-child,td:first-child{min-width:12rem}td button{margin:0;white-space:nowrap}
+padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
+th:first-child,td:first-child{min-width:12.5rem}td button{margin:0;white-space:nowrap}
 .js section:not(.active),button[data-slide]{display:none}.js button[data-slide]{display:inline-block}
 @media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
 tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
@@ -2417,6 +2417,11 @@ def facts(*pairs: tuple[str, Any]) -> Markup:
     return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
 
 
+def what_it_does(found: Route) -> str:
+    """The first paragraph of an endpoint's docstring."""
+    return " ".join((found.endpoint.__doc__ or "").partition("\n\n")[0].split())
+
+
 def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error for the person at the browser: what was expected, what came, and what to read."""
     came = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
@@ -2424,7 +2429,7 @@ def error_page(portal: Portal, error: PortalError, request: Request, found: Rout
                 tag("p", cited(error.description), class_="error"),
                 tag("div", facts(
                     ("What came", [tag("code", f"{request.method} {request.path}"), came and tag("ul", came)]),
-                    ("What it does", found and (found.endpoint.__doc__ or "").partition("\n")[0]),
+                    ("What it does", found and what_it_does(found)),
                     ("What to read", found and cited(found.spec)),
                     ("Error code", tag("code", error.error))), class_="card"),
                 tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
@@ -3402,16 +3407,22 @@ def apps(portal: Portal, request: Request) -> Response:
     def whose(patient_id: str | None) -> str:
         return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
 
+    def in_words(labels: list[list[str]]) -> str:
+        seen = {label: any(label in one for one in labels) for label in CATEGORIES}
+        left_out = [CATEGORIES[label][0] for label in CATEGORIES if not seen[label]]
+        if len(left_out) <= 3:
+            return "everything" + (" but " if left_out else "") + "; ".join(left_out)
+        return "; ".join(CATEGORIES[label][0] for label in CATEGORIES if seen[label])
+
     def line(grants: list[Row]) -> Markup:
         newest, labels = grants[0], [json.loads(one["security_labels"]) for one in grants]
-        what = [name for label, (name, _) in CATEGORIES.items() if any(label in one for one in labels)]
         scope = dict.fromkeys(word for one in grants for word in one["scope"].split())
         return tag("tr", tag("td", tag("strong", app_name(newest["client_id"]))),
                    tag("td", whose(newest["patient_id"]), data_label="Whose record"),
-                   tag("td", "; ".join(what) if all(labels) else "everything its scope allows", tag("details", tag(
+                   tag("td", in_words(labels) if all(labels) else "everything its scope allows", tag("details", tag(
                        "summary", "Scope"), tag("code", " ".join(scope))), data_label="What"),
-                   tag("td", day_of(newest["approved"]), data_label="Since"),
-                   tag("td", day_of(max(one["approval_expires"] for one in grants)), data_label="Until"),
+                   tag("td", f"{day_of(newest['approved'])} until {day_of(max(one['approval_expires'] for one in grants))}",
+                       data_label="Since and until"),
                    tag("td", tag("form", tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest[
                        "grant_id"], aria_label=f"Stop sharing with {app_name(newest['client_id'])}"),
                                  action=f"{base}/apps")), rel=newest["client_id"])
@@ -3424,7 +3435,7 @@ def apps(portal: Portal, request: Request) -> Response:
             action=f"{base}/revoke/{stop['grant_id']}"),
         tag("p", tag("a", "Keep sharing", href=f"{base}/apps")), class_="modal in")
     table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "App", "Whose record", "What", "Since", "Until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
+        "App", "Whose record", "What", "Since and until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
     return page(portal, "Apps you share with", modal,
                 tag("div", table_ if shared else tag("p", "You share with no app. When an app asks and you approve, it is "
                                                      "listed here, with a button to stop it."), class_="card"),
@@ -4078,7 +4089,7 @@ def endpoint_table(portal: Portal, kind: str) -> Markup | None:
         path = tag("code", one.path.replace("{}", "..."))
         return tag("tr", tag("td", tag("a", path, href=link_root(portal) + target) if target else path,
                              tag("br"), tag("small", ", ".join(one.methods))),
-                   tag("td", (one.endpoint.__doc__ or "").partition("\n")[0]), tag("td", cited(one.spec)))
+                   tag("td", what_it_does(one)), tag("td", cited(one.spec)))
     rows = [line(one) for one in ROUTES if one.kind == kind and is_served(portal, one)]
     return tag("section", tag("h2", KINDS[kind]), tag("table", tag("thead", tag("tr", [
         tag("th", text, scope="col") for text in ("Path and methods", "What it does", "Text")])), tag("tbody", rows)),
@@ -4128,6 +4139,7 @@ def start_page(portal: Portal, request: Request) -> Response:
             facts(*((tag("a", name, href=root + path), what) for name, path, what in go_on
                     if path != "/launch" or portal.settings.serves_debug),
                   ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
+                  ("S4S", "Sync for Science: what its apps and its scripts rely on here."),
                   ("More", "README.md beside the program; then the program itself, from its first line.")), class_="card"),
         tag("section", tag("h2", "Try it in a shell"), tag("pre", first_steps(portal, base), tabindex=0), class_="card"),
         [endpoint_table(portal, kind) for kind in KINDS],
@@ -4144,9 +4156,12 @@ DEMO_STYLE = STYLE + """
 summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-size:.95rem}
 .story pre{max-height:18rem}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}
 figure{margin:0}svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
-.range{fill:var(--tint)}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
+.range{fill:var(--edge);opacity:.35}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
 circle{fill:var(--accent)}.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}
-td svg{width:7rem}.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
+td svg{width:7rem}#actions{margin:0 0 1.25rem}
+@media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
+#patient td:first-child{display:block}#patient td::before{display:none}}
+.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
 @media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}
 main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
 #told{grid-column:2;grid-row:2}}
@@ -4401,7 +4416,7 @@ const table = (heads, rows) => make('table', {},
   make('tbody', {}, rows.map(row => make('tr', {}, row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
 const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
 const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
-  : low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`;
+  : 'reference ' + (low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`);
 
 // Where one value lies: the band is the reference range.
 function rangeBar({low, high, value}) {
