@@ -753,177 +753,126 @@ def http_date(seconds: float) -> str:
 
 # ######################################################################## 6 sample data
 
-# The facts: a row a line, columns between bars. From the SMART sample patients, units in UCUM; the
-# immunizations of Daniel and Joseph, the dates of smoking status, procedures, documents and images are made up.
+# The facts: a row a line, columns between bars. From the SMART sample patients, with units in UCUM and two codes put
+# right that are no concepts of SNOMED CT now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and
+# Joseph's vaccines, the dates of smoking status, doses taken in the clinic, and all from MORE_LABS down.
 
-# patient_id | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
+# patient | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
 PATIENTS = """\
 smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
-smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 | 2106-3 | White
-smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 | 2054-5 | Black or African American
+smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 \
+    | 2106-3 | White
+smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
+    | 2054-5 | Black or African American
 """
 
 # id | patient | since | SNOMED CT | name
 PROBLEMS = """\
-14 | smart-1288992 | 2005-05-22 | 48167000 | Amnesia
-15 | smart-1288992 | 2007-07-11 | 1201005 | Benign essential hypertension
-16 | smart-1288992 | 2007-07-11 | 396275006 | Osteoarthritis
-17 | smart-1288992 | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
-18 | smart-1288992 | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
-19 | smart-1288992 | 2008-04-20 | 38341003 | Essential hypertension
-20 | smart-1288992 | 2008-07-10 | 427359005 | Disorder of lung
-21 | smart-1288992 | 2008-08-08 | 26929004 | Alzheimer's disease
-22 | smart-1288992 | 2008-08-08 | 191519005 | Dementia associated with another disease
-23 | smart-1288992 | 2008-08-08 | 185903001 | Needs influenza immunization
-119 | smart-1032702 | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
-120 | smart-1032702 | 2007-12-19 | 267024001 | Abnormal weight loss
-121 | smart-1032702 | 2007-12-19 | 310249008 | Follow-up encounter
-122 | smart-1032702 | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
-123 | smart-1032702 | 2008-06-29 | 185903001 | Needs influenza immunization
-448 | smart-1081332 | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
-449 | smart-1081332 | 2004-06-15 | 54150009 | Acute upper respiratory infection
-450 | smart-1081332 | 2004-07-13 | 65363002 | Otitis media
-451 | smart-1081332 | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
-452 | smart-1081332 | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
-453 | smart-1081332 | 2004-12-07 | 62315008 | Diarrhea
-454 | smart-1081332 | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
-455 | smart-1081332 | 2004-12-07 | 34095006 | Hypovolemia
-456 | smart-1081332 | 2004-12-07 | 233604007 | Pneumonia
-457 | smart-1081332 | 2004-12-08 | 422400008 | Vomiting
-458 | smart-1081332 | 2005-02-22 | 81564005 | Chronic serous otitis media
-459 | smart-1081332 | 2007-06-20 | 35183001 | Acute secretory otitis media
-601 | smart-1288992 | 2009-07-18 | 356744012 | Thiopurine methyltransferase deficiency
+14 | Daniel | 2005-05-22 | 48167000 | Amnesia
+15 | Daniel | 2007-07-11 | 1201005 | Benign essential hypertension
+16 | Daniel | 2007-07-11 | 396275006 | Osteoarthritis
+17 | Daniel | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
+18 | Daniel | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
+19 | Daniel | 2008-04-20 | 38341003 | Essential hypertension
+20 | Daniel | 2008-07-10 | 427359005 | Disorder of lung
+21 | Daniel | 2008-08-08 | 26929004 | Alzheimer's disease
+22 | Daniel | 2008-08-08 | 191519005 | Dementia associated with another disease
+23 | Daniel | 2008-08-08 | 185903001 | Needs influenza immunization
+119 | Amy | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+120 | Amy | 2007-12-19 | 267024001 | Abnormal weight loss
+121 | Amy | 2007-12-19 | 310249008 | Follow-up encounter
+122 | Amy | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
+123 | Amy | 2008-06-29 | 185903001 | Needs influenza immunization
+448 | Joseph | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+449 | Joseph | 2004-06-15 | 54150009 | Acute upper respiratory infection
+450 | Joseph | 2004-07-13 | 65363002 | Otitis media
+451 | Joseph | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
+452 | Joseph | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
+453 | Joseph | 2004-12-07 | 62315008 | Diarrhea
+454 | Joseph | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
+455 | Joseph | 2004-12-07 | 34095006 | Hypovolemia
+456 | Joseph | 2004-12-07 | 233604007 | Pneumonia
+457 | Joseph | 2004-12-08 | 422400008 | Vomiting
+458 | Joseph | 2005-02-22 | 81564005 | Chronic serous otitis media
+459 | Joseph | 2007-06-20 | 35183001 | Acute secretory otitis media
+601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency
 """
 
-# id | patient | since | system | code | allergen | reaction (SNOMED CT) | text | severity
+# id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
 ALLERGIES = """\
-19 | smart-1032702 | 2000 | SNOMED | 160244002 | No known allergies |  |  | 
-20 | smart-1081332 | 2000 | SNOMED | 160244002 | No known allergies |  |  | 
-28 | smart-1288992 | 2000 | NDFRT | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
+19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
+20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
+28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
 """
 
-# id | patient | written | RxNorm | name | directions | quantity | days | refills | dose | unit | times a day
+# id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
 MEDICATIONS = """\
-101 | smart-1032702 | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 | 30 | 0 | 10 | mL | 2
-102 | smart-1081332 | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 | 10 | 0 | 7 | mL | 2
-103 | smart-1081332 | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension | 5 mL bid x 10 days | 1 | 10 | 0 | 5 | mL | 2
-104 | smart-1081332 | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days | 1 | 3 | 0 | 15 | mL | 1
-105 | smart-1081332 | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 | 10 | 0 | 7 | mL | 2
-106 | smart-1081332 | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] | 4 gtt in ear bid x7 days | 1 | 7 | 0 | 4 | [drp] | 3
-107 | smart-1081332 | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 | 10 | 0 | 10 | mL | 2
-108 | smart-1081332 | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] | 5 mL bid x 10 days | 1 | 10 | 0 | 5 | mL | 2
-139 | smart-1288992 | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 | 90 | 0 | 1 | {tablet} | 1
-140 | smart-1288992 | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 | 90 | 0 | 1 | {tablet} | 2
-141 | smart-1288992 | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 | 90 | 0 | 1 | {tablet} | 1
-142 | smart-1288992 | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 | 90 | 0 | 1 | {tablet} | 1
-143 | smart-1288992 | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 | 90 | 0 | 1 | {tablet} | 1
+101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
+102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 {bottle} | 10 \
+    | 7 mL | 2
+103 | Joseph | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension \
+    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
+104 | Joseph | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days \
+    | 1 {bottle} | 3 | 15 mL | 1
+105 | Joseph | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 {bottle} \
+    | 10 | 7 mL | 2
+106 | Joseph | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] \
+    | 4 gtt in ear bid x7 days | 1 {bottle} | 7 | 4 [drp] | 3
+107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 {bottle} | 10 \
+    | 10 mL | 2
+108 | Joseph | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] \
+    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
+139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 {tablet} | 90 | 1 {tablet} | 2
+141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 {tablet} | 90 | 1 {tablet} | 1
+142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 {tablet} | 90 \
+    | 1 {tablet} | 1
 """
 
-# id | patient | handed over | medication id | days | quantity
+# first id, then one more each | id of the medication | days | quantity | dates of handing over. SMART's four fills of
+# amlodipine, which it has no prescription for, are left out.
 FILLS = """\
-5 | smart-1288992 | 2008-09-30 | 143 | 90 | 200
-6 | smart-1288992 | 2009-01-03 | 143 | 90 | 200
-7 | smart-1288992 | 2009-04-28 | 143 | 90 | 200
-8 | smart-1288992 | 2009-07-06 | 143 | 90 | 200
-9 | smart-1288992 | 2008-08-14 | 142 | 90 | 90
-10 | smart-1288992 | 2008-11-09 | 142 | 90 | 90
-11 | smart-1288992 | 2009-01-18 | 142 | 90 | 90
-12 | smart-1288992 | 2009-04-28 | 142 | 90 | 90
-13 | smart-1288992 | 2009-07-07 | 142 | 90 | 90
-14 | smart-1288992 | 2008-08-13 | 139 | 90 | 90
-15 | smart-1288992 | 2008-10-19 | 139 | 90 | 90
-16 | smart-1288992 | 2009-01-17 | 139 | 90 | 90
-17 | smart-1288992 | 2009-04-28 | 139 | 90 | 90
-18 | smart-1288992 | 2009-07-06 | 139 | 90 | 90
-19 | smart-1288992 | 2008-08-13 | 140 | 90 | 180
-20 | smart-1288992 | 2008-11-01 | 140 | 90 | 180
-21 | smart-1288992 | 2009-04-28 | 140 | 90 | 180
-22 | smart-1288992 | 2009-07-06 | 140 | 90 | 180
-23 | smart-1288992 | 2008-08-14 | 141 | 90 | 90
-24 | smart-1288992 | 2008-10-20 | 141 | 90 | 90
-25 | smart-1288992 | 2009-01-18 | 141 | 90 | 90
-26 | smart-1288992 | 2009-04-28 | 141 | 90 | 90
-27 | smart-1288992 | 2009-07-07 | 141 | 90 | 90
-187 | smart-1032702 | 2008-04-05 | 101 | 30 | 0
-188 | smart-1032702 | 2008-05-09 | 101 | 30 | 0
-1227 | smart-1081332 | 2005-01-28 | 105 | 10 | 60
-1228 | smart-1081332 | 2005-03-11 | 105 | 7 | 60
-1229 | smart-1081332 | 2004-07-13 | 102 | 7 | 75
-1230 | smart-1081332 | 2005-03-11 | 106 | 7 | 7
-1231 | smart-1081332 | 2005-01-18 | 104 | 5 | 15
-1232 | smart-1081332 | 2007-06-06 | 107 | 10 | 0
-1233 | smart-1081332 | 2007-08-14 | 107 | 10 | 0
-1234 | smart-1081332 | 2007-08-28 | 108 | 10 | 0
-1235 | smart-1081332 | 2007-10-18 | 108 | 10 | 0
-1236 | smart-1081332 | 2005-01-04 | 103 | 10 | 75
-1237 | smart-1081332 | 2005-02-07 | 103 | 10 | 125
+5 | 143 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06
+9 | 142 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
+14 | 139 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
+19 | 140 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
+23 | 141 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
+187 | 101 | 30 |  | 2008-04-05 2008-05-09
+1227 | 105 | 10 | 60 mL | 2005-01-28
+1228 | 105 | 7 | 60 mL | 2005-03-11
+1229 | 102 | 7 | 75 mL | 2004-07-13
+1230 | 106 | 7 | 7 mL | 2005-03-11
+1231 | 104 | 5 | 15 mL | 2005-01-18
+1232 | 107 | 10 |  | 2007-06-06 2007-08-14
+1234 | 108 | 10 |  | 2007-08-28 2007-10-18
+1236 | 103 | 10 | 75 mL | 2005-01-04
+1237 | 103 | 10 | 125 mL | 2005-02-07
 """
 
-# id | patient | date | CVX | vaccine
+# id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
 IMMUNIZATIONS = """\
-1 | smart-1032702 | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine
-2 | smart-1032702 | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation
-3 | smart-1032702 | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation
-4 | smart-1032702 | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine
-5 | smart-1288992 | 2008-10-14 | 141 | Influenza, seasonal, injectable
-6 | smart-1288992 | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent
-7 | smart-1288992 | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use
-8 | smart-1081332 | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine
-9 | smart-1081332 | 2005-04-04 | 21 | varicella virus vaccine
+1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
+2 | Amy | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation | 
+3 | Amy | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation | 
+4 | Amy | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine | 
+5 | Daniel | 2008-10-14 | 141 | Influenza, seasonal, injectable | 
+6 | Daniel | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent | 
+7 | Daniel | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use | 
+8 | Joseph | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine | 
+9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
+10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
 """
 
-# id | date | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's
-LABS = """\
-67 | 2008-07-10 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
-68 | 2008-07-10 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
-69 | 2008-07-10 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
-70 | 2008-07-10 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
-71 | 2008-07-10 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
-72 | 2008-07-10 | 5802-4 | Nitrites Ur for Drug Screen | Negative |  |  | 
-73 | 2008-07-10 | 13457-7 | LDL Calc Bld Qn (POC) | 89 | 0 | 100 | mg/dL
-74 | 2008-07-10 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
-75 | 2008-07-10 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
-76 | 2008-07-10 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
-77 | 2008-07-10 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
-78 | 2008-07-10 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
-79 | 2008-07-10 | 770-8 | Neutrophils % Bld Auto | 59 | 50 | 75 | %
-80 | 2008-07-10 | 11580-8 | TSH SerPl DL<=0.001 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
-81 | 2008-07-10 | 5767-9 | Appearance Ur | Clear |  |  | 
-82 | 2008-07-10 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 
-83 | 2008-07-10 | 5803-2 | pH Ur for Drug Screen | 6 | 5 | 8 | 
-84 | 2008-07-10 | 5804-0 | Protein Ur SQ Metab Scn | 10 |  |  | mg/dL
-85 | 2008-07-10 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
-86 | 2008-07-10 | 26515-7 | Plt Ct Ref Lab (Coag Studies) | 190 | 150 | 450 | 10*3/uL
-87 | 2008-07-10 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
-88 | 2008-07-10 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
-89 | 2008-07-10 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
-90 | 2008-07-10 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
-91 | 2008-07-10 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
-92 | 2008-07-10 | 1751-7 | Albumin SerPl Qn (Drug Monitor) | 4 | 3.5 | 5 | g/dL
-93 | 2008-07-10 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
-94 | 2008-07-10 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
-95 | 2008-07-10 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
-96 | 2008-07-10 | 2160-0 | Creatinine Ser Qn (Clr) | 1.4 | 0.8 | 1.4 | mg/dL
-97 | 2008-07-10 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
-98 | 2008-07-10 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
-99 | 2008-07-10 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
-100 | 2008-07-10 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
-101 | 2008-07-10 | 26478-8 | Lymphocytes fr Bld | 28 | 18 | 42 | %
-102 | 2008-07-10 | 26485-3 | Monocytes fr Bld | 11 | 2 | 11 | %
-103 | 2008-07-10 | 26450-7 | Eosinophil fr Bld | 1 | 0 | 3 | %
-104 | 2008-07-10 | 30180-4 | Basophils fr Bld | 1 | 0 | 2 | %
-105 | 2008-07-10 | 718-7 | Hgb Pre Therap Phleb | 12.8 | 14 | 18 | g/dL
-106 | 2008-07-10 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
-107 | 2008-07-10 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
-108 | 2008-07-10 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
-109 | 2008-07-10 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
-110 | 2008-07-10 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
-111 | 2008-07-10 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
-112 | 2008-07-10 | 30522-7 | C reactive protein | 4.4 | 0 | 3 | mg/L
+# id | patient | date | SNOMED CT | name
+SMOKING = """\
+21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
+5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
+6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker
 """
 
 # id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | oxygen: Daniel Adams's
-VITALS = """\
+VISITS = """\
 828 | 1997-04-30 | 75 | 20 | 37.0 | 97.5 | 165.1 | 35.8 | 87 | 75 | 100
 829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 107 | 67 | 100
 830 | 1997-05-07 | 43 | 20 | 37.0 | 99.0 | 165.1 | 36.4 | 68 | 43 | 100
@@ -953,47 +902,127 @@ VITALS = """\
 854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
 """
 
-# id | patient | date | SNOMED CT | name
-SMOKING = """\
-21 | smart-1288992 | 2009-12-01 | 8517006 | Ex-smoker
-5 | smart-1032702 | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
-6 | smart-1081332 | 2007-06-20 | 8517006 | Ex-smoker
+# id | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's of 2008-07-10
+LABS = """\
+67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
+68 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
+69 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
+70 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
+71 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
+72 | 5802-4 | Nitrite Ur Ql Strip | Negative |  |  | 
+73 | 13457-7 | LDLc SerPl Calc-mCnc | 89 | 0 | 100 | mg/dL
+74 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
+75 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
+76 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
+77 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
+78 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
+79 | 770-8 | Neutrophils NFr Bld Auto | 59 | 50 | 75 | %
+80 | 11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
+81 | 5767-9 | Appearance Ur | Clear |  |  | 
+82 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 1
+83 | 5803-2 | pH Ur Strip | 6 | 5 | 8 | [pH]
+84 | 5804-0 | Prot Ur Strip-mCnc | 10 |  |  | mg/dL
+85 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
+86 | 26515-7 | Platelet # Bld | 190 | 150 | 450 | 10*3/uL
+87 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
+88 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
+89 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
+90 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
+91 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
+92 | 1751-7 | Albumin SerPl-mCnc | 4 | 3.5 | 5 | g/dL
+93 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
+94 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
+95 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
+96 | 2160-0 | Creat SerPl-mCnc | 1.4 | 0.8 | 1.4 | mg/dL
+97 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
+98 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
+99 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
+100 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
+101 | 26478-8 | Lymphocytes NFr Bld | 28 | 18 | 42 | %
+102 | 26485-3 | Monocytes NFr Bld | 11 | 2 | 11 | %
+103 | 26450-7 | Eosinophil NFr Bld | 1 | 0 | 3 | %
+104 | 30180-4 | Basophils NFr Bld | 1 | 0 | 2 | %
+105 | 718-7 | Hgb Bld-mCnc | 12.8 | 14 | 18 | g/dL
+106 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
+107 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
+108 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
+109 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
+110 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
+111 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
+112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L
 """
 
-# id | patient | date | SNOMED CT | name: made up, as all below
+# visit | date | values of the tests of LABS whose LOINC stands here: made up (as all below), to be drawn over time
+MORE_LABS = """\
+visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
+836 | 2001-10-31 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
+842 | 2005-02-23 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
+851 | 2009-04-28 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
+852 | 2009-10-29 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
+854 | 2009-12-01 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52
+"""
+
+# id | visit | date | SNOMED CT | name
 PROCEDURES = """\
-1 | smart-1288992 | 2001-01-24 | 73761001 | Colonoscopy
-2 | smart-1288992 | 2005-02-10 | 399208008 | Plain X-ray of chest
-3 | smart-1288992 | 2009-04-08 | 241615005 | Magnetic resonance imaging of brain
+1 | 834 | 2001-01-24 | 73761001 | Colonoscopy
+2 | 841 | 2005-02-10 | 399208008 | Plain X-ray of chest
+3 | 846 | 2009-04-08 | 816077007 | Magnetic resonance imaging of brain
 """
 
-# id | patient | date | LOINC | type | text
-DOCUMENTS = """\
-1 | smart-1288992 | 2009-04-28 | 34133-9 | Summary of episode note | Daniel Adams was seen for follow-up of hypertension and Alzheimer's disease. No new complaints.
-2 | smart-1288992 | 2009-12-01 | 11506-3 | Progress note | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
-"""
-
-# id | patient | date | DICOM modality | description | study UID
+# id | visit | date | DICOM modality | description | study UID
 IMAGES = """\
-1 | smart-1288992 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
-2 | smart-1288992 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
+1 | 841 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
+2 | 846 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
+"""
+
+# id | visit | date | LOINC | type | content type | text; the PDF goes on with the problems and medicines
+DOCUMENTS = """\
+1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
+2 | 854 | 2009-12-01 | 11506-3 | Progress note | text/plain \
+    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
+"""
+
+# id | visit | date | date of the bill | billed | paid, in USD
+BILLS = """\
+1 | 847 | 2009-04-14 | 2009-04-20 | 145.00 | 116.00
+2 | 851 | 2009-04-28 | 2009-05-04 | 145.00 | 116.00
+3 | 854 | 2009-12-01 | 2009-12-08 | 180.00 | 144.00
 """
 
 LOINC, SNOMED, RXNORM = "http://loinc.org", "http://snomed.info/sct", "http://www.nlm.nih.gov/research/umls/rxnorm"
-CVX, UCUM, HL7 = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://terminology.hl7.org/CodeSystem/"
+CVX, UCUM, NDFRT = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://hl7.org/fhir/ndfrt"
+HL7, IHE = "http://terminology.hl7.org/CodeSystem/", "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
+DICOM, CDC_RACE = "http://dicom.nema.org/resources/ontology/DCM", "urn:oid:2.16.840.1.113883.6.238"
 US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
-SYSTEMS = {"SNOMED": SNOMED, "NDFRT": "http://hl7.org/fhir/ndfrt"}
+PEOPLE = {"Amy": "smart-1032702", "Joseph": "smart-1081332", "Daniel": "smart-1288992"}
 DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
 CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
-VITAL_SIGNS = (  # column of VITALS, LOINC, name, unit (UCUM)
-    (2, "8867-4", "Heart rate", "/min"), (3, "9279-1", "Respiratory rate", "/min"),
-    (4, "8310-5", "Body temperature", "Cel"), (5, "29463-7", "Body weight", "kg"), (6, "8302-2", "Body height", "cm"),
-    (7, "39156-5", "Body mass index (BMI)", "kg/m2"), (10, "2708-6", "Oxygen saturation in arterial blood", "%"))
+INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}
+VITAL_SIGNS = (  # LOINC, name, unit (UCUM), in the order of VISITS; the blood pressure stands before the last
+    ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"), ("8310-5", "Body temperature", "Cel"),
+    ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"), ("39156-5", "Body mass index (BMI)", "kg/m2"),
+    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"))
 
 
 def table(text: str) -> list[list[str]]:
     """The rows and columns of one of the tables above."""
     return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+
+
+def new(type_name: str, key: str, **elements: Any) -> Json:
+    """A resource with its id; an element that is None is left out."""
+    present = {name: value for name, value in elements.items() if value is not None}
+    return {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **present}
+
+
+def refer(type_name: str, key: str) -> Json:
+    """A reference to what `new` makes."""
+    return {"reference": f"{type_name}/smart-{type_name}-{key}"}
+
+
+def person(given: str) -> Json:
+    """A reference to one of the patients, by the name that the tables use."""
+    return {"reference": f"Patient/{PEOPLE[given]}"}
 
 
 def coding(system: str, code: str, display: str = "") -> Json:
@@ -1007,260 +1036,430 @@ def concept(system: str, code: str, display: str = "") -> Json:
     return {"coding": [coding(system, code, display)], **text}
 
 
-def quantity(value: str, unit: str) -> Json:
-    """A FHIR Quantity in UCUM; the unit 1 where there is none."""
-    number = float(value)
-    return {"value": int(number) if number.is_integer() else number, "unit": unit or "1", "system": UCUM,
-            "code": unit or "1"}
+def quantity(text: str) -> Json:
+    """A FHIR Quantity from a number and a UCUM unit, such as "99 mg/dL". The unit 1 is not shown to people."""
+    number, unit = text.split()
+    value = float(number)
+    shown = {"unit": unit} if unit != "1" else {}
+    return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
 
 
-def person(patient_id: str) -> Json:
-    """A reference to a patient."""
-    return {"reference": f"Patient/{patient_id}"}
+def dollars(amount: str) -> Json:
+    """An amount of money."""
+    return {"value": float(amount), "currency": "USD"}
 
 
-def build_patient(row: list[str]) -> Json:
+def noon(date: str) -> str:
+    """A moment on a day, for elements that must be one."""
+    return f"{date}T12:00:00Z"
+
+
+# The builders: a row's columns go in, resources of FHIR R4 come out, as US Core profiles them.
+
+def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str, city: str,
+                  zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
     """A Patient with US Core's race, ethnicity and birth sex."""
-    pid, given, initial, family, gender, born, street, city, zip_code, phone, race, race_text = row
-    ethnic = "urn:oid:2.16.840.1.113883.6.238"
-    extensions: list[Json] = [
-        {"url": US_CORE + "ethnicity", "extension": [
-            {"url": "ombCategory", "valueCoding": coding(ethnic, "2186-5", "Not Hispanic or Latino")},
-            {"url": "text", "valueString": "Not Hispanic or Latino"}]},
-        {"url": US_CORE + "birthsex", "valueCode": "F" if gender == "female" else "M"}]
-    if race:
-        extensions.insert(0, {"url": US_CORE + "race", "extension": [
-            {"url": "ombCategory", "valueCoding": coding(ethnic, race, race_text)},
-            {"url": "text", "valueString": race_text}]})
-    return {
-        "resourceType": "Patient", "id": pid, "extension": extensions, "active": True, "gender": gender,
+    groups = [("race", race, race_text)] if race else []
+    groups.append(("ethnicity", "2186-5", "Not Hispanic or Latino"))
+    yield {
+        "resourceType": "Patient", "id": pid, "active": True, "gender": gender, "birthDate": born,
+        "extension": [*({"url": US_CORE + name, "extension": [
+            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
+            {"url": "text", "valueString": text}]} for name, code, text in groups),
+            {"url": US_CORE + "birthsex", "valueCode": gender[0].upper()}],
         "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
                         "system": "http://hospital.smarthealthit.org", "value": pid[len("smart-"):]}],
         "name": [{"use": "official", "family": family, "given": [given, initial], "text": f"{given} {family}"}],
-        "telecom": [{"system": "phone", "value": phone, "use": "home"},
+        "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
                     {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
-        "birthDate": born, "address": [{"use": "home", "line": [street], "city": city, "state": "OK",
-                                        "postalCode": zip_code, "country": "USA"}],
+        "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK", "postalCode": zip_code,
+                     "country": "USA"}],
         "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
         "managingOrganization": CLINIC}
 
 
-def build_condition(row: list[str]) -> Json:
-    """A problem on the problem list."""
-    number, pid, since, code, name = row
-    return {"resourceType": "Condition", "id": f"smart-Condition-{number}",
-            "clinicalStatus": concept(HL7 + "condition-clinical", "active"),
-            "verificationStatus": concept(HL7 + "condition-ver-status", "confirmed"),
-            "category": [concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
-            "code": concept(SNOMED, code, name), "subject": person(pid), "onsetDateTime": since,
-            "recordedDate": since}
+def build_problem(key: str, given: str, since: str, code: str, name: str) -> Iterator[Json]:
+    """A Condition on the problem list."""
+    yield new("Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
+              verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
+              category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
+              code=concept(SNOMED, code, name), subject=person(given), onsetDateTime=since, recordedDate=since)
 
 
-def build_allergy(row: list[str]) -> Json:
-    """An allergy, or the statement that none is known."""
-    number, pid, since, system, code, name, reaction, reaction_text, severity = row
-    built: Json = {"resourceType": "AllergyIntolerance", "id": f"smart-AllergyIntolerance-{number}",
-             "clinicalStatus": concept(HL7 + "allergyintolerance-clinical", "active"),
-             "verificationStatus": concept(HL7 + "allergyintolerance-verification", "confirmed"),
-             "code": concept(SYSTEMS[system], code, name), "patient": person(pid), "recordedDate": since}
-    if reaction:
-        built.update(type="allergy", category=["medication"], criticality="low", reaction=[
-            {"manifestation": [concept(SNOMED, reaction, reaction_text)], "severity": severity}])
-    return built
+def build_allergy(key: str, given: str, since: str, code: str, drug_class: str, name: str, reaction: str,
+                  reaction_name: str, severity: str) -> Iterator[Json]:
+    """An AllergyIntolerance, or the statement that none is known."""
+    what = concept(SNOMED, code, name)
+    if drug_class:
+        what["coding"].append(coding(NDFRT, drug_class, name))
+    known: Json = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
+        {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]} if reaction else {}
+    yield new("AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
+              verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
+              code=what, patient=person(given), recordedDate=since, **known)
 
 
-def build_prescription(row: list[str]) -> Json:
-    """A MedicationRequest; prescriptions of a limited course are over."""
-    number, pid, written, code, name, directions, amount, days, refills, dose, unit, frequency = row
-    return {"resourceType": "MedicationRequest", "id": f"smart-MedicationRequest-{number}",
-            "status": "active" if int(days) >= 30 else "completed", "intent": "order",
-            "medicationCodeableConcept": concept(RXNORM, code, name), "subject": person(pid), "authoredOn": written,
-            "requester": DOCTOR, "dosageInstruction": [{
-                "text": directions, "timing": {"repeat": {"frequency": int(frequency), "period": 1, "periodUnit": "d"}},
-                "doseAndRate": [{"doseQuantity": quantity(dose, unit)}]}],
-            "dispenseRequest": {"numberOfRepeatsAllowed": int(refills), "quantity": quantity(amount, unit),
-                                "expectedSupplyDuration": quantity(days, "d")}}
+def course(days: str) -> str:
+    """The status of a medicine: what is given for less than a month is over, the rest goes on."""
+    return "active" if int(days) >= 30 else "completed"
 
 
-def build_statement(row: list[str]) -> Json:
-    """What the patient says about taking a medicine: one for each prescription."""
-    number, pid, written, code, name = row[:5]
-    return {"resourceType": "MedicationStatement", "id": f"smart-MedicationStatement-{number}",
-            "status": "active" if int(row[7]) >= 30 else "completed", "subject": person(pid),
-            "medicationCodeableConcept": concept(RXNORM, code, name), "effectivePeriod": {"start": written},
-            "dateAsserted": written, "basedOn": [{"reference": f"MedicationRequest/smart-MedicationRequest-{number}"}]}
+def build_prescription(key: str, given: str, written: str, code: str, name: str, directions: str, dispensed: str,
+                       days: str, dose: str, times: str) -> Iterator[Json]:
+    """A MedicationRequest."""
+    yield new("MedicationRequest", key, status=course(days), intent="order", subject=person(given), requester=DOCTOR,
+              medicationCodeableConcept=concept(RXNORM, code, name), authoredOn=written, dosageInstruction=[{
+                  "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
+                  "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
+              dispenseRequest={"quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
 
 
-def build_dispense(row: list[str]) -> Json:
-    """A medicine handed over at the pharmacy."""
-    number, pid, date, prescription, days, amount = row
-    drug = next(drug for drug in table(MEDICATIONS) if drug[0] == prescription)
-    return {"resourceType": "MedicationDispense", "id": f"smart-MedicationDispense-{number}", "status": "completed",
-            "medicationCodeableConcept": concept(RXNORM, drug[3], drug[4]), "subject": person(pid),
-            "authorizingPrescription": [{"reference": f"MedicationRequest/smart-MedicationRequest-{prescription}"}],
-            "quantity": quantity(amount, drug[10]), "daysSupply": quantity(days, "d"), "whenHandedOver": date}
+def build_statement(key: str, given: str, written: str, code: str, name: str, _directions: str, _dispensed: str,
+                    days: str, *_: str) -> Iterator[Json]:
+    """A MedicationStatement: that the patient takes what was prescribed."""
+    yield new("MedicationStatement", key, status=course(days), subject=person(given), dateAsserted=written,
+              medicationCodeableConcept=concept(RXNORM, code, name), effectivePeriod={"start": written},
+              basedOn=[refer("MedicationRequest", key)])
 
 
-def build_administration(row: list[str]) -> Json:
-    """A medicine given in the clinic: the first dose of each of Daniel's prescriptions."""
-    number, pid, written, code, name, directions, dose, unit = row[:6] + row[9:11]
-    return {"resourceType": "MedicationAdministration", "id": f"smart-MedicationAdministration-{number}",
-            "status": "completed", "medicationCodeableConcept": concept(RXNORM, code, name), "subject": person(pid),
-            "effectiveDateTime": written, "request": {"reference": f"MedicationRequest/smart-MedicationRequest-{number}"},
-            "dosage": {"text": directions, "dose": quantity(dose, unit)}}
+def build_administration(key: str, given: str, written: str, code: str, name: str, directions: str, _dispensed: str,
+                         _days: str, dose: str, *_: str) -> Iterator[Json]:
+    """A MedicationAdministration: the first dose, taken in the clinic (made up)."""
+    yield new("MedicationAdministration", key, status="completed", subject=person(given), effectiveDateTime=written,
+              medicationCodeableConcept=concept(RXNORM, code, name), request=refer("MedicationRequest", key),
+              dosage={"text": directions, "dose": quantity(dose)})
 
 
-def build_immunization(row: list[str]) -> Json:
-    """A vaccine given."""
-    number, pid, date, code, name = row
-    return {"resourceType": "Immunization", "id": f"smart-Immunization-{number}", "status": "completed",
-            "vaccineCode": concept(CVX, code, name), "patient": person(pid), "occurrenceDateTime": date,
-            "primarySource": True}
+def build_fills(first: str, prescription: str, days: str, amount: str, dates: str) -> Iterator[Json]:
+    """A MedicationDispense for each time that a prescription was filled."""
+    given, code, name = next((row[1], *row[3:5]) for row in table(MEDICATIONS) if row[0] == prescription)
+    for key, date in enumerate(dates.split(), int(first)):
+        yield new("MedicationDispense", str(key), status="completed", subject=person(given), whenHandedOver=date,
+                  medicationCodeableConcept=concept(RXNORM, code, name), daysSupply=quantity(f"{days} d"),
+                  authorizingPrescription=[refer("MedicationRequest", prescription)],
+                  quantity=quantity(amount) if amount else None)
 
 
-def build_observation(key: str, pid: str, date: str, category: str, code: Json, value: Json) -> Json:
+def build_immunization(key: str, given: str, date: str, code: str, name: str, reason: str) -> Iterator[Json]:
+    """An Immunization, given or refused."""
+    yield new("Immunization", key, status="not-done" if reason else "completed", vaccineCode=concept(CVX, code, name),
+              patient=person(given), occurrenceDateTime=date, primarySource=True,
+              statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
+
+
+def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
     """An Observation of a category, with whatever holds its value."""
-    return {"resourceType": "Observation", "id": f"smart-Observation-{key}", "status": "final",
-            "category": [concept(HL7 + "observation-category", category)], "code": code, "subject": person(pid),
-            "effectiveDateTime": date, **value}
+    return new("Observation", key, status="final", category=[concept(HL7 + "observation-category", category)],
+               code=code, subject=person(given), effectiveDateTime=date, **value)
 
 
-def build_lab(row: list[str]) -> Json:
-    """A laboratory result; a word where it is not a number."""
-    number, date, code, name, value, low, high, unit = row
-    try:
-        result: Json = {"valueQuantity": quantity(value, unit)}
-    except ValueError:
-        result = {"valueCodeableConcept": {"text": value}}
-    if low and high:
-        result["referenceRange"] = [{"low": quantity(low, unit), "high": quantity(high, unit)}]
-    return build_observation(f"{number}-lab", "smart-1288992", date, "laboratory", concept(LOINC, code, name), result)
+def build_smoking(key: str, given: str, date: str, code: str, name: str) -> Iterator[Json]:
+    """The smoking status."""
+    what = concept(LOINC, "72166-2", "Tobacco smoking status")
+    yield observation(f"{key}-smoking", given, date, "social-history", what, issued=noon(date),
+                      valueCodeableConcept=concept(SNOMED, code, name))
 
 
-def build_smoking(row: list[str]) -> Json:
-    """A smoking status."""
-    number, pid, date, code, name = row
-    return build_observation(f"{number}-smoking", pid, date, "social-history",
-                             concept(LOINC, "72166-2", "Tobacco smoking status"),
-                             {"issued": f"{date}T12:00:00Z", "valueCodeableConcept": concept(SNOMED, code, name)})
+def build_visit(key: str, date: str, *values: str) -> Iterator[Json]:
+    """An Encounter, and an Observation for each vital sign."""
+    visit = refer("Encounter", key)
+    *signs, systolic, diastolic, oxygen = values
+    yield new("Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
+              type=[concept(SNOMED, "185349003", "Encounter for check up")], subject=person("Daniel"),
+              period={"start": date, "end": date}, participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
+    for value, (code, name, unit) in zip([*signs, oxygen], VITAL_SIGNS):
+        what = concept(LOINC, code, name)
+        if code == "59408-5":  # R4's vital signs want the code of any way to measure it beside that of the oximeter
+            what["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
+        yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", what, encounter=visit,
+                          valueQuantity=quantity(f"{value} {unit}"))
+    pressures = ("8480-6", "Systolic blood pressure", systolic), ("8462-4", "Diastolic blood pressure", diastolic)
+    yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"),
+                      encounter=visit, component=[{"code": concept(LOINC, code, name),
+                                                   "valueQuantity": quantity(f"{value} mm[Hg]")}
+                                                  for code, name, value in pressures])
 
 
-def build_visit(row: list[str]) -> Iterator[Json]:
-    """A visit: its Encounter, and an Observation for each vital sign."""
-    number, date = row[:2]
-    pid = "smart-1288992"
-    visit = {"encounter": {"reference": f"Encounter/smart-Encounter-{number}"}}
-    yield {"resourceType": "Encounter", "id": f"smart-Encounter-{number}", "status": "finished",
-           "class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory"), "subject": person(pid),
-           "type": [concept(SNOMED, "185349003", "Encounter for check up (procedure)")],
-           "period": {"start": date, "end": date}, "participant": [{"individual": DOCTOR}], "serviceProvider": CLINIC}
-    for column, code, name, unit in VITAL_SIGNS:
-        codes = concept(LOINC, code, name)
-        if code == "2708-6":  # US Core's pulse oximetry wants both codes
-            codes["coding"].append(coding(LOINC, "59408-5", "Oxygen saturation in arterial blood by pulse oximetry"))
-        yield build_observation(f"{number}-{code}", pid, date, "vital-signs", codes,
-                                {**visit, "valueQuantity": quantity(row[column], unit)})
-    yield build_observation(f"{number}-85354-9", pid, date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"), {
-        **visit, "component": [
-            {"code": concept(LOINC, "8480-6", "Systolic blood pressure"), "valueQuantity": quantity(row[8], "mm[Hg]")},
-            {"code": concept(LOINC, "8462-4", "Diastolic blood pressure"), "valueQuantity": quantity(row[9], "mm[Hg]")},
-        ]})
+def build_report(key: str, date: str, results: Sequence[Json], visit: Json | None) -> Iterator[Json]:
+    """Laboratory results of one day, and the DiagnosticReport that gathers them."""
+    yield from results
+    yield new("DiagnosticReport", key, status="final", category=[
+        concept(HL7 + "v2-0074", "LAB", "Laboratory"), concept(HL7 + "observation-category", "laboratory")],
+        code=concept(LOINC, "11502-2", "Laboratory report"), subject=person("Daniel"), encounter=visit,
+        effectiveDateTime=date, issued=noon(date), performer=[CLINIC],
+        result=[{"reference": f"Observation/{one['id']}"} for one in results])
 
 
-def build_procedure(row: list[str]) -> Json:
-    """A procedure done."""
-    number, pid, date, code, name = row
-    return {"resourceType": "Procedure", "id": f"smart-Procedure-{number}", "status": "completed",
-            "code": concept(SNOMED, code, name), "subject": person(pid), "performedDateTime": date}
+def build_labs() -> Iterator[Json]:
+    """All laboratory results, in one report for each day; a word where a result is not a number."""
+    tests = {row[1]: row for row in table(LABS)}
+
+    def result(key: str, date: str, loinc: str, value: str, visit: Json | None = None) -> Json:
+        """The Observation of one test."""
+        _, _, name, _, low, high, unit = tests[loinc]
+        what = {"valueQuantity": quantity(f"{value} {unit}")} if unit else {"valueCodeableConcept": {"text": value}}
+        normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
+        return observation(key, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=visit,
+                           referenceRange=normal, **what)
+
+    date = "2008-07-10"
+    yield from build_report("1", date, [result(f"{row[0]}-lab", date, row[1], row[3]) for row in tests.values()], None)
+    header, *rows = table(MORE_LABS)
+    for key, date, *values in rows:
+        visit = refer("Encounter", key)
+        results = [result(f"{key}-{loinc}", date, loinc, value, visit) for loinc, value in zip(header[2:], values)]
+        yield from build_report(key, date, results, visit)
 
 
-def build_document(row: list[str]) -> Iterator[Json]:
-    """A document: its DocumentReference, and the Binary that holds its text."""
-    number, pid, date, code, name, text = row
-    data = base64.b64encode(text.encode()).decode()
-    yield {"resourceType": "Binary", "id": f"smart-Binary-{number}", "contentType": "text/plain", "data": data,
-           "securityContext": person(pid)}
-    yield {"resourceType": "DocumentReference", "id": f"smart-DocumentReference-{number}", "status": "current",
-           "identifier": [{"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{number}"}],
-           "type": concept(LOINC, code, name), "subject": person(pid), "date": f"{date}T12:00:00Z", "author": [DOCTOR],
-           "category": [concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
+def build_procedure(key: str, visit: str, date: str, code: str, name: str) -> Iterator[Json]:
+    """A Procedure."""
+    yield new("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=person("Daniel"),
+              encounter=refer("Encounter", visit), performedDateTime=date)
+
+
+def build_image(key: str, visit: str, date: str, modality: str, description: str, uid: str) -> Iterator[Json]:
+    """An ImagingStudy of one series; its Endpoint says where the pictures are."""
+    kind = coding(DICOM, modality)
+    yield new("ImagingStudy", key, status="available", subject=person("Daniel"), encounter=refer("Encounter", visit),
+              identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=date, modality=[kind],
+              numberOfSeries=1, numberOfInstances=1, description=description,
+              endpoint=[{"reference": "Endpoint/smart-imaging"}],
+              series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
+
+
+def pdf(text: str) -> bytes:
+    """Lines of ASCII text as a PDF of one page: header, objects, where each begins, trailer (ISO 32000-1, 7.5)."""
+    lines = re.sub(r"([\\()])", r"\\\1", text).splitlines()
+    drawing = "BT /F1 10 Tf 14 TL 54 750 Td\n" + "".join(f"({line}) '\n" for line in lines) + "ET"
+    objects = ("<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+               "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources 6 0 R >>",
+               f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream",
+               "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>", "<< /Font << /F1 5 0 R >> >>")
+    body, places = "%PDF-1.4\n", "0000000000 65535 f \n"
+    for number, content in enumerate(objects, 1):
+        places += f"{len(body):010} 00000 n \n"
+        body += f"{number} 0 obj\n{content}\nendobj\n"
+    size = len(objects) + 1
+    return (f"{body}xref\n0 {size}\n{places}trailer\n<< /Size {size} /Root 1 0 R >>\n"
+            f"startxref\n{len(body)}\n%%EOF\n").encode("ascii")
+
+
+def build_document(key: str, visit: str, date: str, code: str, name: str, content_type: str,
+                   text: str) -> Iterator[Json]:
+    """A DocumentReference, and the Binary that holds the document."""
+    data = text.encode()
+    if content_type == "application/pdf":
+        data = pdf("\n".join([name, "", text, "", "Problems"]
+                             + [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
+                             + ["", "Medicines"]
+                             + [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]))
+    yield new("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
+              securityContext=person("Daniel"))
+    number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
+    yield new("DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
+              type=concept(LOINC, code, name), subject=person("Daniel"), date=noon(date), author=[DOCTOR],
+              category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
                                 "clinical-note", "Clinical Note")],
-           "content": [{"attachment": {"contentType": "text/plain", "url": f"Binary/smart-Binary-{number}",
-                                       "title": name, "creation": f"{date}T12:00:00Z"},
-                        "format": coding("http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem",
-                                         "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}]}
+              content=[{"attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
+                                       "title": name, "size": len(data), "creation": noon(date)},
+                        "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
+              context={"encounter": [refer("Encounter", visit)]})
 
 
-def build_image(row: list[str]) -> Json:
-    """An imaging study of one series."""
-    number, pid, date, modality, description, uid = row
-    kind = coding("http://dicom.nema.org/resources/ontology/DCM", modality)
-    return {"resourceType": "ImagingStudy", "id": f"smart-ImagingStudy-{number}", "status": "available",
-            "identifier": [{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], "subject": person(pid),
-            "started": date, "modality": [kind], "numberOfSeries": 1, "numberOfInstances": 1,
-            "description": description, "endpoint": [{"reference": "Endpoint/smart-imaging"}],
-            "series": [{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}]}
+def build_bill(key: str, visit: str, date: str, billed_on: str, billed: str, paid: str) -> Iterator[Json]:
+    """An ExplanationOfBenefit: what the insurance paid for a visit."""
+    totals = [{"category": concept(HL7 + "adjudication", category), "amount": dollars(amount)}
+              for category, amount in (("submitted", billed), ("benefit", paid))]
+    yield new("ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
+              use="claim", patient=person("Daniel"), created=billed_on, insurer=INSURER, provider=DOCTOR,
+              outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
+              item=[{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
+                     "servicedDate": date, "net": dollars(billed), "encounter": [refer("Encounter", visit)]}])
 
 
-def build_report() -> Json:
-    """The laboratory report that gathers Daniel's results."""
-    return {"resourceType": "DiagnosticReport", "id": "smart-DiagnosticReport-1", "status": "final",
-            "category": [concept(HL7 + "v2-0074", "LAB", "Laboratory"),
-                         concept(HL7 + "observation-category", "laboratory", "Laboratory")],
-            "code": concept(LOINC, "11502-2", "Laboratory report"), "subject": person("smart-1288992"),
-            "effectiveDateTime": "2008-07-10", "issued": "2008-07-10T12:00:00Z", "performer": [CLINIC],
-            "result": [{"reference": f"Observation/smart-Observation-{row[0]}-lab"} for row in table(LABS)]}
-
-
-def build_insurance() -> Iterator[Json]:
-    """Daniel's insurance, and one bill it paid."""
-    pid, cover = person("smart-1288992"), {"reference": "Coverage/smart-Coverage-1"}
-    yield {"resourceType": "Coverage", "id": "smart-Coverage-1", "status": "active", "beneficiary": pid,
-           "type": concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"), "subscriberId": "S4S-1288992",
-           "relationship": concept(HL7 + "subscriber-relationship", "self"), "period": {"start": "2008-01-01"},
-           "payor": [{"reference": "Organization/smart-insurer", "display": "Example Health Plan"}]}
-    yield {"resourceType": "ExplanationOfBenefit", "id": "smart-ExplanationOfBenefit-1", "status": "active",
-           "type": concept(HL7 + "claim-type", "professional"), "use": "claim", "patient": pid,
-           "created": "2009-05-04", "insurer": {"reference": "Organization/smart-insurer"}, "provider": DOCTOR,
-           "outcome": "complete", "insurance": [{"focal": True, "coverage": cover}],
-           "item": [{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
-                     "servicedDate": "2009-04-28", "net": {"value": 120.0, "currency": "USD"}}],
-           "total": [{"category": concept(HL7 + "adjudication", "benefit"),
-                      "amount": {"value": 120.0, "currency": "USD"}}]}
-
-
-def build_shared() -> Iterator[Json]:
-    """What belongs to nobody, and Daniel as his daughter's representative."""
+def build_others() -> Iterator[Json]:
+    """Daniel's insurance, Daniel as his daughter's representative, and what belongs to nobody."""
+    yield new("Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
+              subscriberId="S4S-1288992", beneficiary=person("Daniel"), payor=[INSURER], period={"start": "2008-01-01"},
+              relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [
+                  {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}]})
+    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
+           "patient": person("Amy"), "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
+           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
     yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
            "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
            "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
-    for key, kind, name in (("clinic", "prov", "SMART Example Clinic"), ("insurer", "pay", "Example Health Plan")):
-        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": name,
+    for key, kind, named in (("clinic", "prov", CLINIC), ("insurer", "pay", INSURER)):
+        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": named["display"],
                "type": [concept(HL7 + "organization-type", kind)]}
     yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
            "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
            "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
-    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
-           "patient": person("smart-1032702"), "name": [{"family": "Adams", "given": ["Daniel"]}],
-           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
 
 
-def sample_resources() -> Iterator[Json]:
-    """Every resource of the sample records, with times of last change spread over 2016 to 2018."""
-    single: Sequence[tuple[str, Callable[[list[str]], Json]]] = (
-        (PATIENTS, build_patient), (PROBLEMS, build_condition), (ALLERGIES, build_allergy),
-        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (FILLS, build_dispense),
-        (IMMUNIZATIONS, build_immunization), (LABS, build_lab), (SMOKING, build_smoking),
-        (PROCEDURES, build_procedure), (IMAGES, build_image))
-    built = [build(row) for text, build in single for row in table(text)]
-    built += [build_administration(row) for row in table(MEDICATIONS) if row[1] == "smart-1288992"]
-    built += [resource for row in table(VITALS) for resource in build_visit(row)]
-    built += [resource for row in table(DOCUMENTS) for resource in build_document(row)]
-    built += [build_report(), *build_insurance(), *build_shared()]
-    first = datetime.datetime(2016, 1, 1, 12)
-    for place, resource in enumerate(built):
-        moment = first + datetime.timedelta(days=place * 3 % 1000)
-        yield {**resource, "meta": {"versionId": "1", "lastUpdated": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}}
+# The versions. The builders make R4; here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
+# A change: the types it is about, an element (a dotted path goes through lists), what the earlier version calls it
+# (nothing: it is not there), and how its value differs. Without an element, one is made from the whole resource.
+Change = tuple[str, str, str, Callable[[Any], Any]]
+
+
+def same(value: Any) -> Any:
+    """The value as it is."""
+    return value
+
+
+def first(values: Any) -> Any:
+    """The one that a list became, where more than one was not foreseen."""
+    return values[0]
+
+
+def listed(value: Any) -> Any:
+    """A list, where more than one was foreseen."""
+    return [value]
+
+
+def code_of(value: Any) -> Any:
+    """The code that a CodeableConcept was."""
+    return value["coding"][0]["code"]
+
+
+def iso_4217(money: Any) -> Any:
+    """An amount of money, when it was a Quantity whose unit is a currency."""
+    return {"value": money["value"], "system": "urn:iso:std:iso:4217", "code": money["currency"]}
+
+
+class Version(NamedTuple):
+    """How a version of FHIR differs from the one after it."""
+    missing: str                              # types it does not have, or not so that they could be used here
+    addresses: Sequence[tuple[str, str]]      # texts that are others in it: addresses of code systems, names of types
+    changes: Sequence[Change]
+
+
+STU3 = Version("", (
+    (HL7 + "v2-", "http://hl7.org/fhir/v2/"), (HL7 + "v3-", "http://hl7.org/fhir/v3/"),
+    (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"),
+    (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"), (HL7, "http://hl7.org/fhir/"),
+), (
+    ("AllergyIntolerance Condition", "clinicalStatus", "clinicalStatus", code_of),
+    ("AllergyIntolerance Condition", "verificationStatus", "verificationStatus", code_of),
+    ("AllergyIntolerance Condition", "recordedDate", "assertedDate", same),
+    ("Binary", "data", "content", same),
+    ("Coverage", "class", "grouping", lambda them: {"plan": them[0]["value"], "planDisplay": them[0]["name"]}),
+    ("DiagnosticReport", "category", "category", first),
+    ("DiagnosticReport", "performer", "performer", lambda them: [{"actor": one} for one in them]),
+    ("DiagnosticReport ImagingStudy Observation Procedure", "encounter", "context", same),
+    ("DocumentReference", "category", "", same),
+    ("DocumentReference", "context.encounter", "encounter", first),
+    ("DocumentReference", "date", "created indexed", same),
+    ("ExplanationOfBenefit", "use", "", same),
+    ("ExplanationOfBenefit", "insurance", "insurance", lambda them: {"coverage": them[0]["coverage"]}),
+    ("ExplanationOfBenefit", "item.net", "net", iso_4217),
+    ("ExplanationOfBenefit", "item.productOrService", "service", same),
+    ("ExplanationOfBenefit", "outcome", "outcome",
+     lambda code: concept("http://hl7.org/fhir/remittance-outcome", code)),
+    ("ExplanationOfBenefit", "", "totalCost", lambda it: iso_4217(it["total"][0]["amount"])),
+    ("ExplanationOfBenefit", "total", "totalBenefit", lambda them: iso_4217(them[1]["amount"])),
+    ("ImagingStudy", "identifier", "uid", lambda them: them[0]["value"]),
+    ("ImagingStudy", "status", "availability", lambda _: "ONLINE"),
+    ("ImagingStudy", "modality", "modalityList", same),
+    ("ImagingStudy", "series.uid", "uid", lambda uid: f"urn:oid:{uid}"),
+    ("ImagingStudy", "subject", "patient", same),
+    ("Immunization", "occurrenceDateTime", "date", same),
+    ("Immunization", "", "notGiven", lambda it: it["status"] == "not-done"),
+    ("Immunization", "status", "status", lambda _: "completed"),
+    ("Immunization", "statusReason", "explanation", lambda reason: {"reasonNotGiven": [reason]}),
+    ("MedicationAdministration", "request", "prescription", same),
+    ("MedicationRequest", "dosageInstruction.doseAndRate", "doseQuantity", lambda them: them[0]["doseQuantity"]),
+    ("MedicationRequest", "requester", "requester", lambda doctor: {"agent": doctor}),
+    ("MedicationStatement", "", "taken", lambda _: "y"),
+    ("RelatedPerson", "relationship", "relationship", first),
+))
+
+DSTU2 = Version("Coverage Endpoint ExplanationOfBenefit", (
+    (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"), (DICOM, "http://nema.org/dicom/dicm"),
+    ("MedicationRequest", "MedicationOrder"),
+), (
+    ("AllergyIntolerance", "assertedDate", "recordedDate", same),
+    ("AllergyIntolerance", "category", "category", first),
+    ("AllergyIntolerance", "clinicalStatus", "status", same),
+    ("AllergyIntolerance", "code", "substance", same),
+    ("AllergyIntolerance", "criticality", "criticality", lambda _: "CRITL"),
+    ("AllergyIntolerance", "verificationStatus", "", same),
+    ("Binary", "securityContext", "", same),
+    ("Condition", "assertedDate", "dateRecorded", same),
+    ("Condition", "category", "category", lambda _: concept("http://argonaut.hl7.org", "problem", "Problem")),
+    ("Condition Encounter MedicationAdministration MedicationDispense MedicationOrder MedicationStatement",
+     "subject", "patient", same),
+    ("DiagnosticReport", "performer", "performer", lambda them: them[0]["actor"]),
+    ("DiagnosticReport Observation Procedure", "context", "encounter", same),
+    ("DocumentReference", "content.format", "format", listed),
+    ("Encounter", "class", "class", lambda _: "ambulatory"),
+    ("ImagingStudy", "context", "", same),
+    ("ImagingStudy", "endpoint", "", same),
+    ("Immunization", "notGiven", "wasNotGiven", same),
+    ("Immunization", "primarySource", "reported", lambda primary: not primary),
+    ("MedicationAdministration", "dosage.dose", "quantity", same),
+    ("MedicationAdministration", "effectiveDateTime", "effectiveTimeDateTime", same),
+    ("MedicationOrder", "authoredOn", "dateWritten", same),
+    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnit", "periodUnits", same),
+    ("MedicationOrder", "intent", "", same),
+    ("MedicationOrder", "requester", "prescriber", lambda requester: requester["agent"]),
+    ("MedicationStatement", "basedOn", "supportingInformation", same),
+    ("MedicationStatement", "taken", "", same),
+    ("Observation", "category", "category", first),
+    ("Organization", "type", "type", first),
+    ("Patient", "extension.extension.valueCoding", "valueCoding", lambda group: {
+        **group, "system": "http://hl7.org/fhir/v3/" + ("Ethnicity" if group["code"] == "2186-5" else "Race")}),
+    ("Patient Practitioner RelatedPerson", "name.family", "family", listed),
+    ("Practitioner RelatedPerson", "name", "name", first),
+    ("RelatedPerson", "active", "", same),
+))
+
+VERSIONS: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
+
+
+def holders(found: list[Json], names: Sequence[str]) -> list[Json]:
+    """The objects that a path leads to from others."""
+    for name in names:
+        inner = [one[name] for one in found if name in one]
+        found = [one for value in inner for one in (value if isinstance(value, list) else [value])]
+    return found
+
+
+def adapt(resources: Sequence[Json], version: Version) -> list[Json]:
+    """Resources of the next version as `version` has them."""
+    text = json.dumps([one for one in resources if one["resourceType"] not in version.missing.split()])
+    for later, earlier in version.addresses:
+        text = text.replace(later, earlier)
+    adapted: list[Json] = json.loads(text)
+    of_type: dict[str, list[Json]] = {}
+    for one in adapted:
+        of_type.setdefault(one["resourceType"], []).append(one)
+    for types, path, names, convert in version.changes:
+        *outer, element = path.split(".")
+        for holder in holders([one for name in types.split() for one in of_type[name]], outer):
+            if not element or element in holder:
+                value = convert(holder.pop(element) if element else holder)
+                holder.update((name, value) for name in names.split())
+    return adapted
+
+
+def sample_resources(version: str) -> Iterator[Json]:
+    """The sample records in a version of FHIR (a key of VERSIONS), last changed at times spread over 2016 to 2018."""
+    builders: Sequence[tuple[str, Callable[..., Iterator[Json]]]] = (
+        (PATIENTS, build_patient), (PROBLEMS, build_problem), (ALLERGIES, build_allergy),
+        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (MEDICATIONS, build_administration),
+        (FILLS, build_fills), (IMMUNIZATIONS, build_immunization), (SMOKING, build_smoking), (VISITS, build_visit),
+        (PROCEDURES, build_procedure), (IMAGES, build_image), (DOCUMENTS, build_document), (BILLS, build_bill))
+    built = [one for text, build in builders for row in table(text) for one in build(*row)]
+    built += [*build_labs(), *build_others()]
+    start = datetime.datetime(2016, 1, 1)
+    for place, one in enumerate(built):
+        moment = start + datetime.timedelta(days=place * 3 % 1000)
+        one["meta"] = {"versionId": "1", "lastUpdated": noon(moment.strftime("%Y-%m-%d"))}
+    for step in VERSIONS[version]:
+        built = adapt(built, step)
+    yield from built
 
 
 # ######################################################################## 7 the record
@@ -1637,7 +1836,7 @@ class Records:
         if not self._ready.is_set():
             with self._filling:
                 if not self._ready.is_set() and not self.store.row("SELECT 1 FROM resources"):
-                    self.put(sample_resources())
+                    self.put(sample_resources("r4"))
                 self._ready.set()
         return self.store
 
@@ -2747,7 +2946,7 @@ SESSION_SECONDS = 1800
 
 def cookie_name(portal: Portal) -> str:
     """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
-    return f"s4s_session_{portal.settings.port}"
+    return f"s4s_session_{portal.address.rpartition(':')[2]}"
 
 
 def set_cookie(portal: Portal, request: Request, value: str) -> str:
@@ -3358,8 +3557,8 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
     return Grant(new_token(), client.client_id, username, patient, details["scope"],
                  # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])], expires, details["issuer"],
-                 details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
+                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
@@ -4591,20 +4790,15 @@ def known_user(portal: Portal, username: Any) -> Row:
     return user
 
 
-def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
+def users_patient(portal: Portal, username: str, patient_id: Any) -> str | None:
     """The patient asked for, if this user may open that record; without one, the user's own, or the only one."""
-    patients = portal.patients_of(username)
     if patient_id is not None:
-        if need_text("patient_id", patient_id) not in patients:
-            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}; "
-                              f"these are {', '.join(list(patients)[:20]) or 'none'}")
+        if portal.patient_name(username, need_text("patient_id", patient_id)) is None:
+            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}")
         return str(patient_id)
+    rows = portal.state.rows("SELECT patient_id FROM patients WHERE username = ? ORDER BY is_user DESC LIMIT 2", username)
     own = portal.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
-    if own and own["patient_id"] in patients:
-        return str(own["patient_id"])
-    if len(patients) != 1:
-        raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
-    return next(iter(patients))
+    return str((own or rows[0])["patient_id"]) if own or len(rows) == 1 else None
 
 
 @control("token", lambda given: given, user_name="username")
@@ -4664,8 +4858,9 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     """Play the browser: sign in as a user, choose the patient, answer the consent page. Gives where the app is called
     back, with a code or with an error.
 
-    Without security_labels all that are offered stay checked; approval_expires is the form's date (default: a year
-    from today). What would leave a person on an error page is a PortalError.
+    Without patient_id it is the launch's patient, or the user's own; without security_labels all that are offered stay
+    checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
+    page is a PortalError.
     """
     parts = urlsplit(need_text("url", url))
     request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
@@ -4682,24 +4877,26 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    # A launch that names the patient leaves nothing to choose; else the one named, or the user's own.
-    patient = details["launch"].get("patient_id") if patient_id is None else users_patient(portal, username, patient_id)
-    if not patient and whose_record(portal, username, details, "") == "":
+    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
+    if patient == "":
         patient = users_patient(portal, username, None)
+        if not patient:
+            raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
-    until = day_of(portal.clock.now() + 365 * DAY) if approval_expires is None else need_text("approval_expires",
-                                                                                             approval_expires)
-    return decide(portal, request_id, new_grant(portal, client, user["username"], patient or "", details, labels, until,
-                                                need_text("encounter_id", encounter_id) if encounter_id else ""))
+    now = portal.clock.now()
+    until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
+    visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
+    return decide(portal, request_id, new_grant(
+        portal, client, user["username"], patient or "", details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)
 def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
            patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
            need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as an EHR does; gives launch_url, the address to open, and what is in it: launch and iss."""
+    """Launch an app as the EHR does, without the page: see create_launch in section 13."""
     return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)

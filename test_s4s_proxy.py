@@ -5,15 +5,19 @@
 """
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import html.parser
 import http.client
+import http.server
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -24,7 +28,7 @@ import tempfile
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
@@ -1044,69 +1048,6 @@ class Bugs(PortalTest):
         self.assertNotIn("demo-secret-s4s", lines[0])
 
 
-# ######################################################################## the command line
-
-class CommandLine(unittest.TestCase):
-    """python s4s_proxy.py"""
-
-    def run_main(self, *argv: str) -> tuple[int, str, str]:
-        """Run main in this thread; give exit status, standard output, standard error."""
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = s4s.main(argv)
-            except SystemExit as exit_:
-                status = int(exit_.code or 0)
-        return status, out.getvalue(), err.getvalue()
-
-    def test_the_first_line_is_the_address_and_sigint_ends_it_well(self) -> None:
-        heard: list[Answer] = []
-
-        class Out(io.StringIO):
-            def write(self, text: str) -> int:
-                if text.startswith("http"):
-                    heard.append(ask(text + "/health"))
-                    signal.raise_signal(signal.SIGINT)
-                return super().write(text)
-        out, err = Out(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            self.assertEqual(s4s.main(["--port", "0"]), 0)
-        self.assertEqual(heard[0].json["status"], "ok")
-        self.assertRegex(out.getvalue(), r"^http://127\.0\.0\.1:\d+\n$")
-        for needle in ("daniel-adams", "demo-password", "open-fhir", "FOR TESTING ONLY", "GET /health 200"):
-            self.assertIn(needle, err.getvalue())
-
-    def test_as_a_process_of_its_own(self) -> None:
-        process = subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
-                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        with process:
-            try:
-                assert process.stdout
-                url = process.stdout.readline().strip()
-                self.assertEqual(ask(url + "/health").status, 200)
-            finally:
-                process.terminate()
-            self.assertEqual(process.wait(10), 0 if os.name == "posix" else 1)
-
-    def test_a_bad_option_is_exit_status_2(self) -> None:
-        self.assertEqual(self.run_main("--nonsense")[0], 2)
-
-    def test_a_start_that_fails_is_one_line_and_exit_status_1(self) -> None:
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            taken.listen()
-            status, out, err = self.run_main("--port", str(taken.getsockname()[1]))
-        self.assertEqual((status, out, err.count("\n")), (1, "", 1))
-        for argv in (["--client", "nonsense"], ["--base-url", "nonsense"], ["--db", "/nonexistent/x.db"],
-                     ["--certfile", "/nonexistent"], ["--client", "a=javascript:x"], ["--port", "99999"]):
-            with self.subTest(argv=argv):
-                status, out, err = self.run_main("--port", "0", *argv)
-                self.assertEqual((status, out, err.count("\n")), (1, "", 1))
-
-    def test_version(self) -> None:
-        self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
-
-
 # ######################################################################## pages
 
 class Page(html.parser.HTMLParser):
@@ -1410,15 +1351,1796 @@ class DemoApp(PortalTest):
             self.assertIn(text, s4s.DEMO_SCRIPT)
 
 
+# ######################################################################## the command line
+
+class CommandLine(unittest.TestCase):
+    """python s4s_proxy.py"""
+
+    def run_main(self, *argv: str) -> tuple[int, str, str]:
+        """Run main in this thread; give exit status, standard output, standard error."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = s4s.main(argv)
+            except SystemExit as exit_:
+                status = int(exit_.code or 0)
+        return status, out.getvalue(), err.getvalue()
+
+    def test_the_first_line_is_the_address_and_sigint_ends_it_well(self) -> None:
+        heard: list[Answer] = []
+
+        class Out(io.StringIO):
+            def write(self, text: str) -> int:
+                if text.startswith("http"):
+                    heard.append(ask(text + "/health"))
+                    signal.raise_signal(signal.SIGINT)
+                return super().write(text)
+        out, err = Out(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            self.assertEqual(s4s.main(["--port", "0"]), 0)
+        self.assertEqual(heard[0].json["status"], "ok")
+        self.assertRegex(out.getvalue(), r"^http://127\.0\.0\.1:\d+\n$")
+        for needle in ("daniel-adams", "demo-password", "open-fhir", "FOR TESTING ONLY", "GET /health 200"):
+            self.assertIn(needle, err.getvalue())
+
+    def test_as_a_process_of_its_own(self) -> None:
+        process = subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        with process:
+            try:
+                assert process.stdout
+                url = process.stdout.readline().strip()
+                self.assertEqual(ask(url + "/health").status, 200)
+            finally:
+                process.terminate()
+            self.assertEqual(process.wait(10), 0 if os.name == "posix" else 1)
+
+    def test_a_bad_option_is_exit_status_2(self) -> None:
+        self.assertEqual(self.run_main("--nonsense")[0], 2)
+
+    def test_a_start_that_fails_is_one_line_and_exit_status_1(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            status, out, err = self.run_main("--port", str(taken.getsockname()[1]))
+        self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+        for argv in (["--client", "nonsense"], ["--base-url", "nonsense"], ["--db", "/nonexistent/x.db"],
+                     ["--certfile", "/nonexistent"], ["--client", "a=javascript:x"], ["--port", "99999"]):
+            with self.subTest(argv=argv):
+                status, out, err = self.run_main("--port", "0", *argv)
+                self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+
+    def test_version(self) -> None:
+        self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
+
+
+# ######################################################################## sample records
+
+# What each version asks for, or S4S's apps do: type, element, and what it is in DSTU2, STU3 and R4 (None: it is not
+# there). A dotted path takes the first of a list.
+ELEMENTS: tuple[tuple[str, str, Any, Any, Any], ...] = (
+    ("AllergyIntolerance", "patient", dict, dict, dict),
+    ("AllergyIntolerance", "substance", dict, None, None),
+    ("AllergyIntolerance", "code", None, dict, dict),
+    ("AllergyIntolerance", "status", str, None, None),
+    ("AllergyIntolerance", "clinicalStatus", None, str, dict),
+    ("AllergyIntolerance", "verificationStatus", None, str, dict),
+    ("AllergyIntolerance", "recordedDate", str, None, str),
+    ("AllergyIntolerance", "assertedDate", None, str, None),
+    ("Binary", "contentType", str, str, str),
+    ("Binary", "content", str, str, None),
+    ("Binary", "data", None, None, str),
+    ("Binary", "securityContext", None, dict, dict),
+    ("Condition", "patient", dict, None, None),
+    ("Condition", "subject", None, dict, dict),
+    ("Condition", "code", dict, dict, dict),
+    ("Condition", "category", dict, list, list),
+    ("Condition", "clinicalStatus", str, str, dict),
+    ("Condition", "verificationStatus", str, str, dict),
+    ("Condition", "onsetDateTime", str, str, str),
+    ("Condition", "dateRecorded", str, None, None),
+    ("Coverage", "status", None, str, str),
+    ("Coverage", "beneficiary", None, dict, dict),
+    ("Coverage", "payor", None, list, list),
+    ("Coverage", "type", None, dict, dict),
+    ("Coverage", "period", None, dict, dict),
+    ("Coverage", "class", None, None, list),
+    ("DiagnosticReport", "status", str, str, str),
+    ("DiagnosticReport", "category", dict, dict, list),
+    ("DiagnosticReport", "code", dict, dict, dict),
+    ("DiagnosticReport", "subject", dict, dict, dict),
+    ("DiagnosticReport", "effectiveDateTime", str, str, str),
+    ("DiagnosticReport", "issued", str, str, str),
+    ("DiagnosticReport", "performer", dict, list, list),
+    ("DiagnosticReport", "result.reference", str, str, str),
+    ("DocumentReference", "masterIdentifier", dict, dict, dict),
+    ("DocumentReference", "identifier", list, list, list),
+    ("DocumentReference", "subject", dict, dict, dict),
+    ("DocumentReference", "status", str, str, str),
+    ("DocumentReference", "type", dict, dict, dict),
+    ("DocumentReference", "category", None, None, list),
+    ("DocumentReference", "date", None, None, str),
+    ("DocumentReference", "indexed", str, str, None),
+    ("DocumentReference", "created", str, str, None),
+    ("DocumentReference", "context.encounter", dict, dict, list),
+    ("DocumentReference", "content.format", list, dict, dict),
+    ("DocumentReference", "content.attachment.contentType", str, str, str),
+    ("DocumentReference", "content.attachment.url", str, str, str),
+    ("Encounter", "status", str, str, str),
+    ("Encounter", "class", str, dict, dict),
+    ("Encounter", "type", list, list, list),
+    ("Encounter", "patient", dict, None, None),
+    ("Encounter", "subject", None, dict, dict),
+    ("Encounter", "period.start", str, str, str),
+    ("Endpoint", "address", None, str, str),
+    ("ExplanationOfBenefit", "status", None, str, str),
+    ("ExplanationOfBenefit", "patient", None, dict, dict),
+    ("ExplanationOfBenefit", "type", None, dict, dict),
+    ("ExplanationOfBenefit", "created", None, str, str),
+    ("ExplanationOfBenefit", "insurer", None, dict, dict),
+    ("ExplanationOfBenefit", "provider", None, dict, dict),
+    ("ExplanationOfBenefit", "use", None, None, str),
+    ("ExplanationOfBenefit", "outcome", None, dict, str),
+    ("ExplanationOfBenefit", "insurance", None, dict, list),
+    ("ExplanationOfBenefit", "item.service", None, dict, None),
+    ("ExplanationOfBenefit", "item.productOrService", None, None, dict),
+    ("ExplanationOfBenefit", "item.net.system", None, str, None),
+    ("ExplanationOfBenefit", "totalCost", None, dict, None),
+    ("ExplanationOfBenefit", "totalBenefit", None, dict, None),
+    ("ExplanationOfBenefit", "total", None, None, list),
+    ("ImagingStudy", "uid", str, str, None),
+    ("ImagingStudy", "identifier", None, None, list),
+    ("ImagingStudy", "status", None, None, str),
+    ("ImagingStudy", "availability", str, str, None),
+    ("ImagingStudy", "patient", dict, dict, None),
+    ("ImagingStudy", "subject", None, None, dict),
+    ("ImagingStudy", "started", str, str, str),
+    ("ImagingStudy", "numberOfSeries", int, int, int),
+    ("ImagingStudy", "numberOfInstances", int, int, int),
+    ("ImagingStudy", "modalityList", list, list, None),
+    ("ImagingStudy", "modality", None, None, list),
+    ("ImagingStudy", "context", None, dict, None),
+    ("ImagingStudy", "encounter", None, None, dict),
+    ("ImagingStudy", "endpoint", None, list, list),
+    ("ImagingStudy", "series.uid", str, str, str),
+    ("ImagingStudy", "series.modality", dict, dict, dict),
+    ("Immunization", "status", str, str, str),
+    ("Immunization", "vaccineCode", dict, dict, dict),
+    ("Immunization", "patient", dict, dict, dict),
+    ("Immunization", "date", str, str, None),
+    ("Immunization", "occurrenceDateTime", None, None, str),
+    ("Immunization", "wasNotGiven", bool, None, None),
+    ("Immunization", "reported", bool, None, None),
+    ("Immunization", "notGiven", None, bool, None),
+    ("Immunization", "primarySource", None, bool, bool),
+    ("MedicationAdministration", "status", str, str, str),
+    ("MedicationAdministration", "patient", dict, None, None),
+    ("MedicationAdministration", "subject", None, dict, dict),
+    ("MedicationAdministration", "effectiveTimeDateTime", str, None, None),
+    ("MedicationAdministration", "effectiveDateTime", None, str, str),
+    ("MedicationAdministration", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationAdministration", "prescription", dict, dict, None),
+    ("MedicationAdministration", "request", None, None, dict),
+    ("MedicationAdministration", "dosage.quantity", dict, None, None),
+    ("MedicationAdministration", "dosage.dose", None, dict, dict),
+    ("MedicationDispense", "status", str, str, str),
+    ("MedicationDispense", "patient", dict, None, None),
+    ("MedicationDispense", "subject", None, dict, dict),
+    ("MedicationDispense", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationDispense", "authorizingPrescription", list, list, list),
+    ("MedicationDispense", "whenHandedOver", str, str, str),
+    ("MedicationOrder", "status", str, None, None),
+    ("MedicationOrder", "dateWritten", str, None, None),
+    ("MedicationOrder", "patient", dict, None, None),
+    ("MedicationOrder", "prescriber", dict, None, None),
+    ("MedicationOrder", "medicationCodeableConcept", dict, None, None),
+    ("MedicationOrder", "dosageInstruction.doseQuantity", dict, None, None),
+    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnits", str, None, None),
+    ("MedicationOrder", "intent", None, None, None),
+    ("MedicationRequest", "status", None, str, str),
+    ("MedicationRequest", "intent", None, str, str),
+    ("MedicationRequest", "subject", None, dict, dict),
+    ("MedicationRequest", "authoredOn", None, str, str),
+    ("MedicationRequest", "requester.agent", None, dict, None),
+    ("MedicationRequest", "requester.reference", None, None, str),
+    ("MedicationRequest", "medicationCodeableConcept", None, dict, dict),
+    ("MedicationRequest", "dosageInstruction.doseQuantity", None, dict, None),
+    ("MedicationRequest", "dosageInstruction.doseAndRate", None, None, list),
+    ("MedicationRequest", "dosageInstruction.timing.repeat.periodUnit", None, str, str),
+    ("MedicationStatement", "status", str, str, str),
+    ("MedicationStatement", "patient", dict, None, None),
+    ("MedicationStatement", "subject", None, dict, dict),
+    ("MedicationStatement", "effectivePeriod", dict, dict, dict),
+    ("MedicationStatement", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationStatement", "taken", None, str, None),
+    ("MedicationStatement", "basedOn", None, list, list),
+    ("Observation", "status", str, str, str),
+    ("Observation", "category", dict, list, list),
+    ("Observation", "code", dict, dict, dict),
+    ("Observation", "subject", dict, dict, dict),
+    ("Observation", "effectiveDateTime", str, str, str),
+    ("Organization", "name", str, str, str),
+    ("Organization", "type", dict, list, list),
+    ("Patient", "name.family", list, str, str),
+    ("Patient", "name.given", list, list, list),
+    ("Patient", "identifier.system", str, str, str),
+    ("Patient", "identifier.value", str, str, str),
+    ("Patient", "gender", str, str, str),
+    ("Patient", "birthDate", str, str, str),
+    ("Patient", "address", list, list, list),
+    ("Patient", "telecom", list, list, list),
+    ("Patient", "communication.language", dict, dict, dict),
+    ("Practitioner", "name", dict, list, list),
+    ("Procedure", "status", str, str, str),
+    ("Procedure", "subject", dict, dict, dict),
+    ("Procedure", "code", dict, dict, dict),
+    ("Procedure", "performedDateTime", str, str, str),
+    ("Procedure", "encounter", dict, None, dict),
+    ("Procedure", "context", None, dict, None),
+    ("RelatedPerson", "active", None, bool, bool),
+    ("RelatedPerson", "patient", dict, dict, dict),
+    ("RelatedPerson", "name", dict, list, list),
+    ("RelatedPerson", "relationship", dict, dict, list),
+)
+
+
+def at(value: Any, path: str) -> Any:
+    """What is at a dotted path, of lists in the first; None if nothing."""
+    *outer, last = path.split(".")
+    for name in outer:
+        value = value.get(name, {})
+        value = value[0] if isinstance(value, list) else value
+    return value.get(last)
+
+
+def walk(value: Any) -> Iterator[Any]:
+    """A value and all that is in it."""
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walk(inner)
+
+
+def luhn(digits: str) -> int:
+    """The sum that LOINC's check digit brings to a multiple of ten."""
+    return sum(sum(divmod(int(digit) * (1 + place % 2), 10)) for place, digit in enumerate(reversed(digits)))
+
+
+def verhoeff(digits: str) -> int:
+    """The sum that SNOMED CT's check digit brings to 0: steps in the group of a pentagon's turns and flips."""
+    order, total = "1576283094", 0
+    for place, letter in enumerate(reversed(digits)):
+        digit = int(letter)
+        for _ in range(place % 8):
+            digit = int(order[digit])
+        turn = digit % 5 if total < 5 else -digit % 5 if digit < 5 else -(digit % 5)
+        total = (total % 5 + turn) % 5 + 5 * ((total < 5) != (digit < 5))
+    return total
+
+
+class SampleRecords(unittest.TestCase):
+    """The three patients' records, in each version of FHIR."""
+
+    records: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.records = {version: list(s4s.sample_resources(version)) for version in ("dstu2", "stu3", "r4")}
+
+    def of_patient(self, version: str, patient: str) -> list[dict[str, Any]]:
+        """What refers to a patient as its owner, and the patient."""
+        return [one for one in self.records[version] if one["id"] == patient or f"Patient/{patient}" in (
+            at(one, f"{name}.reference") for name in ("subject", "patient", "beneficiary"))]
+
+    def names(self, resources: list[dict[str, Any]]) -> set[str]:
+        """The types of resources; an Observation goes by its category."""
+        return {json.dumps(one["category"]).split('"code": "')[1].split('"')[0]
+                if one["resourceType"] == "Observation" else one["resourceType"] for one in resources}
+
+    def test_daniel_has_every_class_that_apps_ask_for(self) -> None:
+        common = {"Patient", "social-history", "laboratory", "vital-signs", "Condition", "MedicationStatement",
+                  "MedicationDispense", "MedicationAdministration", "AllergyIntolerance", "Procedure", "Immunization",
+                  "DocumentReference", "Encounter", "ImagingStudy", "DiagnosticReport"}
+        later = {"MedicationRequest", "Coverage", "ExplanationOfBenefit"}
+        self.assertEqual(self.names(self.of_patient("dstu2", DANIEL)), common | {"MedicationOrder"})
+        self.assertEqual(self.names(self.of_patient("stu3", DANIEL)), common | later)
+        self.assertEqual(self.names(self.of_patient("r4", DANIEL)), common | later)
+
+    def test_amy_and_joseph_have_the_classes_promised(self) -> None:
+        for version in self.records:
+            for patient in (AMY, JOSEPH):
+                with self.subTest(version=version, patient=patient):
+                    self.assertLessEqual({"Patient", "Condition", "MedicationStatement", "AllergyIntolerance",
+                                          "social-history", "Immunization",
+                                          "MedicationOrder" if version == "dstu2" else "MedicationRequest"},
+                                         self.names(self.of_patient(version, patient)))
+
+    def test_elements_are_those_of_the_version(self) -> None:
+        for type_name, path, *kinds in ELEMENTS:
+            for version, kind in zip(("dstu2", "stu3", "r4"), kinds):
+                found = [at(one, path) for one in self.records[version] if one["resourceType"] == type_name]
+                with self.subTest(version=version, element=f"{type_name}.{path}"):
+                    if kind:
+                        self.assertTrue(found)
+                    self.assertEqual({type(value) for value in found}, {kind or type(None)} if found else set())
+
+    def test_codes_are_those_of_the_version(self) -> None:
+        for type_name, path, *expected in (
+                ("AllergyIntolerance", "category", {"medication"}, {"['medication']"}, {"['medication']"}),
+                ("AllergyIntolerance", "criticality", {"CRITL"}, {"low"}, {"low"}),
+                ("Encounter", "class", {"ambulatory"}, None, None),
+                ("Encounter", "class.code", None, {"AMB"}, {"AMB"}),
+                ("ImagingStudy", "availability", {"ONLINE"}, {"ONLINE"}, set()),
+                ("Immunization", "status", {"completed"}, {"completed"}, {"completed", "not-done"}),
+                ("MedicationStatement", "taken", set(), {"y"}, set())):
+            for version, codes in zip(("dstu2", "stu3", "r4"), expected):
+                if codes is not None:
+                    found = {str(at(one, path)) for one in self.records[version] if one["resourceType"] == type_name}
+                    self.assertEqual(found - {"None"}, codes, (version, type_name, path))
+
+    def test_dicom_numbers_were_addresses_before_r4(self) -> None:
+        for version, start in (("dstu2", "urn:oid:2.25."), ("stu3", "urn:oid:2.25."), ("r4", "2.25.")):
+            numbers = [at(one, "series.uid") for one in self.records[version] if one["resourceType"] == "ImagingStudy"]
+            self.assertEqual([number for number in numbers if not number.startswith(start)], [], version)
+
+    def test_an_observation_has_a_value_or_components(self) -> None:
+        for version, records in self.records.items():
+            for one in records:
+                if one["resourceType"] == "Observation":
+                    self.assertEqual(len({"valueQuantity", "valueCodeableConcept", "component"}.intersection(one)), 1,
+                                     (version, one["id"]))
+
+    def test_every_id_is_there_once(self) -> None:
+        for version, records in self.records.items():
+            ids = [(one["resourceType"], one["id"]) for one in records]
+            self.assertEqual(len(ids), len(set(ids)), version)
+            self.assertEqual([name for _, name in ids if not re.fullmatch(r"[A-Za-z0-9.-]{1,64}", name)], [], version)
+
+    def test_every_reference_leads_to_a_record(self) -> None:
+        for version, records in self.records.items():
+            targets = {f"{one['resourceType']}/{one['id']}" for one in records}
+            objects = [value for value in walk(records) if isinstance(value, dict)]
+            references = {value["reference"] for value in objects if "reference" in value}
+            documents = {value["url"] for value in objects if "contentType" in value and "url" in value}
+            self.assertGreater(len(references), 90)
+            self.assertEqual(len(documents), 2)
+            self.assertEqual((references | documents) - targets, set(), version)
+
+    def test_the_people_who_sign_in_are_in_the_records(self) -> None:
+        for version, records in self.records.items():
+            ids = {f"{one['resourceType']}/{one['id']}" for one in records}
+            self.assertLessEqual({"Practitioner/smart-clinician", "RelatedPerson/daniel-adams-amy-shaw"}, ids, version)
+
+    def test_dates_are_of_the_calendar_and_times_have_a_zone(self) -> None:
+        for records in self.records.values():
+            dates = [value for value in walk(records) if isinstance(value, str) and re.match(r"\d{4}-\d\d", value)]
+            self.assertGreater(len(dates), 800)
+            for date in dates:
+                datetime.datetime.strptime(date, "%Y-%m-%dT%H:%M:%SZ" if "T" in date else "%Y-%m-%d")
+
+    def test_changes_are_spread_over_time_alike_in_each_version(self) -> None:
+        changed = {version: {one["id"]: one["meta"] for one in records} for version, records in self.records.items()}
+        times = sorted(meta["lastUpdated"] for meta in changed["r4"].values())
+        self.assertLess(times[0], "2016-02")
+        self.assertGreater(times[-1], "2018-06")
+        self.assertEqual({meta["versionId"] for meta in changed["r4"].values()}, {"1"})
+        for name, meta in changed["r4"].items():
+            self.assertEqual(changed["stu3"][name], meta)
+            self.assertIn(changed["dstu2"].get(name, meta), (meta,))
+
+    def test_check_digits_know_a_good_code_from_a_bad_one(self) -> None:
+        self.assertEqual(luhn("23457") % 10, 0)
+        self.assertNotEqual(luhn("23475") % 10, 0)
+        self.assertEqual(verhoeff("22298006"), 0)
+        self.assertNotEqual(verhoeff("22298060"), 0)
+
+    def test_codes_have_their_system_and_a_right_check_digit(self) -> None:
+        codes = {(one.get("system"), one["code"]) for records in self.records.values() for one in walk(records)
+                 if isinstance(one, dict) and isinstance(one.get("code"), str)}
+        self.assertEqual([code for system, code in codes if not system], [])
+        loinc = [code for system, code in codes if system == "http://loinc.org"]
+        self.assertGreater(len(loinc), 55)
+        self.assertEqual([code for code in loinc if luhn(code.replace("-", "")) % 10], [])
+        snomed = [code for system, code in codes if system == "http://snomed.info/sct"]
+        self.assertGreater(len(snomed), 30)
+        self.assertEqual([code for code in snomed if verhoeff(code) or code[-3:-1] not in ("00", "10")], [])
+
+    def test_units_are_of_ucum(self) -> None:
+        units = {one.get("code") for records in self.records.values() for one in walk(records)
+                 if isinstance(one, dict) and isinstance(one.get("value"), (int, float)) and "currency" not in one
+                 and one.get("system") != "urn:iso:std:iso:4217"}
+        self.assertEqual(units, {
+            "%", "/[HPF]", "/[LPF]", "/min", "1", "10*3/uL", "10*6/uL", "Cel", "U/L", "[drp]", "[pH]", "cm", "d", "fL",
+            "g/dL", "kg", "kg/m2", "mL", "mg/L", "mg/dL", "mm", "mm[Hg]", "mmol/L", "pg", "u[IU]/mL", "{bottle}",
+            "{tablet}"})
+
+    def test_each_version_has_its_own_code_systems(self) -> None:
+        systems = {version: {one["system"] for one in walk(records) if isinstance(one, dict) and "system" in one}
+                   for version, records in self.records.items()}
+        self.assertIn("http://terminology.hl7.org/CodeSystem/observation-category", systems["r4"])
+        for version in ("stu3", "dstu2"):
+            self.assertIn("http://hl7.org/fhir/observation-category", systems[version])
+            self.assertIn("http://hl7.org/fhir/v2/0203", systems[version])
+            self.assertNotIn("terminology.hl7.org", "".join(systems[version]))
+        self.assertIn("http://hl7.org/fhir/v3/Ethnicity", systems["dstu2"])
+
+    def test_vital_signs_have_the_codes_and_units_of_the_profiles(self) -> None:
+        expected = {"8867-4": "/min", "9279-1": "/min", "59408-5": "%", "8310-5": "Cel", "8302-2": "cm",
+                    "29463-7": "kg", "39156-5": "kg/m2", "8480-6": "mm[Hg]", "8462-4": "mm[Hg]"}
+        for version, records in self.records.items():
+            signs = {at(one, "code.coding.code"): at(one, "valueQuantity.code") for one in walk(records)
+                     if isinstance(one, dict) and isinstance(one.get("code"), dict) and "valueQuantity" in one}
+            self.assertEqual({code: signs.get(code) for code in expected}, expected, version)
+            oxygen = next(one for one in records if one["id"] == "smart-Observation-854-59408-5")
+            self.assertEqual([one["code"] for one in oxygen["code"]["coding"]], ["59408-5", "2708-6"], version)
+
+    def test_common_laboratory_values_can_be_drawn_over_time_with_their_normal_range(self) -> None:
+        for loinc in ("2345-7", "2160-0", "13457-7", "2823-3", "718-7", "11580-8"):
+            found = [one for one in self.records["r4"] if at(one, "code.coding.code") == loinc]
+            self.assertEqual(len({one["effectiveDateTime"] for one in found}), 6, loinc)
+            self.assertTrue(all("low" in one["referenceRange"][0] for one in found), loinc)
+
+    def test_a_vaccine_was_refused(self) -> None:
+        refused = {version: next(one for one in records if one["id"] == "smart-Immunization-10")
+                   for version, records in self.records.items()}
+        self.assertEqual(refused["r4"]["status"], "not-done")
+        self.assertEqual(at(refused["r4"], "statusReason.coding.code"), "PATOBJ")
+        self.assertTrue(refused["stu3"]["notGiven"])
+        self.assertTrue(refused["dstu2"]["wasNotGiven"])
+        self.assertEqual(at(refused["dstu2"], "explanation.reasonNotGiven.coding.code"), "PATOBJ")
+
+    def test_documents_can_be_opened(self) -> None:
+        for version, records in self.records.items():
+            binaries = {one["contentType"]: base64.b64decode(one["data" if version == "r4" else "content"])
+                        for one in records if one["resourceType"] == "Binary"}
+            sizes = {one["contentType"]: one["size"] for one in walk(records)
+                     if isinstance(one, dict) and "size" in one}
+            self.assertEqual({kind: len(data) for kind, data in binaries.items()}, sizes, version)
+            self.assertIn(b"Continue present medicines.", binaries["text/plain"])
+            self.assertTrue(binaries["application/pdf"].startswith(b"%PDF-1.4\n"))
+
+    def test_the_pdf_says_where_each_of_its_objects_begins(self) -> None:
+        data = s4s.pdf("One (1)\nTwo \\ 2")
+        self.assertIn(b"(One \\(1\\)) '\n(Two \\\\ 2) '\n", data)
+        table = int(data.split(b"startxref\n")[1].split()[0])
+        places = data[table:].splitlines()[3:-5]
+        self.assertEqual(data[table:table + 5], b"xref\n")
+        self.assertEqual([data[int(place[:10]):].split()[0] for place in places], [b"1", b"2", b"3", b"4", b"5", b"6"])
+
+
 # ######################################################################## promises about the repository
 
 class Repository(unittest.TestCase):
     """What the repository itself promises."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def example(self, name: str) -> str:
+        """The README's code block that is marked `run: name`."""
+        found = re.search(rf"```\w+\n(?:#|//) run: {name}\n(.*?)```", self.readme, re.DOTALL)
+        assert found, name
+        return found[1]
+
+    def run_example(self, name: str, *command: str, portal: s4s.Server | None = None) -> str:
+        """Run an example as it stands, but for the server's address; give its output."""
+        if not shutil.which(command[0]):
+            self.skipTest(f"{command[0]} is not installed")
+        text = self.example(name)
+        if portal:
+            text = text.replace("http://localhost:8000", portal.url)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=HERE, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout + done.stderr
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_quick_start_shows_a_record(self) -> None:
+        with s4s.Server() as portal:
+            shown = self.run_example("quick", "bash", "-e", portal=portal)
+            self.assertEqual({one.status for one in portal.requests}, {200})
+        self.assertIn('"family": "Adams"', shown)
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_tour_leads_through_the_flow(self) -> None:
+        with s4s.Server() as portal:
+            self.run_example("tour", "bash", "-e", portal=portal)
+            self.assertEqual([(one.path.rpartition("/")[2], one.status) for one in portal.requests], [
+                ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200), ("Observation", 200),
+                (AMY, 403), ("introspect", 200), ("token", 200), ("revoke", 200), (DANIEL, 401)])
+
+    def test_the_readmes_unittest_example_passes(self) -> None:
+        self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
+
+    def test_the_readmes_javascript_example_runs(self) -> None:
+        self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
+
+    def test_the_readme_shows_every_option_and_every_endpoint(self) -> None:
+        for action in s4s.build_parser()._actions:
+            for flag in action.option_strings:
+                self.assertTrue(flag in self.readme, flag)
+        for route in s4s.ROUTES:
+            self.assertTrue(f"`{route.path.replace('{}', '…')}`" in self.readme, route.path)
+
+    def test_every_function_that_the_readme_names_is_there(self) -> None:
+        for name in re.findall(r"; (\w+)\(\)", self.readme):
+            self.assertTrue(callable(getattr(s4s, name)), name)
 
     def test_every_route_names_its_text_and_says_what_it_does(self) -> None:
         for route in s4s.ROUTES:
             self.assertTrue(route.spec and route.endpoint.__doc__, route)
 
+    def test_every_public_class_and_function_has_a_docstring(self) -> None:
+        module = ast.parse((HERE / "s4s_proxy.py").read_text(encoding="utf-8"))
+        overriding = ("setup", "readable", "readinto")  # of the standard library's classes, which says what they do
+        for node in [*module.body, *(one for kind in module.body if isinstance(kind, ast.ClassDef) for one in kind.body)]:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        if not hasattr(sys, "stdlib_module_names"):
+            self.skipTest("needs Python 3.10")
+        for name in ("s4s_proxy.py", "test_s4s_proxy.py"):
+            for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+                modules = [one.name for one in node.names] if isinstance(node, ast.Import) else (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                for module in modules:
+                    self.assertIn(module.partition(".")[0], {*sys.stdlib_module_names, "s4s_proxy"})
+
+    def test_the_module_works_under_another_name_inside_a_package(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder, "vendor_")
+            package.mkdir()
+            (package / "__init__.py").write_text("")
+            shutil.copy(HERE / "s4s_proxy.py", package / "smart_portal.py")
+            program = ("from vendor_ import smart_portal\nwith smart_portal.Server() as portal:\n"
+                       "    print(portal.issue_token()['patient'])")
+            done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=folder, capture_output=True,
+                                  text=True, timeout=60, check=False)
+            self.assertEqual((done.stdout.strip(), done.stderr), (DANIEL, ""))
+
+
+# ######################################################################## the benchmark
+
+class Bare(http.server.BaseHTTPRequestHandler):
+    """The floor: a handler of http.server that answers 500 bytes, HTTP/1.1, one buffered write."""
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
+    body = b'{"x": "' + b"x" * 491 + b'"}'
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+        self.wfile.flush()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def bare_server(body: bytes = Bare.body) -> Iterator[str]:
+    """A running bare handler; gives its address."""
+    class Floor(http.server.ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 1024, True
+    server = Floor(("127.0.0.1", 0), type("Answers", (Bare,), {"body": body}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def hammer(url: str, connections: int, seconds: float, request: bytes) -> tuple[float, float]:
+    """Send a request over kept-alive connections, all of them at once, again and again: requests and MB a second."""
+    parts = urlsplit(url)
+    sockets = [socket.create_connection((parts.hostname or "", parts.port or 80)) for _ in range(connections)]
+    files = [one.makefile("rb") for one in sockets]
+    count, size, started = 0, 0, time.perf_counter()
+    while time.perf_counter() < started + seconds:
+        for one in sockets:
+            one.sendall(request)
+        for file in files:
+            status, length = file.readline(), 0
+            assert status.startswith(b"HTTP/1.1 200"), status
+            for line in iter(file.readline, b"\r\n"):
+                if line[:15].lower() == b"content-length:":
+                    length = int(line[15:])
+            size += len(file.read(length))
+            count += 1
+    taken = time.perf_counter() - started
+    for one, file in zip(sockets, files):
+        file.close()
+        one.close()
+    return count / taken, size / taken / 1e6
+
+
+def rate(url: str, request: bytes, connections: int = 8, rounds: int = 3) -> tuple[float, float]:
+    """The median of some rounds of `hammer`, run by another process."""
+    rates = []
+    for _ in range(rounds):
+        done = subprocess.run([sys.executable, __file__, "--hammer", url, str(connections), "1"], input=request,
+                              capture_output=True, check=True)
+        rates.append(tuple(float(word) for word in done.stdout.split()))
+    return sorted(rates)[len(rates) // 2]  # type: ignore[return-value]
+
+
+def raw(method: str, path: str, token: str = "", body: str = "") -> bytes:
+    """A request as bytes, as an app sends it."""
+    headers = ["Host: localhost", "Accept: application/json", "User-Agent: benchmark"]
+    headers += [f"Authorization: Bearer {token}"] if token else []
+    headers += ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}"] if body else []
+    return ("\r\n".join([f"{method} {path} HTTP/1.1", *headers]) + "\r\n\r\n" + body).encode()
+
+
+def timed(action: Callable[[], object], rounds: int = 9) -> float:
+    """The median time of an action, in milliseconds."""
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - started) * 1000)
+    return sorted(times)[rounds // 2]
+
+
+def first_answer() -> tuple[float, float]:
+    """Start the command, ask once: milliseconds, and MiB of memory (0 where the system doesn't tell)."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        ask(process.stdout.readline().strip() + "/health")
+        taken = (time.perf_counter() - started) * 1000
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            memory = int(text.partition("VmRSS:")[2].split()[0]) / 1024
+            process.terminate()
+            return taken, memory
+        process.terminate()
+    return taken, 0.0
+
+
+def add_tokens(portal: s4s.Server, count: int) -> None:
+    """Live tokens, straight into the tables."""
+    given = portal.issue_token()["access_token"]
+    with portal.portal.state.transaction() as database:
+        names = [row[1] for row in database.execute("PRAGMA table_info(tokens)")]
+        row = dict(zip(names, database.execute("SELECT * FROM tokens WHERE token = ?", (given,)).fetchone()))
+        database.executemany(f"INSERT INTO tokens VALUES ({', '.join('?' * len(names))})",
+                             (tuple({**row, "token": secrets.token_hex(16)}.values()) for _ in range(count)))
+
+
+def benchmark() -> None:
+    """Print how fast everything is, each figure beside a bare http.server handler or process of the same run."""
+    def show(what: str, figure: str, ratio: str = "") -> None:
+        print(f"| {what} | {figure} | {ratio} |", flush=True)
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {sys.platform}\n")
+    show("what", "figure", "beside the bare one")
+    show("---", "---:", "---:")
+    program = "import http.server, sqlite3, json"
+    bare_start = timed(lambda: subprocess.run([sys.executable, "-c", program], check=True))
+    starts = [first_answer() for _ in range(9)]
+    start = sorted(taken for taken, _ in starts)[4]
+    show("process start to first answer", f"{start:.0f} ms", f"{start / bare_start:.2f} x `python -c \"{program}\"`")
+    show("memory after the first answer", f"{max(memory for _, memory in starts):.1f} MiB")
+
+    def whole() -> None:
+        with s4s.Server() as one:
+            ask(one.url + "/health")
+    show("`Server()` start, one request, stop", f"{timed(whole, 31):.1f} ms")
+    with s4s.Server() as portal, bare_server() as bare:
+        ask(f"{portal.open_fhir_url}/Patient")
+        show("`reset()`", f"{timed(portal.reset, 31):.2f} ms")
+        token = portal.issue_token(scope="patient/*.rs")["access_token"]
+        look = raw("POST", "/oauth/introspect", token, f"token={token}")
+        read = raw("GET", f"/api/fhir/Patient/{DANIEL}", token)
+        floors = {connections: rate(bare, raw("GET", "/"), connections)[0] for connections in (1, 8, 32)}
+        for connections, floor in floors.items():
+            for what, request in (("introspections", look), ("token reads of a Patient", read)):
+                got = rate(portal.url, request, connections)[0]
+                show(f"{what}, {connections} connections", f"{got:,.0f} /s", f"{got / floor:.2f} x")
+        for count in (10, 1000):
+            path = f"/api/fhir/Observation?patient={DANIEL}&_count={count}"
+            got, megabytes = rate(portal.url, raw("GET", path, token))
+            show(f"searches of {count} entries", f"{got:,.0f} /s, {megabytes:.0f} MB/s", f"{got / floors[8]:.2f} x")
+        app = App(portal)
+        url = app.authorize_url()
+
+        def flow() -> None:
+            back = portal.approve(url, "daniel-adams")
+            form = {"grant_type": "authorization_code", "code": dict(parse_qsl(urlsplit(back).query))["code"],
+                    "redirect_uri": app.redirect_uri, "code_verifier": app.verifier}
+            assert connection_post(portal, app, form) == 200
+        show("code flows: `approve` and the token endpoint", f"{1000 / timed(flow, 201):,.0f} /s")
+        for count in (1_000, 100_000):
+            add_tokens(portal, count)
+            got = rate(portal.url, look)[0]
+            show(f"introspections with {count:,} live tokens", f"{got:,.0f} /s", f"{got / floors[8]:.2f} x")
+
+
+def connection_post(portal: s4s.Server, app: App, form: dict[str, str]) -> int:
+    """The token endpoint without the cost of a client: the status."""
+    credentials = base64.b64encode(f"{app.client_id}:{app.secret}".encode()).decode()
+    request = s4s.Request("POST", "/oauth/token", {
+        "host": f"{portal.host}:{portal.port}", "authorization": f"Basic {credentials}",
+        "content-type": "application/x-www-form-urlencoded"}, urlencode(form).encode())
+    return s4s.dispatch(portal.portal, request).status
+
+
+# ######################################################################## SMART App Launch 2.2
+
+def b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+# RFC 7515 appendix A.2: the key's two primes, and what is signed.
+RFC_7515_KEY = s4s.RsaKey(*(int.from_bytes(base64.urlsafe_b64decode(text + "=="), "big") for text in (
+    ("4BzEEOtIpmVdVEZNCqS7baC4crd0pqnRH_5IB3jw3bcxGn6QLvnEtfdUdiYrqBdss1l58BQ3KhooKeQTa9AB0Hw_Py5PJdTJNPY8cQn7ouZ2KKDcmnPG"
+     "BY5t7yLc1QlQ5xHdwW1VhvKn-nXqhJTBgIPgtldC-KDV5z-y2XDwGUc"),
+    ("uQPEfgmVtjL0Uyyx88GZFF1fOunH3-7cepKmtH4pxhtCoHqpWmT8YAmZxaewHgHAjLYsp1ZSe7zFYHj7C6ul7TjeLQeZD_YwD66t62wDmpe_HlB-TnBA"
+     "-njbglfIsRLtXlnDzQkv5dTltRJ11BKBBypeeF6689rjcJIDEz9RWdc"))))
+RFC_7515_INPUT = (b"eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9p"
+                  b"c19yb290Ijp0cnVlfQ")
+RFC_7515_SIGNATURE = (
+    "cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJdbF9CUAr7t1dnZ"
+    "cAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-e"
+    "OkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw")
+RSA_JWK = {**{name: value for name, value in RFC_7515_KEY.public_jwk().items() if name in ("kty", "n", "e")}, "kid": "r"}
+
+# RFC 6979 appendix A.2.6: the private key x and the public key U of P-384, and the signature of "sample" (SHA-384).
+RFC_6979_X = int("6B9D3DAD2E1B8C1C05B19875B6659F4DE23C3B667BF297BA9AA47740787137D896D5724E4C70A825F872C9EA60D2EDF5", 16)
+RFC_6979_JWK = {"kty": "EC", "crv": "P-384", "kid": "e", "x": b64(bytes.fromhex(
+    "EC3A4E415B4E19A4568618029F427FA5DA9A8BC4AE92E02E06AAE5286B300C64DEF8F0EA9055866064A254515480BC13")),
+    "y": b64(bytes.fromhex(
+        "8015D9B72D7D57244EA8EF9AC0C621896708A59367F9DFB9F54CA84B3F1C9DB1288B231C3AE0D4FE7344FD2533264720"))}
+RFC_6979_SIGNATURE = bytes.fromhex(
+    "94EDBB92A5ECB8AAD4736E56C691916B3F88140666CE9FA73D64C4EA95AD133C81A648152E44ACF96E36DD1E80FABE46"
+    "99EF4AEB15F178CEA1FE40DB2603138F130E740A19624526203B6351D0A3A94FA329C145786E679E7B82C71A38628AC8")
+
+
+def es384_sign(message: bytes) -> bytes:
+    """An ECDSA signature with the key of RFC 6979 (which says how to draw k better than this does)."""
+    k, point, power = 0x1234567, (1, 1, 0), s4s.P384_G
+    for bit in range(k.bit_length()):
+        point = s4s._add(point, power) if k >> bit & 1 else point
+        power = s4s._double(power)
+    r = point[0] * pow(point[2], -2, s4s.P384_P) % s4s.P384_P % s4s.P384_N
+    hashed = int.from_bytes(hashlib.sha384(message).digest(), "big")
+    s = pow(k, -1, s4s.P384_N) * (hashed + r * RFC_6979_X) % s4s.P384_N
+    return r.to_bytes(48, "big") + s.to_bytes(48, "big")
+
+
+class Signatures(unittest.TestCase):
+    """JSON Web Signatures, their keys, and the arithmetic below."""
+
+    def test_the_rs256_signature_of_rfc_7515_appendix_a_2(self) -> None:
+        self.assertEqual(b64(s4s.rsa_sign(RFC_7515_KEY, "RS256", RFC_7515_INPUT)), RFC_7515_SIGNATURE)
+
+    def test_the_p_384_signature_of_rfc_6979_appendix_a_2_6(self) -> None:
+        self.assertTrue(s4s.verify(RFC_6979_JWK, "ES384", b"sample", RFC_6979_SIGNATURE))
+
+    def test_the_thumbprint_of_rfc_7638_section_3_1(self) -> None:
+        self.assertEqual(s4s.thumbprint({"kty": "RSA", "e": "AQAB", "alg": "RS256", "kid": "2011-04-29", "n": (
+            "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjB"
+            "ZCiFV4n3oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8"
+            "KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_"
+            "xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw")}), "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs")
+
+    def test_a_signature_is_good_for_its_message_key_and_algorithm_only(self) -> None:
+        for algorithm, jwk, signature in (
+                ("RS384", RSA_JWK, s4s.rsa_sign(RFC_7515_KEY, "RS384", b"m")), ("ES384", RFC_6979_JWK, es384_sign(b"m"))):
+            with self.subTest(algorithm=algorithm):
+                self.assertTrue(s4s.verify(jwk, algorithm, b"m", signature))
+                self.assertFalse(s4s.verify(jwk, algorithm, b"n", signature))
+                for at in (0, 50, -1):
+                    bent = bytearray(signature)
+                    bent[at] ^= 1
+                    self.assertFalse(s4s.verify(jwk, algorithm, b"m", bytes(bent)))
+                for wrong in (b"", signature[:-1], signature + b"\0", b"\0" * len(signature), b"\xff" * len(signature)):
+                    self.assertFalse(s4s.verify(jwk, algorithm, b"m", wrong))
+        self.assertFalse(s4s.verify(RSA_JWK, "RS384", b"m", s4s.rsa_sign(RFC_7515_KEY, "RS256", b"m")))
+
+    def test_a_key_that_is_weak_or_none_is_refused_in_words(self) -> None:
+        for algorithm, jwk in (
+                ("RS384", {"kty": "RSA", "n": b64(b"\xff" * 128), "e": "AQAB"}), ("RS384", {**RSA_JWK, "e": "AQ"}),
+                ("RS384", {**RSA_JWK, "n": 7}), ("RS384", {"kty": "RSA"}), ("RS384", {**RSA_JWK, "n": "a b"}),
+                ("ES384", {**RFC_6979_JWK, "x": b64(b"\1")}), ("ES384", {**RFC_6979_JWK, "crv": "P-256"}),
+                ("ES384", {**RFC_6979_JWK, "y": b64(b"\xff" * 48)}), ("ES384", RSA_JWK)):
+            with self.subTest(jwk=jwk), self.assertRaises(ValueError):
+                s4s.verify(jwk, algorithm, b"m", b"")
+
+    def test_a_new_key_has_two_primes_and_all_its_bits(self) -> None:
+        key = s4s.new_rsa_key(256)
+        self.assertEqual((key.p * key.q).bit_length(), 256)
+        for prime in key:  # Fermat's test, which the code does not use
+            self.assertEqual([pow(base, prime - 1, prime) for base in (2, 3, 5, 7)], [1] * 4)
+
+    def test_composites_are_not_taken_for_primes(self) -> None:
+        for number in (561, 41041, 825265, 3215031751, RFC_7515_KEY.p * RFC_7515_KEY.q):  # the first are Carmichael's
+            self.assertFalse(s4s.is_prime(number))
+
+    def test_base64url_is_read_strictly(self) -> None:
+        self.assertEqual(s4s.base64url_bytes("_-8"), b"\xff\xef")
+        for text in ("_-9", "_-8=", "/+8", "a", "ab c", "Zm9v\n", "\u00e9"):
+            with self.subTest(text=text), self.assertRaises(ValueError):
+                s4s.base64url_bytes(text)
+
+    def test_what_is_no_jwt_is_refused_in_words(self) -> None:
+        part = b64(b"{}")
+        for text in ("", "a.b", f"{part}.{part}", f"{part}.{part}.{part}.{part}", f"{part}.{b64(b'[]')}.", f"{part}.x.",
+                     f"{b64(b'[' * 5000)}.{part}.", part + "." + b64(b'{"iss": "\\ud800"}') + "."):
+            with self.subTest(text=text[:40]), self.assertRaises(ValueError):
+                s4s.read_jwt(text)
+
+
+class ScopeWords(unittest.TestCase):
+    """One grammar for SMART 1, SMART 2 and constraints."""
+
+    def test_what_a_scope_means(self) -> None:
+        for word, meaning in (
+                ("patient/*.rs", ("patient", "*", "rs", ())), ("user/Condition.read", ("user", "Condition", "rs", ())),
+                ("system/*.*", ("system", "*", "cruds", ())), ("patient/Patient.write", ("patient", "Patient", "cud", ())),
+                ("patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final", (
+                    "patient", "Observation", "rs", (("category", "laboratory,http://x|vital-signs"), ("status", "final"))))):
+            with self.subTest(word=word):
+                parsed = s4s.parse_scope(word)
+                assert parsed
+                self.assertEqual((parsed.context, parsed.type, parsed.letters, parsed.constraints), meaning)
+
+    def test_what_is_no_resource_scope(self) -> None:
+        for word in ("patient/*.", "patient/*.dus", "patient/*.sr", "Patient/*.rs", "patient/observation.rs", "patient/*",
+                     "patient/*.rs?", "patient/*.rs?x", "patient/*.rs?x=", "patient/*.rs?a=b&", "launch/patient",
+                     "patient/*.rs?code:in=x", "patient/*.rs?subject.name=x", "patient/*.rs?_filter=x", "patient/*.readx"):
+            with self.subTest(word=word):
+                self.assertIsNone(s4s.parse_scope(word))
+
+    def test_a_registered_scope_bounds_by_meaning(self) -> None:
+        for registered, word, covered in (
+                ("patient/*.read", "patient/Observation.rs", True), ("patient/*.rs", "patient/*.read", True),
+                ("patient/*.rs", "patient/*.cruds", True), ("patient/Observation.rs", "patient/*.rs", False),
+                ("patient/*.r", "patient/*.rs", False), ("patient/*.rs", "user/*.rs", False),
+                ("user/*.rs", "patient/*.rs", False), ("launch/patient", "launch", True),
+                ("launch", "launch/patient", False), ("fhirUser", "profile", True),
+                ("patient/*.rs", "patient/Observation.rs?category=laboratory", True),
+                ("patient/Observation.rs?category=laboratory", "patient/Observation.rs", False),
+                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?category=b&status=final", True),
+                ("patient/Observation.rs?category=a", "patient/Observation.rs?category=a,b", False),
+                ("patient/Observation.rs?category=a%5C,b", "patient/Observation.rs?category=b", False)):
+            with self.subTest(registered=registered, word=word):
+                self.assertEqual(s4s.scope_covers(registered, word), covered)
+
+    def test_what_is_granted(self) -> None:
+        everything = " ".join([*s4s.PLAIN_SCOPES, "patient/*.cruds user/*.cruds system/*.cruds"])
+        for asked, granted in (
+                ("patient/*.rs openid launch/patient", "patient/*.rs openid launch/patient"),
+                ("openid patient/*.read openid", "openid patient/*.read"), ("patient/*.*", "patient/*.read"),
+                ("user/Condition.cruds?code=x", "user/Condition.rs?code=x"), ("patient/*.write", ""),
+                ("patient/*.r patient/*.cd", "patient/*.r"), ("system/*.rs", ""), ("online_access", ""),
+                ("nonsense patient/*.dus launch/imagingstudy fhirUser", "fhirUser")):
+            with self.subTest(asked=asked):
+                self.assertEqual(s4s.negotiate_scope(asked, everything), granted)
+        self.assertEqual(s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",)), "system/*.read")
+
+    def test_a_constraint_that_can_not_be_kept_is_refused_not_dropped(self) -> None:
+        for word in ("patient/Observation.rs?code:in=x", "patient/Observation.rs?subject.name=x",
+                     "patient/Observation.rs?_filter=x", "patient/Observation.rs?"):
+            with self.subTest(word=word), self.assertRaisesRegex(s4s.PortalError, "invalid_scope"):
+                s4s.negotiate_scope("launch/patient " + word, "launch/patient patient/*.rs")
+
+    def test_scopes_in_words(self) -> None:
+        for word, needles in (("patient/*.rs", ("everything", "may be later")), ("patient/Condition.r", ("open Condition",)),
+                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",)),
+                              ("patient/Observation.rs?category=a,b", ("only where category is a or b",))):
+            for needle in needles:
+                self.assertIn(needle, s4s.describe_scope(word))
+
+
+class Discovery(PortalTest):
+    """The documents that say where everything is."""
+    paths: ClassVar[tuple[str, ...]] = ("/.well-known/oauth-authorization-server", "/.well-known/openid-configuration",
+                                        "/api/fhir/.well-known/smart-configuration")
+
+    def documents(self) -> list[Any]:
+        return [ask(self.portal.url + path, headers={"Accept": "text/html"}).json for path in self.paths]
+
+    def test_all_documents_agree(self) -> None:
+        oauth, openid, smart = self.documents()
+        self.assertEqual(oauth, openid)
+        for name, value in smart.items():
+            if name not in ("capabilities", "grant_types_supported", "token_endpoint_auth_methods_supported"):
+                self.assertEqual(oauth[name], value)
+        self.assertLess(set(smart["grant_types_supported"]), set(oauth["grant_types_supported"]))
+        self.assertEqual(smart["issuer"], self.portal.url)
+
+    def test_every_address_is_absolute_and_served(self) -> None:
+        for name, url in self.documents()[2].items():
+            if name.endswith(("_endpoint", "_uri")):
+                with self.subTest(name=name):
+                    self.assertTrue(url.startswith(self.portal.url))
+                    self.assertNotEqual(ask(url, method="OPTIONS").status, 404)
+
+    def test_the_metadata_names_the_same_endpoints(self) -> None:
+        smart = self.documents()[2]
+        extension = self.fhir("metadata").json["rest"][0]["security"]["extension"][0]["extension"]
+        self.assertLessEqual({one["valueUri"] for one in extension}, {value for value in smart.values() if
+                                                                     isinstance(value, str)})
+
+    def test_every_capability_is_a_smart_2_2_word(self) -> None:
+        self.assertLessEqual(set(self.documents()[2]["capabilities"]), {
+            "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+            "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
+            "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
+            "permission-patient", "permission-user", "permission-v1", "permission-v2"})
+
+    def test_every_scope_listed_can_be_granted(self) -> None:
+        for word in self.documents()[0]["scopes_supported"]:
+            with self.subTest(word=word):
+                self.assertEqual(s4s.negotiate_scope(word, word, ("patient", "user", "system")), word)
+
+
+class AuthorizationRequest(PortalTest):
+    """GET and POST /oauth/authorize: each check, and where its error goes."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal)
+
+    def ask(self, **changed: str | None) -> Answer:
+        return ask(self.app.authorize_url(**changed))
+
+    def test_until_client_and_redirect_uri_are_good_nothing_redirects(self) -> None:
+        for changed in ({"client_id": "nobody"}, {"client_id": None}, {"redirect_uri": None},
+                        {"redirect_uri": "https://evil.example/"}, {"redirect_uri": "https://app.example/cb?own=1&x"}):
+            with self.subTest(changed=changed):
+                got = self.ask(**changed)
+                self.assertEqual((got.status, "location" in got.headers), (400, False))
+
+    def test_everything_else_goes_back_to_the_app_before_anybody_signs_in(self) -> None:
+        for error, changed in (
+                ("invalid_request", {"response_type": None}), ("unsupported_response_type", {"response_type": "token"}),
+                ("invalid_request", {"response_mode": "form_post"}), ("invalid_request", {"scope": None}),
+                ("invalid_scope", {"scope": "nonsense"}), ("invalid_scope", {"scope": 'patient/*.rs "'}),
+                ("invalid_request", {"aud": "https://evil.example/api/fhir"}),
+                ("invalid_target", {"aud": None, "resource": "https://evil.example/api/fhir"}),
+                ("invalid_request", {"code_challenge_method": None}), ("invalid_request", {"code_challenge_method": "plain"}),
+                ("invalid_request", {"code_challenge": "short"}), ("invalid_request", {"code_challenge": None}),
+                ("request_not_supported", {"request": "x"}), ("request_uri_not_supported", {"request_uri": "x"}),
+                ("invalid_request", {"max_age": "soon"}), ("invalid_request", {"prompt": "none login"}),
+                ("login_required", {"prompt": "none"}), ("invalid_request", {"scope": "launch patient/*.rs"}),
+                ("invalid_request", {"scope": "launch patient/*.rs", "launch": "unknown"})):
+            with self.subTest(changed=changed):
+                got = self.ask(**changed)
+                self.assertEqual((got.status, got.location["error"]), (303, error))
+                self.assertEqual((got.location["state"], got.location["iss"]), (self.app.state, self.portal.url))
+                self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
+                self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
+
+    def test_state_is_required(self) -> None:
+        got = self.ask(state=None)
+        self.assertEqual((got.location["error"], "state" in got.location), ("invalid_request", False))
+
+    def test_a_parameter_given_twice_is_refused(self) -> None:
+        for name, status in (("scope", 303), ("nonce", 303), ("client_id", 400), ("redirect_uri", 400)):
+            with self.subTest(name=name):
+                self.assertEqual(ask(self.app.authorize_url(nonce="n") + f"&{name}=x").status, status)
+
+    def test_state_comes_back_as_it_was(self) -> None:
+        for state in ("a;b", "a b+c%20", "\u00e9\u4e2d", "x&y=z#?", "'\"<>"):
+            with self.subTest(state=state):
+                got = self.ask(state=state, scope="nonsense")
+                self.assertEqual(got.location["state"], state)
+                self.assertRegex(got.headers["location"].partition("?")[2], r"^[A-Za-z0-9._~%&=-]+$")
+
+    def test_a_posted_request_is_the_same(self) -> None:
+        url, _, query = self.app.authorize_url().partition("?")
+        got = ask(url, form=parse_qsl(query))
+        self.assertEqual(got.status, 303)
+        self.assertIn("/oauth/consent?request=", got.headers["location"])
+
+    def test_the_fhir_base_may_be_named_with_a_slash_and_by_any_name_of_loopback(self) -> None:
+        port = self.portal.port
+        for aud in (f"http://localhost:{port}/api/fhir", f"http://127.0.0.1:{port}/api/fhir/", f"http://[::1]:{port}/api/fhir"):
+            for name in ("aud", "resource"):
+                with self.subTest(aud=aud, name=name):
+                    back = self.portal.approve(self.app.authorize_url(**{"aud": None, name: aud}), username="daniel-adams")
+                    self.assertEqual(dict(parse_qsl(back))["iss"], aud.rstrip("/")[:-len("/api/fhir")])
+        for aud in (f"http://localhost:{port + 1}/api/fhir", f"https://localhost:{port}/api/fhir", self.portal.url):
+            with self.subTest(aud=aud):
+                self.assertEqual(self.ask(aud=aud).location["error"], "invalid_request")
+
+    def test_login_hint_fills_in_the_user_name(self) -> None:
+        self.assertIn('value="joseph-ross"', Browser(self.portal).open(self.app.authorize_url(login_hint="joseph-ross")).text)
+
+    def test_prompt_none_never_shows_a_page(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        self.assertEqual(browser.open(self.app.authorize_url(prompt="none")).location["error"], "consent_required")
+
+    def test_prompt_login_and_max_age_ask_to_sign_in_again(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        self.portal.advance(100)
+        for changed, again in (({"max_age": "200"}, False), ({"max_age": "50"}, True), ({"prompt": "login"}, True)):
+            with self.subTest(changed=changed):
+                self.assertEqual("Sign in" in browser.open(self.app.authorize_url(**changed)).text, again)
+        self.assertIn("Whose record?", browser.sign_in().text)
+
+    def test_a_client_that_did_not_register_for_the_code_flow_is_refused(self) -> None:
+        self.app = App(self.portal, grant_types=["client_credentials"])
+        self.assertEqual(self.ask().location["error"], "unauthorized_client")
+
+    def test_without_the_refresh_token_grant_there_is_no_offline_access(self) -> None:
+        tokens = App(self.portal, grant_types=["authorization_code"]).tokens()
+        self.assertEqual(("refresh_token" in tokens, tokens["scope"]), (False, "launch/patient patient/*.rs"))
+
+    def test_a_confidential_client_may_leave_out_pkce_and_aud(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="client_secret_post")
+        code = app.code(code_challenge=None, code_challenge_method=None, aud=None)
+        self.assertEqual(app.exchange(code).json["error"], "invalid_grant", "a verifier without a challenge")
+        self.assertEqual(app.exchange(code, code_verifier="").status, 200)
+
+
+class Strict(PortalTest):
+    """--strict: SMART 2.2 to the letter."""
+    settings: ClassVar[dict[str, Any]] = {"strict": True}
+
+    def test_pkce_and_aud_are_required_from_every_client(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="client_secret_basic")
+        for missing in ("code_challenge", "aud"):
+            got = ask(app.authorize_url(**{missing: None, **({"code_challenge_method": None} if missing != "aud" else {})}))
+            self.assertEqual(got.location["error"], "invalid_request")
+            self.assertIn(missing, got.location["error_description"])
+        self.assertEqual(app.exchange(app.code()).status, 200)
+
+
+class SeveralNames(PortalTest):
+    """Several base URLs: each app lives under the name it knows."""
+    settings: ClassVar[dict[str, Any]] = {"base_url": ["http://portal.example", "http://smart:8000/"]}
+
+    def discover(self, host: str) -> Any:
+        return ask(f"{self.portal.address}/.well-known/openid-configuration", headers={"Host": host}).json
+
+    def test_addresses_are_in_the_name_that_was_asked_and_the_browsers_in_the_first(self) -> None:
+        for host, base in (("smart:8000", "http://smart:8000"), ("portal.example", "http://portal.example"),
+                           ("localhost", "http://portal.example")):
+            with self.subTest(host=host):
+                found = self.discover(host)
+                self.assertEqual((found["issuer"], found["token_endpoint"]), (base, base + "/oauth/token"))
+                self.assertEqual(found["authorization_endpoint"], "http://portal.example/oauth/authorize")
+
+    def test_the_issuer_of_a_grant_is_the_name_that_aud_used(self) -> None:
+        set_signing_key(self.portal)
+        app = App(self.portal, "openid fhirUser launch/patient patient/*.rs")
+        back = dict(parse_qsl(urlsplit(self.portal.approve(
+            app.authorize_url(aud="http://smart:8000/api/fhir"), username="daniel-adams")).query))
+        self.assertEqual(back["iss"], "http://smart:8000")
+        got = ask(f"{self.portal.address}/oauth/token", basic=(app.client_id, app.secret), form={
+            "grant_type": "authorization_code", "code": back["code"], "redirect_uri": app.redirect_uri,
+            "code_verifier": app.verifier}).json
+        claims = s4s.read_jwt(got["id_token"]).claims
+        self.assertEqual((claims["iss"], claims["fhirUser"]),
+                         ("http://smart:8000", f"http://smart:8000/api/fhir/Patient/{DANIEL}"))
+
+
+class ClientMetadata(PortalTest):
+    """RFC 7591 metadata: checked, and given back."""
+
+    def register(self, **members: Any) -> Answer:
+        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
+
+    def test_what_was_sent_is_given_back(self) -> None:
+        sent = {"client_name": "App", "client_name#fr": "Appli", "client_uri": "https://app.example/#about",
+                "contacts": ["a@app.example"], "software_id": "x", "software_version": "1", "jwks": {"keys": [RSA_JWK]},
+                "token_endpoint_auth_method": "private_key_jwt", "token_endpoint_auth_signing_alg": "RS384",
+                "application_type": "web", "launch_uris": ["https://app.example/launch"], "of_our_own": {"a": [1]},
+                "grant_types": ["authorization_code", "client_credentials"], "response_types": ["code"]}
+        got = self.register(**sent)
+        self.assertEqual(got.status, 201)
+        self.assertEqual({name: got.json[name] for name in sent}, sent)
+        self.assertNotIn("client_secret", got.json)
+
+    def test_the_defaults_are_told(self) -> None:
+        got = self.register().json
+        self.assertEqual((got["grant_types"], got["response_types"], got["token_endpoint_auth_method"]),
+                         (["authorization_code", "refresh_token"], ["code"], "client_secret_basic"))
+        self.assertEqual(got["scope"], "openid fhirUser launch launch/patient patient/*.rs offline_access")
+
+    def test_a_member_that_can_not_be_is_named(self) -> None:
+        for member, value in (
+                ("client_name", 1), ("client_uri", "ftp://a/"), ("logo_uri", []), ("contacts", "a"), ("contacts", [1]),
+                ("grant_types", ["implicit"]), ("grant_types", [""]), ("response_types", ["token"]), ("software_id", {}),
+                ("token_endpoint_auth_method", "client_secret_jwt"), ("launch_uris", ["/x"]), ("launch_uris", ["app:/x"]),
+                ("id_token_signed_response_alg", "none"), ("scope", 'a"b'), ("scope", " "), ("jwks", 1), ("jwks", {}),
+                ("jwks", {"keys": [1]}), ("jwks", {"keys": [{**RSA_JWK, "d": "x"}]}), ("jwks", {"keys": [RSA_JWK] * 2}),
+                ("jwks", {"keys": [{**RSA_JWK, "n": "AQAB"}]}), ("jwks_uri", "x"), ("security_labels", ["nonsense"]),
+                ("client_uri#fr", 1), ("subject_type", "pairwise"), ("tos_uri", None)):
+            with self.subTest(member=member, value=value):
+                got = self.register(**{member: value})
+                self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+                self.assertIn(member.partition("#")[0], got.json["error_description"])
+
+    def test_keys_come_in_one_way(self) -> None:
+        both = {"jwks": {"keys": [RSA_JWK]}, "jwks_uri": "https://app.example/jwks"}
+        self.assertEqual(self.register(**both).status, 400)
+        self.assertEqual(self.register(token_endpoint_auth_method="private_key_jwt").status, 400)
+
+    def test_a_backend_service_needs_no_redirect_uri(self) -> None:
+        got = self.post("/oauth/register", {"grant_types": ["client_credentials"], "scope": "system/*.rs",
+                                            "token_endpoint_auth_method": "private_key_jwt", "jwks": {"keys": [RSA_JWK]}})
+        self.assertEqual((got.status, got.json["redirect_uris"], got.json["response_types"]), (201, [], []))
+
+    def test_an_app_can_not_choose_its_own_secret(self) -> None:
+        got = self.register(client_id="mine", client_secret="mine").json
+        self.assertNotIn("mine", (got["client_id"], got["client_secret"]))
+
+
+class KeyedApp:
+    """An app that proves itself by its keys (private_key_jwt)."""
+    def __init__(self, portal: s4s.Server, **metadata: Any):
+        self.portal = portal
+        self.client_id = portal.register_client(**{
+            "token_endpoint_auth_method": "private_key_jwt", "grant_types": ["client_credentials"], "scope": "system/*.rs",
+            "jwks": {"keys": [RSA_JWK, RFC_6979_JWK]}, **metadata})["client_id"]
+
+    def assertion(self, algorithm: str = "RS384", header: Any = None, **changed: Any) -> str:
+        """A signed assertion, as of the portal's time; None leaves a claim out."""
+        claims = {"iss": self.client_id, "sub": self.client_id, "aud": self.portal.url + "/oauth/token",
+                  "exp": self.portal.portal.clock.now() + 300, "jti": secrets.token_urlsafe(8), **changed}
+        head = {"alg": algorithm, "kid": {"RS384": "r", "ES384": "e"}.get(algorithm), "typ": "JWT", **(header or {})}
+        signed = ".".join(b64(json.dumps({name: value for name, value in part.items() if value is not None}).encode())
+                          for part in (head, claims))
+        signature = (es384_sign(signed.encode()) if algorithm == "ES384" else
+                     s4s.rsa_sign(RFC_7515_KEY, "RS384", signed.encode()))
+        return f"{signed}.{b64(signature)}"
+
+    def token(self, assertion: str | None = None, **changed: str) -> Answer:
+        """A request of the token endpoint as a backend service."""
+        return ask(self.portal.url + "/oauth/token", form={
+            "grant_type": "client_credentials", "scope": "system/*.rs", "client_assertion_type": s4s.ASSERTION_TYPE,
+            "client_assertion": assertion or self.assertion(), **changed})
+
+
+class Assertions(PortalTest):
+    """private_key_jwt: RFC 7523, and SMART's rules for it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = KeyedApp(self.portal)
+
+    def test_rs384_and_es384_prove_who_it_is(self) -> None:
+        for algorithm in ("RS384", "ES384"):
+            self.assertEqual(self.app.token(self.app.assertion(algorithm)).status, 200)
+
+    def test_the_audience_is_the_token_endpoint_or_the_issuer_and_may_be_a_list(self) -> None:
+        url = self.portal.url
+        for aud in (url, url + "/", [url + "/oauth/token"], ["https://else.example", url],
+                    f"http://localhost:{self.portal.port}/oauth/token"):
+            with self.subTest(aud=aud):
+                self.assertEqual(self.app.token(self.app.assertion(aud=aud)).status, 200)
+
+    def test_each_rule_is_enforced(self) -> None:
+        now, other = self.portal.portal.clock.now(), App(self.portal)
+        for header, claims in (
+                ({"alg": "none"}, {}), ({"alg": "HS256"}, {}), ({"alg": "RS256"}, {}), ({"alg": "ES384"}, {}),
+                ({"alg": ["RS384"]}, {}), ({"alg": "RS"}, {}), ({"typ": "at+jwt"}, {}), ({"kid": None}, {}),
+                ({"kid": 1}, {}), ({"kid": "else"}, {}), ({"kid": "e"}, {}), ({"jku": "https://app.example/jwks"}, {}),
+                ({}, {"iss": "nobody"}), ({}, {"iss": None}), ({}, {"iss": ["x"]}), ({}, {"sub": "nobody"}),
+                ({}, {"iss": other.client_id, "sub": other.client_id}), ({}, {"aud": "https://else.example"}),
+                ({}, {"aud": None}), ({}, {"aud": {}}), ({}, {"exp": None}), ({}, {"exp": now - 1}), ({}, {"exp": "soon"}),
+                ({}, {"exp": True}), ({}, {"exp": now + 400}), ({}, {"exp": 1e300}), ({}, {"nbf": now + 60}),
+                ({}, {"iat": now + 60}), ({}, {"iat": "x"}), ({}, {"jti": None}), ({}, {"jti": ""}), ({}, {"jti": 5})):
+            with self.subTest(header=header, claims=claims):
+                got = self.app.token(self.app.assertion(header=header, **claims))
+                self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+                self.assertIn("www-authenticate", got.headers)
+
+    def test_another_keys_signature_is_refused(self) -> None:
+        head, claims, signature = self.app.assertion().split(".")
+        for bent in (f"{head}.{claims}.{signature[:-6]}AAAAAA", f"{head}.{claims}.", f"{head}.{claims}", "x",
+                     f"{head}.{b64(base64.urlsafe_b64decode(claims + '==') + b' ')}.{signature}"):
+            self.assertEqual(self.app.token(bent).json["error"], "invalid_client")
+
+    def test_an_assertion_counts_once(self) -> None:
+        assertion = self.app.assertion()
+        self.assertEqual(self.app.token(assertion).status, 200)
+        self.assertEqual(self.app.token(assertion).json["error"], "invalid_client")
+
+    def test_of_many_requests_with_one_assertion_one_is_first(self) -> None:
+        assertion, statuses = self.app.assertion(), []
+        threads = [threading.Thread(target=lambda: statuses.append(self.app.token(assertion).status)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(statuses), [200] + [401] * 7)
+
+    def test_a_forged_assertion_does_not_use_up_the_true_ones_jti(self) -> None:
+        self.app.token(self.app.assertion(jti="one")[:-6] + "AAAAAA")
+        self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
+
+    def test_a_jti_is_free_again_when_its_assertion_has_expired(self) -> None:
+        self.app.token(self.app.assertion(jti="one"))
+        self.portal.advance(301)
+        self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
+
+    def test_the_type_of_assertion_must_be_named_exactly(self) -> None:
+        got = self.app.token(client_assertion_type="urn:ietf:params:oauth:client-assertion-type:saml2-bearer")
+        self.assertEqual(got.json["error"], "invalid_client")
+
+    def test_client_id_if_sent_is_the_same(self) -> None:
+        self.assertEqual(self.app.token(client_id=self.app.client_id).status, 200)
+        self.assertEqual(self.app.token(client_id="test-suite").json["error"], "invalid_client")
+
+    def test_two_ways_at_once_are_refused(self) -> None:
+        got = self.app.token(client_secret="x")
+        self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
+
+    def test_an_app_with_users_may_prove_itself_so_too(self) -> None:
+        app = KeyedApp(self.portal, grant_types=["authorization_code", "refresh_token"], scope="launch/patient patient/*.rs",
+                       redirect_uris=[App.redirect_uri])
+        flow = App(self.portal)
+        back = self.portal.approve(flow.authorize_url(client_id=app.client_id), username="daniel-adams")
+        got = app.token(grant_type="authorization_code", code=dict(parse_qsl(back))["code"], scope="",
+                        redirect_uri=flow.redirect_uri, code_verifier=flow.verifier)
+        self.assertEqual((got.status, got.json["patient"]), (200, DANIEL))
+
+
+class KeysByUrl(PortalTest):
+    """jwks_uri: fetched, kept as long as allowed, with limits."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.asked, self.answer = 0, (200, {"Content-Type": "application/json"}, json.dumps({"keys": [RSA_JWK]}).encode())
+        test = self
+
+        class Keys(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                test.asked += 1
+                status, headers, body = test.answer
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+        server = http.server.HTTPServer(("127.0.0.1", 0), Keys)
+        thread = threading.Thread(target=lambda: server.serve_forever(0.01))
+        thread.start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(thread.join)
+        self.addCleanup(server.shutdown)
+        self.url = f"http://127.0.0.1:{server.server_port}/keys?a=b"
+
+    def app(self, portal: s4s.Server | None = None) -> KeyedApp:
+        app = KeyedApp.__new__(KeyedApp)
+        app.portal = portal or self.portal
+        app.client_id = app.portal.register_client(
+            token_endpoint_auth_method="private_key_jwt", grant_types=["client_credentials"], scope="system/*.rs",
+            jwks_uri=self.url)["client_id"]
+        return app
+
+    def test_keys_are_fetched(self) -> None:
+        self.assertEqual(self.app().token().status, 200)
+
+    def test_keys_are_kept_as_long_as_cache_control_says_and_no_longer(self) -> None:
+        app = self.app()
+        app.token()
+        app.token()
+        self.assertEqual(self.asked, 2, "without Cache-Control nothing is kept")
+        self.answer[1]["Cache-Control"] = "public, max-age=60"
+        for _ in range(3):
+            self.assertEqual(app.token().status, 200)
+        self.assertEqual(self.asked, 3)
+        self.portal.advance(61)
+        app.token()
+        self.assertEqual(self.asked, 4)
+
+    def test_a_key_that_is_not_among_those_kept_is_looked_for_again(self) -> None:
+        app, keys = self.app(), self.answer[2]
+        self.answer = (200, {"Cache-Control": "max-age=600"}, json.dumps({"keys": [RFC_6979_JWK]}).encode())
+        self.assertEqual(app.token(app.assertion("ES384")).status, 200)
+        self.answer = (200, {}, keys)
+        self.assertEqual(app.token().status, 200)
+
+    def test_what_is_no_key_set_is_invalid_client_with_words(self) -> None:
+        for answer in ((404, {}, b""), (302, {"Location": self.url}, b""), (200, {}, b"<html>"), (200, {}, b"[" * 5000),
+                       (200, {}, b'{"keys": [{"kty": "RSA", "kid": ["r"]}, 5]}'), (200, {}, b" " * (64 << 10) + b"{}"),
+                       (200, {}, json.dumps({"keys": [RSA_JWK, RSA_JWK]}).encode()), (200, {"Content-Length": "999"}, b"{")):
+            with self.subTest(answer=answer[2][:20]):
+                self.answer = answer
+                got = self.app().token()
+                self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+
+    def test_an_address_where_nobody_listens_is_invalid_client(self) -> None:
+        self.url = "http://127.0.0.1:1/keys"
+        self.assertEqual(self.app().token().json["error"], "invalid_client")
+
+    def test_an_exposed_server_asks_no_neighbours_for_a_stranger(self) -> None:
+        with s4s.Server(debug=False) as portal:
+            got = self.app(portal).token()
+        self.assertEqual((got.json["error"], self.asked), ("invalid_client", 0))
+        self.assertIn("not public", got.json["error_description"])
+
+    def test_a_fetch_that_drips_is_cut_off(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as quiet, self.assertRaises(ValueError):
+            s4s.fetch(f"http://127.0.0.1:{quiet.getsockname()[1]}/", False, seconds=0.05)
+
+
+class BackendServices(PortalTest):
+    """client_credentials (SMART, "Backend Services")."""
+
+    def test_a_token_lasts_five_minutes_and_has_no_refresh_token(self) -> None:
+        got = KeyedApp(self.portal).token().json
+        self.assertEqual((got["expires_in"], got["scope"], got["token_type"]), (300, "system/*.rs", "Bearer"))
+        self.assertLessEqual({"refresh_token", "patient", "id_token"} & got.keys(), set())
+
+    def test_only_system_scopes_within_the_registered_are_granted(self) -> None:
+        app = KeyedApp(self.portal, scope="system/Observation.rs patient/*.rs openid")
+        self.assertEqual(app.token(scope="system/Observation.read system/*.rs patient/*.rs openid").json["scope"],
+                         "system/Observation.read")
+        for scope in ("system/*.rs", "patient/*.rs", "openid", "nonsense"):
+            self.assertEqual(app.token(scope=scope).json["error"], "invalid_scope")
+        self.assertEqual(app.token(scope="").json["error"], "invalid_request")
+
+    def test_a_client_with_a_secret_or_none_may_not(self) -> None:
+        for method in ("client_secret_basic", "none"):
+            app = App(self.portal, "system/*.rs", grant_types=["client_credentials"], token_endpoint_auth_method=method)
+            got = app.token_request(grant_type="client_credentials", scope="system/*.rs")
+            self.assertEqual((got.status, got.json["error"]), (400, "unauthorized_client"))
+
+    def test_a_client_that_did_not_register_for_it_may_not(self) -> None:
+        app = KeyedApp(self.portal, grant_types=["authorization_code"], redirect_uris=["https://app.example/cb"])
+        self.assertEqual(app.token().json["error"], "unauthorized_client")
+
+    def test_while_debug_controls_are_off_only_clients_of_the_fixtures_may(self) -> None:
+        service = {"client_id": "service", "jwks": {"keys": [RSA_JWK]}, "grant_types": ["client_credentials"],
+                   "scope": "system/*.rs"}
+        with s4s.Server(debug=False, fixtures={"clients": [service]}) as portal:
+            app = KeyedApp(portal)
+            self.assertEqual(app.token().json["error"], "unauthorized_client")
+            app.client_id = "service"
+            self.assertEqual(app.token().status, 200)
+
+    def test_its_token_may_introspect_every_token(self) -> None:
+        service, other = KeyedApp(self.portal).token().json["access_token"], self.portal.issue_token()["access_token"]
+        for value in (service, other):
+            got = ask(self.portal.url + "/oauth/introspect", form={"token": value}, token=service).json
+            self.assertTrue(got["active"])
+        self.assertNotIn("sub", ask(self.portal.url + "/oauth/introspect", form={"token": service}, token=service).json)
+
+    def test_it_stands_for_no_user(self) -> None:
+        got = ask(self.portal.url + "/oauth/userinfo", token=KeyedApp(self.portal).token().json["access_token"])
+        self.assertEqual((got.status, got.json["error"]), (403, "insufficient_scope"))
+
+
+class EhrLaunch(PortalTest):
+    """Launch by the EHR: /launch and the test control."""
+    scope = "launch openid fhirUser patient/*.rs offline_access"
+
+    def setUp(self) -> None:
+        super().setUp()
+        set_signing_key(self.portal)
+        self.portal.portal.records.read("Patient", DANIEL)
+        self.portal.portal.records.put([{
+            "resourceType": "Encounter", "id": f"visit-{number}", "status": "finished", "meta": {
+                "lastUpdated": "2020-01-01T00:00:00Z"}, "subject": {"reference": f"Patient/{DANIEL}"},
+            "period": {"start": f"202{number}-01-01"}, "type": [{"text": "Check-up"}]} for number in (1, 2)])
+        self.app = App(self.portal, self.scope, launch_uris=["https://app.example/launch?own=1"])
+
+    def launch(self, **given: Any) -> str:
+        url = self.portal.launch(**{"client_id": self.app.client_id, "patient_id": DANIEL, **given})
+        self.handle: str = dict(parse_qsl(urlsplit(url).query))["launch"]
+        return self.handle
+
+    def tokens(self, username: str = "daniel-adams", **changed: Any) -> Any:
+        return self.app.exchange(self.app.code(username, launch=self.handle, **changed)).json
+
+    def test_the_app_is_opened_with_iss_and_launch(self) -> None:
+        got = self.post("/oauth/debug/launch", {"client_id": self.app.client_id}).json
+        self.assertEqual(got["iss"], self.portal.fhir_url)
+        self.assertTrue(got["launch_url"].startswith("https://app.example/launch?own=1&iss="))
+        query = dict(parse_qsl(urlsplit(got["launch_url"]).query))
+        self.assertEqual((query["iss"], query["launch"]), (got["iss"], got["launch"]))
+
+    def test_the_context_is_in_token_response_refresh_and_introspection(self) -> None:
+        context = [{"reference": "ImagingStudy/1", "role": "https://app.example/role"}]
+        self.launch(encounter_id="visit-1", intent="review", need_patient_banner=False, fhir_context=context)
+        wanted = {"patient": DANIEL, "encounter": "visit-1", "intent": "review", "need_patient_banner": False,
+                  "fhirContext": context}
+        tokens = self.tokens()
+        seen = ask(self.portal.url + "/oauth/introspect", form={"token": tokens["access_token"]},
+                   basic=(self.app.client_id, self.app.secret)).json
+        for answer in (tokens, self.app.refresh(tokens["refresh_token"]).json, seen):
+            self.assertEqual({name: answer.get(name) for name in wanted}, wanted)
+
+    def test_intent_and_fhir_context_come_only_when_a_launch_asks(self) -> None:
+        self.launch()
+        tokens = self.tokens()
+        self.assertEqual((tokens["patient"], tokens["need_patient_banner"]), (DANIEL, True))
+        self.assertLessEqual({"intent", "fhirContext", "encounter"} & tokens.keys(), set())
+
+    def test_a_launch_works_once(self) -> None:
+        self.launch()
+        self.assertIn("access_token", self.tokens())
+        got = ask(self.app.authorize_url(launch=self.handle))
+        self.assertEqual(got.location["error"], "invalid_request")
+
+    def test_two_requests_with_one_launch_end_in_one_code(self) -> None:
+        self.launch()
+        browsers = []
+        for _ in range(2):
+            browser = Browser(self.portal)
+            browser.open(self.app.authorize_url(launch=self.handle))
+            browser.sign_in()
+            browsers.append(browser)
+        self.assertIn("code", browsers[0].submit("authorize").location)
+        self.assertEqual(browsers[1].submit("authorize").status, 400)
+
+    def test_a_launch_lasts_minutes(self) -> None:
+        self.launch()
+        self.portal.advance(301)
+        self.assertEqual(ask(self.app.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+
+    def test_a_launch_is_for_its_app(self) -> None:
+        self.launch()
+        other = App(self.portal, self.scope)
+        self.assertEqual(ask(other.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+        self.assertIn("access_token", self.tokens())
+
+    def test_without_an_app_it_is_for_the_first_that_uses_it(self) -> None:
+        self.launch(client_id=None, launch_uri="https://app.example/start")
+        other = App(self.portal, self.scope)
+        self.assertIn("/oauth/consent", ask(self.app.authorize_url(launch=self.handle)).headers["location"])
+        self.assertEqual(ask(other.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+
+    def test_a_request_that_fails_binds_nothing(self) -> None:
+        self.launch(client_id=None, launch_uri="https://app.example/start")
+        other = App(self.portal, self.scope)
+        ask(other.authorize_url(launch=self.handle, scope="launch nonsense", max_age="x"))
+        self.assertIn("access_token", self.tokens())
+
+    def test_a_launch_signs_nobody_in(self) -> None:
+        self.launch(username="daniel-adams")
+        browser = Browser(self.portal)
+        self.assertIn('value="daniel-adams"', browser.open(self.app.authorize_url(launch=self.handle)).text)
+        self.assertEqual(browser.sign_in("clinician").status, 403)
+        with self.assertRaisesRegex(s4s.PortalError, "daniel-adams"):
+            self.portal.approve(self.app.authorize_url(launch=self.handle), username="clinician")
+
+    def test_who_may_not_open_the_record_gets_a_page(self) -> None:
+        self.launch()
+        browser = Browser(self.portal)
+        browser.open(self.app.authorize_url(launch=self.handle))
+        self.assertEqual(browser.sign_in("joseph-ross").status, 403)
+
+    def test_the_launch_leaves_no_patient_to_choose(self) -> None:
+        self.launch(patient_id=AMY)
+        browser = Browser(self.portal)
+        browser.open(self.app.authorize_url(launch=self.handle))
+        self.assertIn("Amy Shaw", browser.sign_in().text)
+        self.assertEqual(self.app.exchange(browser.submit("authorize").location["code"]).json["patient"], AMY)
+        self.launch()
+        with self.assertRaises(s4s.PortalError):
+            self.portal.approve(self.app.authorize_url(launch=self.handle), username="daniel-adams", patient_id=AMY)
+
+    def test_a_launch_without_a_patient_lets_the_user_choose(self) -> None:
+        self.launch(patient_id=None)
+        self.assertEqual(self.tokens(patient_id=AMY)["patient"], AMY)
+
+    def test_without_the_scope_launch_the_parameter_means_nothing(self) -> None:
+        self.launch(intent="review")
+        tokens = self.app.exchange(self.app.code(launch=self.handle, scope="patient/*.rs", patient_id=AMY)).json
+        self.assertEqual((tokens["patient"], "intent" in tokens), (AMY, False))
+        self.assertIn("access_token", self.tokens())
+
+    def test_an_app_that_can_be_launched_either_way_may_start_by_itself(self) -> None:
+        app = App(self.portal, "launch launch/patient patient/*.rs")
+        self.assertEqual(app.tokens()["scope"], "launch launch/patient patient/*.rs")
+
+    def test_what_can_not_be_launched_is_named(self) -> None:
+        plain = App(self.portal)
+        for member, given in (
+                ("client_id", {"client_id": "nobody"}), ("launch_uri", {"client_id": plain.client_id}),
+                ("launch_uri", {"launch_uri": "https://evil.example/"}), ("client_id", {"client_id": None}),
+                ("launch_uri", {"client_id": None, "launch_uri": "javascript:alert(1)"}), ("username", {"username": "x"}),
+                ("launch_uri", {"client_id": None, "launch_uri": "/relative"}), ("patient_id", {"patient_id": "x"}),
+                ("patient_id", {"username": "joseph-ross"}), ("encounter_id", {"encounter_id": "x"}), ("intent", {"intent": 5}),
+                ("encounter_id", {"patient_id": AMY, "encounter_id": "visit-1"}), ("patient_id", {"patient_id": []}),
+                ("need_patient_banner", {"need_patient_banner": "yes"}), ("fhir_context", {"fhir_context": {}}),
+                ("fhir_context", {"fhir_context": [{}]}), ("fhir_context", {"fhir_context": [{"reference": "x"}]}),
+                ("fhir_context", {"fhir_context": [{"reference": "Patient/1"}]}),
+                ("fhir_context", {"fhir_context": [{"reference": "Task/1", "role": ""}]}), ("unknown", {"unknown": 1})):
+            with self.subTest(given=given):
+                got = self.post("/oauth/debug/launch", {"client_id": self.app.client_id, "patient_id": DANIEL, **given})
+                self.assertEqual(got.status, 400)
+                self.assertIn(member, got.json["error_description"])
+
+    def test_the_launch_page_opens_the_app(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(f"{self.portal.url}/launch?patient_id={DANIEL}")
+        self.assertIn("2022-01-01 Check-up", browser.page.text)
+        got = browser.submit("launch", client_id=self.app.client_id, patient_id=DANIEL, encounter_id="visit-2",
+                             intent="review")
+        self.assertTrue(got.headers["location"].startswith("https://app.example/launch?own=1&iss="))
+        self.handle = got.location["launch"]
+        tokens = self.tokens()
+        self.assertEqual((tokens["encounter"], tokens["intent"], tokens["need_patient_banner"]), ("visit-2", "review", True))
+
+    def test_the_launch_page_takes_a_launch_uri_from_its_address(self) -> None:
+        browser = Browser(self.portal)
+        page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": "http://localhost:3000/launch.html"}))
+        self.assertIn('value="http://localhost:3000/launch.html"', page.text)
+        self.assertTrue(browser.submit("launch").headers["location"].startswith("http://localhost:3000/launch.html?iss="))
+
+    def test_no_other_site_can_launch_in_somebodys_name(self) -> None:
+        got = ask(self.portal.url + "/launch", form={"launch_uri": "https://evil.example/"})
+        self.assertEqual(got.status, 403)
+
+    def test_the_demo_app_lives_where_this_server_is(self) -> None:
+        self.assertTrue(self.portal.launch(client_id="demo-app").startswith(self.portal.url + "/demo?iss="))
+        url = self.app.authorize_url(client_id="demo-app", redirect_uri=self.portal.url + "/demo", scope="launch/patient")
+        self.assertTrue(self.portal.approve(url, username="daniel-adams").startswith(self.portal.url + "/demo?code="))
+
+    def test_there_is_no_launch_page_without_debug_controls(self) -> None:
+        with s4s.Server(debug=False) as portal:
+            self.assertEqual(ask(portal.url + "/launch").status, 404)
+
+    def test_a_standalone_app_gets_the_visit_that_the_user_chose(self) -> None:
+        app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
+        browser = Browser(self.portal)
+        browser.open(app.authorize_url())
+        browser.sign_in()
+        browser.submit(DANIEL)
+        self.assertIn('<option value="visit-1">2021-01-01 Check-up</option>', browser.page.text)
+        back = browser.submit("authorize", encounter_id="visit-1")
+        self.assertEqual(app.exchange(back.location["code"]).json["encounter"], "visit-1")
+        self.assertEqual(app.tokens()["encounter"], "visit-2", "without a choice, the newest")
+        self.assertNotIn("encounter", app.tokens(patient_id=AMY), "who was never here has none")
+        for url, encounter in ((app.authorize_url(), "visit-9"), (self.app.authorize_url(scope="patient/*.rs"), "visit-1")):
+            with self.assertRaises(s4s.PortalError):
+                self.portal.approve(url, username="daniel-adams", encounter_id=encounter)
+
+
+def set_signing_key(portal: s4s.Server) -> None:
+    """Spare a test the half second that making a key takes."""
+    with portal.portal.state.transaction() as database:
+        database.execute("DELETE FROM keys")
+        database.execute("INSERT INTO keys VALUES (?, ?)", [f"{prime:x}" for prime in RFC_7515_KEY])
+
+
+class Identity(PortalTest):
+    """OpenID Connect: id_token, jwks, userinfo."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        set_signing_key(self.portal)
+        self.app = App(self.portal, "openid fhirUser launch/patient patient/*.rs user/*.rs offline_access")
+
+    def claims(self, tokens: Any) -> Any:
+        """The claims of an id_token whose signature is good."""
+        token = s4s.read_jwt(tokens["id_token"])
+        keys = {key["kid"]: key for key in ask(self.portal.url + "/oauth/jwks").json["keys"]}
+        self.assertEqual(token.header["alg"], "RS256")
+        self.assertTrue(s4s.rsa_verify(keys[token.header["kid"]], "RS256", token.signed, token.signature))
+        return token.claims
+
+    def test_the_id_token_says_who_signed_in_to_whom_and_when(self) -> None:
+        now = int(self.portal.portal.clock.now())
+        claims = self.claims(self.app.tokens(nonce="n-0S6"))
+        self.assertEqual({name: claims[name] for name in ("iss", "aud", "sub", "nonce", "fhirUser")}, {
+            "iss": self.portal.url, "aud": self.app.client_id, "sub": "daniel-adams", "nonce": "n-0S6",
+            "fhirUser": f"{self.portal.fhir_url}/Patient/{DANIEL}"})
+        self.assertAlmostEqual(claims["iat"], now, delta=5)
+        self.assertAlmostEqual(claims["auth_time"], now, delta=5)
+        self.assertEqual(claims["exp"] - claims["iat"], 3600)
+        self.assertNotIn("nonce", self.claims(self.app.tokens()))
+
+    def test_who_acts_for_another_is_not_the_patient(self) -> None:
+        claims = self.claims(self.app.tokens(patient_id=AMY))
+        self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/RelatedPerson/daniel-adams-amy-shaw")
+
+    def test_a_clinician_is_a_practitioner(self) -> None:
+        claims = self.claims(self.app.tokens(username="clinician", patient_id=JOSEPH))
+        self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/Practitioner/smart-clinician")
+
+    def test_a_clinician_with_user_scopes_alone_has_no_patient(self) -> None:
+        self.assertNotIn("patient", self.app.tokens(username="clinician", scope="openid user/*.rs"))
+        self.assertEqual(self.app.tokens(scope="openid user/*.rs")["patient"], DANIEL)
+
+    def test_without_openid_there_is_no_id_token_and_without_fhir_user_no_claim(self) -> None:
+        self.assertNotIn("id_token", self.app.tokens(scope="fhirUser patient/*.rs"))
+        self.assertNotIn("fhirUser", self.claims(self.app.tokens(scope="openid patient/*.rs")))
+        self.assertIn("fhirUser", self.claims(self.app.tokens(scope="openid profile patient/*.rs")))
+
+    def test_jwks_has_public_members_only(self) -> None:
+        key, = ask(self.portal.url + "/oauth/jwks").json["keys"]
+        self.assertEqual(set(key), {"kty", "n", "e", "kid", "use", "alg"})
+        self.assertEqual(key["kid"], s4s.thumbprint(key))
+
+    def test_the_key_is_made_once_and_outlives_a_reset(self) -> None:
+        with s4s.Server() as portal:
+            keys: list[Any] = []
+            threads = [threading.Thread(target=lambda: keys.append(ask(portal.url + "/oauth/jwks").json)) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            portal.reset()
+            self.assertEqual([ask(portal.url + "/oauth/jwks").json] * 3, keys)
+            self.assertNotEqual(keys[0], ask(self.portal.url + "/oauth/jwks").json)
+
+    def test_userinfo_says_what_the_id_token_says(self) -> None:
+        tokens = self.app.tokens()
+        claims = self.claims(tokens)
+        for method in ("GET", "POST"):
+            got = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"], method=method).json
+            self.assertEqual(got, {"sub": claims["sub"], "fhirUser": claims["fhirUser"], "name": "Daniel Adams"})
+
+    def test_userinfo_needs_a_token_with_openid(self) -> None:
+        url = self.portal.url + "/oauth/userinfo"
+        for token, status, header in (("", 401, 'Bearer realm="s4s"'), ("x", 401, 'error="invalid_token"'), (
+                self.portal.issue_token(scope="patient/*.rs")["access_token"], 403, 'error="insufficient_scope"')):
+            got = ask(url, token=token)
+            self.assertEqual(got.status, status)
+            self.assertIn(header, got.headers["www-authenticate"])
+        tokens = self.app.tokens()
+        self.assertEqual(ask(url, token=tokens["refresh_token"]).status, 401)
+        narrowed = self.app.refresh(tokens["refresh_token"], scope="patient/*.rs").json
+        self.assertEqual(ask(url, token=narrowed["access_token"]).status, 403)
+
+    def test_introspection_repeats_the_id_tokens_claims(self) -> None:
+        tokens = self.app.tokens(patient_id=AMY)
+        claims = self.claims(tokens)
+        seen = ask(self.portal.url + "/oauth/introspect", form={"token": tokens["access_token"]},
+                   basic=(self.app.client_id, self.app.secret)).json
+        self.assertEqual([seen[name] for name in ("iss", "sub", "fhirUser")],
+                         [claims[name] for name in ("iss", "sub", "fhirUser")])
+
+
+class TokenRules(PortalTest):
+    """Rules of the token endpoint that have to do with several things at once."""
+
+    def test_an_unknown_grant_type_is_judged_before_the_client(self) -> None:
+        got = ask(self.portal.url + "/oauth/token", form={"grant_type": "not_a_grant_type", "client_id": "nobody"})
+        self.assertEqual((got.status, got.json["error"]), (400, "unsupported_grant_type"))
+
+    def test_a_parameter_given_twice_is_refused(self) -> None:
+        got = ask(self.portal.url + "/oauth/token", form=[("grant_type", "refresh_token")] * 2)
+        self.assertEqual(got.json["error"], "invalid_request")
+
+    def test_basic_credentials_may_be_form_encoded_first_or_not(self) -> None:
+        with s4s.Server(client=["my app+1".replace(" ", "_") + ":p%20w/+x=https://app.example/cb?own=1"]) as portal:
+            app = App(portal)
+            app.client_id = "my_app+1"
+            for pair in (("my_app+1", "p%20w/+x"), ("my_app%2B1", "p%2520w%2F%2Bx")):
+                got = ask(portal.url + "/oauth/token", basic=pair, form={"grant_type": "refresh_token", "refresh_token": "x"})
+                self.assertEqual(got.json["error"], "invalid_grant", pair)
+
+    def test_a_confidential_clients_refresh_needs_its_proof(self) -> None:
+        app = App(self.portal)
+        token = app.tokens()["refresh_token"]
+        for form in ({}, {"client_id": app.client_id}):
+            got = ask(self.portal.url + "/oauth/token", form={"grant_type": "refresh_token", "refresh_token": token, **form})
+            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.assertEqual(app.refresh(token).status, 200)
+
+    def test_of_many_refreshes_at_once_one_wins_and_then_all_ends(self) -> None:
+        app = App(self.portal)
+        token, statuses = app.tokens()["refresh_token"], []
+        threads = [threading.Thread(target=lambda: statuses.append(app.refresh(token).status)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(statuses), [200] + [400] * 7)
+        rows = self.portal.portal.state.rows("SELECT ended FROM grants WHERE client_id = ?", app.client_id)
+        self.assertEqual([row["ended"] for row in rows], [1])
+
+    def test_a_failed_refresh_leaves_the_tokens_good(self) -> None:
+        app, other = App(self.portal), App(self.portal)
+        tokens = app.tokens()
+        for got in (other.refresh(tokens["refresh_token"]), app.refresh(tokens["refresh_token"], scope="user/*.rs"),
+                    app.refresh("x"), app.refresh(tokens["refresh_token"], scope="patient/*.rs?a:b=c")):
+            self.assertEqual(got.status, 400)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 200)
+        self.assertEqual(app.refresh(tokens["refresh_token"], scope=app.scope).json["scope"], app.scope)
+
+    def test_a_client_narrowed_to_nothing_gets_nothing(self) -> None:
+        app = App(self.portal, "launch/patient patient/Observation.rs", security_labels=["imaging"])
+        self.assertNotIn("entry", self.fhir(f"Observation?patient={DANIEL}", app.tokens()).json)
+
+    def test_expired_rows_are_forgotten(self) -> None:
+        app, state = App(self.portal, "launch/patient patient/*.rs"), self.portal.portal.state
+        for _ in range(3):
+            app.code()
+            self.portal.launch(launch_uri="https://app.example/launch")
+            ask(app.authorize_url())
+            self.portal.advance(2000)
+        for table, left in (("launches", 1), ("pending", 1), ("tokens", 1)):
+            rows = state.row(f"SELECT count(*) FROM {table}")
+            assert rows
+            self.assertLessEqual(rows[0], left, table)
+
+
+class Fixtures(unittest.TestCase):
+    """--fixtures and --client: users and apps that are there from the start."""
+    users: ClassVar[list[Any]] = [{
+        "username": "maria", "password": "secret", "name": "Maria Silva", "fhir_user": f"Patient/{JOSEPH}",
+        "patients": [{"patient_id": JOSEPH, "name": "Joseph Ross", "is_user": True}, {"patient_id": AMY}]}]
+
+    def test_a_user_signs_in_and_opens_the_records_named(self) -> None:
+        with s4s.Server(fixtures={"users": self.users}) as portal:
+            app, browser = App(portal), Browser(portal)
+            browser.open(app.authorize_url())
+            self.assertIn("Joseph Ross", browser.sign_in("maria", "secret").text)
+            browser.submit(AMY)
+            self.assertEqual(app.exchange(browser.submit("authorize").location["code"]).json["patient"], AMY)
+            portal.reset()
+            self.assertEqual(portal.issue_token(username="maria")["patient"], JOSEPH)
+
+    def test_clients_are_there_with_their_secrets_and_labels(self) -> None:
+        clients = [{"client_id": "mine", "client_secret": "s", "redirect_uris": [App.redirect_uri], "client_name": "Mine",
+                    "security_labels": ["allergy", "problems"], "launch_uris": ["https://app.example/launch"]},
+                   {"client_id": "open", "redirect_uris": [App.redirect_uri]}]
+        with s4s.Server(fixtures={"clients": clients}) as portal:
+            app, browser = App(portal), Browser(portal)
+            app.client_id, app.secret = "mine", "s"
+            self.assertEqual(app.exchange(app.code()).status, 200)
+            browser.open(app.authorize_url())
+            browser.sign_in()
+            browser.submit(DANIEL)
+            self.assertEqual([value for name, value in Form(browser.page.text).fields if name == "security_labels"],
+                             ["allergies", "problems"])
+            app.client_id, app.secret = "open", ""
+            self.assertEqual(app.exchange(app.code()).status, 200)
+            self.assertTrue(portal.launch(client_id="mine").startswith("https://app.example/launch?"))
+
+    def test_a_file_that_can_not_be_is_refused_in_words(self) -> None:
+        user = self.users[0]
+        for fixtures, needle in (
+                ([], "not a JSON object"), ({"user": []}, "unknown member user"), ({"users": {}}, "not an array"),
+                ({"users": [1]}, r"users\[0\]"), ({"users": [{**user, "username": ""}]}, "no username"),
+                ({"users": [{**user, "password": 5}]}, "password"), ({"users": [{**user, "username": "a b"}]}, "username"),
+                ({"users": [{**user, "patients": [{"name": "x"}]}]}, r"users\[0\].patients\[0\] has no patient_id"),
+                ({"users": [{**user, "age": 5}]}, "unknown member age"), ({"clients": [{}]}, r"clients\[0\]: client_id"),
+                ({"clients": [{"client_id": "a"}]}, r"clients\[0\]: redirect_uris"), ({"clients": [7]}, r"clients\[0\]"),
+                ({"clients": [{"client_id": "a", "redirect_uris": ["x:/"], "client_secret": ""}]}, "client_secret"),
+                ({"clients": [{"client_id": "a", "redirect_uris": ["x:/y"],
+                               "token_endpoint_auth_method": "client_secret_post"}]}, "without a client_secret"),
+                ("/nowhere/fixtures.json", "/nowhere/fixtures.json")):
+            with self.subTest(fixtures=fixtures), self.assertRaisesRegex(s4s.StartError, needle):
+                s4s.Server(fixtures=fixtures).start()
+
+    def test_a_file_is_read(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "fixtures.json")
+            Path(path).write_text(json.dumps({"users": self.users}), "utf-8")
+            with s4s.Server(fixtures=path) as portal:
+                self.assertEqual(portal.issue_token(username="maria")["patient"], JOSEPH)
+            Path(path).write_text("{", "utf-8")
+            with self.assertRaisesRegex(s4s.StartError, "fixtures.json"):
+                s4s.Server(fixtures=path).start()
+
+    def test_a_client_given_again_gets_one_more_redirect_uri(self) -> None:
+        with s4s.Server(client=["a:s=https://one.example/", "a=https://two.example/", "test-suite=https://x.example/"]) as portal:
+            client = portal.portal.client("a")
+            assert client
+            self.assertEqual((client.metadata["redirect_uris"], bool(client.secret_hash)),
+                             (["https://one.example/", "https://two.example/"], True))
+            self.assertEqual(portal.issue_token()["scope"], "launch/patient patient/*.read offline_access")
+        for given in (["a"], ["a=javascript:x"], ["a:s=https://x.example/", "a:t=https://x.example/"], ["a b=https://x.example/"]):
+            with self.subTest(given=given), self.assertRaisesRegex(s4s.StartError, "--client"):
+                s4s.Server(client=given).start()
+
 
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["--benchmark"]:
+        benchmark()
+    elif sys.argv[1:2] == ["--hammer"]:
+        print(*hammer(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.stdin.buffer.read()))
+    else:
+        unittest.main()
