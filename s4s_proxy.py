@@ -2561,7 +2561,7 @@ pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-w
 table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
 padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
 th:first-child,td:first-child{min-width:12.5rem}td button{margin:0;white-space:nowrap}
-.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]{display:inline-block}
+.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
 @media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
 tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
 td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
@@ -3412,6 +3412,7 @@ CONSENT_SCRIPT = """
   form.addEventListener('click', function (event) {
     var button = event.target.closest('button[data-slide]');
     if (!button) return;
+    if (button.hidden) { event.preventDefault(); return; }
     var next = button.getAttribute('data-slide') === 'next';
     var missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
     if (missing) { missing.reportValidity(); return; }
@@ -3443,9 +3444,10 @@ def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
     """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
     def line(word: str) -> Markup:
         parsed = parse_scope(word)
-        kinds = [CATEGORIES[label][0] for label in offered_categories(portal, client, word)]
-        return tag("li", describe_scope(word), f": {', '.join(kinds).lower()}" if parsed and parsed.type != "*" and kinds
-                   else None, " ", tag("small", tag("code", word)))
+        kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
+        plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+                   tag("small", tag("code", word)))
     parsed = resource_scopes(scope)
     warnings = [text for text, holds in (
         ("Everything means every kind of data, those that are added later too. The last step lets you leave kinds out.",
@@ -3481,8 +3483,8 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
     return page(
         portal, f"Share data with {client.name}?",
         tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
-            # Enter in a field presses a form's first button, which would refuse. This one does nothing.
-            tag("button", disabled=True, hidden=True),
+            # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
+            tag("button", "Stay", data_slide="stay", hidden=True),
             step(1, "What this is",
                  tag("p", f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."),
                  app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),

@@ -1204,7 +1204,8 @@ class ConsentPage(PortalTest):
     def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
         main = self.consent("launch/patient patient/Observation.rs?category=laboratory").texts["main"][0]
         self.assertIn("but only where category is laboratory", main)
-        self.assertIn("laboratory results", main)
+        main = self.consent("launch/patient patient/Condition.rs").texts["main"][0]
+        self.assertIn(": problems and diagnoses", main)
 
     def test_each_category_comes_with_a_sentence(self) -> None:
         self.assertEqual(list(s4s.CATEGORY_WORDS), list(s4s.CATEGORIES))
@@ -1223,8 +1224,10 @@ class ConsentPage(PortalTest):
         self.assertEqual(len([one for one in page.all("form") if one.get("id") == "consent-carousel"]), 1)
         self.assertTrue(all(one.get("formnovalidate") == "" for one in page.all("button") if one.get("value") == "deny"))
 
-    def test_enter_in_a_field_presses_nothing(self) -> None:
-        self.assertIn("disabled", self.consent().all("button")[0])  # a form's first button is what Enter presses
+    def test_enter_in_a_field_decides_nothing(self) -> None:
+        first = self.consent().all("button")[0]  # a form's first button is what Enter presses
+        self.assertTrue("hidden" in first and "name" not in first, first)
+        self.assertIn("Confirm each point", self.browser.submit("Stay").text)
 
     def test_the_confirmations_are_not_sent(self) -> None:
         self.assertTrue(all("name" not in one for one in self.consent().all("input") if one.get("rel") == "confirm"))
