@@ -687,7 +687,8 @@ class Store:
                                               check_same_thread=False)
             self.connection.row_factory = sqlite3.Row
             if path:
-                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA journal_mode = WAL")    # readers and a second process don't wait
+                self.connection.execute("PRAGMA synchronous = NORMAL")  # what is committed outlives the process
             self.connection.executescript(schema)
         except sqlite3.Error as error:
             raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
@@ -711,10 +712,11 @@ class Store:
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
+                self.connection.execute("COMMIT")  # may fail too: a full disk
             except BaseException:
-                self.connection.execute("ROLLBACK")
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
                 raise
-            self.connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connection; safe to call twice."""
@@ -2185,6 +2187,7 @@ class Portal:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.clock = Clock()
+        self._seeds = seeds(settings)           # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
         self.records = Records(settings.db)
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
@@ -2194,19 +2197,21 @@ class Portal:
         self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
-        self._seeds = seeds(settings)
-        self._seed()
+        try:
+            with self.state.transaction() as database:
+                self._seed(database)
+        except sqlite3.Error as error:
+            self.close()
+            raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
 
-    def _seed(self) -> None:
+    def _seed(self, database: sqlite3.Connection) -> None:
         """The accounts and clients that are there from the start."""
         users, patients, clients = self._seeds
-        with self.state.transaction() as database:
-            database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
-            database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
-            database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
-            database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
-                (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now())
-                for one in clients.values()])
+        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
+        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
+        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
+        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
+            (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now()) for one in clients.values()])
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
@@ -2218,7 +2223,7 @@ class Portal:
             for name in ("tokens", "grants", "pending", "launches", "sessions", "assertions", "clients", "patients",
                          "users"):
                 database.execute(f"DELETE FROM {name}")
-        self._seed()
+            self._seed(database)
 
     def close(self) -> None:
         """Close the databases."""
@@ -4560,7 +4565,8 @@ function show(patient, record) {
     token.need_patient_banner === false ? '' : card(called || 'A patient, unnamed', definitions(patient ? [
       ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]] : [['Id', token.patient]])),
     card('Vital signs', charts(seen, 'vital-signs')), card('Laboratory', charts(seen, 'laboratory')),
-    list('Problems', all(record, 'Condition'), one => `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate)}`),
+    list('Problems', all(record, 'Condition'), one =>
+      `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate || one.assertedDate || one.dateRecorded)}`),
     list('Medicines', orders.length ? orders : all(record, 'MedicationStatement'), one => [
       words(one.medicationCodeableConcept || one.medicationReference),
       ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
@@ -5091,6 +5097,10 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
         raise
     except PortalError as error:
         return error_response(portal, kind, error, request, found)
+    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
+        portal.log(f"DATABASE {error} in {request.method} {request.path}")
+        full = PortalError("temporarily_unavailable", f"the database says: {error}; nothing was changed", 503)
+        return error_response(portal, kind, full, request, found)
     except Exception as error:  # noqa: BLE001
         portal.log_bug(f"{request.method} {request.path}", error)
         bug = PortalError("server_error", "this server has a bug; its log says where", 500)
@@ -5418,7 +5428,7 @@ class Listener(http.server.HTTPServer):
                 return
             thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
             self._threads.add(thread)
-        thread.start()
+            thread.start()  # with the lock, so that stop() finds no thread that has not begun
 
     def _work(self) -> None:
         """A thread's life: connection after connection."""
