@@ -4364,7 +4364,7 @@ summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-s
 figure{margin:0}svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
 .range{fill:var(--edge);opacity:.35}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
 circle{fill:var(--accent)}.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}
-td svg{width:7rem}#actions{margin:0 0 1.25rem}
+#actions{margin:0 0 1.25rem}
 @media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
 #patient td:first-child{display:block}#patient td::before{display:none}}
 .off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
@@ -4389,7 +4389,8 @@ function make(name, attributes, ...children) {
 }
 
 const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
-const definitions = pairs => make('dl', {}, pairs.map(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
+const definitions = pairs => make('dl', {},
+  pairs.map(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
 let story = [];  // what happened so far: title, the section of the text, parts to look at, shown open or closed
 
 function tell(title, section, parts, open = true) {
@@ -4480,7 +4481,7 @@ async function comeBack() {
   if (token.id_token) {
     const told = claims(token.id_token), now = Date.now() / 1000;
     tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7', [['The claims in the id_token', told]]);
-    // It came straight from the token endpoint, so TLS vouches for it; one from elsewhere needs its signature checked.
+    // Straight from the token endpoint, TLS vouches for it; one from elsewhere needs its signature checked.
     if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' || told.exp < now - 60)
       fail('The id_token is not for this sign-in.');
   }
@@ -4514,8 +4515,8 @@ function countDown() {
 
 // ---- 6: read. Every request carries the access token in a header, never in an address.
 
-const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {
-  headers: {Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json, application/json+fhir'}}, open);
+const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {headers: {
+  Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json, application/json+fhir'}}, open);
 
 async function search(type, parameter) {
   let url = `${kept.iss}/${type}?${parameter}=${token.patient}&_count=200`;
@@ -4539,123 +4540,8 @@ async function readRecord() {
     $('status').textContent = `Reading ${type} ...`;
     record[type] = await search(type, parameter);
   }
-  $('status').textContent = `Done: ${story.length} steps, each with its request and answer, are listed under What was said.`;
+  $('status').textContent = `Done: ${story.length} steps, each with its request and answer, are under What was said.`;
   show(patient.ok ? patient.body : null, record);
-}
-
-// ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
-
-const words = concept => !concept ? '' : concept.text || [].concat(concept.coding || [])
-  .map(coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference || '';
-const all = (record, ...types) => types.flatMap(type => record[type] ? record[type].resources : []);
-const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), ...content);
-const list = (title, found, line) => card(title, found.length ? make('ul', {}, found.map(one => make('li', {}, line(one))))
-  : make('p', {class: 'quiet'}, 'Nothing came.'));
-const day = text => (text || '').slice(0, 10);
-
-function show(patient, record) {
-  const seen = all(record, 'Observation'), orders = all(record, 'MedicationRequest', 'MedicationOrder');
-  const given = token.scope.split(' ');
-  const name = patient && [].concat(patient.name || [])[0] || {};
-  const called = name.text || [].concat(name.given || [], name.family || []).join(' ');
-  const nothing = Object.keys(record).filter(type => !record[type].resources.length);
-  const refused = nothing.filter(type => record[type].refused);
-  $('patient').replaceChildren(
-    // need_patient_banner is false where the EHR shows already whose record it is.
-    token.need_patient_banner === false ? '' : card(called || 'A patient, unnamed', definitions(patient ? [
-      ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]] : [['Id', token.patient]])),
-    card('Vital signs', charts(seen, 'vital-signs')), card('Laboratory', charts(seen, 'laboratory')),
-    list('Problems', all(record, 'Condition'), one =>
-      `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate || one.assertedDate || one.dateRecorded)}`),
-    list('Medicines', orders.length ? orders : all(record, 'MedicationStatement'), one => [
-      words(one.medicationCodeableConcept || one.medicationReference),
-      ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
-    list('Allergies', all(record, 'AllergyIntolerance'), one => [words(one.code || one.substance),
-      ...(one.reaction || []).flatMap(reaction => (reaction.manifestation || []).map(words))].filter(Boolean).join(': ')),
-    card('What the consent left out', make('ul', {},
-      make('li', {}, 'Scopes asked for but not granted: ' + (kept.asked.scope.split(' ')
-        .filter(word => !given.includes(word)).join(', ') || 'none')),
-      make('li', {}, 'Refused: ' + ((patient ? [] : ['Patient']).concat(refused).join(', ') || 'nothing')),
-      make('li', {}, 'Nothing came of: ' + (nothing.filter(type => !refused.includes(type)).join(', ') || 'no kind')),
-      make('li', {}, 'Nor of Observation: ' + (['vital-signs', 'laboratory', 'social-history'].filter(
-        kind => !seen.some(one => isKind(one, kind))).join(', ') || 'no category'))),
-      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share it. ' +
-        'An app can not tell which, and must not guess.')));
-  $('patient').hidden = false;
-}
-
-// ---- Numbers over time.
-
-const isKind = (one, kind) => [].concat(one.category || []).some(concept => (concept.coding || []).some(
-  coding => coding.code === kind));
-
-function charts(observations, kind) {
-  const groups = {}, rows = [];                      // what was measured, in which unit -> its series of points
-  for (const one of observations.filter(one => isKind(one, kind))) {
-    const when = one.effectiveDateTime || (one.effectivePeriod || {}).start || one.issued || '';
-    for (const part of one.component || [one]) {     // blood pressure comes in two components
-      const {value, unit = ''} = part.valueQuantity || {}, range = (part.referenceRange || [{}])[0];
-      const text = words(part.valueCodeableConcept) || part.valueString || '';
-      if (value === undefined && text) rows.push({name: words(one.code), when, text});
-      if (value === undefined || !Date.parse(when)) continue;
-      const group = groups[words(one.code) + unit] = groups[words(one.code) + unit] || {
-        name: words(one.code), unit, low: (range.low || {}).value, high: (range.high || {}).value, series: {}};
-      const label = part === one ? '' : words(part.code);
-      (group.series[label] = group.series[label] || []).push({when, time: Date.parse(when), value});
-    }
-  }
-  const drawn = [];
-  for (const group of Object.values(groups)) {
-    const series = Object.entries(group.series);
-    for (const [, points] of series) points.sort((one, other) => one.time - other.time);
-    if (series[0][1].length > 1) drawn.push(chart(group, series));
-    else for (const [label, [point]] of series) rows.push({...group, ...point, name: label || group.name});
-  }
-  rows.sort((one, other) => one.name.localeCompare(other.name));
-  return !drawn.length && !rows.length ? [make('p', {class: 'quiet'}, 'Nothing came.')] : [
-    make('div', {class: 'charts'}, drawn), rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(row => [
-      row.name, row.text || make('span', outside(row) ? {class: 'off'} : {}, `${row.value} ${row.unit}${outside(row)}`),
-      row.text ? '' : [reference(row), rangeBar(row)], day(row.when)])) : ''];
-}
-
-const table = (heads, rows) => make('table', {},
-  make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
-  make('tbody', {}, rows.map(row => make('tr', {}, row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
-const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
-const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
-  : 'reference ' + (low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`);
-
-// Where one value lies: the band is the reference range.
-function rangeBar({low, high, value}) {
-  if (low === undefined || high === undefined) return '';
-  const from = Math.min(low, value), width = Math.max(high, value) - from || 1, x = at => 5 + (at - from) / width * 90;
-  return make('svg', {viewBox: '0 0 100 12', 'aria-hidden': 'true'},
-    make('rect', {class: 'range', x: x(low), y: 1, width: x(high) - x(low), height: 10, rx: 2}),
-    make('circle', {cx: x(value), cy: 6, r: 3.5}));
-}
-
-function chart({name, unit, low, high}, series) {
-  const points = series.flatMap(([, some]) => some), times = points.map(point => point.time);
-  const values = points.map(point => point.value).concat([low, high].filter(value => value !== undefined));
-  const [first, last, least, most] = [Math.min(...times), Math.max(...times), Math.min(...values), Math.max(...values)];
-  const x = time => 40 + (time - first) / (last - first || 1) * 270, y = value => 10 + (most - value) / (most - least || 1) * 90;
-  const ends = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
-  const band = low === undefined && high === undefined ? '' : make('rect', {class: 'range', x: 40, width: 270,
-    y: y(high === undefined ? most : high), height: y(low === undefined ? least : low) - y(high === undefined ? most : high)});
-  const latest = series.map(([label, some]) => `${label} ${some[some.length - 1].value}`.trim()).join(', ');
-  return make('figure', {}, make('figcaption', {}, make('strong', {}, name), make('br'),
-      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}; ${reference({low, high})}`)),
-    make('svg', {viewBox: '0 0 320 120', role: 'img',
-                 'aria-label': `${name}: ${points.length} values from ${ends[0]} to ${ends[1]}, ${least} to ${most} ${unit}`},
-      band, make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
-      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, 'text-anchor': 'end'}, String(value))),
-      make('text', {x: 40, y: 116}, ends[0]), make('text', {x: 310, y: 116, 'text-anchor': 'end'}, ends[1]),
-      series.map(([, some], at) => make('g', {class: 's' + at},
-        make('polyline', {points: some.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
-        some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
-          make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
-    make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
-      series[0][1].map((point, at) => [day(point.when), ...series.map(([, some]) => some[at] ? String(some[at].value) : '')]))));
 }
 
 // ---- 7 and 8: come back with the refresh token; end it all.
@@ -4674,6 +4560,119 @@ async function revoke() {
   countDown();
   $('actions').hidden = true;
 }
+
+// ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
+
+const words = concept => !concept ? '' : concept.text || [].concat(concept.coding || [])
+  .map(coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference || '';
+const all = (record, ...types) => types.flatMap(type => record[type] ? record[type].resources : []);
+const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), ...content);
+const nothing = () => make('p', {class: 'quiet'}, 'Nothing came.');
+const list = (title, found, line) => card(title, found.length
+  ? make('ul', {}, found.map(one => make('li', {}, line(one)))) : nothing());
+const day = text => (text || '').slice(0, 10);
+
+function show(patient, record) {
+  const seen = all(record, 'Observation'), orders = all(record, 'MedicationRequest', 'MedicationOrder');
+  const given = token.scope.split(' ');
+  const name = patient && [].concat(patient.name || [])[0] || {};
+  const called = name.text || [].concat(name.given || [], name.family || []).join(' ');
+  const absent = Object.keys(record).filter(type => !record[type].resources.length);
+  const refused = absent.filter(type => record[type].refused);
+  $('patient').replaceChildren(
+    // need_patient_banner is false where the EHR shows already whose record it is.
+    token.need_patient_banner === false ? '' : card(called || 'A patient, unnamed', definitions(patient ? [
+      ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]]
+      : [['Id', token.patient]])),
+    card('Vital signs', charts(seen, 'vital-signs')), card('Laboratory', charts(seen, 'laboratory')),
+    list('Problems', all(record, 'Condition'), one =>
+      `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate || one.assertedDate || one.dateRecorded)}`),
+    list('Medicines', orders.length ? orders : all(record, 'MedicationStatement'), one => [
+      words(one.medicationCodeableConcept || one.medicationReference),
+      ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
+    list('Allergies', all(record, 'AllergyIntolerance'), one => [words(one.code || one.substance),
+      ...(one.reaction || []).flatMap(reaction => (reaction.manifestation || []).map(words))].filter(Boolean).join(': ')),
+    card('What the consent left out', make('ul', {},
+      make('li', {}, 'Scopes asked for but not granted: ' + (kept.asked.scope.split(' ')
+        .filter(word => !given.includes(word)).join(', ') || 'none')),
+      make('li', {}, 'Refused: ' + ((patient ? [] : ['Patient']).concat(refused).join(', ') || 'nothing')),
+      make('li', {}, 'Nothing came of: ' + (absent.filter(type => !refused.includes(type)).join(', ') || 'no kind')),
+      make('li', {}, 'Nor of Observation: ' + (['vital-signs', 'laboratory', 'social-history'].filter(
+        kind => !seen.some(one => isKind(one, kind))).join(', ') || 'no category'))),
+      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share it. ' +
+        'An app can not tell which, and must not guess.')));
+  $('patient').hidden = false;
+}
+
+// ---- Numbers over time.
+
+const isKind = (one, kind) => [].concat(one.category || []).some(concept => (concept.coding || []).some(
+  coding => coding.code === kind));
+
+function charts(observations, kind) {
+  const groups = {}, rows = [];                      // what was measured, in which unit -> its series of points
+  for (const one of observations.filter(one => isKind(one, kind))) {
+    const when = one.effectiveDateTime || (one.effectivePeriod || {}).start || one.issued || '';
+    for (const part of one.component || [one]) {     // blood pressure comes in two components, without a band
+      const {value, unit = ''} = part.valueQuantity || {}, range = part === one && (one.referenceRange || [])[0] || {};
+      const text = words(part.valueCodeableConcept) || part.valueString || '';
+      if (value === undefined && text) rows.push({name: words(one.code), when, text});
+      if (value === undefined || !Date.parse(when)) continue;
+      const group = groups[words(one.code) + unit] = groups[words(one.code) + unit] || {
+        name: words(one.code), unit, low: (range.low || {}).value, high: (range.high || {}).value, series: {}};
+      const label = part === one ? '' : words(part.code);
+      (group.series[label] = group.series[label] || []).push({when, time: Date.parse(when), value});
+    }
+  }
+  const drawn = [];
+  for (const group of Object.values(groups)) {
+    const series = Object.entries(group.series);
+    for (const [, points] of series) points.sort((one, other) => one.time - other.time);
+    if (series[0][1].length > 1) drawn.push(chart(group, series));
+    else for (const [label, [point]] of series) rows.push({...group, ...point, name: label || group.name});
+  }
+  rows.sort((one, other) => one.name.localeCompare(other.name));
+  return !drawn.length && !rows.length ? [nothing()] : [
+    make('div', {class: 'charts'}, drawn), rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(row => [
+      row.name, row.text || make('span', outside(row) ? {class: 'off'} : {}, `${row.value} ${row.unit}${outside(row)}`),
+      row.text ? '' : reference(row), day(row.when)])) : ''];
+}
+
+const table = (heads, rows) => make('table', {},
+  make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
+  make('tbody', {}, rows.map(row => make('tr', {}, row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
+const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
+const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
+  : 'reference ' + (low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`);
+
+// A line for each series over time; the band behind it is the reference range.
+function chart({name, unit, low, high}, series) {
+  const points = series.flatMap(([, some]) => some), times = points.map(point => point.time);
+  const values = points.map(point => point.value).concat([low, high].filter(value => value !== undefined));
+  const [first, last, least, most] = [Math.min(...times), Math.max(...times), Math.min(...values), Math.max(...values)];
+  const x = time => 40 + (time - first) / (last - first || 1) * 270;
+  const y = value => 10 + (most - value) / (most - least || 1) * 90;
+  const ends = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
+  const [top, foot] = [y(high === undefined ? most : high), y(low === undefined ? least : low)];
+  const band = low === undefined && high === undefined ? ''
+    : make('rect', {class: 'range', x: 40, width: 270, y: top, height: foot - top});
+  const latest = series.map(([label, some]) => `${label} ${some[some.length - 1].value}`.trim()).join(', ');
+  return make('figure', {}, make('figcaption', {}, make('strong', {}, name), make('br'),
+      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}${series.length > 1 ? '' : ', ' + reference({low, high})}`)),
+    make('svg', {viewBox: '0 0 320 120', role: 'img', 'aria-label':
+                 `${name}: ${points.length} values from ${ends[0]} to ${ends[1]}, ${least} to ${most} ${unit}`},
+      band, make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
+      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, 'text-anchor': 'end'}, String(value))),
+      make('text', {x: 40, y: 116}, ends[0]), make('text', {x: 310, y: 116, 'text-anchor': 'end'}, ends[1]),
+      series.map(([, some], at) => make('g', {class: 's' + at},
+        make('polyline', {points: some.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
+        some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
+          make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
+    make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
+      series[0][1].map((point, at) => [day(point.when), ...series.map(([, some]) => String((some[at] || {}).value))]))));
+}
+
+// ---- Start: with an answer in the address, or anew.
 
 setInterval(() => token && countDown(), 1000);
 // Opened under another name of the server, the page would not find its storage again after the way through the portal.
