@@ -29,12 +29,13 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
    12  sign-in       who is at the browser
    13  authorization the request, whose record, consent, the code
    14  tokens        exchange, refresh, introspection, revocation
-   15  the FHIR API  the record behind a token
-   16  start page    what this is, for who opens it in a browser
-   17  test controls what a test may do that an app may not
-   18  HTTP          sockets; nothing above knows of them
-   19  server        the fixture that tests use
-   20  command line
+   15  forwarding    the same questions put to a real FHIR server; no address of it gets out
+   16  the FHIR API  the record behind a token
+   17  start page    what this is, for who opens it in a browser
+   18  test controls what a test may do that an app may not
+   19  HTTP          sockets; nothing above knows of them
+   20  server        the fixture that tests use
+   21  command line
 
 Legend: the field's own names, used for nothing else.
 
@@ -89,10 +90,11 @@ import threading
 import time
 import traceback
 import uuid
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
@@ -118,6 +120,11 @@ class Settings:
     base_url: list[str] = field(default_factory=list, metadata=_shown(
         "the public address, if not the one that each request names; repeatable", "URL"))
     name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
+    fhir_server: str | None = field(default=None, metadata=_shown(
+        "forward FHIR requests to this server (default: the embedded records)", "URL"))
+    fhir_header: list[str] = field(default_factory=list, metadata=_shown(
+        "added to every forwarded request; repeatable", '"Name: value"'))
+    fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
     client: list[str] = field(default_factory=list, metadata=_shown(
         "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
     fixtures: str | Json | None = field(default=None, metadata=_shown(
@@ -140,6 +147,27 @@ class Settings:
         for url in self.base_url:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
                 raise StartError(f"--base-url {url}: give an absolute http or https address")
+        self._check_fhir_server()
+
+    def _check_fhir_server(self) -> None:
+        """What concerns the FHIR server behind: an address requests can be put below, headers that don't disturb."""
+        if self.fhir_server is not None:
+            self.fhir_server = str(self.fhir_server).rstrip("/")
+            match = re.fullmatch(r"(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?",
+                                 self.fhir_server, re.IGNORECASE)
+            if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
+                raise StartError(f"--fhir-server {self.fhir_server}: give the address of its FHIR base, http or https, "
+                                 "without user, query or fragment")
+            self.fhir_server = match[1].lower() + (match[3] or "")
+        for header in self.fhir_header:
+            match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([!-~][ -~]*)", header)
+            if not match or match[1].lower() in ("accept", "accept-encoding", "connection", "content-length", "expect",
+                                                 "host", "te", "transfer-encoding", "upgrade"):
+                # The value may be a secret: it is not repeated.
+                raise StartError(f"--fhir-header {header.partition(':')[0]}: expected \"Name: value\", and not a "
+                                 "name that HTTP itself needs")
+        if not isinstance(self.fhir_timeout, (int, float)) or not 0 < self.fhir_timeout <= 3600:
+            raise StartError(f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
 
     @property
     def local(self) -> bool:
@@ -452,7 +480,7 @@ def read_jwt(text: str) -> Jwt:
     try:
         header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
         signature = base64url_bytes(parts[2])
-        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\\ud800")
+        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
     except (ValueError, IndexError, RecursionError):
         raise ValueError("expected a JWT: three parts in base64url, joined by dots")
     if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
@@ -652,6 +680,13 @@ CREATE INDEX IF NOT EXISTS assertions_by_expiry ON assertions (expires);
 
 -- The key that signs id_tokens, as its two primes in hexadecimal.
 CREATE TABLE IF NOT EXISTS keys (p TEXT NOT NULL, q TEXT NOT NULL);
+
+-- Pages of searches at the FHIR server behind: what the portal's own paging links stand for, and for whom.
+CREATE TABLE IF NOT EXISTS pages (
+    handle TEXT PRIMARY KEY, grant_id TEXT NOT NULL,   -- '': of /api/open-fhir
+    path TEXT NOT NULL, url TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS pages_by_grant ON pages (grant_id);
+CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 """
 
 RECORD_SCHEMA = """
@@ -1466,31 +1501,86 @@ def sample_resources(version: str) -> Iterator[Json]:
 
 # ######################################################################## 7 the record
 
-# How each type belongs to a patient: the element that refers to the owner. FHIR calls all that belongs to one patient
-# the patient's compartment. One element a type, the one that says whose record it is: an Observation about Amy that
-# her father performed is Amy's alone. A type that is neither here nor in SHARED_TYPES is refused: what is not known
-# to be harmless might be somebody's.
-OWNER_ELEMENT = {
-    "Patient": "id", "AllergyIntolerance": "patient", "Binary": "securityContext", "Condition": "subject",
-    "Coverage": "beneficiary", "Device": "patient", "DiagnosticReport": "subject", "DocumentReference": "subject",
-    "Encounter": "subject", "ExplanationOfBenefit": "patient", "ImagingStudy": "subject", "Immunization": "patient",
-    "MedicationAdministration": "subject", "MedicationDispense": "subject", "MedicationRequest": "subject",
-    "MedicationStatement": "subject", "Observation": "subject", "Procedure": "subject", "RelatedPerson": "patient",
-}
+# How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2, STU3 and
+# R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father performed is Amy's
+# alone. Left out, and so refused, is what does not itself say whose it is: AuditEvent and Provenance point at other
+# resources, Schedule and Slot at doctors, Group and Person at several people; Bundle and Parameters hold resources,
+# and a Bundle within a Bundle is nothing that a search or $everything should answer.
+OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
+    ("id",): "Patient",
+    ("patient",):
+        "AllergyIntolerance BodySite BodyStructure Claim ClaimResponse Consent CoverageEligibilityRequest "
+        "CoverageEligibilityResponse DetectedIssue Device EligibilityRequest EligibilityResponse EpisodeOfCare "
+        "ExplanationOfBenefit FamilyMemberHistory ImagingManifest ImagingObjectSelection Immunization "
+        "ImmunizationEvaluation ImmunizationRecommendation MedicationOrder MolecularSequence NutritionOrder "
+        "RelatedPerson Sequence SupplyDelivery VisionPrescription",
+    ("subject",):
+        "Account AdverseEvent Basic CarePlan CareTeam ChargeItem Communication CommunicationRequest Composition "
+        "DeviceRequest DeviceUseRequest DeviceUseStatement DiagnosticOrder DiagnosticReport DocumentManifest "
+        "DocumentReference Flag Goal Invoice List Media MedicationRequest Observation Order Procedure "
+        "ProcedureRequest QuestionnaireResponse RequestGroup RiskAssessment ServiceRequest Specimen",
+    ("patient", "subject"):  # the first in DSTU2, and some in STU3
+        "ClinicalImpression Condition Encounter ImagingStudy MeasureReport MedicationAdministration "
+        "MedicationDispense MedicationStatement ReferralRequest",
+    ("beneficiary",): "Coverage",
+    ("for",): "Task",
+    ("individual",): "ResearchSubject",
+    ("actor",): "AppointmentResponse",
+    ("participant",): "Appointment",
+    ("securityContext",): "Binary",
+}.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
 NOBODY = ""  # the owner of what belongs to nobody
+FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
+_PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
-def owner(resource: Json) -> str | None:
-    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told."""
-    type_name = resource.get("resourceType", "")
-    if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
-        return NOBODY
-    element = OWNER_ELEMENT.get(type_name)
-    if element == "id":
-        return resource.get("id")
-    reference = resource.get(element or "")
-    match = re.fullmatch(r"Patient/([A-Za-z0-9.-]{1,64})", reference_of(reference))
+def owner(resource: Json, base: str = "") -> str | None:
+    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told.
+
+    Where several patients are named, in several elements or in contained resources, they must be the same one: a
+    record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
+    it is, but it must be of a type that could. References may be relative, or absolute below `base`; those to a
+    version count, those by identifier alone or into the resource itself (#) can't be told.
+
+    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
+    opens nothing: what was filed under a linked Patient needs a token for that one.
+    """
+    named = _named_patients(resource, base)
+    if not named and resource.get("resourceType") in (*SHARED_TYPES, "Device"):
+        named = {NOBODY}
+    for inner in as_list(resource.get("contained")):
+        named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
+    return named.pop() if len(named) == 1 else None
+
+
+def _named_patients(resource: Json, base: str) -> set[str | None]:
+    """The patients in a resource's owner elements; None among them stands for what can't be told."""
+    type_name = resource.get("resourceType")
+    if type_name in SHARED_TYPES:
+        return set()
+    if type_name == "Patient":
+        return {resource["id"] if isinstance(resource.get("id"), str) else None}
+    if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
+        return {None}
+    if type_name == "Appointment":  # doctors and rooms take part too
+        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
+        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
+            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
+
+
+def as_list(value: Any) -> list[Any]:
+    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
+    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
+    if base and reference.startswith(base):
+        reference = reference[len(base) + 1:]
+    match = pattern.fullmatch(reference)
     return match[1] if match else None
 
 
@@ -1517,20 +1607,20 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "explanation-of-benefit": ("Insurance payments", ("ExplanationOfBenefit",)),
     "imaging": ("Imaging studies", ("ImagingStudy",)),
     "encounters": ("Visits", ("Encounter",)),
-    "other": ("Everything else", tuple(name for name in OWNER_ELEMENT if name in (
-        "Device", "DiagnosticReport", "Observation", "RelatedPerson"))),
 }
-OLD_CATEGORIES = {"allergy": "allergies"}
+_BY_CONTENT = ("Observation", "DiagnosticReport")  # whose own category decides
 _CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
-                     if name not in ("Observation", "DiagnosticReport")}
+                     if name not in _BY_CONTENT}
+CATEGORIES["other"] = ("Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _CATEGORY_OF_TYPE))
+OLD_CATEGORIES = {"allergy": "allergies"}
 
 
 def categories(resource: Json) -> list[str]:
-    """The data categories a resource falls into; empty for what belongs to nobody."""
-    if owner(resource) == NOBODY:
-        return []
+    """The data categories a resource falls into; empty for what belongs to nobody. Contained ones go with it."""
     type_name = resource.get("resourceType", "")
-    if type_name not in ("Observation", "DiagnosticReport"):
+    if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
+        return []
+    if type_name not in _BY_CONTENT:
         return [_CATEGORY_OF_TYPE.get(type_name, "other")]
     codes = {code for _, code in tokens_of(elements(resource, "category"))}
     found = []
@@ -1544,44 +1634,110 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-class Access(NamedTuple):
-    """What one request may see. Everything that leaves the FHIR API has passed `may_see`."""
+@dataclass
+class Access:
+    """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
     scope: str | None                 # None: everything, as /api/open-fhir shows it
     patient_id: str | None = None     # whose record patient/ scopes open
     users_patients: frozenset[str] | None = frozenset()  # whose records user/ scopes open; None: everybody's
     labels: frozenset[str] = frozenset()  # the categories approved; empty: not limited
+    fhir_user: str = ""               # Type/id that the token's fhirUser claim names
+    version: str = "r4"               # of FHIR, for what ?param=value means
 
-    def allows(self, type_name: str, letter: str) -> bool:
-        """Whether the scope lets this type be read (r) or searched (s) at all."""
-        return self.scope is None or any(scope_allows(self.scope, context, type_name, letter)
-                                         for context in ("patient", "user"))
+    def __post_init__(self) -> None:
+        self.scopes = resource_scopes(self.scope or "")
+
+    def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
+        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
+
+        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
+        categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
+        """
+        return (self.scope is None or any(one.type in ("*", type_name) and letter in one.letters for one in self.scopes)
+                or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether categories or ?param=value leave something out that the scope's types would show.
+
+        A count of what was found would tell how much that is, so Bundle.total must not be sent then.
+        """
+        return bool(self.labels) or any(one.constraints for one in self.scopes)
 
     def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
         """The patients whose resources of a type may be seen; None: everybody's."""
         if self.scope is None:
             return None
         found: frozenset[str] = frozenset()
-        if self.patient_id and scope_allows(self.scope, "patient", type_name, letter):
-            found |= {self.patient_id}
-        if scope_allows(self.scope, "user", type_name, letter):
-            if self.users_patients is None:
-                return None
-            found |= self.users_patients
+        for one in self.scopes:
+            if one.type in ("*", type_name) and letter in one.letters:
+                reach = self._reach(one.context)
+                if reach is None:
+                    return None
+                found |= reach
         return found
 
-    def may_see(self, resource: Json, letter: str) -> bool:
-        """Whether this very resource may be seen: by type, by owner, by category. In doubt, no."""
+    def _reach(self, context: str) -> frozenset[str] | None:
+        """The patients that a scope's context opens; None: everybody."""
+        if context == "patient":
+            return frozenset([self.patient_id] if self.patient_id else [])
+        return self.users_patients if context == "user" else None
+
+    def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
+        """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
+
+        letters: how it is reached: r, s, or both for an operation that does both. base: see `owner`.
+        """
         if self.scope is None:
             return True
-        whose, type_name = owner(resource), resource.get("resourceType", "")
-        if whose is None or not self.allows(type_name, letter):
-            return False
-        if whose == NOBODY:
+        type_name = resource.get("resourceType", "")
+        if letters == "r" and f"{type_name}/{resource.get('id')}" == self.fhir_user:
             return True
-        patients = self.patients(type_name, letter)
+        whose = owner(resource, base)
+        if whose is None:
+            return False
+        for one in self.scopes:  # each alone: the ?param=value of one go together, several scopes add up
+            if one.type in ("*", type_name) and all(letter in one.letters for letter in letters):
+                reach = self._reach(one.context)
+                if ((whose == NOBODY or reach is None or whose in reach)
+                        and (not one.constraints or resource_matches(resource, self.version, one.constraints))):
+                    break
+        else:
+            return False
         # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
-        return ((patients is None or whose in patients)
-                and (not self.labels or self.labels.issuperset(categories(resource))))
+        return whose == NOBODY or not self.labels or self.labels.issuperset(categories(resource))
+
+    def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
+        """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
+
+        A Binary mostly doesn't say whose it is. Then `is_pointed_to` is asked whether its id is among those that
+        `binaries_in` finds in the patient's own. Who may see everybody's records without limits may see every Binary.
+        """
+        if self.may_see(binary, "r", base):
+            return True
+        if not self.allows("Binary", "r") or _named_patients(binary, base) - {None}:
+            return False
+        if self.patients("Binary", "r") is None and not self.narrowed:
+            return True
+        return is_pointed_to(binary["id"])
+
+    def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
+        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
+        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
+                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
+        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
+
+
+def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
+    """Stand-in until the search part's own: tokens only, anything else matches nothing."""
+    for parameter, text in constraints:
+        path = {"_security": "meta.security", "_tag": "meta.tag"}.get(
+            parameter, re.sub(r"-(\w)", lambda found: found[1].upper(), parameter))
+        tokens = tokens_of(elements(resource, path))
+        if not any((not bar or system == one_system) and code == one_code for system, code in tokens
+                   for one_system, bar, one_code in (one.rpartition("|") for one in _COMMA.split(text))):
+            return False
+    return True
 
 
 # What can be searched, for each type: parameter -> (kind, elements it looks into). A dotted path goes through lists.
@@ -2197,6 +2353,7 @@ class Portal:
         self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
+        self.upstream = Upstream(settings) if settings.fhir_server else None  # the FHIR server behind: section 15
         try:
             with self.state.transaction() as database:
                 self._seed(database)
@@ -2216,12 +2373,14 @@ class Portal:
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
         self.clock.offset = 0.0
+        if self.upstream:
+            self.upstream.forget()
         self.faults.clear()
         self.recorded.clear()
         self.key_sets.clear()
         with self.state.transaction() as database:
-            for name in ("tokens", "grants", "pending", "launches", "sessions", "assertions", "clients", "patients",
-                         "users"):
+            for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
+                         "patients", "users"):
                 database.execute(f"DELETE FROM {name}")
             self._seed(database)
 
@@ -2229,6 +2388,8 @@ class Portal:
         """Close the databases."""
         self.state.close()
         self.records.store.close()
+        if self.upstream:
+            self.upstream.close()
 
     def client(self, client_id: str) -> Client | None:
         """A registered client, or None."""
@@ -2410,7 +2571,7 @@ def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(value).encode("ascii")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
     except RecursionError:
         raise PortalError("invalid_request", "the JSON nests too deep")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
@@ -3729,7 +3890,7 @@ def create_launch(portal: Portal, base: str, *, client_id: str | None = None, la
                "fhirContext": fhir_context}
     handle, now = secrets.token_urlsafe(24), portal.clock.now()
     with portal.state.transaction() as database:
-        forget_expired(database, "launches", now)
+        forget_expired(database, "launches", now - PENDING_SECONDS)  # a user may still be deciding on one
         database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)", (
             handle, client_id, username, patient_id,
             json.dumps({name: value for name, value in context.items() if value is not None}), now + LAUNCH_SECONDS))
@@ -4067,7 +4228,810 @@ def userinfo(portal: Portal, request: Request) -> Response:
     return json_response({**claims, "name": user["name"]})
 
 
-# ######################################################################## 15 the FHIR API
+# ######################################################################## 15 forwarding
+
+# With --fhir-server the records are another server's. It is not trusted to filter: it may ignore every parameter and
+# answer each search with everybody's records. So each answer is read whole, every resource in it judged by `Access`,
+# and only then sent on: as the text it came in, less what may not be seen, with this portal's addresses in it.
+# It is trusted to label: a resource that says it is Daniel's is taken for Daniel's.
+
+MAX_HEAD = 64 << 10          # bytes of a first line and headers
+MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_LINKS = 1000             # paging links that one authorization may hold
+PAGE_SECONDS = 3600
+DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
+_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
+_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+
+
+class BadRequest(Exception):
+    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would begin."""
+    def __init__(self, status: int, description: str):
+        super().__init__(description)
+        self.status = status
+
+
+def too_large(most: int) -> BadRequest:
+    """413 that tells the limit."""
+    return BadRequest(413, f"the body is longer than {most} bytes")
+
+
+class SocketReader(io.RawIOBase):
+    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
+    def __init__(self, connection: socket.socket):
+        self.connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
+        try:
+            self.connection.settimeout(max(left, 0.001))
+            return self.connection.recv_into(buffer)
+        except OSError:
+            if time.monotonic() >= self.deadline:
+                raise BadRequest(408, "the request took too long to arrive")
+            raise
+
+
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
+    if not _HEADER_LINES.fullmatch(lines):
+        raise BadRequest(400, "a header line is malformed")
+    headers: dict[str, str] = {}
+    for line in lines.decode("latin-1").split("\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t\r")
+        if name in headers:
+            if name in _ONCE:
+                raise BadRequest(400, f"the header {name} is given twice")
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    return headers
+
+
+def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
+    """The header lines up to the empty one."""
+    lines: list[bytes] = []
+    while True:
+        line = stream.readline(most + 1)
+        most -= len(line)
+        if most < 0:
+            raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
+        if line in (b"\r\n", b"\n"):
+            return parse_headers(b"".join(lines))
+        if not line:
+            raise BadRequest(400, "the message ends within its header")
+        lines.append(line)
+
+
+def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
+    """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
+    body = bytearray()
+    while True:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", stream.readline(1024))
+        if not match:
+            raise BadRequest(400, "a chunk's size is malformed")
+        size = int(match[1], 16)
+        if size == 0:
+            read_headers(stream, MAX_HEAD)
+            return bytes(body)
+        if len(body) + size > most:
+            raise too_large(most)
+        chunk = stream.read(size + 2)
+        if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
+            raise BadRequest(400, "a chunk is not as long as it says")
+        body += chunk[:-2]
+
+
+class Answer(NamedTuple):
+    """What the FHIR server answered."""
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+    url: str                 # asked last, after redirects
+
+
+class StaleConnection(Exception):
+    """A kept-alive connection that the FHIR server closed before it saw the request."""
+
+
+class Connection:
+    """A connection to the FHIR server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
+    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    def __init__(self, https: bool, host: str, port: int, deadline: float):
+        self.socket = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.001))
+        try:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if https:
+                import ssl  # takes long to import, and few need it
+                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.reader = SocketReader(self.socket)
+        self.stream = io.BufferedReader(self.reader, 64 << 10)
+        self.used = self.reusable = False
+
+    def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
+        """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
+        self.reader.deadline, self.reusable = deadline, False
+        try:
+            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self.socket.sendall(message)
+            alive = self.stream.peek(1)
+        except ConnectionError:
+            alive = b""
+        if not alive:
+            raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
+        self.used = True
+        while True:
+            match = re.fullmatch(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n", self.stream.readline(MAX_HEAD))
+            if not match:
+                raise BadRequest(400, "its first line is not HTTP")
+            status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
+            if status >= 200:  # 1xx: the answer is still to come
+                break
+        keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if status in (204, 304):
+            body = b""
+        elif coding is not None:
+            if coding.lower() != "chunked" or length is not None:
+                raise BadRequest(400, "it is not clear where the body ends")
+            body = read_chunks(self.stream, MAX_ANSWER)
+        elif length is None:  # up to the end of the connection
+            body, keep = self.stream.read(MAX_ANSWER + 1), False
+        elif not re.fullmatch(r"\d{1,18}", length):
+            raise BadRequest(400, "its Content-Length is no number")
+        elif int(length) > MAX_ANSWER:
+            raise too_large(MAX_ANSWER)
+        else:
+            body = self.stream.read(int(length))
+            if len(body) < int(length):
+                raise BadRequest(400, "the connection broke off within the body")
+        if len(body) > MAX_ANSWER:
+            raise too_large(MAX_ANSWER)
+        self.reusable = keep
+        return Answer(status, headers, unpacked(body, headers.get("content-encoding", "identity").lower()), url)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.socket.close()
+
+
+def unpacked(body: bytes, coding: str) -> bytes:
+    """A body without its gzip; never more than MAX_ANSWER bytes of it."""
+    if coding == "identity":
+        return body
+    if coding not in ("gzip", "x-gzip"):
+        raise BadRequest(400, "its Content-Encoding was not asked for")
+    unpack = zlib.decompressobj(31)  # 31: with gzip's header
+    try:
+        body = unpack.decompress(body, MAX_ANSWER + 1)
+    except zlib.error:
+        raise BadRequest(400, "its gzip is broken")
+    if len(body) > MAX_ANSWER:
+        raise too_large(MAX_ANSWER)
+    if not unpack.eof or unpack.unused_data:
+        raise BadRequest(400, "its gzip is broken")
+    return body
+
+
+def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
+    """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
+    code = {400: "invalid", 404: "not-found", 410: "deleted", 429: "throttled", 503: "transient", 504: "timeout"}
+    return FhirError(code.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
+                     headers)
+
+
+_COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
+_ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
+_SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+
+
+def _step(text: str, at: int, expected: str) -> tuple[str, int]:
+    """Past one of JSON's structural characters; ValueError if it isn't one of those expected."""
+    match = _SEPARATOR.match(text, at)
+    if not match or match[1] not in expected:
+        raise ValueError(f"expected {expected}")
+    return match[1], match.end()
+
+
+def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
+    """A Bundle's own members; and its entries, each with the text it came in, to be sent on as it is: nothing is
+    written anew, so that a decimal's trailing zeros survive. ValueError if it is no JSON object."""
+    own: Json = {}
+    entries: list[tuple[Any, str]] = []
+    mark, at = _step(text, 0, "{")
+    while mark != "}":
+        if not text.startswith('"', at):
+            raise ValueError("expected a member's name")
+        name, at = _decode(text, at)
+        at = _step(text, at, ":")[1]
+        if name == "entry":
+            mark, at = _step(text, at, "[")
+            if text.startswith("]", at):
+                mark, at = "]", at + 1
+            while mark != "]":
+                value, end = _decode(text, at)
+                entries.append((value, text[at:end]))
+                mark, at = _step(text, end, ",]")
+        else:
+            own[name], at = _decode(text, at)
+        mark, at = _step(text, at, ",}")
+    if at < len(text):
+        raise ValueError("text after the end")
+    return own, entries
+
+
+class Upstream:
+    """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
+
+    The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's server on
+    loopback would be looked for at a company's proxy.
+    """
+    def __init__(self, settings: Settings):
+        import urllib.request  # takes long to import, and few need it
+        self.base, self.seconds = settings.fhir_server or "", settings.fhir_timeout
+        parts = urlsplit(self.base)
+        self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
+        self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
+        # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
+        self.headers = {"Accept": "application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+                        "Accept-Encoding": "identity" if is_loopback(self.host) else "gzip"}
+        for header in settings.fhir_header:
+            name, _, value = header.partition(":")
+            self.headers[name] = value.strip()
+        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.forget()
+        self._bases: list[str] = []
+        self._learn(self.base)
+        self._idle: list[Connection] = []
+        send = self._send
+
+        class KeepAlive(urllib.request.BaseHandler):
+            """Opens addresses over connections that are kept."""
+            def http_open(self, request: Any) -> Answer:
+                """What the opener calls."""
+                return send(request)
+            https_open = http_open
+
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(KeepAlive())
+        self._request, self._open = urllib.request.Request, opener.open
+
+    def forget(self) -> None:
+        """Forget what was found out of the records and of the server's version."""
+        self.binaries.clear()
+        self.version = ("", 0.0)                         # see fhir_version; until when it holds
+        self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _send(self, request: Any) -> Answer:
+        """Answer a urllib request over an idle connection, or over a new one.
+
+        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
+        """
+        deadline, body = time.monotonic() + request.timeout, request.data or b""
+        lines = [f"{request.get_method()} {request.selector} HTTP/1.1", f"Host: {request.host}",
+                 *(f"{name}: {value}" for name, value in request.header_items())]
+        lines += [f"Content-Length: {len(body)}"] if body else []
+        message = "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body
+        try:
+            return self._exchange(self._idle.pop(), message, request.full_url, deadline)
+        except (IndexError, StaleConnection):
+            return self._exchange(Connection(self.https, self.host, self.port, deadline), message, request.full_url,
+                                  deadline)
+
+    def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
+        """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it out."""
+        try:
+            return connection.exchange(message, url, deadline)
+        finally:
+            if connection.reusable and len(self._idle) < 64:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def ask(self, url: str, headers: Mapping[str, str] | None = None, form: bytes | None = None) -> Answer:
+        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        deadline = time.monotonic() + self.seconds
+        try:
+            for _ in range(5):
+                asked = self._request(url, form, {**self.headers, **(headers or {})})
+                answer: Answer = self._open(asked, timeout=deadline - time.monotonic())
+                if answer.status not in (301, 302, 303, 307, 308):
+                    return answer
+                url, form = self.inside(answer.headers.get("location", ""), url) or "", None
+                if not url:
+                    raise refused("redirects to an address that is not its own")
+            raise refused("redirects in circles")
+        except BadRequest as error:
+            if error.status == 408:
+                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            raise refused(f"sent an answer that can't be read: {error}")
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            raise refused(f"can't be reached, or broke off ({type(error).__name__})")
+
+    def inside(self, url: str, seen_at: str) -> str | None:
+        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
+
+        Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
+        is put in its place.
+        """
+        try:
+            url = urljoin(seen_at, url)
+            scheme, _, path, query, _ = urlsplit(url)
+        except ValueError:
+            return None
+        for base in self._bases:
+            if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
+                path = self.path + re.split("[?#]", url[len(base):])[0]
+        if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
+                or re.search(r"/\.|%2e|%2f|%5c|//|\\", path, re.IGNORECASE)):
+            return None
+        safe = "!$%&'()*+,/:;=?@[]~|"
+        return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
+
+    def _learn(self, base: str) -> None:
+        """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
+        self._bases = sorted([*self._bases, base], key=len, reverse=True)
+        addresses, traces, hints = [], [], set()
+        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        for one in self._bases:
+            parts = urlsplit(one)
+            host, port, path = parts.hostname or "", parts.port, "".join(
+                _SLASH if char == "/" else re.escape(char) for char in parts.path)
+            names = {re.escape(f"[{host}]" if ":" in host else host)}
+            if is_loopback(host):
+                names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+            name = "(?i:" + "|".join(sorted(names)) + ")"
+            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+            addresses.append(where + path)
+            if not is_loopback(host):  # the name alone tells too much
+                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
+                hints |= {host}
+            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
+                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
+            else:
+                traces.append(before + where)
+                hints |= {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
+        self._traces, self._hints = re.compile("|".join(traces)), hints
+
+    def rewritten(self, body: bytes, ours: str) -> str:
+        """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
+
+        What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only attachments'
+        base64 is not looked into.
+        """
+        text = body.decode("utf-8")
+        if "\0" in text or "\1" in text:
+            raise ValueError("a control character")
+        if _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
+            text = json.dumps(json.loads(text))
+        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
+        # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
+        for base in self._bases:
+            for end in '/?"':
+                text = text.replace(base + end, "\0" + end)
+        if self._hinted(text):
+            text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
+            if self._hinted(text):
+                text = self._traces.sub("fhir-server.invalid", text)
+        return text.replace("\0", ours).replace("\1", quote(ours, safe=""))
+
+    def _hinted(self, text: str) -> bool:
+        """Whether something of the FHIR server's address may be in a text."""
+        lower = text.lower()
+        return any(hint in lower for hint in self._hints)
+
+    def check(self, answer: Answer) -> None:
+        """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients wait)."""
+        status = answer.status
+        if status in (429, 503):
+            wait = answer.headers.get("retry-after")
+            raise refused("is busy", status, [("Retry-After", wait)] if wait else [])
+        if status in (404, 410):
+            raise refused("has no such resource" if status == 404 else "deleted this resource", status)
+        if status in (400, 422):
+            raise refused(f"does not accept this request ({status})", 400)
+        if status in (401, 403):
+            raise refused(f"does not let this portal in ({status}); --fhir-header can give it credentials")
+        if status != 200:
+            raise refused(f"answered with status {status}")
+
+    def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
+        """The resource in an answer, and its text, with our addresses."""
+        self.check(answer)
+        try:
+            text = self.rewritten(answer.body, ours)
+            value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+            if not isinstance(value, dict) or not isinstance(value.get("resourceType"), str) or text[end:].strip():
+                raise ValueError("no resource")
+        except (ValueError, RecursionError):
+            raise refused("answered with what is no FHIR JSON")
+        return value, text
+
+    def bundle(self, answer: Answer, ours: str) -> tuple[Json, list[tuple[Json, str]]]:
+        """The Bundle in an answer: its own members, and its entries with their text; with our addresses."""
+        self.check(answer)
+        try:
+            own, entries = split_bundle(self.rewritten(answer.body, ours))
+            if self._learn_from(entries, ours):
+                own, entries = split_bundle(self.rewritten(answer.body, ours))
+        except (ValueError, RecursionError):
+            raise refused("answered with what is no FHIR JSON")
+        if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
+            raise refused("answered a search with what is no Bundle of results")
+        return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
+
+    def _learn_from(self, entries: list[tuple[Any, str]], ours: str) -> bool:
+        """Whether entries show an address of the FHIR server that was not known: a fullUrl is one, type and id."""
+        before = len(self._bases)
+        for value, _ in entries:
+            url = value.get("fullUrl") if isinstance(value, dict) else None
+            if isinstance(url, str) and url.startswith("http") and not url.startswith(ours + "/"):
+                found = value.get("resource")
+                tail = f"/{found.get('resourceType')}/{found.get('id')}" if isinstance(found, dict) else "?"
+                if url.endswith(tail) and url[:-len(tail)] not in self._bases and len(self._bases) < 20:
+                    self._learn(url[:-len(tail)])
+        return len(self._bases) > before
+
+    def statement(self, now: float) -> Json:
+        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
+        found, until = self._statement
+        if now >= until:
+            found = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
+            if found["resourceType"] not in ("CapabilityStatement", "Conformance"):
+                raise refused("has no CapabilityStatement")
+            self._statement = found, now + 300
+        return found
+
+
+def fhir_version(portal: Portal) -> str:
+    """The version of FHIR that the records are in: r4, stu3 or dstu2.
+
+    The FHIR server's is read from its metadata. A read must not depend on that: where it fails, R4 is assumed.
+    """
+    if not portal.upstream:
+        return "r4"
+    now, (version, until) = portal.clock.now(), portal.upstream.version
+    if now >= until:
+        try:
+            text = str(portal.upstream.statement(now).get("fhirVersion"))
+            version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
+        except FhirError as error:
+            portal.log(f"warning: the FHIR server's version can't be read, R4 is assumed: {error.description}")
+            version, until = "r4", now + 60
+        portal.upstream.version = version, until
+    return version
+
+
+def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json:
+    """This portal's CapabilityStatement, with those of the FHIR server's types and parameters that it lets through."""
+    assert portal.upstream
+    theirs, ours = portal.upstream.statement(portal.clock.now()), capability_statement(portal, request, secured)
+    resources = []
+    for one in elements(theirs, "rest.resource"):
+        name = str(one.get("type")) if isinstance(one, dict) else ""
+        offered = elements(one, "interaction.code")
+        can = [code for code in ("read", "vread", "search-type")
+               if code in offered and (name, code) != ("Binary", "search-type")]
+        if can and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
+            resources.append({"type": name, "interaction": [{"code": code} for code in can], "searchParam": [
+                {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
+                if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
+    ours["rest"][0]["resource"] = resources
+    ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
+    return ours
+
+
+# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could look
+# into other records and tell by what is found what stands there (_has, _filter, _query, _type, _list, _content ...).
+FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude",
+             "_total")
+# These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
+NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
+EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
+PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
+
+
+def may_be_forwarded(name: str) -> bool:
+    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient= or
+    SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
+    return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
+
+
+def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]], base: str) -> list[tuple[str, str]]:
+    """The search to send: each parameter checked, and pinned to the patients that may be seen.
+
+    Asking for another patient is refused in words rather than found empty: in a parameter that names the owner, under
+    whatever of its names, and by Patient/... in any other. So is what can't be checked: chains (a.b), and modifiers on
+    what names the owner, but for its type (subject:Patient).
+    """
+    allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
+    pairs = [(name, value) for name, value in pairs
+             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+    if access.scope is None:
+        return pairs
+    sent: list[tuple[str, str]] = []
+    for name, value in pairs:
+        stem, _, modifier = name.partition(":")
+        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+            raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
+        owns = stem in NAMES_A_PATIENT or stem == pin
+        if owns and modifier not in ("", "Patient"):
+            raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
+        named = [one.removeprefix(base + "/") for one in value.split(",")]
+        if owns or modifier == "Patient":
+            ids = [one.removeprefix("Patient/") for one in named]
+            name, value = pin if owns else stem, ",".join(ids if pin == "_id" else [f"Patient/{one}" for one in ids])
+        else:
+            ids = [one for part in named for one in re.findall(r"Patient/([^/|&?]*)", part)]
+        for one in ids:
+            if not FHIR_ID.fullmatch(one) or (allowed is not None and one not in allowed):
+                raise FhirError("forbidden", f"{name}={one}: the token is not for this patient's record", 403)
+        sent.append((name, value))
+    if allowed is not None and type_name not in SHARED_TYPES and pin not in dict(sent):
+        sent.append((pin, ",".join(one if pin == "_id" else f"Patient/{one}" for one in sorted(allowed))))
+    return sent
+
+
+def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]) -> dict[str, str]:
+    """Remember addresses of pages at the FHIR server; gives a handle for each, good for this authorization and path.
+
+    The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for.
+    """
+    now = portal.clock.now()
+    handles = {relation: secrets.token_urlsafe(16) for relation in urls}
+    with portal.state.transaction() as database:
+        forget_expired(database, "pages", now)
+        database.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", [
+            (handles[relation], grant_id, path, url, now + PAGE_SECONDS) for relation, url in urls.items()])
+        database.execute("DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages "
+                         "WHERE grant_id = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)", (grant_id, MAX_LINKS))
+    return handles
+
+
+def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
+    """The address behind a paging link; 403 for another authorization's."""
+    row = portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now())
+    if not row:
+        raise FhirError("not-found", "this paging link has expired, or never was one; search again", 404)
+    if row["grant_id"] != grant_id or row["path"] != path:
+        raise FhirError("forbidden", "this paging link belongs to another authorization or search", 403)
+    return str(row["url"])
+
+
+class Forwarding:
+    """One request to the FHIR server behind, and the judgement on its answer.
+
+    `base` is this portal's FHIR base, under which every address in the answer will be; grant_id is '' without a token.
+    """
+    def __init__(self, portal: Portal, request: Request, access: Access, base: str, grant_id: str):
+        assert portal.upstream
+        self.portal, self.upstream, self.request = portal, portal.upstream, request
+        self.access, self.base, self.grant_id = access, base, grant_id
+        self.response = fhir_response(request, {})  # in the media type asked for; or 406, before anybody is asked
+
+    def answer(self) -> Response:
+        """What the path asks for. Only these shapes are forwarded, rebuilt from their parts: what a path hides in
+        dots, slashes or semicolons, encoded once or twice, never reaches the FHIR server."""
+        parts = [unquote(part) for part in self.request.rest.split("/")]
+        type_name, posted = parts[0], self.request.method == "POST"
+        if posted and (len(parts) != 2 or parts[1] != "_search"):
+            raise FhirError("forbidden", "writing and batches are not possible here; only POST [type]/_search", 403)
+        if any("$" in part for part in parts) and (type_name, *parts[2:]) != ("Patient", "$everything"):
+            raise FhirError("forbidden", f"{self.request.path}: of operations only Patient/[id]/$everything", 403)
+        if parts == [""]:
+            raise FhirError("forbidden", "a search over all types is not possible here: name a type", 403)
+        if len(parts) == 3 and type_name == "Patient" and re.fullmatch(r"[A-Z][A-Za-z]{1,63}", parts[2]):
+            # Patient/P/Observation is Observation?patient=P, which more servers understand.
+            return self.search(parts[2], [(PINNED_BY.get(parts[2], "patient"), parts[1]), *self.request.pairs()])
+        if re.fullmatch(r"[A-Z][A-Za-z]{1,63}", type_name):
+            if len(parts) == 1 or posted:
+                return self.search(type_name, self.request.pairs() + (self.request.form() if posted else []))
+            if all(map(FHIR_ID.fullmatch, parts[1::2])):
+                if len(parts) == 2 or (len(parts) == 4 and parts[2] == "_history"):
+                    return self.read(type_name, *parts[1::2])
+                if len(parts) == 3 and type_name == "Patient" and parts[2] == "$everything":
+                    return self.everything(parts[1])
+        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], [type]/[id]"
+                        "/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+
+    def check_scope(self, type_name: str, letters: str, resource_id: str = "") -> None:
+        """Refuse what no scope allows, and types of which nobody can tell whose they are."""
+        if self.access.scope is not None and type_name not in OWNER_ELEMENTS and type_name not in SHARED_TYPES:
+            raise FhirError("forbidden", f"{type_name}: not served, since it can't be told whose record it is in", 403)
+        for letter in letters:
+            if not self.access.allows(type_name, letter, resource_id):
+                raise too_little_scope(type_name, letter)
+
+    def headers(self, *names: str) -> dict[str, str]:
+        """Those of the request's headers that travel on. Authorization and cookies never do."""
+        return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
+
+    def respond(self, text: str, answer: Answer, *names: str) -> Response:
+        """A text as response, with those of the FHIR server's headers that come back."""
+        self.response.body = text.encode("utf-8", "replace")
+        self.response.headers += [(name, answer.headers[name.lower()]) for name in names
+                                  if name.lower() in answer.headers]
+        return self.response
+
+    def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
+        """One resource: fetched, then judged."""
+        self.check_scope(type_name, "r", resource_id)
+        url = f"{self.upstream.base}/{type_name}/{resource_id}" + (f"/_history/{version}" if version else "")
+        answer = self.upstream.ask(url, self.headers("Prefer", "If-None-Match", "If-Modified-Since"))
+        unchanged = answer.status == 304
+        if unchanged:  # which tells that it is there, and in which version, whosever it is: so look
+            answer = self.upstream.ask(url)
+        resource, text = self.upstream.resource(answer, self.base)
+        if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
+            raise refused("answered with another resource than the one asked for")
+        if not (self.access.may_see_binary(resource, self.is_pointed_to, self.base) if type_name == "Binary"
+                else self.may_see(resource, text, "r")):
+            raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
+                            "a category that was not approved", 403)
+        self.response.status = 304 if unchanged else 200
+        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
+
+    def may_see(self, resource: Any, text: str, letters: str) -> bool:
+        """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
+        a member given twice, none in a place where FHIR has none."""
+        return self.access.scope is None or (
+            isinstance(resource, dict) and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
+            and self.access.may_see(resource, letters, self.base))
+
+    def is_pointed_to(self, binary_id: str) -> bool:
+        """Whether a document or report of the record points to a Binary. What was found once is remembered."""
+        if len(self.upstream.binaries) > 1000:
+            self.upstream.binaries.clear()
+        known = self.upstream.binaries.setdefault((self.grant_id, str(self.access.scope)), set())
+        if binary_id not in known:
+            known |= self.access.binaries_in(self.documents(), self.base)
+        return binary_id in known
+
+    def documents(self) -> Iterator[Json]:
+        """The record's documents and reports, as far as DOCUMENT_PAGES pages go."""
+        left = DOCUMENT_PAGES
+        for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
+            for type_name in ("DocumentReference", "DiagnosticReport"):
+                url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
+                while url and left:
+                    left -= 1
+                    answer = self.upstream.ask(url)
+                    if answer.status in (400, 404):  # it has no such type
+                        break
+                    own, entries = self.upstream.bundle(answer, self.base)
+                    yield from (one["resource"] for one, _ in entries if isinstance(one.get("resource"), dict))
+                    url = self.links(own, answer).get("next", "")
+
+    def search(self, type_name: str, pairs: list[tuple[str, str]]) -> Response:
+        """A page of a search, from its beginning or by a paging link."""
+        if type_name == "Binary":
+            raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
+        self.check_scope(type_name, "s")
+        url = self.page_url(pairs)
+        if url:
+            return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
+        query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
+        url = f"{self.upstream.base}/{type_name}"
+        if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
+            form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
+            return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
+        return self.page(self.upstream.ask(f"{url}?{query}", self.headers("Prefer")), pairs, "s")
+
+    def everything(self, patient_id: str) -> Response:
+        """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
+        self.check_scope("Patient", "rs")
+        for allowed in (self.access.patients("Patient", letter) for letter in "rs"):
+            if allowed is not None and patient_id not in allowed:
+                raise FhirError("forbidden", f"Patient/{patient_id}: the token is not for this patient's record", 403)
+        pairs = self.request.pairs()
+        for name, _ in pairs:
+            if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
+                raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
+        query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
+        url = self.page_url(pairs) or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}"
+        return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
+
+    def page_url(self, pairs: list[tuple[str, str]]) -> str:
+        """The FHIR server's address behind a paging link; '' if the request is none."""
+        names = [name for name, _ in pairs if name not in NOT_FORWARDED]
+        if "_page" not in names:
+            return ""
+        if len(names) > 1:
+            raise FhirError("invalid", "_page: a paging link takes no other parameters")
+        return kept_page(self.portal, self.grant_id, self.request.rest, dict(pairs)["_page"])
+
+    def links(self, own: Json, answer: Answer) -> dict[str, str]:
+        """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that leads
+        elsewhere is an error: without it, the app would take the page for the last."""
+        found: dict[str, str] = {}
+        for link in elements(own, "link"):
+            relation, url = (link.get("relation"), link.get("url")) if isinstance(link, dict) else (None, None)
+            if relation in ("first", "previous", "prev", "next", "last") and isinstance(url, str):
+                for ours, theirs in ((self.base, self.upstream.base),
+                                     (quote(self.base, safe=""), quote(self.upstream.base, safe=""))):
+                    url = url.replace(ours, theirs)  # it was rewritten with all the rest
+                inside = self.upstream.inside(url, answer.url)
+                if inside:
+                    found[relation] = inside
+                elif relation == "next":
+                    raise refused("gave a link to the next page that does not lead to itself")
+        return found
+
+    def page(self, answer: Answer, pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle, less the entries that may not be seen, with this portal's own links.
+
+        What may not be seen is dropped without a word: other patients' records, included ones too; OperationOutcomes,
+        which may quote anything; Bundles within the Bundle. Of the Bundle's own members only those known to be harmless
+        are passed on: total, if nothing was dropped and no category hidden.
+        """
+        own, entries = self.upstream.bundle(answer, self.base)
+        seen = []
+        for entry, text in entries:
+            if self.may_see(entry.get("resource"), text, letters):
+                known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
+                seen.append(text if len(known) == len(entry) else json.dumps(known))
+        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
+        path, query = self.request.rest, self.request.query
+        if self.request.method == "POST":
+            path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
+        pages = keep_pages(self.portal, self.grant_id, path, self.links(own, answer))
+        bundle: Json = {"resourceType": "Bundle", **{
+            name: own[name] for name in ("id", "meta", "type", "timestamp", "total") if name in own}}
+        if len(seen) < len(entries) or self.access.narrowed:
+            bundle.pop("total", None)
+        here = f"{self.base}/{path}"
+        bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
+            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in pages.items())]
+        text = json.dumps(bundle)
+        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(seen)}]}}" if seen else text, answer)
+
+
+# The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
+
+def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
+    """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
+    assert portal.upstream
+    query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
+    entries = portal.upstream.bundle(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")[1]
+    found = [entry.get("resource") for entry, _ in entries]
+    return [(one["id"], display_name(one)) for one in found if isinstance(one, dict)
+            and one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
+
+
+def upstream_patient(portal: Portal, patient_id: str) -> str | None:
+    """The name of a patient of the FHIR server, None where there is none of that id."""
+    assert portal.upstream
+    answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
+    return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
+
+
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
+
+
+# ######################################################################## 16 the FHIR API
 
 REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
 FHIR_TYPE = "application/fhir+json"
@@ -4090,11 +5054,14 @@ def bearer(portal: Portal, request: Request) -> Row:
 
 def access_of(portal: Portal, row: Row) -> Access:
     """What an access token lets its bearer see."""
-    user = portal.user(row["username"])
-    everybody = bool(user and user["any_patient"])
-    return Access(row["token_scope"], row["patient_id"],
-                  None if everybody else frozenset(portal.patients_of(row["username"])),
-                  frozenset(json.loads(row["security_labels"])))
+    scope = row["token_scope"]
+    user = portal.user(row["username"]) if "user/" in scope else None
+    return Access(
+        scope, row["patient_id"],
+        None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
+        frozenset(json.loads(row["security_labels"])),
+        "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
+        fhir_version(portal) if "?" in scope else "r4")
 
 
 def too_little_scope(type_name: str, letter: str) -> FhirError:
@@ -4213,7 +5180,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     if request.method == "POST" and parts[1:] != ["_search"]:
         raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
     letter = "s" if len(parts) == 1 or parts[1:] == ["_search"] else "r"
-    if not access.allows(type_name, letter):
+    if not access.allows(type_name, letter, "" if letter == "s" else parts[1]):
         raise too_little_scope(type_name, letter)
     if letter == "s" and (len(parts) == 1 or request.method == "POST"):
         return search(portal, request, access, type_name, base)
@@ -4225,7 +5192,8 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
 @route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
-    return fhir_response(request, capability_statement(portal, request, True))
+    statement = forwarded_statement if portal.upstream else capability_statement
+    return fhir_response(request, statement(portal, request, True))
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
@@ -4234,7 +5202,10 @@ def fhir(portal: Portal, request: Request) -> Response:
     row = bearer(portal, request)
     if request.method not in ("GET", "HEAD", "POST"):
         raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
-    return serve_records(portal, request, access_of(portal, row), portal.base(request) + "/api/fhir")
+    access, base = access_of(portal, row), portal.base(request) + "/api/fhir"
+    if portal.upstream:
+        return Forwarding(portal, request, access, base, row["grant_id"]).answer()
+    return serve_records(portal, request, access, base)
 
 
 @route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
@@ -4243,10 +5214,14 @@ def open_fhir(portal: Portal, request: Request) -> Response:
     if not portal.settings.serves_open_fhir:
         raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
     if request.rest == "metadata":
-        return fhir_response(request, capability_statement(portal, request, False))
+        statement = forwarded_statement if portal.upstream else capability_statement
+        return fhir_response(request, statement(portal, request, False))
     if request.method == "POST" and not request.rest.endswith("/_search"):
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
-    return serve_records(portal, request, Access(None), portal.base(request) + "/api/open-fhir")
+    base = portal.base(request) + "/api/open-fhir"
+    if portal.upstream:
+        return Forwarding(portal, request, Access(None), base, "").answer()
+    return serve_records(portal, request, Access(None), base)
 
 
 @route("GET /api/me", "S4S", cors=True, kind="fhir")
@@ -4265,7 +5240,7 @@ def me(portal: Portal, request: Request) -> Response:
              "approval_expires": http_date(one["approval_expires"])} for one in rows]})
 
 
-# ######################################################################## 16 start page
+# ######################################################################## 17 start page
 
 @route("GET /health", "for monitors", cors=True)
 def health(portal: Portal, request: Request) -> Response:
@@ -4443,7 +5418,7 @@ async function prepare() {
   const verifier = random(), state = random(), nonce = random();
   const challenge = base64url(await crypto.subtle.digest('SHA-256', new TextEncoder().encode(verifier)));
   tell('2. Make secrets', 'RFC 7636 sections 4.1 and 4.2; RFC 6749 section 10.12', [
-    ['code_verifier: random, stays here', verifier], ['code_challenge: its SHA-256 in base64url, goes along', challenge],
+    ['code_verifier: random, stays here', verifier], ['code_challenge: its SHA-256, goes along', challenge],
     ['state: comes back, so that we know we asked', state], ['nonce: comes back in the id_token', nonce]]);
   $('scope').value = `openid fhirUser ${launch ? 'launch' : 'launch/patient'} patient/*.rs offline_access`;
   $('ask').hidden = false;
@@ -4471,7 +5446,8 @@ async function comeBack() {
   history.replaceState(null, '', home);              // and nobody shall find it in the address
   if (!kept) fail('An answer came, but this tab asked nothing.');
   for (const told of kept.story) tell(...told);
-  tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207', [['In the address', Object.fromEntries(query)]]);
+  tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207',
+       [['In the address', Object.fromEntries(query)]]);
   if (query.get('state') !== kept.state) fail('state is not the one we sent: somebody else made this answer.');
   if (query.get('iss') !== kept.config.issuer) fail('iss is not the server we asked (RFC 9207).');
   if (query.has('error')) fail(`No permission: ${query.get('error')}, ${query.get('error_description')}.`);
@@ -4501,7 +5477,7 @@ async function obtain(title, section, form) {
       .map(name => [name, pretty(token[name])]),
     ...(id ? [['User (id_token)', `${id.sub}, ${id.fhirUser || 'no fhirUser'}`]] : []),
     ['Access token', make('span', {id: 'countdown', role: 'timer'}, '')],
-    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again when it ends']]));
+    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again then']]));
   $('refresh').hidden = $('revoke').hidden = !token.refresh_token;
   $('granted').hidden = $('actions').hidden = false;
   countDown();
@@ -4591,7 +5567,7 @@ function show(patient, record) {
       words(one.medicationCodeableConcept || one.medicationReference),
       ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
     list('Allergies', all(record, 'AllergyIntolerance'), one => [words(one.code || one.substance),
-      ...(one.reaction || []).flatMap(reaction => (reaction.manifestation || []).map(words))].filter(Boolean).join(': ')),
+      ...(one.reaction || []).flatMap(each => (each.manifestation || []).map(words))].filter(Boolean).join(': ')),
     card('What the consent left out', make('ul', {},
       make('li', {}, 'Scopes asked for but not granted: ' + (kept.asked.scope.split(' ')
         .filter(word => !given.includes(word)).join(', ') || 'none')),
@@ -4640,7 +5616,8 @@ function charts(observations, kind) {
 
 const table = (heads, rows) => make('table', {},
   make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
-  make('tbody', {}, rows.map(row => make('tr', {}, row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
+  make('tbody', {}, rows.map(row => make('tr', {},
+    row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
 const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
 const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
   : 'reference ' + (low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`);
@@ -4657,8 +5634,9 @@ function chart({name, unit, low, high}, series) {
   const band = low === undefined && high === undefined ? ''
     : make('rect', {class: 'range', x: 40, width: 270, y: top, height: foot - top});
   const latest = series.map(([label, some]) => `${label} ${some[some.length - 1].value}`.trim()).join(', ');
+  const range = series.length > 1 ? '' : ', ' + reference({low, high});
   return make('figure', {}, make('figcaption', {}, make('strong', {}, name), make('br'),
-      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}${series.length > 1 ? '' : ', ' + reference({low, high})}`)),
+      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}${range}`)),
     make('svg', {viewBox: '0 0 320 120', role: 'img', 'aria-label':
                  `${name}: ${points.length} values from ${ends[0]} to ${ends[1]}, ${least} to ${most} ${unit}`},
       band, make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
@@ -4669,7 +5647,8 @@ function chart({name, unit, low, high}, series) {
         some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
           make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
     make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
-      series[0][1].map((point, at) => [day(point.when), ...series.map(([, some]) => String((some[at] || {}).value))]))));
+      series[0][1].map((point, at) => [day(point.when), ...series.map(([, some]) => String((some[at] || {value: ''}).value)
+      ]))));
 }
 
 // ---- Start: with an answer in the address, or anew.
@@ -4705,7 +5684,7 @@ def demo_page(portal: Portal, request: Request) -> Response:
         style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
-# ######################################################################## 17 test controls
+# ######################################################################## 18 test controls
 
 # Each control is one function with two doors: a method of `Server`, and a path under /oauth/debug/ whose JSON members
 # have the parameters' names. Their first argument is the portal; all others are named.
@@ -5016,7 +5995,7 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     return json_response({"requests": [one.redacted() for one in list(portal.recorded)]})
 
 
-# ######################################################################## 18 HTTP
+# ######################################################################## 19 HTTP
 
 ALLOWED_ORIGIN = [
     ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
@@ -5130,54 +6109,7 @@ def dispatch(portal: Portal, request: Request) -> Response:
 
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
-_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
-_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
-MAX_HEAD = 64 << 10          # bytes of the request line and headers
-
-
-class BadRequest(Exception):
-    """A request that can't be read. The connection closes: nobody knows where the next one would begin."""
-    def __init__(self, status: int, description: str):
-        super().__init__(description)
-        self.status = status
-
-
-class SocketReader(io.RawIOBase):
-    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
-    def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, 0.0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
-        try:
-            self.connection.settimeout(max(left, 0.001))
-            return self.connection.recv_into(buffer)
-        except OSError:
-            if time.monotonic() >= self.deadline:
-                raise BadRequest(408, "the request took too long to arrive")
-            raise
-
-
-def parse_headers(lines: bytes) -> dict[str, str]:
-    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
-    if not _HEADER_LINES.fullmatch(lines):
-        raise BadRequest(400, "a header line is malformed")
-    headers: dict[str, str] = {}
-    for line in lines.decode("latin-1").split("\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t\r")
-        if name in headers:
-            if name in _ONCE:
-                raise BadRequest(400, f"the header {name} is given twice")
-            value = headers[name] + ("; " if name == "cookie" else ", ") + value
-        headers[name] = value
-    return headers
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
     email.parser takes longer than all that the portal does; and writes each answer at once: header and body in two
@@ -5236,27 +6168,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(400, "expected a request line such as GET / HTTP/1.1")
         if match[3] != b"1":
             raise BadRequest(505, "expected HTTP/1.1 or HTTP/1.0")
-        headers = self.read_headers(MAX_HEAD - len(line))
+        headers = read_headers(self.lines, MAX_HEAD - len(line))
         self.close_connection = match[4] == b"0" or "close" in headers.get("connection", "").lower()
         method, target = match[1].decode(), match[2].decode()
         request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
                           scheme=server.scheme)
         request.body = self.read_body(request, headers)
         return request
-
-    def read_headers(self, most: int) -> dict[str, str]:
-        """The header lines up to the empty one."""
-        lines: list[bytes] = []
-        while True:
-            line = self.lines.readline(most + 1)
-            most -= len(line)
-            if most < 0:
-                raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
-            if line in (b"\r\n", b"\n"):
-                return parse_headers(b"".join(lines))
-            if not line:
-                raise BadRequest(400, "the request ends within its header")
-            lines.append(line)
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
@@ -5284,7 +6202,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length is not None and not re.fullmatch(r"\d{1,18}", length):
             raise BadRequest(400, "Content-Length: expected a number of bytes")
         if length is not None and int(length) > most:
-            raise BadRequest(413, f"the body is longer than {most} bytes")
+            raise too_large(most)
         if coding is not None and coding.lower() != "chunked":
             raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
         if not length and coding is None:
@@ -5292,28 +6210,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if headers.get("expect", "").lower() == "100-continue":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.reader.deadline = time.monotonic() + self.server.body_seconds
-        body = self.read_chunks(most) if coding is not None else self.lines.read(int(length or 0))
+        body = read_chunks(self.lines, most) if coding is not None else self.lines.read(int(length or 0))
         if coding is None and len(body) < int(length or 0):
             raise BadRequest(400, "the body is shorter than its Content-Length")
         return body
-
-    def read_chunks(self, most: int) -> bytes:
-        """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
-        body = bytearray()
-        while True:
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", self.lines.readline(1024))
-            if not match:
-                raise BadRequest(400, "a chunk's size is malformed")
-            size = int(match[1], 16)
-            if size == 0:
-                self.read_headers(MAX_HEAD)
-                return bytes(body)
-            if len(body) + size > most:
-                raise BadRequest(413, f"the body is longer than {most} bytes")
-            chunk = self.lines.read(size + 2)
-            if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
-                raise BadRequest(400, "a chunk is not as long as it says")
-            body += chunk[:-2]
 
     def send(self, method: str, response: Response) -> None:
         """Write a response in one piece."""
@@ -5505,7 +6405,7 @@ class Listener(http.server.HTTPServer):
         self._woken.close()
 
 
-# ######################################################################## 19 server
+# ######################################################################## 20 server
 
 class Server:
     """A running portal: what a test starts, talks to and stops.
@@ -5641,9 +6541,10 @@ def write_log(line: str) -> None:
     sys.stderr.flush()
 
 
-# ######################################################################## 20 command line
+# ######################################################################## 21 command line
 
-ENVIRONMENT = {"BASE_URL": "base_url", "API_SERVER_NAME": "name", "ENABLE_UNSECURE_FHIR": "open_fhir"}
+ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_NAME": "name",
+               "ENABLE_UNSECURE_FHIR": "open_fhir"}
 
 
 def build_parser() -> argparse.ArgumentParser:
