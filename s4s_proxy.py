@@ -76,7 +76,6 @@ import email.utils
 import hashlib
 import hmac
 import html
-import http.cookies
 import http.server
 import io
 import json
@@ -93,8 +92,6 @@ import sqlite3
 import sys
 import threading
 import time
-import traceback
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -258,7 +255,9 @@ def new_token() -> str:
 
     It holds 122 random bits, as SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more.
     """
-    return str(uuid.uuid4())
+    digits = secrets.token_hex(16)
+    return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) % 4]}{digits[17:20]}-"
+            f"{digits[20:]}")  # as RFC 9562 section 5.4 says; the module uuid takes long to import
 
 
 def hash_secret(secret: str) -> str:
@@ -2465,6 +2464,7 @@ class Portal:
 
     def log_bug(self, during: str, error: Exception) -> None:
         """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        import traceback  # takes long to import, and nobody should need it
         where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
         self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
@@ -2573,6 +2573,7 @@ class Request:
 
     def cookie(self, name: str) -> str:
         """A cookie's value, or "". """
+        import http.cookies  # takes long to import, and only browsers need it
         try:
             jar = http.cookies.SimpleCookie(self.headers.get("cookie", ""))
         except http.cookies.CookieError:
