@@ -2345,6 +2345,16 @@ class Faults:
             self._queues.clear()
 
 
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
+
+
 class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
@@ -2408,9 +2418,9 @@ class Portal:
         """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
         sql = "SELECT * FROM users WHERE username = ?"
         row = self.state.row(sql, username)
-        patient = None if row else self.records.read("Patient", username)
+        patient = None if row or self.upstream else self.records.read("Patient", username)
         if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
-            name = next(iter(strings_of(elements(patient, "name.text"))), username)
+            name = display_name(patient)
             with self.state.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
                     username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
@@ -2418,12 +2428,15 @@ class Portal:
             return self.state.row(sql, username)
         return row
 
-    def patients_of(self, username: str) -> dict[str, str]:
-        """The patients a user may open, id -> name, the user's own record first."""
+    def patients_of(self, username: str, text: str = "") -> dict[str, str]:
+        """The patients a user may open, id -> name, the user's own record first; of one who may open any record the
+        first few, whose name has a part that begins with `text`."""
         user = self.user(username)
         if user and user["any_patient"]:
-            found = self.records.search("Patient", [], Access(None), 1000, 0).resources
-            return {one["id"]: next(iter(strings_of(elements(one, "name.text"))), one["id"]) for one in found}
+            if self.upstream:
+                return dict(upstream_patients(self, text))
+            found = self.records.search("Patient", [("name", text)] if text else [], Access(None), 200, 0).resources
+            return {one["id"]: display_name(one) for one in found}
         return {row["patient_id"]: row["name"] for row in self.state.rows(
             "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
 
@@ -2431,8 +2444,10 @@ class Portal:
         """A patient's name; None if this user may not open that record."""
         user = self.user(username)
         if user and user["any_patient"]:
+            if self.upstream:
+                return upstream_patient(self, patient_id)
             found = self.records.read("Patient", patient_id)
-            return next(iter(strings_of(elements(found, "name.text"))), patient_id) if found else None
+            return display_name(found) if found else None
         return self.patients_of(username).get(patient_id)
 
     def fhir_user(self, username: str, patient_id: str | None) -> str:
@@ -3406,9 +3421,16 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
 
 def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     """A patient's visits, id -> in words, the newest first."""
-    found = portal.records.search("Encounter", [("patient", patient_id), ("_sort", "-date")], Access(None), 100, 0)
+    if portal.upstream:
+        url = f"{portal.upstream.base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        entries = portal.upstream.bundle(portal.upstream.ask(url), "")[1]
+        found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
+                 and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
+    else:
+        found = portal.records.search("Encounter", [("patient", patient_id)], Access(None), 100, 0).resources
+    found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
     return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
-            for one in found.resources}
+            for one in found}
 
 
 def end_of_day(date: str) -> float:
@@ -3448,7 +3470,7 @@ def consent(portal: Portal, request: Request) -> Response:
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
     if patient_id == "":
-        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"]))
+        return picker_page(portal, request, user, client, request_id, fields.get("name"))
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
@@ -3470,29 +3492,41 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
                         "out, then launch the app again.", 403)
     if fixed and chosen not in ("", fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
-    patient_id = fixed or chosen
-    if patient_id:
-        if portal.patient_name(username, patient_id) is None:
-            raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
-        return str(patient_id)
-    user, patients = portal.user(username), portal.patients_of(username)
-    if not needs_patient(details["scope"]):  # S4S's apps find a patient in every token response, where there is one
-        return None if user and user["any_patient"] else next(iter(patients), None)
-    return next(iter(patients)) if len(patients) == 1 else ""
+    patient_id, user = fixed or chosen, portal.user(username)
+    if not patient_id:
+        needed = needs_patient(details["scope"])
+        if user and user["any_patient"]:
+            return "" if needed else None
+        patients = portal.patients_of(username)
+        if needed and len(patients) != 1:
+            return ""
+        if not patients:
+            return None
+        patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
+    if portal.patient_name(username, patient_id) is None:
+        raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
+    with contextlib.suppress(FhirError):  # a FHIR server that is down will be noticed when the app reads
+        if portal.upstream and upstream_patient(portal, patient_id) is None:
+            raise PageError("not_found", f"The FHIR server behind this portal has no Patient/{patient_id}.", 404)
+    return str(patient_id)
 
 
-def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
-                patients: dict[str, str]) -> Response:
-    """Whose record."""
-    if not patients:
+def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str, text: str) -> Response:
+    """Whose record. Who may open any gets a search by name besides."""
+    patients = portal.patients_of(user["username"], text)
+    if not patients and not user["any_patient"]:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id = request.cookie(cookie_name(portal))
+    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
     return page(portal, "Whose record?", tag("p", f"{client.name} asks to see one person's health record. Whose?"),
                 tag("form", hidden(session_id, request=request_id),
                     [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
                      for patient_id, name in patients.items()],
                     tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
-                    method="post", action=f"{portal.browser_base(request)}/oauth/consent"), username=user["name"])
+                    method="post", action=action),
+                tag("form", tag("input", type="hidden", name="request", value=request_id),
+                    tag("label", "Another patient, by name", tag("input", type="text", name="name", value=text)),
+                    tag("button", "Search", class_="btn-default"), action=action) if user["any_patient"] else None,
+                username=user["name"])
 
 
 def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
@@ -4853,16 +4887,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
     assert portal.upstream
     answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
     return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
-
-
-def display_name(patient: Json) -> str:
-    """A Patient's name as people are shown it; its id if it has none."""
-    for name in elements(patient, "name"):
-        if isinstance(name, dict):
-            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
-            if parts:
-                return " ".join(map(str, parts))
-    return str(patient.get("id"))
 
 
 # ######################################################################## 16 the FHIR API

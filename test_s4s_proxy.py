@@ -3851,6 +3851,47 @@ class Identity(PortalTest):
                          [claims[name] for name in ("iss", "sub", "fhirUser")])
 
 
+class WhoseRecordBehind(ForwardingTest):
+    """Choosing patient and visit where the records are a FHIR server's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
+        self.browser = Browser(self.portal)
+        self.script("Patient?_count=50", self.behind.bundle({"resourceType": "Patient", "id": "p1", "name": [{"text": "Pia"}]}))
+        self.script("Patient?name=jo&_count=50", self.behind.bundle(
+            {"resourceType": "Patient", "id": "p2", "name": [{"given": ["Jo"], "family": "Do"}]}))
+        self.behind.script = {"/fhir/" + path: answer for path, answer in self.behind.script.items()}
+        self.behind.records["Patient/p2"] = {"resourceType": "Patient", "id": "p2", "name": [{"text": "Jo Do"}]}
+
+    def test_a_clinician_finds_a_patient_by_name(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        self.assertIn('data-patient-id="p1"', self.browser.sign_in("clinician").text)
+        self.assertNotIn("Pia", self.browser.submit("Search", form=1, name="jo").text)
+        self.assertIn("health record of Jo Do", self.browser.submit("p2").text)
+        tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
+        self.assertEqual(tokens["patient"], "p2")
+
+    def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
+        self.script("Encounter", self.behind.bundle(*(
+            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"Patient/{whose}"}, "period": {"start": day}}
+            for name, whose, day in (("old", ME, "2020-01-01"), ("new", ME, "2021-01-01"), ("theirs", OTHER, "2022-01-01")))))
+        self.assertEqual(self.app.tokens()["encounter"], "new")
+        for visit in ("theirs", "none"):
+            with self.assertRaises(s4s.PortalError):
+                self.portal.approve(self.app.authorize_url(), username="daniel-adams", encounter_id=visit)
+
+    def test_a_demo_patient_whom_the_server_does_not_have_is_said_clearly(self) -> None:
+        del self.behind.records[f"Patient/{ME}"]
+        with self.assertRaisesRegex(s4s.PortalError, f"has no Patient/{ME}"):
+            self.portal.approve(self.app.authorize_url(), username="daniel-adams", patient_id=ME)
+
+    def test_while_the_server_is_down_an_app_gets_its_token_all_the_same(self) -> None:
+        self.app.scope = "launch/patient patient/*.rs"
+        self.script(f"Patient/{ME}", b"<html>", 503)
+        self.assertEqual(self.app.tokens(patient_id=ME)["patient"], ME)
+
+
 class TokenRules(PortalTest):
     """Rules of the token endpoint that have to do with several things at once."""
 
