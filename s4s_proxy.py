@@ -3769,10 +3769,10 @@ def launch_page(portal: Portal, request: Request) -> Response:
     if not portal.settings.serves_debug:
         raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
+    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent", "name")
     chosen: Json = {name: fields.get(name) for name in names}
     if request.method == "POST":
-        given = {name: value for name, value in chosen.items() if value}
+        given = {name: value for name, value in chosen.items() if value and name != "name"}
         return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
             fields.get("need_patient_banner")))["launch_url"])
     session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
@@ -3786,7 +3786,10 @@ def launch_page(portal: Portal, request: Request) -> Response:
     rows = portal.state.rows("SELECT client_id FROM clients")
     apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
     users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
-    visits = encounters_of(portal, chosen["patient_id"]) if chosen["patient_id"] else {}
+    patients, one = portal.patients_of("clinician", chosen["name"]), chosen["patient_id"]
+    if one and one not in patients:
+        patients[one] = portal.patient_name("clinician", one) or one
+    visits = encounters_of(portal, one) if one else {}
     return page(
         portal, "Launch an app",
         tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
@@ -3795,8 +3798,9 @@ def launch_page(portal: Portal, request: Request) -> Response:
             select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
             text("launch_uri", "Its launch address (if none is registered, or another one)"),
             select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
-            select("patient_id", "Whose record is open", [("", "none yet"), *portal.patients_of("clinician").items()]),
-            tag("button", "Show this patient's visits", class_="btn-default", formmethod="get", formnovalidate=True),
+            text("name", "Find patients by name"),
+            select("patient_id", "Whose record is open", [("", "none yet"), *patients.items()]),
+            tag("button", "Show patients and visits", class_="btn-default", formmethod="get", formnovalidate=True),
             select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
             text("intent", "Intent (a word that you and the app agreed on)"),
             tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),

@@ -3715,6 +3715,10 @@ class EhrLaunch(PortalTest):
         tokens = self.tokens()
         self.assertEqual((tokens["encounter"], tokens["intent"], tokens["need_patient_banner"]), ("visit-2", "review", True))
 
+    def test_the_launch_page_finds_patients_by_name(self) -> None:
+        text = Browser(self.portal).open(f"{self.portal.url}/launch?name=amy&patient_id={DANIEL}").text
+        self.assertEqual([whose in text for whose in (AMY, DANIEL, JOSEPH)], [True, True, False])
+
     def test_the_launch_page_takes_a_launch_uri_from_its_address(self) -> None:
         browser = Browser(self.portal)
         page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": "http://localhost:3000/launch.html"}))
