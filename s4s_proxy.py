@@ -4548,7 +4548,8 @@ class Upstream:
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
         # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
         self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
-            f"Host: {parts.netloc}", "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+            f"Host: {parts.netloc}",
+            "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
         self.forget()
@@ -4858,6 +4859,8 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 
     The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for.
     """
+    if not urls:
+        return {}
     now = portal.clock.now()
     handles = {relation: secrets.token_urlsafe(16) for relation in urls}
     with portal.state.transaction() as database:
@@ -4915,8 +4918,8 @@ class Forwarding:
                     return self.read(type_name, *parts[1::2])
                 if len(parts) == 3 and type_name == "Patient" and parts[2] == "$everything":
                     return self.everything(parts[1])
-        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], [type]/[id]"
-                        "/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], "
+                        "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
 
     def check_scope(self, type_name: str, letters: str, resource_id: str = "") -> None:
         """Refuse what no scope allows, and types of which nobody can tell whose they are."""
@@ -4951,8 +4954,9 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
             raise refused("answered with another resource than the one asked for")
-        if not (self.access.may_see_binary(resource, self.is_pointed_to, self.base) if type_name == "Binary"
-                else self.may_see(resource, text, "r")):
+        seen = self.may_see(resource, text, "r")
+        self.request.note(f"its owner is {owner(resource, self.base)!r}, it may {'' if seen else 'not '}be seen")
+        if not seen:
             raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
                             "a category that was not approved", 403)
         self.response.status = 304 if unchanged else 200
@@ -4961,9 +4965,15 @@ class Forwarding:
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
         a member given twice, none in a place where FHIR has none."""
-        return self.access.scope is None or (
-            isinstance(resource, dict) and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
-            and self.access.may_see(resource, letters, self.base))
+        if self.access.scope is None:
+            return True
+        if not isinstance(resource, dict):
+            return False
+        if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+            return False
+        if resource.get("resourceType") == "Binary" and letters == "r":
+            return self.access.may_see_binary(resource, self.is_pointed_to, self.base)
+        return self.access.may_see(resource, letters, self.base)
 
     def is_pointed_to(self, binary_id: str) -> bool:
         """Whether a document or report of the record points to a Binary. What was found once is remembered."""
@@ -4994,7 +5004,7 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url(pairs)
+        url = self.page_url()
         if url:
             return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
         query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
@@ -5002,7 +5012,7 @@ class Forwarding:
         if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
             form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
             return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}", self.headers("Prefer")), pairs, "s")
+        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -5015,17 +5025,17 @@ class Forwarding:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
         query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url(pairs) or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}"
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
         return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
 
-    def page_url(self, pairs: list[tuple[str, str]]) -> str:
+    def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
-        names = [name for name, _ in pairs if name not in NOT_FORWARDED]
-        if "_page" not in names:
+        pairs = [pair for pair in self.request.pairs() if pair[0] not in NOT_FORWARDED]
+        if "_page" not in dict(pairs):
             return ""
-        if len(names) > 1:
+        if len(pairs) > 1:
             raise FhirError("invalid", "_page: a paging link takes no other parameters")
-        return kept_page(self.portal, self.grant_id, self.request.rest, dict(pairs)["_page"])
+        return kept_page(self.portal, self.grant_id, self.request.rest, pairs[0][1])
 
     def links(self, own: Json, answer: Answer) -> dict[str, str]:
         """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that leads

@@ -2604,6 +2604,15 @@ class Paging(ForwardingTest):
                    "https://hidden.example/fhir?_getpages=abc&_offset=3")
         self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
 
+    def test_through_my_compartment_everything_of_mine_and_a_posted_search(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.behind.script[f"Patient/{ME}/$everything"] = self.behind.script["Observation"]
+        self.behind.script["Observation/_search"] = self.behind.script["Observation"]
+        for path, how in ((f"Patient/{ME}/Observation", {}), (f"Patient/{ME}/$everything", {}),
+                          ("Observation/_search", {"form": {"code": "x"}})):
+            with self.subTest(path):
+                self.assertEqual(self.ids(self.next_link(path, **how)), ["o1"])
+
     def test_a_link_tells_nothing_of_the_address(self) -> None:
         self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assertRegex(self.next_link("Observation"), r"^Observation\?_page=[\w-]{22}$")
@@ -2862,7 +2871,8 @@ class Transport(ForwardingTest):
         self.assertEqual({"set-cookie", "server", "content-location"} & headers.keys(), set())
 
     def test_dstu2_keeps_its_media_type(self) -> None:
-        self.script("Observation/mine", observation("mine"), 200, {"Content-Type": "application/json+fhir; charset=UTF-8"})
+        theirs = {"Content-Type": "application/json+fhir; charset=UTF-8"}
+        self.script("Observation/mine", observation("mine"), 200, theirs)
         for asked, given in (("*/*", "application/json+fhir"), ("application/json", "application/json")):
             got = self.get("Observation/mine", headers={"Accept": asked})
             self.assertEqual(got.headers["content-type"], given)
@@ -3216,7 +3226,8 @@ def benchmark() -> None:
 @contextlib.contextmanager
 def bare_process(body: bytes) -> Iterator[str]:
     """A bare handler in a process of its own, as a FHIR server would be; gives its address."""
-    with subprocess.Popen([sys.executable, __file__, "--bare"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, __file__, "--bare"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
         process.stdin.write(body)
         process.stdin.close()
@@ -3230,7 +3241,8 @@ def benchmark_forwarding(show: Callable[..., None]) -> None:
                                  ("searches (1 MB, 1,400 entries)", 1400, 550)):
         record = observation("mine", note=[{"text": "x" * padding}])
         bundle = {"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": record}] * parts}
-        with bare_process(json.dumps(bundle if parts else record).encode()) as bare, s4s.Server(fhir_server=bare) as portal:
+        body = json.dumps(bundle if parts else record).encode()
+        with bare_process(body) as bare, s4s.Server(fhir_server=bare) as portal:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
             path = "Observation" if parts else "Observation/mine"
             for connections in (1, 8):
