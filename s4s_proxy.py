@@ -5647,8 +5647,8 @@ function chart({name, unit, low, high}, series) {
         some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
           make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
     make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
-      series[0][1].map((point, at) => [day(point.when), ...series.map(([, some]) => String((some[at] || {value: ''}).value)
-      ]))));
+      [...new Set(points.map(point => point.when))].sort().map(when => [day(when), ...series.map(
+        ([, some]) => some.filter(point => point.when === when).map(point => point.value).join(', '))]))));
 }
 
 // ---- Start: with an answer in the address, or anew.
