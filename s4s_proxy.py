@@ -18,6 +18,7 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
     1  settings      everything that can be chosen, once for keyword and command line
     2  errors        what a client is told, and in which shape
     3  secrets       random values, hashes, PKCE
+   3b  signing       tokens that say who signed them: RSA, P-384, JWT
     4  scopes        what an app may ask for, and what a scope allows
     5  state         the tables, and the clock
     6  sample data   rows of facts about three people, and a builder for each FHIR type
@@ -28,7 +29,9 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
    11  clients       registration and authentication of apps
    12  sign-in       who is at the browser
    13  authorization the request, whose record, consent, the code
+  13b  launch        the EHR starts an app
    14  tokens        exchange, refresh, introspection, revocation
+  14b identity      who signed in, for the app (OpenID Connect)
    15  forwarding    the same questions put to a real FHIR server; no address of it gets out
    16  the FHIR API  the record behind a token
    17  start page    what this is, for who opens it in a browser
@@ -43,6 +46,7 @@ Legend: the field's own names, used for nothing else.
     user           a person who signs in; may open one patient's record or several
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
+    launch         the EHR's: an app started from within it, with the record that is open there
     code           the short-lived voucher that the browser carries back to the app
     access token   what the app shows to the FHIR API
     refresh token  what the app trades for a new access token
@@ -50,10 +54,11 @@ Legend: the field's own names, used for nothing else.
     category       a kind of data the patient may leave out; "security label" in S4S
     compartment    the resources that belong to one patient
 
-The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7591 (registration),
-7636 (PKCE), 7662 (introspection), 8414 (discovery), 9207 (issuer in the answer); SMART is the SMART
-App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/); S4S is Sync for Science, whose
-"SMART Example Server" of 2018 this file follows.
+The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7515 to 7519 (JOSE: signed
+tokens and keys), 7523 (assertions), 7591 (registration), 7636 (PKCE), 7638 (thumbprints), 7662 (introspection),
+8017 (RSA), 8252 (native apps), 8414 (discovery), 8707 (resource), 9207 (issuer in the answer), 9700 (best
+practice); OpenID Connect Core; SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/);
+S4S is Sync for Science, whose "SMART Example Server" of 2018 this file follows.
 
 Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Apache-2.0,
 Copyright 2015 Boston Children's Hospital.
@@ -71,7 +76,6 @@ import email.utils
 import hashlib
 import hmac
 import html
-import http.cookies
 import http.server
 import io
 import json
@@ -88,8 +92,6 @@ import sqlite3
 import sys
 import threading
 import time
-import traceback
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -253,7 +255,9 @@ def new_token() -> str:
 
     It holds 122 random bits, as SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more.
     """
-    return str(uuid.uuid4())
+    digits = secrets.token_hex(16)
+    return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) % 4]}{digits[17:20]}-"
+            f"{digits[20:]}")  # as RFC 9562 section 5.4 says; the module uuid takes long to import
 
 
 def hash_secret(secret: str) -> str:
@@ -2146,7 +2150,8 @@ def client_metadata(metadata: Json) -> Json:
     (RFC 7591 section 3.2.2)."""
     def refuse(name: str, expected: str) -> PortalError:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
-        return PortalError(error, f"{name}: expected {expected}, got {json.dumps(metadata.get(name))[:200]}")
+        return PortalError(error, f"{name}: expected {expected}, got "
+                           f"{json.dumps(metadata.get(name), default=str)[:200]}")
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
         if member in METADATA_STRINGS and not isinstance(value, str):
@@ -2258,12 +2263,13 @@ def add_fixtures(found: Seeds, source: str | Json) -> None:
                 raise StartError(f"{where}: {place} has no {name}")
         return value
     fixtures: Any = source
-    if isinstance(source, str):
-        try:
+    try:
+        if isinstance(source, str):
             with open(source, encoding="utf-8") as file:
                 fixtures = json.load(file)
-        except (OSError, ValueError, RecursionError) as error:
-            raise StartError(f"{where}: {error}; give a file of JSON")
+        json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise StartError(f"{where}: {error}; give a file of JSON")
     check("the whole", fixtures, FIXTURES)
     # One salt for all, so that the slow hash is needed only once for users who share a password.
     salt = new_token()
@@ -2398,8 +2404,18 @@ class Portal:
                       bool(row["registered_itself"])) if row else None
 
     def user(self, username: str) -> Row | None:
-        """A user's row, or None."""
-        return self.state.row("SELECT * FROM users WHERE username = ?", username)
+        """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
+        sql = "SELECT * FROM users WHERE username = ?"
+        row = self.state.row(sql, username)
+        patient = None if row else self.records.read("Patient", username)
+        if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
+            name = next(iter(strings_of(elements(patient, "name.text"))), username)
+            with self.state.transaction() as database:
+                database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
+                    username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
+                database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)", (username, username, name))
+            return self.state.row(sql, username)
+        return row
 
     def patients_of(self, username: str) -> dict[str, str]:
         """The patients a user may open, id -> name, the user's own record first."""
@@ -2448,6 +2464,7 @@ class Portal:
 
     def log_bug(self, during: str, error: Exception) -> None:
         """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        import traceback  # takes long to import, and nobody should need it
         where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
         self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
@@ -2556,6 +2573,7 @@ class Request:
 
     def cookie(self, name: str) -> str:
         """A cookie's value, or "". """
+        import http.cookies  # takes long to import, and only browsers need it
         try:
             jar = http.cookies.SimpleCookie(self.headers.get("cookie", ""))
         except http.cookies.CookieError:
@@ -3259,6 +3277,7 @@ def check_redirect_uri(asked: Authorization) -> None:
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
                           f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
+    asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
 
 
 def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
@@ -3319,12 +3338,14 @@ def check_pkce(asked: Authorization) -> None:
             raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
         if method:
             raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
+        asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
         return
     if method != "S256":
         raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
                           "expected S256")
     if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
         raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
+    asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
 def check_scope(asked: Authorization) -> None:
@@ -3413,6 +3434,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PortalError as error:
         # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
         description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
+        request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
                                                error=error.error, error_description=description))
     request_id, now = new_token(), portal.clock.now()
@@ -4031,6 +4053,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
         offline = "offline_access" in row["scope"].split()
         return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     answer = spend(portal, client, "code", code, check, issue)
+    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
+                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
         answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
     return answer
@@ -4051,7 +4075,9 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
         scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
         return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    return spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
+    return answer
 
 
 BACKEND_SECONDS = 300
@@ -4242,6 +4268,7 @@ PAGE_SECONDS = 3600
 DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
 
 
 class BadRequest(Exception):
@@ -4367,7 +4394,7 @@ class Connection:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
         while True:
-            match = re.fullmatch(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n", self.stream.readline(MAX_HEAD))
+            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
@@ -4383,7 +4410,7 @@ class Connection:
             body = read_chunks(self.stream, MAX_ANSWER)
         elif length is None:  # up to the end of the connection
             body, keep = self.stream.read(MAX_ANSWER + 1), False
-        elif not re.fullmatch(r"\d{1,18}", length):
+        elif not length.isdecimal() or len(length) > 18:
             raise BadRequest(400, "its Content-Length is no number")
         elif int(length) > MAX_ANSWER:
             raise too_large(MAX_ANSWER)
@@ -4480,11 +4507,9 @@ class Upstream:
         self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
         # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
-        self.headers = {"Accept": "application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
-                        "Accept-Encoding": "identity" if is_loopback(self.host) else "gzip"}
-        for header in settings.fhir_header:
-            name, _, value = header.partition(":")
-            self.headers[name] = value.strip()
+        self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
+            f"Host: {parts.netloc}", "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+            f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
         self.forget()
         self._bases: list[str] = []
@@ -4520,10 +4545,10 @@ class Upstream:
         All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
         """
         deadline, body = time.monotonic() + request.timeout, request.data or b""
-        lines = [f"{request.get_method()} {request.selector} HTTP/1.1", f"Host: {request.host}",
-                 *(f"{name}: {value}" for name, value in request.header_items())]
-        lines += [f"Content-Length: {len(body)}"] if body else []
-        message = "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body
+        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
+            f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
+        message = head.encode("latin-1", "replace") + body
         try:
             return self._exchange(self._idle.pop(), message, request.full_url, deadline)
         except (IndexError, StaleConnection):
@@ -4540,13 +4565,12 @@ class Upstream:
             else:
                 connection.close()
 
-    def ask(self, url: str, headers: Mapping[str, str] | None = None, form: bytes | None = None) -> Answer:
+    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
-                asked = self._request(url, form, {**self.headers, **(headers or {})})
-                answer: Answer = self._open(asked, timeout=deadline - time.monotonic())
+                answer: Answer = self._open(self._request(url, form, headers), timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
                 url, form = self.inside(answer.headers.get("location", ""), url) or "", None
@@ -4629,7 +4653,7 @@ class Upstream:
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
                 text = self._traces.sub("fhir-server.invalid", text)
-        return text.replace("\0", ours).replace("\1", quote(ours, safe=""))
+        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
 
     def _hinted(self, text: str) -> bool:
         """Whether something of the FHIR server's address may be in a text."""
@@ -4744,6 +4768,7 @@ FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_
 # These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
+OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
 PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
 
 
@@ -4770,7 +4795,7 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
         stem, _, modifier = name.partition(":")
         if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
-        owns = stem in NAMES_A_PATIENT or stem == pin
+        owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
             raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
         named = [one.removeprefix(base + "/") for one in value.split(",")]
@@ -4814,6 +4839,9 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     return str(row["url"])
 
 
+_TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
+
+
 class Forwarding:
     """One request to the FHIR server behind, and the judgement on its answer.
 
@@ -4836,10 +4864,10 @@ class Forwarding:
             raise FhirError("forbidden", f"{self.request.path}: of operations only Patient/[id]/$everything", 403)
         if parts == [""]:
             raise FhirError("forbidden", "a search over all types is not possible here: name a type", 403)
-        if len(parts) == 3 and type_name == "Patient" and re.fullmatch(r"[A-Z][A-Za-z]{1,63}", parts[2]):
+        if len(parts) == 3 and type_name == "Patient" and _TYPE_NAME.fullmatch(parts[2]):
             # Patient/P/Observation is Observation?patient=P, which more servers understand.
             return self.search(parts[2], [(PINNED_BY.get(parts[2], "patient"), parts[1]), *self.request.pairs()])
-        if re.fullmatch(r"[A-Z][A-Za-z]{1,63}", type_name):
+        if _TYPE_NAME.fullmatch(type_name):
             if len(parts) == 1 or posted:
                 return self.search(type_name, self.request.pairs() + (self.request.form() if posted else []))
             if all(map(FHIR_ID.fullmatch, parts[1::2])):
@@ -4865,6 +4893,9 @@ class Forwarding:
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
         self.response.body = text.encode("utf-8", "replace")
+        told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
+            self.response.headers[0] = ("Content-Type", told)
         self.response.headers += [(name, answer.headers[name.lower()]) for name in names
                                   if name.lower() in answer.headers]
         return self.response
