@@ -35,6 +35,7 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
    15  forwarding    the same questions put to a real FHIR server; no address of it gets out
    16  the FHIR API  the record behind a token
    17  start page    what this is, for who opens it in a browser
+   17b demo app      a SMART app in one page, to watch and to copy
    18  test controls what a test may do that an app may not
    19  HTTP          sockets; nothing above knows of them
    20  server        the fixture that tests use
@@ -2767,7 +2768,7 @@ pre,code{font:.9em/1.5 ui-monospace,monospace}
 pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
 table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
 padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
-th:first-child,td:first-child{min-width:12.5rem}td button{margin:0;white-space:nowrap}
+th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
 .js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
 @media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
 tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
@@ -5398,7 +5399,7 @@ def start_page(portal: Portal, request: Request) -> Response:
         username=user["name"] if user else "")
 
 
-# ######################################################################## 16b demo app
+# ######################################################################## 17b demo app
 
 # A SMART app such as others write: a public client, which this server treats like any other. Its script is the example
 # to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in the order in which they happen.
@@ -5406,7 +5407,8 @@ def start_page(portal: Portal, request: Request) -> Response:
 DEMO_STYLE = STYLE + """
 .story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
 summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-size:.95rem}
-.story pre{max-height:18rem}.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}
+.story pre{max-height:18rem}figure :is(th,td){min-width:0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}
 figure{margin:0}svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
 .range{fill:var(--edge);opacity:.35}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
 circle{fill:var(--accent)}.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}
@@ -5718,8 +5720,8 @@ function chart({name, unit, low, high}, series) {
         some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
           make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
     make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
-      series[0][1].map((point, at) => [day(point.when), ...series.map(([, some]) => String((some[at] || {value: ''}).value)
-      ]))));
+      [...new Set(points.map(point => point.when))].sort().map(when => [day(when), ...series.map(
+        ([, some]) => some.filter(point => point.when === when).map(point => point.value).join(', '))]))));
 }
 
 // ---- Start: with an answer in the address, or anew.

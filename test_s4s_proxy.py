@@ -992,6 +992,11 @@ class DemoApp(PortalTest):
             self.assertIn("https://smart.example/s4s", [one.get("data-base") for one in page.all("div")])
             self.assertIn({"href": "/s4s/apps"}, page.all("a"))
 
+    @unittest.skipUnless(shutil.which("node"), "needs node")
+    def test_its_scripts_are_javascript(self) -> None:
+        for script in (s4s.DEMO_SCRIPT, s4s.CONSENT_SCRIPT):
+            subprocess.run(["node", "--check", "-"], input=script.encode(), capture_output=True, timeout=30, check=True)
+
     def test_its_steps_cite_their_texts(self) -> None:
         for text in ("RFC 8414", "RFC 7636", "RFC 6749 section 4.1.1", "RFC 9207", "RFC 6749 section 4.1.3",
                      "RFC 6750", "RFC 6749 section 6", "RFC 7009", "OpenID Connect Core"):
