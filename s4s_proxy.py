@@ -18,6 +18,7 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
     1  settings      everything that can be chosen, once for keyword and command line
     2  errors        what a client is told, and in which shape
     3  secrets       random values, hashes, PKCE
+   3b  signing       tokens that say who signed them: RSA, P-384, JWT
     4  scopes        what an app may ask for, and what a scope allows
     5  state         the tables, and the clock
     6  sample data   rows of facts about three people, and a builder for each FHIR type
@@ -28,13 +29,17 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
    11  clients       registration and authentication of apps
    12  sign-in       who is at the browser
    13  authorization the request, whose record, consent, the code
+  13b  launch        the EHR starts an app
    14  tokens        exchange, refresh, introspection, revocation
-   15  the FHIR API  the record behind a token
-   16  start page    what this is, for who opens it in a browser
-   17  test controls what a test may do that an app may not
-   18  HTTP          sockets; nothing above knows of them
-   19  server        the fixture that tests use
-   20  command line
+  14b identity      who signed in, for the app (OpenID Connect)
+   15  forwarding    the same questions put to a real FHIR server; no address of it gets out
+   16  the FHIR API  the record behind a token
+   17  start page    what this is, for who opens it in a browser
+   17b demo app      a SMART app in one page, to watch and to copy
+   18  test controls what a test may do that an app may not
+   19  HTTP          sockets; nothing above knows of them
+   20  server        the fixture that tests use
+   21  command line
 
 Legend: the field's own names, used for nothing else.
 
@@ -42,6 +47,7 @@ Legend: the field's own names, used for nothing else.
     user           a person who signs in; may open one patient's record or several
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
+    launch         the EHR's: an app started from within it, with the record that is open there
     code           the short-lived voucher that the browser carries back to the app
     access token   what the app shows to the FHIR API
     refresh token  what the app trades for a new access token
@@ -49,10 +55,11 @@ Legend: the field's own names, used for nothing else.
     category       a kind of data the patient may leave out; "security label" in S4S
     compartment    the resources that belong to one patient
 
-The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7591 (registration),
-7636 (PKCE), 7662 (introspection), 8414 (discovery), 9207 (issuer in the answer); SMART is the SMART
-App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/); S4S is Sync for Science, whose
-"SMART Example Server" of 2018 this file follows.
+The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7515 to 7519 (JOSE: signed
+tokens and keys), 7523 (assertions), 7591 (registration), 7636 (PKCE), 7638 (thumbprints), 7662 (introspection),
+8017 (RSA), 8252 (native apps), 8414 (discovery), 8707 (resource), 9207 (issuer in the answer), 9700 (best
+practice); OpenID Connect Core; SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/);
+S4S is Sync for Science, whose "SMART Example Server" of 2018 this file follows.
 
 Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Apache-2.0,
 Copyright 2015 Boston Children's Hospital.
@@ -73,7 +80,6 @@ import gzip
 import hashlib
 import hmac
 import html
-import http.cookies
 import http.server
 import io
 import itertools
@@ -92,14 +98,13 @@ import sqlite3
 import sys
 import threading
 import time
-import traceback
 import unicodedata
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
@@ -126,6 +131,11 @@ class Settings:
     base_url: list[str] = field(default_factory=list, metadata=_shown(
         "the public address, if not the one that each request names; repeatable", "URL"))
     name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
+    fhir_server: str | None = field(default=None, metadata=_shown(
+        "forward FHIR requests to this server (default: the embedded records)", "URL"))
+    fhir_header: list[str] = field(default_factory=list, metadata=_shown(
+        "added to every forwarded request; repeatable", '"Name: value"'))
+    fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
     client: list[str] = field(default_factory=list, metadata=_shown(
         "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
     fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
@@ -133,6 +143,8 @@ class Settings:
     data: list[Any] = field(default_factory=list, metadata=_shown(
         "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
         "none leaves the sample patients out; repeatable", "PATH"))
+    fixtures: str | Json | None = field(default=None, metadata=_shown(
+        "users and clients known from the start, as JSON", "FILE"))
     db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
     strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
     open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
@@ -153,6 +165,27 @@ class Settings:
         for url in self.base_url:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
                 raise StartError(f"--base-url {url}: give an absolute http or https address")
+        self._check_fhir_server()
+
+    def _check_fhir_server(self) -> None:
+        """What concerns the FHIR server behind: an address requests can be put below, headers that don't disturb."""
+        if self.fhir_server is not None:
+            self.fhir_server = str(self.fhir_server).rstrip("/")
+            match = re.fullmatch(r"(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?",
+                                 self.fhir_server, re.IGNORECASE)
+            if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
+                raise StartError(f"--fhir-server {self.fhir_server}: give the address of its FHIR base, http or https, "
+                                 "without user, query or fragment")
+            self.fhir_server = match[1].lower() + (match[3] or "")
+        for header in self.fhir_header:
+            match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([!-~][ -~]*)", header)
+            if not match or match[1].lower() in ("accept", "accept-encoding", "connection", "content-length", "expect",
+                                                 "host", "te", "transfer-encoding", "upgrade"):
+                # The value may be a secret: it is not repeated.
+                raise StartError(f"--fhir-header {header.partition(':')[0]}: expected \"Name: value\", and not a "
+                                 "name that HTTP itself needs")
+        if not isinstance(self.fhir_timeout, (int, float)) or not 0 < self.fhir_timeout <= 3600:
+            raise StartError(f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
 
     @property
     def local(self) -> bool:
@@ -238,7 +271,9 @@ def new_token() -> str:
 
     It holds 122 random bits, as SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more.
     """
-    return str(uuid.uuid4())
+    digits = secrets.token_hex(16)
+    return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) % 4]}{digits[17:20]}-"
+            f"{digits[20:]}")  # as RFC 9562 section 5.4 says; the module uuid takes long to import
 
 
 def hash_secret(secret: str) -> str:
@@ -257,34 +292,268 @@ DEMO_SALT = "s4s-demo"
 DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
 
 
+# ######################################################################## 3b signing
+
+# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
+# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
+# many tells something about the key: a production server leaves this to a library.
+
+def base64url_bytes(text: str) -> bytes:
+    """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64url(data) != text:
+        raise ValueError(f"{text[:20]!r} is not base64url without padding")
+    return data
+
+
+def _jwk_number(jwk: Json, name: str) -> int:
+    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
+    text = jwk.get(name)
+    return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
+
+
+def _jwk_text(number: int) -> str:
+    """A number as a JWK holds it."""
+    return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+
+
+class RsaKey(NamedTuple):
+    """A private RSA key: two primes, known to nobody else (RFC 8017 section 3.2)."""
+    p: int
+    q: int
+
+    def public_jwk(self) -> Json:
+        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
+        jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
+        return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
+
+
+RSA_EXPONENT = 65537
+RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
+    "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
+    "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
+
+
+def new_rsa_key(bits: int = 2048) -> RsaKey:
+    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
+    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
+
+    def prime() -> int:
+        while True:
+            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
+            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
+                return number
+    key = RsaKey(prime(), prime())
+    return key if key.p != key.q else new_rsa_key(bits)
+
+
+def is_prime(number: int) -> bool:
+    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
+    halvings = ((number - 1) & (1 - number)).bit_length() - 1
+    for _ in range(5):
+        power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(halvings - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
+    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
+    make, name = RSA_HASHES[algorithm]
+    end = b"\0" + name + make(message).digest()
+    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
+
+
+def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
+    """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
+    length = ((key.p * key.q).bit_length() + 7) // 8
+    padded = _padded_hash(algorithm, message, length)
+    by_p = pow(padded, pow(RSA_EXPONENT, -1, key.p - 1), key.p)
+    by_q = pow(padded, pow(RSA_EXPONENT, -1, key.q - 1), key.q)
+    return (by_q + (by_p - by_q) * pow(key.q, -1, key.p) % key.p * key.q).to_bytes(length, "big")
+
+
+def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
+    modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
+    if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
+        raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
+    length, number = (modulus.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    return (len(signature) == length and number < modulus
+            and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
+
+
+# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
+P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
+P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
+P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
+P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
+          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
+Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
+
+
+def _double(point: Point) -> Point:
+    """A point added to itself (Cohen, Miyaji and Ono 1998, for a = -3)."""
+    x, y, z = point
+    square, zz = y * y % P384_P, z * z % P384_P
+    slope, mean = 3 * (x - zz) * (x + zz), 4 * x * square
+    x3 = (slope * slope - 2 * mean) % P384_P
+    return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
+
+
+def _add(one: Point, other: Point) -> Point:
+    """The sum of two points."""
+    (x1, y1, z1), (x2, y2, z2) = one, other
+    if not z1 or not z2:
+        return other if not z1 else one
+    zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
+    u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
+    width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
+    if not width:
+        return (1, 1, 0) if height else _double(one)
+    cube = width * width % P384_P
+    mean, cube = u1 * cube % P384_P, cube * width % P384_P
+    x3 = (height * height - cube - 2 * mean) % P384_P
+    return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
+
+
+def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
+    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
+
+    ValueError for a key that is not a point of P-384.
+    """
+    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
+    x, y, _ = key
+    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
+        raise ValueError("expected a point of the curve P-384 as x and y")
+    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
+    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
+        return False
+    inverse = pow(s, -1, P384_N)
+    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
+    u2 = r * inverse % P384_N
+    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
+    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
+    for bit in range(383, -1, -1):
+        total = _double(total)
+        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
+        if which:
+            total = _add(total, sums[which])
+    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
+
+
+KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
+
+
+def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
+    if algorithm == "ES384":
+        return es384_verify(jwk, message, signature)
+    return rsa_verify(jwk, algorithm, message, signature)
+
+
+def key_set(value: Any) -> list[Json]:
+    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError, with words, where an app should mend its set."""
+    keys = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+        raise ValueError('expected a JSON object with "keys", an array of objects')
+    for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
+        if any(name in key for key in keys):
+            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make new keys")
+    names = [json.dumps([key.get("kty"), key.get("kid")]) for key in keys]
+    if len(set(names)) < len(names):
+        raise ValueError("two keys have the same kty and kid")
+    return keys
+
+
+def thumbprint(jwk: Json) -> str:
+    """A name for a key that follows from the key itself (RFC 7638)."""
+    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
+    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
+    return base64url(hashlib.sha256(text.encode("ascii")).digest())
+
+
+def sign_jwt(key: RsaKey, claims: Json) -> str:
+    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
+    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
+    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
+    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
+
+
+class Jwt(NamedTuple):
+    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
+    header: Json
+    claims: Json
+    signed: bytes
+    signature: bytes
+
+
+def read_jwt(text: str) -> Jwt:
+    """Take a JWT apart; ValueError for what is none."""
+    parts = text.split(".")
+    try:
+        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
+        signature = base64url_bytes(parts[2])
+        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
+    except (ValueError, IndexError, RecursionError):
+        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
+    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
+        raise ValueError("expected a JWT whose header and claims are JSON objects")
+    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
+
+
 # ######################################################################## 4 scopes
 
 LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}  # SMART 1 suffixes in SMART 2 letters
 GRANTABLE_LETTERS = "rs"  # read and search are all this server grants
-PLAIN_SCOPES = ("openid", "fhirUser", "profile", "launch", "launch/patient", "launch/encounter",
-                "offline_access", "online_access")
-_RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})\.(read|write|\*|c?r?u?d?s?)")
+PLAIN_SCOPES = {          # the scopes that are no resource's, and what each lets the app do
+    "openid": "know which account you sign in with",
+    "fhirUser": "know who you are in the records",
+    "profile": "know who you are in the records",  # what fhirUser was called at first
+    "launch": "know whose record is open",
+    "launch/patient": "know whose record you choose",
+    "launch/encounter": "know which visit is open",
+    "offline_access": "come back for new data when you are not there, until the date below or until you stop it"}
+SCOPE_SYNTAX = re.compile(r"[!#-\[\]-~ ]*[!#-\[\]-~][!#-\[\]-~ ]*")  # RFC 6749 section 3.3
+_RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
+                             r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
+# No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
+_CONSTRAINT = re.compile(r"(?!_filter=)([A-Za-z_][A-Za-z0-9_-]*)=([^&]+)")
+_COMMA = re.compile(r"(?<!\\),")  # between alternatives; one after a backslash belongs to the value (FHIR search)
 
 
 class ResourceScope(NamedTuple):
-    """One scope of the form context/Type.letters (SMART, "Scopes for requesting FHIR Resources")."""
+    """One scope of the form context/Type.letters?param=value (SMART, "Scopes for requesting FHIR Resources")."""
     context: str  # patient, user or system
     type: str     # a FHIR type, or * for all
     letters: str  # some of c r u d s, in this order
     text: str     # as the client wrote it
+    constraints: tuple[tuple[str, str], ...] = ()  # search parameters that all must match; commas in a value mean or
 
     def covers(self, other: ResourceScope) -> bool:
         """Whether everything that `other` allows to read or search, this allows too."""
         return (self.context == other.context and self.type in ("*", other.type)
-                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS))
+                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS)
+                and all(any(name == same and set(_COMMA.split(narrower)) <= set(_COMMA.split(value))
+                            for same, narrower in other.constraints) for name, value in self.constraints))
 
 
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
-    if not match or not match[3]:
+    if not match:
         return None
-    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word)
+    pairs = [_CONSTRAINT.fullmatch(pair) for pair in match[4].split("&")] if match[4] is not None else []
+    if not all(pairs):
+        return None
+    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word,
+                         tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
 def resource_scopes(scope: str) -> list[ResourceScope]:
@@ -298,26 +567,35 @@ def scope_covers(registered: str, word: str) -> bool:
     wanted = parse_scope(word)
     if wanted:
         return any(scope.covers(wanted) for scope in resource_scopes(registered))
-    return word in allowed or (word == "launch" and "launch/patient" in allowed)
+    return (word in allowed or (word == "launch" and "launch/patient" in allowed)
+            or (word == "profile" and "fhirUser" in allowed))
 
 
-def negotiate_scope(asked: str, registered: str) -> str:
+def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
     """What of the scope asked for can be granted: the words that this server knows, can do, and the client registered.
 
     Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3). A word that asks for writing
-    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling.
+    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling. PortalError for what is no
+    scope at all, and for a constraint this server can't keep: without it, the app would get more than it asked for.
+    `contexts`: system/ is for backend services, which have no user and no consent; the others are for users.
     """
+    if not SCOPE_SYNTAX.fullmatch(asked):
+        raise PortalError("invalid_scope", f"scope {asked!r}: expected words of ASCII without quotes and backslashes")
     granted: list[str] = []
     for word in asked.split():
         parsed = parse_scope(word)
         if parsed:
             letters = "".join(letter for letter in parsed.letters if letter in GRANTABLE_LETTERS)
-            if not letters or parsed.context == "system" or not scope_covers(registered, word):
-                continue  # system/ scopes are for backend services, which have no user and no consent
+            if not letters or parsed.context not in contexts or not scope_covers(registered, word):
+                continue
             if letters != parsed.letters:
-                suffix = "read" if word.endswith(".*") else letters
-                word = f"{parsed.context}/{parsed.type}.{suffix}"
-        elif word not in PLAIN_SCOPES or not scope_covers(registered, word):
+                head, question, constraints = word.partition("?")
+                suffix = "read" if head.endswith(".*") else letters
+                word = f"{parsed.context}/{parsed.type}.{suffix}{question}{constraints}"
+        elif parse_scope(word.partition("?")[0]):
+            raise PortalError("invalid_scope", f"scope {word!r}: after the ? expected name=value pairs joined by &; "
+                              "modifiers, chained parameters and _filter are not supported")
+        elif word not in PLAIN_SCOPES or "user" not in contexts or not scope_covers(registered, word):
             continue
         if word not in granted:
             granted.append(word)
@@ -330,24 +608,22 @@ def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
                for one in resource_scopes(scope))
 
 
+def needs_patient(scope: str) -> bool:
+    """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
+    return (any(one.context == "patient" for one in resource_scopes(scope))
+            or not {"launch/patient", "launch/encounter"}.isdisjoint(scope.split()))
+
+
 def describe_scope(word: str) -> str:
     """A scope in words for the person who is asked to approve it."""
     parsed = parse_scope(word)
-    if parsed:
-        what = "everything in the record, now and later" if parsed.type == "*" else f"{parsed.type} records"
-        verbs = {"r": "open", "s": "search", "rs": "open and search"}
-        owner = "" if parsed.context == "patient" else " of every patient you may open"
-        return f"{verbs['r' * ('r' in parsed.letters) + 's' * ('s' in parsed.letters)]} {what}{owner}"
-    return {
-        "openid": "know which account you sign in with",
-        "fhirUser": "know who you are in the records",
-        "profile": "know who you are in the records",
-        "launch": "know whose record is open",
-        "launch/patient": "know whose record you choose",
-        "launch/encounter": "know which visit is open",
-        "offline_access": "come back for new data when you are not there, until the date below",
-        "online_access": "stay connected while you are signed in",
-    }.get(word, word)
+    if not parsed:
+        return PLAIN_SCOPES.get(word, word)
+    verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
+    what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
+    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
+    owner = "the record" if parsed.context == "patient" else "every record you may open"
+    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
 
 
 # ######################################################################## 5 state
@@ -359,34 +635,49 @@ CREATE TABLE IF NOT EXISTS users (
     password_salt TEXT NOT NULL, password_hash TEXT NOT NULL,
     any_patient INTEGER NOT NULL DEFAULT 0);      -- 1: a clinician, who may open every record
 
--- Which records a user may open. is_user: the record is the user's own.
+-- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this patient,
+-- if not who the user is anyway (a RelatedPerson).
 CREATE TABLE IF NOT EXISTS patients (
     username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL,
-    name TEXT NOT NULL, is_user INTEGER NOT NULL,
+    name TEXT NOT NULL, is_user INTEGER NOT NULL, fhir_user TEXT,
     PRIMARY KEY (username, patient_id));
 
--- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client.
+-- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client, or one with keys.
+-- registered_itself: by /oauth/register, and not by who runs this server.
 CREATE TABLE IF NOT EXISTS clients (
-    client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL);
+    client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL,
+    registered_itself INTEGER NOT NULL DEFAULT 0);
 
 -- Signed-in browsers. The id is the cookie's value.
 CREATE TABLE IF NOT EXISTS sessions (
-    session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users, expires REAL NOT NULL);
+    session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users,
+    started REAL NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS sessions_by_expiry ON sessions (expires);
+
+-- Launches by the EHR that wait for their app. context is JSON: the members of the token response.
+CREATE TABLE IF NOT EXISTS launches (
+    launch TEXT PRIMARY KEY, client_id TEXT REFERENCES clients,  -- NULL until an app uses it, if none was named
+    username TEXT, patient_id TEXT, context TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS launches_by_expiry ON launches (expires);
 
 -- Authorization requests that were found good and wait for the user's decision. details is JSON.
 CREATE TABLE IF NOT EXISTS pending (
     request_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
     details TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS pending_by_expiry ON pending (expires);
 
 -- What users approved. A row stays when it ended, so that a used token that returns is known for what it is.
 CREATE TABLE IF NOT EXISTS grants (
-    grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients, username TEXT NOT NULL REFERENCES users,
+    grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
+    username TEXT REFERENCES users,               -- NULL: a backend service, which acts for nobody
     patient_id TEXT, scope TEXT NOT NULL,
     security_labels TEXT NOT NULL,                -- JSON list of categories; empty: not limited
     approved REAL NOT NULL, approval_expires REAL NOT NULL,
     ended INTEGER NOT NULL DEFAULT 0,
     issuer TEXT,                                  -- the base URL that the app knows this server by
-    redirect_uri TEXT, code_challenge TEXT);      -- what the code is bound to
+    redirect_uri TEXT, code_challenge TEXT,       -- what the code is bound to
+    nonce TEXT, signed_in REAL,                   -- what the id_token repeats, and when the user signed in
+    context TEXT NOT NULL DEFAULT '{}');          -- JSON: members of the token response beside patient
 CREATE INDEX IF NOT EXISTS grants_by_user ON grants (username, client_id, patient_id);
 
 -- Codes, access tokens and refresh tokens. Values are kept as they are because S4S's debug endpoint shows them;
@@ -399,6 +690,23 @@ CREATE TABLE IF NOT EXISTS tokens (
     refresh_token TEXT);                          -- of an access token: the one issued with it
 CREATE INDEX IF NOT EXISTS tokens_by_grant ON tokens (grant_id);
 CREATE INDEX IF NOT EXISTS tokens_by_refresh ON tokens (refresh_token);
+CREATE INDEX IF NOT EXISTS codes_by_expiry ON tokens (expires) WHERE kind = 'code' AND NOT spent;
+
+-- Assertions by which apps proved who they are; each counts once.
+CREATE TABLE IF NOT EXISTS assertions (
+    client_id TEXT NOT NULL REFERENCES clients, jti TEXT NOT NULL, expires REAL NOT NULL,
+    PRIMARY KEY (client_id, jti));
+CREATE INDEX IF NOT EXISTS assertions_by_expiry ON assertions (expires);
+
+-- The key that signs id_tokens, as its two primes in hexadecimal.
+CREATE TABLE IF NOT EXISTS keys (p TEXT NOT NULL, q TEXT NOT NULL);
+
+-- Pages of searches at the FHIR server behind: what the portal's own paging links stand for, and for whom.
+CREATE TABLE IF NOT EXISTS pages (
+    handle TEXT PRIMARY KEY, grant_id TEXT NOT NULL,   -- '': of /api/open-fhir
+    path TEXT NOT NULL, url TEXT NOT NULL, expires REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS pages_by_grant ON pages (grant_id);
+CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 """
 
 RECORD_SCHEMA = """
@@ -446,7 +754,8 @@ class Store:
                                               check_same_thread=False)
             self.connection.row_factory = sqlite3.Row
             if path:
-                self.connection.execute("PRAGMA journal_mode = WAL")
+                self.connection.execute("PRAGMA journal_mode = WAL")    # readers and a second process don't wait
+                self.connection.execute("PRAGMA synchronous = NORMAL")  # what is committed outlives the process
             self.connection.executescript(schema)
         except sqlite3.Error as error:
             raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
@@ -470,15 +779,22 @@ class Store:
             self.connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self.connection
+                self.connection.execute("COMMIT")  # may fail too: a full disk
             except BaseException:
-                self.connection.execute("ROLLBACK")
+                if self.connection.in_transaction:
+                    self.connection.execute("ROLLBACK")
                 raise
-            self.connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the connection; safe to call twice."""
         with self._lock:
             self.connection.close()
+
+
+def forget_expired(database: sqlite3.Connection, table: str, now: float, which: str = "1") -> None:
+    """Delete rows that have expired, a few whenever one is added, so that nobody ever waits for many."""
+    database.execute(f"DELETE FROM {table} WHERE rowid IN "
+                     f"(SELECT rowid FROM {table} WHERE {which} AND expires <= ? LIMIT 50)", (now,))
 
 
 class Clock:
@@ -496,6 +812,9 @@ class Clock:
         return self.now()
 
 
+LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
+
+
 def http_date(seconds: float) -> str:
     """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
     return email.utils.formatdate(int(seconds), usegmt=True)
@@ -503,177 +822,126 @@ def http_date(seconds: float) -> str:
 
 # ######################################################################## 6 sample data
 
-# The facts: a row a line, columns between bars. From the SMART sample patients, units in UCUM; the
-# immunizations of Daniel and Joseph, the dates of smoking status, procedures, documents and images are made up.
+# The facts: a row a line, columns between bars. From the SMART sample patients, with units in UCUM and two codes put
+# right that are no concepts of SNOMED CT now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and
+# Joseph's vaccines, the dates of smoking status, doses taken in the clinic, and all from MORE_LABS down.
 
-# patient_id | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
+# patient | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
 PATIENTS = """\
 smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
-smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 | 2106-3 | White
-smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 | 2054-5 | Black or African American
+smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 \
+    | 2106-3 | White
+smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
+    | 2054-5 | Black or African American
 """
 
 # id | patient | since | SNOMED CT | name
 PROBLEMS = """\
-14 | smart-1288992 | 2005-05-22 | 48167000 | Amnesia
-15 | smart-1288992 | 2007-07-11 | 1201005 | Benign essential hypertension
-16 | smart-1288992 | 2007-07-11 | 396275006 | Osteoarthritis
-17 | smart-1288992 | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
-18 | smart-1288992 | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
-19 | smart-1288992 | 2008-04-20 | 38341003 | Essential hypertension
-20 | smart-1288992 | 2008-07-10 | 427359005 | Disorder of lung
-21 | smart-1288992 | 2008-08-08 | 26929004 | Alzheimer's disease
-22 | smart-1288992 | 2008-08-08 | 191519005 | Dementia associated with another disease
-23 | smart-1288992 | 2008-08-08 | 185903001 | Needs influenza immunization
-119 | smart-1032702 | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
-120 | smart-1032702 | 2007-12-19 | 267024001 | Abnormal weight loss
-121 | smart-1032702 | 2007-12-19 | 310249008 | Follow-up encounter
-122 | smart-1032702 | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
-123 | smart-1032702 | 2008-06-29 | 185903001 | Needs influenza immunization
-448 | smart-1081332 | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
-449 | smart-1081332 | 2004-06-15 | 54150009 | Acute upper respiratory infection
-450 | smart-1081332 | 2004-07-13 | 65363002 | Otitis media
-451 | smart-1081332 | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
-452 | smart-1081332 | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
-453 | smart-1081332 | 2004-12-07 | 62315008 | Diarrhea
-454 | smart-1081332 | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
-455 | smart-1081332 | 2004-12-07 | 34095006 | Hypovolemia
-456 | smart-1081332 | 2004-12-07 | 233604007 | Pneumonia
-457 | smart-1081332 | 2004-12-08 | 422400008 | Vomiting
-458 | smart-1081332 | 2005-02-22 | 81564005 | Chronic serous otitis media
-459 | smart-1081332 | 2007-06-20 | 35183001 | Acute secretory otitis media
-601 | smart-1288992 | 2009-07-18 | 356744012 | Thiopurine methyltransferase deficiency
+14 | Daniel | 2005-05-22 | 48167000 | Amnesia
+15 | Daniel | 2007-07-11 | 1201005 | Benign essential hypertension
+16 | Daniel | 2007-07-11 | 396275006 | Osteoarthritis
+17 | Daniel | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
+18 | Daniel | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
+19 | Daniel | 2008-04-20 | 38341003 | Essential hypertension
+20 | Daniel | 2008-07-10 | 427359005 | Disorder of lung
+21 | Daniel | 2008-08-08 | 26929004 | Alzheimer's disease
+22 | Daniel | 2008-08-08 | 191519005 | Dementia associated with another disease
+23 | Daniel | 2008-08-08 | 185903001 | Needs influenza immunization
+119 | Amy | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+120 | Amy | 2007-12-19 | 267024001 | Abnormal weight loss
+121 | Amy | 2007-12-19 | 310249008 | Follow-up encounter
+122 | Amy | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
+123 | Amy | 2008-06-29 | 185903001 | Needs influenza immunization
+448 | Joseph | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+449 | Joseph | 2004-06-15 | 54150009 | Acute upper respiratory infection
+450 | Joseph | 2004-07-13 | 65363002 | Otitis media
+451 | Joseph | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
+452 | Joseph | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
+453 | Joseph | 2004-12-07 | 62315008 | Diarrhea
+454 | Joseph | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
+455 | Joseph | 2004-12-07 | 34095006 | Hypovolemia
+456 | Joseph | 2004-12-07 | 233604007 | Pneumonia
+457 | Joseph | 2004-12-08 | 422400008 | Vomiting
+458 | Joseph | 2005-02-22 | 81564005 | Chronic serous otitis media
+459 | Joseph | 2007-06-20 | 35183001 | Acute secretory otitis media
+601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency
 """
 
-# id | patient | since | system | code | allergen | reaction (SNOMED CT) | text | severity
+# id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
 ALLERGIES = """\
-19 | smart-1032702 | 2000 | SNOMED | 160244002 | No known allergies |  |  | 
-20 | smart-1081332 | 2000 | SNOMED | 160244002 | No known allergies |  |  | 
-28 | smart-1288992 | 2000 | NDFRT | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
+19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
+20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
+28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
 """
 
-# id | patient | written | RxNorm | name | directions | quantity | days | refills | dose | unit | times a day
+# id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
 MEDICATIONS = """\
-101 | smart-1032702 | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 | 30 | 0 | 10 | mL | 2
-102 | smart-1081332 | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 | 10 | 0 | 7 | mL | 2
-103 | smart-1081332 | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension | 5 mL bid x 10 days | 1 | 10 | 0 | 5 | mL | 2
-104 | smart-1081332 | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days | 1 | 3 | 0 | 15 | mL | 1
-105 | smart-1081332 | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 | 10 | 0 | 7 | mL | 2
-106 | smart-1081332 | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] | 4 gtt in ear bid x7 days | 1 | 7 | 0 | 4 | [drp] | 3
-107 | smart-1081332 | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 | 10 | 0 | 10 | mL | 2
-108 | smart-1081332 | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] | 5 mL bid x 10 days | 1 | 10 | 0 | 5 | mL | 2
-139 | smart-1288992 | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 | 90 | 0 | 1 | {tablet} | 1
-140 | smart-1288992 | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 | 90 | 0 | 1 | {tablet} | 2
-141 | smart-1288992 | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 | 90 | 0 | 1 | {tablet} | 1
-142 | smart-1288992 | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 | 90 | 0 | 1 | {tablet} | 1
-143 | smart-1288992 | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 | 90 | 0 | 1 | {tablet} | 1
+101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
+102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 {bottle} | 10 \
+    | 7 mL | 2
+103 | Joseph | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension \
+    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
+104 | Joseph | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days \
+    | 1 {bottle} | 3 | 15 mL | 1
+105 | Joseph | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 {bottle} \
+    | 10 | 7 mL | 2
+106 | Joseph | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] \
+    | 4 gtt in ear bid x7 days | 1 {bottle} | 7 | 4 [drp] | 3
+107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 {bottle} | 10 \
+    | 10 mL | 2
+108 | Joseph | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] \
+    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
+139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 {tablet} | 90 | 1 {tablet} | 2
+141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 {tablet} | 90 | 1 {tablet} | 1
+142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 {tablet} | 90 \
+    | 1 {tablet} | 1
 """
 
-# id | patient | handed over | medication id | days | quantity
+# first id, then one more each | id of the medication | days | quantity | dates of handing over. SMART's four fills of
+# amlodipine, which it has no prescription for, are left out.
 FILLS = """\
-5 | smart-1288992 | 2008-09-30 | 143 | 90 | 200
-6 | smart-1288992 | 2009-01-03 | 143 | 90 | 200
-7 | smart-1288992 | 2009-04-28 | 143 | 90 | 200
-8 | smart-1288992 | 2009-07-06 | 143 | 90 | 200
-9 | smart-1288992 | 2008-08-14 | 142 | 90 | 90
-10 | smart-1288992 | 2008-11-09 | 142 | 90 | 90
-11 | smart-1288992 | 2009-01-18 | 142 | 90 | 90
-12 | smart-1288992 | 2009-04-28 | 142 | 90 | 90
-13 | smart-1288992 | 2009-07-07 | 142 | 90 | 90
-14 | smart-1288992 | 2008-08-13 | 139 | 90 | 90
-15 | smart-1288992 | 2008-10-19 | 139 | 90 | 90
-16 | smart-1288992 | 2009-01-17 | 139 | 90 | 90
-17 | smart-1288992 | 2009-04-28 | 139 | 90 | 90
-18 | smart-1288992 | 2009-07-06 | 139 | 90 | 90
-19 | smart-1288992 | 2008-08-13 | 140 | 90 | 180
-20 | smart-1288992 | 2008-11-01 | 140 | 90 | 180
-21 | smart-1288992 | 2009-04-28 | 140 | 90 | 180
-22 | smart-1288992 | 2009-07-06 | 140 | 90 | 180
-23 | smart-1288992 | 2008-08-14 | 141 | 90 | 90
-24 | smart-1288992 | 2008-10-20 | 141 | 90 | 90
-25 | smart-1288992 | 2009-01-18 | 141 | 90 | 90
-26 | smart-1288992 | 2009-04-28 | 141 | 90 | 90
-27 | smart-1288992 | 2009-07-07 | 141 | 90 | 90
-187 | smart-1032702 | 2008-04-05 | 101 | 30 | 0
-188 | smart-1032702 | 2008-05-09 | 101 | 30 | 0
-1227 | smart-1081332 | 2005-01-28 | 105 | 10 | 60
-1228 | smart-1081332 | 2005-03-11 | 105 | 7 | 60
-1229 | smart-1081332 | 2004-07-13 | 102 | 7 | 75
-1230 | smart-1081332 | 2005-03-11 | 106 | 7 | 7
-1231 | smart-1081332 | 2005-01-18 | 104 | 5 | 15
-1232 | smart-1081332 | 2007-06-06 | 107 | 10 | 0
-1233 | smart-1081332 | 2007-08-14 | 107 | 10 | 0
-1234 | smart-1081332 | 2007-08-28 | 108 | 10 | 0
-1235 | smart-1081332 | 2007-10-18 | 108 | 10 | 0
-1236 | smart-1081332 | 2005-01-04 | 103 | 10 | 75
-1237 | smart-1081332 | 2005-02-07 | 103 | 10 | 125
+5 | 143 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06
+9 | 142 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
+14 | 139 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
+19 | 140 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
+23 | 141 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
+187 | 101 | 30 |  | 2008-04-05 2008-05-09
+1227 | 105 | 10 | 60 mL | 2005-01-28
+1228 | 105 | 7 | 60 mL | 2005-03-11
+1229 | 102 | 7 | 75 mL | 2004-07-13
+1230 | 106 | 7 | 7 mL | 2005-03-11
+1231 | 104 | 5 | 15 mL | 2005-01-18
+1232 | 107 | 10 |  | 2007-06-06 2007-08-14
+1234 | 108 | 10 |  | 2007-08-28 2007-10-18
+1236 | 103 | 10 | 75 mL | 2005-01-04
+1237 | 103 | 10 | 125 mL | 2005-02-07
 """
 
-# id | patient | date | CVX | vaccine
+# id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
 IMMUNIZATIONS = """\
-1 | smart-1032702 | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine
-2 | smart-1032702 | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation
-3 | smart-1032702 | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation
-4 | smart-1032702 | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine
-5 | smart-1288992 | 2008-10-14 | 141 | Influenza, seasonal, injectable
-6 | smart-1288992 | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent
-7 | smart-1288992 | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use
-8 | smart-1081332 | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine
-9 | smart-1081332 | 2005-04-04 | 21 | varicella virus vaccine
+1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
+2 | Amy | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation | 
+3 | Amy | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation | 
+4 | Amy | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine | 
+5 | Daniel | 2008-10-14 | 141 | Influenza, seasonal, injectable | 
+6 | Daniel | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent | 
+7 | Daniel | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use | 
+8 | Joseph | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine | 
+9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
+10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
 """
 
-# id | date | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's
-LABS = """\
-67 | 2008-07-10 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
-68 | 2008-07-10 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
-69 | 2008-07-10 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
-70 | 2008-07-10 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
-71 | 2008-07-10 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
-72 | 2008-07-10 | 5802-4 | Nitrites Ur for Drug Screen | Negative |  |  | 
-73 | 2008-07-10 | 13457-7 | LDL Calc Bld Qn (POC) | 89 | 0 | 100 | mg/dL
-74 | 2008-07-10 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
-75 | 2008-07-10 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
-76 | 2008-07-10 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
-77 | 2008-07-10 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
-78 | 2008-07-10 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
-79 | 2008-07-10 | 770-8 | Neutrophils % Bld Auto | 59 | 50 | 75 | %
-80 | 2008-07-10 | 11580-8 | TSH SerPl DL<=0.001 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
-81 | 2008-07-10 | 5767-9 | Appearance Ur | Clear |  |  | 
-82 | 2008-07-10 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 
-83 | 2008-07-10 | 5803-2 | pH Ur for Drug Screen | 6 | 5 | 8 | 
-84 | 2008-07-10 | 5804-0 | Protein Ur SQ Metab Scn | 10 |  |  | mg/dL
-85 | 2008-07-10 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
-86 | 2008-07-10 | 26515-7 | Plt Ct Ref Lab (Coag Studies) | 190 | 150 | 450 | 10*3/uL
-87 | 2008-07-10 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
-88 | 2008-07-10 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
-89 | 2008-07-10 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
-90 | 2008-07-10 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
-91 | 2008-07-10 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
-92 | 2008-07-10 | 1751-7 | Albumin SerPl Qn (Drug Monitor) | 4 | 3.5 | 5 | g/dL
-93 | 2008-07-10 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
-94 | 2008-07-10 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
-95 | 2008-07-10 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
-96 | 2008-07-10 | 2160-0 | Creatinine Ser Qn (Clr) | 1.4 | 0.8 | 1.4 | mg/dL
-97 | 2008-07-10 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
-98 | 2008-07-10 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
-99 | 2008-07-10 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
-100 | 2008-07-10 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
-101 | 2008-07-10 | 26478-8 | Lymphocytes fr Bld | 28 | 18 | 42 | %
-102 | 2008-07-10 | 26485-3 | Monocytes fr Bld | 11 | 2 | 11 | %
-103 | 2008-07-10 | 26450-7 | Eosinophil fr Bld | 1 | 0 | 3 | %
-104 | 2008-07-10 | 30180-4 | Basophils fr Bld | 1 | 0 | 2 | %
-105 | 2008-07-10 | 718-7 | Hgb Pre Therap Phleb | 12.8 | 14 | 18 | g/dL
-106 | 2008-07-10 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
-107 | 2008-07-10 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
-108 | 2008-07-10 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
-109 | 2008-07-10 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
-110 | 2008-07-10 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
-111 | 2008-07-10 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
-112 | 2008-07-10 | 30522-7 | C reactive protein | 4.4 | 0 | 3 | mg/L
+# id | patient | date | SNOMED CT | name
+SMOKING = """\
+21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
+5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
+6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker
 """
 
 # id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | oxygen: Daniel Adams's
-VITALS = """\
+VISITS = """\
 828 | 1997-04-30 | 75 | 20 | 37.0 | 97.5 | 165.1 | 35.8 | 87 | 75 | 100
 829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 107 | 67 | 100
 830 | 1997-05-07 | 43 | 20 | 37.0 | 99.0 | 165.1 | 36.4 | 68 | 43 | 100
@@ -703,47 +971,127 @@ VITALS = """\
 854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
 """
 
-# id | patient | date | SNOMED CT | name
-SMOKING = """\
-21 | smart-1288992 | 2009-12-01 | 8517006 | Ex-smoker
-5 | smart-1032702 | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
-6 | smart-1081332 | 2007-06-20 | 8517006 | Ex-smoker
+# id | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's of 2008-07-10
+LABS = """\
+67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
+68 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
+69 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
+70 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
+71 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
+72 | 5802-4 | Nitrite Ur Ql Strip | Negative |  |  | 
+73 | 13457-7 | LDLc SerPl Calc-mCnc | 89 | 0 | 100 | mg/dL
+74 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
+75 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
+76 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
+77 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
+78 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
+79 | 770-8 | Neutrophils NFr Bld Auto | 59 | 50 | 75 | %
+80 | 11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
+81 | 5767-9 | Appearance Ur | Clear |  |  | 
+82 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 1
+83 | 5803-2 | pH Ur Strip | 6 | 5 | 8 | [pH]
+84 | 5804-0 | Prot Ur Strip-mCnc | 10 |  |  | mg/dL
+85 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
+86 | 26515-7 | Platelet # Bld | 190 | 150 | 450 | 10*3/uL
+87 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
+88 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
+89 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
+90 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
+91 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
+92 | 1751-7 | Albumin SerPl-mCnc | 4 | 3.5 | 5 | g/dL
+93 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
+94 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
+95 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
+96 | 2160-0 | Creat SerPl-mCnc | 1.4 | 0.8 | 1.4 | mg/dL
+97 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
+98 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
+99 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
+100 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
+101 | 26478-8 | Lymphocytes NFr Bld | 28 | 18 | 42 | %
+102 | 26485-3 | Monocytes NFr Bld | 11 | 2 | 11 | %
+103 | 26450-7 | Eosinophil NFr Bld | 1 | 0 | 3 | %
+104 | 30180-4 | Basophils NFr Bld | 1 | 0 | 2 | %
+105 | 718-7 | Hgb Bld-mCnc | 12.8 | 14 | 18 | g/dL
+106 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
+107 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
+108 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
+109 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
+110 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
+111 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
+112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L
 """
 
-# id | patient | date | SNOMED CT | name: made up, as all below
+# visit | date | values of the tests of LABS whose LOINC stands here: made up (as all below), to be drawn over time
+MORE_LABS = """\
+visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
+836 | 2001-10-31 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
+842 | 2005-02-23 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
+851 | 2009-04-28 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
+852 | 2009-10-29 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
+854 | 2009-12-01 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52
+"""
+
+# id | visit | date | SNOMED CT | name
 PROCEDURES = """\
-1 | smart-1288992 | 2001-01-24 | 73761001 | Colonoscopy
-2 | smart-1288992 | 2005-02-10 | 399208008 | Plain X-ray of chest
-3 | smart-1288992 | 2009-04-08 | 241615005 | Magnetic resonance imaging of brain
+1 | 834 | 2001-01-24 | 73761001 | Colonoscopy
+2 | 841 | 2005-02-10 | 399208008 | Plain X-ray of chest
+3 | 846 | 2009-04-08 | 816077007 | Magnetic resonance imaging of brain
 """
 
-# id | patient | date | LOINC | type | text
-DOCUMENTS = """\
-1 | smart-1288992 | 2009-04-28 | 34133-9 | Summary of episode note | Daniel Adams was seen for follow-up of hypertension and Alzheimer's disease. No new complaints.
-2 | smart-1288992 | 2009-12-01 | 11506-3 | Progress note | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
-"""
-
-# id | patient | date | DICOM modality | description | study UID
+# id | visit | date | DICOM modality | description | study UID
 IMAGES = """\
-1 | smart-1288992 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
-2 | smart-1288992 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
+1 | 841 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
+2 | 846 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
+"""
+
+# id | visit | date | LOINC | type | content type | text; the PDF goes on with the problems and medicines
+DOCUMENTS = """\
+1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
+2 | 854 | 2009-12-01 | 11506-3 | Progress note | text/plain \
+    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
+"""
+
+# id | visit | date | date of the bill | billed | paid, in USD
+BILLS = """\
+1 | 847 | 2009-04-14 | 2009-04-20 | 145.00 | 116.00
+2 | 851 | 2009-04-28 | 2009-05-04 | 145.00 | 116.00
+3 | 854 | 2009-12-01 | 2009-12-08 | 180.00 | 144.00
 """
 
 LOINC, SNOMED, RXNORM = "http://loinc.org", "http://snomed.info/sct", "http://www.nlm.nih.gov/research/umls/rxnorm"
-CVX, UCUM, HL7 = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://terminology.hl7.org/CodeSystem/"
+CVX, UCUM, NDFRT = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://hl7.org/fhir/ndfrt"
+HL7, IHE = "http://terminology.hl7.org/CodeSystem/", "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
+DICOM, CDC_RACE = "http://dicom.nema.org/resources/ontology/DCM", "urn:oid:2.16.840.1.113883.6.238"
 US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
-SYSTEMS = {"SNOMED": SNOMED, "NDFRT": "http://hl7.org/fhir/ndfrt"}
+PEOPLE = {"Amy": "smart-1032702", "Joseph": "smart-1081332", "Daniel": "smart-1288992"}
 DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
 CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
-VITAL_SIGNS = (  # column of VITALS, LOINC, name, unit (UCUM)
-    (2, "8867-4", "Heart rate", "/min"), (3, "9279-1", "Respiratory rate", "/min"),
-    (4, "8310-5", "Body temperature", "Cel"), (5, "29463-7", "Body weight", "kg"), (6, "8302-2", "Body height", "cm"),
-    (7, "39156-5", "Body mass index (BMI)", "kg/m2"), (10, "2708-6", "Oxygen saturation in arterial blood", "%"))
+INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}
+VITAL_SIGNS = (  # LOINC, name, unit (UCUM), in the order of VISITS; the blood pressure stands before the last
+    ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"), ("8310-5", "Body temperature", "Cel"),
+    ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"), ("39156-5", "Body mass index (BMI)", "kg/m2"),
+    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"))
 
 
 def table(text: str) -> list[list[str]]:
     """The rows and columns of one of the tables above."""
     return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+
+
+def new(type_name: str, key: str, **elements: Any) -> Json:
+    """A resource with its id; an element that is None is left out."""
+    present = {name: value for name, value in elements.items() if value is not None}
+    return {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **present}
+
+
+def refer(type_name: str, key: str) -> Json:
+    """A reference to what `new` makes."""
+    return {"reference": f"{type_name}/smart-{type_name}-{key}"}
+
+
+def person(given: str) -> Json:
+    """A reference to one of the patients, by the name that the tables use."""
+    return {"reference": f"Patient/{PEOPLE[given]}"}
 
 
 def coding(system: str, code: str, display: str = "") -> Json:
@@ -757,289 +1105,514 @@ def concept(system: str, code: str, display: str = "") -> Json:
     return {"coding": [coding(system, code, display)], **text}
 
 
-def quantity(value: str, unit: str) -> Json:
-    """A FHIR Quantity in UCUM; the unit 1 where there is none."""
-    number = float(value)
-    return {"value": int(number) if number.is_integer() else number, "unit": unit or "1", "system": UCUM,
-            "code": unit or "1"}
+def quantity(text: str) -> Json:
+    """A FHIR Quantity from a number and a UCUM unit, such as "99 mg/dL". The unit 1 is not shown to people."""
+    number, unit = text.split()
+    value = float(number)
+    shown = {"unit": unit} if unit != "1" else {}
+    return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
 
 
-def person(patient_id: str) -> Json:
-    """A reference to a patient."""
-    return {"reference": f"Patient/{patient_id}"}
+def dollars(amount: str) -> Json:
+    """An amount of money."""
+    return {"value": float(amount), "currency": "USD"}
 
 
-def build_patient(row: list[str]) -> Json:
+def noon(date: str) -> str:
+    """A moment on a day, for elements that must be one."""
+    return f"{date}T12:00:00Z"
+
+
+# The builders: a row's columns go in, resources of FHIR R4 come out, as US Core profiles them.
+
+def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str, city: str,
+                  zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
     """A Patient with US Core's race, ethnicity and birth sex."""
-    pid, given, initial, family, gender, born, street, city, zip_code, phone, race, race_text = row
-    ethnic = "urn:oid:2.16.840.1.113883.6.238"
-    extensions: list[Json] = [
-        {"url": US_CORE + "ethnicity", "extension": [
-            {"url": "ombCategory", "valueCoding": coding(ethnic, "2186-5", "Not Hispanic or Latino")},
-            {"url": "text", "valueString": "Not Hispanic or Latino"}]},
-        {"url": US_CORE + "birthsex", "valueCode": "F" if gender == "female" else "M"}]
-    if race:
-        extensions.insert(0, {"url": US_CORE + "race", "extension": [
-            {"url": "ombCategory", "valueCoding": coding(ethnic, race, race_text)},
-            {"url": "text", "valueString": race_text}]})
-    return {
-        "resourceType": "Patient", "id": pid, "extension": extensions, "active": True, "gender": gender,
+    groups = [("race", race, race_text)] if race else []
+    groups.append(("ethnicity", "2186-5", "Not Hispanic or Latino"))
+    yield {
+        "resourceType": "Patient", "id": pid, "active": True, "gender": gender, "birthDate": born,
+        "extension": [*({"url": US_CORE + name, "extension": [
+            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
+            {"url": "text", "valueString": text}]} for name, code, text in groups),
+            {"url": US_CORE + "birthsex", "valueCode": gender[0].upper()}],
         "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
                         "system": "http://hospital.smarthealthit.org", "value": pid[len("smart-"):]}],
         "name": [{"use": "official", "family": family, "given": [given, initial], "text": f"{given} {family}"}],
-        "telecom": [{"system": "phone", "value": phone, "use": "home"},
+        "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
                     {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
-        "birthDate": born, "address": [{"use": "home", "line": [street], "city": city, "state": "OK",
-                                        "postalCode": zip_code, "country": "USA"}],
+        "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK", "postalCode": zip_code,
+                     "country": "USA"}],
         "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
         "managingOrganization": CLINIC}
 
 
-def build_condition(row: list[str]) -> Json:
-    """A problem on the problem list."""
-    number, pid, since, code, name = row
-    return {"resourceType": "Condition", "id": f"smart-Condition-{number}",
-            "clinicalStatus": concept(HL7 + "condition-clinical", "active"),
-            "verificationStatus": concept(HL7 + "condition-ver-status", "confirmed"),
-            "category": [concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
-            "code": concept(SNOMED, code, name), "subject": person(pid), "onsetDateTime": since,
-            "recordedDate": since}
+def build_problem(key: str, given: str, since: str, code: str, name: str) -> Iterator[Json]:
+    """A Condition on the problem list."""
+    yield new("Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
+              verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
+              category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
+              code=concept(SNOMED, code, name), subject=person(given), onsetDateTime=since, recordedDate=since)
 
 
-def build_allergy(row: list[str]) -> Json:
-    """An allergy, or the statement that none is known."""
-    number, pid, since, system, code, name, reaction, reaction_text, severity = row
-    built: Json = {"resourceType": "AllergyIntolerance", "id": f"smart-AllergyIntolerance-{number}",
-             "clinicalStatus": concept(HL7 + "allergyintolerance-clinical", "active"),
-             "verificationStatus": concept(HL7 + "allergyintolerance-verification", "confirmed"),
-             "code": concept(SYSTEMS[system], code, name), "patient": person(pid), "recordedDate": since}
-    if reaction:
-        built.update(type="allergy", category=["medication"], criticality="low", reaction=[
-            {"manifestation": [concept(SNOMED, reaction, reaction_text)], "severity": severity}])
-    return built
+def build_allergy(key: str, given: str, since: str, code: str, drug_class: str, name: str, reaction: str,
+                  reaction_name: str, severity: str) -> Iterator[Json]:
+    """An AllergyIntolerance, or the statement that none is known."""
+    what = concept(SNOMED, code, name)
+    if drug_class:
+        what["coding"].append(coding(NDFRT, drug_class, name))
+    known: Json = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
+        {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]} if reaction else {}
+    yield new("AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
+              verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
+              code=what, patient=person(given), recordedDate=since, **known)
 
 
-def build_prescription(row: list[str]) -> Json:
-    """A MedicationRequest; prescriptions of a limited course are over."""
-    number, pid, written, code, name, directions, amount, days, refills, dose, unit, frequency = row
-    return {"resourceType": "MedicationRequest", "id": f"smart-MedicationRequest-{number}",
-            "status": "active" if int(days) >= 30 else "completed", "intent": "order",
-            "medicationCodeableConcept": concept(RXNORM, code, name), "subject": person(pid), "authoredOn": written,
-            "requester": DOCTOR, "dosageInstruction": [{
-                "text": directions, "timing": {"repeat": {"frequency": int(frequency), "period": 1, "periodUnit": "d"}},
-                "doseAndRate": [{"doseQuantity": quantity(dose, unit)}]}],
-            "dispenseRequest": {"numberOfRepeatsAllowed": int(refills), "quantity": quantity(amount, unit),
-                                "expectedSupplyDuration": quantity(days, "d")}}
+def course(days: str) -> str:
+    """The status of a medicine: what is given for less than a month is over, the rest goes on."""
+    return "active" if int(days) >= 30 else "completed"
 
 
-def build_statement(row: list[str]) -> Json:
-    """What the patient says about taking a medicine: one for each prescription."""
-    number, pid, written, code, name = row[:5]
-    return {"resourceType": "MedicationStatement", "id": f"smart-MedicationStatement-{number}",
-            "status": "active" if int(row[7]) >= 30 else "completed", "subject": person(pid),
-            "medicationCodeableConcept": concept(RXNORM, code, name), "effectivePeriod": {"start": written},
-            "dateAsserted": written, "basedOn": [{"reference": f"MedicationRequest/smart-MedicationRequest-{number}"}]}
+def build_prescription(key: str, given: str, written: str, code: str, name: str, directions: str, dispensed: str,
+                       days: str, dose: str, times: str) -> Iterator[Json]:
+    """A MedicationRequest."""
+    yield new("MedicationRequest", key, status=course(days), intent="order", subject=person(given), requester=DOCTOR,
+              medicationCodeableConcept=concept(RXNORM, code, name), authoredOn=written, dosageInstruction=[{
+                  "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
+                  "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
+              dispenseRequest={"quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
 
 
-def build_dispense(row: list[str]) -> Json:
-    """A medicine handed over at the pharmacy."""
-    number, pid, date, prescription, days, amount = row
-    drug = next(drug for drug in table(MEDICATIONS) if drug[0] == prescription)
-    return {"resourceType": "MedicationDispense", "id": f"smart-MedicationDispense-{number}", "status": "completed",
-            "medicationCodeableConcept": concept(RXNORM, drug[3], drug[4]), "subject": person(pid),
-            "authorizingPrescription": [{"reference": f"MedicationRequest/smart-MedicationRequest-{prescription}"}],
-            "quantity": quantity(amount, drug[10]), "daysSupply": quantity(days, "d"), "whenHandedOver": date}
+def build_statement(key: str, given: str, written: str, code: str, name: str, _directions: str, _dispensed: str,
+                    days: str, *_: str) -> Iterator[Json]:
+    """A MedicationStatement: that the patient takes what was prescribed."""
+    yield new("MedicationStatement", key, status=course(days), subject=person(given), dateAsserted=written,
+              medicationCodeableConcept=concept(RXNORM, code, name), effectivePeriod={"start": written},
+              basedOn=[refer("MedicationRequest", key)])
 
 
-def build_administration(row: list[str]) -> Json:
-    """A medicine given in the clinic: the first dose of each of Daniel's prescriptions."""
-    number, pid, written, code, name, directions, dose, unit = row[:6] + row[9:11]
-    return {"resourceType": "MedicationAdministration", "id": f"smart-MedicationAdministration-{number}",
-            "status": "completed", "medicationCodeableConcept": concept(RXNORM, code, name), "subject": person(pid),
-            "effectiveDateTime": written, "request": {"reference": f"MedicationRequest/smart-MedicationRequest-{number}"},
-            "dosage": {"text": directions, "dose": quantity(dose, unit)}}
+def build_administration(key: str, given: str, written: str, code: str, name: str, directions: str, _dispensed: str,
+                         _days: str, dose: str, *_: str) -> Iterator[Json]:
+    """A MedicationAdministration: the first dose, taken in the clinic (made up)."""
+    yield new("MedicationAdministration", key, status="completed", subject=person(given), effectiveDateTime=written,
+              medicationCodeableConcept=concept(RXNORM, code, name), request=refer("MedicationRequest", key),
+              dosage={"text": directions, "dose": quantity(dose)})
 
 
-def build_immunization(row: list[str]) -> Json:
-    """A vaccine given."""
-    number, pid, date, code, name = row
-    return {"resourceType": "Immunization", "id": f"smart-Immunization-{number}", "status": "completed",
-            "vaccineCode": concept(CVX, code, name), "patient": person(pid), "occurrenceDateTime": date,
-            "primarySource": True}
+def build_fills(first: str, prescription: str, days: str, amount: str, dates: str) -> Iterator[Json]:
+    """A MedicationDispense for each time that a prescription was filled."""
+    given, code, name = next((row[1], *row[3:5]) for row in table(MEDICATIONS) if row[0] == prescription)
+    for key, date in enumerate(dates.split(), int(first)):
+        yield new("MedicationDispense", str(key), status="completed", subject=person(given), whenHandedOver=date,
+                  medicationCodeableConcept=concept(RXNORM, code, name), daysSupply=quantity(f"{days} d"),
+                  authorizingPrescription=[refer("MedicationRequest", prescription)],
+                  quantity=quantity(amount) if amount else None)
 
 
-def build_observation(key: str, pid: str, date: str, category: str, code: Json, value: Json) -> Json:
+def build_immunization(key: str, given: str, date: str, code: str, name: str, reason: str) -> Iterator[Json]:
+    """An Immunization, given or refused."""
+    yield new("Immunization", key, status="not-done" if reason else "completed", vaccineCode=concept(CVX, code, name),
+              patient=person(given), occurrenceDateTime=date, primarySource=True,
+              statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
+
+
+def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
     """An Observation of a category, with whatever holds its value."""
-    return {"resourceType": "Observation", "id": f"smart-Observation-{key}", "status": "final",
-            "category": [concept(HL7 + "observation-category", category)], "code": code, "subject": person(pid),
-            "effectiveDateTime": date, **value}
+    return new("Observation", key, status="final", category=[concept(HL7 + "observation-category", category)],
+               code=code, subject=person(given), effectiveDateTime=date, **value)
 
 
-def build_lab(row: list[str]) -> Json:
-    """A laboratory result; a word where it is not a number."""
-    number, date, code, name, value, low, high, unit = row
-    try:
-        result: Json = {"valueQuantity": quantity(value, unit)}
-    except ValueError:
-        result = {"valueCodeableConcept": {"text": value}}
-    if low and high:
-        result["referenceRange"] = [{"low": quantity(low, unit), "high": quantity(high, unit)}]
-    return build_observation(f"{number}-lab", "smart-1288992", date, "laboratory", concept(LOINC, code, name), result)
+def build_smoking(key: str, given: str, date: str, code: str, name: str) -> Iterator[Json]:
+    """The smoking status."""
+    what = concept(LOINC, "72166-2", "Tobacco smoking status")
+    yield observation(f"{key}-smoking", given, date, "social-history", what, issued=noon(date),
+                      valueCodeableConcept=concept(SNOMED, code, name))
 
 
-def build_smoking(row: list[str]) -> Json:
-    """A smoking status."""
-    number, pid, date, code, name = row
-    return build_observation(f"{number}-smoking", pid, date, "social-history",
-                             concept(LOINC, "72166-2", "Tobacco smoking status"),
-                             {"issued": f"{date}T12:00:00Z", "valueCodeableConcept": concept(SNOMED, code, name)})
+def build_visit(key: str, date: str, *values: str) -> Iterator[Json]:
+    """An Encounter, and an Observation for each vital sign."""
+    visit = refer("Encounter", key)
+    *signs, systolic, diastolic, oxygen = values
+    yield new("Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
+              type=[concept(SNOMED, "185349003", "Encounter for check up")], subject=person("Daniel"),
+              period={"start": date, "end": date}, participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
+    for value, (code, name, unit) in zip([*signs, oxygen], VITAL_SIGNS):
+        what = concept(LOINC, code, name)
+        if code == "59408-5":  # R4's vital signs want the code of any way to measure it beside that of the oximeter
+            what["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
+        yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", what, encounter=visit,
+                          valueQuantity=quantity(f"{value} {unit}"))
+    pressures = ("8480-6", "Systolic blood pressure", systolic), ("8462-4", "Diastolic blood pressure", diastolic)
+    yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"),
+                      encounter=visit, component=[{"code": concept(LOINC, code, name),
+                                                   "valueQuantity": quantity(f"{value} mm[Hg]")}
+                                                  for code, name, value in pressures])
 
 
-def build_visit(row: list[str]) -> Iterator[Json]:
-    """A visit: its Encounter, and an Observation for each vital sign."""
-    number, date = row[:2]
-    pid = "smart-1288992"
-    visit = {"encounter": {"reference": f"Encounter/smart-Encounter-{number}"}}
-    yield {"resourceType": "Encounter", "id": f"smart-Encounter-{number}", "status": "finished",
-           "class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory"), "subject": person(pid),
-           "type": [concept(SNOMED, "185349003", "Encounter for check up (procedure)")],
-           "period": {"start": date, "end": date}, "participant": [{"individual": DOCTOR}], "serviceProvider": CLINIC}
-    for column, code, name, unit in VITAL_SIGNS:
-        codes = concept(LOINC, code, name)
-        if code == "2708-6":  # US Core's pulse oximetry wants both codes
-            codes["coding"].append(coding(LOINC, "59408-5", "Oxygen saturation in arterial blood by pulse oximetry"))
-        yield build_observation(f"{number}-{code}", pid, date, "vital-signs", codes,
-                                {**visit, "valueQuantity": quantity(row[column], unit)})
-    yield build_observation(f"{number}-85354-9", pid, date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"), {
-        **visit, "component": [
-            {"code": concept(LOINC, "8480-6", "Systolic blood pressure"), "valueQuantity": quantity(row[8], "mm[Hg]")},
-            {"code": concept(LOINC, "8462-4", "Diastolic blood pressure"), "valueQuantity": quantity(row[9], "mm[Hg]")},
-        ]})
+def build_report(key: str, date: str, results: Sequence[Json], visit: Json | None) -> Iterator[Json]:
+    """Laboratory results of one day, and the DiagnosticReport that gathers them."""
+    yield from results
+    yield new("DiagnosticReport", key, status="final", category=[
+        concept(HL7 + "v2-0074", "LAB", "Laboratory"), concept(HL7 + "observation-category", "laboratory")],
+        code=concept(LOINC, "11502-2", "Laboratory report"), subject=person("Daniel"), encounter=visit,
+        effectiveDateTime=date, issued=noon(date), performer=[CLINIC],
+        result=[{"reference": f"Observation/{one['id']}"} for one in results])
 
 
-def build_procedure(row: list[str]) -> Json:
-    """A procedure done."""
-    number, pid, date, code, name = row
-    return {"resourceType": "Procedure", "id": f"smart-Procedure-{number}", "status": "completed",
-            "code": concept(SNOMED, code, name), "subject": person(pid), "performedDateTime": date}
+def build_labs() -> Iterator[Json]:
+    """All laboratory results, in one report for each day; a word where a result is not a number."""
+    tests = {row[1]: row for row in table(LABS)}
+
+    def result(key: str, date: str, loinc: str, value: str, visit: Json | None = None) -> Json:
+        """The Observation of one test."""
+        _, _, name, _, low, high, unit = tests[loinc]
+        what = {"valueQuantity": quantity(f"{value} {unit}")} if unit else {"valueCodeableConcept": {"text": value}}
+        normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
+        return observation(key, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=visit,
+                           referenceRange=normal, **what)
+
+    date = "2008-07-10"
+    yield from build_report("1", date, [result(f"{row[0]}-lab", date, row[1], row[3]) for row in tests.values()], None)
+    header, *rows = table(MORE_LABS)
+    for key, date, *values in rows:
+        visit = refer("Encounter", key)
+        results = [result(f"{key}-{loinc}", date, loinc, value, visit) for loinc, value in zip(header[2:], values)]
+        yield from build_report(key, date, results, visit)
 
 
-def build_document(row: list[str]) -> Iterator[Json]:
-    """A document: its DocumentReference, and the Binary that holds its text."""
-    number, pid, date, code, name, text = row
-    data = base64.b64encode(text.encode()).decode()
-    yield {"resourceType": "Binary", "id": f"smart-Binary-{number}", "contentType": "text/plain", "data": data,
-           "securityContext": person(pid)}
-    yield {"resourceType": "DocumentReference", "id": f"smart-DocumentReference-{number}", "status": "current",
-           "identifier": [{"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{number}"}],
-           "type": concept(LOINC, code, name), "subject": person(pid), "date": f"{date}T12:00:00Z", "author": [DOCTOR],
-           "category": [concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
+def build_procedure(key: str, visit: str, date: str, code: str, name: str) -> Iterator[Json]:
+    """A Procedure."""
+    yield new("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=person("Daniel"),
+              encounter=refer("Encounter", visit), performedDateTime=date)
+
+
+def build_image(key: str, visit: str, date: str, modality: str, description: str, uid: str) -> Iterator[Json]:
+    """An ImagingStudy of one series; its Endpoint says where the pictures are."""
+    kind = coding(DICOM, modality)
+    yield new("ImagingStudy", key, status="available", subject=person("Daniel"), encounter=refer("Encounter", visit),
+              identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=date, modality=[kind],
+              numberOfSeries=1, numberOfInstances=1, description=description,
+              endpoint=[{"reference": "Endpoint/smart-imaging"}],
+              series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
+
+
+def pdf(text: str) -> bytes:
+    """Lines of ASCII text as a PDF of one page: header, objects, where each begins, trailer (ISO 32000-1, 7.5)."""
+    lines = re.sub(r"([\\()])", r"\\\1", text).splitlines()
+    drawing = "BT /F1 10 Tf 14 TL 54 750 Td\n" + "".join(f"({line}) '\n" for line in lines) + "ET"
+    objects = ("<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+               "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources 6 0 R >>",
+               f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream",
+               "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>", "<< /Font << /F1 5 0 R >> >>")
+    body, places = "%PDF-1.4\n", "0000000000 65535 f \n"
+    for number, content in enumerate(objects, 1):
+        places += f"{len(body):010} 00000 n \n"
+        body += f"{number} 0 obj\n{content}\nendobj\n"
+    size = len(objects) + 1
+    return (f"{body}xref\n0 {size}\n{places}trailer\n<< /Size {size} /Root 1 0 R >>\n"
+            f"startxref\n{len(body)}\n%%EOF\n").encode("ascii")
+
+
+def build_document(key: str, visit: str, date: str, code: str, name: str, content_type: str,
+                   text: str) -> Iterator[Json]:
+    """A DocumentReference, and the Binary that holds the document."""
+    data = text.encode()
+    if content_type == "application/pdf":
+        data = pdf("\n".join([name, "", text, "", "Problems"]
+                             + [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
+                             + ["", "Medicines"]
+                             + [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]))
+    yield new("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
+              securityContext=person("Daniel"))
+    number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
+    yield new("DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
+              type=concept(LOINC, code, name), subject=person("Daniel"), date=noon(date), author=[DOCTOR],
+              category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
                                 "clinical-note", "Clinical Note")],
-           "content": [{"attachment": {"contentType": "text/plain", "url": f"Binary/smart-Binary-{number}",
-                                       "title": name, "creation": f"{date}T12:00:00Z"},
-                        "format": coding("http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem",
-                                         "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}]}
+              content=[{"attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
+                                       "title": name, "size": len(data), "creation": noon(date)},
+                        "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
+              context={"encounter": [refer("Encounter", visit)]})
 
 
-def build_image(row: list[str]) -> Json:
-    """An imaging study of one series."""
-    number, pid, date, modality, description, uid = row
-    kind = coding("http://dicom.nema.org/resources/ontology/DCM", modality)
-    return {"resourceType": "ImagingStudy", "id": f"smart-ImagingStudy-{number}", "status": "available",
-            "identifier": [{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], "subject": person(pid),
-            "started": date, "modality": [kind], "numberOfSeries": 1, "numberOfInstances": 1,
-            "description": description, "endpoint": [{"reference": "Endpoint/smart-imaging"}],
-            "series": [{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}]}
+def build_bill(key: str, visit: str, date: str, billed_on: str, billed: str, paid: str) -> Iterator[Json]:
+    """An ExplanationOfBenefit: what the insurance paid for a visit."""
+    totals = [{"category": concept(HL7 + "adjudication", category), "amount": dollars(amount)}
+              for category, amount in (("submitted", billed), ("benefit", paid))]
+    yield new("ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
+              use="claim", patient=person("Daniel"), created=billed_on, insurer=INSURER, provider=DOCTOR,
+              outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
+              item=[{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
+                     "servicedDate": date, "net": dollars(billed), "encounter": [refer("Encounter", visit)]}])
 
 
-def build_report() -> Json:
-    """The laboratory report that gathers Daniel's results."""
-    return {"resourceType": "DiagnosticReport", "id": "smart-DiagnosticReport-1", "status": "final",
-            "category": [concept(HL7 + "v2-0074", "LAB", "Laboratory"),
-                         concept(HL7 + "observation-category", "laboratory", "Laboratory")],
-            "code": concept(LOINC, "11502-2", "Laboratory report"), "subject": person("smart-1288992"),
-            "effectiveDateTime": "2008-07-10", "issued": "2008-07-10T12:00:00Z", "performer": [CLINIC],
-            "result": [{"reference": f"Observation/smart-Observation-{row[0]}-lab"} for row in table(LABS)]}
-
-
-def build_insurance() -> Iterator[Json]:
-    """Daniel's insurance, and one bill it paid."""
-    pid, cover = person("smart-1288992"), {"reference": "Coverage/smart-Coverage-1"}
-    yield {"resourceType": "Coverage", "id": "smart-Coverage-1", "status": "active", "beneficiary": pid,
-           "type": concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"), "subscriberId": "S4S-1288992",
-           "relationship": concept(HL7 + "subscriber-relationship", "self"), "period": {"start": "2008-01-01"},
-           "payor": [{"reference": "Organization/smart-insurer", "display": "Example Health Plan"}]}
-    yield {"resourceType": "ExplanationOfBenefit", "id": "smart-ExplanationOfBenefit-1", "status": "active",
-           "type": concept(HL7 + "claim-type", "professional"), "use": "claim", "patient": pid,
-           "created": "2009-05-04", "insurer": {"reference": "Organization/smart-insurer"}, "provider": DOCTOR,
-           "outcome": "complete", "insurance": [{"focal": True, "coverage": cover}],
-           "item": [{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
-                     "servicedDate": "2009-04-28", "net": {"value": 120.0, "currency": "USD"}}],
-           "total": [{"category": concept(HL7 + "adjudication", "benefit"),
-                      "amount": {"value": 120.0, "currency": "USD"}}]}
-
-
-def build_shared() -> Iterator[Json]:
-    """What belongs to nobody, and Daniel as his daughter's representative."""
+def build_others() -> Iterator[Json]:
+    """Daniel's insurance, Daniel as his daughter's representative, and what belongs to nobody."""
+    yield new("Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
+              subscriberId="S4S-1288992", beneficiary=person("Daniel"), payor=[INSURER], period={"start": "2008-01-01"},
+              relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [
+                  {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}]})
+    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
+           "patient": person("Amy"), "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
+           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
     yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
            "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
            "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
-    for key, kind, name in (("clinic", "prov", "SMART Example Clinic"), ("insurer", "pay", "Example Health Plan")):
-        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": name,
+    for key, kind, named in (("clinic", "prov", CLINIC), ("insurer", "pay", INSURER)):
+        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": named["display"],
                "type": [concept(HL7 + "organization-type", kind)]}
     yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
            "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
            "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
-    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
-           "patient": person("smart-1032702"), "name": [{"family": "Adams", "given": ["Daniel"]}],
-           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
+
+
+# The versions. The builders make R4; here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
+# A change: the types it is about, an element (a dotted path goes through lists), what the earlier version calls it
+# (nothing: it is not there), and how its value differs. Without an element, one is made from the whole resource.
+Change = tuple[str, str, str, Callable[[Any], Any]]
+
+
+def same(value: Any) -> Any:
+    """The value as it is."""
+    return value
+
+
+def first(values: Any) -> Any:
+    """The one that a list became, where more than one was not foreseen."""
+    return values[0]
+
+
+def listed(value: Any) -> Any:
+    """A list, where more than one was foreseen."""
+    return [value]
+
+
+def code_of(value: Any) -> Any:
+    """The code that a CodeableConcept was."""
+    return value["coding"][0]["code"]
+
+
+def iso_4217(money: Any) -> Any:
+    """An amount of money, when it was a Quantity whose unit is a currency."""
+    return {"value": money["value"], "system": "urn:iso:std:iso:4217", "code": money["currency"]}
+
+
+class Version(NamedTuple):
+    """How a version of FHIR differs from the one after it."""
+    missing: str                              # types it does not have, or not so that they could be used here
+    addresses: Sequence[tuple[str, str]]      # texts that are others in it: addresses of code systems, names of types
+    changes: Sequence[Change]
+
+
+STU3 = Version("", (
+    (HL7 + "v2-", "http://hl7.org/fhir/v2/"), (HL7 + "v3-", "http://hl7.org/fhir/v3/"),
+    (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"),
+    (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"), (HL7, "http://hl7.org/fhir/"),
+), (
+    ("AllergyIntolerance Condition", "clinicalStatus", "clinicalStatus", code_of),
+    ("AllergyIntolerance Condition", "verificationStatus", "verificationStatus", code_of),
+    ("AllergyIntolerance Condition", "recordedDate", "assertedDate", same),
+    ("Binary", "data", "content", same),
+    ("Coverage", "class", "grouping", lambda them: {"plan": them[0]["value"], "planDisplay": them[0]["name"]}),
+    ("DiagnosticReport", "category", "category", first),
+    ("DiagnosticReport", "performer", "performer", lambda them: [{"actor": one} for one in them]),
+    ("DiagnosticReport ImagingStudy Observation Procedure", "encounter", "context", same),
+    ("DocumentReference", "category", "", same),
+    ("DocumentReference", "context.encounter", "encounter", first),
+    ("DocumentReference", "date", "created indexed", same),
+    ("ExplanationOfBenefit", "use", "", same),
+    ("ExplanationOfBenefit", "insurance", "insurance", lambda them: {"coverage": them[0]["coverage"]}),
+    ("ExplanationOfBenefit", "item.net", "net", iso_4217),
+    ("ExplanationOfBenefit", "item.productOrService", "service", same),
+    ("ExplanationOfBenefit", "outcome", "outcome",
+     lambda code: concept("http://hl7.org/fhir/remittance-outcome", code)),
+    ("ExplanationOfBenefit", "", "totalCost", lambda it: iso_4217(it["total"][0]["amount"])),
+    ("ExplanationOfBenefit", "total", "totalBenefit", lambda them: iso_4217(them[1]["amount"])),
+    ("ImagingStudy", "identifier", "uid", lambda them: them[0]["value"]),
+    ("ImagingStudy", "status", "availability", lambda _: "ONLINE"),
+    ("ImagingStudy", "modality", "modalityList", same),
+    ("ImagingStudy", "series.uid", "uid", lambda uid: f"urn:oid:{uid}"),
+    ("ImagingStudy", "subject", "patient", same),
+    ("Immunization", "occurrenceDateTime", "date", same),
+    ("Immunization", "", "notGiven", lambda it: it["status"] == "not-done"),
+    ("Immunization", "status", "status", lambda _: "completed"),
+    ("Immunization", "statusReason", "explanation", lambda reason: {"reasonNotGiven": [reason]}),
+    ("MedicationAdministration", "request", "prescription", same),
+    ("MedicationRequest", "dosageInstruction.doseAndRate", "doseQuantity", lambda them: them[0]["doseQuantity"]),
+    ("MedicationRequest", "requester", "requester", lambda doctor: {"agent": doctor}),
+    ("MedicationStatement", "", "taken", lambda _: "y"),
+    ("RelatedPerson", "relationship", "relationship", first),
+))
+
+DSTU2 = Version("Coverage Endpoint ExplanationOfBenefit", (
+    (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"), (DICOM, "http://nema.org/dicom/dicm"),
+    ("MedicationRequest", "MedicationOrder"),
+), (
+    ("AllergyIntolerance", "assertedDate", "recordedDate", same),
+    ("AllergyIntolerance", "category", "category", first),
+    ("AllergyIntolerance", "clinicalStatus", "status", same),
+    ("AllergyIntolerance", "code", "substance", same),
+    ("AllergyIntolerance", "criticality", "criticality", lambda _: "CRITL"),
+    ("AllergyIntolerance", "verificationStatus", "", same),
+    ("Binary", "securityContext", "", same),
+    ("Condition", "assertedDate", "dateRecorded", same),
+    ("Condition", "category", "category", lambda _: concept("http://argonaut.hl7.org", "problem", "Problem")),
+    ("Condition Encounter MedicationAdministration MedicationDispense MedicationOrder MedicationStatement",
+     "subject", "patient", same),
+    ("DiagnosticReport", "performer", "performer", lambda them: them[0]["actor"]),
+    ("DiagnosticReport Observation Procedure", "context", "encounter", same),
+    ("DocumentReference", "content.format", "format", listed),
+    ("Encounter", "class", "class", lambda _: "ambulatory"),
+    ("ImagingStudy", "context", "", same),
+    ("ImagingStudy", "endpoint", "", same),
+    ("Immunization", "notGiven", "wasNotGiven", same),
+    ("Immunization", "primarySource", "reported", lambda primary: not primary),
+    ("MedicationAdministration", "dosage.dose", "quantity", same),
+    ("MedicationAdministration", "effectiveDateTime", "effectiveTimeDateTime", same),
+    ("MedicationOrder", "authoredOn", "dateWritten", same),
+    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnit", "periodUnits", same),
+    ("MedicationOrder", "intent", "", same),
+    ("MedicationOrder", "requester", "prescriber", lambda requester: requester["agent"]),
+    ("MedicationStatement", "basedOn", "supportingInformation", same),
+    ("MedicationStatement", "taken", "", same),
+    ("Observation", "category", "category", first),
+    ("Organization", "type", "type", first),
+    ("Patient", "extension.extension.valueCoding", "valueCoding", lambda group: {
+        **group, "system": "http://hl7.org/fhir/v3/" + ("Ethnicity" if group["code"] == "2186-5" else "Race")}),
+    ("Patient Practitioner RelatedPerson", "name.family", "family", listed),
+    ("Practitioner RelatedPerson", "name", "name", first),
+    ("RelatedPerson", "active", "", same),
+))
+
+VERSIONS: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
+
+
+def holders(found: list[Json], names: Sequence[str]) -> list[Json]:
+    """The objects that a path leads to from others."""
+    for name in names:
+        inner = [one[name] for one in found if name in one]
+        found = [one for value in inner for one in (value if isinstance(value, list) else [value])]
+    return found
+
+
+def adapt(resources: Sequence[Json], version: Version) -> list[Json]:
+    """Resources of the next version as `version` has them."""
+    text = json.dumps([one for one in resources if one["resourceType"] not in version.missing.split()])
+    for later, earlier in version.addresses:
+        text = text.replace(later, earlier)
+    adapted: list[Json] = json.loads(text)
+    of_type: dict[str, list[Json]] = {}
+    for one in adapted:
+        of_type.setdefault(one["resourceType"], []).append(one)
+    for types, path, names, convert in version.changes:
+        *outer, element = path.split(".")
+        for holder in holders([one for name in types.split() for one in of_type[name]], outer):
+            if not element or element in holder:
+                value = convert(holder.pop(element) if element else holder)
+                holder.update((name, value) for name in names.split())
+    return adapted
 
 
 def sample_resources(version: str) -> Iterator[Json]:
-    """Every resource of the sample records, with times of last change spread over 2016 to 2018."""
-    single: Sequence[tuple[str, Callable[[list[str]], Json]]] = (
-        (PATIENTS, build_patient), (PROBLEMS, build_condition), (ALLERGIES, build_allergy),
-        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (FILLS, build_dispense),
-        (IMMUNIZATIONS, build_immunization), (LABS, build_lab), (SMOKING, build_smoking),
-        (PROCEDURES, build_procedure), (IMAGES, build_image))
-    built = [build(row) for text, build in single for row in table(text)]
-    built += [build_administration(row) for row in table(MEDICATIONS) if row[1] == "smart-1288992"]
-    built += [resource for row in table(VITALS) for resource in build_visit(row)]
-    built += [resource for row in table(DOCUMENTS) for resource in build_document(row)]
-    built += [build_report(), *build_insurance(), *build_shared()]
-    first = datetime.datetime(2016, 1, 1, 12)
-    for place, resource in enumerate(built):
-        moment = first + datetime.timedelta(days=place * 3 % 1000)
-        yield {**resource, "meta": {"versionId": "1", "lastUpdated": moment.strftime("%Y-%m-%dT%H:%M:%SZ")}}
+    """The sample records in a version of FHIR (a key of VERSIONS), last changed at times spread over 2016 to 2018."""
+    builders: Sequence[tuple[str, Callable[..., Iterator[Json]]]] = (
+        (PATIENTS, build_patient), (PROBLEMS, build_problem), (ALLERGIES, build_allergy),
+        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (MEDICATIONS, build_administration),
+        (FILLS, build_fills), (IMMUNIZATIONS, build_immunization), (SMOKING, build_smoking), (VISITS, build_visit),
+        (PROCEDURES, build_procedure), (IMAGES, build_image), (DOCUMENTS, build_document), (BILLS, build_bill))
+    built = [one for text, build in builders for row in table(text) for one in build(*row)]
+    built += [*build_labs(), *build_others()]
+    start = datetime.datetime(2016, 1, 1)
+    for place, one in enumerate(built):
+        moment = start + datetime.timedelta(days=place * 3 % 1000)
+        one["meta"] = {"versionId": "1", "lastUpdated": noon(moment.strftime("%Y-%m-%d"))}
+    for step in VERSIONS[version]:
+        built = adapt(built, step)
+    yield from built
 
 
 # ######################################################################## 7 the record
 
-# How each type belongs to a patient: the element that refers to the owner. FHIR calls all that belongs to one patient
-# the patient's compartment. One element a type, the one that says whose record it is: an Observation about Amy that
-# her father performed is Amy's alone. A type that is neither here nor in SHARED_TYPES is refused: what is not known
-# to be harmless might be somebody's.
-OWNER_ELEMENT = {
-    "Patient": "id", "AllergyIntolerance": "patient", "Binary": "securityContext", "Condition": "subject",
-    "Coverage": "beneficiary", "Device": "patient", "DiagnosticReport": "subject", "DocumentReference": "subject",
-    "Encounter": "subject", "ExplanationOfBenefit": "patient", "ImagingStudy": "subject", "Immunization": "patient",
-    "MedicationAdministration": "subject", "MedicationDispense": "subject", "MedicationRequest": "subject",
-    "MedicationStatement": "subject", "Observation": "subject", "Procedure": "subject", "RelatedPerson": "patient",
-}
+# How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2, STU3 and
+# R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father performed is Amy's
+# alone. Left out, and so refused, is what does not itself say whose it is: AuditEvent and Provenance point at other
+# resources, Schedule and Slot at doctors, Group and Person at several people; Bundle and Parameters hold resources,
+# and a Bundle within a Bundle is nothing that a search or $everything should answer.
+OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
+    ("id",): "Patient",
+    ("patient",):
+        "AllergyIntolerance BodySite BodyStructure Claim ClaimResponse Consent CoverageEligibilityRequest "
+        "CoverageEligibilityResponse DetectedIssue Device EligibilityRequest EligibilityResponse EpisodeOfCare "
+        "ExplanationOfBenefit FamilyMemberHistory ImagingManifest ImagingObjectSelection Immunization "
+        "ImmunizationEvaluation ImmunizationRecommendation MedicationOrder MolecularSequence NutritionOrder "
+        "RelatedPerson Sequence SupplyDelivery VisionPrescription",
+    ("subject",):
+        "Account AdverseEvent Basic CarePlan CareTeam ChargeItem Communication CommunicationRequest Composition "
+        "DeviceRequest DeviceUseRequest DeviceUseStatement DiagnosticOrder DiagnosticReport DocumentManifest "
+        "DocumentReference Flag Goal Invoice List Media MedicationRequest Observation Order Procedure "
+        "ProcedureRequest QuestionnaireResponse RequestGroup RiskAssessment ServiceRequest Specimen",
+    ("patient", "subject"):  # the first in DSTU2, and some in STU3
+        "ClinicalImpression Condition Encounter ImagingStudy MeasureReport MedicationAdministration "
+        "MedicationDispense MedicationStatement ReferralRequest",
+    ("beneficiary",): "Coverage",
+    ("for",): "Task",
+    ("individual",): "ResearchSubject",
+    ("actor",): "AppointmentResponse",
+    ("participant",): "Appointment",
+    ("securityContext",): "Binary",
+}.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
 NOBODY = ""  # the owner of what belongs to nobody
+FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
+_PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
-def owner(resource: Json) -> str | None:
-    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told."""
-    type_name = resource.get("resourceType", "")
-    if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
-        return NOBODY
-    element = OWNER_ELEMENT.get(type_name)
-    if element == "id":
-        return resource.get("id")
-    reference = resource.get(element or "")
-    match = re.fullmatch(r"Patient/([A-Za-z0-9.-]{1,64})", reference_of(reference))
+def owner(resource: Json, base: str = "") -> str | None:
+    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told.
+
+    Where several patients are named, in several elements or in contained resources, they must be the same one: a
+    record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
+    it is, but it must be of a type that could. References may be relative, or absolute below `base`; those to a
+    version count, those by identifier alone or into the resource itself (#) can't be told.
+
+    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
+    opens nothing: what was filed under a linked Patient needs a token for that one.
+    """
+    named = _named_patients(resource, base)
+    if not named and resource.get("resourceType") in (*SHARED_TYPES, "Device"):
+        named = {NOBODY}
+    for inner in as_list(resource.get("contained")):
+        named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
+    return named.pop() if len(named) == 1 else None
+
+
+def _named_patients(resource: Json, base: str) -> set[str | None]:
+    """The patients in a resource's owner elements; None among them stands for what can't be told."""
+    type_name = resource.get("resourceType")
+    if type_name in SHARED_TYPES:
+        return set()
+    if type_name == "Patient":
+        return {resource["id"] if isinstance(resource.get("id"), str) else None}
+    if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
+        return {None}
+    if type_name == "Appointment":  # doctors and rooms take part too
+        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
+        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
+            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
+
+
+def as_list(value: Any) -> list[Any]:
+    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
+    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
+    if base and reference.startswith(base):
+        reference = reference[len(base) + 1:]
+    match = pattern.fullmatch(reference)
     return match[1] if match else None
 
 
@@ -1066,20 +1639,20 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "explanation-of-benefit": ("Insurance payments", ("ExplanationOfBenefit",)),
     "imaging": ("Imaging studies", ("ImagingStudy",)),
     "encounters": ("Visits", ("Encounter",)),
-    "other": ("Everything else", tuple(name for name in OWNER_ELEMENT if name in (
-        "Device", "DiagnosticReport", "Observation", "RelatedPerson"))),
 }
-OLD_CATEGORIES = {"allergy": "allergies"}
+_BY_CONTENT = ("Observation", "DiagnosticReport")  # whose own category decides
 _CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
-                     if name not in ("Observation", "DiagnosticReport")}
+                     if name not in _BY_CONTENT}
+CATEGORIES["other"] = ("Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _CATEGORY_OF_TYPE))
+OLD_CATEGORIES = {"allergy": "allergies"}
 
 
 def categories(resource: Json) -> list[str]:
-    """The data categories a resource falls into; empty for what belongs to nobody."""
-    if owner(resource) == NOBODY:
-        return []
+    """The data categories a resource falls into; empty for what belongs to nobody. Contained ones go with it."""
     type_name = resource.get("resourceType", "")
-    if type_name not in ("Observation", "DiagnosticReport"):
+    if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
+        return []
+    if type_name not in _BY_CONTENT:
         return [_CATEGORY_OF_TYPE.get(type_name, "other")]
     codes = {code for _, code in tokens_of(elements(resource, "category"))}
     found = []
@@ -1093,44 +1666,98 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-class Access(NamedTuple):
-    """What one request may see. Everything that leaves the FHIR API has passed `may_see`."""
+@dataclass
+class Access:
+    """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
     scope: str | None                 # None: everything, as /api/open-fhir shows it
     patient_id: str | None = None     # whose record patient/ scopes open
     users_patients: frozenset[str] | None = frozenset()  # whose records user/ scopes open; None: everybody's
     labels: frozenset[str] = frozenset()  # the categories approved; empty: not limited
+    fhir_user: str = ""               # Type/id that the token's fhirUser claim names
+    version: str = "r4"               # of FHIR, for what ?param=value means
 
-    def allows(self, type_name: str, letter: str) -> bool:
-        """Whether the scope lets this type be read (r) or searched (s) at all."""
-        return self.scope is None or any(scope_allows(self.scope, context, type_name, letter)
-                                         for context in ("patient", "user"))
+    def __post_init__(self) -> None:
+        self.scopes = resource_scopes(self.scope or "")
+
+    def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
+        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
+
+        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
+        categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
+        """
+        return (self.scope is None or any(one.type in ("*", type_name) and letter in one.letters for one in self.scopes)
+                or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether categories or ?param=value leave something out that the scope's types would show.
+
+        A count of what was found would tell how much that is, so Bundle.total must not be sent then.
+        """
+        return bool(self.labels) or any(one.constraints for one in self.scopes)
 
     def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
         """The patients whose resources of a type may be seen; None: everybody's."""
         if self.scope is None:
             return None
         found: frozenset[str] = frozenset()
-        if self.patient_id and scope_allows(self.scope, "patient", type_name, letter):
-            found |= {self.patient_id}
-        if scope_allows(self.scope, "user", type_name, letter):
-            if self.users_patients is None:
-                return None
-            found |= self.users_patients
+        for one in self.scopes:
+            if one.type in ("*", type_name) and letter in one.letters:
+                reach = self._reach(one.context)
+                if reach is None:
+                    return None
+                found |= reach
         return found
 
-    def may_see(self, resource: Json, letter: str) -> bool:
-        """Whether this very resource may be seen: by type, by owner, by category. In doubt, no."""
+    def _reach(self, context: str) -> frozenset[str] | None:
+        """The patients that a scope's context opens; None: everybody."""
+        if context == "patient":
+            return frozenset([self.patient_id] if self.patient_id else [])
+        return self.users_patients if context == "user" else None
+
+    def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
+        """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
+
+        letters: how it is reached: r, s, or both for an operation that does both. base: see `owner`.
+        """
         if self.scope is None:
             return True
-        whose, type_name = owner(resource), resource.get("resourceType", "")
-        if whose is None or not self.allows(type_name, letter):
-            return False
-        if whose == NOBODY:
+        type_name = resource.get("resourceType", "")
+        if letters == "r" and f"{type_name}/{resource.get('id')}" == self.fhir_user:
             return True
-        patients = self.patients(type_name, letter)
+        whose = owner(resource, base)
+        if whose is None:
+            return False
+        for one in self.scopes:  # each alone: the ?param=value of one go together, several scopes add up
+            if one.type in ("*", type_name) and all(letter in one.letters for letter in letters):
+                reach = self._reach(one.context)
+                if ((whose == NOBODY or reach is None or whose in reach)
+                        and (not one.constraints or resource_matches(resource, self.version, one.constraints))):
+                    break
+        else:
+            return False
         # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
-        return ((patients is None or whose in patients)
-                and (not self.labels or self.labels.issuperset(categories(resource))))
+        return whose == NOBODY or not self.labels or self.labels.issuperset(categories(resource))
+
+    def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
+        """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
+
+        A Binary mostly doesn't say whose it is. Then `is_pointed_to` is asked whether its id is among those that
+        `binaries_in` finds in the patient's own. Who may see everybody's records without limits may see every Binary.
+        """
+        if self.may_see(binary, "r", base):
+            return True
+        if not self.allows("Binary", "r") or _named_patients(binary, base) - {None}:
+            return False
+        if self.patients("Binary", "r") is None and not self.narrowed:
+            return True
+        return is_pointed_to(binary["id"])
+
+    def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
+        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
+        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
+                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
+        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
 
 
 # What can be searched: types | kind | parameters. Versions after a type or a parameter are those that have it; none: all.
@@ -1275,7 +1902,8 @@ class Parameter(NamedTuple):
         return {"owner": "reference", "id": "token", "updated": "date"}.get(self.kind, self.kind)
 
 
-COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",))}
+COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",)),
+                     "_security": Parameter("token", ("meta.security",))}
 _OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # kinds that need no row of search_values
                 "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
@@ -1404,7 +2032,6 @@ def period_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
-FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _RELATIVE = re.compile(r"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})(?:/_history/.*)?")
 
 
@@ -1881,13 +2508,14 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
     return resource if "id" in resource else {**resource, "id": key}
 
 
-def person_name(resource: Json) -> str:
-    """What to call a Patient or another person; the id if there is no name."""
-    for name in elements(resource, "name"):
-        parts = elements(name, "text") or elements(name, "given") + elements(name, "family")
-        if parts:
-            return " ".join(map(str, parts))
-    return str(resource["id"])
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
 
 
 class Source(NamedTuple):
@@ -2195,7 +2823,7 @@ class Records:
         rows = self._filled().rows(
             f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id LIMIT ?",
             *(word for one in words for word in (one, one)), limit)
-        return [(one["id"], person_name(one)) for one in (json.loads(row["json"]) for row in rows)]
+        return [(one["id"], display_name(one)) for one in (json.loads(row["json"]) for row in rows)]
 
     def pointing_to(self, binary_id: str) -> list[Json]:
         """The DocumentReferences and DiagnosticReports whose content is a Binary."""
@@ -2223,7 +2851,7 @@ class Records:
         page, dropped = self._page(Condition(f"SELECT r.number, r.json{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
-        if query.total and not dropped and not access.labels and "?" not in (access.scope or ""):
+        if query.total and not dropped and not access.narrowed:
             total = self.store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
@@ -2236,7 +2864,7 @@ class Records:
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
                              if end[0] in SHARED_TYPES or end[0] == "Device")
         others = [one for one in (self.find(*end) for end in ends) if one and owner(one.resource) == NOBODY]
-        return page._replace(included=[one for one in others if all(access.may_see(one.resource, letter) for letter in "rs")])
+        return page._replace(included=[one for one in others if access.may_see(one.resource, "rs")])
 
     def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
               access: Access, letters: str) -> tuple[Page, bool]:
@@ -2256,7 +2884,7 @@ class Records:
             for row in rows:
                 after = [row[name] for name, _ in keys]
                 one = Found(row["number"], json.loads(row["json"]), row["json"])
-                if all(access.may_see(one.resource, letter) for letter in letters):
+                if access.may_see(one.resource, letters):
                     found.append((one, after))
                 else:
                     dropped = True
@@ -2319,9 +2947,10 @@ DEMO_USERS = (            # username, name, fhir_user, may open any record
     ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
     ("joseph-ross", "Joseph Ross", "Patient/smart-1081332", False),
     ("clinician", "Clara Clinician", "Practitioner/smart-clinician", True))
-DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user
-    ("daniel-adams", "smart-1288992", "Daniel Adams", True), ("daniel-adams", "smart-1032702", "Amy Shaw", False),
-    ("joseph-ross", "smart-1081332", "Joseph Ross", True))
+DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user, who else the user is to the patient
+    ("daniel-adams", "smart-1288992", "Daniel Adams", True, None),
+    ("daniel-adams", "smart-1032702", "Amy Shaw", False, "RelatedPerson/daniel-adams-amy-shaw"),
+    ("joseph-ross", "smart-1081332", "Joseph Ross", True, None))
 DEMO_SCOPE = "launch/patient patient/*.read offline_access"
 DEMO_CLIENTS = (          # client_id, secret, redirect URI
     ("test-suite", "demo-secret-s4s", "http://tests.dev.syncfor.science:9003/authorized/"),
@@ -2332,8 +2961,9 @@ DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_acce
 class Client(NamedTuple):
     """An app, as registered."""
     client_id: str
-    secret_hash: str | None  # None: a public client, which can keep no secret
-    metadata: Json              # RFC 7591 section 2
+    secret_hash: str | None          # None: a public client, which can keep no secret, or one that has keys
+    metadata: Json                   # RFC 7591 section 2, as `client_metadata` has checked it
+    registered_itself: bool = False  # by /oauth/register, and not by who runs this server
 
     @property
     def name(self) -> str:
@@ -2343,7 +2973,208 @@ class Client(NamedTuple):
     @property
     def scope(self) -> str:
         """What the client registered for; the most it can get."""
-        return str(self.metadata.get("scope", ""))
+        return str(self.metadata["scope"])
+
+    @property
+    def auth_method(self) -> str:
+        """How the client proves who it is; none: it is public."""
+        return str(self.metadata["token_endpoint_auth_method"])
+
+    def may_use(self, grant_type: str) -> bool:
+        """Whether the client registered for a grant type."""
+        return grant_type in self.metadata["grant_types"]
+
+
+def is_web_url(uri: Any) -> bool:
+    """Whether something is an absolute http or https URL, without user and password."""
+    if not isinstance(uri, str) or not re.fullmatch(r"(?i:https?)://[!-\[\]-~]+", uri):
+        return False
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:
+        return False
+
+
+# Schemes that browsers act on by themselves. A redirect to javascript: would run in this server's name.
+BROWSER_SCHEMES = ("http", "https", "javascript", "data", "vbscript", "file", "blob", "about", "view-source",
+                   "filesystem", "mailto", "tel", "ws", "wss", "ftp")
+
+
+def is_redirect_uri(uri: Any) -> bool:
+    """Whether a URI may be registered to send browsers to: http, https or an app's private scheme, without fragment
+    (RFC 6749 section 3.1.2, RFC 8252 section 7.1)."""
+    if not isinstance(uri, str) or "#" in uri:
+        return False
+    private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
+    return is_web_url(uri) or bool(private and private[1].lower() not in BROWSER_SCHEMES)
+
+
+# What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
+# security_labels our own). What is not named here is kept, and given back as it came.
+METADATA_STRINGS = frozenset((
+    "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
+    "software_version", "software_statement", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri", "initiate_login_uri"))
+METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
+                            "security_labels", "post_logout_redirect_uris", "default_acr_values", "request_uris"))
+METADATA_CHOICES: dict[str, Sequence[str]] = {
+    "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
+    "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
+    "token_endpoint_auth_signing_alg": tuple(KEY_TYPES), "id_token_signed_response_alg": ("RS256",),
+    "subject_type": ("public",), "security_labels": (*CATEGORIES, *OLD_CATEGORIES)}
+
+
+def client_metadata(metadata: Json) -> Json:
+    """Client metadata, checked, its defaults filled in; PortalError that names the member where it can't be
+    (RFC 7591 section 3.2.2)."""
+    def refuse(name: str, expected: str) -> PortalError:
+        error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
+        return PortalError(error, f"{name}: expected {expected}, got "
+                           f"{json.dumps(metadata.get(name), default=str)[:200]}")
+    for name, value in metadata.items():
+        member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS and not isinstance(value, str):
+            raise refuse(name, "a string")
+        if member in METADATA_LISTS and not (isinstance(value, list)
+                                             and all(isinstance(one, str) and one for one in value)):
+            raise refuse(name, "an array of strings")
+        if member in METADATA_URLS and not is_web_url(value):
+            raise refuse(name, "an absolute http or https URL")
+        known = METADATA_CHOICES.get(name)
+        if known and not set([value] if isinstance(value, str) else value) <= set(known):
+            raise refuse(name, f"only {', '.join(known)}")
+    kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **metadata}
+    asks_users = "authorization_code" in kept["grant_types"]
+    kept.setdefault("response_types", ["code"] if asks_users else [])
+    if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
+        raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
+    if not all(map(is_web_url, kept.get("launch_uris", []))):
+        raise refuse("launch_uris", "absolute http or https URLs")
+    if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
+        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3)")
+    if "jwks" in kept and "jwks_uri" in kept:
+        raise refuse("jwks_uri", "not to stand beside jwks")
+    if "jwks" in kept:
+        try:
+            for key in key_set(kept["jwks"]):
+                if key.get("kty") == "RSA" or key.get("crv") == "P-384":
+                    verify(key, "RS384" if key["kty"] == "RSA" else "ES384", b"", b"")
+        except ValueError as error:
+            raise PortalError("invalid_client_metadata", f"jwks: {error}")
+    if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
+        raise PortalError("invalid_client_metadata", "private_key_jwt needs jwks or jwks_uri")
+    return kept
+
+
+def seeded_client(client_id: Any, secret: Any, metadata: Json) -> Client:
+    """A client that is known from the start. Without a secret and without keys it is public."""
+    if not isinstance(client_id, str) or not re.fullmatch(r"[!-~]+", client_id):
+        raise PortalError("invalid_client_metadata", "client_id is missing or not a string of ASCII")
+    if secret is not None and (not isinstance(secret, str) or not secret):
+        raise PortalError("invalid_client_metadata", "client_secret: expected a string")
+    keys = {"jwks", "jwks_uri"} & metadata.keys()
+    method = "client_secret_basic" if secret else "private_key_jwt" if keys else "none"
+    kept = client_metadata({"token_endpoint_auth_method": method, **metadata})
+    if kept["token_endpoint_auth_method"].startswith("client_secret") != bool(secret):
+        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method is "
+                          f"{kept['token_endpoint_auth_method']}, {'but' if secret else 'without'} a client_secret")
+    return Client(client_id, hash_secret(secret) if secret else None, kept)
+
+
+class Seeds(NamedTuple):
+    """Who and what is there from the start, as rows of the tables users, patients and clients."""
+    users: list[tuple[Any, ...]]
+    patients: list[tuple[Any, ...]]
+    clients: dict[str, Client]
+
+
+def seeds(settings: Settings) -> Seeds:
+    """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
+    found = Seeds([(username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                   for username, name, fhir_user, anyone in DEMO_USERS], list(DEMO_PATIENTS), {})
+    for client_id, secret, uri in DEMO_CLIENTS:
+        found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
+    demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
+                            "token_endpoint_auth_method": "none"})
+    found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
+    for text in settings.client:
+        match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+        if not match:
+            raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+        try:
+            client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
+        except PortalError as error:
+            raise StartError(f"--client {text}: {error.description}")
+        earlier = found.clients.get(client.client_id)
+        if earlier:
+            if client.secret_hash not in (None, earlier.secret_hash):
+                raise StartError(f"--client {text}: {client.client_id} was given with another secret before")
+            client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
+                *earlier.metadata["redirect_uris"], match[3]]})
+        found.clients[client.client_id] = client
+    if settings.fixtures is not None:
+        add_fixtures(found, settings.fixtures)
+    return found
+
+
+# The members of --fixtures: name -> type; those of clients are client metadata.
+FIXTURES: Json = {"users": list, "clients": list}
+FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
+FIXTURE_PATIENT: Json = {"patient_id": str, "name": str, "is_user": bool}
+
+
+def add_fixtures(found: Seeds, source: str | Json) -> None:
+    """Add the users and clients of a fixtures file, or of the object that is in one."""
+    where = f"--fixtures {source}" if isinstance(source, str) else "fixtures"
+
+    def check(place: str, value: Any, known: Json, *needed: str) -> Json:
+        if not isinstance(value, dict):
+            raise StartError(f"{where}: {place} is not a JSON object")
+        for name, one in value.items():
+            if name not in known:
+                raise StartError(f"{where}: {place} has an unknown member {name}; known are {', '.join(known)}")
+            if not isinstance(one, known[name]):
+                kind = {str: "a string", list: "an array", bool: "true or false"}[known[name]]
+                raise StartError(f"{where}: {name} of {place} is not {kind}")
+        for name in needed:
+            if not value.get(name):
+                raise StartError(f"{where}: {place} has no {name}")
+        return value
+    fixtures: Any = source
+    try:
+        if isinstance(source, str):
+            with open(source, encoding="utf-8") as file:
+                fixtures = json.load(file)
+        json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise StartError(f"{where}: {error}; give a file of JSON")
+    check("the whole", fixtures, FIXTURES)
+    # One salt for all, so that the slow hash is needed only once for users who share a password.
+    salt = new_token()
+    hashes: dict[str, str] = {}
+    for number, user in enumerate(fixtures.get("users", [])):
+        place = f"users[{number}]"
+        username, password = (check(place, user, FIXTURE_USER, "username", "password")[name]
+                              for name in ("username", "password"))
+        if not re.fullmatch(r"[!-~]{1,255}", username):
+            raise StartError(f"{where}: username of {place} is not 1 to 255 characters of ASCII without spaces")
+        hashes[password] = hashes.get(password) or hash_password(password, salt)
+        found.users.append((username, user.get("name") or username, user.get("fhir_user"), salt, hashes[password], False))
+        for index, one in enumerate(user.get("patients", [])):
+            check(f"{place}.patients[{index}]", one, FIXTURE_PATIENT, "patient_id")
+            found.patients.append((username, one["patient_id"], one.get("name") or one["patient_id"],
+                                   one.get("is_user", False), None))
+    for number, one in enumerate(fixtures.get("clients", [])):
+        try:
+            if not isinstance(one, dict):
+                raise PortalError("invalid_client_metadata", "not a JSON object")
+            metadata = {name: value for name, value in one.items() if name not in ("client_id", "client_secret")}
+            client = seeded_client(one.get("client_id"), one.get("client_secret"), metadata)
+            found.clients[client.client_id] = client
+        except PortalError as error:
+            raise StartError(f"{where}: clients[{number}]: {error.description}")
 
 
 class Fault(NamedTuple):
@@ -2398,6 +3229,7 @@ class Portal:
     def __init__(self, settings: Settings):
         self.settings = settings
         self.clock = Clock()
+        self._seeds = seeds(settings)           # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
         try:
             self.records = Records(settings, self.clock)
@@ -2409,64 +3241,99 @@ class Portal:
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
         self.faults = Faults()
         self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
-        self._seed()
+        self.key_lock = threading.Lock()        # held while the signing key is made
+        self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
+        self.upstream = Upstream(settings) if settings.fhir_server else None  # the FHIR server behind: section 15
+        try:
+            with self.state.transaction() as database:
+                self._seed(database)
+        except sqlite3.Error as error:
+            self.close()
+            raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
 
-    def _seed(self) -> None:
+    def _seed(self, database: sqlite3.Connection) -> None:
         """The accounts and clients that are there from the start."""
-        known: dict[str, Client] = {}
-        for client_id, secret, uri in DEMO_CLIENTS:
-            known[client_id] = Client(client_id, hash_secret(secret), {"redirect_uris": [uri], "scope": DEMO_SCOPE})
-        for text in self.settings.client:
-            match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
-            if not match:
-                raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
-            client_id, secret, uri = match.groups()
-            if not is_redirect_uri(uri):
-                raise StartError(f"--client {text}: {uri} can't be a redirect URI: give an absolute URI")
-            earlier = known[client_id].metadata["redirect_uris"] if client_id in known else []
-            known[client_id] = Client(client_id, hash_secret(secret) if secret else None,
-                                      {"redirect_uris": [*earlier, uri], "scope": DEFAULT_SCOPE})
-        with self.state.transaction() as database:
-            database.executemany("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, ?)", [
-                (username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                for username, name, fhir_user, anyone in DEMO_USERS])
-            database.executemany("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, ?)", DEMO_PATIENTS)
-            database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?)", [
-                (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now())
-                for one in known.values()])
+        users, patients, clients = self._seeds
+        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
+        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
+        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
+        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
+            (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now()) for one in clients.values()])
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
         self.clock.offset = 0.0
+        if self.upstream:
+            self.upstream.forget()
         self.faults.clear()
         self.recorded.clear()
         self.records.reset()
+        self.key_sets.clear()
         with self.state.transaction() as database:
-            for name in ("tokens", "grants", "pending", "sessions", "clients", "patients", "users"):
+            for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
+                         "patients", "users"):
                 database.execute(f"DELETE FROM {name}")
-        self._seed()
+            self._seed(database)
 
     def close(self) -> None:
         """Close the databases."""
         self.state.close()
         self.records.store.close()
+        if self.upstream:
+            self.upstream.close()
 
     def client(self, client_id: str) -> Client | None:
         """A registered client, or None."""
         row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
-        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"])) if row else None
+        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"]),
+                      bool(row["registered_itself"])) if row else None
 
     def user(self, username: str) -> Row | None:
-        """A user's row, or None."""
-        return self.state.row("SELECT * FROM users WHERE username = ?", username)
+        """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
+        sql = "SELECT * FROM users WHERE username = ?"
+        row = self.state.row(sql, username)
+        patient = None if row or self.upstream else self.records.read("Patient", username)
+        if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
+            name = display_name(patient)
+            with self.state.transaction() as database:
+                database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
+                    username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
+                database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)", (username, username, name))
+            return self.state.row(sql, username)
+        return row
 
-    def patients_of(self, username: str) -> dict[str, str]:
-        """The patients a user may open, id -> name, the user's own record first."""
+    def patients_of(self, username: str, text: str = "") -> dict[str, str]:
+        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
+        name has it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
-            return dict(self.records.patients(limit=1000))
+            found = dict(upstream_patients(self, text) if self.upstream else self.records.patients(text, 200))
+            if FHIR_ID.fullmatch(text):
+                with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
+                    name = self.patient_name(username, text)
+                    found.update({text: name} if name else {})
+            return found
         return {row["patient_id"]: row["name"] for row in self.state.rows(
-            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
+            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)
+            if row["patient_id"] == text or re.search(r"\b" + re.escape(text), row["name"], re.IGNORECASE)}
+
+    def patient_name(self, username: str, patient_id: str) -> str | None:
+        """A patient's name; None if this user may not open that record."""
+        user = self.user(username)
+        if user and user["any_patient"]:
+            if self.upstream:
+                return upstream_patient(self, patient_id)
+            found = self.records.read("Patient", patient_id)
+            return display_name(found) if found else None
+        return self.patients_of(username).get(patient_id)
+
+    def fhir_user(self, username: str, patient_id: str | None) -> str:
+        """The resource that stands for a user (SMART: fhirUser); for somebody else's record that may be another one."""
+        row = self.state.row("SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?", username, patient_id)
+        user = self.user(username)
+        own = self.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
+        return ((row and row["fhir_user"]) or (user and user["fhir_user"])
+                or (f"Patient/{own['patient_id']}" if own else ""))
 
     def meet_fault(self, endpoint: str) -> None:
         """Do what a test ordered for this endpoint, if anything: wait, then refuse.
@@ -2490,6 +3357,7 @@ class Portal:
 
     def log_bug(self, during: str, error: Exception) -> None:
         """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        import traceback  # takes long to import, and nobody should need it
         where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
         self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
@@ -2510,23 +3378,11 @@ class Portal:
         return self.settings.base_url[0] if self.settings.base_url else self.base(request)
 
 
-def is_redirect_uri(uri: Any) -> bool:
-    """Whether a URI may be registered to send browsers to: absolute, without fragment (RFC 6749 section 3.1.2).
-
-    http and https, or a private-use scheme, which has a dot or is at least no scheme that browsers act on by
-    themselves (RFC 8252 section 7.1): a redirect to javascript: would run in this server's name.
-    """
-    if not isinstance(uri, str) or not re.fullmatch(r"[!-~]+", uri) or "#" in uri:
-        return False
-    try:
-        parts = urlsplit(uri)
-        if parts.scheme in ("http", "https"):
-            return bool(parts.hostname) and "@" not in parts.netloc and "\\" not in uri and parts.port != 0
-    except ValueError:
-        return False
-    return (bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]*:.", uri))
-            and parts.scheme not in ("javascript", "data", "vbscript", "file", "blob", "about", "view-source",
-                                     "filesystem", "mailto", "tel", "ws", "wss", "ftp"))
+def same_address(one: str, other: str) -> bool:
+    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
+    def plain(url: str) -> str:
+        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
+    return plain(one) == plain(other)
 
 
 class Fields:
@@ -2610,6 +3466,7 @@ class Request:
 
     def cookie(self, name: str) -> str:
         """A cookie's value, or "". """
+        import http.cookies  # takes long to import, and only browsers need it
         try:
             jar = http.cookies.SimpleCookie(self.headers.get("cookie", ""))
         except http.cookies.CookieError:
@@ -2625,7 +3482,7 @@ def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(value).encode("ascii")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
     except RecursionError:
         raise PortalError("invalid_request", "the JSON nests too deep")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
@@ -2721,48 +3578,72 @@ def escaped(child: Any) -> str:
     return "" if child is None else html.escape(str(child))
 
 
+# Where the texts can be read, besides the RFCs.
+TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html", "FHIR": "https://hl7.org/fhir/http.html",
+         "OpenID Connect Core": "https://openid.net/specs/openid-connect-core-1_0.html",
+         "OpenID Connect Discovery": "https://openid.net/specs/openid-connect-discovery-1_0.html"}
+_CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join(TEXTS)})\b(?: App Launch)?")
+
+
+def cited(text: str) -> Markup:
+    """Words with each text that they cite as a link to it."""
+    def link(found: re.Match[str]) -> str:
+        section = f"#section-{found[2]}" if found[2] else ""
+        return tag("a", found[0], href=TEXTS.get(found[3]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
+    return Markup(_CITED.sub(link, html.escape(text)))
+
+
+# Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
 STYLE = """
-:root{color-scheme:light dark;--ink:#1b2733;--paper:#fff;--soft:#f1f5f8;--line:#8497a6;--accent:#0b5c8a;--on:#fff;
---warn:#7a2e00}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eef3;--paper:#12191f;--soft:#1d2730;--line:#8497a6;--accent:#7cc4ee;
---on:#0a1620;--warn:#ffb38a}}
+:root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
+--edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;
+--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}
 *{box-sizing:border-box}
-body{margin:0;font:1.0625rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
-header,main,footer{max-width:46rem;margin:0 auto;padding:1rem}
-header{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;align-items:baseline;border-bottom:1px solid var(--line)}
-header strong{flex:1 1 12rem}footer{border-top:1px solid var(--line);color:var(--warn)}
-h1{font-size:1.6rem;line-height:1.25;margin:.6em 0}h2{font-size:1.2rem;margin-top:1.6em}
-a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
-label{display:block;margin:.5rem 0}input{font:inherit}
-input[type=text],input[type=password],input[type=date]{display:block;width:100%;max-width:24rem;padding:.5rem;
-border:1px solid var(--line);border-radius:.3rem;background:var(--paper);color:var(--ink)}
-input[type=checkbox]{width:1.3rem;height:1.3rem;margin-right:.6rem;vertical-align:-.2rem;accent-color:var(--accent)}
-button{font:inherit;min-height:2.75rem;padding:.5rem 1.2rem;margin:.5rem .5rem .5rem 0;border-radius:.3rem;
-border:1px solid var(--accent);background:var(--accent);color:var(--on);cursor:pointer}
-button.btn-default,button.link{background:transparent;color:var(--accent)}
-button[data-patient-id]{display:block;width:100%;max-width:24rem;text-align:left}
-pre,code{font-family:ui-monospace,monospace;font-size:.9rem}pre{background:var(--soft);padding:.8rem;overflow-x:auto;
-white-space:pre-wrap}
-table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.45rem;
+body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
+overflow-wrap:anywhere}
+body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
+body>header{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;align-items:center;background:var(--paper);
 border-bottom:1px solid var(--line)}
-.modal{border:2px solid var(--accent);padding:1rem;background:var(--soft);border-radius:.4rem}
-.error{border-left:.3rem solid var(--warn);padding:.2rem .8rem;background:var(--soft)}
-.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]{display:inline-block}
-@media(max-width:34rem){table,tbody,tr,td{display:block}thead{display:none}td{border:0;padding:.15rem 0}
-tr{display:block;border-bottom:1px solid var(--line);padding:.5rem 0}}
-@media print{header a,button,footer{display:none}.js section:not(.active){display:block}}
-"""
-# The consent page's three steps. Without this script all three stand below each other, as one plain form.
-SCRIPT = """
-(function(){var form=document.getElementById('consent-carousel');if(!form)return;
-var steps=form.querySelectorAll('section'),at=0;
-function show(){for(var i=0;i<steps.length;i++)steps[i].classList.toggle('active',i===at);}
-form.classList.add('js');show();
-form.addEventListener('click',function(event){
-var button=event.target.closest('button[data-slide=next]');if(!button)return;
-var boxes=steps[at].querySelectorAll('input[rel=confirm]');
-for(var i=0;i<boxes.length;i++)if(!boxes[i].checked){boxes[i].reportValidity();return;}
-at++;show();var head=steps[at].querySelector('h2');head.tabIndex=-1;head.focus();});})();
+header strong{flex:1 1 14rem;font-size:1.1rem}header strong::before{content:"";display:inline-block;width:.9em;
+height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
+header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}header a{padding:.4rem 0}
+footer{color:var(--warn);border-top:1px solid var(--line)}
+h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
+h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
+a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+small,.quiet{color:var(--quiet);font-size:.95rem}
+.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
+.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
+.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
+border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
+dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}
+dt{color:var(--quiet)}dd{margin:0}
+label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;margin:1.2rem 0}
+legend{padding:0;font-weight:600}
+input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
+border-radius:.4rem}
+input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
+margin-top:.25rem}
+.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
+border-bottom:1px solid var(--line)}.choice small{display:block}
+input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}
+button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;cursor:pointer;
+border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
+button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}
+button[data-patient-id]{display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
+color:var(--accent)}
+pre,code{font:.9em/1.5 ui-monospace,monospace}
+pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
+table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
+padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
+th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
+.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
+@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
+tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
+td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
+@media print{nav,button{display:none!important}.js section:not(.active){display:block}
+body{background:none}body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
 """
 
 
@@ -2771,34 +3652,63 @@ def _source_hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-PAGE_HEADERS = [  # no form-action: the consent form's answer redirects to the app, which that would forbid
-    ("Content-Security-Policy", (f"default-src 'none'; style-src {_source_hash(STYLE)}; "
-                                 f"script-src {_source_hash(SCRIPT)}; base-uri 'none'; frame-ancestors 'none'")),
-    ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+def page_headers(style: str, script: str) -> list[tuple[str, str]]:
+    """What guards a page: this style and this script run in it and no other, no site frames it, no cache keeps it.
+
+    A script may talk to this server alone. There is no form-action: the consent form's answer redirects to the app,
+    which that would forbid.
+    """
+    scripts = f"script-src {_source_hash(script)}; connect-src 'self'; " if script else ""
+    policy = f"default-src 'none'; style-src {_source_hash(style)}; {scripts}base-uri 'none'; frame-ancestors 'none'"
+    return [("Content-Security-Policy", policy),
+            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+
+
+def link_root(portal: Portal) -> str:
+    """What stands before the path in links: nothing, but where a reverse proxy serves this server below a path."""
+    return urlsplit(portal.public_url()).path
 
 
 def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
-         cookies: Sequence[str] = (), script: bool = False) -> Response:
-    """A page of the portal."""
+         cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
+    """A page of the portal; `brand` is whose page it is, if not the portal's."""
+    root = link_root(portal)
     body = tag("html", tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {portal.settings.name}"),
                            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-                           tag("style", Markup(STYLE))),
+                           tag("style", Markup(style))),
                tag("body",
-                   tag("header", tag("strong", portal.settings.name), tag("a", "Start", href="/"),
-                       tag("a", "Apps you share with", href="/apps"),
-                       tag("span", f"Signed in as {username}") if username else None),
+                   tag("header", tag("strong", brand or portal.settings.name),
+                       tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
+                           aria_label="Portal"),
+                       tag("span", f"Signed in as {username}", class_="quiet") if username else None),
                    tag("main", tag("h1", title), *content),
                    tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
-                   tag("script", Markup(SCRIPT)) if script else None), lang="en")
+                   tag("script", Markup(script)) if script else None), lang="en")
     return Response(status, b"<!doctype html>" + body.encode("utf-8", "replace"), "text/html; charset=utf-8",
-                    [*PAGE_HEADERS, *(("Set-Cookie", cookie) for cookie in cookies)])
+                    [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
 
 
-def error_page(portal: Portal, error: PortalError) -> Response:
-    """An error for the person at the browser."""
-    return page(portal, "This did not work", tag("p", error.description, class_="error"),
-                tag("p", "Error code: ", tag("code", error.error)), tag("p", tag("a", "To the start page", href="/")),
-                status=error.status)
+def facts(*pairs: tuple[str, Any]) -> Markup:
+    """A list of names and what they are; pairs with nothing are left out."""
+    return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
+
+
+def what_it_does(found: Route) -> str:
+    """The first paragraph of an endpoint's docstring."""
+    return " ".join((found.endpoint.__doc__ or "").partition("\n\n")[0].split())
+
+
+def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
+    """An error for the person at the browser: what was expected, what came, and what to read."""
+    came = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
+    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
+                tag("p", cited(error.description), class_="error"),
+                tag("div", facts(
+                    ("What came", [tag("code", f"{request.method} {request.path}"), came and tag("ul", came)]),
+                    ("What it does", found and what_it_does(found)),
+                    ("What to read", found and cited(found.spec)),
+                    ("Error code", tag("code", error.error))), class_="card"),
+                tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
 
 
 # ######################################################################## 10 discovery
@@ -2808,31 +3718,61 @@ def addresses(base: str, browser_base: str) -> dict[str, str]:
     return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
             "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
             "management_endpoint": f"{browser_base}/apps", "introspection_endpoint": f"{base}/oauth/introspect",
-            "revocation_endpoint": f"{base}/oauth/revoke"}
+            "revocation_endpoint": f"{base}/oauth/revoke", "userinfo_endpoint": f"{base}/oauth/userinfo",
+            "jwks_uri": f"{base}/oauth/jwks"}
+
+
+def server_metadata(portal: Portal, request: Request) -> Json:
+    """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
+    Discovery section 3. What a member says is what the code below does."""
+    methods, grants = METADATA_CHOICES["token_endpoint_auth_method"], METADATA_CHOICES["grant_types"]
+    return {
+        **addresses(portal.base(request), portal.browser_base(request)),
+        "scopes_supported": [*PLAIN_SCOPES, *(f"{context}/*.{suffix}" for context in ("patient", "user", "system")
+                                              for suffix in ("rs", "read"))],
+        "response_types_supported": ["code"], "response_modes_supported": ["query"],
+        "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
+        "token_endpoint_auth_methods_supported": list(methods),
+        "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "introspection_endpoint_auth_methods_supported": list(methods),
+        "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "revocation_endpoint_auth_methods_supported": list(methods),
+        "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "authorization_response_iss_parameter_supported": True,
+        "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
+        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name"],
+        "request_parameter_supported": False, "request_uri_parameter_supported": False}
 
 
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
-def server_metadata(portal: Portal, request: Request) -> Response:
+def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
-    return json_response({
-        **addresses(portal.base(request), portal.browser_base(request)),
-        "scopes_supported": ["launch/patient", "patient/*.rs", "patient/*.read", "user/*.rs", "offline_access"],
-        "response_types_supported": ["code"], "grant_types_supported": ["authorization_code", "refresh_token"],
-        "token_endpoint_auth_methods_supported": ["client_secret_basic", "client_secret_post", "none"],
-        "code_challenge_methods_supported": ["S256"], "authorization_response_iss_parameter_supported": True})
+    return json_response(server_metadata(portal, request))
+
+
+@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", cors=True, fault="discovery")
+def openid_configuration(portal: Portal, request: Request) -> Response:
+    """The same for OpenID Connect clients, which look for it here."""
+    return json_response(server_metadata(portal, request))
+
+
+CAPABILITIES = (  # SMART, "Capabilities": each is a promise
+    "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+    "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
+    "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
+    "permission-patient", "permission-user", "permission-v1", "permission-v2")
 
 
 @route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
 def smart_configuration(portal: Portal, request: Request) -> Response:
-    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance")."""
-    document = json.loads(server_metadata(portal, request).body)
-    for name in ("issuer", "authorization_response_iss_parameter_supported"):
-        del document[name]  # without OpenID Connect SMART wants no issuer here
-    document["grant_types_supported"] = ["authorization_code"]
-    document["capabilities"] = [
-        "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
-        "context-standalone-patient", "permission-offline", "permission-patient", "permission-user", "permission-v1"]
-    return json_response(document)
+    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance").
+
+    Two lists are shorter here: SMART has no word for refresh tokens and for public clients but in `capabilities`.
+    """
+    document = server_metadata(portal, request)
+    document["grant_types_supported"].remove("refresh_token")
+    document["token_endpoint_auth_methods_supported"].remove("none")
+    return json_response({**document, "capabilities": CAPABILITIES})
 
 
 def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
@@ -2840,7 +3780,7 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 
     A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
     """
-    version, url = portal.settings.fhir_version, f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    version, url = fhir_version(portal), f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
     service = HL7 if version == "r4" else "http://hl7.org/fhir/"
     operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
     rest: Json = {"mode": "server", "resource": [
@@ -2877,44 +3817,15 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 
 # ######################################################################## 11 clients
 
-def _strings(metadata: Json, name: str, default: Sequence[str]) -> list[str]:
-    """A member of client metadata that must be an array of strings."""
-    value = metadata.get(name, list(default))
-    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-        raise PortalError("invalid_client_metadata", f"{name}: expected an array of strings, got {json.dumps(value)}")
-    return value
-
-
 def register_client(portal: Portal, metadata: Json) -> Json:
-    """Register an app; gives its id and secret beside the metadata (RFC 7591 section 3.2.1)."""
-    grants = _strings(metadata, "grant_types", ("authorization_code", "refresh_token"))
-    for grant in grants:
-        if grant not in ("authorization_code", "refresh_token"):
-            raise PortalError("invalid_client_metadata", f"grant_types: {grant!r} is not supported")
-    uris = _strings(metadata, "redirect_uris", ())
-    if not uris and "authorization_code" in grants:
-        raise PortalError("invalid_redirect_uri", "redirect_uris: at least one absolute URI is needed")
-    for uri in uris:
-        if not is_redirect_uri(uri):
-            raise PortalError("invalid_redirect_uri", f"redirect_uris: {uri!r} is not an absolute http, https or "
-                              "private-use URI without a fragment")
-    for name in ("client_name", "scope", "token_endpoint_auth_method"):
-        if not isinstance(metadata.get(name, ""), str):
-            raise PortalError("invalid_client_metadata", f"{name}: expected a string, got {json.dumps(metadata[name])}")
-    method = metadata.get("token_endpoint_auth_method", "client_secret_basic")
-    if method not in ("none", "client_secret_basic", "client_secret_post"):
-        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method: {method!r} is not supported; "
-                          "expected none, client_secret_basic or client_secret_post")
-    scope = metadata.get("scope", DEFAULT_SCOPE)
-    if not scope.split() or not re.fullmatch(r"[!#-\[\]-~ ]+", scope):
-        raise PortalError("invalid_client_metadata", f"scope: {scope!r} is not a list of words (RFC 6749 section 3.3)")
-    client_id, secret = new_token(), None if method == "none" else new_token()
-    kept = {**metadata, "client_name": metadata.get("client_name") or client_id, "redirect_uris": uris,
-            "scope": scope, "grant_types": grants, "token_endpoint_auth_method": method}
-    kept = {name: value for name, value in kept.items() if not name.startswith("client_secret")}
-    now = portal.clock.now()
+    """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
+    kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
+    kept["client_name"] = kept.get("client_name") or client_id
+    for name in ("client_id", "client_id_issued_at", "client_secret", "client_secret_expires_at"):
+        kept.pop(name, None)  # ours to say
+    secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
     with portal.state.transaction() as database:
-        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?)",
+        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
                          (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
     answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
     if secret:
@@ -2928,8 +3839,8 @@ def register(portal: Portal, request: Request) -> Response:
     return json_response(register_client(portal, request.json()), 201)
 
 
-def invalid_client(description: str, request: Request) -> PortalError:
-    """401, naming the scheme that was tried (RFC 6749 section 5.2)."""
+def invalid_client(description: str) -> PortalError:
+    """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
     return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
 
 
@@ -2941,42 +3852,179 @@ def basic_credentials(request: Request) -> tuple[str, str] | None:
     try:
         client_id, colon, secret = base64.b64decode(value.strip(), validate=True).decode("utf-8").partition(":")
     except (binascii.Error, ValueError):
-        raise invalid_client("the Basic credentials are not base64 of client_id:client_secret", request)
+        raise invalid_client("the Basic credentials are not base64 of client_id:client_secret")
     if not colon:
-        raise invalid_client("the Basic credentials have no colon between client_id and client_secret", request)
+        raise invalid_client("the Basic credentials have no colon between client_id and client_secret")
     return client_id, secret
 
 
 def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
-    """Which client asks, proven: HTTP Basic, secret in the form, or, for a public client, the id alone.
-
-    RFC 6749 section 2.3: one method in a request, never two.
-    """
-    basic = basic_credentials(request)
-    posted = form.get("client_secret")
-    if basic and posted:
-        raise PortalError("invalid_request", "client authentication is given twice: header and client_secret")
-    if basic:
-        # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
-        pairs = [basic, (decode_plus(basic[0]), decode_plus(basic[1]))]
-        if form.get("client_id") not in ("", pairs[0][0], pairs[1][0]):
-            raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
+    """Which client asks, proven: HTTP Basic, secret in the form, signed assertion, or, for a public client, the id
+    alone. RFC 6749 section 2.3: one method in a request, never two."""
+    basic, posted = basic_credentials(request), form.get("client_secret")
+    asserted = form.get("client_assertion") or form.get("client_assertion_type")
+    if bool(basic) + bool(posted) + bool(asserted) > 1:
+        raise PortalError("invalid_request", "client authentication is given twice; expected one of the Authorization "
+                          "header, client_secret and client_assertion")
+    if asserted:
+        client = client_of_assertion(portal, request, form)
     else:
-        pairs = [(form.get("client_id"), posted)]
+        client = client_of_secret(portal, form, basic or (form.get("client_id"), posted))
+    request.client_id = client.client_id
+    request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
+    return client
+
+
+def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Client:
+    """The client of an id and a secret, or of an id without one; else PortalError 401."""
+    # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
+    pairs = [given, (decode_plus(given[0]), decode_plus(given[1]))]
+    if form.get("client_id", given[0]) not in (pairs[0][0], pairs[1][0]):
+        raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
     for client_id, secret in pairs:
         client = portal.client(client_id)
         if client and client.secret_hash and secret and same_secret(hash_secret(secret), client.secret_hash):
-            request.client_id = client.client_id
             return client
-        if client and not client.secret_hash and not secret:
-            request.client_id = client.client_id
+        if client and client.auth_method == "none" and not secret:
             return client
-    if not pairs[0][0]:
-        raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, or client_id",
-                             request)
-    if not any(portal.client(client_id) for client_id, _ in pairs):
-        raise invalid_client(f"client_id {pairs[0][0]!r} is not registered here", request)
-    raise invalid_client(f"client {pairs[0][0]!r}: the secret is missing or wrong", request)
+    if not given[0]:
+        raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
+                             "client_assertion, or a public client's client_id")
+    found = next(filter(None, (portal.client(client_id) for client_id, _ in pairs)), None)
+    if not found:
+        raise invalid_client(f"client_id {given[0]!r} is not registered here")
+    raise invalid_client(f"client {given[0]!r}: " + (
+        "a public client has no secret" if found.auth_method == "none" else
+        "the secret is missing or wrong" if found.secret_hash else "it registered for private_key_jwt"))
+
+
+ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion, and how far two clocks may differ
+
+
+def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
+    """The client whose signed assertion came (RFC 7523 section 3; SMART, "Client Authentication: Asymmetric").
+
+    Each way to fail has its own words, and the same error, invalid_client.
+    """
+    def need(good: object, description: str) -> None:
+        if not good:
+            raise invalid_client(f"client_assertion: {description}")
+    if form.get("client_assertion_type") != ASSERTION_TYPE:
+        raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
+    try:
+        jwt = read_jwt(form.get("client_assertion"))
+    except ValueError as error:
+        raise invalid_client(f"client_assertion: {error}")
+    header, claims, now = jwt.header, jwt.claims, portal.clock.now()
+    client_id = claims.get("iss")
+    client = portal.client(client_id) if isinstance(client_id, str) else None
+    if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
+        raise invalid_client("client_assertion: expected a registered client_id as both iss and sub, and as client_id "
+                             "if that is sent")
+    need(client.auth_method == "private_key_jwt", f"client {client_id!r} did not register for private_key_jwt")
+    algorithm, registered = header.get("alg"), client.metadata.get("token_endpoint_auth_signing_alg")
+    need(algorithm in ([registered] if registered else list(KEY_TYPES)),
+         f"alg is {algorithm!r}; expected {registered or ' or '.join(KEY_TYPES)}")
+    need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
+    need(isinstance(header.get("kid"), str), "the header has no kid")
+    need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    try:
+        key = assertion_key(portal, client, header["kid"], KEY_TYPES[str(algorithm)])
+        need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
+    except (ValueError, RecursionError) as error:
+        raise invalid_client(f"client_assertion: {error}")
+    # From here on it is known to be the client who says all this.
+    audience = claims.get("aud")
+    ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
+    need(any(isinstance(one, str) and same_address(one, url) for url in ours
+             for one in (audience if isinstance(audience, list) else [audience])),
+         f"aud: expected {ours[1]} or {ours[0]}")
+    for name in ("exp", "nbf", "iat"):
+        need(is_moment(claims[name]) if name in claims else name != "exp", f"{name}: expected a Unix time")
+    need(claims["exp"] > now, "exp: it has expired")
+    need(claims["exp"] <= now + ASSERTION_SECONDS + LEEWAY_SECONDS, "exp: more than five minutes ahead")
+    need(max(claims.get("nbf", 0), claims.get("iat", 0)) <= now + LEEWAY_SECONDS, "nbf or iat is in the future")
+    jti = claims.get("jti")
+    need(isinstance(jti, str) and jti, "jti: expected a string that was never used before")
+    with portal.state.transaction() as database:  # of two that race with the same jti, one is first
+        forget_expired(database, "assertions", now)
+        need(database.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?, ?)",
+                              (client_id, jti, claims["exp"])).rowcount, "jti was used before")
+    return client
+
+
+def is_moment(value: Any) -> bool:
+    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
+
+
+def assertion_key(portal: Portal, client: Client, kid: str, key_type: str) -> Json:
+    """The one key of a client with this name and type; ValueError if there is none, or no way to get it."""
+    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
+        keys = client_keys(portal, client, fresh)
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == key_type]
+        if found or "jwks" in client.metadata:
+            break
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r} and kty {key_type}; expected one")
+    return found[0]
+
+
+def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
+    """A client's keys: registered, or fetched and kept as long as its Cache-Control says; `fresh`: not the kept ones."""
+    if "jwks" in client.metadata:
+        return key_set(client.metadata["jwks"])
+    url, now = client.metadata["jwks_uri"], portal.clock.now()
+    until, keys = portal.key_sets.get(url, (0.0, []))
+    if fresh or until <= now:
+        # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
+        text, lifetime = fetch(url, public_only=client.registered_itself and not portal.settings.serves_debug)
+        keys = key_set(json.loads(text))
+        portal.key_sets[url] = (now + lifetime, keys)
+    return keys
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection from another thread: who reads from it is woken."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
+    """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
+
+    At most so many bytes and seconds, and no redirect is followed. public_only: only from the public internet; judged
+    by the address that was connected to, since a name may mean another one each time it is looked up.
+    """
+    import http.client  # these take long to import, and few need them
+    import ipaddress
+    parts = urlsplit(url)
+    make = http.client.HTTPSConnection if parts.scheme.lower() == "https" else http.client.HTTPConnection
+    connection = make(parts.hostname or "", parts.port, timeout=seconds)
+    try:
+        connection.connect()
+        timer = threading.Timer(seconds, hang_up, [connection.sock])  # however slowly it drips
+        timer.start()
+        try:
+            if public_only and not ipaddress.ip_address(connection.sock.getpeername()[0]).is_global:
+                raise ValueError(f"{url} is at an address that is not public; this server won't ask there")
+            connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                               headers={"Accept": "application/json"})
+            answer = connection.getresponse()
+            body = answer.read(most + 1)
+        finally:
+            timer.cancel()
+            timer.join()
+    except (OSError, http.client.HTTPException) as error:
+        raise ValueError(f"{url} could not be fetched: {error!r}")
+    finally:
+        connection.close()
+    if answer.status != 200 or len(body) > most:
+        raise ValueError(f"{url} answered {answer.status} with {len(body)} bytes; expected 200 and at most {most}")
+    control = answer.headers.get("Cache-Control", "").lower()
+    age = re.search(r"\bmax-age=(\d{1,9})\b", control)
+    return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
 
 
 def decode_plus(text: str) -> str:
@@ -2991,7 +4039,7 @@ SESSION_SECONDS = 1800
 
 def cookie_name(portal: Portal) -> str:
     """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
-    return f"s4s_session_{portal.settings.port}"
+    return f"s4s_session_{portal.address.rpartition(':')[2]}"
 
 
 def set_cookie(portal: Portal, request: Request, value: str) -> str:
@@ -3009,7 +4057,7 @@ def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
     session_id = request.cookie(cookie_name(portal))
     user = session_id and portal.state.row(
-        "SELECT users.* FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
+        "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
         session_id, portal.clock.now())
     if user:
         request.username = user["username"]
@@ -3031,8 +4079,8 @@ def start_session(portal: Portal, username: str) -> str:
     session_id = secrets.token_urlsafe(24)
     now = portal.clock.now()
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE expires <= ?", (now,))
-        database.execute("INSERT INTO sessions VALUES (?, ?, ?)", (session_id, username, now + SESSION_SECONDS))
+        forget_expired(database, "sessions", now)
+        database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
     return session_id
 
 
@@ -3057,18 +4105,26 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
                tag("label", "Password", tag("input", type="password", id="password", name="password",
                                             value="" if message else DEMO_PASSWORD, autocomplete="current-password",
                                             required=True)),
-               tag("button", "Sign in", id="sign-in"), method="post", action=f"{portal.browser_base(request)}/login")
-    accounts = ", ".join(row["username"] for row in portal.state.rows("SELECT username FROM users LIMIT 20"))
+               tag("button", "Sign in", id="sign-in"),
+               method="post", action=f"{portal.browser_base(request)}/login", class_="card")
     return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
-                tag("p", f"Test accounts: {accounts}. Password: ", tag("code", DEMO_PASSWORD)),
-                status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+                accounts(portal), status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+
+
+def accounts(portal: Portal) -> Markup:
+    """Who can sign in, and how."""
+    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    return tag("section", tag("h2", "Test accounts"),
+               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
+               tag("p", "Everybody's password is ", tag("code", DEMO_PASSWORD), "."), class_="card")
 
 
 @route("GET,POST /login", "S4S", kind="page")
 def login(portal: Portal, request: Request) -> Response:
     """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
     if request.method != "POST":
-        return sign_in_page(portal, request, "daniel-adams", "", local_path(Fields(request.pairs()).get("next")))
+        fields = Fields(request.pairs())
+        return sign_in_page(portal, request, fields.get("username", "daniel-adams"), "", local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
     user = portal.user(username)
@@ -3089,30 +4145,35 @@ def logout(portal: Portal, request: Request) -> Response:
     return redirect(portal.browser_base(request) + "/")
 
 
-def to_sign_in(portal: Portal, request: Request) -> Response:
-    """Send the browser to sign in and back to this very page."""
-    here = request.path + ("?" + request.query if request.query else "")
-    return redirect(with_query(portal.browser_base(request) + "/login", next=here))
+def to_sign_in(portal: Portal, request: Request, back: str = "", username: str = "") -> Response:
+    """Send the browser to sign in and then back, to this very page if no other is named; `username` is filled in."""
+    back = back or request.path + ("?" + request.query if request.query else "")
+    hint = {"username": username} if username else {}
+    return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
 
 
 # ######################################################################## 13 authorization
 
-PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400
+PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # how long each is good
 
 
 class Authorization:
     """An authorization request on its way through the checks below, each of which may refuse it."""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.redirect_uri = self.state = self.scope = self.issuer = ""
-        self.client = Client("", None, {})
+        self.redirect_uri = self.scope = ""
+        self.issuer = portal.browser_base(request)
+        self.client: Client
+        self.launch: Json = {}       # what the EHR's launch says: username, patient_id, context
+        self.signed_in_since = 0.0   # the user must have signed in after this time
 
 
 def check_client(asked: Authorization) -> None:
     """Which app asks. Not yet a reason to send the browser anywhere."""
     client = asked.portal.client(asked.fields.need("client_id"))
     if not client:
-        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here")
+        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here: "
+                          "register at /oauth/register (RFC 7591 section 3), or start this server with --client")
     asked.client = client
     asked.request.client_id = client.client_id
 
@@ -3120,14 +4181,22 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
     uri = asked.fields.need("redirect_uri")
-    if uri not in asked.client.metadata.get("redirect_uris", []):
-        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}")
+    registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
+    if uri not in registered:
+        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
+                          f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
+    asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
+
+
+def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
+    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
+    return [portal.browser_base(request) + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
 
 
 def check_state(asked: Authorization) -> None:
     """SMART demands state from every app: it is how the app knows that it asked (RFC 6749 section 10.12)."""
-    asked.state = asked.fields.need("state")
+    asked.fields.need("state")
 
 
 def check_repeats(asked: Authorization) -> None:
@@ -3137,63 +4206,119 @@ def check_repeats(asked: Authorization) -> None:
 
 
 def check_response_type(asked: Authorization) -> None:
-    """Only the code flow."""
+    """Only the code flow, and only the answer in the query; from a client that registered for it."""
     if asked.fields.need("response_type") != "code":
         raise PortalError("unsupported_response_type",
                           f"response_type is {asked.fields.get('response_type')!r}; expected code")
+    if asked.fields.get("response_mode", "query") != "query":
+        raise PortalError("invalid_request", f"response_mode is {asked.fields.get('response_mode')!r}; expected query")
+    if not asked.client.may_use("authorization_code"):
+        raise PortalError("unauthorized_client", f"client {asked.client.client_id!r} did not register for "
+                          "authorization_code")
 
 
 def check_audience(asked: Authorization) -> None:
     """The FHIR server the app means must be this one: else a false server could fetch tokens for the true one (SMART).
 
-    The issuer is the name that the app knows this server by.
+    The issuer is the name that the app knows this server by. `resource` is RFC 8707's word for aud.
     """
-    bases = asked.portal.settings.base_url or [asked.portal.base(asked.request)]
-    asked.issuer = bases[0]
-    audience = asked.fields.get("aud")
-    if not audience and not asked.portal.settings.strict:
+    known = asked.portal.settings.base_url
+    name = next((name for name in ("aud", "resource") if asked.fields.get(name)), "")
+    if not name:
+        if asked.portal.settings.strict:
+            raise PortalError("invalid_request", "aud is missing (SMART)")
         return  # S4S's apps may leave it out
-    for base in bases:
-        if same_address(asked.fields.need("aud"), base + "/api/fhir"):
-            asked.issuer = base
+    audience = asked.fields.get(name).rstrip("/")
+    for base in known or [asked.portal.base(asked.request)]:
+        if same_address(audience, base + "/api/fhir"):
+            # Without base URLs, every document told the app the name that it used itself.
+            asked.issuer = base if known else audience[:-len("/api/fhir")]
+            asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
             return
-    raise PortalError("invalid_request", f"aud is {audience!r}; this server's FHIR base is {bases[0]}/api/fhir")
-
-
-def same_address(one: str, other: str) -> bool:
-    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
-    def plain(url: str) -> str:
-        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
-    return plain(one) == plain(other)
+    raise PortalError("invalid_target" if name == "resource" else "invalid_request",
+                      f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir")
 
 
 def check_pkce(asked: Authorization) -> None:
     """A challenge from every public client: without a secret, it is all that ties the code to the app (RFC 7636)."""
     challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
     if not challenge:
-        if not asked.client.secret_hash or asked.portal.settings.strict:
+        if asked.client.auth_method == "none" or asked.portal.settings.strict:
             raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
         if method:
             raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
+        asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
         return
     if method != "S256":
         raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
                           "expected S256")
     if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
         raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
+    asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
-    asked.scope = negotiate_scope(asked.fields.need("scope"), asked.client.scope)
+    wanted = asked.fields.need("scope")
+    asked.scope = negotiate_scope(wanted, asked.client.scope)
+    if not asked.client.may_use("refresh_token"):
+        asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
     if not asked.scope:
-        raise PortalError("invalid_scope", f"scope {asked.fields.get('scope')!r}: nothing of it can be granted; the "
-                          f"client registered for {asked.client.scope!r}")
+        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; the client registered "
+                          f"for {asked.client.scope!r}")
+    asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead.
+def check_openid(asked: Authorization) -> None:
+    """What OpenID Connect adds (Core section 3.1.2): prompt and max_age. Request objects are not supported."""
+    for name in ("request", "request_uri", "registration"):
+        if asked.fields.get(name):
+            raise PortalError(f"{name}_not_supported", f"{name} is not supported: give plain parameters")
+    now, age, prompts = asked.portal.clock.now(), asked.fields.get("max_age"), asked.fields.get("prompt").split()
+    if age and not re.fullmatch(r"\d{1,9}", age):
+        raise PortalError("invalid_request", f"max_age is {age!r}; expected a number of seconds")
+    if age or "login" in prompts:
+        asked.signed_in_since = now - (0 if "login" in prompts else int(age))
+    if "none" in prompts:
+        if len(prompts) > 1:
+            raise PortalError("invalid_request", "prompt: none stands alone")
+        user = session_user(asked.portal, asked.request)
+        if not user or user["started"] < asked.signed_in_since:
+            raise PortalError("login_required", "prompt is none, but nobody is signed in")
+        raise PortalError("consent_required", "prompt is none, but every authorization here asks the user")
+
+
+def check_launch(asked: Authorization) -> None:
+    """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
+
+    Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may stand only
+    beside launch/patient, in an app that can be launched either way.
+    """
+    handle, words = asked.fields.get("launch"), asked.scope.split()
+    if "launch" not in words:
+        return
+    if not handle:
+        if "launch/patient" not in words:
+            raise PortalError("invalid_request", "launch is missing: the scope launch is for an app that the EHR "
+                              "launched; one that starts by itself asks for launch/patient")
+        return
+    client_id, now = asked.client.client_id, asked.portal.clock.now()
+    with asked.portal.state.transaction() as database:
+        if not database.execute("UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? AND "
+                                "coalesce(client_id, ?) = ?", (client_id, handle, now, client_id, client_id)).rowcount:
+            raise PortalError("invalid_request", "launch: this handle is unknown, has expired, was used before, or is "
+                              "for another app")
+        row = database.execute("SELECT * FROM launches WHERE launch = ?", (handle,)).fetchone()
+    asked.launch = {"handle": handle, "username": row["username"], "patient_id": row["patient_id"],
+                    "context": json.loads(row["context"])}
+    asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
+
+
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. The
+# last is the only one that changes anything.
 PAGE_CHECKS = (check_client, check_redirect_uri)
-REDIRECT_CHECKS = (check_repeats, check_state, check_response_type, check_audience, check_pkce, check_scope)
+REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
+                   check_openid, check_launch)
 
 
 def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
@@ -3216,15 +4341,17 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PageError:
         raise
     except PortalError as error:
-        state = asked.fields.values.get("state", "")
-        raise RedirectError(error, back_to_app(
-            asked.redirect_uri, state, asked.issuer or portal.browser_base(request),
-            error=error.error, error_description=error.description))
+        # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
+        description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
+        request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
+        raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
+                                               error=error.error, error_description=description))
     request_id, now = new_token(), portal.clock.now()
-    details = {"redirect_uri": asked.redirect_uri, "state": asked.state, "scope": asked.scope,
-               "issuer": asked.issuer, "code_challenge": asked.fields.get("code_challenge")}
+    details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
+               "signed_in_since": asked.signed_in_since,
+               **{name: fields.get(name) for name in ("state", "code_challenge", "nonce", "login_hint")}}
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM pending WHERE expires <= ?", (now,))
+        forget_expired(database, "pending", now)
         database.execute("INSERT INTO pending VALUES (?, ?, ?, ?)",
                          (request_id, asked.client.client_id, json.dumps(details), now + PENDING_SECONDS))
     return request_id
@@ -3248,6 +4375,21 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
     return [label for label, (_, types) in CATEGORIES.items()
             if any(access.allows(name, letter) for name in types for letter in GRANTABLE_LETTERS)
             and (not wanted or label in [OLD_CATEGORIES.get(one, one) for one in wanted])]
+
+
+def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
+    """A patient's visits, id -> in words, the newest first."""
+    if portal.upstream:
+        url = f"{portal.upstream.base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        entries = portal.upstream.bundle(portal.upstream.ask(url), "")[1]
+        found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
+                 and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
+    else:
+        query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
+        found = [one.resource for one in portal.records.search(query, Access(None)).matches]
+    found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
+    return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
+            for one in found}
 
 
 def end_of_day(date: str) -> float:
@@ -3274,89 +4416,235 @@ def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
 @route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
 def consent(portal: Portal, request: Request) -> Response:
     """The user's part: whose record, what of it, until when, yes or no."""
-    user = session_user(portal, request)
-    if not user:
-        return to_sign_in(portal, request)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
     request_id = fields.get("request")
     client, details = pending_request(portal, request_id)
     request.client_id = client.client_id
-    if fields.get("decision") == "deny" and request.method == "POST":
+    user = session_user(portal, request)
+    if not user or user["started"] < details["signed_in_since"]:
+        return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",
+                          details["launch"].get("username") or details["login_hint"])
+    decision = fields.get("decision") if request.method == "POST" else ""
+    if decision == "deny":
         return redirect(decide(portal, request_id, None))
-    patients = portal.patients_of(user["username"])
-    patient_id = fields.get("patient_id") or (next(iter(patients)) if len(patients) == 1 else "")
-    if not patient_id:
-        return picker_page(portal, request, user, client, request_id, patients)
-    if patient_id not in patients:
-        raise PageError("forbidden", f"{user['name']} may not open the record {patient_id!r}.", 403)
-    if fields.get("decision") != "approve" or request.method != "POST":
-        return consent_page(portal, request, user, client, details, request_id, patient_id, patients[patient_id])
+    patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
+    if patient_id == "":
+        text = fields.get("q")
+        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
+    if decision != "approve":
+        return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
     return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"))))
+        portal, client, user["username"], patient_id or "", details, labels, fields.get("approval_expires"),
+        fields.get("encounter_id"), user["started"])))
+
+
+def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. "" while there is still
+    a choice to make; None where the scope is about no patient's record and the user has none of their own.
+
+    PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
+    signs nobody in, since whoever sees the link has it.
+    """
+    wanted, fixed = details["launch"].get("username"), details["launch"].get("patient_id")
+    if wanted not in (None, username):
+        raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
+                        "out, then launch the app again.", 403)
+    if fixed and chosen not in ("", fixed):
+        raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
+    patient_id, user = fixed or chosen, portal.user(username)
+    if not patient_id:
+        needed = needs_patient(details["scope"])
+        if user and user["any_patient"]:
+            return "" if needed else None
+        patients = portal.patients_of(username)
+        if needed and len(patients) != 1:
+            return ""
+        if not patients:
+            return None
+        patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
+    if portal.patient_name(username, patient_id) is None:
+        raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
+    with contextlib.suppress(FhirError):  # a FHIR server that is down will be noticed when the app reads
+        if portal.upstream and upstream_patient(portal, patient_id) is None:
+            raise PageError("not_found", f"The FHIR server behind this portal has no Patient/{patient_id}.", 404)
+    return str(patient_id)
+
+
+MANY_PATIENTS = 12  # more than this, and the picker has a search box
 
 
 def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
-                patients: dict[str, str]) -> Response:
-    """Whose record."""
-    if not patients:
+                patients: dict[str, str], text: str = "") -> Response:
+    """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
+    if not patients and not text:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id = request.cookie(cookie_name(portal))
-    return page(portal, "Whose record?", tag("p", f"{client.name} asks to see one person's health record. Whose?"),
+    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
+    search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
+                     tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
+                     tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
+    shown = list(patients.items())[:MANY_PATIENTS]
+    found = f"The first {len(shown)} of {len(patients)} patients." if len(patients) > len(shown) else (
+        None if patients else f"Nobody whose record you may open is called {text!r}.")
+    return page(portal, "Whose record?",
+                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page you "
+                    "decide what of it, and until when."),
+                search_box if text or len(patients) > MANY_PATIENTS else None,
                 tag("form", hidden(session_id, request=request_id),
+                    tag("p", found, role="status") if found else None,
                     [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
-                     for patient_id, name in patients.items()],
+                     for patient_id, name in shown],
                     tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
-                    method="post", action=f"{portal.browser_base(request)}/oauth/consent"), username=user["name"])
+                    method="post", action=action, class_="card"), username=user["name"])
+
+
+CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
+    "patient": "Name, birth date, gender, address, phone, language, ethnicity.",
+    "medications": "What was prescribed, dispensed, given or is taken, and how much of it.",
+    "allergies": "What causes reactions, which ones, and how bad they were.",
+    "immunizations": "Vaccines, and when they were given.",
+    "problems": "Illnesses, complaints and findings, now and in the past.",
+    "procedures": "Operations, examinations and treatments.",
+    "vital-signs": "Blood pressure, pulse, temperature, weight, height and the like, over time.",
+    "laboratory": "Blood, urine and other tests, and the reports on them.",
+    "smoking": "Tobacco use, and other habits and circumstances that were noted.",
+    "documents": "Letters and notes about care, and the files themselves.",
+    "coverage": "Who insures, under which number, since when.",
+    "explanation-of-benefit": "What was billed, what the insurance paid, and for which care.",
+    "imaging": "Which pictures were taken, such as X-rays, and when.",
+    "encounters": "Visits and stays: when, where, why, with whom.",
+    "other": "Whatever else the record holds and is not named above."}
+# The consent page's three steps. Without this script all three stand below each other, as one plain form.
+CONSENT_SCRIPT = """
+(function () {
+  var form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section'), at = 0;
+  form.classList.add('js');
+  steps[0].classList.add('active');
+  form.addEventListener('click', function (event) {
+    var button = event.target.closest('button[data-slide]');
+    if (!button) return;
+    if (button.hidden) { event.preventDefault(); return; }
+    var next = button.getAttribute('data-slide') === 'next';
+    var missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
+    if (missing) { missing.reportValidity(); return; }
+    steps[at].classList.remove('active');
+    at += next ? 1 : -1;
+    steps[at].classList.add('active');
+    steps[at].querySelector('h2').focus();
+  });
+})();
+"""
+
+
+def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
+    """Who asks, for what, of whom."""
+    target = urlsplit(details["redirect_uri"])
+    links = [tag("p", tag("a", label, href=client.metadata[name])) for name, label in (
+        ("client_uri", "The app's own page"), ("policy_uri", "What it does with data"), ("tos_uri", "Its terms"))
+        if name in client.metadata]
+    return tag("div", facts(
+        ("App", [tag("strong", client.name), links]),
+        ("Whose data", whose),
+        ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
+        ("Decided by", user["name"])),
+        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
+            class_="quiet"))
+
+
+def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
+    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
+    def line(word: str) -> Markup:
+        parsed = parse_scope(word)
+        kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
+        plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+                   tag("small", tag("code", word)))
+    parsed = resource_scopes(scope)
+    warnings = [text for text, holds in (
+        ("Everything means every kind of data, those that are added later too. The last step lets you leave kinds out.",
+         any(one.type == "*" for one in parsed)),
+        ("The app asks for the records of everybody whose record you may open, not for one.",
+         any(one.context == "user" for one in parsed)),
+        ("The app can fetch new data while you are away. That ends on the date you choose, or when you stop it.",
+         "offline_access" in scope.split())) if holds]
+    return tag("div", tag("ul", [line(word) for word in scope.split()]),
+               [tag("p", text, class_="note") for text in warnings],
+               tag("p", "It can change nothing, and it never learns your password."))
 
 
 def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
-                 patient_id: str, patient_name: str) -> Response:
+                 patient_id: str | None) -> Response:
     """The consent in three steps: what this is, confirm each point, review. One form, so that it works in one go."""
-    now = portal.clock.now()
+    now, words = portal.clock.now(), details["scope"].split()
+    name = patient_id and portal.patient_name(user["username"], patient_id)
+    whose = f"the health record of {name}" if name else "what you may see here"
+    encounters = {}
+    if patient_id and "launch/encounter" in words and "encounter" not in details["launch"].get("context", {}):
+        encounters = encounters_of(portal, patient_id)
     refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
     forward = tag("button", "Continue", type="button", data_slide="next")
-    points = (f"I want {client.name} to see the health record of {patient_name}.",
+    back = tag("button", "Back", type="button", data_slide="back")
+    points = (f"I want {client.name} to see {whose}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
+
+    def step(number: int, title: str, *content: Any) -> Markup:
+        return tag("section", tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1), *content,
+                   class_="card")
     return page(
         portal, f"Share data with {client.name}?",
-        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id),
-            tag("section", tag("h2", "What this is"),
-                tag("p", f"{client.name} asks to see the health record of {patient_name}. If you approve, it can:"),
-                tag("ul", [tag("li", describe_scope(word)) for word in details["scope"].split()]), forward, refuse),
-            tag("section", tag("h2", "Confirm each point"),
-                [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True), point)
-                 for point in points], forward),
-            tag("section", tag("h2", "Review"),
-                tag("p", f"{client.name} will see, of the record of {patient_name}:"),
-                [tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
-                     CATEGORIES[label][0]) for label in offered_categories(portal, client, details["scope"])],
-                tag("label", "Until the end of", tag(
-                    "input", type="date", name="approval_expires", required=True, min=day_of(now),
-                    max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
-                tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse),
+        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
+            # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
+            tag("button", "Stay", data_slide="stay", hidden=True),
+            step(1, "What this is",
+                 tag("p", f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."),
+                 app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
+                 scope_list(portal, client, details["scope"]), forward, refuse),
+            step(2, "Confirm each point",
+                 [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True),
+                      tag("span", point), class_="choice") for point in points], forward, back),
+            step(3, "Review",
+                 tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
+                 tag("fieldset", tag("legend", "What it sees"), [
+                     tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
+                         tag("span", CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label])), class_="choice")
+                     for label in offered_categories(portal, client, details["scope"])]),
+                 tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
+                                                            in encounters.items()], name="encounter_id"))
+                 if encounters else None,
+                 tag("label", "Until the end of", tag(
+                     "input", type="date", name="approval_expires", required=True, min=day_of(now),
+                     max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
+                 tag("p", "You can stop sharing before that day, at any time, under ", tag("a", "Apps you share with", href=(
+                     f"{link_root(portal)}/apps")), ". What the app has fetched by then, it keeps."),
+                 tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse, back),
             id="consent-carousel", method="post", action=f"{portal.browser_base(request)}/oauth/consent"),
-        username=user["name"], script=True)
+        username=user["name"], script=CONSENT_SCRIPT)
 
 
 class Grant(NamedTuple):
     """What a user approved, before it is stored."""
     grant_id: str
     client_id: str
-    username: str
-    patient_id: str
+    username: str | None
+    patient_id: str | None
     scope: str
-    labels: list[str]
+    labels: Sequence[str]
     approval_expires: float
     issuer: str
-    redirect_uri: str | None
-    code_challenge: str | None
+    redirect_uri: str | None = None
+    code_challenge: str | None = None
+    nonce: str | None = None
+    signed_in: float | None = None
+    context: str = "{}"  # JSON: members of the token response beside patient
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json,
-              labels: Sequence[str], until: str) -> Grant:
+def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json, labels: Sequence[str],
+              until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
     """What the consent form says, as a grant; PageError where the form can't be."""
+    patient = whose_record(portal, username, details, patient_id)
+    if patient == "":
+        raise PageError("invalid_request", "Choose whose record.")
     offered = offered_categories(portal, client, details["scope"])
     labels = [OLD_CATEGORIES.get(label, label) for label in labels]
     for label in labels:
@@ -3371,26 +4659,40 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
         raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
     if not now < expires <= end_of_day(day_of(now + 730 * DAY)):
         raise PageError("invalid_request", f"The end date {until} is not from today to two years from now.")
-    return Grant(new_token(), client.client_id, username, patient_id, details["scope"], labels, expires,
-                 details["issuer"], details["redirect_uri"], details["code_challenge"] or None)
+    context = {**details["launch"].get("context", {})}
+    if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
+        encounters = encounters_of(portal, patient)
+        if encounters:
+            context["encounter"] = encounter_id or next(iter(encounters))
+        if encounter_id and encounter_id not in encounters:
+            raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
+    elif encounter_id not in ("", context.get("encounter")):
+        raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
+    return Grant(new_token(), client.client_id, username, patient, details["scope"],
+                 # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
+                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+                 now if signed_in is None else signed_in, json.dumps(context))
 
 
 def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
     """Write a grant down."""
-    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?)", (
-        grant.grant_id, grant.client_id, grant.username, grant.patient_id, grant.scope, json.dumps(grant.labels), now,
-        grant.approval_expires, grant.issuer, grant.redirect_uri, grant.code_challenge))
+    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)", (
+        *grant[:5], json.dumps(grant.labels), now, *grant[6:]))
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
     """Close a pending request: with a code for the grant, or with access_denied. Gives where the browser goes."""
     details = pending_request(portal, request_id)[1]
-    code, now = secrets.token_urlsafe(24), portal.clock.now()
+    code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
     with portal.state.transaction() as database:
         if not database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount:
             raise PageError("invalid_request", "This request was answered already.")  # a double click
+        if handle and not database.execute("DELETE FROM launches WHERE launch = ?", (handle,)).rowcount and grant:
+            raise PageError("invalid_request", "This launch was used already. Launch the app again.")
         if grant:
             store_grant(database, grant, now)
+            forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
             database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
                              (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
     answer = {"code": code} if grant else {"error": "access_denied", "error_description": "the user did not approve"}
@@ -3404,31 +4706,58 @@ def apps(portal: Portal, request: Request) -> Response:
     if not user:
         return to_sign_in(portal, request)
     fields = Fields(request.pairs())
-    rows = portal.state.rows(
-        "SELECT *, max(approved) AS newest, max(approval_expires) AS until FROM grants WHERE username = ? AND NOT ended "
-        "AND approval_expires > ? GROUP BY client_id, patient_id ORDER BY newest DESC",
-        user["username"], portal.clock.now())
-    names, session_id, base = portal.patients_of(user["username"]), request.cookie(cookie_name(portal)), \
-        portal.browser_base(request)
+    shared: dict[tuple[str, str | None], list[Row]] = {}  # client and patient -> their grants, the newest first
+    for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
+                                 "ORDER BY approved DESC", user["username"], portal.clock.now()):
+        shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
+    session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
 
-    def line(row: Row) -> Markup:
-        client = portal.client(row["client_id"])
-        labels = [CATEGORIES[label][0] for label in json.loads(row["security_labels"])]
-        name = client.name if client else row["client_id"]
-        return tag("tr", tag("td", tag("strong", name)), tag("td", names.get(row["patient_id"], row["patient_id"])),
-                   tag("td", "; ".join(labels) or "everything its scope allows"),
-                   tag("td", f"{day_of(row['newest'])} until {day_of(row['until'])}"),
-                   tag("td", tag("form", tag("button", "Stop sharing", name="stop", value=row["grant_id"]),
-                                 action=f"{base}/apps")), rel=row["client_id"])
-    stop = next((row for row in rows if row["grant_id"] == fields.get("stop")), None)
-    modal = stop and tag("div", tag("h2", "Stop sharing?"), tag("p", "The app can't fetch anything more."), tag(
-        "form", hidden(session_id), tag("button", "Stop sharing"), method="post",
-        action=f"{base}/revoke/{stop['grant_id']}"), tag("p", tag("a", "Keep sharing", href="/apps")), class_="modal in")
+    def app_name(client_id: str) -> str:
+        client = portal.client(client_id)
+        return client.name if client else client_id
+
+    def whose(patient_id: str | None) -> str:
+        return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
+
+    def in_words(labels: list[list[str]]) -> str:
+        seen = {label: any(label in one for one in labels) for label in CATEGORIES}
+        left_out = [CATEGORIES[label][0] for label in CATEGORIES if not seen[label]]
+        if len(left_out) <= 3:
+            return "everything" + (" but " if left_out else "") + "; ".join(left_out)
+        return "; ".join(CATEGORIES[label][0] for label in CATEGORIES if seen[label])
+
+    def line(grants: list[Row]) -> Markup:
+        newest, labels = grants[0], [json.loads(one["security_labels"]) for one in grants]
+        scope = dict.fromkeys(word for one in grants for word in one["scope"].split())
+        return tag("tr", tag("td", tag("strong", app_name(newest["client_id"]))),
+                   tag("td", whose(newest["patient_id"]), data_label="Whose record"),
+                   tag("td", in_words(labels) if all(labels) else "everything its scope allows", tag("details", tag(
+                       "summary", "Scope"), tag("code", " ".join(scope))), data_label="What"),
+                   tag("td", f"{day_of(newest['approved'])} until {day_of(max(one['approval_expires'] for one in grants))}",
+                       data_label="Since and until"),
+                   tag("td", tag("form", tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest[
+                       "grant_id"], aria_label=f"Stop sharing with {app_name(newest['client_id'])}"),
+                                 action=f"{base}/apps")), rel=newest["client_id"])
+    stop = next((grants[0] for grants in shared.values() if grants[0]["grant_id"] == fields.get("stop")), None)
+    modal = stop and tag(
+        "section", tag("h2", f"Stop sharing with {app_name(stop['client_id'])}?"),
+        tag("p", f"From now on it can fetch nothing more of this record: {whose(stop['patient_id'])}. What it has "
+            "fetched, it keeps. To share again, start in the app."),
+        tag("form", hidden(session_id), tag("button", "Stop sharing"), method="post",
+            action=f"{base}/revoke/{stop['grant_id']}"),
+        tag("p", tag("a", "Keep sharing", href=f"{base}/apps")), class_="modal in")
     table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "App", "Whose record", "What", "Since and until", "")])), tag("tbody", [line(row) for row in rows]))
-    return page(portal, "Apps you share with", modal, table_ if rows else tag("p", "You share with no app."),
-                tag("form", hidden(session_id), tag("button", "Sign out", class_="btn-default"), method="post",
-                    action=f"{base}/logout"), username=user["name"])
+        "App", "Whose record", "What", "Since and until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
+    return page(portal, "Apps you share with", modal,
+                tag("div", table_ if shared else tag("p", "You share with no app. When an app asks and you approve, it is "
+                                                     "listed here, with a button to stop it."), class_="card"),
+                sign_out(portal, request), username=user["name"])
+
+
+def sign_out(portal: Portal, request: Request) -> Markup:
+    """The button to sign out."""
+    return tag("form", hidden(request.cookie(cookie_name(portal))), tag("button", "Sign out", class_="btn-default"),
+               method="post", action=f"{portal.browser_base(request)}/logout")
 
 
 @route("POST /revoke/{}", "S4S", kind="page")
@@ -3442,15 +4771,128 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
     if not grant:
         raise PageError("not_found", "You gave no such permission.", 404)
     with portal.state.transaction() as database:
-        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id = ?",
+        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id IS ?",
                          (grant["username"], grant["client_id"], grant["patient_id"]))
     return redirect(portal.browser_base(request) + "/apps")
+
+
+# ######################################################################## 13b launch
+
+LAUNCH_SECONDS = 300
+
+
+def check_fhir_context(value: Any) -> None:
+    """The member fhirContext: what else is open in the EHR (SMART, "fhirContext"). PortalError where it can't be."""
+    def need(good: object, expected: str) -> None:
+        if not good:
+            raise PortalError("invalid_request", f"fhir_context: expected {expected}")
+    need(isinstance(value, list), "an array of objects")
+    for item in value:
+        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys(),
+             "objects with a reference, a canonical or an identifier")
+        reference, role = item.get("reference", "Basic/1"), item.get("role", "launch")
+        need(isinstance(reference, str) and re.fullmatch(r"[A-Z][A-Za-z]+/[A-Za-z0-9.-]{1,64}", reference),
+             "a relative reference such as ImagingStudy/1")
+        need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role), "an absolute URI as role")
+        need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
+             "Patient and Encounter only with a role: the launch's own are patient_id and encounter_id")
+
+
+def create_launch(portal: Portal, base: str, *, client_id: str | None = None, launch_uri: str | None = None,
+                  username: str | None = None, patient_id: str | None = None, encounter_id: str | None = None,
+                  intent: str | None = None, need_patient_banner: bool = True,
+                  fhir_context: list[Json] | None = None) -> Json:
+    """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is in it.
+
+    The handle is for one app, once, within five minutes. It carries the choice of patient, not the right to see one:
+    who signs in must be the user named here, if one is, and may open the patient's record. PortalError names what
+    can't be.
+    """
+    def need(good: object, description: str) -> None:
+        if not good:
+            raise PortalError("invalid_request", description)
+    for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username), ("intent", intent),
+                        ("patient_id", patient_id), ("encounter_id", encounter_id)):
+        need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
+    client = portal.client(client_id) if client_id else None
+    need(client or not client_id, f"client_id: {client_id!r} is not registered here")
+    registered = [base + uri if uri.startswith("/") else uri
+                  for uri in (client.metadata.get("launch_uris", []) if client else [])]
+    uri = launch_uri or next(iter(registered), None)
+    need(uri, "launch_uri is missing, and the client registered no launch_uris" if client else
+         "give client_id or launch_uri")
+    need(is_web_url(uri) and uri in (registered or [uri]), f"launch_uri: {uri!r} is not " + (
+        f"one of the client's: {', '.join(registered)}" if registered else "an absolute http or https URL"))
+    need(username is None or portal.user(username), f"username: there is no user {username!r}")
+    need(patient_id is None or portal.patient_name(username or "clinician", patient_id),
+         f"patient_id: {patient_id!r} is not a patient " + (f"of {username!r}" if username else "known here"))
+    need(encounter_id is None or (patient_id and encounter_id in encounters_of(portal, patient_id)),
+         f"encounter_id: {encounter_id!r} is not a visit of the patient")
+    need(isinstance(need_patient_banner, bool), "need_patient_banner: expected true or false")
+    if fhir_context is not None:
+        check_fhir_context(fhir_context)
+    context = {"encounter": encounter_id, "intent": intent, "need_patient_banner": need_patient_banner,
+               "fhirContext": fhir_context}
+    handle, now = secrets.token_urlsafe(24), portal.clock.now()
+    with portal.state.transaction() as database:
+        forget_expired(database, "launches", now - PENDING_SECONDS)  # a user may still be deciding on one
+        database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)", (
+            handle, client_id, username, patient_id,
+            json.dumps({name: value for name, value in context.items() if value is not None}), now + LAUNCH_SECONDS))
+    iss = f"{base}/api/fhir"
+    return {"launch_url": with_query(str(uri), iss=iss, launch=handle), "launch": handle, "iss": iss}
+
+
+@route("GET,POST /launch", "SMART App Launch, EHR launch", kind="page")
+def launch_page(portal: Portal, request: Request) -> Response:
+    """Be the EHR: choose app, user, patient and visit, and launch. A test control, so open to anyone, or not there."""
+    if not portal.settings.serves_debug:
+        raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
+    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
+    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent", "name")
+    chosen: Json = {name: fields.get(name) for name in names}
+    if request.method == "POST":
+        given = {name: value for name, value in chosen.items() if value and name != "name"}
+        return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
+            fields.get("need_patient_banner")))["launch_url"])
+    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+
+    def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
+        return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
+                                                  for value, text in choices], id=name, name=name))
+
+    def text(name: str, label: str) -> Markup:
+        return tag("label", label, tag("input", type="text", id=name, name=name, value=chosen[name]))
+    rows = portal.state.rows("SELECT client_id FROM clients")
+    apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
+    users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
+    patients, one = portal.patients_of("clinician", chosen["name"]), chosen["patient_id"]
+    if one and one not in patients:
+        patients[one] = portal.patient_name("clinician", one) or one
+    visits = encounters_of(portal, one) if one else {}
+    return page(
+        portal, "Launch an app",
+        tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
+            "permission as always. It runs once, within five minutes."),
+        tag("form", hidden(session_id),
+            select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
+            text("launch_uri", "Its launch address (if none is registered, or another one)"),
+            select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
+            text("name", "Find patients by name"),
+            select("patient_id", "Whose record is open", [("", "none yet"), *patients.items()]),
+            tag("button", "Show patients and visits", class_="btn-default", formmethod="get", formnovalidate=True),
+            select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
+            text("intent", "Intent (a word that you and the app agreed on)"),
+            tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
+                tag("span", "The app shows the patient's name itself (need_patient_banner)"), class_="choice"),
+            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch",
+            class_="card"),
+        cookies=[set_cookie(portal, request, session_id)])
 
 
 # ######################################################################## 14 tokens
 
 DEBUG_APPROVAL_SECONDS = 7 * DAY
-LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))
 
 
 def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
@@ -3460,10 +4902,17 @@ def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: floa
     database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
                      (token, grant["grant_id"], scope, now, expires, refresh_token))
     answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
-              "patient": grant["patient_id"]}
+              **launch_context(grant)}
     if refresh_token:
         answer["refresh_token"] = refresh_token
     return answer
+
+
+def launch_context(grant: Row) -> Json:
+    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
+    arrives with your access_token")."""
+    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
+    return {**patient, **json.loads(grant["context"])}
 
 
 def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
@@ -3494,28 +4943,25 @@ def spend(portal: Portal, client: Client, kind: str, value: str,
     RFC 9700 section 4.14.2). Any other failure consumes nothing.
     """
     name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
-    reused = False
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
         if not row or row["kind"] != kind or row["client_id"] != client.client_id:
             raise PortalError("invalid_grant", f"this {name} was not issued to this client")
-        if row["spent"]:
-            end_grant(database, row["grant_id"])
-            reused = True
-        elif row["ended"] or row["expires"] <= now:
-            raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-        else:
+        if not row["spent"]:
+            if row["ended"] or row["expires"] <= now:
+                raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
             check(row)
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
             return issue(database, row, now)
-    assert reused
+        end_grant(database, row["grant_id"])
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
-def exchange_code(portal: Portal, client: Client, form: Fields) -> Json:
+def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
     code, verifier = form.need("code"), form.get("code_verifier")
     uri = form.get("redirect_uri")
+    grants: list[Row] = []
 
     def check(row: Row) -> None:
         if uri != row["redirect_uri"]:
@@ -3530,13 +4976,22 @@ def exchange_code(portal: Portal, client: Client, form: Fields) -> Json:
             raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
 
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
+        grants.append(row)
         offline = "offline_access" in row["scope"].split()
         return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    return spend(portal, client, "code", code, check, issue)
+    answer = spend(portal, client, "code", code, check, issue)
+    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
+                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
+    if "openid" in answer["scope"].split():
+        answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
+    return answer
 
 
-def refresh(portal: Portal, client: Client, form: Fields) -> Json:
-    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one."""
+def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
+    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one.
+
+    A narrower scope is the new access token's alone; the refresh token keeps what was granted.
+    """
     wanted = form.get("scope")
 
     def check(row: Row) -> None:
@@ -3545,18 +5000,44 @@ def refresh(portal: Portal, client: Client, form: Fields) -> Json:
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
 
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        scope = negotiate_scope(wanted, row["scope"]) or row["scope"]
+        scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
         return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    return spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
+    return answer
 
 
-GRANT_TYPES: dict[str, Callable[[Portal, Client, Fields], Json]] = {
-    "authorization_code": exchange_code, "refresh_token": refresh}
+BACKEND_SECONDS = 300
+
+
+def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
+    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one that proves
+    itself by its keys may, and no refresh token comes with it: it just asks again."""
+    if client.auth_method != "private_key_jwt":
+        raise PortalError("unauthorized_client", "client_credentials is for clients that registered for private_key_jwt")
+    if client.registered_itself and not portal.settings.serves_debug:
+        raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
+                          "scopes are for clients of --fixtures only")
+    wanted = form.need("scope")
+    scope = negotiate_scope(wanted, client.scope, ("system",))
+    if not scope:
+        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
+                          f"within {client.scope!r}")
+    now = portal.clock.now()
+    grant = Grant(new_token(), client.client_id, None, None, scope, [], now + BACKEND_SECONDS, portal.base(request))
+    with portal.state.transaction() as database:
+        store_grant(database, grant, now)
+        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        return issue_access(database, row, scope, now, None)
+
+
+GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
+    "authorization_code": exchange_code, "refresh_token": refresh, "client_credentials": backend_token}
 
 
 @route("POST /oauth/token", "RFC 6749 section 3.2", cors=True, fault="token")
 def token(portal: Portal, request: Request) -> Response:
-    """Tokens for a code or for a refresh token (RFC 6749 section 3.2)."""
+    """Tokens for a code, for a refresh token, or for a backend service (RFC 6749 section 3.2)."""
     form = Fields(request.form())
     if form.repeated:
         raise PortalError("invalid_request", f"{form.repeated[0]} is given more than once")
@@ -3564,14 +5045,15 @@ def token(portal: Portal, request: Request) -> Response:
     if grant_type not in GRANT_TYPES:
         raise PortalError("unsupported_grant_type",
                           f"grant_type {grant_type!r}: expected one of {', '.join(GRANT_TYPES)}")
-    if grant_type == "refresh_token" and not form.get("client_id") and "authorization" not in request.headers:
+    if (grant_type == "refresh_token" and "authorization" not in request.headers
+            and not form.get("client_id") and not form.get("client_assertion")):
         # A public client's refresh may leave client_id out: the token names it. A confidential one must prove itself.
         row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
         form.values["client_id"] = row["client_id"] if row else ""
     client = authenticate_client(portal, request, form)
-    if grant_type not in client.metadata.get("grant_types", GRANT_TYPES):
+    if not client.may_use(grant_type):
         raise PortalError("unauthorized_client", f"client {client.client_id!r} did not register for {grant_type}")
-    return json_response(GRANT_TYPES[grant_type](portal, client, form))
+    return json_response(GRANT_TYPES[grant_type](portal, request, client, form))
 
 
 def known_token(portal: Portal, value: str) -> Row | None:
@@ -3585,28 +5067,36 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
+def bearer_token(portal: Portal, request: Request) -> Row | None:
+    """The access token of a request's Authorization header (RFC 6750 section 2.1), if it is good."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
+    return row if row and row["kind"] == "access" and is_active(portal, row) else None
+
+
 @route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
-    """What a token is good for, told to a client that proves who it is, or to the token's own bearer (RFC 7662)."""
+    """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
+    the bearer of a token of the same authorization."""
     form = Fields(request.form())
     row = known_token(portal, form.need("token"))
     if request.headers.get("authorization", "").lower().startswith("bearer "):
-        bearer = known_token(portal, request.headers["authorization"][7:].strip())
-        if not bearer or not is_active(portal, bearer) or (row and row["grant_id"] != bearer["grant_id"]):
-            raise invalid_client("a bearer token may ask only about its own authorization, while it is valid", request)
+        asker = bearer_token(portal, request)
+        if not asker or not (asker["username"] is None or (row and row["grant_id"] == asker["grant_id"])):
+            raise invalid_client("expected a bearer token that is valid, and is for system/ scopes or of the "
+                                 "authorization asked about")
     else:
         client = authenticate_client(portal, request, form)
-        if not client.secret_hash and row and row["client_id"] != client.client_id:
+        if client.auth_method == "none" and row and row["client_id"] != client.client_id:
             row = None  # anybody can say a public client's name; it learns of its own tokens only
     if not row or not is_active(portal, row):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
-    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"],
-              "username": row["username"], "exp": int(row["expires"]), "iat": int(row["issued"]),
-              "patient": row["patient_id"]}
+    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
+              "iat": int(row["issued"]), "iss": row["issuer"], **launch_context(row)}
     if row["kind"] == "access":
         answer["token_type"] = "Bearer"
-    if row["issuer"]:
-        answer["iss"] = row["issuer"]
+    if row["username"]:
+        answer.update(username=row["username"], **claims_of(portal, row))
     return json_response(answer)
 
 
@@ -3626,7 +5116,880 @@ def revoke(portal: Portal, request: Request) -> Response:
     return json_response({})
 
 
-# ######################################################################## 15 the FHIR API
+# ######################################################################## 14b identity
+
+def claims_of(portal: Portal, row: Row) -> Json:
+    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know it,
+    `fhirUser`, the resource that stands for the user, which with another person's record is not the patient (SMART,
+    "Scopes for requesting identity data")."""
+    words = row["token_scope"].split()
+    if "openid" not in words:
+        return {}
+    claims = {"sub": row["username"]}
+    who = portal.fhir_user(row["username"], row["patient_id"])
+    if who and not {"fhirUser", "profile"}.isdisjoint(words):
+        claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
+    return claims
+
+
+def signing_key(portal: Portal) -> RsaKey:
+    """The key that signs id_tokens: made when first needed, then kept with the state."""
+    sql = "SELECT p, q FROM keys"
+    row = portal.state.row(sql)
+    if not row:
+        with portal.key_lock:  # not the database's, since this takes half a second
+            if not portal.state.row(sql):
+                key = new_rsa_key()
+                with portal.state.transaction() as database:  # another process may have been first
+                    database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
+                                     (f"{key.p:x}", f"{key.q:x}"))
+        row = portal.state.row(sql)
+    assert row
+    return RsaKey(int(row["p"], 16), int(row["q"], 16))
+
+
+def id_token(portal: Portal, grant: Row) -> str:
+    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2); of a code's row."""
+    now = int(portal.clock.now())
+    claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
+              **claims_of(portal, grant)}
+    if grant["signed_in"] is not None:
+        claims["auth_time"] = int(grant["signed_in"])
+    if grant["nonce"]:
+        claims["nonce"] = grant["nonce"]
+    return sign_jwt(signing_key(portal), claims)
+
+
+@route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
+def jwks(portal: Portal, request: Request) -> Response:
+    """The public half of the key that signs id_tokens, for apps to verify them with."""
+    return json_response({"keys": [signing_key(portal).public_jwk()]})
+
+
+@route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
+def userinfo(portal: Portal, request: Request) -> Response:
+    """Who the user of an access token is: what the id_token says, and the name."""
+    row, realm = bearer_token(portal, request), 'Bearer realm="s4s"'
+    if not row:
+        given = ', error="invalid_token"' if "authorization" in request.headers else ""  # RFC 6750 section 3.1
+        raise PortalError("invalid_token", "expected Authorization: Bearer and an access token that is valid", 401,
+                          [("WWW-Authenticate", realm + given)])
+    user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
+    if not user or not claims:
+        raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
+                          [("WWW-Authenticate", f'{realm}, error="insufficient_scope", scope="openid"')])
+    return json_response({**claims, "name": user["name"]})
+
+
+# ######################################################################## 15 forwarding
+
+# With --fhir-server the records are another server's. It is not trusted to filter: it may ignore every parameter and
+# answer each search with everybody's records. So each answer is read whole, every resource in it judged by `Access`,
+# and only then sent on: as the text it came in, less what may not be seen, with this portal's addresses in it.
+# It is trusted to label: a resource that says it is Daniel's is taken for Daniel's.
+
+MAX_HEAD = 64 << 10          # bytes of a first line and headers
+MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_LINKS = 1000             # paging links that one authorization may hold
+PAGE_SECONDS = 3600
+DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
+_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
+_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
+
+
+class BadRequest(Exception):
+    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would begin."""
+    def __init__(self, status: int, description: str):
+        super().__init__(description)
+        self.status = status
+
+
+def too_large(most: int) -> BadRequest:
+    """413 that tells the limit."""
+    return BadRequest(413, f"the body is longer than {most} bytes")
+
+
+class SocketReader(io.RawIOBase):
+    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
+    def __init__(self, connection: socket.socket):
+        self.connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
+        try:
+            self.connection.settimeout(max(left, 0.001))
+            return self.connection.recv_into(buffer)
+        except OSError:
+            if time.monotonic() >= self.deadline:
+                raise BadRequest(408, "the request took too long to arrive")
+            raise
+
+
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
+    if not _HEADER_LINES.fullmatch(lines):
+        raise BadRequest(400, "a header line is malformed")
+    headers: dict[str, str] = {}
+    for line in lines.decode("latin-1").split("\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t\r")
+        if name in headers:
+            if name in _ONCE:
+                raise BadRequest(400, f"the header {name} is given twice")
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    return headers
+
+
+def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
+    """The header lines up to the empty one."""
+    lines: list[bytes] = []
+    while True:
+        line = stream.readline(most + 1)
+        most -= len(line)
+        if most < 0:
+            raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
+        if line in (b"\r\n", b"\n"):
+            return parse_headers(b"".join(lines))
+        if not line:
+            raise BadRequest(400, "the message ends within its header")
+        lines.append(line)
+
+
+def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
+    """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
+    body = bytearray()
+    while True:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", stream.readline(1024))
+        if not match:
+            raise BadRequest(400, "a chunk's size is malformed")
+        size = int(match[1], 16)
+        if size == 0:
+            read_headers(stream, MAX_HEAD)
+            return bytes(body)
+        if len(body) + size > most:
+            raise too_large(most)
+        chunk = stream.read(size + 2)
+        if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
+            raise BadRequest(400, "a chunk is not as long as it says")
+        body += chunk[:-2]
+
+
+class Answer(NamedTuple):
+    """What the FHIR server answered."""
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+    url: str                 # asked last, after redirects
+
+
+class StaleConnection(Exception):
+    """A kept-alive connection that the FHIR server closed before it saw the request."""
+
+
+class Connection:
+    """A connection to the FHIR server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
+    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    def __init__(self, https: bool, host: str, port: int, deadline: float):
+        self.socket = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.001))
+        try:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if https:
+                import ssl  # takes long to import, and few need it
+                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.reader = SocketReader(self.socket)
+        self.stream = io.BufferedReader(self.reader, 64 << 10)
+        self.used = self.reusable = False
+
+    def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
+        """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
+        self.reader.deadline, self.reusable = deadline, False
+        try:
+            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self.socket.sendall(message)
+            alive = self.stream.peek(1)
+        except ConnectionError:
+            alive = b""
+        if not alive:
+            raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
+        self.used = True
+        while True:
+            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
+            if not match:
+                raise BadRequest(400, "its first line is not HTTP")
+            status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
+            if status >= 200:  # 1xx: the answer is still to come
+                break
+        keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if status in (204, 304):
+            body = b""
+        elif coding is not None:
+            if coding.lower() != "chunked" or length is not None:
+                raise BadRequest(400, "it is not clear where the body ends")
+            body = read_chunks(self.stream, MAX_ANSWER)
+        elif length is None:  # up to the end of the connection
+            body, keep = self.stream.read(MAX_ANSWER + 1), False
+        elif not length.isdecimal() or len(length) > 18:
+            raise BadRequest(400, "its Content-Length is no number")
+        elif int(length) > MAX_ANSWER:
+            raise too_large(MAX_ANSWER)
+        else:
+            body = self.stream.read(int(length))
+            if len(body) < int(length):
+                raise BadRequest(400, "the connection broke off within the body")
+        if len(body) > MAX_ANSWER:
+            raise too_large(MAX_ANSWER)
+        self.reusable = keep
+        return Answer(status, headers, unpacked(body, headers.get("content-encoding", "identity").lower()), url)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.socket.close()
+
+
+def unpacked(body: bytes, coding: str) -> bytes:
+    """A body without its gzip; never more than MAX_ANSWER bytes of it."""
+    if coding == "identity":
+        return body
+    if coding not in ("gzip", "x-gzip"):
+        raise BadRequest(400, "its Content-Encoding was not asked for")
+    unpack = zlib.decompressobj(31)  # 31: with gzip's header
+    try:
+        body = unpack.decompress(body, MAX_ANSWER + 1)
+    except zlib.error:
+        raise BadRequest(400, "its gzip is broken")
+    if len(body) > MAX_ANSWER:
+        raise too_large(MAX_ANSWER)
+    if not unpack.eof or unpack.unused_data:
+        raise BadRequest(400, "its gzip is broken")
+    return body
+
+
+def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
+    """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
+    code = {400: "invalid", 404: "not-found", 410: "deleted", 429: "throttled", 503: "transient", 504: "timeout"}
+    return FhirError(code.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
+                     headers)
+
+
+_COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
+_ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
+_SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+
+
+def _step(text: str, at: int, expected: str) -> tuple[str, int]:
+    """Past one of JSON's structural characters; ValueError if it isn't one of those expected."""
+    match = _SEPARATOR.match(text, at)
+    if not match or match[1] not in expected:
+        raise ValueError(f"expected {expected}")
+    return match[1], match.end()
+
+
+def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
+    """A Bundle's own members; and its entries, each with the text it came in, to be sent on as it is: nothing is
+    written anew, so that a decimal's trailing zeros survive. ValueError if it is no JSON object."""
+    own: Json = {}
+    entries: list[tuple[Any, str]] = []
+    mark, at = _step(text, 0, "{")
+    while mark != "}":
+        if not text.startswith('"', at):
+            raise ValueError("expected a member's name")
+        name, at = _decode(text, at)
+        at = _step(text, at, ":")[1]
+        if name == "entry":
+            mark, at = _step(text, at, "[")
+            if text.startswith("]", at):
+                mark, at = "]", at + 1
+            while mark != "]":
+                value, end = _decode(text, at)
+                entries.append((value, text[at:end]))
+                mark, at = _step(text, end, ",]")
+        else:
+            own[name], at = _decode(text, at)
+        mark, at = _step(text, at, ",}")
+    if at < len(text):
+        raise ValueError("text after the end")
+    return own, entries
+
+
+class Upstream:
+    """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
+
+    The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's server on
+    loopback would be looked for at a company's proxy.
+    """
+    def __init__(self, settings: Settings):
+        import urllib.request  # takes long to import, and few need it
+        self.base, self.seconds = settings.fhir_server or "", settings.fhir_timeout
+        parts = urlsplit(self.base)
+        self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
+        self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
+        # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
+        self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
+            f"Host: {parts.netloc}",
+            "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+            f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
+        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.forget()
+        self._bases: list[str] = []
+        self._learn(self.base)
+        self._idle: list[Connection] = []
+        send = self._send
+
+        class KeepAlive(urllib.request.BaseHandler):
+            """Opens addresses over connections that are kept."""
+            def http_open(self, request: Any) -> Answer:
+                """What the opener calls."""
+                return send(request)
+            https_open = http_open
+
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(KeepAlive())
+        self._request, self._open = urllib.request.Request, opener.open
+
+    def forget(self) -> None:
+        """Forget what was found out of the records and of the server's version."""
+        self.binaries.clear()
+        self.version = ("", 0.0)                         # see fhir_version; until when it holds
+        self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _send(self, request: Any) -> Answer:
+        """Answer a urllib request over an idle connection, or over a new one.
+
+        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
+        """
+        deadline, body = time.monotonic() + request.timeout, request.data or b""
+        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
+            f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
+        message = head.encode("latin-1", "replace") + body
+        try:
+            return self._exchange(self._idle.pop(), message, request.full_url, deadline)
+        except (IndexError, StaleConnection):
+            return self._exchange(Connection(self.https, self.host, self.port, deadline), message, request.full_url,
+                                  deadline)
+
+    def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
+        """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it out."""
+        try:
+            return connection.exchange(message, url, deadline)
+        finally:
+            if connection.reusable and len(self._idle) < 64:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
+        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        deadline = time.monotonic() + self.seconds
+        try:
+            for _ in range(5):
+                answer: Answer = self._open(self._request(url, form, headers), timeout=deadline - time.monotonic())
+                if answer.status not in (301, 302, 303, 307, 308):
+                    return answer
+                url, form = self.inside(answer.headers.get("location", ""), url) or "", None
+                if not url:
+                    raise refused("redirects to an address that is not its own")
+            raise refused("redirects in circles")
+        except BadRequest as error:
+            if error.status == 408:
+                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            raise refused(f"sent an answer that can't be read: {error}")
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            raise refused(f"can't be reached, or broke off ({type(error).__name__})")
+
+    def inside(self, url: str, seen_at: str) -> str | None:
+        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
+
+        Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
+        is put in its place.
+        """
+        try:
+            url = urljoin(seen_at, url)
+            scheme, _, path, query, _ = urlsplit(url)
+        except ValueError:
+            return None
+        for base in self._bases:
+            if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
+                path = self.path + re.split("[?#]", url[len(base):])[0]
+        if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
+                or re.search(r"/\.|%2e|%2f|%5c|//|\\", path, re.IGNORECASE)):
+            return None
+        safe = "!$%&'()*+,/:;=?@[]~|"
+        return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
+
+    def _learn(self, base: str) -> None:
+        """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
+        self._bases = sorted([*self._bases, base], key=len, reverse=True)
+        addresses, traces, hints = [], [], set()
+        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        for one in self._bases:
+            parts = urlsplit(one)
+            host, port, path = parts.hostname or "", parts.port, "".join(
+                _SLASH if char == "/" else re.escape(char) for char in parts.path)
+            names = {re.escape(f"[{host}]" if ":" in host else host)}
+            if is_loopback(host):
+                names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+            name = "(?i:" + "|".join(sorted(names)) + ")"
+            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+            addresses.append(where + path)
+            if not is_loopback(host):  # the name alone tells too much
+                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
+                hints |= {host}
+            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
+                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
+            else:
+                traces.append(before + where)
+                hints |= {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
+        self._traces, self._hints = re.compile("|".join(traces)), hints
+
+    def rewritten(self, body: bytes, ours: str) -> str:
+        """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
+
+        What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only attachments'
+        base64 is not looked into.
+        """
+        text = body.decode("utf-8")
+        if "\0" in text or "\1" in text:
+            raise ValueError("a control character")
+        if _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
+            text = json.dumps(json.loads(text))
+        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
+        # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
+        for base in self._bases:
+            for end in '/?"':
+                text = text.replace(base + end, "\0" + end)
+        if self._hinted(text):
+            text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
+            if self._hinted(text):
+                text = self._traces.sub("fhir-server.invalid", text)
+        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
+
+    def _hinted(self, text: str) -> bool:
+        """Whether something of the FHIR server's address may be in a text."""
+        lower = text.lower()
+        return any(hint in lower for hint in self._hints)
+
+    def check(self, answer: Answer) -> None:
+        """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients wait)."""
+        status = answer.status
+        if status in (429, 503):
+            wait = answer.headers.get("retry-after")
+            raise refused("is busy", status, [("Retry-After", wait)] if wait else [])
+        if status in (404, 410):
+            raise refused("has no such resource" if status == 404 else "deleted this resource", status)
+        if status in (400, 422):
+            raise refused(f"does not accept this request ({status})", 400)
+        if status in (401, 403):
+            raise refused(f"does not let this portal in ({status}); --fhir-header can give it credentials")
+        if status != 200:
+            raise refused(f"answered with status {status}")
+
+    def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
+        """The resource in an answer, and its text, with our addresses."""
+        self.check(answer)
+        try:
+            text = self.rewritten(answer.body, ours)
+            value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+            if not isinstance(value, dict) or not isinstance(value.get("resourceType"), str) or text[end:].strip():
+                raise ValueError("no resource")
+        except (ValueError, RecursionError):
+            raise refused("answered with what is no FHIR JSON")
+        return value, text
+
+    def bundle(self, answer: Answer, ours: str) -> tuple[Json, list[tuple[Json, str]]]:
+        """The Bundle in an answer: its own members, and its entries with their text; with our addresses."""
+        self.check(answer)
+        try:
+            own, entries = split_bundle(self.rewritten(answer.body, ours))
+            if self._learn_from(entries, ours):
+                own, entries = split_bundle(self.rewritten(answer.body, ours))
+        except (ValueError, RecursionError):
+            raise refused("answered with what is no FHIR JSON")
+        if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
+            raise refused("answered a search with what is no Bundle of results")
+        return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
+
+    def _learn_from(self, entries: list[tuple[Any, str]], ours: str) -> bool:
+        """Whether entries show an address of the FHIR server that was not known: a fullUrl is one, type and id."""
+        before = len(self._bases)
+        for value, _ in entries:
+            url = value.get("fullUrl") if isinstance(value, dict) else None
+            if isinstance(url, str) and url.startswith("http") and not url.startswith(ours + "/"):
+                found = value.get("resource")
+                tail = f"/{found.get('resourceType')}/{found.get('id')}" if isinstance(found, dict) else "?"
+                if url.endswith(tail) and url[:-len(tail)] not in self._bases and len(self._bases) < 20:
+                    self._learn(url[:-len(tail)])
+        return len(self._bases) > before
+
+    def statement(self, now: float) -> Json:
+        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
+        found, until = self._statement
+        if now >= until:
+            found = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
+            if found["resourceType"] not in ("CapabilityStatement", "Conformance"):
+                raise refused("has no CapabilityStatement")
+            self._statement = found, now + 300
+        return found
+
+
+def fhir_version(portal: Portal) -> str:
+    """The version of FHIR that the records are in: r4, stu3 or dstu2.
+
+    The FHIR server's is read from its metadata. A read must not depend on that: where it fails, R4 is assumed.
+    """
+    if not portal.upstream:
+        return portal.settings.fhir_version
+    now, (version, until) = portal.clock.now(), portal.upstream.version
+    if now >= until:
+        try:
+            text = str(portal.upstream.statement(now).get("fhirVersion"))
+            version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
+        except FhirError as error:
+            portal.log(f"warning: the FHIR server's version can't be read, R4 is assumed: {error.description}")
+            version, until = "r4", now + 60
+        portal.upstream.version = version, until
+    return version
+
+
+def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json:
+    """This portal's CapabilityStatement, with those of the FHIR server's types and parameters that it lets through."""
+    assert portal.upstream
+    theirs, ours = portal.upstream.statement(portal.clock.now()), capability_statement(portal, request, secured)
+    resources = []
+    for one in elements(theirs, "rest.resource"):
+        name = str(one.get("type")) if isinstance(one, dict) else ""
+        offered = elements(one, "interaction.code")
+        can = [code for code in ("read", "vread", "search-type")
+               if code in offered and (name, code) != ("Binary", "search-type")]
+        if can and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
+            resources.append({"type": name, "interaction": [{"code": code} for code in can], "searchParam": [
+                {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
+                if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
+    ours["rest"][0]["resource"] = resources
+    ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
+    return ours
+
+
+# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could look
+# into other records and tell by what is found what stands there (_has, _filter, _query, _type, _list, _content ...).
+FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude",
+             "_total")
+# These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
+NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
+EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
+OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
+PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
+
+
+def may_be_forwarded(name: str) -> bool:
+    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient= or
+    SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
+    return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
+
+
+def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]], base: str) -> list[tuple[str, str]]:
+    """The search to send: each parameter checked, and pinned to the patients that may be seen.
+
+    Asking for another patient is refused in words rather than found empty: in a parameter that names the owner, under
+    whatever of its names, and by Patient/... in any other. So is what can't be checked: chains (a.b), and modifiers on
+    what names the owner, but for its type (subject:Patient).
+    """
+    allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
+    pairs = [(name, value) for name, value in pairs
+             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+    if access.scope is None:
+        return pairs
+    sent: list[tuple[str, str]] = []
+    for name, value in pairs:
+        stem, _, modifier = name.partition(":")
+        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+            raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
+        owns = stem in OWNER_PARAMETERS or stem == pin
+        if owns and modifier not in ("", "Patient"):
+            raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
+        named = [one.removeprefix(base + "/") for one in value.split(",")]
+        if owns or modifier == "Patient":
+            ids = [one.removeprefix("Patient/") for one in named]
+            name, value = pin if owns else stem, ",".join(ids if pin == "_id" else [f"Patient/{one}" for one in ids])
+        else:
+            ids = [one for part in named for one in re.findall(r"Patient/([^/|&?]*)", part)]
+        for one in ids:
+            if not FHIR_ID.fullmatch(one) or (allowed is not None and one not in allowed):
+                raise FhirError("forbidden", f"{name}={one}: the token is not for this patient's record", 403)
+        sent.append((name, value))
+    if allowed is not None and type_name not in SHARED_TYPES and pin not in dict(sent):
+        sent.append((pin, ",".join(one if pin == "_id" else f"Patient/{one}" for one in sorted(allowed))))
+    return sent
+
+
+def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]) -> dict[str, str]:
+    """Remember addresses of pages at the FHIR server; gives a handle for each, good for this authorization and path.
+
+    The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for.
+    """
+    if not urls:
+        return {}
+    now = portal.clock.now()
+    handles = {relation: secrets.token_urlsafe(16) for relation in urls}
+    with portal.state.transaction() as database:
+        forget_expired(database, "pages", now)
+        database.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", [
+            (handles[relation], grant_id, path, url, now + PAGE_SECONDS) for relation, url in urls.items()])
+        database.execute("DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages "
+                         "WHERE grant_id = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)", (grant_id, MAX_LINKS))
+    return handles
+
+
+def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
+    """The address behind a paging link; 403 for another authorization's."""
+    row = portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now())
+    if not row:
+        raise FhirError("not-found", "this paging link has expired, or never was one; search again", 404)
+    if row["grant_id"] != grant_id or row["path"] != path:
+        raise FhirError("forbidden", "this paging link belongs to another authorization or search", 403)
+    return str(row["url"])
+
+
+_TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
+
+
+class Forwarding:
+    """One request to the FHIR server behind, and the judgement on its answer.
+
+    `base` is this portal's FHIR base, under which every address in the answer will be; grant_id is '' without a token.
+    """
+    def __init__(self, portal: Portal, request: Request, access: Access, base: str, grant_id: str):
+        assert portal.upstream
+        self.portal, self.upstream, self.request = portal, portal.upstream, request
+        self.access, self.base, self.grant_id = access, base, grant_id
+        self.response = fhir_response(request, {})  # in the media type asked for; or 406, before anybody is asked
+
+    def answer(self) -> Response:
+        """What the path asks for. Only these shapes are forwarded, rebuilt from their parts: what a path hides in
+        dots, slashes or semicolons, encoded once or twice, never reaches the FHIR server."""
+        parts = [unquote(part) for part in self.request.rest.split("/")]
+        type_name, posted = parts[0], self.request.method == "POST"
+        if posted and (len(parts) != 2 or parts[1] != "_search"):
+            raise FhirError("forbidden", "writing and batches are not possible here; only POST [type]/_search", 403)
+        if any("$" in part for part in parts) and (type_name, *parts[2:]) != ("Patient", "$everything"):
+            raise FhirError("forbidden", f"{self.request.path}: of operations only Patient/[id]/$everything", 403)
+        if parts == [""]:
+            raise FhirError("forbidden", "a search over all types is not possible here: name a type", 403)
+        if len(parts) == 3 and type_name == "Patient" and _TYPE_NAME.fullmatch(parts[2]):
+            # Patient/P/Observation is Observation?patient=P, which more servers understand.
+            return self.search(parts[2], [(PINNED_BY.get(parts[2], "patient"), parts[1]), *self.request.pairs()])
+        if _TYPE_NAME.fullmatch(type_name):
+            if len(parts) == 1 or posted:
+                return self.search(type_name, self.request.pairs() + (self.request.form() if posted else []))
+            if all(map(FHIR_ID.fullmatch, parts[1::2])):
+                if len(parts) == 2 or (len(parts) == 4 and parts[2] == "_history"):
+                    return self.read(type_name, *parts[1::2])
+                if len(parts) == 3 and type_name == "Patient" and parts[2] == "$everything":
+                    return self.everything(parts[1])
+        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], "
+                        "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+
+    def check_scope(self, type_name: str, letters: str, resource_id: str = "") -> None:
+        """Refuse what no scope allows, and types of which nobody can tell whose they are."""
+        if self.access.scope is not None and type_name not in OWNER_ELEMENTS and type_name not in SHARED_TYPES:
+            raise FhirError("forbidden", f"{type_name}: not served, since it can't be told whose record it is in", 403)
+        for letter in letters:
+            if not self.access.allows(type_name, letter, resource_id):
+                raise too_little_scope(type_name, letter)
+
+    def headers(self, *names: str) -> dict[str, str]:
+        """Those of the request's headers that travel on. Authorization and cookies never do."""
+        return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
+
+    def respond(self, text: str, answer: Answer, *names: str) -> Response:
+        """A text as response, with those of the FHIR server's headers that come back."""
+        self.response.body = text.encode("utf-8", "replace")
+        told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
+            self.response.headers[0] = ("Content-Type", told)
+        self.response.headers += [(name, answer.headers[name.lower()]) for name in names
+                                  if name.lower() in answer.headers]
+        return self.response
+
+    def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
+        """One resource: fetched, then judged."""
+        self.check_scope(type_name, "r", resource_id)
+        url = f"{self.upstream.base}/{type_name}/{resource_id}" + (f"/_history/{version}" if version else "")
+        answer = self.upstream.ask(url, self.headers("Prefer", "If-None-Match", "If-Modified-Since"))
+        unchanged = answer.status == 304
+        if unchanged:  # which tells that it is there, and in which version, whosever it is: so look
+            answer = self.upstream.ask(url)
+        resource, text = self.upstream.resource(answer, self.base)
+        if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
+            raise refused("answered with another resource than the one asked for")
+        seen = self.may_see(resource, text, "r")
+        self.request.note(f"its owner is {owner(resource, self.base)!r}, it may {'' if seen else 'not '}be seen")
+        if not seen:
+            raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
+                            "a category that was not approved", 403)
+        self.response.status = 304 if unchanged else 200
+        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
+
+    def may_see(self, resource: Any, text: str, letters: str) -> bool:
+        """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
+        a member given twice, none in a place where FHIR has none."""
+        if self.access.scope is None:
+            return True
+        if not isinstance(resource, dict):
+            return False
+        if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+            return False
+        if resource.get("resourceType") == "Binary" and letters == "r":
+            return self.access.may_see_binary(resource, self.is_pointed_to, self.base)
+        return self.access.may_see(resource, letters, self.base)
+
+    def is_pointed_to(self, binary_id: str) -> bool:
+        """Whether a document or report of the record points to a Binary. What was found once is remembered."""
+        if len(self.upstream.binaries) > 1000:
+            self.upstream.binaries.clear()
+        known = self.upstream.binaries.setdefault((self.grant_id, str(self.access.scope)), set())
+        if binary_id not in known:
+            known |= self.access.binaries_in(self.documents(), self.base)
+        return binary_id in known
+
+    def documents(self) -> Iterator[Json]:
+        """The record's documents and reports, as far as DOCUMENT_PAGES pages go."""
+        left = DOCUMENT_PAGES
+        for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
+            for type_name in ("DocumentReference", "DiagnosticReport"):
+                url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
+                while url and left:
+                    left -= 1
+                    answer = self.upstream.ask(url)
+                    if answer.status in (400, 404):  # it has no such type
+                        break
+                    own, entries = self.upstream.bundle(answer, self.base)
+                    yield from (one["resource"] for one, _ in entries if isinstance(one.get("resource"), dict))
+                    url = self.links(own, answer).get("next", "")
+
+    def search(self, type_name: str, pairs: list[tuple[str, str]]) -> Response:
+        """A page of a search, from its beginning or by a paging link."""
+        if type_name == "Binary":
+            raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
+        self.check_scope(type_name, "s")
+        url = self.page_url()
+        if url:
+            return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
+        query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
+        url = f"{self.upstream.base}/{type_name}"
+        if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
+            form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
+            return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
+        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
+
+    def everything(self, patient_id: str) -> Response:
+        """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
+        self.check_scope("Patient", "rs")
+        for allowed in (self.access.patients("Patient", letter) for letter in "rs"):
+            if allowed is not None and patient_id not in allowed:
+                raise FhirError("forbidden", f"Patient/{patient_id}: the token is not for this patient's record", 403)
+        pairs = self.request.pairs()
+        for name, _ in pairs:
+            if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
+                raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
+        query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
+        return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
+
+    def page_url(self) -> str:
+        """The FHIR server's address behind a paging link; '' if the request is none."""
+        pairs = [pair for pair in self.request.pairs() if pair[0] not in NOT_FORWARDED]
+        if "_page" not in dict(pairs):
+            return ""
+        if len(pairs) > 1:
+            raise FhirError("invalid", "_page: a paging link takes no other parameters")
+        return kept_page(self.portal, self.grant_id, self.request.rest, pairs[0][1])
+
+    def links(self, own: Json, answer: Answer) -> dict[str, str]:
+        """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that leads
+        elsewhere is an error: without it, the app would take the page for the last."""
+        found: dict[str, str] = {}
+        for link in elements(own, "link"):
+            relation, url = (link.get("relation"), link.get("url")) if isinstance(link, dict) else (None, None)
+            if relation in ("first", "previous", "prev", "next", "last") and isinstance(url, str):
+                for ours, theirs in ((self.base, self.upstream.base),
+                                     (quote(self.base, safe=""), quote(self.upstream.base, safe=""))):
+                    url = url.replace(ours, theirs)  # it was rewritten with all the rest
+                inside = self.upstream.inside(url, answer.url)
+                if inside:
+                    found[relation] = inside
+                elif relation == "next":
+                    raise refused("gave a link to the next page that does not lead to itself")
+        return found
+
+    def page(self, answer: Answer, pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle, less the entries that may not be seen, with this portal's own links.
+
+        What may not be seen is dropped without a word: other patients' records, included ones too; OperationOutcomes,
+        which may quote anything; Bundles within the Bundle. Of the Bundle's own members only those known to be harmless
+        are passed on: total, if nothing was dropped and no category hidden.
+        """
+        own, entries = self.upstream.bundle(answer, self.base)
+        seen = []
+        for entry, text in entries:
+            if self.may_see(entry.get("resource"), text, letters):
+                known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
+                seen.append(text if len(known) == len(entry) else json.dumps(known))
+        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
+        path, query = self.request.rest, self.request.query
+        if self.request.method == "POST":
+            path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
+        pages = keep_pages(self.portal, self.grant_id, path, self.links(own, answer))
+        bundle: Json = {"resourceType": "Bundle", **{
+            name: own[name] for name in ("id", "meta", "type", "timestamp", "total") if name in own}}
+        if len(seen) < len(entries) or self.access.narrowed:
+            bundle.pop("total", None)
+        here = f"{self.base}/{path}"
+        bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
+            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in pages.items())]
+        text = json.dumps(bundle)
+        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(seen)}]}}" if seen else text, answer)
+
+
+# The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
+
+def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
+    """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
+    assert portal.upstream
+    query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
+    entries = portal.upstream.bundle(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")[1]
+    found = [entry.get("resource") for entry, _ in entries]
+    return [(one["id"], display_name(one)) for one in found if isinstance(one, dict)
+            and one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
+
+
+def upstream_patient(portal: Portal, patient_id: str) -> str | None:
+    """The name of a patient of the FHIR server, None where there is none of that id."""
+    assert portal.upstream
+    answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
+    return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
+
+
+# ######################################################################## 16 the FHIR API
 
 REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
 FHIR_TYPE = "application/fhir+json"
@@ -3650,11 +6013,14 @@ def bearer(portal: Portal, request: Request) -> Row:
 
 def access_of(portal: Portal, row: Row) -> Access:
     """What an access token lets its bearer see."""
-    user = portal.user(row["username"])
-    everybody = bool(user and user["any_patient"])
-    return Access(row["token_scope"], row["patient_id"],
-                  None if everybody else frozenset(portal.patients_of(row["username"])),
-                  frozenset(json.loads(row["security_labels"])))
+    scope = row["token_scope"]
+    user = portal.user(row["username"]) if "user/" in scope else None
+    return Access(
+        scope, row["patient_id"],
+        None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
+        frozenset(json.loads(row["security_labels"])),
+        "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
+        fhir_version(portal) if "?" in scope else "r4")
 
 
 def too_little_scope(type_name: str, letter: str) -> FhirError:
@@ -3681,7 +6047,8 @@ def fhir_response(request: Request, body: Json | str, status: int = 200, headers
     if ("_pretty", "true") in request.pairs():
         body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
     text = body if isinstance(body, str) else json.dumps(body)
-    return Response(status, text.encode("utf-8"), media_type, headers)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 def outcome(error: PortalError) -> Json:
@@ -3758,9 +6125,11 @@ def visible(portal: Portal, access: Access, type_name: str, resource_id: str) ->
     found = portal.records.find(type_name, resource_id)
     if not found:
         raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-    if not access.may_see(found.resource, "r") and not (
-            type_name == "Binary" and owner(found.resource) is None
-            and any(access.may_see(one, "r") for one in portal.records.pointing_to(resource_id))):
+    if type_name == "Binary":
+        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
+    else:
+        seen = access.may_see(found.resource, "r")
+    if not seen:
         raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
                         "category that was not approved", 403)
     return found
@@ -3806,7 +6175,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
     if request.method == "POST" and (rest != ["_search"] or not searching):
         raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    if not access.allows(type_name, "s" if searching else "r"):
+    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
         raise too_little_scope(type_name, "s" if searching else "r")
     if searching:
         return search(portal, request, access, type_name, base)
@@ -3827,7 +6196,8 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
 @route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
-    return fhir_response(request, capability_statement(portal, request, True), version=portal.settings.fhir_version)
+    statement = forwarded_statement if portal.upstream else capability_statement
+    return fhir_response(request, statement(portal, request, True), version=fhir_version(portal))
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
@@ -3836,7 +6206,10 @@ def fhir(portal: Portal, request: Request) -> Response:
     row = bearer(portal, request)
     if request.method not in ("GET", "HEAD", "POST"):
         raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
-    return serve_records(portal, request, access_of(portal, row), portal.base(request) + "/api/fhir")
+    access, base = access_of(portal, row), portal.base(request) + "/api/fhir"
+    if portal.upstream:
+        return Forwarding(portal, request, access, base, row["grant_id"]).answer()
+    return serve_records(portal, request, access, base)
 
 
 @route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
@@ -3845,10 +6218,14 @@ def open_fhir(portal: Portal, request: Request) -> Response:
     if not portal.settings.serves_open_fhir:
         raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
     if request.rest == "metadata":
-        return fhir_response(request, capability_statement(portal, request, False), version=portal.settings.fhir_version)
+        statement = forwarded_statement if portal.upstream else capability_statement
+        return fhir_response(request, statement(portal, request, False), version=fhir_version(portal))
     if request.method == "POST" and not request.rest.endswith("/_search"):
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
-    return serve_records(portal, request, Access(None), portal.base(request) + "/api/open-fhir")
+    base = portal.base(request) + "/api/open-fhir"
+    if portal.upstream:
+        return Forwarding(portal, request, Access(None), base, "").answer()
+    return serve_records(portal, request, Access(None), base)
 
 
 @route("GET /api/me", "S4S", cors=True, kind="fhir")
@@ -3867,7 +6244,7 @@ def me(portal: Portal, request: Request) -> Response:
              "approval_expires": http_date(one["approval_expires"])} for one in rows]})
 
 
-# ######################################################################## 16 start page
+# ######################################################################## 17 start page
 
 @route("GET /health", "for monitors", cors=True)
 def health(portal: Portal, request: Request) -> Response:
@@ -3875,45 +6252,444 @@ def health(portal: Portal, request: Request) -> Response:
     return json_response({"status": "ok", "version": __version__})
 
 
-def endpoint_table(portal: Portal) -> Markup:
-    """Every endpoint with the text it implements, from the routes themselves; a link where GET shows something."""
+KINDS = {  # of routes, in the start page's order
+    "page": "Pages, for people", "oauth": "OAuth 2.0 and OpenID Connect, for apps",
+    "fhir": "FHIR, for apps", "debug": "Test controls, open to anyone"}
+TRY = {  # where to try what a plain link can't show
+    "/oauth/authorize": "/demo", "/oauth/consent": "/demo", "/oauth/token": "/demo", "/oauth/revoke": "/demo",
+    "/api/fhir/{}": "/api/fhir/Patient/smart-1288992", "/api/open-fhir/{}": "/api/open-fhir/Patient?_pretty=true"}
+
+
+def is_served(portal: Portal, one: Route) -> bool:
+    """Whether a route is more than a 404 here: test controls and the open FHIR API may be off."""
+    if one.path.startswith("/api/open-fhir"):
+        return portal.settings.serves_open_fhir
+    return portal.settings.serves_debug or (one.kind != "debug" and one.path != "/launch")
+
+
+def endpoint_table(portal: Portal, kind: str) -> Markup | None:
+    """Every endpoint of a kind with the text it implements, from the routes themselves; a link where one can try it."""
     def line(one: Route) -> Markup:
-        bare = "{" not in one.path and "GET" in one.methods
-        return tag("tr", tag("td", tag("code", " ".join(one.methods))),
-                   tag("td", tag("a", one.path, href=one.path) if bare else tag("code", one.path.replace("{}", "..."))),
-                   tag("td", one.spec), tag("td", (one.endpoint.__doc__ or "").partition("\n")[0]))
-    shown = [one for one in ROUTES if portal.settings.serves_debug or one.kind != "debug"]
-    return tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "Method", "Path", "Text", "What it does")])), tag("tbody", [line(one) for one in shown]))
+        target = TRY.get(one.path) or (one.path if "GET" in one.methods and "{" not in one.path else "")
+        path = tag("code", one.path.replace("{}", "..."))
+        return tag("tr", tag("td", tag("a", path, href=link_root(portal) + target) if target else path,
+                             tag("br"), tag("small", ", ".join(one.methods))),
+                   tag("td", what_it_does(one)), tag("td", cited(one.spec)))
+    rows = [line(one) for one in ROUTES if one.kind == kind and is_served(portal, one)]
+    return tag("section", tag("h2", KINDS[kind]), tag("table", tag("thead", tag("tr", [
+        tag("th", text, scope="col") for text in ("Path and methods", "What it does", "Text")])), tag("tbody", rows)),
+        class_="card") if rows else None
+
+
+def first_steps(portal: Portal, base: str) -> str:
+    """Commands for a shell: a token, and a record read with it; discovery where nobody may ask for tokens."""
+    if not portal.settings.serves_debug:
+        return f"curl -s {base}/api/fhir/.well-known/smart-configuration"
+    return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
+            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}' |\n"
+            "  sed 's/.*\"access_token\": *\"\\([^\"]*\\)\".*/\\1/')\n"
+            f'curl -s "{base}/api/fhir/Patient/smart-1288992?_pretty=true" -H "Authorization: Bearer $token"')
+
+
+def home(portal: Portal, request: Request, user: Row) -> Markup:
+    """What a signed-in user can do here."""
+    names = list(portal.patients_of(user["username"]).values())
+    more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
+    return tag("section", tag("h2", f"Welcome, {user['name']}"),
+               facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
+               tag("p", tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
+                   ": what they see, until when, and a button to stop them."), sign_out(portal, request), class_="card")
 
 
 @route("GET /", "S4S", kind="page")
 def start_page(portal: Portal, request: Request) -> Response:
     """What this is, who can sign in, what can be tried."""
-    base, user = portal.base(request), session_user(portal, request)
+    base, root, user = portal.base(request), link_root(portal), session_user(portal, request)
     open_to_all = [text for text, serves in (
         ("every record, at /api/open-fhir/", portal.settings.serves_open_fhir),
         ("tokens for any account, at /oauth/debug/", portal.settings.serves_debug)) if serves]
-    accounts = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    go_on = [("Demo app", "/demo", "A whole SMART app in one page: watch every request and answer, then the record."),
+             ("Launch an app", "/launch", "Play the electronic health record: choose patient and app, and launch it."),
+             ("Sign in", "/login", "As one of the accounts above, to see which apps you share with.")]
     return page(
-        portal, portal.settings.name,
-        tag("p", "An OAuth 2.0 authorization server in front of a FHIR API: an app sees one patient's record, if the "
-            "patient approves, and nothing else. It is for testing SMART on FHIR apps; all patients are made up."),
-        tag("p", "Open to anyone who can reach this server: " + ("; ".join(open_to_all) or "nothing") + ".",
-            class_="error"),
-        tag("p", tag("a", "Apps you share with", href="/apps")) if user else None,
-        tag("h2", "Accounts"),
-        tag("ul", [tag("li", tag("code", row["username"]), f" {row['name']}") for row in accounts]),
-        tag("p", "Password: ", tag("code", DEMO_PASSWORD), " ", tag("a", "Sign in", href="/login")),
-        tag("h2", "Try it"), tag("p", "A token, and a record read with it:"),
-        tag("pre", f"curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
-            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}'\n"
-            f"curl -s {base}/api/fhir/Patient/smart-1288992 -H 'Authorization: Bearer ACCESS_TOKEN'", tabindex=0),
-        tag("p", "The FHIR base that apps are given: ", tag("code", f"{base}/api/fhir")),
-        tag("h2", "Endpoints"), endpoint_table(portal), username=user["name"] if user else "")
+        portal, "A patient portal to test apps with",
+        tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient approves, it sees "
+            "that record and nothing else. This is the OAuth 2.0 server and the FHIR API behind it, in one file of Python "
+            "that is meant to be read."),
+        tag("p", tag("strong", "For testing only. "), "All patients are made up. Open to anyone who can reach this "
+            "server: ", "; ".join([*open_to_all, "the password below"]), ".", class_="error"),
+        home(portal, request, user) if user else None,
+        accounts(portal),
+        tag("section", tag("h2", "Where to go"),
+            facts(*((tag("a", name, href=root + path), what) for name, path, what in go_on
+                    if path != "/launch" or portal.settings.serves_debug),
+                  ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
+                  ("S4S", "Sync for Science: what its apps and its scripts rely on here."),
+                  ("More", "README.md beside the program; then the program itself, from its first line.")), class_="card"),
+        tag("section", tag("h2", "Try it in a shell"), tag("pre", first_steps(portal, base), tabindex=0), class_="card"),
+        [endpoint_table(portal, kind) for kind in KINDS],
+        username=user["name"] if user else "")
 
 
-# ######################################################################## 17 test controls
+# ######################################################################## 17b demo app
+
+# A SMART app such as others write: a public client, which this server treats like any other. Its script is the example
+# to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in the order in which they happen.
+
+DEMO_STYLE = STYLE + """
+.story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
+summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-size:.95rem}
+.story pre{max-height:18rem}figure :is(th,td){min-width:0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}
+figure{margin:0}svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
+.range{fill:var(--edge);opacity:.35}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
+circle{fill:var(--accent)}.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}
+#actions{margin:0 0 1.25rem}
+@media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
+#patient td:first-child{display:block}#patient td::before{display:none}}
+.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
+@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}
+main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
+#told{grid-column:2;grid-row:2}}
+"""
+DEMO_SCRIPT = r"""
+'use strict';
+
+// ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run what it holds.
+
+const $ = id => document.getElementById(id);
+const SVG = ['svg', 'g', 'rect', 'line', 'polyline', 'circle', 'text', 'title'];
+
+function make(name, attributes, ...children) {
+  const made = SVG.includes(name) ? document.createElementNS('http://www.w3.org/2000/svg', name)
+                                  : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) made.setAttribute(key, value);
+  made.append(...children.flat(3).filter(child => child !== ''));
+  return made;
+}
+
+const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
+const definitions = pairs => make('dl', {},
+  pairs.map(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
+let story = [];  // what happened so far: title, the section of the text, parts to look at, shown open or closed
+
+function tell(title, section, parts, open = true) {
+  story.push([title, section, parts, open]);
+  const item = make('details', open ? {open: ''} : {}, make('summary', {}, title + ' ', make('small', {}, section)));
+  for (const [heading, value] of parts) {
+    const text = pretty(value), more = text.length - 6000;
+    item.append(make('h3', {}, heading), make('pre', {tabindex: 0, 'aria-label': heading},
+      more > 0 ? text.slice(0, 6000) + `\n... and ${more} characters more` : text));
+  }
+  $('story').append(make('li', {}, item));
+  $('told').hidden = false;
+}
+
+const fail = message => { throw new Error(message); };
+const run = work => work.catch(error => $('status').replaceChildren(
+  make('p', {class: 'error', role: 'alert'}, error.message, ' ', make('a', {href: home}, 'Start again'))));
+
+// One request, shown with its answer.
+async function call(title, section, url, {method = 'GET', headers = {}, form} = {}, open = true) {
+  const answer = await fetch(url, {method, headers, body: form && new URLSearchParams(form), cache: 'no-store'});
+  let body = await answer.text();
+  try { body = JSON.parse(body); } catch { /* not JSON: shown as it is */ }
+  const sent = Object.entries(headers).map(([name, value]) => `${name}: ${value}`).join('\n');
+  tell(title, section, [[`${method} ${url}`, sent || 'no headers of our own'], ...(form ? [['Form sent', form]] : []),
+    [`Answer: ${answer.status} ${answer.statusText}`, body]], open);
+  return {ok: answer.ok, status: answer.status, body};
+}
+
+// ---- 1 to 3: find the server, make a secret, ask.
+
+const base = $('app').dataset.base;         // the server's name for itself
+const home = base + '/demo';                // this page is where the browser comes back to, too
+const query = new URLSearchParams(location.search);
+
+const base64url = bytes => btoa(String.fromCharCode(...new Uint8Array(bytes)))
+  .replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+const random = () => base64url(crypto.getRandomValues(new Uint8Array(32)));
+
+async function prepare() {
+  // An EHR's launch says which server to ask. An app asks only servers it trusts, or a stranger's could read along.
+  const iss = query.get('iss') || base + '/api/fhir', launch = query.get('launch');
+  if (iss !== base + '/api/fhir') fail(`iss is ${iss}: this app trusts ${base}/api/fhir alone.`);
+  if (launch) tell('The EHR launched this app', 'SMART App Launch, EHR launch', [['In the address', {iss, launch}]]);
+  const found = await call('1. Discover the endpoints', 'SMART App Launch, Conformance; RFC 8414',
+                           iss + '/.well-known/smart-configuration');
+  if (!found.ok) fail('There is no discovery document.');
+  // Browsers hash only on https and on localhost.
+  if (!crypto.subtle) fail('This browser gives SHA-256 to pages from https or localhost alone; PKCE needs it.');
+  const verifier = random(), state = random(), nonce = random();
+  const challenge = base64url(await crypto.subtle.digest('SHA-256', new TextEncoder().encode(verifier)));
+  tell('2. Make secrets', 'RFC 7636 sections 4.1 and 4.2; RFC 6749 section 10.12', [
+    ['code_verifier: random, stays here', verifier], ['code_challenge: its SHA-256, goes along', challenge],
+    ['state: comes back, so that we know we asked', state], ['nonce: comes back in the id_token', nonce]]);
+  $('scope').value = `openid fhirUser ${launch ? 'launch' : 'launch/patient'} patient/*.rs offline_access`;
+  $('ask').hidden = false;
+  $('ask').onsubmit = event => {
+    event.preventDefault();
+    const asked = {response_type: 'code', client_id: 'demo-app', redirect_uri: home, scope: $('scope').value, state,
+                   aud: iss, nonce, code_challenge: challenge, code_challenge_method: 'S256', ...(launch && {launch})};
+    tell('3. Send the browser to ask for permission', 'RFC 6749 section 4.1.1; SMART App Launch',
+         [[found.body.authorization_endpoint, asked]]);
+    // This page goes away now. What it must know afterwards waits in this tab's storage, where no other site looks.
+    sessionStorage.setItem('demo', JSON.stringify({config: found.body, iss, verifier, state, nonce, asked, story}));
+    location.assign(found.body.authorization_endpoint + '?' + new URLSearchParams(asked));
+  };
+}
+
+// ---- 4 and 5: the browser comes back with a code; trade it for tokens.
+
+let kept, token, expires;  // what we kept before leaving; the token response; when the access token ends
+const claims = jwt => JSON.parse(new TextDecoder().decode(
+  Uint8Array.from(atob(jwt.split('.')[1].replaceAll('-', '+').replaceAll('_', '/')), letter => letter.charCodeAt(0))));
+
+async function comeBack() {
+  kept = JSON.parse(sessionStorage.getItem('demo'));
+  sessionStorage.removeItem('demo');                 // once: a reload must not use the code again
+  history.replaceState(null, '', home);              // and nobody shall find it in the address
+  if (!kept) fail('An answer came, but this tab asked nothing.');
+  for (const told of kept.story) tell(...told);
+  tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207',
+       [['In the address', Object.fromEntries(query)]]);
+  if (query.get('state') !== kept.state) fail('state is not the one we sent: somebody else made this answer.');
+  if (query.get('iss') !== kept.config.issuer) fail('iss is not the server we asked (RFC 9207).');
+  if (query.has('error')) fail(`No permission: ${query.get('error')}, ${query.get('error_description')}.`);
+  await obtain('5. Trade the code for tokens', 'RFC 6749 section 4.1.3; RFC 7636 section 4.5', {
+    grant_type: 'authorization_code', code: query.get('code'), redirect_uri: home, client_id: 'demo-app',
+    code_verifier: kept.verifier});
+  if (token.id_token) {
+    const told = claims(token.id_token), now = Date.now() / 1000;
+    tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7', [['The claims in the id_token', told]]);
+    // Straight from the token endpoint, TLS vouches for it; one from elsewhere needs its signature checked.
+    if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' || told.exp < now - 60)
+      fail('The id_token is not for this sign-in.');
+  }
+  await readRecord();
+}
+
+async function obtain(title, section, form) {
+  const answer = await call(title, section, kept.config.token_endpoint, {
+    method: 'POST', form, headers: {'Content-Type': 'application/x-www-form-urlencoded', Accept: 'application/json'}});
+  if (!answer.ok) fail(`The token endpoint refused: ${answer.body.error}, ${answer.body.error_description}.`);
+  token = {...token, ...answer.body};                // a refresh may leave out what stays as it is
+  expires = Date.now() + token.expires_in * 1000;
+  const id = token.id_token && claims(token.id_token);
+  $('granted').replaceChildren(make('h2', {}, 'What we were granted'), definitions([
+    ['Scope asked', kept.asked.scope], ['Scope granted', token.scope], ['Patient (context)', token.patient || 'none'],
+    ...['encounter', 'intent', 'need_patient_banner', 'fhirContext'].filter(name => name in token)
+      .map(name => [name, pretty(token[name])]),
+    ...(id ? [['User (id_token)', `${id.sub}, ${id.fhirUser || 'no fhirUser'}`]] : []),
+    ['Access token', make('span', {id: 'countdown', role: 'timer'}, '')],
+    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again then']]));
+  $('refresh').hidden = $('revoke').hidden = !token.refresh_token;
+  $('granted').hidden = $('actions').hidden = false;
+  countDown();
+}
+
+function countDown() {
+  const left = Math.max(0, Math.round((expires - Date.now()) / 1000));
+  if ($('countdown')) $('countdown').textContent = !token.access_token ? 'revoked' : !left ? 'has expired: refresh it' :
+    `ends in ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
+}
+
+// ---- 6: read. Every request carries the access token in a header, never in an address.
+
+const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {headers: {
+  Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json, application/json+fhir'}}, open);
+
+async function search(type, parameter) {
+  let url = `${kept.iss}/${type}?${parameter}=${token.patient}&_count=200`;
+  const resources = [];
+  for (let page = 1; url && page <= 20; page++) {    // a search comes in pages; the link "next" leads on
+    const answer = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
+    if (!answer.ok) return {refused: answer.status, resources};
+    resources.push(...(answer.body.entry || []).map(entry => entry.resource).filter(one => one.resourceType === type));
+    url = ((answer.body.link || []).find(link => link.relation === 'next') || {}).url;
+  }
+  return {resources};
+}
+
+async function readRecord() {
+  if (!token.patient) fail('No patient in context, so there is no record to read.');
+  const metadata = await get('6. What the FHIR server can do', kept.iss + '/metadata');
+  const record = {}, patient = await get('Read the patient', `${kept.iss}/Patient/${token.patient}`);
+  for (const {type, searchParam = []} of metadata.body.rest[0].resource) {
+    const parameter = ['patient', 'subject', 'beneficiary'].find(name => searchParam.some(one => one.name === name));
+    if (!parameter || type === 'Patient') continue;
+    $('status').textContent = `Reading ${type} ...`;
+    record[type] = await search(type, parameter);
+  }
+  $('status').textContent = `Done: ${story.length} steps, each with its request and answer, are under What was said.`;
+  show(patient.ok ? patient.body : null, record);
+}
+
+// ---- 7 and 8: come back with the refresh token; end it all.
+
+$('refresh').onclick = () => run(obtain('7. Refresh: the refresh token buys new ones, once', 'RFC 6749 section 6',
+  {grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'}));
+$('reread').onclick = () => run(get('Read the patient again', `${kept.iss}/Patient/${token.patient}`, true));
+$('revoke').onclick = () => run(revoke());
+
+async function revoke() {
+  await call('8. Revoke: ending the refresh token ends the authorization', 'RFC 7009 section 2.1',
+    kept.config.revocation_endpoint, {method: 'POST', form: {token: token.refresh_token, client_id: 'demo-app'},
+    headers: {'Content-Type': 'application/x-www-form-urlencoded'}});
+  await get('What the old access token is worth now', `${kept.iss}/Patient/${token.patient}`, true);
+  token.access_token = '';
+  countDown();
+  $('actions').hidden = true;
+}
+
+// ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
+
+const words = concept => !concept ? '' : concept.text || [].concat(concept.coding || [])
+  .map(coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference || '';
+const all = (record, ...types) => types.flatMap(type => record[type] ? record[type].resources : []);
+const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), ...content);
+const nothing = () => make('p', {class: 'quiet'}, 'Nothing came.');
+const list = (title, found, line) => card(title, found.length
+  ? make('ul', {}, found.map(one => make('li', {}, line(one)))) : nothing());
+const day = text => (text || '').slice(0, 10);
+
+function show(patient, record) {
+  const seen = all(record, 'Observation'), orders = all(record, 'MedicationRequest', 'MedicationOrder');
+  const given = token.scope.split(' ');
+  const name = patient && [].concat(patient.name || [])[0] || {};
+  const called = name.text || [].concat(name.given || [], name.family || []).join(' ');
+  const absent = Object.keys(record).filter(type => !record[type].resources.length);
+  const refused = absent.filter(type => record[type].refused);
+  $('patient').replaceChildren(
+    // need_patient_banner is false where the EHR shows already whose record it is.
+    token.need_patient_banner === false ? '' : card(called || 'A patient, unnamed', definitions(patient ? [
+      ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]]
+      : [['Id', token.patient]])),
+    card('Vital signs', charts(seen, 'vital-signs')), card('Laboratory', charts(seen, 'laboratory')),
+    list('Problems', all(record, 'Condition'), one =>
+      `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate || one.assertedDate || one.dateRecorded)}`),
+    list('Medicines', orders.length ? orders : all(record, 'MedicationStatement'), one => [
+      words(one.medicationCodeableConcept || one.medicationReference),
+      ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
+    list('Allergies', all(record, 'AllergyIntolerance'), one => [words(one.code || one.substance),
+      ...(one.reaction || []).flatMap(each => (each.manifestation || []).map(words))].filter(Boolean).join(': ')),
+    card('What the consent left out', make('ul', {},
+      make('li', {}, 'Scopes asked for but not granted: ' + (kept.asked.scope.split(' ')
+        .filter(word => !given.includes(word)).join(', ') || 'none')),
+      make('li', {}, 'Refused: ' + ((patient ? [] : ['Patient']).concat(refused).join(', ') || 'nothing')),
+      make('li', {}, 'Nothing came of: ' + (absent.filter(type => !refused.includes(type)).join(', ') || 'no kind')),
+      make('li', {}, 'Nor of Observation: ' + (['vital-signs', 'laboratory', 'social-history'].filter(
+        kind => !seen.some(one => isKind(one, kind))).join(', ') || 'no category'))),
+      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share it. ' +
+        'An app can not tell which, and must not guess.')));
+  $('patient').hidden = false;
+}
+
+// ---- Numbers over time.
+
+const isKind = (one, kind) => [].concat(one.category || []).some(concept => (concept.coding || []).some(
+  coding => coding.code === kind));
+
+function charts(observations, kind) {
+  const groups = {}, rows = [];                      // what was measured, in which unit -> its series of points
+  for (const one of observations.filter(one => isKind(one, kind))) {
+    const when = one.effectiveDateTime || (one.effectivePeriod || {}).start || one.issued || '';
+    for (const part of one.component || [one]) {     // blood pressure comes in two components, without a band
+      const {value, unit = ''} = part.valueQuantity || {}, range = part === one && (one.referenceRange || [])[0] || {};
+      const text = words(part.valueCodeableConcept) || part.valueString || '';
+      if (value === undefined && text) rows.push({name: words(one.code), when, text});
+      if (value === undefined || !Date.parse(when)) continue;
+      const group = groups[words(one.code) + unit] = groups[words(one.code) + unit] || {
+        name: words(one.code), unit, low: (range.low || {}).value, high: (range.high || {}).value, series: {}};
+      const label = part === one ? '' : words(part.code);
+      (group.series[label] = group.series[label] || []).push({when, time: Date.parse(when), value});
+    }
+  }
+  const drawn = [];
+  for (const group of Object.values(groups)) {
+    const series = Object.entries(group.series);
+    for (const [, points] of series) points.sort((one, other) => one.time - other.time);
+    if (series[0][1].length > 1) drawn.push(chart(group, series));
+    else for (const [label, [point]] of series) rows.push({...group, ...point, name: label || group.name});
+  }
+  rows.sort((one, other) => one.name.localeCompare(other.name));
+  return !drawn.length && !rows.length ? [nothing()] : [
+    make('div', {class: 'charts'}, drawn), rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(row => [
+      row.name, row.text || make('span', outside(row) ? {class: 'off'} : {}, `${row.value} ${row.unit}${outside(row)}`),
+      row.text ? '' : reference(row), day(row.when)])) : ''];
+}
+
+const table = (heads, rows) => make('table', {},
+  make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
+  make('tbody', {}, rows.map(row => make('tr', {},
+    row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
+const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
+const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
+  : 'reference ' + (low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`);
+
+// A line for each series over time; the band behind it is the reference range.
+function chart({name, unit, low, high}, series) {
+  const points = series.flatMap(([, some]) => some), times = points.map(point => point.time);
+  const values = points.map(point => point.value).concat([low, high].filter(value => value !== undefined));
+  const [first, last, least, most] = [Math.min(...times), Math.max(...times), Math.min(...values), Math.max(...values)];
+  const x = time => 40 + (time - first) / (last - first || 1) * 270;
+  const y = value => 10 + (most - value) / (most - least || 1) * 90;
+  const ends = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
+  const [top, foot] = [y(high === undefined ? most : high), y(low === undefined ? least : low)];
+  const band = low === undefined && high === undefined ? ''
+    : make('rect', {class: 'range', x: 40, width: 270, y: top, height: foot - top});
+  const latest = series.map(([label, some]) => `${label} ${some[some.length - 1].value}`.trim()).join(', ');
+  const range = series.length > 1 ? '' : ', ' + reference({low, high});
+  return make('figure', {}, make('figcaption', {}, make('strong', {}, name), make('br'),
+      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}${range}`)),
+    make('svg', {viewBox: '0 0 320 120', role: 'img', 'aria-label':
+                 `${name}: ${points.length} values from ${ends[0]} to ${ends[1]}, ${least} to ${most} ${unit}`},
+      band, make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
+      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, 'text-anchor': 'end'}, String(value))),
+      make('text', {x: 40, y: 116}, ends[0]), make('text', {x: 310, y: 116, 'text-anchor': 'end'}, ends[1]),
+      series.map(([, some], at) => make('g', {class: 's' + at},
+        make('polyline', {points: some.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
+        some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
+          make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
+    make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
+      [...new Set(points.map(point => point.when))].sort().map(when => [day(when), ...series.map(
+        ([, some]) => some.filter(point => point.when === when).map(point => point.value).join(', '))]))));
+}
+
+// ---- Start: with an answer in the address, or anew.
+
+setInterval(() => token && countDown(), 1000);
+// Opened under another name of the server, the page would not find its storage again after the way through the portal.
+if (!location.href.startsWith(home)) location.replace(home + location.search);
+else run(query.has('code') || query.has('error') ? comeBack() : prepare());
+"""
+
+
+@route("GET /demo", "SMART App Launch, RFC 6749, RFC 7636", kind="page")
+def demo_page(portal: Portal, request: Request) -> Response:
+    """A complete SMART app in one page: it shows each request and answer, then the patient. Its own redirect URI."""
+    return page(
+        portal, "A SMART app in one page",
+        tag("div",
+            tag("div", tag("p", "This page is an app, not a part of the portal: a public client with the id ",
+                           tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record and "
+                           "shows every request and answer. Its source is in this page, to be read and copied."),
+                tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
+                                    class_="error")),
+                tag("form", tag("label", "Scope to ask for", tag("textarea", id="scope", rows=3, required=True,
+                                                                 spellcheck="false")),
+                    tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
+                tag("p", id="status", role="status"), class_="card"),
+            tag("section", id="granted", class_="card", hidden=True),
+            tag("p", tag("button", "Refresh", id="refresh"), tag("button", "Read again", id="reread", class_="btn-default"),
+                tag("button", "Revoke", id="revoke", class_="btn-default"), id="actions", hidden=True),
+            tag("div", id="patient", hidden=True), id="app", data_base=portal.browser_base(request)),
+        tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"), id="told", class_="card",
+            hidden=True),
+        style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
+
+
+# ######################################################################## 18 test controls
 
 # Each control is one function with two doors: a method of `Server`, and a path under /oauth/debug/ whose JSON members
 # have the parameters' names. Their first argument is the portal; all others are named.
@@ -4005,20 +6781,15 @@ def known_user(portal: Portal, username: Any) -> Row:
     return user
 
 
-def users_patient(portal: Portal, username: str, patient_id: Any) -> str:
+def users_patient(portal: Portal, username: str, patient_id: Any) -> str | None:
     """The patient asked for, if this user may open that record; without one, the user's own, or the only one."""
-    patients = portal.patients_of(username)
     if patient_id is not None:
-        if need_text("patient_id", patient_id) not in patients:
-            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}; "
-                              f"these are {', '.join(list(patients)[:20]) or 'none'}")
+        if portal.patient_name(username, need_text("patient_id", patient_id)) is None:
+            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}")
         return str(patient_id)
+    rows = portal.state.rows("SELECT patient_id FROM patients WHERE username = ? ORDER BY is_user DESC LIMIT 2", username)
     own = portal.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
-    if own and own["patient_id"] in patients:
-        return str(own["patient_id"])
-    if len(patients) != 1:
-        raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
-    return next(iter(patients))
+    return str((own or rows[0])["patient_id"]) if own or len(rows) == 1 else None
 
 
 @control("token", lambda given: given, user_name="username")
@@ -4040,7 +6811,9 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     until = now + DEBUG_APPROVAL_SECONDS if approval_expires is None else need_number("approval_expires",
                                                                                      approval_expires)
     need_moment("access_lifetime", now + lifetime)
-    grant = Grant(new_token(), client.client_id, user["username"], users_patient(portal, username, patient_id),
+    nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
+    grant = Grant(new_token(), client.client_id, user["username"],
+                  None if nobodys else users_patient(portal, username, patient_id),
                   granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
     with portal.state.transaction() as database:
         store_grant(database, grant, now)
@@ -4071,13 +6844,14 @@ def debug_introspect(portal: Portal, request: Request) -> Response:
 
 @control("authorize", lambda url: {"redirect_to": url})
 def approve(portal: Portal, *, url: str, username: str, patient_id: str | None = None,
-            security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
-            deny: bool = False) -> str:
+            encounter_id: str | None = None, security_labels: Sequence[str] | None = None,
+            approval_expires: str | None = None, deny: bool = False) -> str:
     """Play the browser: sign in as a user, choose the patient, answer the consent page. Gives where the app is called
     back, with a code or with an error.
 
-    Without security_labels all that are offered stay checked; approval_expires is the form's date (default: a year
-    from today). What would leave a person on an error page is a PortalError.
+    Without patient_id it is the launch's patient, or the user's own; without security_labels all that are offered stay
+    checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
+    page is a PortalError.
     """
     parts = urlsplit(need_text("url", url))
     request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
@@ -4094,13 +6868,29 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    patient = users_patient(portal, username, patient_id)
+    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
+    if patient == "":
+        patient = users_patient(portal, username, None)
+        if not patient:
+            raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
-    if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
-    until = day_of(portal.clock.now() + 365 * DAY) if approval_expires is None else need_text("approval_expires",
-                                                                                             approval_expires)
-    return decide(portal, request_id, new_grant(portal, client, user["username"], patient, details, labels, until))
+    now = portal.clock.now()
+    until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
+    visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
+    return decide(portal, request_id, new_grant(
+        portal, client, user["username"], patient or "", details, labels, until, visit, now))
+
+
+@control("launch", lambda given: given)
+def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
+           patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
+           need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
+    """Launch an app as the EHR does, without the page: see create_launch in section 13."""
+    return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
+                         patient_id=patient_id, encounter_id=encounter_id, intent=intent,
+                         need_patient_banner=need_patient_banner, fhir_context=fhir_context)
 
 
 @control("clock", lambda now: {"now": now})
@@ -4210,7 +7000,7 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     return json_response({"requests": [one.redacted() for one in list(portal.recorded)]})
 
 
-# ######################################################################## 18 HTTP
+# ######################################################################## 19 HTTP
 
 ALLOWED_ORIGIN = [
     ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
@@ -4256,10 +7046,10 @@ def check_same_origin(request: Request) -> None:
         raise PortalError("forbidden", f"Origin is {origin!r}: debug endpoints take no requests from other sites", 403)
 
 
-def error_response(portal: Portal, kind: str, error: PortalError) -> Response:
+def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
     if kind == "page":
-        response = error_page(portal, error)
+        response = error_page(portal, error, request, found)
     elif kind == "fhir":
         response = Response(error.status, json.dumps(outcome(error)).encode(),
                             FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
@@ -4290,10 +7080,15 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
     except ConnectionAbortedError:
         raise
     except PortalError as error:
-        return error_response(portal, kind, error)
+        return error_response(portal, kind, error, request, found)
+    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
+        portal.log(f"DATABASE {error} in {request.method} {request.path}")
+        full = PortalError("temporarily_unavailable", f"the database says: {error}; nothing was changed", 503)
+        return error_response(portal, kind, full, request, found)
     except Exception as error:  # noqa: BLE001
         portal.log_bug(f"{request.method} {request.path}", error)
-        return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
+        bug = PortalError("server_error", "this server has a bug; its log says where", 500)
+        return error_response(portal, kind, bug, request, found)
 
 
 def allowed_methods(found: Route) -> str:
@@ -4320,54 +7115,7 @@ def dispatch(portal: Portal, request: Request) -> Response:
 
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
-_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
-_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
-MAX_HEAD = 64 << 10          # bytes of the request line and headers
-
-
-class BadRequest(Exception):
-    """A request that can't be read. The connection closes: nobody knows where the next one would begin."""
-    def __init__(self, status: int, description: str):
-        super().__init__(description)
-        self.status = status
-
-
-class SocketReader(io.RawIOBase):
-    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
-    def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, 0.0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
-        try:
-            self.connection.settimeout(max(left, 0.001))
-            return self.connection.recv_into(buffer)
-        except OSError:
-            if time.monotonic() >= self.deadline:
-                raise BadRequest(408, "the request took too long to arrive")
-            raise
-
-
-def parse_headers(lines: bytes) -> dict[str, str]:
-    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
-    if not _HEADER_LINES.fullmatch(lines):
-        raise BadRequest(400, "a header line is malformed")
-    headers: dict[str, str] = {}
-    for line in lines.decode("latin-1").split("\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t\r")
-        if name in headers:
-            if name in _ONCE:
-                raise BadRequest(400, f"the header {name} is given twice")
-            value = headers[name] + ("; " if name == "cookie" else ", ") + value
-        headers[name] = value
-    return headers
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
     email.parser takes longer than all that the portal does; and writes each answer at once: header and body in two
@@ -4426,27 +7174,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(400, "expected a request line such as GET / HTTP/1.1")
         if match[3] != b"1":
             raise BadRequest(505, "expected HTTP/1.1 or HTTP/1.0")
-        headers = self.read_headers(MAX_HEAD - len(line))
+        headers = read_headers(self.lines, MAX_HEAD - len(line))
         self.close_connection = match[4] == b"0" or "close" in headers.get("connection", "").lower()
         method, target = match[1].decode(), match[2].decode()
         request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
                           scheme=server.scheme)
         request.body = self.read_body(request, headers)
         return request
-
-    def read_headers(self, most: int) -> dict[str, str]:
-        """The header lines up to the empty one."""
-        lines: list[bytes] = []
-        while True:
-            line = self.lines.readline(most + 1)
-            most -= len(line)
-            if most < 0:
-                raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
-            if line in (b"\r\n", b"\n"):
-                return parse_headers(b"".join(lines))
-            if not line:
-                raise BadRequest(400, "the request ends within its header")
-            lines.append(line)
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
@@ -4474,7 +7208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if length is not None and not re.fullmatch(r"\d{1,18}", length):
             raise BadRequest(400, "Content-Length: expected a number of bytes")
         if length is not None and int(length) > most:
-            raise BadRequest(413, f"the body is longer than {most} bytes")
+            raise too_large(most)
         if coding is not None and coding.lower() != "chunked":
             raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
         if not length and coding is None:
@@ -4482,28 +7216,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if headers.get("expect", "").lower() == "100-continue":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.reader.deadline = time.monotonic() + self.server.body_seconds
-        body = self.read_chunks(most) if coding is not None else self.lines.read(int(length or 0))
+        body = read_chunks(self.lines, most) if coding is not None else self.lines.read(int(length or 0))
         if coding is None and len(body) < int(length or 0):
             raise BadRequest(400, "the body is shorter than its Content-Length")
         return body
-
-    def read_chunks(self, most: int) -> bytes:
-        """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
-        body = bytearray()
-        while True:
-            match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", self.lines.readline(1024))
-            if not match:
-                raise BadRequest(400, "a chunk's size is malformed")
-            size = int(match[1], 16)
-            if size == 0:
-                self.read_headers(MAX_HEAD)
-                return bytes(body)
-            if len(body) + size > most:
-                raise BadRequest(413, f"the body is longer than {most} bytes")
-            chunk = self.lines.read(size + 2)
-            if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
-                raise BadRequest(400, "a chunk is not as long as it says")
-            body += chunk[:-2]
 
     def send(self, method: str, response: Response) -> None:
         """Write a response in one piece."""
@@ -4617,7 +7333,7 @@ class Listener(http.server.HTTPServer):
                 return
             thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
             self._threads.add(thread)
-        thread.start()
+            thread.start()  # with the lock, so that stop() finds no thread that has not begun
 
     def _work(self) -> None:
         """A thread's life: connection after connection."""
@@ -4695,7 +7411,7 @@ class Listener(http.server.HTTPServer):
         self._woken.close()
 
 
-# ######################################################################## 19 server
+# ######################################################################## 20 server
 
 class Server:
     """A running portal: what a test starts, talks to and stops.
@@ -4795,12 +7511,20 @@ class Server:
         return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
                            access_lifetime=access_lifetime, approval_expires=approval_expires)
 
-    def approve(self, url: str, username: str, patient_id: str | None = None,
+    def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False) -> str:
         """See approve in section 17."""
-        return approve(self.portal, url=url, username=username, patient_id=patient_id,
+        return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
                        security_labels=security_labels, approval_expires=approval_expires, deny=deny)
+
+    def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
+               patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
+               need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
+        """See launch in section 17. Gives the app's launch URL."""
+        return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
+                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
+                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
 
     def advance(self, seconds: float) -> float:
         """See advance in section 17."""
@@ -4823,9 +7547,10 @@ def write_log(line: str) -> None:
     sys.stderr.flush()
 
 
-# ######################################################################## 20 command line
+# ######################################################################## 21 command line
 
-ENVIRONMENT = {"BASE_URL": "base_url", "API_SERVER_NAME": "name", "ENABLE_UNSECURE_FHIR": "open_fhir"}
+ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_NAME": "name",
+               "ENABLE_UNSECURE_FHIR": "open_fhir"}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -5,16 +5,22 @@
 """
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import dataclasses
+import datetime
+import gzip
 import hashlib
 import html.parser
 import http.client
+import http.server
 import io
 import json
 import os
+import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,9 +29,11 @@ import tempfile
 import threading
 import time
 import unittest
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
+from unittest import mock
+from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 
 import s4s_proxy as s4s
 
@@ -684,6 +692,317 @@ class AppsPage(PortalTest):
         self.assertEqual(got.status, 404)
 
 
+# ######################################################################## pages
+
+class Page(html.parser.HTMLParser):
+    """What a checker looks at in a page: its elements with their attributes, their text, and which are in a label."""
+    VOID = ("input", "br", "hr", "meta", "link")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.labelled: list[dict[str, str]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
+        if "label" in self.open:
+            self.labelled.append(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    def all(self, name: str) -> list[dict[str, str]]:
+        """The attributes of every element of this name."""
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+class Pages(PortalTest):
+    """What is true of every page a person sees."""
+    pages: ClassVar[dict[str, Answer]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.pages = dict(cls.every_page())
+
+    @classmethod
+    def every_page(cls) -> Iterator[tuple[str, Answer]]:
+        """Each page of the portal, by name: both before and after signing in, errors too."""
+        url, browser = cls.portal.url, Browser(cls.portal)
+        app = App(cls.portal, scope="openid fhirUser launch/patient launch/encounter patient/*.rs offline_access")
+        for path in ("/", "/demo", "/launch", "/nothing", "/oauth/authorize?client_id=nobody"):
+            yield path, browser.open(url + path)
+        yield "sign in", browser.open(app.authorize_url())
+        yield "wrong password", browser.sign_in(password="guess")
+        yield "picker", browser.sign_in()
+        yield "consent", browser.submit(DANIEL)
+        browser.submit("authorize")
+        yield "apps", browser.open(url + "/apps")
+        yield "stop sharing", browser.submit("Stop sharing")
+        yield "home", browser.open(url + "/")
+        clinician = Browser(cls.portal)
+        clinician.open(app.authorize_url())
+        yield "clinician's picker", clinician.sign_in("clinician")
+
+    def test_each_page_can_be_read_by_everybody(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                page = Page(got.text)
+                self.assertTrue(got.text.startswith("<!doctype html>"))
+                self.assertEqual(page.all("html"), [{"lang": "en"}])
+                self.assertTrue(page.texts["title"][0].strip())
+                self.assertIn({"name": "viewport", "content": "width=device-width, initial-scale=1"}, page.all("meta"))
+                for landmark in ("h1", "header", "nav", "main", "footer"):
+                    self.assertEqual(len(page.all(landmark)), 1, landmark)
+                for field in page.all("input") + page.all("select") + page.all("textarea"):
+                    self.assertTrue(field.get("type") == "hidden" or field in page.labelled, field)
+                for number, text in enumerate(page.texts.get("button", [])):
+                    self.assertTrue(text.strip() or "hidden" in page.all("button")[number])
+                ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+                self.assertEqual(len(ids), len(set(ids)))
+
+    def test_each_page_says_that_this_is_a_test_server(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                self.assertIn("test server with made-up patients", Page(got.text).texts["footer"][0])
+
+    def test_no_page_loads_anything_or_opens_a_dialog(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                page = Page(got.text)
+                for tag, attributes in page.elements:
+                    self.assertNotIn(tag, ("link", "img", "iframe", "object", "embed", "base"))
+                    self.assertFalse({"src", "style"} & attributes.keys(), attributes)
+                    self.assertFalse([one for one in attributes if one.startswith("on")], attributes)
+                self.assertNotRegex("".join(page.texts["style"]), r"url\(|@import")
+                self.assertNotRegex("".join(page.texts.get("script", [])), r"\b(alert|confirm|prompt)\(|innerHTML\b[^ ]")
+
+    def test_each_page_runs_its_own_script_and_style_and_no_other(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                policy = dict(one.strip().partition(" ")[::2] for one in
+                              got.headers["content-security-policy"].split(";"))
+                page = Page(got.text)
+                for directive, element in (("style-src", "style"), ("script-src", "script")):
+                    hashes = " ".join("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+                                      for text in page.texts.get(element, []))
+                    self.assertEqual(policy.get(directive, ""), hashes)
+                self.assertEqual((policy["default-src"], policy["base-uri"], policy["frame-ancestors"]), ("'none'",) * 3)
+                self.assertNotIn("form-action", policy)
+                self.assertEqual(got.headers["referrer-policy"], "no-referrer")
+                self.assertEqual(got.headers["cache-control"], "no-store")
+
+    def test_names_and_scopes_are_text_wherever_they_come_from(self) -> None:
+        evil = "<script>alert(1)</script>&\"'"
+        app = App(self.portal, client_name=evil, scope="launch/patient patient/Observation.rs?code=<b>&status=final")
+        with self.portal.portal.state.transaction() as database:
+            database.execute("UPDATE users SET name = ?", (evil,))
+            database.execute("UPDATE patients SET name = ?", (evil,))
+        browser = Browser(self.portal)
+        pages = [browser.open(f"{self.portal.url}/oauth/authorize?client_id={quote(evil)}"),
+                 browser.open(app.authorize_url()), browser.sign_in(), browser.submit(DANIEL)]
+        browser.submit("authorize")
+        pages += [browser.open(self.portal.url + "/apps"), browser.submit("Stop sharing"),
+                  browser.open(self.portal.url + "/"), browser.open(self.portal.url + "/launch")]
+        for got in pages:
+            self.assertIn("&lt;script&gt;", got.text)
+            self.assertNotIn("<script>alert", got.text)
+            self.assertNotIn("<b>", got.text)
+
+
+class ConsentPage(PortalTest):
+    """What the person who decides is told, and what scripts click."""
+
+    def consent(self, scope: str = "launch/patient patient/*.rs offline_access", **metadata: Any) -> Page:
+        self.browser = Browser(self.portal)
+        self.browser.open(App(self.portal, scope=scope, **metadata).authorize_url())
+        self.browser.sign_in()
+        return Page(self.browser.submit(DANIEL).text)
+
+    def test_it_says_who_asks_for_whose_data_and_where_they_go(self) -> None:
+        main = self.consent(client_name="My app").texts["main"][0]
+        for words in ("My app", "the health record of Daniel Adams", "https://app.example", "Until the end of", "stop"):
+            self.assertIn(words, main)
+        self.assertIn({"href": "/apps"}, Page(self.browser.page.text).all("a"))
+
+    def test_it_warns_of_everything_and_of_coming_back(self) -> None:
+        main = self.consent().texts["main"][0]
+        self.assertIn("Everything means every kind of data", main)
+        self.assertIn("while you are away", main)
+        main = self.consent("launch/patient patient/Observation.rs").texts["main"][0]
+        self.assertNotIn("Everything means every kind of data", main)
+        self.assertNotIn("while you are away", main)
+
+    def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
+        main = self.consent("launch/patient patient/Observation.rs?category=laboratory").texts["main"][0]
+        self.assertIn("but only where category is laboratory", main)
+        main = self.consent("launch/patient patient/Condition.rs").texts["main"][0]
+        self.assertIn(": problems and diagnoses", main)
+
+    def test_each_category_comes_with_a_sentence(self) -> None:
+        self.assertEqual(list(s4s.CATEGORY_WORDS), list(s4s.CATEGORIES))
+        main = self.consent().texts["main"][0]
+        for label, (name, _) in s4s.CATEGORIES.items():
+            self.assertIn(name + s4s.CATEGORY_WORDS[label], main)
+
+    def test_the_steps_are_those_that_scripts_know(self) -> None:
+        page = self.consent()
+        first, second, third = self.browser.page.text.partition("</main>")[0].split("<section")[1:]
+        self.assertIn("btn-default", first)  # one may refuse at once
+        self.assertEqual([step.count("glyphbox") > 0 for step in (first, second, third)], [False, True, False])
+        self.assertEqual([step.count('data-slide="next"') for step in (first, second, third)], [1, 1, 0])
+        self.assertEqual([text for text, one in zip(page.texts["button"], page.all("button"))
+                          if one.get("data-slide") == "next"], ["Continue", "Continue"])
+        self.assertEqual(len([one for one in page.all("form") if one.get("id") == "consent-carousel"]), 1)
+        self.assertTrue(all(one.get("formnovalidate") == "" for one in page.all("button") if one.get("value") == "deny"))
+
+    def test_enter_in_a_field_decides_nothing(self) -> None:
+        first = self.consent().all("button")[0]  # a form's first button is what Enter presses
+        self.assertTrue("hidden" in first and "name" not in first, first)
+        self.assertIn("Confirm each point", self.browser.submit("Stay").text)
+
+    def test_the_confirmations_are_not_sent(self) -> None:
+        self.assertTrue(all("name" not in one for one in self.consent().all("input") if one.get("rel") == "confirm"))
+
+
+class PickerPage(PortalTest):
+    """Whose record, when there are many."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        with self.portal.portal.state.transaction() as database:
+            database.executemany("INSERT INTO patients (username, patient_id, name, is_user) VALUES ('joseph-ross', ?, ?, 0)",
+                                 [(f"p-{number}", f"Child {number}") for number in range(40)])
+        self.browser = Browser(self.portal)
+        self.browser.open(App(self.portal).authorize_url())
+        self.browser.sign_in("joseph-ross")
+
+    def test_many_patients_come_with_a_search(self) -> None:
+        page = Page(self.browser.page.text)
+        self.assertEqual(len([one for one in page.all("button") if "data-patient-id" in one]), s4s.MANY_PATIENTS)
+        self.assertIn("of 41 patients", page.texts["main"][0])
+        found = Page(self.browser.submit("Search", q="child 37").text)
+        self.assertEqual([one["data-patient-id"] for one in found.all("button") if "data-patient-id" in one], ["p-37"])
+        self.browser.submit("p-37", form=1)
+        self.assertIn("the health record of Child 37", self.browser.page.text)
+
+    def test_a_search_that_finds_nobody_can_be_changed(self) -> None:
+        page = Page(self.browser.submit("Search", q="<nobody>").text)
+        self.assertIn("is called '<nobody>'", page.texts["main"][0])
+        self.assertIn("<nobody>", [one.get("value") for one in page.all("input")])
+
+
+class ErrorPage(PortalTest):
+    """What was expected, what came, and what to read."""
+
+    def test_it_says_what_was_expected_what_came_and_what_to_read(self) -> None:
+        got = ask(f"{self.portal.url}/oauth/authorize?client_id=demo-app&redirect_uri=http://x.example/")
+        main = Page(got.text).texts["main"][0]
+        self.assertIn(f"{self.portal.url}/demo", main)
+        self.assertIn("redirect_uri = http://x.example/", main)
+        self.assertIn({"href": "https://www.rfc-editor.org/rfc/rfc6749#section-4.1.1"}, Page(got.text).all("a"))
+
+    def test_no_form_field_is_shown(self) -> None:
+        got = ask(self.portal.url + "/login", form={"username": "daniel-adams", "password": "do not show"})
+        self.assertEqual(got.status, 403)
+        self.assertNotIn("do not show", got.text)
+
+
+class StartPage(PortalTest):
+    """GET /"""
+
+    def test_it_names_every_endpoint_and_its_text(self) -> None:
+        main = Page(ask(self.portal.url + "/").text).texts["main"][0]
+        for one in s4s.ROUTES:
+            self.assertIn(one.path.replace("{}", "..."), main)
+            self.assertIn(one.spec, main)
+
+    def test_its_links_lead_somewhere(self) -> None:
+        for link in Page(ask(self.portal.url + "/").text).all("a"):
+            if link["href"].startswith("/"):
+                with self.subTest(link=link["href"]):
+                    self.assertIn(ask(self.portal.url + link["href"]).status, (200, 303, 400, 401))
+
+    def test_it_says_what_is_open_to_anyone(self) -> None:
+        self.assertIn("tokens for any account", ask(self.portal.url + "/").text)
+        with s4s.Server(debug=False, open_fhir=False) as closed:
+            text = ask(closed.url + "/").text
+            for needle in ("tokens for any account", "every record, at", "/oauth/debug", "/api/open-fhir", "/launch"):
+                self.assertNotIn(needle, text)
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_its_commands_work_when_pasted(self) -> None:
+        commands = Page(ask(self.portal.url + "/").text).texts["pre"][0]
+        done = subprocess.run(["sh", "-c", commands], capture_output=True, timeout=30, check=True)
+        self.assertEqual(json.loads(done.stdout)["id"], DANIEL)
+
+    def test_it_is_the_home_of_who_is_signed_in(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        page = Page(browser.open(self.portal.url + "/").text)
+        self.assertIn("Daniel Adams, Amy Shaw", page.texts["main"][0])
+        self.assertNotIn("Welcome", browser.submit("Sign out").text)
+
+
+class DemoApp(PortalTest):
+    """GET /demo, and the client that it is."""
+
+    def test_it_is_a_public_client_like_any_other(self) -> None:
+        app = App(self.portal)
+        app.client_id, app.secret, app.redirect_uri = "demo-app", "", self.portal.url + "/demo"
+        app.scope = "openid fhirUser launch/patient patient/*.rs offline_access"
+        back = self.portal.approve(app.authorize_url(redirect_uri=app.redirect_uri), "daniel-adams", AMY)
+        self.assertTrue(back.startswith(app.redirect_uri + "?"))
+        tokens = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json
+        self.assertEqual((tokens["patient"], tokens["scope"]), (AMY, app.scope))
+        self.assertIn("refresh_token", tokens)
+
+    def test_it_needs_pkce(self) -> None:
+        app = App(self.portal)
+        app.client_id = "demo-app"
+        back = ask(app.authorize_url(redirect_uri=self.portal.url + "/demo", code_challenge=None))
+        self.assertEqual(back.location["error"], "invalid_request")
+
+    def test_an_ehr_launch_leads_to_it(self) -> None:
+        url = self.portal.launch(client_id="demo-app", patient_id=AMY)
+        self.assertTrue(url.startswith(self.portal.url + "/demo?"))
+        self.assertEqual(ask(url).status, 200)
+
+    def test_it_talks_to_this_server_alone(self) -> None:
+        policy = ask(self.portal.url + "/demo").headers["content-security-policy"]
+        self.assertIn("connect-src 'self';", policy)
+        self.assertNotIn("http", policy)
+
+    def test_it_knows_the_servers_public_name(self) -> None:
+        with s4s.Server(base_url="https://smart.example/s4s") as behind:
+            page = Page(ask(f"{behind.address}/demo").text)
+            self.assertIn("https://smart.example/s4s", [one.get("data-base") for one in page.all("div")])
+            self.assertIn({"href": "/s4s/apps"}, page.all("a"))
+
+    @unittest.skipUnless(shutil.which("node"), "needs node")
+    def test_its_scripts_are_javascript(self) -> None:
+        for script in (s4s.DEMO_SCRIPT, s4s.CONSENT_SCRIPT):
+            subprocess.run(["node", "--check", "-"], input=script.encode(), capture_output=True, timeout=30, check=True)
+
+    def test_its_steps_cite_their_texts(self) -> None:
+        for text in ("RFC 8414", "RFC 7636", "RFC 6749 section 4.1.1", "RFC 9207", "RFC 6749 section 4.1.3",
+                     "RFC 6750", "RFC 6749 section 6", "RFC 7009", "OpenID Connect Core"):
+            self.assertIn(text, s4s.DEMO_SCRIPT)
+
+
 class Introspection(PortalTest):
     """POST /oauth/introspect (RFC 7662) and /oauth/revoke (RFC 7009)."""
 
@@ -1042,6 +1361,114 @@ class Bugs(PortalTest):
         self.assertNotIn("demo-secret-s4s", lines[0])
 
 
+class Durability(unittest.TestCase):
+    """With --db, what was acknowledged stays."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = os.path.join(folder.name, "state.db")
+
+    @unittest.skipUnless(os.name == "posix", "needs SIGKILL")
+    def test_kill_9_under_load_loses_nothing_that_was_acknowledged(self) -> None:
+        process = subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet", "--db", self.path],
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        acknowledged: list[str] = []
+        with process:
+            assert process.stdout
+            url = process.stdout.readline().strip()
+
+            def register() -> None:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    while True:
+                        got = ask(url + "/oauth/register", data={"redirect_uris": ["https://app.example/cb"]})
+                        acknowledged.append(got.json["client_id"])
+            threads = [threading.Thread(target=register) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            while len(acknowledged) < 40:
+                time.sleep(0.01)  # waits for the load, not for a time
+            process.kill()
+            for thread in threads:
+                thread.join()
+        with s4s.Server(db=self.path) as portal:
+            for client_id in acknowledged:
+                self.assertIsNotNone(portal.portal.client(client_id))
+
+    def test_two_servers_may_share_a_file(self) -> None:
+        with s4s.Server(db=self.path) as one, s4s.Server(db=self.path) as other:
+            token = one.issue_token()["access_token"]
+            self.assertEqual(ask(f"{other.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
+            self.assertEqual(App(other).exchange("nothing").status, 400)
+
+    def test_a_full_disk_is_said_and_reading_goes_on(self) -> None:
+        with s4s.Server(db=self.path) as portal:
+            token = portal.issue_token()["access_token"]
+            portal.portal.log = lambda line: None
+            pages = portal.portal.state.row("PRAGMA page_count")
+            assert pages
+            portal.portal.state.row(f"PRAGMA max_page_count = {pages[0]}")
+            statuses = set()
+            for _ in range(60):
+                got = ask(portal.url + "/oauth/register", data={"redirect_uris": ["https://app.example/" + "x" * 900]})
+                statuses.add(got.status)
+            self.assertEqual(statuses, {201, 503})
+            self.assertIn("full", got.json["error_description"])
+            self.assertEqual(ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
+
+    def test_a_file_that_is_no_database_is_refused_in_words(self) -> None:
+        Path(self.path).write_bytes(b"this is not a database, but long enough to look at" * 100)
+        with self.assertRaisesRegex(s4s.StartError, "not a database"):
+            s4s.Server(db=self.path).start()
+
+
+class Concurrency(unittest.TestCase):
+    """Many at once."""
+
+    def test_64_threads_through_the_whole_flow_do_not_disturb_each_other(self) -> None:
+        problems: list[object] = []
+        with tempfile.TemporaryDirectory() as folder, s4s.Server(db=os.path.join(folder, "state.db")) as portal:
+            def run(number: int) -> None:
+                try:
+                    app = App(portal)
+                    patient = (DANIEL, AMY)[number % 2]
+                    tokens = app.tokens(patient_id=patient)
+                    again = app.refresh(tokens["refresh_token"]).json
+                    for path, status in ((f"Patient/{patient}", 200), (f"Patient/{(AMY, DANIEL)[number % 2]}", 403)):
+                        got = ask(f"{portal.fhir_url}/{path}", token=again["access_token"])
+                        assert got.status == status, got
+                except Exception as error:  # noqa: BLE001
+                    problems.append(error)
+            threads = [threading.Thread(target=run, args=(number,)) for number in range(64)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            self.assertEqual(problems, [])
+            grants = portal.portal.state.row("SELECT count(*) FROM grants WHERE NOT ended")
+            assert grants
+            self.assertEqual(grants[0], 64)
+
+    def test_reset_in_the_middle_of_traffic_is_safe(self) -> None:
+        with s4s.Server() as portal:
+            statuses: set[int] = set()
+            going = threading.Event()
+
+            def read() -> None:
+                while not going.is_set():
+                    token = portal.issue_token()["access_token"]
+                    statuses.add(ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token).status)
+            threads = [threading.Thread(target=read) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for _ in range(50):
+                portal.reset()
+            going.set()
+            for thread in threads:
+                thread.join()
+            self.assertLessEqual(statuses, {200, 401})
+
+
 # ######################################################################## the command line
 
 class CommandLine(unittest.TestCase):
@@ -1105,15 +1532,2884 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
 
 
+# ######################################################################## sample records
+
+# What each version asks for, or S4S's apps do: type, element, and what it is in DSTU2, STU3 and R4 (None: it is not
+# there). A dotted path takes the first of a list.
+ELEMENTS: tuple[tuple[str, str, Any, Any, Any], ...] = (
+    ("AllergyIntolerance", "patient", dict, dict, dict),
+    ("AllergyIntolerance", "substance", dict, None, None),
+    ("AllergyIntolerance", "code", None, dict, dict),
+    ("AllergyIntolerance", "status", str, None, None),
+    ("AllergyIntolerance", "clinicalStatus", None, str, dict),
+    ("AllergyIntolerance", "verificationStatus", None, str, dict),
+    ("AllergyIntolerance", "recordedDate", str, None, str),
+    ("AllergyIntolerance", "assertedDate", None, str, None),
+    ("Binary", "contentType", str, str, str),
+    ("Binary", "content", str, str, None),
+    ("Binary", "data", None, None, str),
+    ("Binary", "securityContext", None, dict, dict),
+    ("Condition", "patient", dict, None, None),
+    ("Condition", "subject", None, dict, dict),
+    ("Condition", "code", dict, dict, dict),
+    ("Condition", "category", dict, list, list),
+    ("Condition", "clinicalStatus", str, str, dict),
+    ("Condition", "verificationStatus", str, str, dict),
+    ("Condition", "onsetDateTime", str, str, str),
+    ("Condition", "dateRecorded", str, None, None),
+    ("Coverage", "status", None, str, str),
+    ("Coverage", "beneficiary", None, dict, dict),
+    ("Coverage", "payor", None, list, list),
+    ("Coverage", "type", None, dict, dict),
+    ("Coverage", "period", None, dict, dict),
+    ("Coverage", "class", None, None, list),
+    ("DiagnosticReport", "status", str, str, str),
+    ("DiagnosticReport", "category", dict, dict, list),
+    ("DiagnosticReport", "code", dict, dict, dict),
+    ("DiagnosticReport", "subject", dict, dict, dict),
+    ("DiagnosticReport", "effectiveDateTime", str, str, str),
+    ("DiagnosticReport", "issued", str, str, str),
+    ("DiagnosticReport", "performer", dict, list, list),
+    ("DiagnosticReport", "result.reference", str, str, str),
+    ("DocumentReference", "masterIdentifier", dict, dict, dict),
+    ("DocumentReference", "identifier", list, list, list),
+    ("DocumentReference", "subject", dict, dict, dict),
+    ("DocumentReference", "status", str, str, str),
+    ("DocumentReference", "type", dict, dict, dict),
+    ("DocumentReference", "category", None, None, list),
+    ("DocumentReference", "date", None, None, str),
+    ("DocumentReference", "indexed", str, str, None),
+    ("DocumentReference", "created", str, str, None),
+    ("DocumentReference", "context.encounter", dict, dict, list),
+    ("DocumentReference", "content.format", list, dict, dict),
+    ("DocumentReference", "content.attachment.contentType", str, str, str),
+    ("DocumentReference", "content.attachment.url", str, str, str),
+    ("Encounter", "status", str, str, str),
+    ("Encounter", "class", str, dict, dict),
+    ("Encounter", "type", list, list, list),
+    ("Encounter", "patient", dict, None, None),
+    ("Encounter", "subject", None, dict, dict),
+    ("Encounter", "period.start", str, str, str),
+    ("Endpoint", "address", None, str, str),
+    ("ExplanationOfBenefit", "status", None, str, str),
+    ("ExplanationOfBenefit", "patient", None, dict, dict),
+    ("ExplanationOfBenefit", "type", None, dict, dict),
+    ("ExplanationOfBenefit", "created", None, str, str),
+    ("ExplanationOfBenefit", "insurer", None, dict, dict),
+    ("ExplanationOfBenefit", "provider", None, dict, dict),
+    ("ExplanationOfBenefit", "use", None, None, str),
+    ("ExplanationOfBenefit", "outcome", None, dict, str),
+    ("ExplanationOfBenefit", "insurance", None, dict, list),
+    ("ExplanationOfBenefit", "item.service", None, dict, None),
+    ("ExplanationOfBenefit", "item.productOrService", None, None, dict),
+    ("ExplanationOfBenefit", "item.net.system", None, str, None),
+    ("ExplanationOfBenefit", "totalCost", None, dict, None),
+    ("ExplanationOfBenefit", "totalBenefit", None, dict, None),
+    ("ExplanationOfBenefit", "total", None, None, list),
+    ("ImagingStudy", "uid", str, str, None),
+    ("ImagingStudy", "identifier", None, None, list),
+    ("ImagingStudy", "status", None, None, str),
+    ("ImagingStudy", "availability", str, str, None),
+    ("ImagingStudy", "patient", dict, dict, None),
+    ("ImagingStudy", "subject", None, None, dict),
+    ("ImagingStudy", "started", str, str, str),
+    ("ImagingStudy", "numberOfSeries", int, int, int),
+    ("ImagingStudy", "numberOfInstances", int, int, int),
+    ("ImagingStudy", "modalityList", list, list, None),
+    ("ImagingStudy", "modality", None, None, list),
+    ("ImagingStudy", "context", None, dict, None),
+    ("ImagingStudy", "encounter", None, None, dict),
+    ("ImagingStudy", "endpoint", None, list, list),
+    ("ImagingStudy", "series.uid", str, str, str),
+    ("ImagingStudy", "series.modality", dict, dict, dict),
+    ("Immunization", "status", str, str, str),
+    ("Immunization", "vaccineCode", dict, dict, dict),
+    ("Immunization", "patient", dict, dict, dict),
+    ("Immunization", "date", str, str, None),
+    ("Immunization", "occurrenceDateTime", None, None, str),
+    ("Immunization", "wasNotGiven", bool, None, None),
+    ("Immunization", "reported", bool, None, None),
+    ("Immunization", "notGiven", None, bool, None),
+    ("Immunization", "primarySource", None, bool, bool),
+    ("MedicationAdministration", "status", str, str, str),
+    ("MedicationAdministration", "patient", dict, None, None),
+    ("MedicationAdministration", "subject", None, dict, dict),
+    ("MedicationAdministration", "effectiveTimeDateTime", str, None, None),
+    ("MedicationAdministration", "effectiveDateTime", None, str, str),
+    ("MedicationAdministration", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationAdministration", "prescription", dict, dict, None),
+    ("MedicationAdministration", "request", None, None, dict),
+    ("MedicationAdministration", "dosage.quantity", dict, None, None),
+    ("MedicationAdministration", "dosage.dose", None, dict, dict),
+    ("MedicationDispense", "status", str, str, str),
+    ("MedicationDispense", "patient", dict, None, None),
+    ("MedicationDispense", "subject", None, dict, dict),
+    ("MedicationDispense", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationDispense", "authorizingPrescription", list, list, list),
+    ("MedicationDispense", "whenHandedOver", str, str, str),
+    ("MedicationOrder", "status", str, None, None),
+    ("MedicationOrder", "dateWritten", str, None, None),
+    ("MedicationOrder", "patient", dict, None, None),
+    ("MedicationOrder", "prescriber", dict, None, None),
+    ("MedicationOrder", "medicationCodeableConcept", dict, None, None),
+    ("MedicationOrder", "dosageInstruction.doseQuantity", dict, None, None),
+    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnits", str, None, None),
+    ("MedicationOrder", "intent", None, None, None),
+    ("MedicationRequest", "status", None, str, str),
+    ("MedicationRequest", "intent", None, str, str),
+    ("MedicationRequest", "subject", None, dict, dict),
+    ("MedicationRequest", "authoredOn", None, str, str),
+    ("MedicationRequest", "requester.agent", None, dict, None),
+    ("MedicationRequest", "requester.reference", None, None, str),
+    ("MedicationRequest", "medicationCodeableConcept", None, dict, dict),
+    ("MedicationRequest", "dosageInstruction.doseQuantity", None, dict, None),
+    ("MedicationRequest", "dosageInstruction.doseAndRate", None, None, list),
+    ("MedicationRequest", "dosageInstruction.timing.repeat.periodUnit", None, str, str),
+    ("MedicationStatement", "status", str, str, str),
+    ("MedicationStatement", "patient", dict, None, None),
+    ("MedicationStatement", "subject", None, dict, dict),
+    ("MedicationStatement", "effectivePeriod", dict, dict, dict),
+    ("MedicationStatement", "medicationCodeableConcept", dict, dict, dict),
+    ("MedicationStatement", "taken", None, str, None),
+    ("MedicationStatement", "basedOn", None, list, list),
+    ("Observation", "status", str, str, str),
+    ("Observation", "category", dict, list, list),
+    ("Observation", "code", dict, dict, dict),
+    ("Observation", "subject", dict, dict, dict),
+    ("Observation", "effectiveDateTime", str, str, str),
+    ("Organization", "name", str, str, str),
+    ("Organization", "type", dict, list, list),
+    ("Patient", "name.family", list, str, str),
+    ("Patient", "name.given", list, list, list),
+    ("Patient", "identifier.system", str, str, str),
+    ("Patient", "identifier.value", str, str, str),
+    ("Patient", "gender", str, str, str),
+    ("Patient", "birthDate", str, str, str),
+    ("Patient", "address", list, list, list),
+    ("Patient", "telecom", list, list, list),
+    ("Patient", "communication.language", dict, dict, dict),
+    ("Practitioner", "name", dict, list, list),
+    ("Procedure", "status", str, str, str),
+    ("Procedure", "subject", dict, dict, dict),
+    ("Procedure", "code", dict, dict, dict),
+    ("Procedure", "performedDateTime", str, str, str),
+    ("Procedure", "encounter", dict, None, dict),
+    ("Procedure", "context", None, dict, None),
+    ("RelatedPerson", "active", None, bool, bool),
+    ("RelatedPerson", "patient", dict, dict, dict),
+    ("RelatedPerson", "name", dict, list, list),
+    ("RelatedPerson", "relationship", dict, dict, list),
+)
+
+
+def at(value: Any, path: str) -> Any:
+    """What is at a dotted path, of lists in the first; None if nothing."""
+    *outer, last = path.split(".")
+    for name in outer:
+        value = value.get(name, {})
+        value = value[0] if isinstance(value, list) else value
+    return value.get(last)
+
+
+def walk(value: Any) -> Iterator[Any]:
+    """A value and all that is in it."""
+    yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from walk(inner)
+
+
+def luhn(digits: str) -> int:
+    """The sum that LOINC's check digit brings to a multiple of ten."""
+    return sum(sum(divmod(int(digit) * (1 + place % 2), 10)) for place, digit in enumerate(reversed(digits)))
+
+
+def verhoeff(digits: str) -> int:
+    """The sum that SNOMED CT's check digit brings to 0: steps in the group of a pentagon's turns and flips."""
+    order, total = "1576283094", 0
+    for place, letter in enumerate(reversed(digits)):
+        digit = int(letter)
+        for _ in range(place % 8):
+            digit = int(order[digit])
+        turn = digit % 5 if total < 5 else -digit % 5 if digit < 5 else -(digit % 5)
+        total = (total % 5 + turn) % 5 + 5 * ((total < 5) != (digit < 5))
+    return total
+
+
+class SampleRecords(unittest.TestCase):
+    """The three patients' records, in each version of FHIR."""
+
+    records: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.records = {version: list(s4s.sample_resources(version)) for version in ("dstu2", "stu3", "r4")}
+
+    def of_patient(self, version: str, patient: str) -> list[dict[str, Any]]:
+        """What refers to a patient as its owner, and the patient."""
+        return [one for one in self.records[version] if one["id"] == patient or f"Patient/{patient}" in (
+            at(one, f"{name}.reference") for name in ("subject", "patient", "beneficiary"))]
+
+    def names(self, resources: list[dict[str, Any]]) -> set[str]:
+        """The types of resources; an Observation goes by its category."""
+        return {json.dumps(one["category"]).split('"code": "')[1].split('"')[0]
+                if one["resourceType"] == "Observation" else one["resourceType"] for one in resources}
+
+    def test_daniel_has_every_class_that_apps_ask_for(self) -> None:
+        common = {"Patient", "social-history", "laboratory", "vital-signs", "Condition", "MedicationStatement",
+                  "MedicationDispense", "MedicationAdministration", "AllergyIntolerance", "Procedure", "Immunization",
+                  "DocumentReference", "Encounter", "ImagingStudy", "DiagnosticReport"}
+        later = {"MedicationRequest", "Coverage", "ExplanationOfBenefit"}
+        self.assertEqual(self.names(self.of_patient("dstu2", DANIEL)), common | {"MedicationOrder"})
+        self.assertEqual(self.names(self.of_patient("stu3", DANIEL)), common | later)
+        self.assertEqual(self.names(self.of_patient("r4", DANIEL)), common | later)
+
+    def test_amy_and_joseph_have_the_classes_promised(self) -> None:
+        for version in self.records:
+            for patient in (AMY, JOSEPH):
+                with self.subTest(version=version, patient=patient):
+                    self.assertLessEqual({"Patient", "Condition", "MedicationStatement", "AllergyIntolerance",
+                                          "social-history", "Immunization",
+                                          "MedicationOrder" if version == "dstu2" else "MedicationRequest"},
+                                         self.names(self.of_patient(version, patient)))
+
+    def test_elements_are_those_of_the_version(self) -> None:
+        for type_name, path, *kinds in ELEMENTS:
+            for version, kind in zip(("dstu2", "stu3", "r4"), kinds):
+                found = [at(one, path) for one in self.records[version] if one["resourceType"] == type_name]
+                with self.subTest(version=version, element=f"{type_name}.{path}"):
+                    if kind:
+                        self.assertTrue(found)
+                    self.assertEqual({type(value) for value in found}, {kind or type(None)} if found else set())
+
+    def test_codes_are_those_of_the_version(self) -> None:
+        for type_name, path, *expected in (
+                ("AllergyIntolerance", "category", {"medication"}, {"['medication']"}, {"['medication']"}),
+                ("AllergyIntolerance", "criticality", {"CRITL"}, {"low"}, {"low"}),
+                ("Encounter", "class", {"ambulatory"}, None, None),
+                ("Encounter", "class.code", None, {"AMB"}, {"AMB"}),
+                ("ImagingStudy", "availability", {"ONLINE"}, {"ONLINE"}, set()),
+                ("Immunization", "status", {"completed"}, {"completed"}, {"completed", "not-done"}),
+                ("MedicationStatement", "taken", set(), {"y"}, set())):
+            for version, codes in zip(("dstu2", "stu3", "r4"), expected):
+                if codes is not None:
+                    found = {str(at(one, path)) for one in self.records[version] if one["resourceType"] == type_name}
+                    self.assertEqual(found - {"None"}, codes, (version, type_name, path))
+
+    def test_dicom_numbers_were_addresses_before_r4(self) -> None:
+        for version, start in (("dstu2", "urn:oid:2.25."), ("stu3", "urn:oid:2.25."), ("r4", "2.25.")):
+            numbers = [at(one, "series.uid") for one in self.records[version] if one["resourceType"] == "ImagingStudy"]
+            self.assertEqual([number for number in numbers if not number.startswith(start)], [], version)
+
+    def test_an_observation_has_a_value_or_components(self) -> None:
+        for version, records in self.records.items():
+            for one in records:
+                if one["resourceType"] == "Observation":
+                    self.assertEqual(len({"valueQuantity", "valueCodeableConcept", "component"}.intersection(one)), 1,
+                                     (version, one["id"]))
+
+    def test_every_id_is_there_once(self) -> None:
+        for version, records in self.records.items():
+            ids = [(one["resourceType"], one["id"]) for one in records]
+            self.assertEqual(len(ids), len(set(ids)), version)
+            self.assertEqual([name for _, name in ids if not re.fullmatch(r"[A-Za-z0-9.-]{1,64}", name)], [], version)
+
+    def test_every_reference_leads_to_a_record(self) -> None:
+        for version, records in self.records.items():
+            targets = {f"{one['resourceType']}/{one['id']}" for one in records}
+            objects = [value for value in walk(records) if isinstance(value, dict)]
+            references = {value["reference"] for value in objects if "reference" in value}
+            documents = {value["url"] for value in objects if "contentType" in value and "url" in value}
+            self.assertGreater(len(references), 90)
+            self.assertEqual(len(documents), 2)
+            self.assertEqual((references | documents) - targets, set(), version)
+
+    def test_the_people_who_sign_in_are_in_the_records(self) -> None:
+        for version, records in self.records.items():
+            ids = {f"{one['resourceType']}/{one['id']}" for one in records}
+            self.assertLessEqual({"Practitioner/smart-clinician", "RelatedPerson/daniel-adams-amy-shaw"}, ids, version)
+
+    def test_dates_are_of_the_calendar_and_times_have_a_zone(self) -> None:
+        for records in self.records.values():
+            dates = [value for value in walk(records) if isinstance(value, str) and re.match(r"\d{4}-\d\d", value)]
+            self.assertGreater(len(dates), 800)
+            for date in dates:
+                datetime.datetime.strptime(date, "%Y-%m-%dT%H:%M:%SZ" if "T" in date else "%Y-%m-%d")
+
+    def test_changes_are_spread_over_time_alike_in_each_version(self) -> None:
+        changed = {version: {one["id"]: one["meta"] for one in records} for version, records in self.records.items()}
+        times = sorted(meta["lastUpdated"] for meta in changed["r4"].values())
+        self.assertLess(times[0], "2016-02")
+        self.assertGreater(times[-1], "2018-06")
+        self.assertEqual({meta["versionId"] for meta in changed["r4"].values()}, {"1"})
+        for name, meta in changed["r4"].items():
+            self.assertEqual(changed["stu3"][name], meta)
+            self.assertIn(changed["dstu2"].get(name, meta), (meta,))
+
+    def test_check_digits_know_a_good_code_from_a_bad_one(self) -> None:
+        self.assertEqual(luhn("23457") % 10, 0)
+        self.assertNotEqual(luhn("23475") % 10, 0)
+        self.assertEqual(verhoeff("22298006"), 0)
+        self.assertNotEqual(verhoeff("22298060"), 0)
+
+    def test_codes_have_their_system_and_a_right_check_digit(self) -> None:
+        codes = {(one.get("system"), one["code"]) for records in self.records.values() for one in walk(records)
+                 if isinstance(one, dict) and isinstance(one.get("code"), str)}
+        self.assertEqual([code for system, code in codes if not system], [])
+        loinc = [code for system, code in codes if system == "http://loinc.org"]
+        self.assertGreater(len(loinc), 55)
+        self.assertEqual([code for code in loinc if luhn(code.replace("-", "")) % 10], [])
+        snomed = [code for system, code in codes if system == "http://snomed.info/sct"]
+        self.assertGreater(len(snomed), 30)
+        self.assertEqual([code for code in snomed if verhoeff(code) or code[-3:-1] not in ("00", "10")], [])
+
+    def test_units_are_of_ucum(self) -> None:
+        units = {one.get("code") for records in self.records.values() for one in walk(records)
+                 if isinstance(one, dict) and isinstance(one.get("value"), (int, float)) and "currency" not in one
+                 and one.get("system") != "urn:iso:std:iso:4217"}
+        self.assertEqual(units, {
+            "%", "/[HPF]", "/[LPF]", "/min", "1", "10*3/uL", "10*6/uL", "Cel", "U/L", "[drp]", "[pH]", "cm", "d", "fL",
+            "g/dL", "kg", "kg/m2", "mL", "mg/L", "mg/dL", "mm", "mm[Hg]", "mmol/L", "pg", "u[IU]/mL", "{bottle}",
+            "{tablet}"})
+
+    def test_each_version_has_its_own_code_systems(self) -> None:
+        systems = {version: {one["system"] for one in walk(records) if isinstance(one, dict) and "system" in one}
+                   for version, records in self.records.items()}
+        self.assertIn("http://terminology.hl7.org/CodeSystem/observation-category", systems["r4"])
+        for version in ("stu3", "dstu2"):
+            self.assertIn("http://hl7.org/fhir/observation-category", systems[version])
+            self.assertIn("http://hl7.org/fhir/v2/0203", systems[version])
+            self.assertNotIn("terminology.hl7.org", "".join(systems[version]))
+        self.assertIn("http://hl7.org/fhir/v3/Ethnicity", systems["dstu2"])
+
+    def test_vital_signs_have_the_codes_and_units_of_the_profiles(self) -> None:
+        expected = {"8867-4": "/min", "9279-1": "/min", "59408-5": "%", "8310-5": "Cel", "8302-2": "cm",
+                    "29463-7": "kg", "39156-5": "kg/m2", "8480-6": "mm[Hg]", "8462-4": "mm[Hg]"}
+        for version, records in self.records.items():
+            signs = {at(one, "code.coding.code"): at(one, "valueQuantity.code") for one in walk(records)
+                     if isinstance(one, dict) and isinstance(one.get("code"), dict) and "valueQuantity" in one}
+            self.assertEqual({code: signs.get(code) for code in expected}, expected, version)
+            oxygen = next(one for one in records if one["id"] == "smart-Observation-854-59408-5")
+            self.assertEqual([one["code"] for one in oxygen["code"]["coding"]], ["59408-5", "2708-6"], version)
+
+    def test_common_laboratory_values_can_be_drawn_over_time_with_their_normal_range(self) -> None:
+        for loinc in ("2345-7", "2160-0", "13457-7", "2823-3", "718-7", "11580-8"):
+            found = [one for one in self.records["r4"] if at(one, "code.coding.code") == loinc]
+            self.assertEqual(len({one["effectiveDateTime"] for one in found}), 6, loinc)
+            self.assertTrue(all("low" in one["referenceRange"][0] for one in found), loinc)
+
+    def test_a_vaccine_was_refused(self) -> None:
+        refused = {version: next(one for one in records if one["id"] == "smart-Immunization-10")
+                   for version, records in self.records.items()}
+        self.assertEqual(refused["r4"]["status"], "not-done")
+        self.assertEqual(at(refused["r4"], "statusReason.coding.code"), "PATOBJ")
+        self.assertTrue(refused["stu3"]["notGiven"])
+        self.assertTrue(refused["dstu2"]["wasNotGiven"])
+        self.assertEqual(at(refused["dstu2"], "explanation.reasonNotGiven.coding.code"), "PATOBJ")
+
+    def test_documents_can_be_opened(self) -> None:
+        for version, records in self.records.items():
+            binaries = {one["contentType"]: base64.b64decode(one["data" if version == "r4" else "content"])
+                        for one in records if one["resourceType"] == "Binary"}
+            sizes = {one["contentType"]: one["size"] for one in walk(records)
+                     if isinstance(one, dict) and "size" in one}
+            self.assertEqual({kind: len(data) for kind, data in binaries.items()}, sizes, version)
+            self.assertIn(b"Continue present medicines.", binaries["text/plain"])
+            self.assertTrue(binaries["application/pdf"].startswith(b"%PDF-1.4\n"))
+
+    def test_the_pdf_says_where_each_of_its_objects_begins(self) -> None:
+        data = s4s.pdf("One (1)\nTwo \\ 2")
+        self.assertIn(b"(One \\(1\\)) '\n(Two \\\\ 2) '\n", data)
+        table = int(data.split(b"startxref\n")[1].split()[0])
+        places = data[table:].splitlines()[3:-5]
+        self.assertEqual(data[table:table + 5], b"xref\n")
+        self.assertEqual([data[int(place[:10]):].split()[0] for place in places], [b"1", b"2", b"3", b"4", b"5", b"6"])
+
+
+# ######################################################################## in front of a real FHIR server
+
+class FhirServer:
+    """A FHIR server that can't be trusted: it answers each search with all it has, whatever was asked, and `script`
+    (path -> status, headers, body; or bytes to send as they are, and close) makes it worse."""
+
+    def __init__(self) -> None:
+        self.script: dict[str, tuple[int, dict[str, str], bytes] | bytes] = {}
+        self.records: dict[str, dict[str, Any]] = {}
+        self.seen: list[tuple[str, dict[str, str], bytes]] = []   # target, headers, body
+        self.connections = 0
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1
+            disable_nagle_algorithm = True
+
+            def setup(self) -> None:
+                super().setup()
+                outer.connections += 1
+
+            def log_message(self, *args: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                outer.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+                answer = outer.answer(self.path)
+                if isinstance(answer, bytes):
+                    self.wfile.write(answer)
+                    self.close_connection = True
+                    return
+                status, headers, text = answer
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(text)), **headers}.items():
+                    if value:
+                        self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text)
+                self.wfile.flush()
+            do_POST = do_GET
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/fhir"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True)
+        self.thread.start()
+
+    def answer(self, target: str) -> tuple[int, dict[str, str], bytes] | bytes:
+        path = target.partition("?")[0].removeprefix("/fhir/")
+        for key in (target, path):
+            if key in self.script:
+                return self.script[key]
+        if path in self.records:
+            return json_answer(self.records[path], ETag='W/"7"')
+        if "/" in path and not path.endswith(("/_search", "$everything")):
+            return json_answer({"resourceType": "OperationOutcome"}, 404)
+        return json_answer(self.bundle(*self.records.values()))
+
+    def bundle(self, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
+        """A searchset of resources."""
+        return {"resourceType": "Bundle", "type": "searchset", "total": len(resources),
+                "link": [{"relation": name, "url": url} for name, url in links.items()],
+                "entry": [{"fullUrl": f"{self.url}/{one['resourceType']}/{one.get('id')}", "resource": one}
+                          for one in resources]}
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+def json_answer(value: Any, status: int = 200, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    """A scripted answer."""
+    text = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return status, {"Content-Type": "application/fhir+json", **headers}, text
+
+
+ME, OTHER = DANIEL, "somebody-else"
+
+
+def observation(name: str, patient: str = ME, **more: Any) -> dict[str, Any]:
+    """An Observation of somebody."""
+    return {"resourceType": "Observation", "id": name, "status": "final", "code": {"text": "x"},
+            "subject": {"reference": f"Patient/{patient}"}, **more}
+
+
+def document(name: str, patient: str, url: str) -> dict[str, Any]:
+    """A DocumentReference of somebody to an attachment."""
+    return {"resourceType": "DocumentReference", "id": name, "status": "current",
+            "subject": {"reference": f"Patient/{patient}"}, "content": [{"attachment": {"url": url}}]}
+
+
+class ForwardingTest(PortalTest):
+    """A portal in front of a FHIR server that can't be trusted, and a token for one record."""
+    behind: FhirServer
+    scope = "patient/*.rs"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.behind = FhirServer()
+        cls.addClassCleanup(cls.behind.stop)
+        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5}
+        super().setUpClass()
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.behind.script.clear()
+        self.behind.seen.clear()
+        url = self.behind.url
+        self.behind.records = {f"{one['resourceType']}/{one['id']}": one for one in (
+            {"resourceType": "Patient", "id": ME}, {"resourceType": "Patient", "id": OTHER},
+            observation("mine"), observation("theirs", OTHER), {"resourceType": "Practitioner", "id": "dr"},
+            document("my-doc", ME, f"{url}/Binary/my-file"), document("their-doc", OTHER, f"{url}/Binary/their-file"),
+            {"resourceType": "Binary", "id": "my-file", "contentType": "text/plain", "data": "aGk="},
+            {"resourceType": "Binary", "id": "their-file", "contentType": "text/plain", "data": "aGk="})}
+        self.token = self.issue(self.scope)
+
+    def issue(self, scope: str, **more: Any) -> str:
+        """An access token."""
+        return str(self.portal.issue_token(scope=scope, **more)["access_token"])
+
+    def get(self, path: str, *, api: str = "/api/fhir/", token: str | None = None, **how: Any) -> Answer:
+        """One request of the FHIR API, with the token for my record unless told otherwise."""
+        return ask(self.portal.url + api + path, token=self.token if token is None else token, **how)
+
+    def read(self, path: str, **how: Any) -> dict[str, Any]:
+        """The JSON of a request that must succeed."""
+        got = self.get(path, **how)
+        self.assertEqual(got.status, 200, got)
+        found: dict[str, Any] = got.json
+        return found
+
+    def ids(self, path: str, **how: Any) -> list[str]:
+        """The ids in a Bundle that must come."""
+        return [entry["resource"]["id"] for entry in self.read(path, **how).get("entry", [])]
+
+    def assert_refused(self, path: str, status: int = 403, **how: Any) -> None:
+        """The request is refused with an OperationOutcome that doesn't tell the FHIR server's address."""
+        got = self.get(path, **how)
+        self.assertEqual((got.status, got.json["resourceType"]), (status, "OperationOutcome"), got)
+        self.assertNotIn(str(self.behind.port), got.text)
+
+    def assert_not_forwarded(self, path: str, status: int = 403, **how: Any) -> None:
+        """The request is refused before anything of it reaches the FHIR server."""
+        self.assert_refused(path, status, **how)
+        self.assertEqual(self.behind.seen, [])
+
+    def script(self, path: str, resource: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """What the FHIR server answers at a path."""
+        self.behind.script[path] = json_answer(resource, status, **(headers or {}))
+
+
+class OnePatientAndNothingElse(ForwardingTest):
+    """Attacks on the record's boundary, each of which a careless proxy lets through."""
+
+    def test_my_own_resource_is_read(self) -> None:
+        self.assertEqual(self.read("Observation/mine")["id"], "mine")
+
+    def test_another_patient_is_not_read(self) -> None:
+        self.assert_refused(f"Patient/{OTHER}")
+
+    def test_another_patients_resource_is_not_read(self) -> None:
+        self.assert_refused("Observation/theirs")
+
+    def test_another_patients_resource_is_not_read_in_an_older_version(self) -> None:
+        self.script("Observation/theirs/_history/1", observation("theirs", OTHER))
+        self.assert_refused("Observation/theirs/_history/1")
+
+    def test_my_own_resource_is_read_in_an_older_version(self) -> None:
+        self.script("Observation/mine/_history/1", observation("mine"))
+        self.assertEqual(self.read("Observation/mine/_history/1")["id"], "mine")
+
+    def test_a_version_that_was_another_patients_is_not_read(self) -> None:
+        self.script("Observation/mine/_history/1", observation("mine", OTHER))
+        self.assert_refused("Observation/mine/_history/1")
+
+    def test_not_modified_tells_nothing_about_another_patients_resource(self) -> None:
+        answers = [json_answer(b"", 304), json_answer(observation("theirs", OTHER))]
+        with mock.patch.object(self.behind, "answer", lambda target: answers.pop(0)):
+            self.assert_refused("Observation/theirs", headers={"If-None-Match": 'W/"7"'})
+
+    def test_not_modified_comes_back_for_my_own(self) -> None:
+        answers = [json_answer(b"", 304), json_answer(observation("mine"), ETag='W/"7"')]
+        with mock.patch.object(self.behind, "answer", lambda target: answers.pop(0)):
+            got = self.get("Observation/mine", headers={"If-None-Match": 'W/"7"'})
+        self.assertEqual((got.status, got.headers["etag"], got.body), (304, 'W/"7"', b""))
+
+    def test_a_search_answered_with_everybodys_records_shows_mine(self) -> None:
+        bundle = self.read("Observation?code=x")
+        self.assertEqual(sorted(entry["resource"]["id"] for entry in bundle["entry"]),
+                         ["dr", "mine", "my-doc", ME])
+        self.assertNotIn("total", bundle)
+
+    def test_a_search_is_pinned_to_the_patient(self) -> None:
+        self.get("Observation?code=x")
+        self.get("Coverage")
+        self.get("Patient?name=x")
+        self.assertEqual([target for target, _, _ in self.behind.seen], [
+            f"/fhir/Observation?code=x&patient=Patient/{ME}", f"/fhir/Coverage?beneficiary=Patient/{ME}",
+            f"/fhir/Patient?name=x&_id={ME}"])
+
+    def test_the_patient_may_be_named_in_any_way(self) -> None:
+        for query in (f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
+                      f"patient={self.portal.fhir_url}/Patient/{ME}"):
+            with self.subTest(query):
+                self.assertIn("mine", self.ids(f"Observation?{query}"))
+
+    def test_total_comes_where_nothing_was_dropped(self) -> None:
+        self.script("Observation", self.behind.bundle(observation("mine")))
+        self.assertEqual(self.read("Observation")["total"], 1)
+
+    def test_a_search_for_another_patient(self) -> None:
+        self.assert_not_forwarded(f"Observation?patient={OTHER}")
+
+    def test_a_search_for_another_patient_by_absolute_reference(self) -> None:
+        self.assert_not_forwarded(f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}")
+
+    def test_a_search_for_another_patient_among_several(self) -> None:
+        self.assert_not_forwarded(f"Observation?patient={ME},{OTHER}")
+
+    def test_a_search_for_another_patient_by_id(self) -> None:
+        self.assert_not_forwarded(f"Patient?_id={OTHER}")
+
+    def test_a_post_search_for_another_patient(self) -> None:
+        self.assert_not_forwarded("Observation/_search", form={"patient": OTHER})
+
+    def test_a_post_search_with_me_in_the_query_and_another_in_the_body(self) -> None:
+        self.assert_not_forwarded(f"Observation/_search?patient={ME}", form={"patient": OTHER})
+
+    def test_a_post_search_is_posted_and_pinned(self) -> None:
+        self.assertIn("mine", self.ids("Observation/_search", form={"code": "a b"}))
+        target, headers, body = self.behind.seen[-1]
+        self.assertEqual((target, body), ("/fhir/Observation/_search", f"code=a%20b&patient=Patient/{ME}".encode()))
+        self.assertEqual(headers["content-type"], "application/x-www-form-urlencoded")
+
+    def test_a_repeated_parameter(self) -> None:
+        self.assert_not_forwarded(f"Observation?patient={ME}&patient={OTHER}")
+
+    def test_a_differently_cased_parameter(self) -> None:
+        self.assert_not_forwarded(f"Observation?Patient={OTHER}")
+
+    def test_an_encoded_parameter_name(self) -> None:
+        self.assert_not_forwarded(f"Observation?p%61tient={OTHER}")
+
+    def test_a_parameter_with_a_type(self) -> None:
+        self.assert_not_forwarded(f"Observation?subject:Patient={OTHER}")
+
+    def test_another_reference_with_a_type(self) -> None:
+        self.assert_not_forwarded(f"Observation?performer:Patient={OTHER}")
+
+    def test_another_reference_to_a_patient(self) -> None:
+        self.assert_not_forwarded(f"Observation?performer=Patient/{OTHER}")
+
+    def test_a_modifier_that_cannot_be_judged(self) -> None:
+        for parameter in ("patient:identifier=http://ids.example%7C1", f"patient:not={ME}", "subject:missing=true"):
+            with self.subTest(parameter):
+                self.assert_not_forwarded(f"Observation?{parameter}")
+
+    def test_a_chain_with_a_type(self) -> None:
+        self.assert_not_forwarded(f"Observation?subject:Patient._id={OTHER}")
+
+    def test_a_chain(self) -> None:
+        self.assert_not_forwarded("Observation?performer.name=Smith")
+        self.assert_not_forwarded("Observation?performer:Practitioner.name=Smith")
+
+    def test_a_reverse_chain(self) -> None:
+        self.assert_not_forwarded(f"Practitioner?_has:Observation:performer:patient={OTHER}")
+
+    def test_the_filter_language(self) -> None:
+        self.assert_not_forwarded(f"Observation?_filter=patient%20eq%20{OTHER}")
+
+    def test_a_named_query(self) -> None:
+        self.assert_not_forwarded("Observation?_query=everybody")
+
+    def test_a_search_over_types(self) -> None:
+        self.assert_not_forwarded("?_type=Patient,Observation")
+
+    def test_types_within_a_search(self) -> None:
+        self.assert_not_forwarded("Observation?_type=Patient")
+
+    def test_the_fhir_servers_own_paging_parameter(self) -> None:
+        self.assert_not_forwarded("Observation?_getpages=0d33d1e1")
+
+    def test_another_patient_does_not_come_along_by_include(self) -> None:
+        mine = observation("mine", performer=[{"reference": f"Patient/{OTHER}"}])
+        self.script("Observation", self.behind.bundle(mine, self.behind.records[f"Patient/{OTHER}"]))
+        self.assertEqual(self.ids("Observation?_include=Observation:performer"), ["mine"])
+
+    def test_another_patients_resource_does_not_come_along_by_revinclude(self) -> None:
+        self.assertEqual(self.ids("Practitioner?_revinclude=Observation:performer"), [ME, "mine", "dr", "my-doc"])
+
+    def test_parts_of_resources_are_not_asked_for_since_they_could_not_be_judged(self) -> None:
+        self.get("Observation?_elements=code&_summary=true&_format=json")
+        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
+
+    def test_my_compartment(self) -> None:
+        self.assertIn("mine", self.ids(f"Patient/{ME}/Observation"))
+        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
+
+    def test_another_patients_compartment(self) -> None:
+        self.assert_not_forwarded(f"Patient/{OTHER}/Observation")
+
+    def test_my_everything(self) -> None:
+        self.assertEqual(self.ids(f"Patient/{ME}/$everything?_count=5"), [ME, "mine", "dr", "my-doc"])
+        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Patient/{ME}/$everything?_count=5")
+
+    def test_another_patients_everything(self) -> None:
+        self.assert_not_forwarded(f"Patient/{OTHER}/$everything")
+
+    def test_everything_takes_reading_and_searching(self) -> None:
+        for scope in ("patient/*.s", "patient/*.r", "patient/Observation.rs"):
+            got = self.get(f"Patient/{ME}/$everything", token=self.issue(scope))
+            self.assertEqual((got.status, self.behind.seen), (403, []))
+            self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
+
+    def test_other_operations(self) -> None:
+        for path in ("$export", "Patient/$export", "Patient/$match", f"Patient/{ME}/$summary", "Observation/$lastn",
+                     "Observation/mine/%24meta", f"Observation/{ME}/$everything"):
+            with self.subTest(path):
+                self.assert_not_forwarded(path)
+
+    def test_paths_that_hide_something_never_reach_the_fhir_server(self) -> None:
+        for path in (
+                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient",
+                "Observation/%2E%2E%2FPatient", "Observation/%252e%252e/Patient", "Observation/mine;a=b",
+                "Observation;a=b", "Observation//mine",
+                "/Observation/mine", "Observation/mine%2f_history", "Observation/mine%3fa=b", "Observation%5cmine",
+                "Observation\\mine", "Observation/mine%00", "Observation/mine%0d%0aX:y", "Observation/.", "metadata/..",
+                "observation/mine", "Observation/mine/_history/..", "Observation/mine/x", "Observation/_search",
+                f"Patient/{ME}/Observation/mine", "http://127.0.0.1/fhir/Observation/mine"):
+            with self.subTest(path):
+                self.assertIn(self.get(path).status, (400, 403, 404))
+                self.assertEqual(self.behind.seen, [])
+
+    def test_an_absolute_request_target_is_served_for_this_host_only(self) -> None:
+        for host, expected in ((f"127.0.0.1:{self.portal.port}", 200), ("fhir.example", 421)):
+            with self.subTest(host), socket.create_connection(("127.0.0.1", self.portal.port)) as connection:
+                connection.sendall(f"GET http://{host}/api/fhir/Observation/mine HTTP/1.1\r\nHost: x\r\n"
+                                   f"Authorization: Bearer {self.token}\r\n\r\n".encode())
+                self.assertIn(f"HTTP/1.1 {expected} ".encode(), connection.recv(4096))
+
+    def test_a_batch_is_not_forwarded(self) -> None:
+        self.assert_not_forwarded("", method="POST", body=b"{}")
+
+    def test_writing_is_refused_before_the_body_is_judged(self) -> None:
+        for method, path in (("POST", "Observation"), ("PUT", "Observation/mine"), ("PATCH", "Observation/mine"),
+                             ("DELETE", "Observation/mine"), ("POST", "Observation/mine/_search")):
+            with self.subTest(method):
+                self.assert_not_forwarded(path, method=method, body=b"{")
+                self.assert_not_forwarded(path, 401, method=method, body=b"{", token="")
+
+    def test_open_access_reads_everybodys_and_writes_nothing(self) -> None:
+        self.assertEqual(len(self.ids("Observation", token="", api="/api/open-fhir/")), len(self.behind.records))
+        self.assertEqual(self.read("Observation", token="", api="/api/open-fhir/")["total"], len(self.behind.records))
+        self.assertEqual(self.get("Observation/theirs", token="", api="/api/open-fhir/").status, 200)
+        self.behind.seen.clear()
+        for method, path in (("POST", ""), ("PUT", "Observation/mine"), ("DELETE", "Observation/mine")):
+            with self.subTest(method):
+                got = self.get(path, method=method, body=b"{}", token="", api="/api/open-fhir/")
+                self.assertEqual(got.status, 405)
+        self.assertEqual(self.behind.seen, [])
+
+    def test_another_patient_inside_my_resource(self) -> None:
+        for inner in ({"resourceType": "Patient", "id": OTHER}, observation("x", OTHER), {"resourceType": "Bundle"},
+                      observation("x", contained=[observation("y")])):
+            with self.subTest(inner["resourceType"]):
+                self.script("Observation/mine", observation("mine", contained=[inner]))
+                self.assert_refused("Observation/mine")
+
+    def test_my_resource_may_contain_what_is_mine_or_nobodys(self) -> None:
+        self.script("Observation/mine", observation("mine", contained=[
+            observation("x"), {"resourceType": "Medication", "id": "m"}, {"resourceType": "Specimen", "id": "s"}]))
+        self.assertEqual(len(self.read("Observation/mine")["contained"]), 3)
+
+    def test_a_resource_under_a_member_given_twice(self) -> None:
+        mine, theirs = (json.dumps(self.behind.records[f"Observation/{name}"]) for name in ("mine", "theirs"))
+        self.script("Observation", ('{"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": ' + theirs
+                                    + ', "resource": ' + mine + "}]}").encode())
+        self.assertEqual(self.ids("Observation"), [])
+
+    def test_a_bundle_within_the_bundle(self) -> None:
+        self.script("Observation", self.behind.bundle(self.behind.bundle(observation("theirs", OTHER))))
+        self.assertEqual(self.ids("Observation"), [])
+
+    def test_members_of_a_bundle_that_may_hold_anything(self) -> None:
+        bundle = {**self.behind.bundle(observation("mine")), "signature": {"who": OTHER}, "issues": OTHER}
+        bundle["entry"][0]["response"] = {"location": OTHER}
+        self.script("Observation", bundle)
+        self.assertNotIn(OTHER, self.get("Observation").text)
+        self.assertEqual(self.ids("Observation"), ["mine"])
+
+    def test_an_outcome_that_quotes_something(self) -> None:
+        outcome = {"resourceType": "OperationOutcome", "id": "o", "issue": [{"diagnostics": f"Patient/{OTHER}"}]}
+        self.script("Observation", self.behind.bundle(observation("mine"), outcome))
+        self.assertEqual(self.ids("Observation"), ["mine"])
+
+    def test_types_nobody_can_place_are_refused(self) -> None:
+        for name in ("AuditEvent", "Provenance", "Group", "Bundle", "Person", "Unheard"):
+            with self.subTest(name):
+                self.assert_not_forwarded(f"{name}/1")
+                self.assert_not_forwarded(name)
+
+    def test_what_belongs_to_nobody_needs_only_the_scope(self) -> None:
+        self.assertEqual(self.read("Practitioner/dr")["id"], "dr")
+        self.assert_refused("Practitioner/dr", token=self.issue("patient/Observation.rs"))
+
+    def test_the_scopes_letters_and_types_hold(self) -> None:
+        token = self.issue("patient/Observation.s patient/Practitioner.r")
+        self.assert_not_forwarded("Observation/mine", token=token)
+        self.assert_not_forwarded("Practitioner", token=token)
+        self.assertEqual(self.ids("Observation?_include=*", token=token), ["mine"])
+
+    def test_a_scope_narrowed_by_a_parameter_leaves_the_rest_and_the_number_out(self) -> None:
+        self.script("metadata", WhatIsBehind.STATEMENT)
+        draft = observation("draft", status="preliminary")
+        self.script("Observation", self.behind.bundle(observation("mine")))
+        self.script("Observation/draft", draft)
+        token = self.issue("patient/Observation.rs?status=final")
+        self.assertNotIn("total", self.read("Observation", token=token))
+        self.script("Observation", self.behind.bundle(observation("mine"), draft))
+        self.assertEqual(self.ids("Observation", token=token), ["mine"])
+        self.assert_refused("Observation/draft", token=token)
+
+    def test_a_category_left_out_is_left_out(self) -> None:
+        app = App(self.portal)
+        back = self.portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=["problems"])
+        token = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        self.assertEqual(self.ids("Observation", token=token), ["dr"])
+        self.assert_refused("Observation/mine", token=token)
+
+    def test_who_the_user_is_may_be_read_and_not_searched(self) -> None:
+        doctor = {"resourceType": "Practitioner", "id": "smart-clinician"}
+        self.script("Practitioner/smart-clinician", doctor)
+        token = self.issue("openid fhirUser patient/Observation.rs", username="clinician", patient_id=ME)
+        self.assertEqual(self.read("Practitioner/smart-clinician", token=token), doctor)
+        self.behind.seen.clear()
+        self.assert_not_forwarded("Practitioner/dr", token=token)
+        self.assert_not_forwarded("Practitioner?_id=smart-clinician", token=token)
+
+    def test_a_clinician_sees_every_record(self) -> None:
+        token = self.issue("user/*.rs", username="clinician", patient_id=ME)
+        self.assertEqual(self.read("Observation/theirs", token=token)["id"], "theirs")
+        self.assertIn("theirs", self.ids("Observation", token=token))
+
+    def test_a_representative_sees_the_records_of_both(self) -> None:
+        self.script("Observation", self.behind.bundle(*(observation(one, one) for one in (ME, "smart-1032702", OTHER))))
+        self.assertEqual(self.ids("Observation", token=self.issue("user/*.rs")), [ME, "smart-1032702"])
+        self.assertIn(f"patient=Patient/smart-1032702,Patient/{ME}", self.behind.seen[-1][0])
+
+    def test_binary_of_another(self) -> None:
+        self.assert_refused("Binary/their-file")
+
+    def test_binary_that_my_document_points_to(self) -> None:
+        self.assertEqual(self.read("Binary/my-file")["id"], "my-file")
+        asked = len(self.behind.seen)
+        self.read("Binary/my-file")
+        self.assertEqual(len(self.behind.seen), asked + 1, "remembered")
+
+    def test_binary_that_my_report_points_to(self) -> None:
+        self.script("DocumentReference", b"", 404)
+        self.script("DiagnosticReport", self.behind.bundle({
+            "resourceType": "DiagnosticReport", "id": "r", "subject": {"reference": f"Patient/{ME}"},
+            "presentedForm": [{"url": "Binary/my-file"}]}))
+        self.assertEqual(self.read("Binary/my-file")["id"], "my-file")
+
+    def test_binary_by_its_security_context(self) -> None:
+        for patient, expected in ((ME, 200), (OTHER, 403)):
+            with self.subTest(patient):
+                self.script("Binary/my-file", {"resourceType": "Binary", "id": "my-file",
+                                               "securityContext": {"reference": f"Patient/{patient}"}})
+                self.assertEqual(self.get("Binary/my-file").status, expected)
+
+    def test_binary_of_a_document_that_the_scope_does_not_reach(self) -> None:
+        self.assert_refused("Binary/my-file", token=self.issue("patient/Binary.rs"))
+
+    def test_binaries_are_not_searched(self) -> None:
+        self.assert_not_forwarded("Binary")
+
+    def test_the_search_for_a_binarys_document_ends(self) -> None:
+        self.script("DocumentReference", self.behind.bundle(next="?_getpages=again"))
+        self.behind.script["/fhir?_getpages=again"] = json_answer(self.behind.bundle(next="?_getpages=again"))
+        self.assert_refused("Binary/my-file")
+        self.assertLess(len(self.behind.seen), 30)
+
+    def test_an_answer_about_another_resource_than_the_one_asked_for(self) -> None:
+        self.script("Observation/mine", observation("theirs"))
+        self.assert_refused("Observation/mine", 502)
+
+
+class WhoseItIs(unittest.TestCase):
+    """owner() and Access, resource by resource."""
+    base = "https://p.example/api/fhir"
+
+    def test_references_that_count(self) -> None:
+        for text in (f"Patient/{ME}", f"Patient/{ME}/_history/2", f"https://p.example/api/fhir/Patient/{ME}"):
+            with self.subTest(text):
+                self.assertEqual(s4s.owner(observation("x", subject={"reference": text}), self.base), ME)
+
+    def test_references_that_do_not_count(self) -> None:
+        for subject in ({"reference": "Group/1"}, {"reference": "#p"}, {"identifier": {"value": ME}}, {"display": "me"},
+                        {"reference": f"https://elsewhere.example/Patient/{ME}"}, {"reference": f"patient/{ME}"},
+                        {"reference": f"Patient/{ME}/x"}, {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
+                        f"Patient/{ME}", None, 7):
+            with self.subTest(subject):
+                self.assertIsNone(s4s.owner(observation("x", subject=subject), self.base))
+
+    def test_each_version_of_fhir_has_its_element(self) -> None:
+        person, doctor = {"reference": f"Patient/{ME}"}, {"reference": "Practitioner/1"}
+        for name, more in (("Condition", {"patient": person}), ("Condition", {"subject": person}),
+                           ("Coverage", {"beneficiary": person}), ("Task", {"for": person}),
+                           ("Account", {"subject": [person]}), ("Patient", {"id": ME}), ("Device", {"patient": person}),
+                           ("Appointment", {"participant": [{"actor": doctor}, {"actor": person}]})):
+            with self.subTest(name):
+                self.assertEqual(s4s.owner({"resourceType": name, **more}), ME)
+
+    def test_several_patients_are_nobodys_answer(self) -> None:
+        me, other = {"reference": f"Patient/{ME}"}, {"reference": f"Patient/{OTHER}"}
+        for resource in ({"resourceType": "Condition", "subject": me, "patient": other},
+                         {"resourceType": "Account", "subject": [me, other]},
+                         {"resourceType": "Appointment", "participant": [{"actor": me}, {"actor": other}]},
+                         {"resourceType": "Practitioner", "contained": [observation("x", OTHER)]},
+                         observation("x", contained=[observation("y", contained=[observation("z", OTHER)])])):
+            with self.subTest(resource["resourceType"]):
+                self.assertIsNone(s4s.owner(resource))
+
+    def test_a_device_without_a_patient_is_nobodys(self) -> None:
+        self.assertEqual(s4s.owner({"resourceType": "Device"}), s4s.NOBODY)
+        self.assertIsNone(s4s.owner({"resourceType": "Device", "patient": {"display": "somebody"}}))
+
+    def test_fhir_user_may_be_read_and_not_searched(self) -> None:
+        access = s4s.Access("openid fhirUser", ME, fhir_user="Practitioner/dr")
+        me, colleague = ({"resourceType": "Practitioner", "id": name} for name in ("dr", "other"))
+        self.assertTrue(access.allows("Practitioner", "r", "dr") and access.may_see(me, "r"))
+        self.assertFalse(access.allows("Practitioner", "s", "dr") or access.may_see(me, "s"))
+        self.assertFalse(access.allows("Practitioner", "r", "other") or access.may_see(colleague, "r"))
+
+    def test_a_scope_narrowed_by_a_parameter(self) -> None:
+        access = s4s.Access("patient/Observation.rs?status=final,amended", ME)
+        self.assertTrue(access.narrowed)
+        self.assertTrue(access.may_see(observation("x"), "r"))
+        self.assertFalse(access.may_see(observation("x", status="preliminary"), "r"))
+
+    def test_scopes_of_the_system_open_every_record(self) -> None:
+        access = s4s.Access("system/Observation.r")
+        self.assertTrue(access.may_see(observation("theirs", OTHER), "r"))
+        self.assertFalse(access.may_see(observation("theirs", OTHER), "s"))
+        self.assertFalse(access.may_see({"resourceType": "Patient", "id": OTHER}, "r"))
+        self.assertFalse(s4s.Access("system/*.rs").may_see({"resourceType": "AuditEvent"}, "r"), "cannot be placed")
+
+    def test_categories_hide_and_hide_their_number(self) -> None:
+        access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
+        self.assertTrue(access.narrowed)
+        for code, seen in (("vital-signs", True), ("laboratory", False)):
+            with self.subTest(code):
+                self.assertIs(access.may_see(observation("x", category=[{"coding": [{"code": code}]}]), "s"), seen)
+
+    def test_every_type_of_a_patient_has_a_category(self) -> None:
+        covered = {name for _, types in s4s.CATEGORIES.values() for name in types}
+        self.assertEqual(set(s4s.OWNER_ELEMENTS) - covered, set())
+
+
+class NoAddressGetsOut(ForwardingTest):
+    """Whatever the FHIR server calls itself, apps see the portal's address."""
+
+    def clean(self, path: str, **more: Any) -> str:
+        """An answer in which nothing of the FHIR server's address is left."""
+        body = json.dumps(self.read(path, **more))
+        self.assertNotIn(str(self.behind.port), body)
+        self.assertNotIn("hidden.example", body)
+        return body
+
+    def spelled(self, text: str) -> dict[str, Any]:
+        """What comes of an Observation with this text in it."""
+        self.behind.script["Observation/mine"] = json_answer(json.dumps(observation("mine", note="NOTE")).replace(
+            "NOTE", text).encode())
+        return dict(json.loads(self.clean("Observation/mine")))
+
+    def test_every_spelling_of_the_base(self) -> None:
+        port, ours = self.behind.port, self.portal.fhir_url
+        for text in (f"http://127.0.0.1:{port}/fhir/Patient/1", f"https://localhost:{port}/fhir/Patient/1",
+                     f"http:\\/\\/LocalHost:{port}\\/fhir\\/Patient\\/1", f"http://[::1]:{port}/fhir/Patient/1",
+                     f"http:\\u002f\\u002f127.0.0.1\\u003a{port}/fhir/Patient/1"):
+            with self.subTest(text):
+                self.assertEqual(self.spelled(text)["note"], f"{ours}/Patient/1")
+
+    def test_an_address_within_a_parameter(self) -> None:
+        theirs, ours = (quote(url, safe="") for url in (self.behind.url, self.portal.fhir_url))
+        self.assertEqual(self.spelled(f"urn:x?base={theirs}")["note"], f"urn:x?base={ours}")
+        self.assertEqual(self.spelled(f"urn:x?base={theirs.lower()}")["note"], f"urn:x?base={ours}")
+
+    def test_other_paths_of_its_host(self) -> None:
+        port = self.behind.port
+        for text in (f"http://127.0.0.1:{port}/admin", f"HTTP://LOCALHOST:{port}/FHIR", f"see localhost:{port}",
+                     f"http%3a%2f%2flocalhost%3a{port}%2f", f"http://127.0.0.1:{port}/fhir2"):
+            with self.subTest(text):
+                self.assertIn("fhir-server.invalid", self.spelled(text)["note"])
+
+    def test_servers_elsewhere_and_on_usual_ports(self) -> None:
+        ours = "https://portal.example/api/fhir"
+        for base, theirs, expected in (
+                ("https://fhir.example", "https://fhir.example/Patient/1", ours + "/Patient/1"),
+                ("https://fhir.example", "http://FHIR.example:80/Patient/1", ours + "/Patient/1"),
+                ("https://fhir.example", "https://fhir.example", ours),
+                ("https://fhir.example/r4", "ftp://fhir.example:8443/x", "ftp://fhir-server.invalid/x"),
+                ("https://fhir.example/r4", "https://fhir.example.org/", "https://fhir-server.invalid.org/"),
+                ("https://fhir.example/r4", "https://myfhir.example/r4/", "https://myfhir.example/r4/"),
+                ("http://portal.example:9/r4", "http://portal.example:9/r4/Patient/1", ours + "/Patient/1"),
+                ("http://localhost/r4", "http://127.0.0.1/r4/Patient/1", ours + "/Patient/1"),
+                ("http://localhost/r4", "http://localhost:8080/r4/", "http://localhost:8080/r4/"),
+                ("http://localhost/r4", "http://localhost/admin", "http://fhir-server.invalid/admin")):
+            with self.subTest(theirs):
+                upstream = s4s.Upstream(s4s.Settings(fhir_server=base))
+                self.assertEqual(upstream.rewritten(f'"{theirs}"'.encode(), ours), f'"{expected}"')
+
+    def test_a_name_that_only_looks_alike_stays(self) -> None:
+        text = f"http://127.0.0.1:{self.behind.port}9/fhir"
+        self.behind.script["Observation/mine"] = json_answer(observation("mine", note=text))
+        self.assertEqual(self.read("Observation/mine")["note"], text)
+
+    def test_links_full_urls_and_attachments(self) -> None:
+        bundle = json.loads(self.clean("DocumentReference"))
+        self.assertIn(f"{self.portal.fhir_url}/Observation/mine", [entry["fullUrl"] for entry in bundle["entry"]])
+        self.assertEqual(bundle["entry"][-1]["resource"]["content"][0]["attachment"]["url"],
+                         f"{self.portal.fhir_url}/Binary/my-file")
+        self.assertEqual(bundle["link"], [{"relation": "self", "url": f"{self.portal.fhir_url}/DocumentReference"}])
+
+    def test_open_access_has_its_own_addresses(self) -> None:
+        body = self.clean("Observation", token="", api="/api/open-fhir/")
+        self.assertIn(f"{self.portal.open_fhir_url}/Observation/mine", body)
+        self.assertNotIn("/api/fhir", body)
+
+    def test_another_name_that_the_server_goes_by(self) -> None:
+        bundle = json.dumps(self.behind.bundle(observation("mine", note="http://hidden.example/r4/Patient/1")))
+        self.script("Observation", bundle.replace(self.behind.url, "http://hidden.example/r4").encode())
+        self.assertIn(f'"{self.portal.fhir_url}/Patient/1"', self.clean("Observation"))
+
+    def test_a_reference_by_its_address_is_mine(self) -> None:
+        self.script("Observation/mine", observation("mine", subject={"reference": f"{self.behind.url}/Patient/{ME}"}))
+        self.assertIn(f"{self.portal.fhir_url}/Patient/{ME}", self.clean("Observation/mine"))
+
+    def test_decimals_come_through_as_they_were(self) -> None:
+        text = json.dumps(self.behind.bundle(observation("mine", value="VALUE"), observation("theirs", OTHER)))
+        self.script("Observation", text.replace('"VALUE"', '{"value": 1.10}').encode())
+        self.assertIn(b'{"value": 1.10}', self.get("Observation").body)
+
+
+class Paging(ForwardingTest):
+    """Links to further pages are the portal's own."""
+
+    def pages(self, *links: str) -> None:
+        """Pages of one Observation each, with these links to the next."""
+        for number, link in enumerate((*links, "")):
+            path = f"/fhir?_getpages=abc&_offset={number}" if number else "Observation"
+            self.behind.script[path] = json_answer(self.behind.bundle(
+                observation(f"o{number}"), observation("theirs", OTHER), **({"next": link} if link else {})))
+
+    def next_link(self, path: str, **more: Any) -> str:
+        """The path of the link to the next page, "" on the last."""
+        links = {link["relation"]: link["url"] for link in self.read(path, **more)["link"]}
+        api = self.portal.url + more.get("api", "/api/fhir/")
+        self.assertTrue(links.get("next", api).startswith(api))
+        return str(links.get("next", api)[len(api):])
+
+    def walk(self) -> list[str]:
+        """The Observations of all pages."""
+        found, path = [], "Observation?_count=1"
+        while path:
+            found += self.ids(path)
+            path = self.next_link(path)
+        return found
+
+    def test_to_the_last_page_by_links_without_a_type(self) -> None:
+        self.pages(*(f"{self.behind.url}?_getpages=abc&_offset={number}" for number in (1, 2, 3)))
+        self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
+
+    def test_to_the_last_page_by_relative_links_and_other_names(self) -> None:
+        port = self.behind.port
+        self.pages("/fhir?_getpages=abc&_offset=1", f"http://localhost:{port}/fhir?_getpages=abc&_offset=2",
+                   "https://hidden.example/fhir?_getpages=abc&_offset=3")
+        self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
+
+    def test_through_my_compartment_everything_of_mine_and_a_posted_search(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.behind.script[f"Patient/{ME}/$everything"] = self.behind.script["Observation"]
+        self.behind.script["Observation/_search"] = self.behind.script["Observation"]
+        for path, how in ((f"Patient/{ME}/Observation", {}), (f"Patient/{ME}/$everything", {}),
+                          ("Observation/_search", {"form": {"code": "x"}})):
+            with self.subTest(path):
+                self.assertEqual(self.ids(self.next_link(path, **how)), ["o1"])
+
+    def test_a_link_tells_nothing_of_the_address(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.assertRegex(self.next_link("Observation"), r"^Observation\?_page=[\w-]{22}$")
+
+    def test_a_stolen_link(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        link = self.next_link("Observation")
+        self.behind.seen.clear()
+        self.assert_not_forwarded(link, token=self.issue(self.scope))
+        self.assert_refused(link, token="", api="/api/open-fhir/")
+        self.assertEqual(self.ids(link), ["o1"])
+
+    def test_a_link_of_open_access_works_there_only(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        link = self.next_link("Observation", token="", api="/api/open-fhir/")
+        self.assertEqual(self.ids(link, token="", api="/api/open-fhir/"), ["o1", "theirs"])
+        self.assert_refused(link)
+
+    def test_a_link_works_for_its_own_path_only(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.assert_refused(self.next_link("Observation").replace("Observation", "Patient"))
+
+    def test_a_link_takes_no_other_parameter(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.assert_refused(self.next_link("Observation") + f"&patient={OTHER}", 400)
+
+    def test_a_link_expires(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        link, expires = self.next_link("Observation"), s4s.PAGE_SECONDS
+        self.addCleanup(self.portal.advance, -expires)
+        self.portal.advance(expires)
+        self.assert_refused(link, 404, token=self.issue(self.scope))
+        self.read("Observation", token=self.issue(self.scope))
+        self.assertEqual(len(self.portal.portal.state.rows("SELECT * FROM pages")), 1, "the expired one is gone")
+
+    def test_links_are_bounded_in_number(self) -> None:
+        portal = self.portal.portal
+        urls = {str(number): "x" for number in range(s4s.MAX_LINKS)}
+        first = s4s.keep_pages(portal, "g", "p", urls)
+        self.assertEqual(s4s.kept_page(portal, "g", "p", first["0"]), "x")
+        s4s.keep_pages(portal, "g", "p", {"one": "y"})
+        with self.assertRaises(s4s.PortalError):
+            s4s.kept_page(portal, "g", "p", first["0"])
+
+    def test_a_link_that_leads_elsewhere(self) -> None:
+        for link in ("https://hidden.example/other?page=2", "/fhir/../admin", "/fhir/%2e%2e/admin",
+                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x"):
+            with self.subTest(link):
+                self.pages(link)
+                self.assert_refused("Observation", 502)
+
+    def test_a_portal_behind_a_portal(self) -> None:
+        with s4s.Server() as back, s4s.Server(fhir_server=back.open_fhir_url) as front:
+            token = front.issue_token(scope="patient/Observation.rs")["access_token"]
+            found: list[str] = []
+            url = front.fhir_url + "/Observation?_count=100"
+            while url:
+                bundle = ask(url, token=token).json
+                found += [entry["resource"]["id"] for entry in bundle["entry"]]
+                url = next((link["url"] for link in bundle["link"] if link["relation"] == "next"), "")
+            self.assertEqual(len(found), len(set(found)))
+            self.assertGreater(len(found), 200)
+
+
+class Faults(ForwardingTest):
+    """What may go wrong behind the portal, and what the app is told of it."""
+
+    def test_busy_is_passed_on_with_the_time_to_wait(self) -> None:
+        for status in (503, 429):
+            with self.subTest(status):
+                self.script("Observation/mine", b"", status, {"Retry-After": "7"})
+                self.assert_refused("Observation/mine", status)
+                self.assertEqual(self.get("Observation/mine").headers["retry-after"], "7")
+
+    def test_absent_is_404_and_deleted_410_without_the_servers_words(self) -> None:
+        for status in (404, 410):
+            with self.subTest(status):
+                self.script("Observation/mine", {"resourceType": "OperationOutcome", "text": self.behind.url}, status)
+                self.assert_refused("Observation/mine", status)
+
+    def test_a_search_that_is_not_accepted_is_400(self) -> None:
+        self.script("Observation", b"{}", 422)
+        self.assert_refused("Observation?unheard=of", 400)
+
+    def test_its_own_troubles_are_502(self) -> None:
+        for status in (401, 403, 500, 502, 418, 206, 202):
+            with self.subTest(status):
+                self.script("Observation/mine", {"resourceType": "OperationOutcome"}, status)
+                self.assert_refused("Observation/mine", 502)
+
+    def test_answers_that_are_no_fhir_are_502(self) -> None:
+        mine = json.dumps(observation("mine"))
+        for name, body in {
+                "HTML": b"<html>", "empty": b"", "array": b"[]", "null": b"null", "no type": b"{}",
+                "cut": mine[:-2].encode(), "control": mine.replace("final", "\0").encode(),
+                "NaN": mine.replace('"final"', "NaN").encode(), "twice": (mine + mine).encode(),
+                "byte order mark": b"\xef\xbb\xbf" + mine.encode(), "UTF-16": mine.encode("utf-16"),
+                "no UTF-8": mine.replace("final", "\xff").encode("latin-1"),
+                "deep": b'{"a":' * 100_000, "outcome": b'{"resourceType": "OperationOutcome"}'}.items():
+            with self.subTest(name):
+                self.script("Observation/mine", body)
+                self.assert_refused("Observation/mine", 502)
+
+    def test_searches_answered_with_no_bundle_are_502(self) -> None:
+        head = b'{"resourceType": "Bundle", "type": "searchset"'
+        for body in (b"", b"{", b"[]", b'{"resourceType": "Bundle"}', head.replace(b"searchset", b"batch") + b"}",
+                     head + b', "entry": [}', head + b', "entry": {}}', head + b', "entry": [1 2]}', head + b"} {}",
+                     head + b', "x" 1}', head + b", 1: 2}", head + b", [1]: 2}", head):
+            with self.subTest(body):
+                self.script("Observation", body)
+                self.assert_refused("Observation", 502)
+
+    def test_odd_bundles_are_no_trouble(self) -> None:
+        for entry in (b"[]", b'[null, 1, {}, [], {"resource": []}, {"fullUrl": 1, "resource": {"resourceType": 1}}]'):
+            with self.subTest(entry):
+                self.script("Observation", b'{"resourceType": "Bundle", "type": "searchset", "link": [1], "entry": '
+                            + entry + b"}")
+                self.assertEqual(self.ids("Observation"), [])
+
+    def test_broken_http_is_502(self) -> None:
+        mine = json.dumps(observation("mine")).encode()
+        for name, data in {
+                "silence": b"", "no HTTP": b"SSH-2.0\r\n\r\n", "no header's end": b"HTTP/1.1 200 OK\r\nA: b\r\n",
+                "bad header": b"HTTP/1.1 200 OK\r\nA b\r\n\r\n",
+                "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
+                "two ends": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
+                            b"%x\r\n%s\r\n0\r\n\r\n" % (len(mine), mine),
+                "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+                "bad length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
+                "bad chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+                "unknown coding": b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 2\r\n\r\n{}",
+                "huge": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n",
+                "huge header": b"HTTP/1.1 200 OK\r\n" + b"A: " + b"b" * s4s.MAX_HEAD}.items():
+            with self.subTest(name):
+                self.behind.script["Observation/mine"] = data
+                self.assert_refused("Observation/mine", 502)
+
+    def test_an_answer_too_large_is_502(self) -> None:
+        with mock.patch.object(s4s, "MAX_ANSWER", 1000):
+            large = json.dumps(observation("mine", note="x" * 1000)).encode()
+            for name, headers, body in (
+                    ("length", {}, large), ("to the end", {"Content-Length": "", "Connection": "close"}, large),
+                    ("bomb", {"Content-Encoding": "gzip"}, gzip.compress(large))):
+                with self.subTest(name):
+                    self.script("Observation/mine", body, 200, headers)
+                    self.assert_refused("Observation/mine", 502)
+
+    def test_broken_gzip_is_502(self) -> None:
+        good = gzip.compress(json.dumps(observation("mine")).encode())
+        for body in (b"{}", good[:-5], good + b"x"):
+            self.script("Observation/mine", body, 200, {"Content-Encoding": "gzip"})
+            self.assert_refused("Observation/mine", 502)
+
+    def test_gzip_chunks_and_interim_answers_are_understood(self) -> None:
+        body = gzip.compress(json.dumps(observation("mine")).encode())
+        self.behind.script["Observation/mine"] = (
+            b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (
+                body[:20], body[20:])) + b"0\r\nTrailer: x\r\n\r\n")
+        self.assertEqual(self.read("Observation/mine")["id"], "mine")
+
+    def test_unreachable_is_502(self) -> None:
+        with socket.socket() as unused:
+            unused.bind(("127.0.0.1", 0))
+            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}") as portal:
+                got = ask(portal.open_fhir_url + "/Patient/1")
+                self.assertEqual(got.status, 502)
+                self.assertNotIn(str(unused.getsockname()[1]), got.text)
+
+    def test_too_slow_is_504_also_byte_by_byte(self) -> None:
+        for drip in (b"", b"H", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"):
+            with self.subTest(drip), socket.create_server(("127.0.0.1", 0)) as slow:
+                self.assertEqual(self.status_while_dripping(slow, drip), 504)
+
+    def status_while_dripping(self, slow: socket.socket, drip: bytes) -> int:
+        """What the portal answers in front of a server that sends `drip`, then a byte every now and then."""
+        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1))
+        self.addCleanup(portal.close)
+        request = s4s.Request("GET", "/api/open-fhir/Patient/1", {"host": "127.0.0.1"})
+        answers: list[s4s.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(s4s.dispatch(portal, request)))
+        asking.start()
+        with slow.accept()[0] as connection:
+            connection.sendall(drip)
+            while asking.is_alive():
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"x" if drip else b"")
+                asking.join(0.02)
+        return answers[0].status
+
+    def test_redirects_stay_within_the_fhir_server(self) -> None:
+        self.script("Observation/1", b"", 302, {"Location": "/fhir/Observation/2"})
+        self.script("Observation/2", observation("1"))
+        self.assertEqual(self.read("Observation/1")["id"], "1")
+        for place in ("http://hidden.example/", "/elsewhere", "/fhir/../x", "/fhir/Observation/1", ""):
+            with self.subTest(place):
+                self.script("Observation/1", b"", 302, {"Location": place})
+                self.assert_refused("Observation/1", 502)
+
+
+class Transport(ForwardingTest):
+    """What travels, and over which connections."""
+
+    def test_connections_are_reused(self) -> None:
+        self.read("Observation/mine")
+        before = self.behind.connections
+        for _ in range(5):
+            self.read("Observation/mine")
+        self.assertEqual(self.behind.connections, before)
+
+    def test_a_connection_closed_in_between_is_no_trouble(self) -> None:
+        closing = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(json.dumps(observation("mine")))
+        self.behind.script["Observation/mine"] = closing + json.dumps(observation("mine")).encode()
+        for _ in range(5):
+            self.read("Observation/mine")
+        self.assertEqual(len(self.behind.seen), 5)
+
+    def test_many_threads_share_them(self) -> None:
+        self.behind.records.update({f"Observation/o{number}": observation(f"o{number}") for number in range(8)})
+        wrong: list[str] = []
+
+        def ask(name: str) -> None:
+            for _ in range(20):
+                if self.read(f"Observation/{name}")["id"] != name:
+                    wrong.append(name)
+        threads = [threading.Thread(target=ask, args=(f"o{number}",)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual((wrong, len(self.behind.seen)), ([], 160))
+
+    def test_credentials_of_the_app_stay_here(self) -> None:
+        self.get("Observation/mine", headers={"Cookie": "a=b", "X-Other": "c"})
+        headers = self.behind.seen[-1][1]
+        self.assertEqual({"authorization", "cookie", "x-other"} & headers.keys(), set())
+        self.assertNotIn(self.token, str(self.behind.seen))
+
+    def test_what_travels(self) -> None:
+        sent = {"Prefer": "handling=strict", "If-None-Match": 'W/"3"',
+                "If-Modified-Since": "Thu, 31 May 2018 22:48:43 GMT"}
+        self.get("Observation/mine", headers={**sent, "Accept": "application/json"})
+        headers = self.behind.seen[0][1]
+        self.assertEqual({name: headers.get(name.lower()) for name in sent}, sent)
+        self.assertEqual(headers["x-api-key"], "swordfish")
+        self.assertIn("application/json+fhir", headers["accept"])
+        for url, coding in ((self.behind.url, "identity"), ("https://fhir.example", "gzip")):
+            self.assertIn(f"\nAccept-Encoding: {coding}\r", s4s.Upstream(s4s.Settings(fhir_server=url)).headers)
+
+    def test_what_comes_back(self) -> None:
+        self.script("Observation/mine", observation("mine"), 200, {
+            "ETag": 'W/"4"', "Last-Modified": "Thu, 31 May 2018 22:48:43 GMT", "Set-Cookie": "a=b", "Server": "secret",
+            "Content-Location": "x"})
+        headers = self.get("Observation/mine").headers
+        self.assertEqual((headers["etag"], headers["last-modified"]), ('W/"4"', "Thu, 31 May 2018 22:48:43 GMT"))
+        self.assertEqual({"set-cookie", "server", "content-location"} & headers.keys(), set())
+
+    def test_dstu2_keeps_its_media_type(self) -> None:
+        theirs = {"Content-Type": "application/json+fhir; charset=UTF-8"}
+        self.script("Observation/mine", observation("mine"), 200, theirs)
+        for asked, given in (("*/*", "application/json+fhir"), ("application/json", "application/json")):
+            got = self.get("Observation/mine", headers={"Accept": asked})
+            self.assertEqual(got.headers["content-type"], given)
+
+    def test_head_is_judged_like_get(self) -> None:
+        got = self.get("Observation/mine", method="HEAD")
+        self.assertEqual((got.status, got.body, got.headers["etag"]), (200, b"", 'W/"7"'))
+        self.assertEqual(self.get("Observation/theirs", method="HEAD").status, 403)
+
+    def test_only_json(self) -> None:
+        self.assert_not_forwarded("Observation/mine", 406, headers={"Accept": "application/fhir+xml"})
+
+    def test_proxies_of_the_environment_are_not_used(self) -> None:
+        with mock.patch.dict(os.environ, {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}):
+            self.read("Observation/mine")
+
+
+class WhatIsBehind(ForwardingTest):
+    """Metadata, version and patients of the FHIR server."""
+
+    STATEMENT: ClassVar[dict[str, Any]] = {
+        "resourceType": "CapabilityStatement", "fhirVersion": "4.0.1", "publisher": "hidden.example",
+        "rest": [{"mode": "server", "security": {"description": "hidden.example"}, "resource": [
+            {"type": "Observation", "operation": [{"name": "lastn"}],
+             "interaction": [{"code": code} for code in ("read", "vread", "create", "search-type")],
+             "searchParam": [{"name": "code", "type": "token", "documentation": "hidden.example"},
+                             {"name": "_has", "type": "string"}, {"name": "_id", "type": "token"}]},
+            {"type": "AuditEvent", "interaction": [{"code": "read"}]},
+            {"type": "Patient", "interaction": [{"code": "create"}]}]}]}
+
+    def portal_with(self, statement: dict[str, Any]) -> s4s.Portal:
+        """A portal of its own, that has not asked yet."""
+        self.script("metadata", statement)
+        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url))
+        self.addCleanup(portal.close)
+        return portal
+
+    def metadata(self, portal: s4s.Portal, api: str) -> tuple[int, dict[str, Any], str]:
+        answer = s4s.dispatch(portal, s4s.Request("GET", f"/api/{api}/metadata", {"host": "127.0.0.1:1"}))
+        return answer.status, json.loads(answer.body), answer.body.decode()
+
+    def test_metadata_lists_what_the_portal_lets_through(self) -> None:
+        portal = self.portal_with(self.STATEMENT)
+        _, found, text = self.metadata(portal, "fhir")
+        self.assertNotIn("hidden.example", text)
+        self.assertEqual(found["rest"][0]["resource"], [{
+            "type": "Observation", "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
+            "searchParam": [{"name": "code", "type": "token"}, {"name": "_id", "type": "token"}]}])
+        self.assertIn("/oauth/authorize", json.dumps(found["rest"][0]["security"]))
+        self.assertNotIn("security", self.metadata(portal, "open-fhir")[1]["rest"][0])
+
+    def test_metadata_is_asked_for_every_five_minutes_at_most(self) -> None:
+        portal = self.portal_with(self.STATEMENT)
+        for seconds, asked in ((0, 1), (299, 1), (2, 2)):
+            portal.clock.advance(seconds)
+            self.metadata(portal, "fhir")
+            self.assertEqual(len(self.behind.seen), asked)
+
+    def test_no_metadata_is_502(self) -> None:
+        self.assertEqual(self.metadata(self.portal_with({"resourceType": "Patient"}), "fhir")[0], 502)
+
+    def test_the_version_is_the_fhir_servers(self) -> None:
+        for text, version in (("1.0.2", "dstu2"), ("3.0.1", "stu3"), ("4.0.1", "r4"), ("4.3.0", "r4")):
+            with self.subTest(text):
+                self.assertEqual(s4s.fhir_version(self.portal_with({**self.STATEMENT, "fhirVersion": text})), version)
+
+    def test_without_metadata_r4_is_assumed_and_a_warning_logged_once(self) -> None:
+        portal = self.portal_with({})
+        lines: list[str] = []
+        portal.log = lines.append
+        self.assertEqual([s4s.fhir_version(portal) for _ in range(3)], ["r4"] * 3)
+        self.assertEqual(len(lines), 1)
+        self.assertIn("R4 is assumed", lines[0])
+
+    def test_patients_are_found_by_name(self) -> None:
+        names: tuple[Any, ...] = ([{"given": ["Ann", "B"], "family": ["Cee"]}], [{"text": "Dee"}], [])
+        self.script("Patient", self.behind.bundle(*({"resourceType": "Patient", "id": f"p{number}", "name": name}
+                                                  for number, name in enumerate(names)), observation("x")))
+        self.assertEqual(s4s.upstream_patients(self.portal.portal, "a&b"),
+                         [("p0", "Ann B Cee"), ("p1", "Dee"), ("p2", "p2")])
+        self.assertEqual(self.behind.seen[-1][0], "/fhir/Patient?name=a%26b&_count=50")
+
+    def test_a_patient_is_there_or_not(self) -> None:
+        self.assertEqual(s4s.upstream_patient(self.portal.portal, ME), ME)
+        self.assertIsNone(s4s.upstream_patient(self.portal.portal, "../x"))
+
+    def test_settings_that_cannot_be(self) -> None:
+        wrong: dict[str, tuple[Any, ...]] = {
+            "fhir_server": ("ftp://x/", "x", "http://u@h/", "http:///x", "http://h/?a", "http://h/#a", "http://h:99999",
+                            "http://h/../a", 7),
+            "fhir_header": ("x", "A: b\r\nC: d", ["Host: x"], "Content-Length: 1", "A:"),
+            "fhir_timeout": (0, float("nan"), "soon", 1e9)}
+        for name, values in wrong.items():
+            for value in values:
+                with self.subTest(value), self.assertRaises(s4s.StartError):
+                    s4s.Settings(**{name: value})
+
+
 # ######################################################################## promises about the repository
 
 class Repository(unittest.TestCase):
     """What the repository itself promises."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def example(self, name: str) -> str:
+        """The README's code block that is marked `run: name`."""
+        found = re.search(rf"```\w+\n(?:#|//) run: {name}\n(.*?)```", self.readme, re.DOTALL)
+        assert found, name
+        return found[1]
+
+    def run_example(self, name: str, *command: str, portal: s4s.Server | None = None) -> str:
+        """Run an example as it stands, but for the server's address; give its output."""
+        if not shutil.which(command[0]):
+            self.skipTest(f"{command[0]} is not installed")
+        text = self.example(name)
+        if portal:
+            text = text.replace("http://localhost:8000", portal.url)
+        done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=HERE, timeout=60, check=False)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return done.stdout + done.stderr
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_quick_start_shows_a_record(self) -> None:
+        with s4s.Server() as portal:
+            shown = self.run_example("quick", "bash", "-e", portal=portal)
+            self.assertEqual({one.status for one in portal.requests}, {200})
+        self.assertIn('"family":"Adams"', shown)
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_the_readmes_tour_leads_through_the_flow(self) -> None:
+        with s4s.Server() as portal:
+            self.run_example("tour", "bash", "-e", portal=portal)
+            self.assertEqual([(one.path.rpartition("/")[2], one.status) for one in portal.requests], [
+                ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200), ("Observation", 200),
+                (AMY, 403), ("introspect", 200), ("token", 200), ("revoke", 200), (DANIEL, 401)])
+
+    def test_the_readmes_unittest_example_passes(self) -> None:
+        self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
+
+    def test_the_readmes_javascript_example_runs(self) -> None:
+        self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
+
+    def test_the_readme_shows_every_option_and_every_endpoint(self) -> None:
+        for action in s4s.build_parser()._actions:
+            for flag in action.option_strings:
+                self.assertTrue(flag in self.readme, flag)
+        for route in s4s.ROUTES:
+            self.assertTrue(f"`{route.path.replace('{}', '…')}`" in self.readme, route.path)
+
+    def test_every_function_that_the_readme_names_is_there(self) -> None:
+        for name in re.findall(r"; (\w+)\(\)", self.readme):
+            self.assertTrue(callable(getattr(s4s, name)), name)
 
     def test_every_route_names_its_text_and_says_what_it_does(self) -> None:
         for route in s4s.ROUTES:
             self.assertTrue(route.spec and route.endpoint.__doc__, route)
 
+    def test_every_public_class_and_function_has_a_docstring(self) -> None:
+        module = ast.parse((HERE / "s4s_proxy.py").read_text(encoding="utf-8"))
+        overriding = ("setup", "readable", "readinto")  # of the standard library's classes, which says what they do
+        for node in [*module.body, *(one for kind in module.body if isinstance(kind, ast.ClassDef) for one in kind.body)]:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
+
+    def test_only_the_standard_library_is_imported(self) -> None:
+        if not hasattr(sys, "stdlib_module_names"):
+            self.skipTest("needs Python 3.10")
+        for name in ("s4s_proxy.py", "test_s4s_proxy.py"):
+            for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+                modules = [one.name for one in node.names] if isinstance(node, ast.Import) else (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [])
+                for module in modules:
+                    self.assertIn(module.partition(".")[0], {*sys.stdlib_module_names, "s4s_proxy"})
+
+    def test_the_module_works_under_another_name_inside_a_package(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder, "vendor_")
+            package.mkdir()
+            (package / "__init__.py").write_text("")
+            shutil.copy(HERE / "s4s_proxy.py", package / "smart_portal.py")
+            program = ("from vendor_ import smart_portal\nwith smart_portal.Server() as portal:\n"
+                       "    print(portal.issue_token()['patient'])")
+            done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=folder, capture_output=True,
+                                  text=True, timeout=60, check=False)
+            self.assertEqual((done.stdout.strip(), done.stderr), (DANIEL, ""))
+
+
+# ######################################################################## the benchmark
+
+class Bare(http.server.BaseHTTPRequestHandler):
+    """The floor: a handler of http.server that answers 500 bytes, HTTP/1.1, one buffered write."""
+    protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
+    body = b'{"x": "' + b"x" * 491 + b'"}'
+
+    def do_GET(self) -> None:
+        """Answer."""
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(self.body)))
+        self.end_headers()
+        self.wfile.write(self.body)
+        self.wfile.flush()
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+
+@contextlib.contextmanager
+def bare_server(body: bytes = Bare.body) -> Iterator[str]:
+    """A running bare handler; gives its address."""
+    class Floor(http.server.ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 1024, True
+    server = Floor(("127.0.0.1", 0), type("Answers", (Bare,), {"body": body}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def hammer(url: str, connections: int, seconds: float, request: bytes) -> tuple[float, float]:
+    """Send a request over kept-alive connections, all of them at once, again and again: requests and MB a second."""
+    parts = urlsplit(url)
+    sockets = [socket.create_connection((parts.hostname or "", parts.port or 80)) for _ in range(connections)]
+    files = [one.makefile("rb") for one in sockets]
+    count, size, started = 0, 0, time.perf_counter()
+    while time.perf_counter() < started + seconds:
+        for one in sockets:
+            one.sendall(request)
+        for file in files:
+            status, length = file.readline(), 0
+            assert status.startswith(b"HTTP/1.1 200"), status
+            for line in iter(file.readline, b"\r\n"):
+                if line[:15].lower() == b"content-length:":
+                    length = int(line[15:])
+            size += len(file.read(length))
+            count += 1
+    taken = time.perf_counter() - started
+    for one, file in zip(sockets, files):
+        file.close()
+        one.close()
+    return count / taken, size / taken / 1e6
+
+
+def rate(url: str, request: bytes, connections: int = 8, rounds: int = 3) -> tuple[float, float]:
+    """The median of some rounds of `hammer`, run by another process."""
+    rates = []
+    for _ in range(rounds):
+        done = subprocess.run([sys.executable, __file__, "--hammer", url, str(connections), "1"], input=request,
+                              capture_output=True, check=True)
+        rates.append(tuple(float(word) for word in done.stdout.split()))
+    return sorted(rates)[len(rates) // 2]  # type: ignore[return-value]
+
+
+def raw(method: str, path: str, token: str = "", body: str = "") -> bytes:
+    """A request as bytes, as an app sends it."""
+    headers = ["Host: localhost", "Accept: application/json", "User-Agent: benchmark"]
+    headers += [f"Authorization: Bearer {token}"] if token else []
+    headers += ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}"] if body else []
+    return ("\r\n".join([f"{method} {path} HTTP/1.1", *headers]) + "\r\n\r\n" + body).encode()
+
+
+def timed(action: Callable[[], object], rounds: int = 9) -> float:
+    """The median time of an action, in milliseconds."""
+    times = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - started) * 1000)
+    return sorted(times)[rounds // 2]
+
+
+def first_answer() -> tuple[float, float]:
+    """Start the command, ask once: milliseconds, and MiB of memory (0 where the system doesn't tell)."""
+    started = time.perf_counter()
+    with subprocess.Popen([sys.executable, str(HERE / "s4s_proxy.py"), "--port", "0", "--quiet"],
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        ask(process.stdout.readline().strip() + "/health")
+        taken = (time.perf_counter() - started) * 1000
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{process.pid}/status").read_text()
+            memory = int(text.partition("VmRSS:")[2].split()[0]) / 1024
+            process.terminate()
+            return taken, memory
+        process.terminate()
+    return taken, 0.0
+
+
+def add_tokens(portal: s4s.Server, count: int) -> None:
+    """Live tokens, straight into the tables."""
+    given = portal.issue_token()["access_token"]
+    with portal.portal.state.transaction() as database:
+        names = [row[1] for row in database.execute("PRAGMA table_info(tokens)")]
+        row = dict(zip(names, database.execute("SELECT * FROM tokens WHERE token = ?", (given,)).fetchone()))
+        database.executemany(f"INSERT INTO tokens VALUES ({', '.join('?' * len(names))})",
+                             (tuple({**row, "token": secrets.token_hex(16)}.values()) for _ in range(count)))
+
+
+def benchmark() -> None:
+    """Print how fast everything is, each figure beside a bare http.server handler or process of the same run."""
+    def show(what: str, figure: str, ratio: str = "") -> None:
+        print(f"| {what} | {figure} | {ratio} |", flush=True)
+    print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {sys.platform}\n")
+    show("what", "figure", "beside the bare one")
+    show("---", "---:", "---:")
+    program = "import http.server, sqlite3, json"
+    bare_start = timed(lambda: subprocess.run([sys.executable, "-c", program], check=True))
+    starts = [first_answer() for _ in range(9)]
+    start = sorted(taken for taken, _ in starts)[4]
+    show("process start to first answer", f"{start:.0f} ms", f"{start / bare_start:.2f} x `python -c \"{program}\"`")
+    show("memory after the first answer", f"{max(memory for _, memory in starts):.1f} MiB")
+
+    def whole() -> None:
+        with s4s.Server() as one:
+            ask(one.url + "/health")
+    show("`Server()` start, one request, stop", f"{timed(whole, 31):.1f} ms")
+    with s4s.Server() as portal, bare_server() as bare:
+        ask(f"{portal.open_fhir_url}/Patient")
+        show("`reset()`", f"{timed(portal.reset, 31):.2f} ms")
+        token = portal.issue_token(scope="patient/*.rs")["access_token"]
+        look = raw("POST", "/oauth/introspect", token, f"token={token}")
+        read = raw("GET", f"/api/fhir/Patient/{DANIEL}", token)
+        floors = {connections: rate(bare, raw("GET", "/"), connections)[0] for connections in (1, 8, 32)}
+        for connections, floor in floors.items():
+            for what, request in (("introspections", look), ("token reads of a Patient", read)):
+                got = rate(portal.url, request, connections)[0]
+                show(f"{what}, {connections} connections", f"{got:,.0f} /s", f"{got / floor:.2f} x")
+        for count in (10, 1000):
+            path = f"/api/fhir/Observation?patient={DANIEL}&_count={count}"
+            got, megabytes = rate(portal.url, raw("GET", path, token))
+            show(f"searches of {count} entries", f"{got:,.0f} /s, {megabytes:.0f} MB/s", f"{got / floors[8]:.2f} x")
+        app = App(portal)
+        url = app.authorize_url()
+
+        def flow() -> None:
+            back = portal.approve(url, "daniel-adams")
+            form = {"grant_type": "authorization_code", "code": dict(parse_qsl(urlsplit(back).query))["code"],
+                    "redirect_uri": app.redirect_uri, "code_verifier": app.verifier}
+            assert connection_post(portal, app, form) == 200
+        show("code flows: `approve` and the token endpoint", f"{1000 / timed(flow, 201):,.0f} /s")
+        for count in (1_000, 100_000):
+            add_tokens(portal, count)
+            got = rate(portal.url, look)[0]
+            show(f"introspections with {count:,} live tokens", f"{got:,.0f} /s", f"{got / floors[8]:.2f} x")
+    benchmark_forwarding(show)
+
+
+@contextlib.contextmanager
+def bare_process(body: bytes) -> Iterator[str]:
+    """A bare handler in a process of its own, as a FHIR server would be; gives its address."""
+    with subprocess.Popen([sys.executable, __file__, "--bare"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(body)
+        process.stdin.close()
+        yield process.stdout.readline().decode().strip()
+        process.terminate()
+
+
+def benchmark_forwarding(show: Callable[..., None]) -> None:
+    """The same in front of a FHIR server, which is a bare handler."""
+    for what, parts, padding in (("reads (2 kB)", 0, 1850), ("searches (1 MB, 100 entries)", 100, 9800),
+                                 ("searches (1 MB, 1,400 entries)", 1400, 550)):
+        record = observation("mine", note=[{"text": "x" * padding}])
+        bundle = {"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": record}] * parts}
+        body = json.dumps(bundle if parts else record).encode()
+        with bare_process(body) as bare, s4s.Server(fhir_server=bare) as portal:
+            token = portal.issue_token(scope="patient/*.rs")["access_token"]
+            path = "Observation" if parts else "Observation/mine"
+            for connections in (1, 8):
+                floor = rate(bare, raw("GET", f"/{path}"), connections)[0]
+                got, megabytes = rate(portal.url, raw("GET", f"/api/fhir/{path}", token), connections)
+                show(f"forwarded {what}, {connections} connections", f"{got:,.0f} /s, {megabytes:.0f} MB/s",
+                     f"{got / floor:.2f} x")
+
+
+def connection_post(portal: s4s.Server, app: App, form: dict[str, str]) -> int:
+    """The token endpoint without the cost of a client: the status."""
+    credentials = base64.b64encode(f"{app.client_id}:{app.secret}".encode()).decode()
+    request = s4s.Request("POST", "/oauth/token", {
+        "host": f"{portal.host}:{portal.port}", "authorization": f"Basic {credentials}",
+        "content-type": "application/x-www-form-urlencoded"}, urlencode(form).encode())
+    return s4s.dispatch(portal.portal, request).status
+
+
+# ######################################################################## SMART App Launch 2.2
+
+def b64(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+# RFC 7515 appendix A.2: the key's two primes, and what is signed.
+RFC_7515_KEY = s4s.RsaKey(*(int.from_bytes(base64.urlsafe_b64decode(text + "=="), "big") for text in (
+    ("4BzEEOtIpmVdVEZNCqS7baC4crd0pqnRH_5IB3jw3bcxGn6QLvnEtfdUdiYrqBdss1l58BQ3KhooKeQTa9AB0Hw_Py5PJdTJNPY8cQn7ouZ2KKDcmnPG"
+     "BY5t7yLc1QlQ5xHdwW1VhvKn-nXqhJTBgIPgtldC-KDV5z-y2XDwGUc"),
+    ("uQPEfgmVtjL0Uyyx88GZFF1fOunH3-7cepKmtH4pxhtCoHqpWmT8YAmZxaewHgHAjLYsp1ZSe7zFYHj7C6ul7TjeLQeZD_YwD66t62wDmpe_HlB-TnBA"
+     "-njbglfIsRLtXlnDzQkv5dTltRJ11BKBBypeeF6689rjcJIDEz9RWdc"))))
+RFC_7515_INPUT = (b"eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9p"
+                  b"c19yb290Ijp0cnVlfQ")
+RFC_7515_SIGNATURE = (
+    "cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJdbF9CUAr7t1dnZ"
+    "cAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-e"
+    "OkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw")
+RSA_JWK = {**{name: value for name, value in RFC_7515_KEY.public_jwk().items() if name in ("kty", "n", "e")}, "kid": "r"}
+
+# RFC 6979 appendix A.2.6: the private key x and the public key U of P-384, and the signature of "sample" (SHA-384).
+RFC_6979_X = int("6B9D3DAD2E1B8C1C05B19875B6659F4DE23C3B667BF297BA9AA47740787137D896D5724E4C70A825F872C9EA60D2EDF5", 16)
+RFC_6979_JWK = {"kty": "EC", "crv": "P-384", "kid": "e", "x": b64(bytes.fromhex(
+    "EC3A4E415B4E19A4568618029F427FA5DA9A8BC4AE92E02E06AAE5286B300C64DEF8F0EA9055866064A254515480BC13")),
+    "y": b64(bytes.fromhex(
+        "8015D9B72D7D57244EA8EF9AC0C621896708A59367F9DFB9F54CA84B3F1C9DB1288B231C3AE0D4FE7344FD2533264720"))}
+RFC_6979_SIGNATURE = bytes.fromhex(
+    "94EDBB92A5ECB8AAD4736E56C691916B3F88140666CE9FA73D64C4EA95AD133C81A648152E44ACF96E36DD1E80FABE46"
+    "99EF4AEB15F178CEA1FE40DB2603138F130E740A19624526203B6351D0A3A94FA329C145786E679E7B82C71A38628AC8")
+
+
+def es384_sign(message: bytes) -> bytes:
+    """An ECDSA signature with the key of RFC 6979 (which says how to draw k better than this does)."""
+    k, point, power = 0x1234567, (1, 1, 0), s4s.P384_G
+    for bit in range(k.bit_length()):
+        point = s4s._add(point, power) if k >> bit & 1 else point
+        power = s4s._double(power)
+    r = point[0] * pow(point[2], -2, s4s.P384_P) % s4s.P384_P % s4s.P384_N
+    hashed = int.from_bytes(hashlib.sha384(message).digest(), "big")
+    s = pow(k, -1, s4s.P384_N) * (hashed + r * RFC_6979_X) % s4s.P384_N
+    return r.to_bytes(48, "big") + s.to_bytes(48, "big")
+
+
+class Signatures(unittest.TestCase):
+    """JSON Web Signatures, their keys, and the arithmetic below."""
+
+    def test_the_rs256_signature_of_rfc_7515_appendix_a_2(self) -> None:
+        self.assertEqual(b64(s4s.rsa_sign(RFC_7515_KEY, "RS256", RFC_7515_INPUT)), RFC_7515_SIGNATURE)
+
+    def test_the_p_384_signature_of_rfc_6979_appendix_a_2_6(self) -> None:
+        self.assertTrue(s4s.verify(RFC_6979_JWK, "ES384", b"sample", RFC_6979_SIGNATURE))
+
+    def test_the_thumbprint_of_rfc_7638_section_3_1(self) -> None:
+        self.assertEqual(s4s.thumbprint({"kty": "RSA", "e": "AQAB", "alg": "RS256", "kid": "2011-04-29", "n": (
+            "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjB"
+            "ZCiFV4n3oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8"
+            "KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_"
+            "xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw")}), "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs")
+
+    def test_a_signature_is_good_for_its_message_key_and_algorithm_only(self) -> None:
+        for algorithm, jwk, signature in (
+                ("RS384", RSA_JWK, s4s.rsa_sign(RFC_7515_KEY, "RS384", b"m")), ("ES384", RFC_6979_JWK, es384_sign(b"m"))):
+            with self.subTest(algorithm=algorithm):
+                self.assertTrue(s4s.verify(jwk, algorithm, b"m", signature))
+                self.assertFalse(s4s.verify(jwk, algorithm, b"n", signature))
+                for at in (0, 50, -1):
+                    bent = bytearray(signature)
+                    bent[at] ^= 1
+                    self.assertFalse(s4s.verify(jwk, algorithm, b"m", bytes(bent)))
+                for wrong in (b"", signature[:-1], signature + b"\0", b"\0" * len(signature), b"\xff" * len(signature)):
+                    self.assertFalse(s4s.verify(jwk, algorithm, b"m", wrong))
+        self.assertFalse(s4s.verify(RSA_JWK, "RS384", b"m", s4s.rsa_sign(RFC_7515_KEY, "RS256", b"m")))
+
+    def test_a_key_that_is_weak_or_none_is_refused_in_words(self) -> None:
+        for algorithm, jwk in (
+                ("RS384", {"kty": "RSA", "n": b64(b"\xff" * 128), "e": "AQAB"}), ("RS384", {**RSA_JWK, "e": "AQ"}),
+                ("RS384", {**RSA_JWK, "n": 7}), ("RS384", {"kty": "RSA"}), ("RS384", {**RSA_JWK, "n": "a b"}),
+                ("ES384", {**RFC_6979_JWK, "x": b64(b"\1")}), ("ES384", {**RFC_6979_JWK, "crv": "P-256"}),
+                ("ES384", {**RFC_6979_JWK, "y": b64(b"\xff" * 48)}), ("ES384", RSA_JWK)):
+            with self.subTest(jwk=jwk), self.assertRaises(ValueError):
+                s4s.verify(jwk, algorithm, b"m", b"")
+
+    def test_a_new_key_has_two_primes_and_all_its_bits(self) -> None:
+        key = s4s.new_rsa_key(256)
+        self.assertEqual((key.p * key.q).bit_length(), 256)
+        for prime in key:  # Fermat's test, which the code does not use
+            self.assertEqual([pow(base, prime - 1, prime) for base in (2, 3, 5, 7)], [1] * 4)
+
+    def test_composites_are_not_taken_for_primes(self) -> None:
+        for number in (561, 41041, 825265, 3215031751, RFC_7515_KEY.p * RFC_7515_KEY.q):  # the first are Carmichael's
+            self.assertFalse(s4s.is_prime(number))
+
+    def test_base64url_is_read_strictly(self) -> None:
+        self.assertEqual(s4s.base64url_bytes("_-8"), b"\xff\xef")
+        for text in ("_-9", "_-8=", "/+8", "a", "ab c", "Zm9v\n", "\u00e9"):
+            with self.subTest(text=text), self.assertRaises(ValueError):
+                s4s.base64url_bytes(text)
+
+    def test_what_is_no_jwt_is_refused_in_words(self) -> None:
+        part = b64(b"{}")
+        for text in ("", "a.b", f"{part}.{part}", f"{part}.{part}.{part}.{part}", f"{part}.{b64(b'[]')}.", f"{part}.x.",
+                     f"{b64(b'[' * 5000)}.{part}.", part + "." + b64(b'{"iss": "\\ud800"}') + "."):
+            with self.subTest(text=text[:40]), self.assertRaises(ValueError):
+                s4s.read_jwt(text)
+
+
+class ScopeWords(unittest.TestCase):
+    """One grammar for SMART 1, SMART 2 and constraints."""
+
+    def test_what_a_scope_means(self) -> None:
+        for word, meaning in (
+                ("patient/*.rs", ("patient", "*", "rs", ())), ("user/Condition.read", ("user", "Condition", "rs", ())),
+                ("system/*.*", ("system", "*", "cruds", ())), ("patient/Patient.write", ("patient", "Patient", "cud", ())),
+                ("patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final", (
+                    "patient", "Observation", "rs", (("category", "laboratory,http://x|vital-signs"), ("status", "final"))))):
+            with self.subTest(word=word):
+                parsed = s4s.parse_scope(word)
+                assert parsed
+                self.assertEqual((parsed.context, parsed.type, parsed.letters, parsed.constraints), meaning)
+
+    def test_what_is_no_resource_scope(self) -> None:
+        for word in ("patient/*.", "patient/*.dus", "patient/*.sr", "Patient/*.rs", "patient/observation.rs", "patient/*",
+                     "patient/*.rs?", "patient/*.rs?x", "patient/*.rs?x=", "patient/*.rs?a=b&", "launch/patient",
+                     "patient/*.rs?code:in=x", "patient/*.rs?subject.name=x", "patient/*.rs?_filter=x", "patient/*.readx"):
+            with self.subTest(word=word):
+                self.assertIsNone(s4s.parse_scope(word))
+
+    def test_a_registered_scope_bounds_by_meaning(self) -> None:
+        for registered, word, covered in (
+                ("patient/*.read", "patient/Observation.rs", True), ("patient/*.rs", "patient/*.read", True),
+                ("patient/*.rs", "patient/*.cruds", True), ("patient/Observation.rs", "patient/*.rs", False),
+                ("patient/*.r", "patient/*.rs", False), ("patient/*.rs", "user/*.rs", False),
+                ("user/*.rs", "patient/*.rs", False), ("launch/patient", "launch", True),
+                ("launch", "launch/patient", False), ("fhirUser", "profile", True),
+                ("patient/*.rs", "patient/Observation.rs?category=laboratory", True),
+                ("patient/Observation.rs?category=laboratory", "patient/Observation.rs", False),
+                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?category=b&status=final", True),
+                ("patient/Observation.rs?category=a", "patient/Observation.rs?category=a,b", False),
+                ("patient/Observation.rs?category=a%5C,b", "patient/Observation.rs?category=b", False)):
+            with self.subTest(registered=registered, word=word):
+                self.assertEqual(s4s.scope_covers(registered, word), covered)
+
+    def test_what_is_granted(self) -> None:
+        everything = " ".join([*s4s.PLAIN_SCOPES, "patient/*.cruds user/*.cruds system/*.cruds"])
+        for asked, granted in (
+                ("patient/*.rs openid launch/patient", "patient/*.rs openid launch/patient"),
+                ("openid patient/*.read openid", "openid patient/*.read"), ("patient/*.*", "patient/*.read"),
+                ("user/Condition.cruds?code=x", "user/Condition.rs?code=x"), ("patient/*.write", ""),
+                ("patient/*.r patient/*.cd", "patient/*.r"), ("system/*.rs", ""), ("online_access", ""),
+                ("nonsense patient/*.dus launch/imagingstudy fhirUser", "fhirUser")):
+            with self.subTest(asked=asked):
+                self.assertEqual(s4s.negotiate_scope(asked, everything), granted)
+        self.assertEqual(s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",)), "system/*.read")
+
+    def test_a_constraint_that_can_not_be_kept_is_refused_not_dropped(self) -> None:
+        for word in ("patient/Observation.rs?code:in=x", "patient/Observation.rs?subject.name=x",
+                     "patient/Observation.rs?_filter=x", "patient/Observation.rs?"):
+            with self.subTest(word=word), self.assertRaisesRegex(s4s.PortalError, "invalid_scope"):
+                s4s.negotiate_scope("launch/patient " + word, "launch/patient patient/*.rs")
+
+    def test_scopes_in_words(self) -> None:
+        for word, needles in (("patient/*.rs", ("everything", "may be later")), ("patient/Condition.r", ("open Condition",)),
+                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",)),
+                              ("patient/Observation.rs?category=a,b", ("only where category is a or b",))):
+            for needle in needles:
+                self.assertIn(needle, s4s.describe_scope(word))
+
+
+class Discovery(PortalTest):
+    """The documents that say where everything is."""
+    paths: ClassVar[tuple[str, ...]] = ("/.well-known/oauth-authorization-server", "/.well-known/openid-configuration",
+                                        "/api/fhir/.well-known/smart-configuration")
+
+    def documents(self) -> list[Any]:
+        return [ask(self.portal.url + path, headers={"Accept": "text/html"}).json for path in self.paths]
+
+    def test_all_documents_agree(self) -> None:
+        oauth, openid, smart = self.documents()
+        self.assertEqual(oauth, openid)
+        for name, value in smart.items():
+            if name not in ("capabilities", "grant_types_supported", "token_endpoint_auth_methods_supported"):
+                self.assertEqual(oauth[name], value)
+        self.assertLess(set(smart["grant_types_supported"]), set(oauth["grant_types_supported"]))
+        self.assertEqual(smart["issuer"], self.portal.url)
+
+    def test_every_address_is_absolute_and_served(self) -> None:
+        for name, url in self.documents()[2].items():
+            if name.endswith(("_endpoint", "_uri")):
+                with self.subTest(name=name):
+                    self.assertTrue(url.startswith(self.portal.url))
+                    self.assertNotEqual(ask(url, method="OPTIONS").status, 404)
+
+    def test_the_metadata_names_the_same_endpoints(self) -> None:
+        smart = self.documents()[2]
+        extension = self.fhir("metadata").json["rest"][0]["security"]["extension"][0]["extension"]
+        self.assertLessEqual({one["valueUri"] for one in extension}, {value for value in smart.values() if
+                                                                     isinstance(value, str)})
+
+    def test_every_capability_is_a_smart_2_2_word(self) -> None:
+        self.assertLessEqual(set(self.documents()[2]["capabilities"]), {
+            "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+            "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
+            "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
+            "permission-patient", "permission-user", "permission-v1", "permission-v2"})
+
+    def test_every_scope_listed_can_be_granted(self) -> None:
+        for word in self.documents()[0]["scopes_supported"]:
+            with self.subTest(word=word):
+                self.assertEqual(s4s.negotiate_scope(word, word, ("patient", "user", "system")), word)
+
+
+class AuthorizationRequest(PortalTest):
+    """GET and POST /oauth/authorize: each check, and where its error goes."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal)
+
+    def ask(self, **changed: str | None) -> Answer:
+        return ask(self.app.authorize_url(**changed))
+
+    def test_until_client_and_redirect_uri_are_good_nothing_redirects(self) -> None:
+        for changed in ({"client_id": "nobody"}, {"client_id": None}, {"redirect_uri": None},
+                        {"redirect_uri": "https://evil.example/"}, {"redirect_uri": "https://app.example/cb?own=1&x"}):
+            with self.subTest(changed=changed):
+                got = self.ask(**changed)
+                self.assertEqual((got.status, "location" in got.headers), (400, False))
+
+    def test_everything_else_goes_back_to_the_app_before_anybody_signs_in(self) -> None:
+        for error, changed in (
+                ("invalid_request", {"response_type": None}), ("unsupported_response_type", {"response_type": "token"}),
+                ("invalid_request", {"response_mode": "form_post"}), ("invalid_request", {"scope": None}),
+                ("invalid_scope", {"scope": "nonsense"}), ("invalid_scope", {"scope": 'patient/*.rs "'}),
+                ("invalid_request", {"aud": "https://evil.example/api/fhir"}),
+                ("invalid_target", {"aud": None, "resource": "https://evil.example/api/fhir"}),
+                ("invalid_request", {"code_challenge_method": None}), ("invalid_request", {"code_challenge_method": "plain"}),
+                ("invalid_request", {"code_challenge": "short"}), ("invalid_request", {"code_challenge": None}),
+                ("request_not_supported", {"request": "x"}), ("request_uri_not_supported", {"request_uri": "x"}),
+                ("invalid_request", {"max_age": "soon"}), ("invalid_request", {"prompt": "none login"}),
+                ("login_required", {"prompt": "none"}), ("invalid_request", {"scope": "launch patient/*.rs"}),
+                ("invalid_request", {"scope": "launch patient/*.rs", "launch": "unknown"})):
+            with self.subTest(changed=changed):
+                got = self.ask(**changed)
+                self.assertEqual((got.status, got.location["error"]), (303, error))
+                self.assertEqual((got.location["state"], got.location["iss"]), (self.app.state, self.portal.url))
+                self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
+                self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
+
+    def test_state_is_required(self) -> None:
+        got = self.ask(state=None)
+        self.assertEqual((got.location["error"], "state" in got.location), ("invalid_request", False))
+
+    def test_a_parameter_given_twice_is_refused(self) -> None:
+        for name, status in (("scope", 303), ("nonce", 303), ("client_id", 400), ("redirect_uri", 400)):
+            with self.subTest(name=name):
+                self.assertEqual(ask(self.app.authorize_url(nonce="n") + f"&{name}=x").status, status)
+
+    def test_state_comes_back_as_it_was(self) -> None:
+        for state in ("a;b", "a b+c%20", "\u00e9\u4e2d", "x&y=z#?", "'\"<>"):
+            with self.subTest(state=state):
+                got = self.ask(state=state, scope="nonsense")
+                self.assertEqual(got.location["state"], state)
+                self.assertRegex(got.headers["location"].partition("?")[2], r"^[A-Za-z0-9._~%&=-]+$")
+
+    def test_a_posted_request_is_the_same(self) -> None:
+        url, _, query = self.app.authorize_url().partition("?")
+        got = ask(url, form=parse_qsl(query))
+        self.assertEqual(got.status, 303)
+        self.assertIn("/oauth/consent?request=", got.headers["location"])
+
+    def test_the_fhir_base_may_be_named_with_a_slash_and_by_any_name_of_loopback(self) -> None:
+        port = self.portal.port
+        for aud in (f"http://localhost:{port}/api/fhir", f"http://127.0.0.1:{port}/api/fhir/", f"http://[::1]:{port}/api/fhir"):
+            for name in ("aud", "resource"):
+                with self.subTest(aud=aud, name=name):
+                    back = self.portal.approve(self.app.authorize_url(**{"aud": None, name: aud}), username="daniel-adams")
+                    self.assertEqual(dict(parse_qsl(back))["iss"], aud.rstrip("/")[:-len("/api/fhir")])
+        for aud in (f"http://localhost:{port + 1}/api/fhir", f"https://localhost:{port}/api/fhir", self.portal.url):
+            with self.subTest(aud=aud):
+                self.assertEqual(self.ask(aud=aud).location["error"], "invalid_request")
+
+    def test_login_hint_fills_in_the_user_name(self) -> None:
+        self.assertIn('value="joseph-ross"', Browser(self.portal).open(self.app.authorize_url(login_hint="joseph-ross")).text)
+
+    def test_prompt_none_never_shows_a_page(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        self.assertEqual(browser.open(self.app.authorize_url(prompt="none")).location["error"], "consent_required")
+
+    def test_prompt_login_and_max_age_ask_to_sign_in_again(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        self.portal.advance(100)
+        for changed, again in (({"max_age": "200"}, False), ({"max_age": "50"}, True), ({"prompt": "login"}, True)):
+            with self.subTest(changed=changed):
+                self.assertEqual("Sign in" in browser.open(self.app.authorize_url(**changed)).text, again)
+        self.assertIn("Whose record?", browser.sign_in().text)
+
+    def test_a_client_that_did_not_register_for_the_code_flow_is_refused(self) -> None:
+        self.app = App(self.portal, grant_types=["client_credentials"])
+        self.assertEqual(self.ask().location["error"], "unauthorized_client")
+
+    def test_without_the_refresh_token_grant_there_is_no_offline_access(self) -> None:
+        tokens = App(self.portal, grant_types=["authorization_code"]).tokens()
+        self.assertEqual(("refresh_token" in tokens, tokens["scope"]), (False, "launch/patient patient/*.rs"))
+
+    def test_a_confidential_client_may_leave_out_pkce_and_aud(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="client_secret_post")
+        code = app.code(code_challenge=None, code_challenge_method=None, aud=None)
+        self.assertEqual(app.exchange(code).json["error"], "invalid_grant", "a verifier without a challenge")
+        self.assertEqual(app.exchange(code, code_verifier="").status, 200)
+
+
+class Strict(PortalTest):
+    """--strict: SMART 2.2 to the letter."""
+    settings: ClassVar[dict[str, Any]] = {"strict": True}
+
+    def test_pkce_and_aud_are_required_from_every_client(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="client_secret_basic")
+        for missing in ("code_challenge", "aud"):
+            got = ask(app.authorize_url(**{missing: None, **({"code_challenge_method": None} if missing != "aud" else {})}))
+            self.assertEqual(got.location["error"], "invalid_request")
+            self.assertIn(missing, got.location["error_description"])
+        self.assertEqual(app.exchange(app.code()).status, 200)
+
+
+class SeveralNames(PortalTest):
+    """Several base URLs: each app lives under the name it knows."""
+    settings: ClassVar[dict[str, Any]] = {"base_url": ["http://portal.example", "http://smart:8000/"]}
+
+    def discover(self, host: str) -> Any:
+        return ask(f"{self.portal.address}/.well-known/openid-configuration", headers={"Host": host}).json
+
+    def test_addresses_are_in_the_name_that_was_asked_and_the_browsers_in_the_first(self) -> None:
+        for host, base in (("smart:8000", "http://smart:8000"), ("portal.example", "http://portal.example"),
+                           ("localhost", "http://portal.example")):
+            with self.subTest(host=host):
+                found = self.discover(host)
+                self.assertEqual((found["issuer"], found["token_endpoint"]), (base, base + "/oauth/token"))
+                self.assertEqual(found["authorization_endpoint"], "http://portal.example/oauth/authorize")
+
+    def test_the_issuer_of_a_grant_is_the_name_that_aud_used(self) -> None:
+        set_signing_key(self.portal)
+        app = App(self.portal, "openid fhirUser launch/patient patient/*.rs")
+        back = dict(parse_qsl(urlsplit(self.portal.approve(
+            app.authorize_url(aud="http://smart:8000/api/fhir"), username="daniel-adams")).query))
+        self.assertEqual(back["iss"], "http://smart:8000")
+        got = ask(f"{self.portal.address}/oauth/token", basic=(app.client_id, app.secret), form={
+            "grant_type": "authorization_code", "code": back["code"], "redirect_uri": app.redirect_uri,
+            "code_verifier": app.verifier}).json
+        claims = s4s.read_jwt(got["id_token"]).claims
+        self.assertEqual((claims["iss"], claims["fhirUser"]),
+                         ("http://smart:8000", f"http://smart:8000/api/fhir/Patient/{DANIEL}"))
+
+
+class ClientMetadata(PortalTest):
+    """RFC 7591 metadata: checked, and given back."""
+
+    def register(self, **members: Any) -> Answer:
+        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
+
+    def test_what_was_sent_is_given_back(self) -> None:
+        sent = {"client_name": "App", "client_name#fr": "Appli", "client_uri": "https://app.example/#about",
+                "contacts": ["a@app.example"], "software_id": "x", "software_version": "1", "jwks": {"keys": [RSA_JWK]},
+                "token_endpoint_auth_method": "private_key_jwt", "token_endpoint_auth_signing_alg": "RS384",
+                "application_type": "web", "launch_uris": ["https://app.example/launch"], "of_our_own": {"a": [1]},
+                "grant_types": ["authorization_code", "client_credentials"], "response_types": ["code"]}
+        got = self.register(**sent)
+        self.assertEqual(got.status, 201)
+        self.assertEqual({name: got.json[name] for name in sent}, sent)
+        self.assertNotIn("client_secret", got.json)
+
+    def test_the_defaults_are_told(self) -> None:
+        got = self.register().json
+        self.assertEqual((got["grant_types"], got["response_types"], got["token_endpoint_auth_method"]),
+                         (["authorization_code", "refresh_token"], ["code"], "client_secret_basic"))
+        self.assertEqual(got["scope"], "openid fhirUser launch launch/patient patient/*.rs offline_access")
+
+    def test_a_member_that_can_not_be_is_named(self) -> None:
+        for member, value in (
+                ("client_name", 1), ("client_uri", "ftp://a/"), ("logo_uri", []), ("contacts", "a"), ("contacts", [1]),
+                ("grant_types", ["implicit"]), ("grant_types", [""]), ("response_types", ["token"]), ("software_id", {}),
+                ("token_endpoint_auth_method", "client_secret_jwt"), ("launch_uris", ["/x"]), ("launch_uris", ["app:/x"]),
+                ("id_token_signed_response_alg", "none"), ("scope", 'a"b'), ("scope", " "), ("jwks", 1), ("jwks", {}),
+                ("jwks", {"keys": [1]}), ("jwks", {"keys": [{**RSA_JWK, "d": "x"}]}), ("jwks", {"keys": [RSA_JWK] * 2}),
+                ("jwks", {"keys": [{**RSA_JWK, "n": "AQAB"}]}), ("jwks_uri", "x"), ("security_labels", ["nonsense"]),
+                ("client_uri#fr", 1), ("subject_type", "pairwise"), ("tos_uri", None)):
+            with self.subTest(member=member, value=value):
+                got = self.register(**{member: value})
+                self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+                self.assertIn(member.partition("#")[0], got.json["error_description"])
+
+    def test_half_a_character_is_no_text(self) -> None:
+        self.assertEqual(self.register(client_name="\ud800").json["error"], "invalid_request")
+
+    def test_keys_come_in_one_way(self) -> None:
+        both = {"jwks": {"keys": [RSA_JWK]}, "jwks_uri": "https://app.example/jwks"}
+        self.assertEqual(self.register(**both).status, 400)
+        self.assertEqual(self.register(token_endpoint_auth_method="private_key_jwt").status, 400)
+
+    def test_a_backend_service_needs_no_redirect_uri(self) -> None:
+        got = self.post("/oauth/register", {"grant_types": ["client_credentials"], "scope": "system/*.rs",
+                                            "token_endpoint_auth_method": "private_key_jwt", "jwks": {"keys": [RSA_JWK]}})
+        self.assertEqual((got.status, got.json["redirect_uris"], got.json["response_types"]), (201, [], []))
+
+    def test_an_app_can_not_choose_its_own_secret(self) -> None:
+        got = self.register(client_id="mine", client_secret="mine").json
+        self.assertNotIn("mine", (got["client_id"], got["client_secret"]))
+
+
+class KeyedApp:
+    """An app that proves itself by its keys (private_key_jwt)."""
+    def __init__(self, portal: s4s.Server, **metadata: Any):
+        self.portal = portal
+        self.client_id = portal.register_client(**{
+            "token_endpoint_auth_method": "private_key_jwt", "grant_types": ["client_credentials"], "scope": "system/*.rs",
+            "jwks": {"keys": [RSA_JWK, RFC_6979_JWK]}, **metadata})["client_id"]
+
+    def assertion(self, algorithm: str = "RS384", header: Any = None, **changed: Any) -> str:
+        """A signed assertion, as of the portal's time; None leaves a claim out."""
+        claims = {"iss": self.client_id, "sub": self.client_id, "aud": self.portal.url + "/oauth/token",
+                  "exp": self.portal.portal.clock.now() + 300, "jti": secrets.token_urlsafe(8), **changed}
+        head = {"alg": algorithm, "kid": {"RS384": "r", "ES384": "e"}.get(algorithm), "typ": "JWT", **(header or {})}
+        signed = ".".join(b64(json.dumps({name: value for name, value in part.items() if value is not None}).encode())
+                          for part in (head, claims))
+        signature = (es384_sign(signed.encode()) if algorithm == "ES384" else
+                     s4s.rsa_sign(RFC_7515_KEY, "RS384", signed.encode()))
+        return f"{signed}.{b64(signature)}"
+
+    def token(self, assertion: str | None = None, **changed: str) -> Answer:
+        """A request of the token endpoint as a backend service."""
+        return ask(self.portal.url + "/oauth/token", form={
+            "grant_type": "client_credentials", "scope": "system/*.rs", "client_assertion_type": s4s.ASSERTION_TYPE,
+            "client_assertion": assertion or self.assertion(), **changed})
+
+
+class Assertions(PortalTest):
+    """private_key_jwt: RFC 7523, and SMART's rules for it."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = KeyedApp(self.portal)
+
+    def test_rs384_and_es384_prove_who_it_is(self) -> None:
+        for algorithm in ("RS384", "ES384"):
+            self.assertEqual(self.app.token(self.app.assertion(algorithm)).status, 200)
+
+    def test_the_audience_is_the_token_endpoint_or_the_issuer_and_may_be_a_list(self) -> None:
+        url = self.portal.url
+        for aud in (url, url + "/", [url + "/oauth/token"], ["https://else.example", url],
+                    f"http://localhost:{self.portal.port}/oauth/token"):
+            with self.subTest(aud=aud):
+                self.assertEqual(self.app.token(self.app.assertion(aud=aud)).status, 200)
+
+    def test_each_rule_is_enforced(self) -> None:
+        now, other = self.portal.portal.clock.now(), App(self.portal)
+        for header, claims in (
+                ({"alg": "none"}, {}), ({"alg": "HS256"}, {}), ({"alg": "RS256"}, {}), ({"alg": "ES384"}, {}),
+                ({"alg": ["RS384"]}, {}), ({"alg": "RS"}, {}), ({"typ": "at+jwt"}, {}), ({"kid": None}, {}),
+                ({"kid": 1}, {}), ({"kid": "else"}, {}), ({"kid": "e"}, {}), ({"jku": "https://app.example/jwks"}, {}),
+                ({}, {"iss": "nobody"}), ({}, {"iss": None}), ({}, {"iss": ["x"]}), ({}, {"sub": "nobody"}),
+                ({}, {"iss": other.client_id, "sub": other.client_id}), ({}, {"aud": "https://else.example"}),
+                ({}, {"aud": None}), ({}, {"aud": {}}), ({}, {"exp": None}), ({}, {"exp": now - 1}), ({}, {"exp": "soon"}),
+                ({}, {"exp": True}), ({}, {"exp": now + 400}), ({}, {"exp": 1e300}), ({}, {"nbf": now + 60}),
+                ({}, {"iat": now + 60}), ({}, {"iat": "x"}), ({}, {"jti": None}), ({}, {"jti": ""}), ({}, {"jti": 5})):
+            with self.subTest(header=header, claims=claims):
+                got = self.app.token(self.app.assertion(header=header, **claims))
+                self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+                self.assertIn("www-authenticate", got.headers)
+
+    def test_another_keys_signature_is_refused(self) -> None:
+        head, claims, signature = self.app.assertion().split(".")
+        for bent in (f"{head}.{claims}.{signature[:-6]}AAAAAA", f"{head}.{claims}.", f"{head}.{claims}", "x",
+                     f"{head}.{b64(base64.urlsafe_b64decode(claims + '==') + b' ')}.{signature}"):
+            self.assertEqual(self.app.token(bent).json["error"], "invalid_client")
+
+    def test_an_assertion_counts_once(self) -> None:
+        assertion = self.app.assertion()
+        self.assertEqual(self.app.token(assertion).status, 200)
+        self.assertEqual(self.app.token(assertion).json["error"], "invalid_client")
+
+    def test_of_many_requests_with_one_assertion_one_is_first(self) -> None:
+        assertion, statuses = self.app.assertion(), []
+        threads = [threading.Thread(target=lambda: statuses.append(self.app.token(assertion).status)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(statuses), [200] + [401] * 7)
+
+    def test_a_forged_assertion_does_not_use_up_the_true_ones_jti(self) -> None:
+        self.app.token(self.app.assertion(jti="one")[:-6] + "AAAAAA")
+        self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
+
+    def test_a_jti_is_free_again_when_its_assertion_has_expired(self) -> None:
+        self.app.token(self.app.assertion(jti="one"))
+        self.portal.advance(301)
+        self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
+
+    def test_the_type_of_assertion_must_be_named_exactly(self) -> None:
+        got = self.app.token(client_assertion_type="urn:ietf:params:oauth:client-assertion-type:saml2-bearer")
+        self.assertEqual(got.json["error"], "invalid_client")
+
+    def test_client_id_if_sent_is_the_same(self) -> None:
+        self.assertEqual(self.app.token(client_id=self.app.client_id).status, 200)
+        self.assertEqual(self.app.token(client_id="test-suite").json["error"], "invalid_client")
+
+    def test_two_ways_at_once_are_refused(self) -> None:
+        got = self.app.token(client_secret="x")
+        self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
+
+    def test_an_app_with_users_may_prove_itself_so_too(self) -> None:
+        app = KeyedApp(self.portal, grant_types=["authorization_code", "refresh_token"], scope="launch/patient patient/*.rs",
+                       redirect_uris=[App.redirect_uri])
+        flow = App(self.portal)
+        back = self.portal.approve(flow.authorize_url(client_id=app.client_id), username="daniel-adams")
+        got = app.token(grant_type="authorization_code", code=dict(parse_qsl(back))["code"], scope="",
+                        redirect_uri=flow.redirect_uri, code_verifier=flow.verifier)
+        self.assertEqual((got.status, got.json["patient"]), (200, DANIEL))
+
+
+class KeysByUrl(PortalTest):
+    """jwks_uri: fetched, kept as long as allowed, with limits."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.asked, self.answer = 0, (200, {"Content-Type": "application/json"}, json.dumps({"keys": [RSA_JWK]}).encode())
+        test = self
+
+        class Keys(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                test.asked += 1
+                status, headers, body = test.answer
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+        server = http.server.HTTPServer(("127.0.0.1", 0), Keys)
+        thread = threading.Thread(target=lambda: server.serve_forever(0.01))
+        thread.start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(thread.join)
+        self.addCleanup(server.shutdown)
+        self.url = f"http://127.0.0.1:{server.server_port}/keys?a=b"
+
+    def app(self, portal: s4s.Server | None = None) -> KeyedApp:
+        app = KeyedApp.__new__(KeyedApp)
+        app.portal = portal or self.portal
+        app.client_id = app.portal.register_client(
+            token_endpoint_auth_method="private_key_jwt", grant_types=["client_credentials"], scope="system/*.rs",
+            jwks_uri=self.url)["client_id"]
+        return app
+
+    def test_keys_are_fetched(self) -> None:
+        self.assertEqual(self.app().token().status, 200)
+
+    def test_keys_are_kept_as_long_as_cache_control_says_and_no_longer(self) -> None:
+        app = self.app()
+        app.token()
+        app.token()
+        self.assertEqual(self.asked, 2, "without Cache-Control nothing is kept")
+        self.answer[1]["Cache-Control"] = "public, max-age=60"
+        for _ in range(3):
+            self.assertEqual(app.token().status, 200)
+        self.assertEqual(self.asked, 3)
+        self.portal.advance(61)
+        app.token()
+        self.assertEqual(self.asked, 4)
+
+    def test_a_key_that_is_not_among_those_kept_is_looked_for_again(self) -> None:
+        app, keys = self.app(), self.answer[2]
+        self.answer = (200, {"Cache-Control": "max-age=600"}, json.dumps({"keys": [RFC_6979_JWK]}).encode())
+        self.assertEqual(app.token(app.assertion("ES384")).status, 200)
+        self.answer = (200, {}, keys)
+        self.assertEqual(app.token().status, 200)
+
+    def test_what_is_no_key_set_is_invalid_client_with_words(self) -> None:
+        for answer in ((404, {}, b""), (302, {"Location": self.url}, b""), (200, {}, b"<html>"), (200, {}, b"[" * 5000),
+                       (200, {}, b'{"keys": [{"kty": "RSA", "kid": ["r"]}, 5]}'), (200, {}, b" " * (64 << 10) + b"{}"),
+                       (200, {}, json.dumps({"keys": [RSA_JWK, RSA_JWK]}).encode()), (200, {"Content-Length": "999"}, b"{")):
+            with self.subTest(answer=answer[2][:20]):
+                self.answer = answer
+                got = self.app().token()
+                self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+
+    def test_an_address_where_nobody_listens_is_invalid_client(self) -> None:
+        self.url = "http://127.0.0.1:1/keys"
+        self.assertEqual(self.app().token().json["error"], "invalid_client")
+
+    def test_an_exposed_server_asks_no_neighbours_for_a_stranger(self) -> None:
+        with s4s.Server(debug=False) as portal:
+            got = self.app(portal).token()
+        self.assertEqual((got.json["error"], self.asked), ("invalid_client", 0))
+        self.assertIn("not public", got.json["error_description"])
+
+    def test_a_fetch_that_drips_is_cut_off(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as quiet, self.assertRaises(ValueError):
+            s4s.fetch(f"http://127.0.0.1:{quiet.getsockname()[1]}/", False, seconds=0.05)
+
+
+class BackendServices(PortalTest):
+    """client_credentials (SMART, "Backend Services")."""
+
+    def test_a_token_lasts_five_minutes_and_has_no_refresh_token(self) -> None:
+        got = KeyedApp(self.portal).token().json
+        self.assertEqual((got["expires_in"], got["scope"], got["token_type"]), (300, "system/*.rs", "Bearer"))
+        self.assertLessEqual({"refresh_token", "patient", "id_token"} & got.keys(), set())
+
+    def test_only_system_scopes_within_the_registered_are_granted(self) -> None:
+        app = KeyedApp(self.portal, scope="system/Observation.rs patient/*.rs openid")
+        self.assertEqual(app.token(scope="system/Observation.read system/*.rs patient/*.rs openid").json["scope"],
+                         "system/Observation.read")
+        for scope in ("system/*.rs", "patient/*.rs", "openid", "nonsense"):
+            self.assertEqual(app.token(scope=scope).json["error"], "invalid_scope")
+        self.assertEqual(app.token(scope="").json["error"], "invalid_request")
+
+    def test_a_client_with_a_secret_or_none_may_not(self) -> None:
+        for method in ("client_secret_basic", "none"):
+            app = App(self.portal, "system/*.rs", grant_types=["client_credentials"], token_endpoint_auth_method=method)
+            got = app.token_request(grant_type="client_credentials", scope="system/*.rs")
+            self.assertEqual((got.status, got.json["error"]), (400, "unauthorized_client"))
+
+    def test_a_client_that_did_not_register_for_it_may_not(self) -> None:
+        app = KeyedApp(self.portal, grant_types=["authorization_code"], redirect_uris=["https://app.example/cb"])
+        self.assertEqual(app.token().json["error"], "unauthorized_client")
+
+    def test_while_debug_controls_are_off_only_clients_of_the_fixtures_may(self) -> None:
+        service = {"client_id": "service", "jwks": {"keys": [RSA_JWK]}, "grant_types": ["client_credentials"],
+                   "scope": "system/*.rs"}
+        with s4s.Server(debug=False, fixtures={"clients": [service]}) as portal:
+            app = KeyedApp(portal)
+            self.assertEqual(app.token().json["error"], "unauthorized_client")
+            app.client_id = "service"
+            self.assertEqual(app.token().status, 200)
+
+    def test_its_token_may_introspect_every_token(self) -> None:
+        service, other = KeyedApp(self.portal).token().json["access_token"], self.portal.issue_token()["access_token"]
+        for value in (service, other):
+            got = ask(self.portal.url + "/oauth/introspect", form={"token": value}, token=service).json
+            self.assertTrue(got["active"])
+        self.assertNotIn("sub", ask(self.portal.url + "/oauth/introspect", form={"token": service}, token=service).json)
+
+    def test_it_stands_for_no_user(self) -> None:
+        got = ask(self.portal.url + "/oauth/userinfo", token=KeyedApp(self.portal).token().json["access_token"])
+        self.assertEqual((got.status, got.json["error"]), (403, "insufficient_scope"))
+
+
+class EhrLaunch(PortalTest):
+    """Launch by the EHR: /launch and the test control."""
+    scope = "launch openid fhirUser patient/*.rs offline_access"
+
+    def setUp(self) -> None:
+        super().setUp()
+        set_signing_key(self.portal)
+        for number in (1, 2):
+            self.portal.portal.records.load({
+                "resourceType": "Encounter", "id": f"visit-{number}", "status": "finished",
+                "subject": {"reference": f"Patient/{DANIEL}"}, "period": {"start": f"202{number}-01-01"},
+                "type": [{"text": "Check-up"}]})
+        self.app = App(self.portal, self.scope, launch_uris=["https://app.example/launch?own=1"])
+
+    def launch(self, **given: Any) -> str:
+        url = self.portal.launch(**{"client_id": self.app.client_id, "patient_id": DANIEL, **given})
+        self.handle: str = dict(parse_qsl(urlsplit(url).query))["launch"]
+        return self.handle
+
+    def tokens(self, username: str = "daniel-adams", **changed: Any) -> Any:
+        return self.app.exchange(self.app.code(username, launch=self.handle, **changed)).json
+
+    def test_the_app_is_opened_with_iss_and_launch(self) -> None:
+        got = self.post("/oauth/debug/launch", {"client_id": self.app.client_id}).json
+        self.assertEqual(got["iss"], self.portal.fhir_url)
+        self.assertTrue(got["launch_url"].startswith("https://app.example/launch?own=1&iss="))
+        query = dict(parse_qsl(urlsplit(got["launch_url"]).query))
+        self.assertEqual((query["iss"], query["launch"]), (got["iss"], got["launch"]))
+
+    def test_the_context_is_in_token_response_refresh_and_introspection(self) -> None:
+        context = [{"reference": "ImagingStudy/1", "role": "https://app.example/role"}]
+        self.launch(encounter_id="visit-1", intent="review", need_patient_banner=False, fhir_context=context)
+        wanted = {"patient": DANIEL, "encounter": "visit-1", "intent": "review", "need_patient_banner": False,
+                  "fhirContext": context}
+        tokens = self.tokens()
+        seen = ask(self.portal.url + "/oauth/introspect", form={"token": tokens["access_token"]},
+                   basic=(self.app.client_id, self.app.secret)).json
+        for answer in (tokens, self.app.refresh(tokens["refresh_token"]).json, seen):
+            self.assertEqual({name: answer.get(name) for name in wanted}, wanted)
+
+    def test_intent_and_fhir_context_come_only_when_a_launch_asks(self) -> None:
+        self.launch()
+        tokens = self.tokens()
+        self.assertEqual((tokens["patient"], tokens["need_patient_banner"]), (DANIEL, True))
+        self.assertLessEqual({"intent", "fhirContext", "encounter"} & tokens.keys(), set())
+
+    def test_a_launch_works_once(self) -> None:
+        self.launch()
+        self.assertIn("access_token", self.tokens())
+        got = ask(self.app.authorize_url(launch=self.handle))
+        self.assertEqual(got.location["error"], "invalid_request")
+
+    def test_two_requests_with_one_launch_end_in_one_code(self) -> None:
+        self.launch()
+        browsers = []
+        for _ in range(2):
+            browser = Browser(self.portal)
+            browser.open(self.app.authorize_url(launch=self.handle))
+            browser.sign_in()
+            browsers.append(browser)
+        self.assertIn("code", browsers[0].submit("authorize").location)
+        self.assertEqual(browsers[1].submit("authorize").status, 400)
+
+    def test_a_launch_lasts_minutes(self) -> None:
+        self.launch()
+        self.portal.advance(301)
+        self.assertEqual(ask(self.app.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+
+    def test_a_launch_is_for_its_app(self) -> None:
+        self.launch()
+        other = App(self.portal, self.scope)
+        self.assertEqual(ask(other.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+        self.assertIn("access_token", self.tokens())
+
+    def test_without_an_app_it_is_for_the_first_that_uses_it(self) -> None:
+        self.launch(client_id=None, launch_uri="https://app.example/start")
+        other = App(self.portal, self.scope)
+        self.assertIn("/oauth/consent", ask(self.app.authorize_url(launch=self.handle)).headers["location"])
+        self.assertEqual(ask(other.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+
+    def test_a_request_that_fails_binds_nothing(self) -> None:
+        self.launch(client_id=None, launch_uri="https://app.example/start")
+        other = App(self.portal, self.scope)
+        ask(other.authorize_url(launch=self.handle, scope="launch nonsense", max_age="x"))
+        self.assertIn("access_token", self.tokens())
+
+    def test_a_launch_signs_nobody_in(self) -> None:
+        self.launch(username="daniel-adams")
+        browser = Browser(self.portal)
+        self.assertIn('value="daniel-adams"', browser.open(self.app.authorize_url(launch=self.handle)).text)
+        self.assertEqual(browser.sign_in("clinician").status, 403)
+        with self.assertRaisesRegex(s4s.PortalError, "daniel-adams"):
+            self.portal.approve(self.app.authorize_url(launch=self.handle), username="clinician")
+
+    def test_who_may_not_open_the_record_gets_a_page(self) -> None:
+        self.launch()
+        browser = Browser(self.portal)
+        browser.open(self.app.authorize_url(launch=self.handle))
+        self.assertEqual(browser.sign_in("joseph-ross").status, 403)
+
+    def test_the_launch_leaves_no_patient_to_choose(self) -> None:
+        self.launch(patient_id=AMY)
+        browser = Browser(self.portal)
+        browser.open(self.app.authorize_url(launch=self.handle))
+        self.assertIn("Amy Shaw", browser.sign_in().text)
+        self.assertEqual(self.app.exchange(browser.submit("authorize").location["code"]).json["patient"], AMY)
+        self.launch()
+        with self.assertRaises(s4s.PortalError):
+            self.portal.approve(self.app.authorize_url(launch=self.handle), username="daniel-adams", patient_id=AMY)
+
+    def test_a_launch_without_a_patient_lets_the_user_choose(self) -> None:
+        self.launch(patient_id=None)
+        self.assertEqual(self.tokens(patient_id=AMY)["patient"], AMY)
+
+    def test_without_the_scope_launch_the_parameter_means_nothing(self) -> None:
+        self.launch(intent="review")
+        tokens = self.app.exchange(self.app.code(launch=self.handle, scope="patient/*.rs", patient_id=AMY)).json
+        self.assertEqual((tokens["patient"], "intent" in tokens), (AMY, False))
+        self.assertIn("access_token", self.tokens())
+
+    def test_an_app_that_can_be_launched_either_way_may_start_by_itself(self) -> None:
+        app = App(self.portal, "launch launch/patient patient/*.rs")
+        self.assertEqual(app.tokens()["scope"], "launch launch/patient patient/*.rs")
+
+    def test_what_can_not_be_launched_is_named(self) -> None:
+        plain = App(self.portal)
+        for member, given in (
+                ("client_id", {"client_id": "nobody"}), ("launch_uri", {"client_id": plain.client_id}),
+                ("launch_uri", {"launch_uri": "https://evil.example/"}), ("client_id", {"client_id": None}),
+                ("launch_uri", {"client_id": None, "launch_uri": "javascript:alert(1)"}), ("username", {"username": "x"}),
+                ("launch_uri", {"client_id": None, "launch_uri": "/relative"}), ("patient_id", {"patient_id": "x"}),
+                ("patient_id", {"username": "joseph-ross"}), ("encounter_id", {"encounter_id": "x"}), ("intent", {"intent": 5}),
+                ("encounter_id", {"patient_id": AMY, "encounter_id": "visit-1"}), ("patient_id", {"patient_id": []}),
+                ("need_patient_banner", {"need_patient_banner": "yes"}), ("fhir_context", {"fhir_context": {}}),
+                ("fhir_context", {"fhir_context": [{}]}), ("fhir_context", {"fhir_context": [{"reference": "x"}]}),
+                ("fhir_context", {"fhir_context": [{"reference": "Patient/1"}]}),
+                ("fhir_context", {"fhir_context": [{"reference": "Task/1", "role": ""}]}), ("unknown", {"unknown": 1})):
+            with self.subTest(given=given):
+                got = self.post("/oauth/debug/launch", {"client_id": self.app.client_id, "patient_id": DANIEL, **given})
+                self.assertEqual(got.status, 400)
+                self.assertIn(member, got.json["error_description"])
+
+    def test_the_launch_page_opens_the_app(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(f"{self.portal.url}/launch?patient_id={DANIEL}")
+        self.assertIn("2022-01-01 Check-up", browser.page.text)
+        got = browser.submit("launch", client_id=self.app.client_id, patient_id=DANIEL, encounter_id="visit-2",
+                             intent="review")
+        self.assertTrue(got.headers["location"].startswith("https://app.example/launch?own=1&iss="))
+        self.handle = got.location["launch"]
+        tokens = self.tokens()
+        self.assertEqual((tokens["encounter"], tokens["intent"], tokens["need_patient_banner"]), ("visit-2", "review", True))
+
+    def test_the_launch_page_finds_patients_by_name(self) -> None:
+        text = Browser(self.portal).open(f"{self.portal.url}/launch?name=amy&patient_id={DANIEL}").text
+        self.assertEqual([whose in text for whose in (AMY, DANIEL, JOSEPH)], [True, True, False])
+
+    def test_the_launch_page_takes_a_launch_uri_from_its_address(self) -> None:
+        browser = Browser(self.portal)
+        page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": "http://localhost:3000/launch.html"}))
+        self.assertIn('value="http://localhost:3000/launch.html"', page.text)
+        self.assertTrue(browser.submit("launch").headers["location"].startswith("http://localhost:3000/launch.html?iss="))
+
+    def test_no_other_site_can_launch_in_somebodys_name(self) -> None:
+        got = ask(self.portal.url + "/launch", form={"launch_uri": "https://evil.example/"})
+        self.assertEqual(got.status, 403)
+
+    def test_the_demo_app_lives_where_this_server_is(self) -> None:
+        self.assertTrue(self.portal.launch(client_id="demo-app").startswith(self.portal.url + "/demo?iss="))
+        url = self.app.authorize_url(client_id="demo-app", redirect_uri=self.portal.url + "/demo", scope="launch/patient")
+        self.assertTrue(self.portal.approve(url, username="daniel-adams").startswith(self.portal.url + "/demo?code="))
+
+    def test_there_is_no_launch_page_without_debug_controls(self) -> None:
+        with s4s.Server(debug=False) as portal:
+            self.assertEqual(ask(portal.url + "/launch").status, 404)
+
+    def test_a_standalone_app_gets_the_visit_that_the_user_chose(self) -> None:
+        app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
+        browser = Browser(self.portal)
+        browser.open(app.authorize_url())
+        browser.sign_in()
+        browser.submit(DANIEL)
+        self.assertIn('<option value="visit-1">2021-01-01 Check-up</option>', browser.page.text)
+        back = browser.submit("authorize", encounter_id="visit-1")
+        self.assertEqual(app.exchange(back.location["code"]).json["encounter"], "visit-1")
+        self.assertEqual(app.tokens()["encounter"], "visit-2", "without a choice, the newest")
+        self.assertNotIn("encounter", app.tokens(patient_id=AMY), "who was never here has none")
+        for url, encounter in ((app.authorize_url(), "visit-9"), (self.app.authorize_url(scope="patient/*.rs"), "visit-1")):
+            with self.assertRaises(s4s.PortalError):
+                self.portal.approve(url, username="daniel-adams", encounter_id=encounter)
+
+
+def set_signing_key(portal: s4s.Server) -> None:
+    """Spare a test the half second that making a key takes."""
+    with portal.portal.state.transaction() as database:
+        database.execute("DELETE FROM keys")
+        database.execute("INSERT INTO keys VALUES (?, ?)", [f"{prime:x}" for prime in RFC_7515_KEY])
+
+
+class Identity(PortalTest):
+    """OpenID Connect: id_token, jwks, userinfo."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        set_signing_key(self.portal)
+        self.app = App(self.portal, "openid fhirUser launch/patient patient/*.rs user/*.rs offline_access")
+
+    def claims(self, tokens: Any) -> Any:
+        """The claims of an id_token whose signature is good."""
+        token = s4s.read_jwt(tokens["id_token"])
+        keys = {key["kid"]: key for key in ask(self.portal.url + "/oauth/jwks").json["keys"]}
+        self.assertEqual(token.header["alg"], "RS256")
+        self.assertTrue(s4s.rsa_verify(keys[token.header["kid"]], "RS256", token.signed, token.signature))
+        return token.claims
+
+    def test_the_id_token_says_who_signed_in_to_whom_and_when(self) -> None:
+        now = int(self.portal.portal.clock.now())
+        claims = self.claims(self.app.tokens(nonce="n-0S6"))
+        self.assertEqual({name: claims[name] for name in ("iss", "aud", "sub", "nonce", "fhirUser")}, {
+            "iss": self.portal.url, "aud": self.app.client_id, "sub": "daniel-adams", "nonce": "n-0S6",
+            "fhirUser": f"{self.portal.fhir_url}/Patient/{DANIEL}"})
+        self.assertAlmostEqual(claims["iat"], now, delta=5)
+        self.assertAlmostEqual(claims["auth_time"], now, delta=5)
+        self.assertEqual(claims["exp"] - claims["iat"], 3600)
+        self.assertNotIn("nonce", self.claims(self.app.tokens()))
+
+    def test_who_acts_for_another_is_not_the_patient(self) -> None:
+        claims = self.claims(self.app.tokens(patient_id=AMY))
+        self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/RelatedPerson/daniel-adams-amy-shaw")
+
+    def test_a_clinician_is_a_practitioner(self) -> None:
+        claims = self.claims(self.app.tokens(username="clinician", patient_id=JOSEPH))
+        self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/Practitioner/smart-clinician")
+
+    def test_a_clinician_with_user_scopes_alone_has_no_patient(self) -> None:
+        self.assertNotIn("patient", self.app.tokens(username="clinician", scope="openid user/*.rs"))
+        self.assertEqual(self.app.tokens(scope="openid user/*.rs")["patient"], DANIEL)
+
+    def test_without_openid_there_is_no_id_token_and_without_fhir_user_no_claim(self) -> None:
+        self.assertNotIn("id_token", self.app.tokens(scope="fhirUser patient/*.rs"))
+        self.assertNotIn("fhirUser", self.claims(self.app.tokens(scope="openid patient/*.rs")))
+        self.assertIn("fhirUser", self.claims(self.app.tokens(scope="openid profile patient/*.rs")))
+
+    def test_jwks_has_public_members_only(self) -> None:
+        key, = ask(self.portal.url + "/oauth/jwks").json["keys"]
+        self.assertEqual(set(key), {"kty", "n", "e", "kid", "use", "alg"})
+        self.assertEqual(key["kid"], s4s.thumbprint(key))
+
+    def test_the_key_is_made_once_and_kept_with_the_state(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, keys = os.path.join(folder, "state.db"), []  # type: str, list[Any]
+            with s4s.Server(db=path) as portal:
+                threads = [threading.Thread(target=lambda: keys.append(ask(portal.url + "/oauth/jwks").json))
+                           for _ in range(3)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                portal.reset()
+                keys.append(ask(portal.url + "/oauth/jwks").json)
+            with s4s.Server(db=path) as portal:
+                keys.append(ask(portal.url + "/oauth/jwks").json)
+        self.assertEqual(keys, keys[:1] * 5)
+        self.assertNotEqual(keys[0], ask(self.portal.url + "/oauth/jwks").json)
+
+    def test_userinfo_says_what_the_id_token_says(self) -> None:
+        tokens = self.app.tokens()
+        claims = self.claims(tokens)
+        for method in ("GET", "POST"):
+            got = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"], method=method).json
+            self.assertEqual(got, {"sub": claims["sub"], "fhirUser": claims["fhirUser"], "name": "Daniel Adams"})
+
+    def test_userinfo_needs_a_token_with_openid(self) -> None:
+        url = self.portal.url + "/oauth/userinfo"
+        for token, status, header in (("", 401, 'Bearer realm="s4s"'), ("x", 401, 'error="invalid_token"'), (
+                self.portal.issue_token(scope="patient/*.rs")["access_token"], 403, 'error="insufficient_scope"')):
+            got = ask(url, token=token)
+            self.assertEqual(got.status, status)
+            self.assertIn(header, got.headers["www-authenticate"])
+        tokens = self.app.tokens()
+        self.assertEqual(ask(url, token=tokens["refresh_token"]).status, 401)
+        narrowed = self.app.refresh(tokens["refresh_token"], scope="patient/*.rs").json
+        self.assertEqual(ask(url, token=narrowed["access_token"]).status, 403)
+
+    def test_introspection_repeats_the_id_tokens_claims(self) -> None:
+        tokens = self.app.tokens(patient_id=AMY)
+        claims = self.claims(tokens)
+        seen = ask(self.portal.url + "/oauth/introspect", form={"token": tokens["access_token"]},
+                   basic=(self.app.client_id, self.app.secret)).json
+        self.assertEqual([seen[name] for name in ("iss", "sub", "fhirUser")],
+                         [claims[name] for name in ("iss", "sub", "fhirUser")])
+
+
+class WhoseRecordBehind(ForwardingTest):
+    """Choosing patient and visit where the records are a FHIR server's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
+        self.browser = Browser(self.portal)
+        self.script("Patient?_count=50", self.behind.bundle(*(
+            {"resourceType": "Patient", "id": f"pia{number}", "name": [{"text": "Pia"}]} for number in range(20))))
+        self.script("Patient?name=jo&_count=50", self.behind.bundle(
+            {"resourceType": "Patient", "id": "p2", "name": [{"given": ["Jo"], "family": "Do"}]}))
+        self.behind.script = {"/fhir/" + path: answer for path, answer in self.behind.script.items()}
+        self.behind.records["Patient/p2"] = {"resourceType": "Patient", "id": "p2", "name": [{"text": "Jo Do"}]}
+
+    def test_a_clinician_finds_a_patient_by_name(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        self.assertIn('data-patient-id="pia1"', self.browser.sign_in("clinician").text)
+        self.assertNotIn("Pia", self.browser.submit("Search", q="jo").text)
+        self.assertIn("health record of Jo Do", self.browser.submit("p2", form=1).text)
+        tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
+        self.assertEqual(tokens["patient"], "p2")
+
+    def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
+        self.script("Encounter", self.behind.bundle(*(
+            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"Patient/{whose}"}, "period": {"start": day}}
+            for name, whose, day in (("old", ME, "2020-01-01"), ("new", ME, "2021-01-01"), ("theirs", OTHER, "2022-01-01")))))
+        self.assertEqual(self.app.tokens()["encounter"], "new")
+        for visit in ("theirs", "none"):
+            with self.assertRaises(s4s.PortalError):
+                self.portal.approve(self.app.authorize_url(), username="daniel-adams", encounter_id=visit)
+
+    def test_a_demo_patient_whom_the_server_does_not_have_is_said_clearly(self) -> None:
+        del self.behind.records[f"Patient/{ME}"]
+        with self.assertRaisesRegex(s4s.PortalError, f"has no Patient/{ME}"):
+            self.portal.approve(self.app.authorize_url(), username="daniel-adams", patient_id=ME)
+
+    def test_while_the_server_is_down_an_app_gets_its_token_all_the_same(self) -> None:
+        self.app.scope = "launch/patient patient/*.rs"
+        self.script(f"Patient/{ME}", b"<html>", 503)
+        self.assertEqual(self.app.tokens(patient_id=ME)["patient"], ME)
+
+
+class TokenRules(PortalTest):
+    """Rules of the token endpoint that have to do with several things at once."""
+
+    def test_an_unknown_grant_type_is_judged_before_the_client(self) -> None:
+        got = ask(self.portal.url + "/oauth/token", form={"grant_type": "not_a_grant_type", "client_id": "nobody"})
+        self.assertEqual((got.status, got.json["error"]), (400, "unsupported_grant_type"))
+
+    def test_a_parameter_given_twice_is_refused(self) -> None:
+        got = ask(self.portal.url + "/oauth/token", form=[("grant_type", "refresh_token")] * 2)
+        self.assertEqual(got.json["error"], "invalid_request")
+
+    def test_basic_credentials_may_be_form_encoded_first_or_not(self) -> None:
+        with s4s.Server(client=["my app+1".replace(" ", "_") + ":p%20w/+x=https://app.example/cb?own=1"]) as portal:
+            app = App(portal)
+            app.client_id = "my_app+1"
+            for pair in (("my_app+1", "p%20w/+x"), ("my_app%2B1", "p%2520w%2F%2Bx")):
+                got = ask(portal.url + "/oauth/token", basic=pair, form={"grant_type": "refresh_token", "refresh_token": "x"})
+                self.assertEqual(got.json["error"], "invalid_grant", pair)
+
+    def test_a_confidential_clients_refresh_needs_its_proof(self) -> None:
+        app = App(self.portal)
+        token = app.tokens()["refresh_token"]
+        for form in ({}, {"client_id": app.client_id}):
+            got = ask(self.portal.url + "/oauth/token", form={"grant_type": "refresh_token", "refresh_token": token, **form})
+            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.assertEqual(app.refresh(token).status, 200)
+
+    def test_of_many_refreshes_at_once_one_wins_and_then_all_ends(self) -> None:
+        app = App(self.portal)
+        token, statuses = app.tokens()["refresh_token"], []
+        threads = [threading.Thread(target=lambda: statuses.append(app.refresh(token).status)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(statuses), [200] + [400] * 7)
+        rows = self.portal.portal.state.rows("SELECT ended FROM grants WHERE client_id = ?", app.client_id)
+        self.assertEqual([row["ended"] for row in rows], [1])
+
+    def test_a_failed_refresh_leaves_the_tokens_good(self) -> None:
+        app, other = App(self.portal), App(self.portal)
+        tokens = app.tokens()
+        for got in (other.refresh(tokens["refresh_token"]), app.refresh(tokens["refresh_token"], scope="user/*.rs"),
+                    app.refresh("x"), app.refresh(tokens["refresh_token"], scope="patient/*.rs?a:b=c")):
+            self.assertEqual(got.status, 400)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 200)
+        self.assertEqual(app.refresh(tokens["refresh_token"], scope=app.scope).json["scope"], app.scope)
+
+    def test_a_client_narrowed_to_nothing_gets_nothing(self) -> None:
+        app = App(self.portal, "launch/patient patient/Observation.rs", security_labels=["imaging"])
+        self.assertNotIn("entry", self.fhir(f"Observation?patient={DANIEL}", app.tokens()).json)
+
+    def test_expired_rows_are_forgotten(self) -> None:
+        app, state = App(self.portal, "launch/patient patient/*.rs"), self.portal.portal.state
+        for _ in range(3):
+            app.code()
+            self.portal.launch(launch_uri="https://app.example/launch")
+            ask(app.authorize_url())
+            self.portal.advance(2200)
+        for table, left in (("launches", 1), ("pending", 1), ("tokens", 1)):
+            rows = state.row(f"SELECT count(*) FROM {table}")
+            assert rows
+            self.assertLessEqual(rows[0], left, table)
+
+
+class Fixtures(unittest.TestCase):
+    """--fixtures and --client: users and apps that are there from the start."""
+    users: ClassVar[list[Any]] = [{
+        "username": "maria", "password": "secret", "name": "Maria Silva", "fhir_user": f"Patient/{JOSEPH}",
+        "patients": [{"patient_id": JOSEPH, "name": "Joseph Ross", "is_user": True}, {"patient_id": AMY}]}]
+
+    def test_a_user_signs_in_and_opens_the_records_named(self) -> None:
+        with s4s.Server(fixtures={"users": self.users}) as portal:
+            app, browser = App(portal), Browser(portal)
+            browser.open(app.authorize_url())
+            self.assertIn("Joseph Ross", browser.sign_in("maria", "secret").text)
+            browser.submit(AMY)
+            self.assertEqual(app.exchange(browser.submit("authorize").location["code"]).json["patient"], AMY)
+            portal.reset()
+            self.assertEqual(portal.issue_token(username="maria")["patient"], JOSEPH)
+
+    def test_a_patient_who_was_loaded_signs_in_by_id(self) -> None:
+        with s4s.Server() as portal:
+            portal.portal.records.load({"resourceType": "Patient", "id": "p1", "name": [{"text": "Pia One"}]})
+            browser, app = Browser(portal), App(portal)
+            browser.open(app.authorize_url())
+            self.assertIn("Pia One", browser.sign_in("p1").text)
+            self.assertEqual(app.exchange(browser.submit("authorize").location["code"]).json["patient"], "p1")
+            for username in ("p2", DANIEL):
+                with self.subTest(username=username), self.assertRaises(s4s.PortalError):
+                    portal.issue_token(username=username)
+
+    def test_clients_are_there_with_their_secrets_and_labels(self) -> None:
+        clients = [{"client_id": "mine", "client_secret": "s", "redirect_uris": [App.redirect_uri], "client_name": "Mine",
+                    "security_labels": ["allergy", "problems"], "launch_uris": ["https://app.example/launch"]},
+                   {"client_id": "open", "redirect_uris": [App.redirect_uri]}]
+        with s4s.Server(fixtures={"clients": clients}) as portal:
+            app, browser = App(portal), Browser(portal)
+            app.client_id, app.secret = "mine", "s"
+            self.assertEqual(app.exchange(app.code()).status, 200)
+            browser.open(app.authorize_url())
+            browser.sign_in()
+            browser.submit(DANIEL)
+            self.assertEqual([value for name, value in Form(browser.page.text).fields if name == "security_labels"],
+                             ["allergies", "problems"])
+            app.client_id, app.secret = "open", ""
+            self.assertEqual(app.exchange(app.code()).status, 200)
+            self.assertTrue(portal.launch(client_id="mine").startswith("https://app.example/launch?"))
+
+    def test_a_file_that_can_not_be_is_refused_in_words(self) -> None:
+        user = self.users[0]
+        for fixtures, needle in (
+                ([], "not a JSON object"), ({"user": []}, "unknown member user"), ({"users": {}}, "not an array"),
+                ({"users": [1]}, r"users\[0\]"), ({"users": [{**user, "username": ""}]}, "no username"),
+                ({"users": [{**user, "password": 5}]}, "password"), ({"users": [{**user, "username": "a b"}]}, "username"),
+                ({"users": [{**user, "patients": [{"name": "x"}]}]}, r"users\[0\].patients\[0\] has no patient_id"),
+                ({"users": [{**user, "age": 5}]}, "unknown member age"), ({"clients": [{}]}, r"clients\[0\]: client_id"),
+                ({"clients": [{"client_id": "a"}]}, r"clients\[0\]: redirect_uris"), ({"clients": [7]}, r"clients\[0\]"),
+                ({"clients": [{"client_id": "a", "redirect_uris": ["x:/"], "client_secret": ""}]}, "client_secret"),
+                ({"clients": [{"client_id": "a", "redirect_uris": ["x:/y"],
+                               "token_endpoint_auth_method": "client_secret_post"}]}, "without a client_secret"),
+                ({"users": [{**user, "name": "\ud800"}]}, "fixtures"), ({"users": [{**user, "name": b"x"}]}, "fixtures"),
+                ("/nowhere/fixtures.json", "/nowhere/fixtures.json")):
+            with self.subTest(fixtures=fixtures), self.assertRaisesRegex(s4s.StartError, needle):
+                s4s.Server(fixtures=fixtures).start()
+
+    def test_a_file_is_read(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "fixtures.json")
+            Path(path).write_text(json.dumps({"users": self.users}), "utf-8")
+            with s4s.Server(fixtures=path) as portal:
+                self.assertEqual(portal.issue_token(username="maria")["patient"], JOSEPH)
+            Path(path).write_text("{", "utf-8")
+            with self.assertRaisesRegex(s4s.StartError, "fixtures.json"):
+                s4s.Server(fixtures=path).start()
+
+    def test_a_client_given_again_gets_one_more_redirect_uri(self) -> None:
+        with s4s.Server(client=["a:s=https://one.example/", "a=https://two.example/", "test-suite=https://x.example/"]) as portal:
+            client = portal.portal.client("a")
+            assert client
+            self.assertEqual((client.metadata["redirect_uris"], bool(client.secret_hash)),
+                             (["https://one.example/", "https://two.example/"], True))
+            self.assertEqual(portal.issue_token()["scope"], "launch/patient patient/*.read offline_access")
+        for given in (["a"], ["a=javascript:x"], ["a:s=https://x.example/", "a:t=https://x.example/"], ["a b=https://x.example/"]):
+            with self.subTest(given=given), self.assertRaisesRegex(s4s.StartError, "--client"):
+                s4s.Server(client=given).start()
+
 
 if __name__ == "__main__":
-    unittest.main()
+    if sys.argv[1:2] == ["--benchmark"]:
+        benchmark()
+    elif sys.argv[1:2] == ["--hammer"]:
+        print(*hammer(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.stdin.buffer.read()))
+    elif sys.argv[1:2] == ["--bare"]:
+        with bare_server(sys.stdin.buffer.read()) as address:
+            print(address, flush=True)
+            threading.Event().wait()
+    else:
+        unittest.main()
