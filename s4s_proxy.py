@@ -76,7 +76,6 @@ import contextlib
 import datetime
 import email.utils
 import functools
-import gzip
 import hashlib
 import hmac
 import html
@@ -98,7 +97,6 @@ import sqlite3
 import sys
 import threading
 import time
-import unicodedata
 import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -1987,6 +1985,7 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
 def fold(text: str) -> str:
     """Text as strings are compared: without case and accents (FHIR search, "string")."""
     if not text.isascii():
+        import unicodedata  # only where it is needed: it takes long
         text = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
     return text.casefold()
 
@@ -2532,6 +2531,7 @@ class Source(NamedTuple):
         if self.text:
             yield "", self.text, self.size
             return
+        import gzip  # likewise
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
             try:
@@ -2660,7 +2660,8 @@ class Records:
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
         skipped: collections.Counter[str] = collections.Counter()
         progress, done = Progress(sum(source.size for source in found), self.clock), 0
-        if before < 2000:  # little but the samples: the index that takes longest is faster made at the end, at once
+        samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
+        if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
             self.store.connection.execute("DROP INDEX search_by_value")
             self._indexed = False
         for source in found:
@@ -2843,7 +2844,7 @@ class Records:
 
     def search(self, query: Query, access: Access) -> Page:
         """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
-        where = self._where(query, access)
+        store, where = self._filled(), self._where(query, access)
         sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
@@ -2852,7 +2853,7 @@ class Records:
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
         if query.total and not dropped and not access.narrowed:
-            total = self.store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+            total = store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
@@ -6031,8 +6032,8 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
 
 
 def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
     return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
             if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
 
@@ -6040,9 +6041,9 @@ def accepted_types(request: Request) -> list[str]:
 def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
                   version: str = "r4") -> Response:
     """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else []
-    if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
+    accepted = accepted_types(request) if status == 200 else ["*/*"]
+    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
     media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
     if ("_pretty", "true") in request.pairs():
         body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
