@@ -3004,7 +3004,7 @@ class Repository(unittest.TestCase):
         with s4s.Server() as portal:
             shown = self.run_example("quick", "bash", "-e", portal=portal)
             self.assertEqual({one.status for one in portal.requests}, {200})
-        self.assertIn('"family": "Adams"', shown)
+        self.assertRegex(shown, '"family": ?"Adams"')
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
     def test_the_readmes_tour_leads_through_the_flow(self) -> None:
@@ -3926,11 +3926,10 @@ class EhrLaunch(PortalTest):
     def setUp(self) -> None:
         super().setUp()
         set_signing_key(self.portal)
-        self.portal.portal.records.read("Patient", DANIEL)
-        self.portal.portal.records.put([{
-            "resourceType": "Encounter", "id": f"visit-{number}", "status": "finished", "meta": {
-                "lastUpdated": "2020-01-01T00:00:00Z"}, "subject": {"reference": f"Patient/{DANIEL}"},
-            "period": {"start": f"202{number}-01-01"}, "type": [{"text": "Check-up"}]} for number in (1, 2)])
+        for number in (1, 2):
+            self.portal.portal.records.load({
+                "resourceType": "Encounter", "id": f"visit-{number}", "status": "finished", "type": [{"text": "Check-up"}],
+                "subject": {"reference": f"Patient/{DANIEL}"}, "period": {"start": f"202{number}-01-01"}})
         self.app = App(self.portal, self.scope, launch_uris=["https://app.example/launch?own=1"])
 
     def launch(self, **given: Any) -> str:
@@ -4337,9 +4336,7 @@ class Fixtures(unittest.TestCase):
 
     def test_a_patient_who_was_loaded_signs_in_by_id(self) -> None:
         with s4s.Server() as portal:
-            portal.portal.records.read("Patient", DANIEL)
-            portal.portal.records.put([{"resourceType": "Patient", "id": "p1", "name": [{"text": "Pia One"}],
-                                        "meta": {"lastUpdated": "2020-01-01T00:00:00Z"}}])
+            portal.portal.records.load({"resourceType": "Patient", "id": "p1", "name": [{"text": "Pia One"}]})
             browser, app = Browser(portal), App(portal)
             browser.open(app.authorize_url())
             self.assertIn("Pia One", browser.sign_in("p1").text)
