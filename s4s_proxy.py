@@ -2345,6 +2345,16 @@ class Faults:
             self._queues.clear()
 
 
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
+
+
 class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
@@ -2408,9 +2418,9 @@ class Portal:
         """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
         sql = "SELECT * FROM users WHERE username = ?"
         row = self.state.row(sql, username)
-        patient = None if row else self.records.read("Patient", username)
+        patient = None if row or self.upstream else self.records.read("Patient", username)
         if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
-            name = next(iter(strings_of(elements(patient, "name.text"))), username)
+            name = display_name(patient)
             with self.state.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
                     username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
@@ -2418,21 +2428,34 @@ class Portal:
             return self.state.row(sql, username)
         return row
 
-    def patients_of(self, username: str) -> dict[str, str]:
-        """The patients a user may open, id -> name, the user's own record first."""
+    def patients_of(self, username: str, text: str = "") -> dict[str, str]:
+        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
+        name has a part that begins with it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
-            found = self.records.search("Patient", [], Access(None), 1000, 0).resources
-            return {one["id"]: next(iter(strings_of(elements(one, "name.text"))), one["id"]) for one in found}
+            if self.upstream:
+                found = dict(upstream_patients(self, text))
+            else:
+                where = [("name", text)] if text else []
+                found = {one["id"]: display_name(one)
+                         for one in self.records.search("Patient", where, Access(None), 200, 0).resources}
+            if FHIR_ID.fullmatch(text):
+                with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
+                    name = self.patient_name(username, text)
+                    found.update({text: name} if name else {})
+            return found
         return {row["patient_id"]: row["name"] for row in self.state.rows(
-            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
+            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)
+            if row["patient_id"] == text or re.search(r"\b" + re.escape(text), row["name"], re.IGNORECASE)}
 
     def patient_name(self, username: str, patient_id: str) -> str | None:
         """A patient's name; None if this user may not open that record."""
         user = self.user(username)
         if user and user["any_patient"]:
+            if self.upstream:
+                return upstream_patient(self, patient_id)
             found = self.records.read("Patient", patient_id)
-            return next(iter(strings_of(elements(found, "name.text"))), patient_id) if found else None
+            return display_name(found) if found else None
         return self.patients_of(username).get(patient_id)
 
     def fhir_user(self, username: str, patient_id: str | None) -> str:
@@ -3471,9 +3494,16 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
 
 def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     """A patient's visits, id -> in words, the newest first."""
-    found = portal.records.search("Encounter", [("patient", patient_id), ("_sort", "-date")], Access(None), 100, 0)
+    if portal.upstream:
+        url = f"{portal.upstream.base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        entries = portal.upstream.bundle(portal.upstream.ask(url), "")[1]
+        found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
+                 and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
+    else:
+        found = portal.records.search("Encounter", [("patient", patient_id)], Access(None), 100, 0).resources
+    found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
     return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
-            for one in found.resources}
+            for one in found}
 
 
 def end_of_day(date: str) -> float:
@@ -3514,9 +3544,7 @@ def consent(portal: Portal, request: Request) -> Response:
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
     if patient_id == "":
         text = fields.get("q")
-        return picker_page(portal, request, user, client, request_id, {
-            patient_id: name for patient_id, name in portal.patients_of(user["username"]).items()
-            if text.lower() in name.lower() or text.lower() == patient_id.lower()}, text)
+        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
@@ -3538,15 +3566,23 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
                         "out, then launch the app again.", 403)
     if fixed and chosen not in ("", fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
-    patient_id = fixed or chosen
-    if patient_id:
-        if portal.patient_name(username, patient_id) is None:
-            raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
-        return str(patient_id)
-    user, patients = portal.user(username), portal.patients_of(username)
-    if not needs_patient(details["scope"]):  # S4S's apps find a patient in every token response, where there is one
-        return None if user and user["any_patient"] else next(iter(patients), None)
-    return next(iter(patients)) if len(patients) == 1 else ""
+    patient_id, user = fixed or chosen, portal.user(username)
+    if not patient_id:
+        needed = needs_patient(details["scope"])
+        if user and user["any_patient"]:
+            return "" if needed else None
+        patients = portal.patients_of(username)
+        if needed and len(patients) != 1:
+            return ""
+        if not patients:
+            return None
+        patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
+    if portal.patient_name(username, patient_id) is None:
+        raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
+    with contextlib.suppress(FhirError):  # a FHIR server that is down will be noticed when the app reads
+        if portal.upstream and upstream_patient(portal, patient_id) is None:
+            raise PageError("not_found", f"The FHIR server behind this portal has no Patient/{patient_id}.", 404)
+    return str(patient_id)
 
 
 MANY_PATIENTS = 12  # more than this, and the picker has a search box
@@ -3927,10 +3963,10 @@ def launch_page(portal: Portal, request: Request) -> Response:
     if not portal.settings.serves_debug:
         raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
+    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent", "name")
     chosen: Json = {name: fields.get(name) for name in names}
     if request.method == "POST":
-        given = {name: value for name, value in chosen.items() if value}
+        given = {name: value for name, value in chosen.items() if value and name != "name"}
         return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
             fields.get("need_patient_banner")))["launch_url"])
     session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
@@ -3944,7 +3980,10 @@ def launch_page(portal: Portal, request: Request) -> Response:
     rows = portal.state.rows("SELECT client_id FROM clients")
     apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
     users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
-    visits = encounters_of(portal, chosen["patient_id"]) if chosen["patient_id"] else {}
+    patients, one = portal.patients_of("clinician", chosen["name"]), chosen["patient_id"]
+    if one and one not in patients:
+        patients[one] = portal.patient_name("clinician", one) or one
+    visits = encounters_of(portal, one) if one else {}
     return page(
         portal, "Launch an app",
         tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
@@ -3953,8 +3992,9 @@ def launch_page(portal: Portal, request: Request) -> Response:
             select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
             text("launch_uri", "Its launch address (if none is registered, or another one)"),
             select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
-            select("patient_id", "Whose record is open", [("", "none yet"), *portal.patients_of("clinician").items()]),
-            tag("button", "Show this patient's visits", class_="btn-default", formmethod="get", formnovalidate=True),
+            text("name", "Find patients by name"),
+            select("patient_id", "Whose record is open", [("", "none yet"), *patients.items()]),
+            tag("button", "Show patients and visits", class_="btn-default", formmethod="get", formnovalidate=True),
             select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
             text("intent", "Intent (a word that you and the app agreed on)"),
             tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
@@ -4509,7 +4549,8 @@ class Upstream:
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
         # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
         self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
-            f"Host: {parts.netloc}", "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+            f"Host: {parts.netloc}",
+            "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
         self.forget()
@@ -4819,6 +4860,8 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 
     The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for.
     """
+    if not urls:
+        return {}
     now = portal.clock.now()
     handles = {relation: secrets.token_urlsafe(16) for relation in urls}
     with portal.state.transaction() as database:
@@ -4876,8 +4919,8 @@ class Forwarding:
                     return self.read(type_name, *parts[1::2])
                 if len(parts) == 3 and type_name == "Patient" and parts[2] == "$everything":
                     return self.everything(parts[1])
-        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], [type]/[id]"
-                        "/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], "
+                        "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
 
     def check_scope(self, type_name: str, letters: str, resource_id: str = "") -> None:
         """Refuse what no scope allows, and types of which nobody can tell whose they are."""
@@ -4912,8 +4955,9 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
             raise refused("answered with another resource than the one asked for")
-        if not (self.access.may_see_binary(resource, self.is_pointed_to, self.base) if type_name == "Binary"
-                else self.may_see(resource, text, "r")):
+        seen = self.may_see(resource, text, "r")
+        self.request.note(f"its owner is {owner(resource, self.base)!r}, it may {'' if seen else 'not '}be seen")
+        if not seen:
             raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
                             "a category that was not approved", 403)
         self.response.status = 304 if unchanged else 200
@@ -4922,9 +4966,15 @@ class Forwarding:
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
         a member given twice, none in a place where FHIR has none."""
-        return self.access.scope is None or (
-            isinstance(resource, dict) and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
-            and self.access.may_see(resource, letters, self.base))
+        if self.access.scope is None:
+            return True
+        if not isinstance(resource, dict):
+            return False
+        if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+            return False
+        if resource.get("resourceType") == "Binary" and letters == "r":
+            return self.access.may_see_binary(resource, self.is_pointed_to, self.base)
+        return self.access.may_see(resource, letters, self.base)
 
     def is_pointed_to(self, binary_id: str) -> bool:
         """Whether a document or report of the record points to a Binary. What was found once is remembered."""
@@ -4955,7 +5005,7 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url(pairs)
+        url = self.page_url()
         if url:
             return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
         query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
@@ -4963,7 +5013,7 @@ class Forwarding:
         if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
             form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
             return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}", self.headers("Prefer")), pairs, "s")
+        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -4976,17 +5026,17 @@ class Forwarding:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
         query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url(pairs) or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}"
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
         return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
 
-    def page_url(self, pairs: list[tuple[str, str]]) -> str:
+    def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
-        names = [name for name, _ in pairs if name not in NOT_FORWARDED]
-        if "_page" not in names:
+        pairs = [pair for pair in self.request.pairs() if pair[0] not in NOT_FORWARDED]
+        if "_page" not in dict(pairs):
             return ""
-        if len(names) > 1:
+        if len(pairs) > 1:
             raise FhirError("invalid", "_page: a paging link takes no other parameters")
-        return kept_page(self.portal, self.grant_id, self.request.rest, dict(pairs)["_page"])
+        return kept_page(self.portal, self.grant_id, self.request.rest, pairs[0][1])
 
     def links(self, own: Json, answer: Answer) -> dict[str, str]:
         """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that leads
@@ -5051,16 +5101,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
     assert portal.upstream
     answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
     return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
-
-
-def display_name(patient: Json) -> str:
-    """A Patient's name as people are shown it; its id if it has none."""
-    for name in elements(patient, "name"):
-        if isinstance(name, dict):
-            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
-            if parts:
-                return " ".join(map(str, parts))
-    return str(patient.get("id"))
 
 
 # ######################################################################## 16 the FHIR API

@@ -2614,6 +2614,15 @@ class Paging(ForwardingTest):
                    "https://hidden.example/fhir?_getpages=abc&_offset=3")
         self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
 
+    def test_through_my_compartment_everything_of_mine_and_a_posted_search(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.behind.script[f"Patient/{ME}/$everything"] = self.behind.script["Observation"]
+        self.behind.script["Observation/_search"] = self.behind.script["Observation"]
+        for path, how in ((f"Patient/{ME}/Observation", {}), (f"Patient/{ME}/$everything", {}),
+                          ("Observation/_search", {"form": {"code": "x"}})):
+            with self.subTest(path):
+                self.assertEqual(self.ids(self.next_link(path, **how)), ["o1"])
+
     def test_a_link_tells_nothing_of_the_address(self) -> None:
         self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assertRegex(self.next_link("Observation"), r"^Observation\?_page=[\w-]{22}$")
@@ -2872,7 +2881,8 @@ class Transport(ForwardingTest):
         self.assertEqual({"set-cookie", "server", "content-location"} & headers.keys(), set())
 
     def test_dstu2_keeps_its_media_type(self) -> None:
-        self.script("Observation/mine", observation("mine"), 200, {"Content-Type": "application/json+fhir; charset=UTF-8"})
+        theirs = {"Content-Type": "application/json+fhir; charset=UTF-8"}
+        self.script("Observation/mine", observation("mine"), 200, theirs)
         for asked, given in (("*/*", "application/json+fhir"), ("application/json", "application/json")):
             got = self.get("Observation/mine", headers={"Accept": asked})
             self.assertEqual(got.headers["content-type"], given)
@@ -3226,7 +3236,8 @@ def benchmark() -> None:
 @contextlib.contextmanager
 def bare_process(body: bytes) -> Iterator[str]:
     """A bare handler in a process of its own, as a FHIR server would be; gives its address."""
-    with subprocess.Popen([sys.executable, __file__, "--bare"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, __file__, "--bare"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
         process.stdin.write(body)
         process.stdin.close()
@@ -3240,7 +3251,8 @@ def benchmark_forwarding(show: Callable[..., None]) -> None:
                                  ("searches (1 MB, 1,400 entries)", 1400, 550)):
         record = observation("mine", note=[{"text": "x" * padding}])
         bundle = {"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": record}] * parts}
-        with bare_process(json.dumps(bundle if parts else record).encode()) as bare, s4s.Server(fhir_server=bare) as portal:
+        body = json.dumps(bundle if parts else record).encode()
+        with bare_process(body) as bare, s4s.Server(fhir_server=bare) as portal:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
             path = "Observation" if parts else "Observation/mine"
             for connections in (1, 8):
@@ -4065,6 +4077,10 @@ class EhrLaunch(PortalTest):
         tokens = self.tokens()
         self.assertEqual((tokens["encounter"], tokens["intent"], tokens["need_patient_banner"]), ("visit-2", "review", True))
 
+    def test_the_launch_page_finds_patients_by_name(self) -> None:
+        text = Browser(self.portal).open(f"{self.portal.url}/launch?name=amy&patient_id={DANIEL}").text
+        self.assertEqual([whose in text for whose in (AMY, DANIEL, JOSEPH)], [True, True, False])
+
     def test_the_launch_page_takes_a_launch_uri_from_its_address(self) -> None:
         browser = Browser(self.portal)
         page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": "http://localhost:3000/launch.html"}))
@@ -4199,6 +4215,48 @@ class Identity(PortalTest):
                    basic=(self.app.client_id, self.app.secret)).json
         self.assertEqual([seen[name] for name in ("iss", "sub", "fhirUser")],
                          [claims[name] for name in ("iss", "sub", "fhirUser")])
+
+
+class WhoseRecordBehind(ForwardingTest):
+    """Choosing patient and visit where the records are a FHIR server's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
+        self.browser = Browser(self.portal)
+        self.script("Patient?_count=50", self.behind.bundle(*(
+            {"resourceType": "Patient", "id": f"pia{number}", "name": [{"text": "Pia"}]} for number in range(20))))
+        self.script("Patient?name=jo&_count=50", self.behind.bundle(
+            {"resourceType": "Patient", "id": "p2", "name": [{"given": ["Jo"], "family": "Do"}]}))
+        self.behind.script = {"/fhir/" + path: answer for path, answer in self.behind.script.items()}
+        self.behind.records["Patient/p2"] = {"resourceType": "Patient", "id": "p2", "name": [{"text": "Jo Do"}]}
+
+    def test_a_clinician_finds_a_patient_by_name(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        self.assertIn('data-patient-id="pia1"', self.browser.sign_in("clinician").text)
+        self.assertNotIn("Pia", self.browser.submit("Search", q="jo").text)
+        self.assertIn("health record of Jo Do", self.browser.submit("p2", form=1).text)
+        tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
+        self.assertEqual(tokens["patient"], "p2")
+
+    def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
+        self.script("Encounter", self.behind.bundle(*(
+            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"Patient/{whose}"}, "period": {"start": day}}
+            for name, whose, day in (("old", ME, "2020-01-01"), ("new", ME, "2021-01-01"), ("theirs", OTHER, "2022-01-01")))))
+        self.assertEqual(self.app.tokens()["encounter"], "new")
+        for visit in ("theirs", "none"):
+            with self.assertRaises(s4s.PortalError):
+                self.portal.approve(self.app.authorize_url(), username="daniel-adams", encounter_id=visit)
+
+    def test_a_demo_patient_whom_the_server_does_not_have_is_said_clearly(self) -> None:
+        del self.behind.records[f"Patient/{ME}"]
+        with self.assertRaisesRegex(s4s.PortalError, f"has no Patient/{ME}"):
+            self.portal.approve(self.app.authorize_url(), username="daniel-adams", patient_id=ME)
+
+    def test_while_the_server_is_down_an_app_gets_its_token_all_the_same(self) -> None:
+        self.app.scope = "launch/patient patient/*.rs"
+        self.script(f"Patient/{ME}", b"<html>", 503)
+        self.assertEqual(self.app.tokens(patient_id=ME)["patient"], ME)
 
 
 class TokenRules(PortalTest):
