@@ -997,6 +997,11 @@ class DemoApp(PortalTest):
         for script in (s4s.DEMO_SCRIPT, s4s.CONSENT_SCRIPT):
             subprocess.run(["node", "--check", "-"], input=script.encode(), capture_output=True, timeout=30, check=True)
 
+    def test_no_browser_keeps_what_an_app_read(self) -> None:
+        token = self.portal.issue_token(scope="patient/*.rs")
+        for path in (f"Patient/{DANIEL}", f"Observation?patient={DANIEL}"):
+            self.assertEqual(self.fhir(path, token).headers.get("cache-control"), "no-store", path)
+
     def test_its_steps_cite_their_texts(self) -> None:
         for text in ("RFC 8414", "RFC 7636", "RFC 6749 section 4.1.1", "RFC 9207", "RFC 6749 section 4.1.3",
                      "RFC 6750", "RFC 6749 section 6", "RFC 7009", "OpenID Connect Core"):
