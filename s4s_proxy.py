@@ -3433,6 +3433,7 @@ class Request:
         self.rest = ""
         self.client_id = self.username = ""     # found out on the way, for the log
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
+        self.broken: PortalError | None = None  # why the body could not be read
 
     def note(self, text: str) -> None:
         """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
@@ -7094,6 +7095,8 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
                               f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
         if found.kind == "debug":
             check_same_origin(request)
+        if request.broken and request.method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
+            raise request.broken
         if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
             portal.meet_fault(found.fault)
         return found.endpoint(portal, request)
@@ -7169,6 +7172,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         response = dispatch(self.server.portal, request)
         self.send(request.method, response)
         self.server.log_request(request, response.status, time.perf_counter() - started)
+        if request.broken:
+            self.linger()
 
     def read_request(self) -> Request | None:
         """The next request; None when the client is done. Between two requests the connection may be stopped."""
@@ -7197,7 +7202,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method, target = match[1].decode(), match[2].decode()
         request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
                           scheme=server.scheme)
-        request.body = self.read_body(request, headers)
+        try:
+            request.body = self.read_body(request, headers)
+        except BadRequest as error:  # it is known who asks for what: so it is answered in the endpoint's own shape
+            request.broken = PortalError("invalid_request", str(error), error.status)
+            self.close_connection = True
         return request
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
@@ -7257,11 +7266,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what can't be read, then let the client finish sending for a moment, so that it sees the answer."""
+        """Answer a request whose head can't be read."""
         self.close_connection = True
-        response = json_response({"error": "invalid_request", "error_description": str(error)}, error.status)
+        with contextlib.suppress(OSError):
+            self.send("", json_response({"error": "invalid_request", "error_description": str(error)}, error.status))
+            self.linger()
+
+    def linger(self) -> None:
+        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and the
+        client may never see the answer."""
         with contextlib.suppress(OSError, BadRequest):
-            self.send("", response)
             self.connection.shutdown(socket.SHUT_WR)
             self.reader.deadline = time.monotonic() + 1
             for _ in range(1024):

@@ -1366,6 +1366,14 @@ class Sockets(PortalTest):
         self.assertEqual(self.status(b"POST /oauth/token HTTP/1.1\r\n" + self.host()
                                      + b"Content-Length: 1048577\r\n\r\n"), 413)
 
+    def test_a_body_that_can_not_be_read_is_answered_in_the_endpoints_shape(self) -> None:
+        got = self.send(b"POST /api/fhir/Condition/_search HTTP/1.1\r\n" + self.host() + b"Content-Length: 1048577\r\n\r\n")
+        self.assertTrue(got.startswith(b"HTTP/1.1 413 "), got)
+        self.assertIn(b"OperationOutcome", got)
+        self.assertIn(b"Access-Control-Allow-Origin: *", got)
+        self.assertEqual(self.status(b"PUT /api/fhir/Patient/x HTTP/1.1\r\n" + self.host()
+                                     + b"Content-Length: 1048577\r\n\r\n"), 401)
+
     def test_a_body_is_read_even_when_nobody_wants_it(self) -> None:
         got = self.send(b"POST /nothing HTTP/1.1\r\n" + self.host() + b"Content-Length: 5\r\n\r\nhello"
                         b"GET /health HTTP/1.1\r\n" + self.host() + b"Connection: close\r\n\r\n")
