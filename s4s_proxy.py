@@ -18,6 +18,7 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
     1  settings      everything that can be chosen, once for keyword and command line
     2  errors        what a client is told, and in which shape
     3  secrets       random values, hashes, PKCE
+   3b  signing       tokens that say who signed them: RSA, P-384, JWT
     4  scopes        what an app may ask for, and what a scope allows
     5  state         the tables, and the clock
     6  sample data   rows of facts about three people, and a builder for each FHIR type
@@ -28,10 +29,13 @@ Map of the file. Each part uses only what stands above it; `grep '^# ####'` list
    11  clients       registration and authentication of apps
    12  sign-in       who is at the browser
    13  authorization the request, whose record, consent, the code
+  13b  launch        the EHR starts an app
    14  tokens        exchange, refresh, introspection, revocation
+  14b identity      who signed in, for the app (OpenID Connect)
    15  forwarding    the same questions put to a real FHIR server; no address of it gets out
    16  the FHIR API  the record behind a token
    17  start page    what this is, for who opens it in a browser
+   17b demo app      a SMART app in one page, to watch and to copy
    18  test controls what a test may do that an app may not
    19  HTTP          sockets; nothing above knows of them
    20  server        the fixture that tests use
@@ -43,6 +47,7 @@ Legend: the field's own names, used for nothing else.
     user           a person who signs in; may open one patient's record or several
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
+    launch         the EHR's: an app started from within it, with the record that is open there
     code           the short-lived voucher that the browser carries back to the app
     access token   what the app shows to the FHIR API
     refresh token  what the app trades for a new access token
@@ -50,10 +55,11 @@ Legend: the field's own names, used for nothing else.
     category       a kind of data the patient may leave out; "security label" in S4S
     compartment    the resources that belong to one patient
 
-The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7591 (registration),
-7636 (PKCE), 7662 (introspection), 8414 (discovery), 9207 (issuer in the answer); SMART is the SMART
-App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/); S4S is Sync for Science, whose
-"SMART Example Server" of 2018 this file follows.
+The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7515 to 7519 (JOSE: signed
+tokens and keys), 7523 (assertions), 7591 (registration), 7636 (PKCE), 7638 (thumbprints), 7662 (introspection),
+8017 (RSA), 8252 (native apps), 8414 (discovery), 8707 (resource), 9207 (issuer in the answer), 9700 (best
+practice); OpenID Connect Core; SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/);
+S4S is Sync for Science, whose "SMART Example Server" of 2018 this file follows.
 
 Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Apache-2.0,
 Copyright 2015 Boston Children's Hospital.
@@ -88,8 +94,6 @@ import sqlite3
 import sys
 import threading
 import time
-import traceback
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -253,7 +257,9 @@ def new_token() -> str:
 
     It holds 122 random bits, as SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more.
     """
-    return str(uuid.uuid4())
+    digits = secrets.token_hex(16)
+    return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) % 4]}{digits[17:20]}-"
+            f"{digits[20:]}")  # as RFC 9562 section 5.4 says; the module uuid takes long to import
 
 
 def hash_secret(secret: str) -> str:
@@ -2156,7 +2162,8 @@ def client_metadata(metadata: Json) -> Json:
     (RFC 7591 section 3.2.2)."""
     def refuse(name: str, expected: str) -> PortalError:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
-        return PortalError(error, f"{name}: expected {expected}, got {json.dumps(metadata.get(name))[:200]}")
+        return PortalError(error, f"{name}: expected {expected}, got "
+                           f"{json.dumps(metadata.get(name), default=str)[:200]}")
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
         if member in METADATA_STRINGS and not isinstance(value, str):
@@ -2269,12 +2276,13 @@ def add_fixtures(found: Seeds, source: str | Json) -> None:
                 raise StartError(f"{where}: {place} has no {name}")
         return value
     fixtures: Any = source
-    if isinstance(source, str):
-        try:
+    try:
+        if isinstance(source, str):
             with open(source, encoding="utf-8") as file:
                 fixtures = json.load(file)
-        except (OSError, ValueError, RecursionError) as error:
-            raise StartError(f"{where}: {error}; give a file of JSON")
+        json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise StartError(f"{where}: {error}; give a file of JSON")
     check("the whole", fixtures, FIXTURES)
     # One salt for all, so that the slow hash is needed only once for users who share a password.
     salt = new_token()
@@ -2349,6 +2357,16 @@ class Faults:
             self._queues.clear()
 
 
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
+
+
 class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
@@ -2409,24 +2427,47 @@ class Portal:
                       bool(row["registered_itself"])) if row else None
 
     def user(self, username: str) -> Row | None:
-        """A user's row, or None."""
-        return self.state.row("SELECT * FROM users WHERE username = ?", username)
+        """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
+        sql = "SELECT * FROM users WHERE username = ?"
+        row = self.state.row(sql, username)
+        patient = None if row or self.upstream else self.records.read("Patient", username)
+        if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
+            name = display_name(patient)
+            with self.state.transaction() as database:
+                database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
+                    username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
+                database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)", (username, username, name))
+            return self.state.row(sql, username)
+        return row
 
-    def patients_of(self, username: str) -> dict[str, str]:
-        """The patients a user may open, id -> name, the user's own record first."""
+    def patients_of(self, username: str, text: str = "") -> dict[str, str]:
+        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
+        name has a part that begins with it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
-            found = self.records.search("Patient", [], Access(None), 1000, 0).resources
-            return {one["id"]: next(iter(strings_of(elements(one, "name.text"))), one["id"]) for one in found}
+            if self.upstream:
+                found = dict(upstream_patients(self, text))
+            else:
+                where = [("name", text)] if text else []
+                found = {one["id"]: display_name(one)
+                         for one in self.records.search("Patient", where, Access(None), 200, 0).resources}
+            if FHIR_ID.fullmatch(text):
+                with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
+                    name = self.patient_name(username, text)
+                    found.update({text: name} if name else {})
+            return found
         return {row["patient_id"]: row["name"] for row in self.state.rows(
-            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)}
+            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)
+            if row["patient_id"] == text or re.search(r"\b" + re.escape(text), row["name"], re.IGNORECASE)}
 
     def patient_name(self, username: str, patient_id: str) -> str | None:
         """A patient's name; None if this user may not open that record."""
         user = self.user(username)
         if user and user["any_patient"]:
+            if self.upstream:
+                return upstream_patient(self, patient_id)
             found = self.records.read("Patient", patient_id)
-            return next(iter(strings_of(elements(found, "name.text"))), patient_id) if found else None
+            return display_name(found) if found else None
         return self.patients_of(username).get(patient_id)
 
     def fhir_user(self, username: str, patient_id: str | None) -> str:
@@ -2459,6 +2500,7 @@ class Portal:
 
     def log_bug(self, during: str, error: Exception) -> None:
         """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        import traceback  # takes long to import, and nobody should need it
         where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
         self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
@@ -2688,48 +2730,72 @@ def escaped(child: Any) -> str:
     return "" if child is None else html.escape(str(child))
 
 
+# Where the texts can be read, besides the RFCs.
+TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html", "FHIR": "https://hl7.org/fhir/http.html",
+         "OpenID Connect Core": "https://openid.net/specs/openid-connect-core-1_0.html",
+         "OpenID Connect Discovery": "https://openid.net/specs/openid-connect-discovery-1_0.html"}
+_CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join(TEXTS)})\b(?: App Launch)?")
+
+
+def cited(text: str) -> Markup:
+    """Words with each text that they cite as a link to it."""
+    def link(found: re.Match[str]) -> str:
+        section = f"#section-{found[2]}" if found[2] else ""
+        return tag("a", found[0], href=TEXTS.get(found[3]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
+    return Markup(_CITED.sub(link, html.escape(text)))
+
+
+# Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
 STYLE = """
-:root{color-scheme:light dark;--ink:#1b2733;--paper:#fff;--soft:#f1f5f8;--line:#8497a6;--accent:#0b5c8a;--on:#fff;
---warn:#7a2e00}
-@media(prefers-color-scheme:dark){:root{--ink:#e8eef3;--paper:#12191f;--soft:#1d2730;--line:#8497a6;--accent:#7cc4ee;
---on:#0a1620;--warn:#ffb38a}}
+:root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
+--edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;
+--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}
 *{box-sizing:border-box}
-body{margin:0;font:1.0625rem/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
-header,main,footer{max-width:46rem;margin:0 auto;padding:1rem}
-header{display:flex;flex-wrap:wrap;gap:.5rem 1.5rem;align-items:baseline;border-bottom:1px solid var(--line)}
-header strong{flex:1 1 12rem}footer{border-top:1px solid var(--line);color:var(--warn)}
-h1{font-size:1.6rem;line-height:1.25;margin:.6em 0}h2{font-size:1.2rem;margin-top:1.6em}
-a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
-label{display:block;margin:.5rem 0}input{font:inherit}
-input[type=text],input[type=password],input[type=date]{display:block;width:100%;max-width:24rem;padding:.5rem;
-border:1px solid var(--line);border-radius:.3rem;background:var(--paper);color:var(--ink)}
-input[type=checkbox]{width:1.3rem;height:1.3rem;margin-right:.6rem;vertical-align:-.2rem;accent-color:var(--accent)}
-button{font:inherit;min-height:2.75rem;padding:.5rem 1.2rem;margin:.5rem .5rem .5rem 0;border-radius:.3rem;
-border:1px solid var(--accent);background:var(--accent);color:var(--on);cursor:pointer}
-button.btn-default,button.link{background:transparent;color:var(--accent)}
-button[data-patient-id]{display:block;width:100%;max-width:24rem;text-align:left}
-pre,code{font-family:ui-monospace,monospace;font-size:.9rem}pre{background:var(--soft);padding:.8rem;overflow-x:auto;
-white-space:pre-wrap}
-table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;padding:.45rem;
+body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
+overflow-wrap:anywhere}
+body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
+body>header{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;align-items:center;background:var(--paper);
 border-bottom:1px solid var(--line)}
-.modal{border:2px solid var(--accent);padding:1rem;background:var(--soft);border-radius:.4rem}
-.error{border-left:.3rem solid var(--warn);padding:.2rem .8rem;background:var(--soft)}
-.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]{display:inline-block}
-@media(max-width:34rem){table,tbody,tr,td{display:block}thead{display:none}td{border:0;padding:.15rem 0}
-tr{display:block;border-bottom:1px solid var(--line);padding:.5rem 0}}
-@media print{header a,button,footer{display:none}.js section:not(.active){display:block}}
-"""
-# The consent page's three steps. Without this script all three stand below each other, as one plain form.
-SCRIPT = """
-(function(){var form=document.getElementById('consent-carousel');if(!form)return;
-var steps=form.querySelectorAll('section'),at=0;
-function show(){for(var i=0;i<steps.length;i++)steps[i].classList.toggle('active',i===at);}
-form.classList.add('js');show();
-form.addEventListener('click',function(event){
-var button=event.target.closest('button[data-slide=next]');if(!button)return;
-var boxes=steps[at].querySelectorAll('input[rel=confirm]');
-for(var i=0;i<boxes.length;i++)if(!boxes[i].checked){boxes[i].reportValidity();return;}
-at++;show();var head=steps[at].querySelector('h2');head.tabIndex=-1;head.focus();});})();
+header strong{flex:1 1 14rem;font-size:1.1rem}header strong::before{content:"";display:inline-block;width:.9em;
+height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
+header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}header a{padding:.4rem 0}
+footer{color:var(--warn);border-top:1px solid var(--line)}
+h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
+h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
+a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+small,.quiet{color:var(--quiet);font-size:.95rem}
+.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
+.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
+.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
+border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
+dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}
+dt{color:var(--quiet)}dd{margin:0}
+label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;margin:1.2rem 0}
+legend{padding:0;font-weight:600}
+input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
+border-radius:.4rem}
+input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
+margin-top:.25rem}
+.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
+border-bottom:1px solid var(--line)}.choice small{display:block}
+input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}
+button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;cursor:pointer;
+border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
+button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}
+button[data-patient-id]{display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
+color:var(--accent)}
+pre,code{font:.9em/1.5 ui-monospace,monospace}
+pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
+table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
+padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
+th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
+.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
+@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
+tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
+td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
+@media print{nav,button{display:none!important}.js section:not(.active){display:block}
+body{background:none}body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
 """
 
 
@@ -2738,34 +2804,63 @@ def _source_hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-PAGE_HEADERS = [  # no form-action: the consent form's answer redirects to the app, which that would forbid
-    ("Content-Security-Policy", (f"default-src 'none'; style-src {_source_hash(STYLE)}; "
-                                 f"script-src {_source_hash(SCRIPT)}; base-uri 'none'; frame-ancestors 'none'")),
-    ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+def page_headers(style: str, script: str) -> list[tuple[str, str]]:
+    """What guards a page: this style and this script run in it and no other, no site frames it, no cache keeps it.
+
+    A script may talk to this server alone. There is no form-action: the consent form's answer redirects to the app,
+    which that would forbid.
+    """
+    scripts = f"script-src {_source_hash(script)}; connect-src 'self'; " if script else ""
+    policy = f"default-src 'none'; style-src {_source_hash(style)}; {scripts}base-uri 'none'; frame-ancestors 'none'"
+    return [("Content-Security-Policy", policy),
+            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+
+
+def link_root(portal: Portal) -> str:
+    """What stands before the path in links: nothing, but where a reverse proxy serves this server below a path."""
+    return urlsplit(portal.public_url()).path
 
 
 def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
-         cookies: Sequence[str] = (), script: bool = False) -> Response:
-    """A page of the portal."""
+         cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
+    """A page of the portal; `brand` is whose page it is, if not the portal's."""
+    root = link_root(portal)
     body = tag("html", tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {portal.settings.name}"),
                            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-                           tag("style", Markup(STYLE))),
+                           tag("style", Markup(style))),
                tag("body",
-                   tag("header", tag("strong", portal.settings.name), tag("a", "Start", href="/"),
-                       tag("a", "Apps you share with", href="/apps"),
-                       tag("span", f"Signed in as {username}") if username else None),
+                   tag("header", tag("strong", brand or portal.settings.name),
+                       tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
+                           aria_label="Portal"),
+                       tag("span", f"Signed in as {username}", class_="quiet") if username else None),
                    tag("main", tag("h1", title), *content),
                    tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
-                   tag("script", Markup(SCRIPT)) if script else None), lang="en")
+                   tag("script", Markup(script)) if script else None), lang="en")
     return Response(status, b"<!doctype html>" + body.encode("utf-8", "replace"), "text/html; charset=utf-8",
-                    [*PAGE_HEADERS, *(("Set-Cookie", cookie) for cookie in cookies)])
+                    [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
 
 
-def error_page(portal: Portal, error: PortalError) -> Response:
-    """An error for the person at the browser."""
-    return page(portal, "This did not work", tag("p", error.description, class_="error"),
-                tag("p", "Error code: ", tag("code", error.error)), tag("p", tag("a", "To the start page", href="/")),
-                status=error.status)
+def facts(*pairs: tuple[str, Any]) -> Markup:
+    """A list of names and what they are; pairs with nothing are left out."""
+    return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
+
+
+def what_it_does(found: Route) -> str:
+    """The first paragraph of an endpoint's docstring."""
+    return " ".join((found.endpoint.__doc__ or "").partition("\n\n")[0].split())
+
+
+def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
+    """An error for the person at the browser: what was expected, what came, and what to read."""
+    came = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
+    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
+                tag("p", cited(error.description), class_="error"),
+                tag("div", facts(
+                    ("What came", [tag("code", f"{request.method} {request.path}"), came and tag("ul", came)]),
+                    ("What it does", found and what_it_does(found)),
+                    ("What to read", found and cited(found.spec)),
+                    ("Error code", tag("code", error.error))), class_="card"),
+                tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
 
 
 # ######################################################################## 10 discovery
@@ -3146,11 +3241,18 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
                tag("label", "Password", tag("input", type="password", id="password", name="password",
                                             value="" if message else DEMO_PASSWORD, autocomplete="current-password",
                                             required=True)),
-               tag("button", "Sign in", id="sign-in"), method="post", action=f"{portal.browser_base(request)}/login")
-    accounts = ", ".join(row["username"] for row in portal.state.rows("SELECT username FROM users LIMIT 20"))
+               tag("button", "Sign in", id="sign-in"),
+               method="post", action=f"{portal.browser_base(request)}/login", class_="card")
     return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
-                tag("p", f"Test accounts: {accounts}. Password: ", tag("code", DEMO_PASSWORD)),
-                status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+                accounts(portal), status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+
+
+def accounts(portal: Portal) -> Markup:
+    """Who can sign in, and how."""
+    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    return tag("section", tag("h2", "Test accounts"),
+               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
+               tag("p", "Everybody's password is ", tag("code", DEMO_PASSWORD), "."), class_="card")
 
 
 @route("GET,POST /login", "S4S", kind="page")
@@ -3206,7 +3308,8 @@ def check_client(asked: Authorization) -> None:
     """Which app asks. Not yet a reason to send the browser anywhere."""
     client = asked.portal.client(asked.fields.need("client_id"))
     if not client:
-        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here")
+        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here: "
+                          "register at /oauth/register (RFC 7591 section 3), or start this server with --client")
     asked.client = client
     asked.request.client_id = client.client_id
 
@@ -3214,9 +3317,12 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
     uri = asked.fields.need("redirect_uri")
-    if uri not in uris_of(asked.portal, asked.request, asked.client, "redirect_uris"):
-        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}")
+    registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
+    if uri not in registered:
+        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
+                          f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
+    asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
 
 
 def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
@@ -3277,12 +3383,14 @@ def check_pkce(asked: Authorization) -> None:
             raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
         if method:
             raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
+        asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
         return
     if method != "S256":
         raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
                           "expected S256")
     if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
         raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
+    asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
 def check_scope(asked: Authorization) -> None:
@@ -3371,6 +3479,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PortalError as error:
         # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
         description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
+        request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
                                                error=error.error, error_description=description))
     request_id, now = new_token(), portal.clock.now()
@@ -3406,9 +3515,16 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
 
 def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     """A patient's visits, id -> in words, the newest first."""
-    found = portal.records.search("Encounter", [("patient", patient_id), ("_sort", "-date")], Access(None), 100, 0)
+    if portal.upstream:
+        url = f"{portal.upstream.base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        entries = portal.upstream.bundle(portal.upstream.ask(url), "")[1]
+        found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
+                 and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
+    else:
+        found = portal.records.search("Encounter", [("patient", patient_id)], Access(None), 100, 0).resources
+    found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
     return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
-            for one in found.resources}
+            for one in found}
 
 
 def end_of_day(date: str) -> float:
@@ -3448,7 +3564,8 @@ def consent(portal: Portal, request: Request) -> Response:
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
     if patient_id == "":
-        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"]))
+        text = fields.get("q")
+        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
@@ -3470,29 +3587,124 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
                         "out, then launch the app again.", 403)
     if fixed and chosen not in ("", fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
-    patient_id = fixed or chosen
-    if patient_id:
-        if portal.patient_name(username, patient_id) is None:
-            raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
-        return str(patient_id)
-    user, patients = portal.user(username), portal.patients_of(username)
-    if not needs_patient(details["scope"]):  # S4S's apps find a patient in every token response, where there is one
-        return None if user and user["any_patient"] else next(iter(patients), None)
-    return next(iter(patients)) if len(patients) == 1 else ""
+    patient_id, user = fixed or chosen, portal.user(username)
+    if not patient_id:
+        needed = needs_patient(details["scope"])
+        if user and user["any_patient"]:
+            return "" if needed else None
+        patients = portal.patients_of(username)
+        if needed and len(patients) != 1:
+            return ""
+        if not patients:
+            return None
+        patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
+    if portal.patient_name(username, patient_id) is None:
+        raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
+    with contextlib.suppress(FhirError):  # a FHIR server that is down will be noticed when the app reads
+        if portal.upstream and upstream_patient(portal, patient_id) is None:
+            raise PageError("not_found", f"The FHIR server behind this portal has no Patient/{patient_id}.", 404)
+    return str(patient_id)
+
+
+MANY_PATIENTS = 12  # more than this, and the picker has a search box
 
 
 def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
-                patients: dict[str, str]) -> Response:
-    """Whose record."""
-    if not patients:
+                patients: dict[str, str], text: str = "") -> Response:
+    """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
+    if not patients and not text:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id = request.cookie(cookie_name(portal))
-    return page(portal, "Whose record?", tag("p", f"{client.name} asks to see one person's health record. Whose?"),
+    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
+    search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
+                     tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
+                     tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
+    shown = list(patients.items())[:MANY_PATIENTS]
+    found = f"The first {len(shown)} of {len(patients)} patients." if len(patients) > len(shown) else (
+        None if patients else f"Nobody whose record you may open is called {text!r}.")
+    return page(portal, "Whose record?",
+                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page you "
+                    "decide what of it, and until when."),
+                search_box if text or len(patients) > MANY_PATIENTS else None,
                 tag("form", hidden(session_id, request=request_id),
+                    tag("p", found, role="status") if found else None,
                     [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
-                     for patient_id, name in patients.items()],
+                     for patient_id, name in shown],
                     tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
-                    method="post", action=f"{portal.browser_base(request)}/oauth/consent"), username=user["name"])
+                    method="post", action=action, class_="card"), username=user["name"])
+
+
+CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
+    "patient": "Name, birth date, gender, address, phone, language, ethnicity.",
+    "medications": "What was prescribed, dispensed, given or is taken, and how much of it.",
+    "allergies": "What causes reactions, which ones, and how bad they were.",
+    "immunizations": "Vaccines, and when they were given.",
+    "problems": "Illnesses, complaints and findings, now and in the past.",
+    "procedures": "Operations, examinations and treatments.",
+    "vital-signs": "Blood pressure, pulse, temperature, weight, height and the like, over time.",
+    "laboratory": "Blood, urine and other tests, and the reports on them.",
+    "smoking": "Tobacco use, and other habits and circumstances that were noted.",
+    "documents": "Letters and notes about care, and the files themselves.",
+    "coverage": "Who insures, under which number, since when.",
+    "explanation-of-benefit": "What was billed, what the insurance paid, and for which care.",
+    "imaging": "Which pictures were taken, such as X-rays, and when.",
+    "encounters": "Visits and stays: when, where, why, with whom.",
+    "other": "Whatever else the record holds and is not named above."}
+# The consent page's three steps. Without this script all three stand below each other, as one plain form.
+CONSENT_SCRIPT = """
+(function () {
+  var form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section'), at = 0;
+  form.classList.add('js');
+  steps[0].classList.add('active');
+  form.addEventListener('click', function (event) {
+    var button = event.target.closest('button[data-slide]');
+    if (!button) return;
+    if (button.hidden) { event.preventDefault(); return; }
+    var next = button.getAttribute('data-slide') === 'next';
+    var missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
+    if (missing) { missing.reportValidity(); return; }
+    steps[at].classList.remove('active');
+    at += next ? 1 : -1;
+    steps[at].classList.add('active');
+    steps[at].querySelector('h2').focus();
+  });
+})();
+"""
+
+
+def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
+    """Who asks, for what, of whom."""
+    target = urlsplit(details["redirect_uri"])
+    links = [tag("p", tag("a", label, href=client.metadata[name])) for name, label in (
+        ("client_uri", "The app's own page"), ("policy_uri", "What it does with data"), ("tos_uri", "Its terms"))
+        if name in client.metadata]
+    return tag("div", facts(
+        ("App", [tag("strong", client.name), links]),
+        ("Whose data", whose),
+        ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
+        ("Decided by", user["name"])),
+        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
+            class_="quiet"))
+
+
+def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
+    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
+    def line(word: str) -> Markup:
+        parsed = parse_scope(word)
+        kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
+        plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+                   tag("small", tag("code", word)))
+    parsed = resource_scopes(scope)
+    warnings = [text for text, holds in (
+        ("Everything means every kind of data, those that are added later too. The last step lets you leave kinds out.",
+         any(one.type == "*" for one in parsed)),
+        ("The app asks for the records of everybody whose record you may open, not for one.",
+         any(one.context == "user" for one in parsed)),
+        ("The app can fetch new data while you are away. That ends on the date you choose, or when you stop it.",
+         "offline_access" in scope.split())) if holds]
+    return tag("div", tag("ul", [line(word) for word in scope.split()]),
+               [tag("p", text, class_="note") for text in warnings],
+               tag("p", "It can change nothing, and it never learns your password."))
 
 
 def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
@@ -3506,31 +3718,43 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
         encounters = encounters_of(portal, patient_id)
     refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
     forward = tag("button", "Continue", type="button", data_slide="next")
+    back = tag("button", "Back", type="button", data_slide="back")
     points = (f"I want {client.name} to see {whose}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
+
+    def step(number: int, title: str, *content: Any) -> Markup:
+        return tag("section", tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1), *content,
+                   class_="card")
     return page(
         portal, f"Share data with {client.name}?",
         tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
-            tag("section", tag("h2", "What this is"),
-                tag("p", f"{client.name} asks to see {whose}. If you approve, it can:"),
-                tag("ul", [tag("li", describe_scope(word)) for word in words]), forward, refuse),
-            tag("section", tag("h2", "Confirm each point"),
-                [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True), point)
-                 for point in points], forward),
-            tag("section", tag("h2", "Review"),
-                tag("p", f"{client.name} will see, of {whose}:"),
-                [tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
-                     CATEGORIES[label][0]) for label in offered_categories(portal, client, details["scope"])],
-                tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
-                                                           in encounters.items()], name="encounter_id"))
-                if encounters else None,
-                tag("label", "Until the end of", tag(
-                    "input", type="date", name="approval_expires", required=True, min=day_of(now),
-                    max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
-                tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse),
+            # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
+            tag("button", "Stay", data_slide="stay", hidden=True),
+            step(1, "What this is",
+                 tag("p", f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."),
+                 app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
+                 scope_list(portal, client, details["scope"]), forward, refuse),
+            step(2, "Confirm each point",
+                 [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True),
+                      tag("span", point), class_="choice") for point in points], forward, back),
+            step(3, "Review",
+                 tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
+                 tag("fieldset", tag("legend", "What it sees"), [
+                     tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
+                         tag("span", CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label])), class_="choice")
+                     for label in offered_categories(portal, client, details["scope"])]),
+                 tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
+                                                            in encounters.items()], name="encounter_id"))
+                 if encounters else None,
+                 tag("label", "Until the end of", tag(
+                     "input", type="date", name="approval_expires", required=True, min=day_of(now),
+                     max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
+                 tag("p", "You can stop sharing before that day, at any time, under ", tag("a", "Apps you share with", href=(
+                     f"{link_root(portal)}/apps")), ". What the app has fetched by then, it keeps."),
+                 tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse, back),
             id="consent-carousel", method="post", action=f"{portal.browser_base(request)}/oauth/consent"),
-        username=user["name"], script=True)
+        username=user["name"], script=CONSENT_SCRIPT)
 
 
 class Grant(NamedTuple):
@@ -3617,33 +3841,58 @@ def apps(portal: Portal, request: Request) -> Response:
     if not user:
         return to_sign_in(portal, request)
     fields = Fields(request.pairs())
-    rows = portal.state.rows(
-        "SELECT *, max(approved) AS newest, max(approval_expires) AS until FROM grants WHERE username = ? AND NOT ended "
-        "AND approval_expires > ? GROUP BY client_id, patient_id ORDER BY newest DESC",
-        user["username"], portal.clock.now())
+    shared: dict[tuple[str, str | None], list[Row]] = {}  # client and patient -> their grants, the newest first
+    for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
+                                 "ORDER BY approved DESC", user["username"], portal.clock.now()):
+        shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
     session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
+
+    def app_name(client_id: str) -> str:
+        client = portal.client(client_id)
+        return client.name if client else client_id
 
     def whose(patient_id: str | None) -> str:
         return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
 
-    def line(row: Row) -> Markup:
-        client = portal.client(row["client_id"])
-        labels = [CATEGORIES[label][0] for label in json.loads(row["security_labels"])]
-        name = client.name if client else row["client_id"]
-        return tag("tr", tag("td", tag("strong", name)), tag("td", whose(row["patient_id"])),
-                   tag("td", "; ".join(labels) or "everything its scope allows"),
-                   tag("td", f"{day_of(row['newest'])} until {day_of(row['until'])}"),
-                   tag("td", tag("form", tag("button", "Stop sharing", name="stop", value=row["grant_id"]),
-                                 action=f"{base}/apps")), rel=row["client_id"])
-    stop = next((row for row in rows if row["grant_id"] == fields.get("stop")), None)
-    modal = stop and tag("div", tag("h2", "Stop sharing?"), tag("p", "The app can't fetch anything more."), tag(
-        "form", hidden(session_id), tag("button", "Stop sharing"), method="post",
-        action=f"{base}/revoke/{stop['grant_id']}"), tag("p", tag("a", "Keep sharing", href="/apps")), class_="modal in")
+    def in_words(labels: list[list[str]]) -> str:
+        seen = {label: any(label in one for one in labels) for label in CATEGORIES}
+        left_out = [CATEGORIES[label][0] for label in CATEGORIES if not seen[label]]
+        if len(left_out) <= 3:
+            return "everything" + (" but " if left_out else "") + "; ".join(left_out)
+        return "; ".join(CATEGORIES[label][0] for label in CATEGORIES if seen[label])
+
+    def line(grants: list[Row]) -> Markup:
+        newest, labels = grants[0], [json.loads(one["security_labels"]) for one in grants]
+        scope = dict.fromkeys(word for one in grants for word in one["scope"].split())
+        return tag("tr", tag("td", tag("strong", app_name(newest["client_id"]))),
+                   tag("td", whose(newest["patient_id"]), data_label="Whose record"),
+                   tag("td", in_words(labels) if all(labels) else "everything its scope allows", tag("details", tag(
+                       "summary", "Scope"), tag("code", " ".join(scope))), data_label="What"),
+                   tag("td", f"{day_of(newest['approved'])} until {day_of(max(one['approval_expires'] for one in grants))}",
+                       data_label="Since and until"),
+                   tag("td", tag("form", tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest[
+                       "grant_id"], aria_label=f"Stop sharing with {app_name(newest['client_id'])}"),
+                                 action=f"{base}/apps")), rel=newest["client_id"])
+    stop = next((grants[0] for grants in shared.values() if grants[0]["grant_id"] == fields.get("stop")), None)
+    modal = stop and tag(
+        "section", tag("h2", f"Stop sharing with {app_name(stop['client_id'])}?"),
+        tag("p", f"From now on it can fetch nothing more of this record: {whose(stop['patient_id'])}. What it has "
+            "fetched, it keeps. To share again, start in the app."),
+        tag("form", hidden(session_id), tag("button", "Stop sharing"), method="post",
+            action=f"{base}/revoke/{stop['grant_id']}"),
+        tag("p", tag("a", "Keep sharing", href=f"{base}/apps")), class_="modal in")
     table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "App", "Whose record", "What", "Since and until", "")])), tag("tbody", [line(row) for row in rows]))
-    return page(portal, "Apps you share with", modal, table_ if rows else tag("p", "You share with no app."),
-                tag("form", hidden(session_id), tag("button", "Sign out", class_="btn-default"), method="post",
-                    action=f"{base}/logout"), username=user["name"])
+        "App", "Whose record", "What", "Since and until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
+    return page(portal, "Apps you share with", modal,
+                tag("div", table_ if shared else tag("p", "You share with no app. When an app asks and you approve, it is "
+                                                     "listed here, with a button to stop it."), class_="card"),
+                sign_out(portal, request), username=user["name"])
+
+
+def sign_out(portal: Portal, request: Request) -> Markup:
+    """The button to sign out."""
+    return tag("form", hidden(request.cookie(cookie_name(portal))), tag("button", "Sign out", class_="btn-default"),
+               method="post", action=f"{portal.browser_base(request)}/logout")
 
 
 @route("POST /revoke/{}", "S4S", kind="page")
@@ -3735,10 +3984,10 @@ def launch_page(portal: Portal, request: Request) -> Response:
     if not portal.settings.serves_debug:
         raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
+    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent", "name")
     chosen: Json = {name: fields.get(name) for name in names}
     if request.method == "POST":
-        given = {name: value for name, value in chosen.items() if value}
+        given = {name: value for name, value in chosen.items() if value and name != "name"}
         return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
             fields.get("need_patient_banner")))["launch_url"])
     session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
@@ -3752,7 +4001,10 @@ def launch_page(portal: Portal, request: Request) -> Response:
     rows = portal.state.rows("SELECT client_id FROM clients")
     apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
     users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
-    visits = encounters_of(portal, chosen["patient_id"]) if chosen["patient_id"] else {}
+    patients, one = portal.patients_of("clinician", chosen["name"]), chosen["patient_id"]
+    if one and one not in patients:
+        patients[one] = portal.patient_name("clinician", one) or one
+    visits = encounters_of(portal, one) if one else {}
     return page(
         portal, "Launch an app",
         tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
@@ -3761,13 +4013,15 @@ def launch_page(portal: Portal, request: Request) -> Response:
             select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
             text("launch_uri", "Its launch address (if none is registered, or another one)"),
             select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
-            select("patient_id", "Whose record is open", [("", "none yet"), *portal.patients_of("clinician").items()]),
-            tag("button", "Show this patient's visits", class_="btn-default", formmethod="get", formnovalidate=True),
+            text("name", "Find patients by name"),
+            select("patient_id", "Whose record is open", [("", "none yet"), *patients.items()]),
+            tag("button", "Show patients and visits", class_="btn-default", formmethod="get", formnovalidate=True),
             select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
             text("intent", "Intent (a word that you and the app agreed on)"),
             tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
-                "The app shows the patient's name itself (need_patient_banner)"),
-            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch"),
+                tag("span", "The app shows the patient's name itself (need_patient_banner)"), class_="choice"),
+            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch",
+            class_="card"),
         cookies=[set_cookie(portal, request, session_id)])
 
 
@@ -3861,6 +4115,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
         offline = "offline_access" in row["scope"].split()
         return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     answer = spend(portal, client, "code", code, check, issue)
+    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
+                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
         answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
     return answer
@@ -3883,7 +4139,9 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
         scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
         return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    return spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+    request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
+    return answer
 
 
 BACKEND_SECONDS = 300
@@ -4074,6 +4332,7 @@ PAGE_SECONDS = 3600
 DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
 
 
 class BadRequest(Exception):
@@ -4199,7 +4458,7 @@ class Connection:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
         while True:
-            match = re.fullmatch(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n", self.stream.readline(MAX_HEAD))
+            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
@@ -4215,7 +4474,7 @@ class Connection:
             body = read_chunks(self.stream, MAX_ANSWER)
         elif length is None:  # up to the end of the connection
             body, keep = self.stream.read(MAX_ANSWER + 1), False
-        elif not re.fullmatch(r"\d{1,18}", length):
+        elif not length.isdecimal() or len(length) > 18:
             raise BadRequest(400, "its Content-Length is no number")
         elif int(length) > MAX_ANSWER:
             raise too_large(MAX_ANSWER)
@@ -4312,11 +4571,10 @@ class Upstream:
         self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
         # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
-        self.headers = {"Accept": "application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
-                        "Accept-Encoding": "identity" if is_loopback(self.host) else "gzip"}
-        for header in settings.fhir_header:
-            name, _, value = header.partition(":")
-            self.headers[name] = value.strip()
+        self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
+            f"Host: {parts.netloc}",
+            "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+            f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
         self.forget()
         self._bases: list[str] = []
@@ -4352,10 +4610,10 @@ class Upstream:
         All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
         """
         deadline, body = time.monotonic() + request.timeout, request.data or b""
-        lines = [f"{request.get_method()} {request.selector} HTTP/1.1", f"Host: {request.host}",
-                 *(f"{name}: {value}" for name, value in request.header_items())]
-        lines += [f"Content-Length: {len(body)}"] if body else []
-        message = "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace") + body
+        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
+            f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
+        message = head.encode("latin-1", "replace") + body
         try:
             return self._exchange(self._idle.pop(), message, request.full_url, deadline)
         except (IndexError, StaleConnection):
@@ -4372,13 +4630,12 @@ class Upstream:
             else:
                 connection.close()
 
-    def ask(self, url: str, headers: Mapping[str, str] | None = None, form: bytes | None = None) -> Answer:
+    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
-                asked = self._request(url, form, {**self.headers, **(headers or {})})
-                answer: Answer = self._open(asked, timeout=deadline - time.monotonic())
+                answer: Answer = self._open(self._request(url, form, headers), timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
                 url, form = self.inside(answer.headers.get("location", ""), url) or "", None
@@ -4461,7 +4718,7 @@ class Upstream:
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
                 text = self._traces.sub("fhir-server.invalid", text)
-        return text.replace("\0", ours).replace("\1", quote(ours, safe=""))
+        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
 
     def _hinted(self, text: str) -> bool:
         """Whether something of the FHIR server's address may be in a text."""
@@ -4576,6 +4833,7 @@ FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_
 # These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
+OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
 PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
 
 
@@ -4602,7 +4860,7 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
         stem, _, modifier = name.partition(":")
         if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
-        owns = stem in NAMES_A_PATIENT or stem == pin
+        owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
             raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
         named = [one.removeprefix(base + "/") for one in value.split(",")]
@@ -4625,6 +4883,8 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 
     The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for.
     """
+    if not urls:
+        return {}
     now = portal.clock.now()
     handles = {relation: secrets.token_urlsafe(16) for relation in urls}
     with portal.state.transaction() as database:
@@ -4644,6 +4904,9 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     if row["grant_id"] != grant_id or row["path"] != path:
         raise FhirError("forbidden", "this paging link belongs to another authorization or search", 403)
     return str(row["url"])
+
+
+_TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
 
 
 class Forwarding:
@@ -4668,10 +4931,10 @@ class Forwarding:
             raise FhirError("forbidden", f"{self.request.path}: of operations only Patient/[id]/$everything", 403)
         if parts == [""]:
             raise FhirError("forbidden", "a search over all types is not possible here: name a type", 403)
-        if len(parts) == 3 and type_name == "Patient" and re.fullmatch(r"[A-Z][A-Za-z]{1,63}", parts[2]):
+        if len(parts) == 3 and type_name == "Patient" and _TYPE_NAME.fullmatch(parts[2]):
             # Patient/P/Observation is Observation?patient=P, which more servers understand.
             return self.search(parts[2], [(PINNED_BY.get(parts[2], "patient"), parts[1]), *self.request.pairs()])
-        if re.fullmatch(r"[A-Z][A-Za-z]{1,63}", type_name):
+        if _TYPE_NAME.fullmatch(type_name):
             if len(parts) == 1 or posted:
                 return self.search(type_name, self.request.pairs() + (self.request.form() if posted else []))
             if all(map(FHIR_ID.fullmatch, parts[1::2])):
@@ -4679,8 +4942,8 @@ class Forwarding:
                     return self.read(type_name, *parts[1::2])
                 if len(parts) == 3 and type_name == "Patient" and parts[2] == "$everything":
                     return self.everything(parts[1])
-        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], [type]/[id]"
-                        "/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], "
+                        "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
 
     def check_scope(self, type_name: str, letters: str, resource_id: str = "") -> None:
         """Refuse what no scope allows, and types of which nobody can tell whose they are."""
@@ -4697,6 +4960,9 @@ class Forwarding:
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
         self.response.body = text.encode("utf-8", "replace")
+        told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
+            self.response.headers[0] = ("Content-Type", told)
         self.response.headers += [(name, answer.headers[name.lower()]) for name in names
                                   if name.lower() in answer.headers]
         return self.response
@@ -4712,8 +4978,9 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
             raise refused("answered with another resource than the one asked for")
-        if not (self.access.may_see_binary(resource, self.is_pointed_to, self.base) if type_name == "Binary"
-                else self.may_see(resource, text, "r")):
+        seen = self.may_see(resource, text, "r")
+        self.request.note(f"its owner is {owner(resource, self.base)!r}, it may {'' if seen else 'not '}be seen")
+        if not seen:
             raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
                             "a category that was not approved", 403)
         self.response.status = 304 if unchanged else 200
@@ -4722,9 +4989,15 @@ class Forwarding:
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
         a member given twice, none in a place where FHIR has none."""
-        return self.access.scope is None or (
-            isinstance(resource, dict) and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
-            and self.access.may_see(resource, letters, self.base))
+        if self.access.scope is None:
+            return True
+        if not isinstance(resource, dict):
+            return False
+        if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+            return False
+        if resource.get("resourceType") == "Binary" and letters == "r":
+            return self.access.may_see_binary(resource, self.is_pointed_to, self.base)
+        return self.access.may_see(resource, letters, self.base)
 
     def is_pointed_to(self, binary_id: str) -> bool:
         """Whether a document or report of the record points to a Binary. What was found once is remembered."""
@@ -4755,7 +5028,7 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url(pairs)
+        url = self.page_url()
         if url:
             return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
         query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
@@ -4763,7 +5036,7 @@ class Forwarding:
         if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
             form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
             return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}", self.headers("Prefer")), pairs, "s")
+        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -4776,17 +5049,17 @@ class Forwarding:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
         query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url(pairs) or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}"
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
         return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
 
-    def page_url(self, pairs: list[tuple[str, str]]) -> str:
+    def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
-        names = [name for name, _ in pairs if name not in NOT_FORWARDED]
-        if "_page" not in names:
+        pairs = [pair for pair in self.request.pairs() if pair[0] not in NOT_FORWARDED]
+        if "_page" not in dict(pairs):
             return ""
-        if len(names) > 1:
+        if len(pairs) > 1:
             raise FhirError("invalid", "_page: a paging link takes no other parameters")
-        return kept_page(self.portal, self.grant_id, self.request.rest, dict(pairs)["_page"])
+        return kept_page(self.portal, self.grant_id, self.request.rest, pairs[0][1])
 
     def links(self, own: Json, answer: Answer) -> dict[str, str]:
         """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that leads
@@ -4853,16 +5126,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
     return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
 
 
-def display_name(patient: Json) -> str:
-    """A Patient's name as people are shown it; its id if it has none."""
-    for name in elements(patient, "name"):
-        if isinstance(name, dict):
-            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
-            if parts:
-                return " ".join(map(str, parts))
-    return str(patient.get("id"))
-
-
 # ######################################################################## 16 the FHIR API
 
 REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
@@ -4914,7 +5177,9 @@ def fhir_response(request: Request, body: Json, status: int = 200,
         raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
     media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPE
     pretty = "_pretty=true" in request.query
-    return Response(status, json.dumps(body, indent=2 if pretty else None).encode(), media_type, headers)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, json.dumps(body, indent=2 if pretty else None).encode(), media_type,
+                    [("Cache-Control", "no-store"), *headers])
 
 
 def outcome(error: PortalError) -> Json:
@@ -5078,42 +5343,441 @@ def health(portal: Portal, request: Request) -> Response:
     return json_response({"status": "ok", "version": __version__})
 
 
-def endpoint_table(portal: Portal) -> Markup:
-    """Every endpoint with the text it implements, from the routes themselves; a link where GET shows something."""
+KINDS = {  # of routes, in the start page's order
+    "page": "Pages, for people", "oauth": "OAuth 2.0 and OpenID Connect, for apps",
+    "fhir": "FHIR, for apps", "debug": "Test controls, open to anyone"}
+TRY = {  # where to try what a plain link can't show
+    "/oauth/authorize": "/demo", "/oauth/consent": "/demo", "/oauth/token": "/demo", "/oauth/revoke": "/demo",
+    "/api/fhir/{}": "/api/fhir/Patient/smart-1288992", "/api/open-fhir/{}": "/api/open-fhir/Patient?_pretty=true"}
+
+
+def is_served(portal: Portal, one: Route) -> bool:
+    """Whether a route is more than a 404 here: test controls and the open FHIR API may be off."""
+    if one.path.startswith("/api/open-fhir"):
+        return portal.settings.serves_open_fhir
+    return portal.settings.serves_debug or (one.kind != "debug" and one.path != "/launch")
+
+
+def endpoint_table(portal: Portal, kind: str) -> Markup | None:
+    """Every endpoint of a kind with the text it implements, from the routes themselves; a link where one can try it."""
     def line(one: Route) -> Markup:
-        bare = "{" not in one.path and "GET" in one.methods
-        return tag("tr", tag("td", tag("code", " ".join(one.methods))),
-                   tag("td", tag("a", one.path, href=one.path) if bare else tag("code", one.path.replace("{}", "..."))),
-                   tag("td", one.spec), tag("td", (one.endpoint.__doc__ or "").partition("\n")[0]))
-    shown = [one for one in ROUTES if portal.settings.serves_debug or one.kind != "debug"]
-    return tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "Method", "Path", "Text", "What it does")])), tag("tbody", [line(one) for one in shown]))
+        target = TRY.get(one.path) or (one.path if "GET" in one.methods and "{" not in one.path else "")
+        path = tag("code", one.path.replace("{}", "..."))
+        return tag("tr", tag("td", tag("a", path, href=link_root(portal) + target) if target else path,
+                             tag("br"), tag("small", ", ".join(one.methods))),
+                   tag("td", what_it_does(one)), tag("td", cited(one.spec)))
+    rows = [line(one) for one in ROUTES if one.kind == kind and is_served(portal, one)]
+    return tag("section", tag("h2", KINDS[kind]), tag("table", tag("thead", tag("tr", [
+        tag("th", text, scope="col") for text in ("Path and methods", "What it does", "Text")])), tag("tbody", rows)),
+        class_="card") if rows else None
+
+
+def first_steps(portal: Portal, base: str) -> str:
+    """Commands for a shell: a token, and a record read with it; discovery where nobody may ask for tokens."""
+    if not portal.settings.serves_debug:
+        return f"curl -s {base}/api/fhir/.well-known/smart-configuration"
+    return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
+            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}' |\n"
+            "  sed 's/.*\"access_token\": *\"\\([^\"]*\\)\".*/\\1/')\n"
+            f'curl -s "{base}/api/fhir/Patient/smart-1288992?_pretty=true" -H "Authorization: Bearer $token"')
+
+
+def home(portal: Portal, request: Request, user: Row) -> Markup:
+    """What a signed-in user can do here."""
+    names = list(portal.patients_of(user["username"]).values())
+    more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
+    return tag("section", tag("h2", f"Welcome, {user['name']}"),
+               facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
+               tag("p", tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
+                   ": what they see, until when, and a button to stop them."), sign_out(portal, request), class_="card")
 
 
 @route("GET /", "S4S", kind="page")
 def start_page(portal: Portal, request: Request) -> Response:
     """What this is, who can sign in, what can be tried."""
-    base, user = portal.base(request), session_user(portal, request)
+    base, root, user = portal.base(request), link_root(portal), session_user(portal, request)
     open_to_all = [text for text, serves in (
         ("every record, at /api/open-fhir/", portal.settings.serves_open_fhir),
         ("tokens for any account, at /oauth/debug/", portal.settings.serves_debug)) if serves]
-    accounts = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    go_on = [("Demo app", "/demo", "A whole SMART app in one page: watch every request and answer, then the record."),
+             ("Launch an app", "/launch", "Play the electronic health record: choose patient and app, and launch it."),
+             ("Sign in", "/login", "As one of the accounts above, to see which apps you share with.")]
     return page(
-        portal, portal.settings.name,
-        tag("p", "An OAuth 2.0 authorization server in front of a FHIR API: an app sees one patient's record, if the "
-            "patient approves, and nothing else. It is for testing SMART on FHIR apps; all patients are made up."),
-        tag("p", "Open to anyone who can reach this server: " + ("; ".join(open_to_all) or "nothing") + ".",
-            class_="error"),
-        tag("p", tag("a", "Apps you share with", href="/apps")) if user else None,
-        tag("h2", "Accounts"),
-        tag("ul", [tag("li", tag("code", row["username"]), f" {row['name']}") for row in accounts]),
-        tag("p", "Password: ", tag("code", DEMO_PASSWORD), " ", tag("a", "Sign in", href="/login")),
-        tag("h2", "Try it"), tag("p", "A token, and a record read with it:"),
-        tag("pre", f"curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
-            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}'\n"
-            f"curl -s {base}/api/fhir/Patient/smart-1288992 -H 'Authorization: Bearer ACCESS_TOKEN'", tabindex=0),
-        tag("p", "The FHIR base that apps are given: ", tag("code", f"{base}/api/fhir")),
-        tag("h2", "Endpoints"), endpoint_table(portal), username=user["name"] if user else "")
+        portal, "A patient portal to test apps with",
+        tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient approves, it sees "
+            "that record and nothing else. This is the OAuth 2.0 server and the FHIR API behind it, in one file of Python "
+            "that is meant to be read."),
+        tag("p", tag("strong", "For testing only. "), "All patients are made up. Open to anyone who can reach this "
+            "server: ", "; ".join([*open_to_all, "the password below"]), ".", class_="error"),
+        home(portal, request, user) if user else None,
+        accounts(portal),
+        tag("section", tag("h2", "Where to go"),
+            facts(*((tag("a", name, href=root + path), what) for name, path, what in go_on
+                    if path != "/launch" or portal.settings.serves_debug),
+                  ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
+                  ("S4S", "Sync for Science: what its apps and its scripts rely on here."),
+                  ("More", "README.md beside the program; then the program itself, from its first line.")), class_="card"),
+        tag("section", tag("h2", "Try it in a shell"), tag("pre", first_steps(portal, base), tabindex=0), class_="card"),
+        [endpoint_table(portal, kind) for kind in KINDS],
+        username=user["name"] if user else "")
+
+
+# ######################################################################## 17b demo app
+
+# A SMART app such as others write: a public client, which this server treats like any other. Its script is the example
+# to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in the order in which they happen.
+
+DEMO_STYLE = STYLE + """
+.story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
+summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-size:.95rem}
+.story pre{max-height:18rem}figure :is(th,td){min-width:0}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}
+figure{margin:0}svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
+.range{fill:var(--edge);opacity:.35}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
+circle{fill:var(--accent)}.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}
+#actions{margin:0 0 1.25rem}
+@media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
+#patient td:first-child{display:block}#patient td::before{display:none}}
+.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
+@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}
+main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
+#told{grid-column:2;grid-row:2}}
+"""
+DEMO_SCRIPT = r"""
+'use strict';
+
+// ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run what it holds.
+
+const $ = id => document.getElementById(id);
+const SVG = ['svg', 'g', 'rect', 'line', 'polyline', 'circle', 'text', 'title'];
+
+function make(name, attributes, ...children) {
+  const made = SVG.includes(name) ? document.createElementNS('http://www.w3.org/2000/svg', name)
+                                  : document.createElement(name);
+  for (const [key, value] of Object.entries(attributes || {})) made.setAttribute(key, value);
+  made.append(...children.flat(3).filter(child => child !== ''));
+  return made;
+}
+
+const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
+const definitions = pairs => make('dl', {},
+  pairs.map(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
+let story = [];  // what happened so far: title, the section of the text, parts to look at, shown open or closed
+
+function tell(title, section, parts, open = true) {
+  story.push([title, section, parts, open]);
+  const item = make('details', open ? {open: ''} : {}, make('summary', {}, title + ' ', make('small', {}, section)));
+  for (const [heading, value] of parts) {
+    const text = pretty(value), more = text.length - 6000;
+    item.append(make('h3', {}, heading), make('pre', {tabindex: 0, 'aria-label': heading},
+      more > 0 ? text.slice(0, 6000) + `\n... and ${more} characters more` : text));
+  }
+  $('story').append(make('li', {}, item));
+  $('told').hidden = false;
+}
+
+const fail = message => { throw new Error(message); };
+const run = work => work.catch(error => $('status').replaceChildren(
+  make('p', {class: 'error', role: 'alert'}, error.message, ' ', make('a', {href: home}, 'Start again'))));
+
+// One request, shown with its answer.
+async function call(title, section, url, {method = 'GET', headers = {}, form} = {}, open = true) {
+  const answer = await fetch(url, {method, headers, body: form && new URLSearchParams(form), cache: 'no-store'});
+  let body = await answer.text();
+  try { body = JSON.parse(body); } catch { /* not JSON: shown as it is */ }
+  const sent = Object.entries(headers).map(([name, value]) => `${name}: ${value}`).join('\n');
+  tell(title, section, [[`${method} ${url}`, sent || 'no headers of our own'], ...(form ? [['Form sent', form]] : []),
+    [`Answer: ${answer.status} ${answer.statusText}`, body]], open);
+  return {ok: answer.ok, status: answer.status, body};
+}
+
+// ---- 1 to 3: find the server, make a secret, ask.
+
+const base = $('app').dataset.base;         // the server's name for itself
+const home = base + '/demo';                // this page is where the browser comes back to, too
+const query = new URLSearchParams(location.search);
+
+const base64url = bytes => btoa(String.fromCharCode(...new Uint8Array(bytes)))
+  .replaceAll('+', '-').replaceAll('/', '_').replaceAll('=', '');
+const random = () => base64url(crypto.getRandomValues(new Uint8Array(32)));
+
+async function prepare() {
+  // An EHR's launch says which server to ask. An app asks only servers it trusts, or a stranger's could read along.
+  const iss = query.get('iss') || base + '/api/fhir', launch = query.get('launch');
+  if (iss !== base + '/api/fhir') fail(`iss is ${iss}: this app trusts ${base}/api/fhir alone.`);
+  if (launch) tell('The EHR launched this app', 'SMART App Launch, EHR launch', [['In the address', {iss, launch}]]);
+  const found = await call('1. Discover the endpoints', 'SMART App Launch, Conformance; RFC 8414',
+                           iss + '/.well-known/smart-configuration');
+  if (!found.ok) fail('There is no discovery document.');
+  // Browsers hash only on https and on localhost.
+  if (!crypto.subtle) fail('This browser gives SHA-256 to pages from https or localhost alone; PKCE needs it.');
+  const verifier = random(), state = random(), nonce = random();
+  const challenge = base64url(await crypto.subtle.digest('SHA-256', new TextEncoder().encode(verifier)));
+  tell('2. Make secrets', 'RFC 7636 sections 4.1 and 4.2; RFC 6749 section 10.12', [
+    ['code_verifier: random, stays here', verifier], ['code_challenge: its SHA-256, goes along', challenge],
+    ['state: comes back, so that we know we asked', state], ['nonce: comes back in the id_token', nonce]]);
+  $('scope').value = `openid fhirUser ${launch ? 'launch' : 'launch/patient'} patient/*.rs offline_access`;
+  $('ask').hidden = false;
+  $('ask').onsubmit = event => {
+    event.preventDefault();
+    const asked = {response_type: 'code', client_id: 'demo-app', redirect_uri: home, scope: $('scope').value, state,
+                   aud: iss, nonce, code_challenge: challenge, code_challenge_method: 'S256', ...(launch && {launch})};
+    tell('3. Send the browser to ask for permission', 'RFC 6749 section 4.1.1; SMART App Launch',
+         [[found.body.authorization_endpoint, asked]]);
+    // This page goes away now. What it must know afterwards waits in this tab's storage, where no other site looks.
+    sessionStorage.setItem('demo', JSON.stringify({config: found.body, iss, verifier, state, nonce, asked, story}));
+    location.assign(found.body.authorization_endpoint + '?' + new URLSearchParams(asked));
+  };
+}
+
+// ---- 4 and 5: the browser comes back with a code; trade it for tokens.
+
+let kept, token, expires;  // what we kept before leaving; the token response; when the access token ends
+const claims = jwt => JSON.parse(new TextDecoder().decode(
+  Uint8Array.from(atob(jwt.split('.')[1].replaceAll('-', '+').replaceAll('_', '/')), letter => letter.charCodeAt(0))));
+
+async function comeBack() {
+  kept = JSON.parse(sessionStorage.getItem('demo'));
+  sessionStorage.removeItem('demo');                 // once: a reload must not use the code again
+  history.replaceState(null, '', home);              // and nobody shall find it in the address
+  if (!kept) fail('An answer came, but this tab asked nothing.');
+  for (const told of kept.story) tell(...told);
+  tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207',
+       [['In the address', Object.fromEntries(query)]]);
+  if (query.get('state') !== kept.state) fail('state is not the one we sent: somebody else made this answer.');
+  if (query.get('iss') !== kept.config.issuer) fail('iss is not the server we asked (RFC 9207).');
+  if (query.has('error')) fail(`No permission: ${query.get('error')}, ${query.get('error_description')}.`);
+  await obtain('5. Trade the code for tokens', 'RFC 6749 section 4.1.3; RFC 7636 section 4.5', {
+    grant_type: 'authorization_code', code: query.get('code'), redirect_uri: home, client_id: 'demo-app',
+    code_verifier: kept.verifier});
+  if (token.id_token) {
+    const told = claims(token.id_token), now = Date.now() / 1000;
+    tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7', [['The claims in the id_token', told]]);
+    // Straight from the token endpoint, TLS vouches for it; one from elsewhere needs its signature checked.
+    if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' || told.exp < now - 60)
+      fail('The id_token is not for this sign-in.');
+  }
+  await readRecord();
+}
+
+async function obtain(title, section, form) {
+  const answer = await call(title, section, kept.config.token_endpoint, {
+    method: 'POST', form, headers: {'Content-Type': 'application/x-www-form-urlencoded', Accept: 'application/json'}});
+  if (!answer.ok) fail(`The token endpoint refused: ${answer.body.error}, ${answer.body.error_description}.`);
+  token = {...token, ...answer.body};                // a refresh may leave out what stays as it is
+  expires = Date.now() + token.expires_in * 1000;
+  const id = token.id_token && claims(token.id_token);
+  $('granted').replaceChildren(make('h2', {}, 'What we were granted'), definitions([
+    ['Scope asked', kept.asked.scope], ['Scope granted', token.scope], ['Patient (context)', token.patient || 'none'],
+    ...['encounter', 'intent', 'need_patient_banner', 'fhirContext'].filter(name => name in token)
+      .map(name => [name, pretty(token[name])]),
+    ...(id ? [['User (id_token)', `${id.sub}, ${id.fhirUser || 'no fhirUser'}`]] : []),
+    ['Access token', make('span', {id: 'countdown', role: 'timer'}, '')],
+    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again then']]));
+  $('refresh').hidden = $('revoke').hidden = !token.refresh_token;
+  $('granted').hidden = $('actions').hidden = false;
+  countDown();
+}
+
+function countDown() {
+  const left = Math.max(0, Math.round((expires - Date.now()) / 1000));
+  if ($('countdown')) $('countdown').textContent = !token.access_token ? 'revoked' : !left ? 'has expired: refresh it' :
+    `ends in ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
+}
+
+// ---- 6: read. Every request carries the access token in a header, never in an address.
+
+const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {headers: {
+  Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json, application/json+fhir'}}, open);
+
+async function search(type, parameter) {
+  let url = `${kept.iss}/${type}?${parameter}=${token.patient}&_count=200`;
+  const resources = [];
+  for (let page = 1; url && page <= 20; page++) {    // a search comes in pages; the link "next" leads on
+    const answer = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
+    if (!answer.ok) return {refused: answer.status, resources};
+    resources.push(...(answer.body.entry || []).map(entry => entry.resource).filter(one => one.resourceType === type));
+    url = ((answer.body.link || []).find(link => link.relation === 'next') || {}).url;
+  }
+  return {resources};
+}
+
+async function readRecord() {
+  if (!token.patient) fail('No patient in context, so there is no record to read.');
+  const metadata = await get('6. What the FHIR server can do', kept.iss + '/metadata');
+  const record = {}, patient = await get('Read the patient', `${kept.iss}/Patient/${token.patient}`);
+  for (const {type, searchParam = []} of metadata.body.rest[0].resource) {
+    const parameter = ['patient', 'subject', 'beneficiary'].find(name => searchParam.some(one => one.name === name));
+    if (!parameter || type === 'Patient') continue;
+    $('status').textContent = `Reading ${type} ...`;
+    record[type] = await search(type, parameter);
+  }
+  $('status').textContent = `Done: ${story.length} steps, each with its request and answer, are under What was said.`;
+  show(patient.ok ? patient.body : null, record);
+}
+
+// ---- 7 and 8: come back with the refresh token; end it all.
+
+$('refresh').onclick = () => run(obtain('7. Refresh: the refresh token buys new ones, once', 'RFC 6749 section 6',
+  {grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'}));
+$('reread').onclick = () => run(get('Read the patient again', `${kept.iss}/Patient/${token.patient}`, true));
+$('revoke').onclick = () => run(revoke());
+
+async function revoke() {
+  await call('8. Revoke: ending the refresh token ends the authorization', 'RFC 7009 section 2.1',
+    kept.config.revocation_endpoint, {method: 'POST', form: {token: token.refresh_token, client_id: 'demo-app'},
+    headers: {'Content-Type': 'application/x-www-form-urlencoded'}});
+  await get('What the old access token is worth now', `${kept.iss}/Patient/${token.patient}`, true);
+  token.access_token = '';
+  countDown();
+  $('actions').hidden = true;
+}
+
+// ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
+
+const words = concept => !concept ? '' : concept.text || [].concat(concept.coding || [])
+  .map(coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference || '';
+const all = (record, ...types) => types.flatMap(type => record[type] ? record[type].resources : []);
+const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), ...content);
+const nothing = () => make('p', {class: 'quiet'}, 'Nothing came.');
+const list = (title, found, line) => card(title, found.length
+  ? make('ul', {}, found.map(one => make('li', {}, line(one)))) : nothing());
+const day = text => (text || '').slice(0, 10);
+
+function show(patient, record) {
+  const seen = all(record, 'Observation'), orders = all(record, 'MedicationRequest', 'MedicationOrder');
+  const given = token.scope.split(' ');
+  const name = patient && [].concat(patient.name || [])[0] || {};
+  const called = name.text || [].concat(name.given || [], name.family || []).join(' ');
+  const absent = Object.keys(record).filter(type => !record[type].resources.length);
+  const refused = absent.filter(type => record[type].refused);
+  $('patient').replaceChildren(
+    // need_patient_banner is false where the EHR shows already whose record it is.
+    token.need_patient_banner === false ? '' : card(called || 'A patient, unnamed', definitions(patient ? [
+      ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]]
+      : [['Id', token.patient]])),
+    card('Vital signs', charts(seen, 'vital-signs')), card('Laboratory', charts(seen, 'laboratory')),
+    list('Problems', all(record, 'Condition'), one =>
+      `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate || one.assertedDate || one.dateRecorded)}`),
+    list('Medicines', orders.length ? orders : all(record, 'MedicationStatement'), one => [
+      words(one.medicationCodeableConcept || one.medicationReference),
+      ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
+    list('Allergies', all(record, 'AllergyIntolerance'), one => [words(one.code || one.substance),
+      ...(one.reaction || []).flatMap(each => (each.manifestation || []).map(words))].filter(Boolean).join(': ')),
+    card('What the consent left out', make('ul', {},
+      make('li', {}, 'Scopes asked for but not granted: ' + (kept.asked.scope.split(' ')
+        .filter(word => !given.includes(word)).join(', ') || 'none')),
+      make('li', {}, 'Refused: ' + ((patient ? [] : ['Patient']).concat(refused).join(', ') || 'nothing')),
+      make('li', {}, 'Nothing came of: ' + (absent.filter(type => !refused.includes(type)).join(', ') || 'no kind')),
+      make('li', {}, 'Nor of Observation: ' + (['vital-signs', 'laboratory', 'social-history'].filter(
+        kind => !seen.some(one => isKind(one, kind))).join(', ') || 'no category'))),
+      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share it. ' +
+        'An app can not tell which, and must not guess.')));
+  $('patient').hidden = false;
+}
+
+// ---- Numbers over time.
+
+const isKind = (one, kind) => [].concat(one.category || []).some(concept => (concept.coding || []).some(
+  coding => coding.code === kind));
+
+function charts(observations, kind) {
+  const groups = {}, rows = [];                      // what was measured, in which unit -> its series of points
+  for (const one of observations.filter(one => isKind(one, kind))) {
+    const when = one.effectiveDateTime || (one.effectivePeriod || {}).start || one.issued || '';
+    for (const part of one.component || [one]) {     // blood pressure comes in two components, without a band
+      const {value, unit = ''} = part.valueQuantity || {}, range = part === one && (one.referenceRange || [])[0] || {};
+      const text = words(part.valueCodeableConcept) || part.valueString || '';
+      if (value === undefined && text) rows.push({name: words(one.code), when, text});
+      if (value === undefined || !Date.parse(when)) continue;
+      const group = groups[words(one.code) + unit] = groups[words(one.code) + unit] || {
+        name: words(one.code), unit, low: (range.low || {}).value, high: (range.high || {}).value, series: {}};
+      const label = part === one ? '' : words(part.code);
+      (group.series[label] = group.series[label] || []).push({when, time: Date.parse(when), value});
+    }
+  }
+  const drawn = [];
+  for (const group of Object.values(groups)) {
+    const series = Object.entries(group.series);
+    for (const [, points] of series) points.sort((one, other) => one.time - other.time);
+    if (series[0][1].length > 1) drawn.push(chart(group, series));
+    else for (const [label, [point]] of series) rows.push({...group, ...point, name: label || group.name});
+  }
+  rows.sort((one, other) => one.name.localeCompare(other.name));
+  return !drawn.length && !rows.length ? [nothing()] : [
+    make('div', {class: 'charts'}, drawn), rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(row => [
+      row.name, row.text || make('span', outside(row) ? {class: 'off'} : {}, `${row.value} ${row.unit}${outside(row)}`),
+      row.text ? '' : reference(row), day(row.when)])) : ''];
+}
+
+const table = (heads, rows) => make('table', {},
+  make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
+  make('tbody', {}, rows.map(row => make('tr', {},
+    row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
+const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
+const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
+  : 'reference ' + (low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`);
+
+// A line for each series over time; the band behind it is the reference range.
+function chart({name, unit, low, high}, series) {
+  const points = series.flatMap(([, some]) => some), times = points.map(point => point.time);
+  const values = points.map(point => point.value).concat([low, high].filter(value => value !== undefined));
+  const [first, last, least, most] = [Math.min(...times), Math.max(...times), Math.min(...values), Math.max(...values)];
+  const x = time => 40 + (time - first) / (last - first || 1) * 270;
+  const y = value => 10 + (most - value) / (most - least || 1) * 90;
+  const ends = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
+  const [top, foot] = [y(high === undefined ? most : high), y(low === undefined ? least : low)];
+  const band = low === undefined && high === undefined ? ''
+    : make('rect', {class: 'range', x: 40, width: 270, y: top, height: foot - top});
+  const latest = series.map(([label, some]) => `${label} ${some[some.length - 1].value}`.trim()).join(', ');
+  const range = series.length > 1 ? '' : ', ' + reference({low, high});
+  return make('figure', {}, make('figcaption', {}, make('strong', {}, name), make('br'),
+      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}${range}`)),
+    make('svg', {viewBox: '0 0 320 120', role: 'img', 'aria-label':
+                 `${name}: ${points.length} values from ${ends[0]} to ${ends[1]}, ${least} to ${most} ${unit}`},
+      band, make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
+      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, 'text-anchor': 'end'}, String(value))),
+      make('text', {x: 40, y: 116}, ends[0]), make('text', {x: 310, y: 116, 'text-anchor': 'end'}, ends[1]),
+      series.map(([, some], at) => make('g', {class: 's' + at},
+        make('polyline', {points: some.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
+        some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
+          make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
+    make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
+      [...new Set(points.map(point => point.when))].sort().map(when => [day(when), ...series.map(
+        ([, some]) => some.filter(point => point.when === when).map(point => point.value).join(', '))]))));
+}
+
+// ---- Start: with an answer in the address, or anew.
+
+setInterval(() => token && countDown(), 1000);
+// Opened under another name of the server, the page would not find its storage again after the way through the portal.
+if (!location.href.startsWith(home)) location.replace(home + location.search);
+else run(query.has('code') || query.has('error') ? comeBack() : prepare());
+"""
+
+
+@route("GET /demo", "SMART App Launch, RFC 6749, RFC 7636", kind="page")
+def demo_page(portal: Portal, request: Request) -> Response:
+    """A complete SMART app in one page: it shows each request and answer, then the patient. Its own redirect URI."""
+    return page(
+        portal, "A SMART app in one page",
+        tag("div",
+            tag("div", tag("p", "This page is an app, not a part of the portal: a public client with the id ",
+                           tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record and "
+                           "shows every request and answer. Its source is in this page, to be read and copied."),
+                tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
+                                    class_="error")),
+                tag("form", tag("label", "Scope to ask for", tag("textarea", id="scope", rows=3, required=True,
+                                                                 spellcheck="false")),
+                    tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
+                tag("p", id="status", role="status"), class_="card"),
+            tag("section", id="granted", class_="card", hidden=True),
+            tag("p", tag("button", "Refresh", id="refresh"), tag("button", "Read again", id="reread", class_="btn-default"),
+                tag("button", "Revoke", id="revoke", class_="btn-default"), id="actions", hidden=True),
+            tag("div", id="patient", hidden=True), id="app", data_base=portal.browser_base(request)),
+        tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"), id="told", class_="card",
+            hidden=True),
+        style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
 # ######################################################################## 18 test controls
@@ -5477,10 +6141,10 @@ def check_same_origin(request: Request) -> None:
                           "from other sites", 403)
 
 
-def error_response(portal: Portal, kind: str, error: PortalError) -> Response:
+def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
     if kind == "page":
-        response = error_page(portal, error)
+        response = error_page(portal, error, request, found)
     elif kind == "fhir":
         response = Response(error.status, json.dumps(outcome(error)).encode(), FHIR_TYPE)
     else:
@@ -5510,14 +6174,15 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
     except ConnectionAbortedError:
         raise
     except PortalError as error:
-        return error_response(portal, kind, error)
+        return error_response(portal, kind, error, request, found)
     except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
         portal.log(f"DATABASE {error} in {request.method} {request.path}")
-        return error_response(portal, kind, PortalError(
-            "temporarily_unavailable", f"the database says: {error}; nothing was changed", 503))
+        full = PortalError("temporarily_unavailable", f"the database says: {error}; nothing was changed", 503)
+        return error_response(portal, kind, full, request, found)
     except Exception as error:  # noqa: BLE001
         portal.log_bug(f"{request.method} {request.path}", error)
-        return error_response(portal, kind, PortalError("server_error", "this server has a bug; its log says where", 500))
+        bug = PortalError("server_error", "this server has a bug; its log says where", 500)
+        return error_response(portal, kind, bug, request, found)
 
 
 def allowed_methods(found: Route) -> str:

@@ -692,6 +692,317 @@ class AppsPage(PortalTest):
         self.assertEqual(got.status, 404)
 
 
+# ######################################################################## pages
+
+class Page(html.parser.HTMLParser):
+    """What a checker looks at in a page: its elements with their attributes, their text, and which are in a label."""
+    VOID = ("input", "br", "hr", "meta", "link")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.labelled: list[dict[str, str]] = []
+        self.texts: dict[str, list[str]] = {}
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        attributes = {name: value or "" for name, value in attrs}
+        self.elements.append((tag, attributes))
+        if "label" in self.open:
+            self.labelled.append(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+            self.texts.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self.open):
+            self.texts[tag][-1] += data
+
+    def all(self, name: str) -> list[dict[str, str]]:
+        """The attributes of every element of this name."""
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+class Pages(PortalTest):
+    """What is true of every page a person sees."""
+    pages: ClassVar[dict[str, Answer]]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.pages = dict(cls.every_page())
+
+    @classmethod
+    def every_page(cls) -> Iterator[tuple[str, Answer]]:
+        """Each page of the portal, by name: both before and after signing in, errors too."""
+        url, browser = cls.portal.url, Browser(cls.portal)
+        app = App(cls.portal, scope="openid fhirUser launch/patient launch/encounter patient/*.rs offline_access")
+        for path in ("/", "/demo", "/launch", "/nothing", "/oauth/authorize?client_id=nobody"):
+            yield path, browser.open(url + path)
+        yield "sign in", browser.open(app.authorize_url())
+        yield "wrong password", browser.sign_in(password="guess")
+        yield "picker", browser.sign_in()
+        yield "consent", browser.submit(DANIEL)
+        browser.submit("authorize")
+        yield "apps", browser.open(url + "/apps")
+        yield "stop sharing", browser.submit("Stop sharing")
+        yield "home", browser.open(url + "/")
+        clinician = Browser(cls.portal)
+        clinician.open(app.authorize_url())
+        yield "clinician's picker", clinician.sign_in("clinician")
+
+    def test_each_page_can_be_read_by_everybody(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                page = Page(got.text)
+                self.assertTrue(got.text.startswith("<!doctype html>"))
+                self.assertEqual(page.all("html"), [{"lang": "en"}])
+                self.assertTrue(page.texts["title"][0].strip())
+                self.assertIn({"name": "viewport", "content": "width=device-width, initial-scale=1"}, page.all("meta"))
+                for landmark in ("h1", "header", "nav", "main", "footer"):
+                    self.assertEqual(len(page.all(landmark)), 1, landmark)
+                for field in page.all("input") + page.all("select") + page.all("textarea"):
+                    self.assertTrue(field.get("type") == "hidden" or field in page.labelled, field)
+                for number, text in enumerate(page.texts.get("button", [])):
+                    self.assertTrue(text.strip() or "hidden" in page.all("button")[number])
+                ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+                self.assertEqual(len(ids), len(set(ids)))
+
+    def test_each_page_says_that_this_is_a_test_server(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                self.assertIn("test server with made-up patients", Page(got.text).texts["footer"][0])
+
+    def test_no_page_loads_anything_or_opens_a_dialog(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                page = Page(got.text)
+                for tag, attributes in page.elements:
+                    self.assertNotIn(tag, ("link", "img", "iframe", "object", "embed", "base"))
+                    self.assertFalse({"src", "style"} & attributes.keys(), attributes)
+                    self.assertFalse([one for one in attributes if one.startswith("on")], attributes)
+                self.assertNotRegex("".join(page.texts["style"]), r"url\(|@import")
+                self.assertNotRegex("".join(page.texts.get("script", [])), r"\b(alert|confirm|prompt)\(|innerHTML\b[^ ]")
+
+    def test_each_page_runs_its_own_script_and_style_and_no_other(self) -> None:
+        for name, got in self.pages.items():
+            with self.subTest(page=name):
+                policy = dict(one.strip().partition(" ")[::2] for one in
+                              got.headers["content-security-policy"].split(";"))
+                page = Page(got.text)
+                for directive, element in (("style-src", "style"), ("script-src", "script")):
+                    hashes = " ".join("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+                                      for text in page.texts.get(element, []))
+                    self.assertEqual(policy.get(directive, ""), hashes)
+                self.assertEqual((policy["default-src"], policy["base-uri"], policy["frame-ancestors"]), ("'none'",) * 3)
+                self.assertNotIn("form-action", policy)
+                self.assertEqual(got.headers["referrer-policy"], "no-referrer")
+                self.assertEqual(got.headers["cache-control"], "no-store")
+
+    def test_names_and_scopes_are_text_wherever_they_come_from(self) -> None:
+        evil = "<script>alert(1)</script>&\"'"
+        app = App(self.portal, client_name=evil, scope="launch/patient patient/Observation.rs?code=<b>&status=final")
+        with self.portal.portal.state.transaction() as database:
+            database.execute("UPDATE users SET name = ?", (evil,))
+            database.execute("UPDATE patients SET name = ?", (evil,))
+        browser = Browser(self.portal)
+        pages = [browser.open(f"{self.portal.url}/oauth/authorize?client_id={quote(evil)}"),
+                 browser.open(app.authorize_url()), browser.sign_in(), browser.submit(DANIEL)]
+        browser.submit("authorize")
+        pages += [browser.open(self.portal.url + "/apps"), browser.submit("Stop sharing"),
+                  browser.open(self.portal.url + "/"), browser.open(self.portal.url + "/launch")]
+        for got in pages:
+            self.assertIn("&lt;script&gt;", got.text)
+            self.assertNotIn("<script>alert", got.text)
+            self.assertNotIn("<b>", got.text)
+
+
+class ConsentPage(PortalTest):
+    """What the person who decides is told, and what scripts click."""
+
+    def consent(self, scope: str = "launch/patient patient/*.rs offline_access", **metadata: Any) -> Page:
+        self.browser = Browser(self.portal)
+        self.browser.open(App(self.portal, scope=scope, **metadata).authorize_url())
+        self.browser.sign_in()
+        return Page(self.browser.submit(DANIEL).text)
+
+    def test_it_says_who_asks_for_whose_data_and_where_they_go(self) -> None:
+        main = self.consent(client_name="My app").texts["main"][0]
+        for words in ("My app", "the health record of Daniel Adams", "https://app.example", "Until the end of", "stop"):
+            self.assertIn(words, main)
+        self.assertIn({"href": "/apps"}, Page(self.browser.page.text).all("a"))
+
+    def test_it_warns_of_everything_and_of_coming_back(self) -> None:
+        main = self.consent().texts["main"][0]
+        self.assertIn("Everything means every kind of data", main)
+        self.assertIn("while you are away", main)
+        main = self.consent("launch/patient patient/Observation.rs").texts["main"][0]
+        self.assertNotIn("Everything means every kind of data", main)
+        self.assertNotIn("while you are away", main)
+
+    def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
+        main = self.consent("launch/patient patient/Observation.rs?category=laboratory").texts["main"][0]
+        self.assertIn("but only where category is laboratory", main)
+        main = self.consent("launch/patient patient/Condition.rs").texts["main"][0]
+        self.assertIn(": problems and diagnoses", main)
+
+    def test_each_category_comes_with_a_sentence(self) -> None:
+        self.assertEqual(list(s4s.CATEGORY_WORDS), list(s4s.CATEGORIES))
+        main = self.consent().texts["main"][0]
+        for label, (name, _) in s4s.CATEGORIES.items():
+            self.assertIn(name + s4s.CATEGORY_WORDS[label], main)
+
+    def test_the_steps_are_those_that_scripts_know(self) -> None:
+        page = self.consent()
+        first, second, third = self.browser.page.text.partition("</main>")[0].split("<section")[1:]
+        self.assertIn("btn-default", first)  # one may refuse at once
+        self.assertEqual([step.count("glyphbox") > 0 for step in (first, second, third)], [False, True, False])
+        self.assertEqual([step.count('data-slide="next"') for step in (first, second, third)], [1, 1, 0])
+        self.assertEqual([text for text, one in zip(page.texts["button"], page.all("button"))
+                          if one.get("data-slide") == "next"], ["Continue", "Continue"])
+        self.assertEqual(len([one for one in page.all("form") if one.get("id") == "consent-carousel"]), 1)
+        self.assertTrue(all(one.get("formnovalidate") == "" for one in page.all("button") if one.get("value") == "deny"))
+
+    def test_enter_in_a_field_decides_nothing(self) -> None:
+        first = self.consent().all("button")[0]  # a form's first button is what Enter presses
+        self.assertTrue("hidden" in first and "name" not in first, first)
+        self.assertIn("Confirm each point", self.browser.submit("Stay").text)
+
+    def test_the_confirmations_are_not_sent(self) -> None:
+        self.assertTrue(all("name" not in one for one in self.consent().all("input") if one.get("rel") == "confirm"))
+
+
+class PickerPage(PortalTest):
+    """Whose record, when there are many."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        with self.portal.portal.state.transaction() as database:
+            database.executemany("INSERT INTO patients (username, patient_id, name, is_user) VALUES ('joseph-ross', ?, ?, 0)",
+                                 [(f"p-{number}", f"Child {number}") for number in range(40)])
+        self.browser = Browser(self.portal)
+        self.browser.open(App(self.portal).authorize_url())
+        self.browser.sign_in("joseph-ross")
+
+    def test_many_patients_come_with_a_search(self) -> None:
+        page = Page(self.browser.page.text)
+        self.assertEqual(len([one for one in page.all("button") if "data-patient-id" in one]), s4s.MANY_PATIENTS)
+        self.assertIn("of 41 patients", page.texts["main"][0])
+        found = Page(self.browser.submit("Search", q="child 37").text)
+        self.assertEqual([one["data-patient-id"] for one in found.all("button") if "data-patient-id" in one], ["p-37"])
+        self.browser.submit("p-37", form=1)
+        self.assertIn("the health record of Child 37", self.browser.page.text)
+
+    def test_a_search_that_finds_nobody_can_be_changed(self) -> None:
+        page = Page(self.browser.submit("Search", q="<nobody>").text)
+        self.assertIn("is called '<nobody>'", page.texts["main"][0])
+        self.assertIn("<nobody>", [one.get("value") for one in page.all("input")])
+
+
+class ErrorPage(PortalTest):
+    """What was expected, what came, and what to read."""
+
+    def test_it_says_what_was_expected_what_came_and_what_to_read(self) -> None:
+        got = ask(f"{self.portal.url}/oauth/authorize?client_id=demo-app&redirect_uri=http://x.example/")
+        main = Page(got.text).texts["main"][0]
+        self.assertIn(f"{self.portal.url}/demo", main)
+        self.assertIn("redirect_uri = http://x.example/", main)
+        self.assertIn({"href": "https://www.rfc-editor.org/rfc/rfc6749#section-4.1.1"}, Page(got.text).all("a"))
+
+    def test_no_form_field_is_shown(self) -> None:
+        got = ask(self.portal.url + "/login", form={"username": "daniel-adams", "password": "do not show"})
+        self.assertEqual(got.status, 403)
+        self.assertNotIn("do not show", got.text)
+
+
+class StartPage(PortalTest):
+    """GET /"""
+
+    def test_it_names_every_endpoint_and_its_text(self) -> None:
+        main = Page(ask(self.portal.url + "/").text).texts["main"][0]
+        for one in s4s.ROUTES:
+            self.assertIn(one.path.replace("{}", "..."), main)
+            self.assertIn(one.spec, main)
+
+    def test_its_links_lead_somewhere(self) -> None:
+        for link in Page(ask(self.portal.url + "/").text).all("a"):
+            if link["href"].startswith("/"):
+                with self.subTest(link=link["href"]):
+                    self.assertIn(ask(self.portal.url + link["href"]).status, (200, 303, 400, 401))
+
+    def test_it_says_what_is_open_to_anyone(self) -> None:
+        self.assertIn("tokens for any account", ask(self.portal.url + "/").text)
+        with s4s.Server(debug=False, open_fhir=False) as closed:
+            text = ask(closed.url + "/").text
+            for needle in ("tokens for any account", "every record, at", "/oauth/debug", "/api/open-fhir", "/launch"):
+                self.assertNotIn(needle, text)
+
+    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
+    def test_its_commands_work_when_pasted(self) -> None:
+        commands = Page(ask(self.portal.url + "/").text).texts["pre"][0]
+        done = subprocess.run(["sh", "-c", commands], capture_output=True, timeout=30, check=True)
+        self.assertEqual(json.loads(done.stdout)["id"], DANIEL)
+
+    def test_it_is_the_home_of_who_is_signed_in(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        page = Page(browser.open(self.portal.url + "/").text)
+        self.assertIn("Daniel Adams, Amy Shaw", page.texts["main"][0])
+        self.assertNotIn("Welcome", browser.submit("Sign out").text)
+
+
+class DemoApp(PortalTest):
+    """GET /demo, and the client that it is."""
+
+    def test_it_is_a_public_client_like_any_other(self) -> None:
+        app = App(self.portal)
+        app.client_id, app.secret, app.redirect_uri = "demo-app", "", self.portal.url + "/demo"
+        app.scope = "openid fhirUser launch/patient patient/*.rs offline_access"
+        back = self.portal.approve(app.authorize_url(redirect_uri=app.redirect_uri), "daniel-adams", AMY)
+        self.assertTrue(back.startswith(app.redirect_uri + "?"))
+        tokens = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json
+        self.assertEqual((tokens["patient"], tokens["scope"]), (AMY, app.scope))
+        self.assertIn("refresh_token", tokens)
+
+    def test_it_needs_pkce(self) -> None:
+        app = App(self.portal)
+        app.client_id = "demo-app"
+        back = ask(app.authorize_url(redirect_uri=self.portal.url + "/demo", code_challenge=None))
+        self.assertEqual(back.location["error"], "invalid_request")
+
+    def test_an_ehr_launch_leads_to_it(self) -> None:
+        url = self.portal.launch(client_id="demo-app", patient_id=AMY)
+        self.assertTrue(url.startswith(self.portal.url + "/demo?"))
+        self.assertEqual(ask(url).status, 200)
+
+    def test_it_talks_to_this_server_alone(self) -> None:
+        policy = ask(self.portal.url + "/demo").headers["content-security-policy"]
+        self.assertIn("connect-src 'self';", policy)
+        self.assertNotIn("http", policy)
+
+    def test_it_knows_the_servers_public_name(self) -> None:
+        with s4s.Server(base_url="https://smart.example/s4s") as behind:
+            page = Page(ask(f"{behind.address}/demo").text)
+            self.assertIn("https://smart.example/s4s", [one.get("data-base") for one in page.all("div")])
+            self.assertIn({"href": "/s4s/apps"}, page.all("a"))
+
+    @unittest.skipUnless(shutil.which("node"), "needs node")
+    def test_its_scripts_are_javascript(self) -> None:
+        for script in (s4s.DEMO_SCRIPT, s4s.CONSENT_SCRIPT):
+            subprocess.run(["node", "--check", "-"], input=script.encode(), capture_output=True, timeout=30, check=True)
+
+    def test_its_steps_cite_their_texts(self) -> None:
+        for text in ("RFC 8414", "RFC 7636", "RFC 6749 section 4.1.1", "RFC 9207", "RFC 6749 section 4.1.3",
+                     "RFC 6750", "RFC 6749 section 6", "RFC 7009", "OpenID Connect Core"):
+            self.assertIn(text, s4s.DEMO_SCRIPT)
+
+
 class Introspection(PortalTest):
     """POST /oauth/introspect (RFC 7662) and /oauth/revoke (RFC 7009)."""
 
@@ -2298,6 +2609,15 @@ class Paging(ForwardingTest):
                    "https://hidden.example/fhir?_getpages=abc&_offset=3")
         self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
 
+    def test_through_my_compartment_everything_of_mine_and_a_posted_search(self) -> None:
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.behind.script[f"Patient/{ME}/$everything"] = self.behind.script["Observation"]
+        self.behind.script["Observation/_search"] = self.behind.script["Observation"]
+        for path, how in ((f"Patient/{ME}/Observation", {}), (f"Patient/{ME}/$everything", {}),
+                          ("Observation/_search", {"form": {"code": "x"}})):
+            with self.subTest(path):
+                self.assertEqual(self.ids(self.next_link(path, **how)), ["o1"])
+
     def test_a_link_tells_nothing_of_the_address(self) -> None:
         self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assertRegex(self.next_link("Observation"), r"^Observation\?_page=[\w-]{22}$")
@@ -2545,7 +2865,7 @@ class Transport(ForwardingTest):
         self.assertEqual(headers["x-api-key"], "swordfish")
         self.assertIn("application/json+fhir", headers["accept"])
         for url, coding in ((self.behind.url, "identity"), ("https://fhir.example", "gzip")):
-            self.assertEqual(s4s.Upstream(s4s.Settings(fhir_server=url)).headers["Accept-Encoding"], coding)
+            self.assertIn(f"\nAccept-Encoding: {coding}\r", s4s.Upstream(s4s.Settings(fhir_server=url)).headers)
 
     def test_what_comes_back(self) -> None:
         self.script("Observation/mine", observation("mine"), 200, {
@@ -2554,6 +2874,13 @@ class Transport(ForwardingTest):
         headers = self.get("Observation/mine").headers
         self.assertEqual((headers["etag"], headers["last-modified"]), ('W/"4"', "Thu, 31 May 2018 22:48:43 GMT"))
         self.assertEqual({"set-cookie", "server", "content-location"} & headers.keys(), set())
+
+    def test_dstu2_keeps_its_media_type(self) -> None:
+        theirs = {"Content-Type": "application/json+fhir; charset=UTF-8"}
+        self.script("Observation/mine", observation("mine"), 200, theirs)
+        for asked, given in (("*/*", "application/json+fhir"), ("application/json", "application/json")):
+            got = self.get("Observation/mine", headers={"Accept": asked})
+            self.assertEqual(got.headers["content-type"], given)
 
     def test_head_is_judged_like_get(self) -> None:
         got = self.get("Observation/mine", method="HEAD")
@@ -2898,6 +3225,36 @@ def benchmark() -> None:
             add_tokens(portal, count)
             got = rate(portal.url, look)[0]
             show(f"introspections with {count:,} live tokens", f"{got:,.0f} /s", f"{got / floors[8]:.2f} x")
+    benchmark_forwarding(show)
+
+
+@contextlib.contextmanager
+def bare_process(body: bytes) -> Iterator[str]:
+    """A bare handler in a process of its own, as a FHIR server would be; gives its address."""
+    with subprocess.Popen([sys.executable, __file__, "--bare"], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(body)
+        process.stdin.close()
+        yield process.stdout.readline().decode().strip()
+        process.terminate()
+
+
+def benchmark_forwarding(show: Callable[..., None]) -> None:
+    """The same in front of a FHIR server, which is a bare handler."""
+    for what, parts, padding in (("reads (2 kB)", 0, 1850), ("searches (1 MB, 100 entries)", 100, 9800),
+                                 ("searches (1 MB, 1,400 entries)", 1400, 550)):
+        record = observation("mine", note=[{"text": "x" * padding}])
+        bundle = {"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": record}] * parts}
+        body = json.dumps(bundle if parts else record).encode()
+        with bare_process(body) as bare, s4s.Server(fhir_server=bare) as portal:
+            token = portal.issue_token(scope="patient/*.rs")["access_token"]
+            path = "Observation" if parts else "Observation/mine"
+            for connections in (1, 8):
+                floor = rate(bare, raw("GET", f"/{path}"), connections)[0]
+                got, megabytes = rate(portal.url, raw("GET", f"/api/fhir/{path}", token), connections)
+                show(f"forwarded {what}, {connections} connections", f"{got:,.0f} /s, {megabytes:.0f} MB/s",
+                     f"{got / floor:.2f} x")
 
 
 def connection_post(portal: s4s.Server, app: App, form: dict[str, str]) -> int:
@@ -3715,6 +4072,10 @@ class EhrLaunch(PortalTest):
         tokens = self.tokens()
         self.assertEqual((tokens["encounter"], tokens["intent"], tokens["need_patient_banner"]), ("visit-2", "review", True))
 
+    def test_the_launch_page_finds_patients_by_name(self) -> None:
+        text = Browser(self.portal).open(f"{self.portal.url}/launch?name=amy&patient_id={DANIEL}").text
+        self.assertEqual([whose in text for whose in (AMY, DANIEL, JOSEPH)], [True, True, False])
+
     def test_the_launch_page_takes_a_launch_uri_from_its_address(self) -> None:
         browser = Browser(self.portal)
         page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": "http://localhost:3000/launch.html"}))
@@ -3806,17 +4167,22 @@ class Identity(PortalTest):
         self.assertEqual(set(key), {"kty", "n", "e", "kid", "use", "alg"})
         self.assertEqual(key["kid"], s4s.thumbprint(key))
 
-    def test_the_key_is_made_once_and_outlives_a_reset(self) -> None:
-        with s4s.Server() as portal:
-            keys: list[Any] = []
-            threads = [threading.Thread(target=lambda: keys.append(ask(portal.url + "/oauth/jwks").json)) for _ in range(3)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            portal.reset()
-            self.assertEqual([ask(portal.url + "/oauth/jwks").json] * 3, keys)
-            self.assertNotEqual(keys[0], ask(self.portal.url + "/oauth/jwks").json)
+    def test_the_key_is_made_once_and_kept_with_the_state(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path, keys = os.path.join(folder, "state.db"), []  # type: str, list[Any]
+            with s4s.Server(db=path) as portal:
+                threads = [threading.Thread(target=lambda: keys.append(ask(portal.url + "/oauth/jwks").json))
+                           for _ in range(3)]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                portal.reset()
+                keys.append(ask(portal.url + "/oauth/jwks").json)
+            with s4s.Server(db=path) as portal:
+                keys.append(ask(portal.url + "/oauth/jwks").json)
+        self.assertEqual(keys, keys[:1] * 5)
+        self.assertNotEqual(keys[0], ask(self.portal.url + "/oauth/jwks").json)
 
     def test_userinfo_says_what_the_id_token_says(self) -> None:
         tokens = self.app.tokens()
@@ -3844,6 +4210,48 @@ class Identity(PortalTest):
                    basic=(self.app.client_id, self.app.secret)).json
         self.assertEqual([seen[name] for name in ("iss", "sub", "fhirUser")],
                          [claims[name] for name in ("iss", "sub", "fhirUser")])
+
+
+class WhoseRecordBehind(ForwardingTest):
+    """Choosing patient and visit where the records are a FHIR server's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
+        self.browser = Browser(self.portal)
+        self.script("Patient?_count=50", self.behind.bundle(*(
+            {"resourceType": "Patient", "id": f"pia{number}", "name": [{"text": "Pia"}]} for number in range(20))))
+        self.script("Patient?name=jo&_count=50", self.behind.bundle(
+            {"resourceType": "Patient", "id": "p2", "name": [{"given": ["Jo"], "family": "Do"}]}))
+        self.behind.script = {"/fhir/" + path: answer for path, answer in self.behind.script.items()}
+        self.behind.records["Patient/p2"] = {"resourceType": "Patient", "id": "p2", "name": [{"text": "Jo Do"}]}
+
+    def test_a_clinician_finds_a_patient_by_name(self) -> None:
+        self.browser.open(self.app.authorize_url())
+        self.assertIn('data-patient-id="pia1"', self.browser.sign_in("clinician").text)
+        self.assertNotIn("Pia", self.browser.submit("Search", q="jo").text)
+        self.assertIn("health record of Jo Do", self.browser.submit("p2", form=1).text)
+        tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
+        self.assertEqual(tokens["patient"], "p2")
+
+    def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
+        self.script("Encounter", self.behind.bundle(*(
+            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"Patient/{whose}"}, "period": {"start": day}}
+            for name, whose, day in (("old", ME, "2020-01-01"), ("new", ME, "2021-01-01"), ("theirs", OTHER, "2022-01-01")))))
+        self.assertEqual(self.app.tokens()["encounter"], "new")
+        for visit in ("theirs", "none"):
+            with self.assertRaises(s4s.PortalError):
+                self.portal.approve(self.app.authorize_url(), username="daniel-adams", encounter_id=visit)
+
+    def test_a_demo_patient_whom_the_server_does_not_have_is_said_clearly(self) -> None:
+        del self.behind.records[f"Patient/{ME}"]
+        with self.assertRaisesRegex(s4s.PortalError, f"has no Patient/{ME}"):
+            self.portal.approve(self.app.authorize_url(), username="daniel-adams", patient_id=ME)
+
+    def test_while_the_server_is_down_an_app_gets_its_token_all_the_same(self) -> None:
+        self.app.scope = "launch/patient patient/*.rs"
+        self.script(f"Patient/{ME}", b"<html>", 503)
+        self.assertEqual(self.app.tokens(patient_id=ME)["patient"], ME)
 
 
 class TokenRules(PortalTest):
@@ -3927,6 +4335,19 @@ class Fixtures(unittest.TestCase):
             portal.reset()
             self.assertEqual(portal.issue_token(username="maria")["patient"], JOSEPH)
 
+    def test_a_patient_who_was_loaded_signs_in_by_id(self) -> None:
+        with s4s.Server() as portal:
+            portal.portal.records.read("Patient", DANIEL)
+            portal.portal.records.put([{"resourceType": "Patient", "id": "p1", "name": [{"text": "Pia One"}],
+                                        "meta": {"lastUpdated": "2020-01-01T00:00:00Z"}}])
+            browser, app = Browser(portal), App(portal)
+            browser.open(app.authorize_url())
+            self.assertIn("Pia One", browser.sign_in("p1").text)
+            self.assertEqual(app.exchange(browser.submit("authorize").location["code"]).json["patient"], "p1")
+            for username in ("p2", DANIEL):
+                with self.subTest(username=username), self.assertRaises(s4s.PortalError):
+                    portal.issue_token(username=username)
+
     def test_clients_are_there_with_their_secrets_and_labels(self) -> None:
         clients = [{"client_id": "mine", "client_secret": "s", "redirect_uris": [App.redirect_uri], "client_name": "Mine",
                     "security_labels": ["allergy", "problems"], "launch_uris": ["https://app.example/launch"]},
@@ -3956,6 +4377,7 @@ class Fixtures(unittest.TestCase):
                 ({"clients": [{"client_id": "a", "redirect_uris": ["x:/"], "client_secret": ""}]}, "client_secret"),
                 ({"clients": [{"client_id": "a", "redirect_uris": ["x:/y"],
                                "token_endpoint_auth_method": "client_secret_post"}]}, "without a client_secret"),
+                ({"users": [{**user, "name": "\ud800"}]}, "fixtures"), ({"users": [{**user, "name": b"x"}]}, "fixtures"),
                 ("/nowhere/fixtures.json", "/nowhere/fixtures.json")):
             with self.subTest(fixtures=fixtures), self.assertRaisesRegex(s4s.StartError, needle):
                 s4s.Server(fixtures=fixtures).start()
@@ -3987,5 +4409,9 @@ if __name__ == "__main__":
         benchmark()
     elif sys.argv[1:2] == ["--hammer"]:
         print(*hammer(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.stdin.buffer.read()))
+    elif sys.argv[1:2] == ["--bare"]:
+        with bare_server(sys.stdin.buffer.read()) as address:
+            print(address, flush=True)
+            threading.Event().wait()
     else:
         unittest.main()
