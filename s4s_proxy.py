@@ -520,7 +520,7 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
     "launch/patient": "know whose record you choose",
     "launch/encounter": "know which visit is open",
     "offline_access": "come back for new data when you are not there, until the date below or until you stop it"}
-SCOPE_SYNTAX = re.compile(r"[!#-\[\]-~ ]*[!#-\[\]-~][!#-\[\]-~ ]*")  # RFC 6749 section 3.3
+SCOPE_SYNTAX = re.compile(r"(?= *[^ ])[!#-\[\]-~ ]{1,8192}")  # RFC 6749 section 3.3, but not without end
 _RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
                              r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
 # No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
@@ -544,6 +544,7 @@ class ResourceScope(NamedTuple):
                             for same, narrower in other.constraints) for name, value in self.constraints))
 
 
+@functools.lru_cache(1024)
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
@@ -580,7 +581,8 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     `contexts`: system/ is for backend services, which have no user and no consent; the others are for users.
     """
     if not SCOPE_SYNTAX.fullmatch(asked):
-        raise PortalError("invalid_scope", f"scope {asked!r}: expected words of ASCII without quotes and backslashes")
+        raise PortalError("invalid_scope", f"scope {asked[:200]!r}: expected words of ASCII without quotes and "
+                          "backslashes, 8192 characters at most")
     granted: list[str] = []
     for word in asked.split():
         parsed = parse_scope(word)
@@ -821,19 +823,27 @@ def forget_expired(database: sqlite3.Connection, table: str, now: float, which: 
 class Clock:
     """The one clock. Nothing else reads the time, so a test that moves it moves every expiry."""
     def __init__(self) -> None:
-        self.offset = 0.0
+        self.offset = self._system = 0.0
+        self._lock = threading.Lock()
 
     def now(self) -> float:
-        """The portal's time, in Unix seconds."""
-        return time.time() + self.offset
+        """The portal's time, in Unix seconds. It goes on where the system's clock is set back: what has expired stays
+        expired, and a used assertion stays used."""
+        with self._lock:
+            system = time.time()
+            self.offset += max(0.0, self._system - system)
+            self._system = system
+            return system + self.offset
 
     def advance(self, seconds: float) -> float:
         """Move the clock on; gives the new time."""
-        self.offset += seconds
+        with self._lock:
+            self.offset += seconds
         return self.now()
 
 
 LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
+LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: years ahead are promised
 
 
 def http_date(seconds: float) -> str:
@@ -3051,14 +3061,15 @@ def client_metadata(metadata: Json) -> Json:
     if not all(map(is_web_url, kept.get("launch_uris", []))):
         raise refuse("launch_uris", "absolute http or https URLs")
     if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
-        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3)")
+        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters "
+                     "at most")
     if "jwks" in kept and "jwks_uri" in kept:
         raise refuse("jwks_uri", "not to stand beside jwks")
     if "jwks" in kept:
         try:
             for key in key_set(kept["jwks"]):
                 if key.get("kty") == "RSA" or key.get("crv") == "P-384":
-                    verify(key, "RS384" if key["kty"] == "RSA" else "ES384", b"", b"")
+                    verify(key, "RS384" if key.get("kty") == "RSA" else "ES384", b"", b"")
         except ValueError as error:
             raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
@@ -3467,12 +3478,13 @@ class Request:
 
     def cookie(self, name: str) -> str:
         """A cookie's value, or "". """
-        import http.cookies  # takes long to import, and only browsers need it
-        try:
-            jar = http.cookies.SimpleCookie(self.headers.get("cookie", ""))
-        except http.cookies.CookieError:
-            return ""
-        return jar[name].value if name in jar else ""
+        # Not http.cookies: it drops all cookies for one that it dislikes (localhost's come from every port), takes
+        # time that grows with the square, and decodes line breaks, which would get into Set-Cookie.
+        found = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
+        return found[1] if found else ""
+
+
+MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
 
 
 def _refuse_constant(text: str) -> float:
@@ -3483,9 +3495,17 @@ def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
+        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        level, depth = [value], 0
+        while level and depth <= MAX_DEPTH:
+            level = [inner for one in level if isinstance(one, (dict, list))
+                     for inner in (one.values() if isinstance(one, dict) else one)]
+            depth += 1
+        if level:
+            raise RecursionError
     except RecursionError:
-        raise PortalError("invalid_request", "the JSON nests too deep")
+        raise PortalError("invalid_request", f"the JSON nests too deep; expected {MAX_DEPTH} levels at most")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
     if not isinstance(value, dict):
@@ -4994,6 +5014,8 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
     wanted = form.get("scope")
+    if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
+        raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
 
     def check(row: Row) -> None:
         for word in wanted.split():
@@ -6856,7 +6878,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
     page is a PortalError.
     """
-    parts = urlsplit(need_text("url", url))
+    parts = urlsplit(url if is_web_url(need_text("url", url)) else "")
     request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
     if request.path != "/oauth/authorize":
         raise PortalError("invalid_request", f"url: {url!r} is not an address of /oauth/authorize")
@@ -6900,7 +6922,8 @@ def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | No
 def advance(portal: Portal, *, seconds: float) -> float:
     """Move the portal's clock by seconds, which may be fractional; gives the portal's time, in Unix seconds."""
     step = need_number("seconds", seconds)
-    need_moment("seconds", portal.clock.now() + step)
+    if not 0 <= portal.clock.now() + step <= LAST_NOW:
+        raise PortalError("invalid_request", "seconds: the clock goes from the year 1970 to the year 9990")
     return portal.clock.advance(step)
 
 
@@ -6990,14 +7013,16 @@ class RecordedRequest(NamedTuple):
 
     def redacted(self) -> Json:
         """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
-        body, media_type = self.body, self.headers.get("content-type", "")
-        if "json" in media_type:
-            try:
-                body = body and json.dumps(redact(json.loads(body)))
-            except (ValueError, RecursionError):
-                body = REDACTED  # who can say what is in it
-        elif body:
-            body = redact_pairs(body) if media_type.startswith("application/x-www-form-urlencoded") else REDACTED
+        body, media_type = self.body, self.headers.get("content-type", "").lower()
+        try:
+            if "json" in media_type:
+                body = json.dumps(redact(json.loads(body)))
+            elif "x-www-form-urlencoded" in media_type:
+                body = redact_pairs(body)
+            elif body:
+                raise ValueError
+        except (ValueError, RecursionError):
+            body = body and REDACTED  # who can say what is in it
         return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
 
     def __repr__(self) -> str:
@@ -7061,10 +7086,11 @@ def check_host(portal: Portal, request: Request) -> None:
 
 
 def check_same_origin(request: Request) -> None:
-    """Debug endpoints obey no other web page: a browser names the page that sends."""
-    origin = request.headers.get("origin")
-    if origin and origin != f"{request.scheme}://{request.host}":
-        raise PortalError("forbidden", f"Origin is {origin!r}: debug endpoints take no requests from other sites", 403)
+    """Debug endpoints obey no other web page: a browser names the page that sends, or how far away it is."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+    if (origin and origin != f"{request.scheme}://{request.host}") or site not in ("same-origin", "none"):
+        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take no requests "
+                          "from other sites", 403)
 
 
 def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
@@ -7137,6 +7163,9 @@ def dispatch(portal: Portal, request: Request) -> Response:
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
     email.parser takes longer than all that the portal does; and writes each answer at once: header and body in two
@@ -7202,6 +7231,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method, target = match[1].decode(), match[2].decode()
         request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
                           scheme=server.scheme)
+        if match[4] == b"0":
+            headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
         try:
             request.body = self.read_body(request, headers)
         except BadRequest as error:  # it is known who asks for what: so it is answered in the endpoint's own shape
@@ -7211,13 +7242,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
-        if target.lower().startswith(("http://", "https://")):
-            try:
-                parts = urlsplit(target)
-            except ValueError:
-                raise BadRequest(400, "the request target is no address")
-            headers["host"] = parts.netloc
-            target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        absolute = re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
+        if absolute:
+            headers["host"] = absolute[1]
+            target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
         elif target == "*" and method == "OPTIONS":
             target = "/"
         if not target.startswith("/") or "#" in target:
@@ -7258,7 +7286,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = response.body
         head = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n",
                 f"Date: {self.server.date()}\r\n"]
-        head += [f"{name}: {value}\r\n" for name, value in response.headers]
+        # Whatever a value is made of, it stays one line: no one adds headers of their own.
+        head += [f"{name}: {re.sub(_CONTROL, '?', value)}\r\n" for name, value in response.headers]
         if response.status not in (204, 304):
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
@@ -7361,14 +7390,18 @@ class Listener(http.server.HTTPServer):
 
     def _hand_over(self, connection: socket.socket) -> None:
         with self._lock:
-            self._open.add(connection)
-            self._arrived.put(connection)
             if self._idle:
                 self._idle -= 1
-                return
-            thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
-            self._threads.add(thread)
-            thread.start()  # with the lock, so that stop() finds no thread that has not begun
+            else:
+                thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
+                try:
+                    thread.start()  # with the lock, so that stop() finds no thread that has not begun
+                except RuntimeError:  # the system gives no more threads; those there are go on
+                    connection.close()
+                    return
+                self._threads.add(thread)
+            self._open.add(connection)
+            self._arrived.put(connection)
 
     def _work(self) -> None:
         """A thread's life: connection after connection."""
