@@ -3067,8 +3067,10 @@ class Seeds(NamedTuple):
 
 def seeds(settings: Settings) -> Seeds:
     """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
-    found = Seeds([(username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                   for username, name, fhir_user, anyone in DEMO_USERS], list(DEMO_PATIENTS), {})
+    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
+                  list(DEMO_PATIENTS) if samples else [], {})
     for client_id, secret, uri in DEMO_CLIENTS:
         found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
     demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
@@ -3206,7 +3208,11 @@ class Portal:
         self.clock = Clock()
         self._seeds = seeds(settings)           # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
-        self.records = Records(settings, self.clock)
+        try:
+            self.records = Records(settings, self.clock)
+        except BaseException:
+            self.state.close()
+            raise
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
@@ -3430,7 +3436,7 @@ class Request:
 
     def json(self) -> Json:
         """The body as a JSON object."""
-        if self.media_type != "application/json":
+        if not re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type):
             raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
                               "application/json", 415)
         return parse_json(self.body)
@@ -6671,15 +6677,16 @@ MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
 
 
-def control(path: str, answer: Callable[[Any], Any], **aliases: str) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `aliases` are
-    other names of members."""
+def control(path: str, answer: Callable[[Any], Any], whole: str = "", **aliases: str) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `whole` is the
+    parameter that the body is as a whole; `aliases` are other names of members."""
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__] = function
 
         def over_http(portal: Portal, request: Request) -> Response:
             only_with_debug(portal)
-            members = {aliases.get(name, name): value for name, value in request.json().items()}
+            body = request.json()
+            members = {whole: body} if whole else {aliases.get(name, name): value for name, value in body.items()}
             return json_response(answer(call_with_members(portal, function, members)))
         over_http.__doc__ = function.__doc__
         over_http.__name__ = f"debug_{function.__name__}"
@@ -6859,7 +6866,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
 def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
            patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
            need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as the EHR does, without the page: see create_launch in section 13."""
+    """Launch an app as the EHR does, without the page: see create_launch."""
     return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)
@@ -6871,6 +6878,17 @@ def advance(portal: Portal, *, seconds: float) -> float:
     step = need_number("seconds", seconds)
     need_moment("seconds", portal.clock.now() + step)
     return portal.clock.advance(step)
+
+
+@control("load", lambda stored: {"stored": stored}, whole="resource")
+def load(portal: Portal, *, resource: Json) -> int:
+    """Add a resource, or the resources of a Bundle, to the embedded records; gives how many were stored.
+
+    Those of the same type and id are replaced, until reset. All or none.
+    """
+    if portal.upstream:
+        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
+    return portal.records.load(resource)
 
 
 @route("POST /oauth/debug/reset", "test control", kind="debug")
@@ -7392,7 +7410,7 @@ class Server:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
 
     Takes the command line's options as keywords; the port is any free one, and there is no log unless verbose.
-    Any number may run at once. Each method below is one of section 17's controls, and refuses with PortalError.
+    Any number may run at once. Each method below is one of the test controls, and refuses with PortalError.
     """
     def __init__(self, **settings: Any):
         self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
@@ -7412,6 +7430,8 @@ class Server:
             raise
         portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
         portal.log = write_log
+        for warning in portal.records.warnings:
+            portal.log(f"warning: {warning}")
         self.portal = portal
         self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
         self._thread.start()
@@ -7473,40 +7493,44 @@ class Server:
         return list(self.portal.recorded)
 
     def register_client(self, **metadata: Any) -> Json:
-        """See register_client in section 11."""
+        """See register_client, with the clients."""
         return register_client(self.portal, metadata)
 
     def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams", scope: str | None = None,
                     patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
                     approval_expires: float | None = None) -> Json:
-        """See issue_token in section 17."""
+        """See issue_token among the test controls."""
         return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
                            access_lifetime=access_lifetime, approval_expires=approval_expires)
 
     def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False) -> str:
-        """See approve in section 17."""
+        """See approve among the test controls."""
         return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
                        security_labels=security_labels, approval_expires=approval_expires, deny=deny)
 
     def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
                patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
                need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
-        """See launch in section 17. Gives the app's launch URL."""
+        """See launch among the test controls. Gives the app's launch URL."""
         return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
                           patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                           need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
 
     def advance(self, seconds: float) -> float:
-        """See advance in section 17."""
+        """See advance among the test controls."""
         return advance(self.portal, seconds=seconds)
 
     def fail(self, endpoint: str, status: int | None = None, error: str | None = None, retry_after: int | None = None,
              delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
-        """See fail in section 17."""
+        """See fail among the test controls."""
         return fail(self.portal, endpoint=endpoint, status=status, error=error, retry_after=retry_after, delay=delay,
                     drop=drop, times=times)
+
+    def load(self, resource: Json) -> int:
+        """See load among the test controls."""
+        return load(self.portal, resource=resource)
 
     def reset(self) -> None:
         """Back to the start: users, clients, records, clock; grants, tokens, faults and recorded requests are gone."""

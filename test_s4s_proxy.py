@@ -997,6 +997,11 @@ class DemoApp(PortalTest):
         for script in (s4s.DEMO_SCRIPT, s4s.CONSENT_SCRIPT):
             subprocess.run(["node", "--check", "-"], input=script.encode(), capture_output=True, timeout=30, check=True)
 
+    def test_no_browser_keeps_what_an_app_read(self) -> None:
+        token = self.portal.issue_token(scope="patient/*.rs")
+        for path in (f"Patient/{DANIEL}", f"Observation?patient={DANIEL}"):
+            self.assertEqual(self.fhir(path, token).headers.get("cache-control"), "no-store", path)
+
     def test_its_steps_cite_their_texts(self) -> None:
         for text in ("RFC 8414", "RFC 7636", "RFC 6749 section 4.1.1", "RFC 9207", "RFC 6749 section 4.1.3",
                      "RFC 6750", "RFC 6749 section 6", "RFC 7009", "OpenID Connect Core"):
@@ -1255,6 +1260,40 @@ class Fixture(PortalTest):
                 token = server.issue_token()["access_token"]
             with s4s.Server(db=path) as server:
                 self.assertEqual(ask(f"{server.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
+
+
+class Loading(PortalTest):
+    """The control `load`."""
+
+    def test_a_bundle_is_stored_and_reset_takes_it_back(self) -> None:
+        bundle = {"resourceType": "Bundle", "type": "collection", "entry": [
+            {"resource": {"resourceType": "Patient", "id": "new", "name": [{"text": "New One"}]}},
+            {"resource": {"resourceType": "Patient", "id": DANIEL, "name": [{"text": "Somebody Else"}]}}]}
+        self.assertEqual(self.post("/oauth/debug/load", bundle).json, {"stored": 2})
+        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient/{DANIEL}").json["name"], [{"text": "Somebody Else"}])
+        self.portal.reset()
+        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient/new").status, 404)
+        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient/{DANIEL}").json["birthDate"], "1925-12-23")
+
+    def test_what_is_no_fhir_is_refused(self) -> None:
+        for resource in ({}, {"resourceType": "Nonsense", "id": "x"}, {"resourceType": "Patient", "id": "a/b"}):
+            with self.subTest(resource=resource):
+                self.assertEqual(self.post("/oauth/debug/load", resource).status, 400)
+                with self.assertRaises(s4s.PortalError):
+                    self.portal.load(resource)
+
+    def test_the_media_type_of_fhir_will_do(self) -> None:
+        got = self.post("/oauth/debug/load", {"resourceType": "Patient", "id": "new"},
+                        headers={"Content-Type": "application/fhir+json"})
+        self.assertEqual(got.json, {"stored": 1})
+
+    def test_without_the_sample_patients_there_are_none_of_their_accounts(self) -> None:
+        with s4s.Server(data="none") as portal:
+            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient").json["total"], 0)
+            with self.assertRaises(s4s.PortalError):
+                portal.issue_token()
+            portal.load({"resourceType": "Patient", "id": "new"})
+            self.assertEqual(portal.issue_token(username="new")["patient"], "new")
 
 
 class Drift(PortalTest):
