@@ -202,6 +202,7 @@ class Settings:
         return self.local if self.debug is None else self.debug
 
 
+@functools.lru_cache(maxsize=1000)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
     host = host.strip("[]").lower()
@@ -740,14 +741,21 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 Row = sqlite3.Row
 
 
+MAX_KNOWN = 5000  # rows that a Store remembers
+
+
 class Store:
     """A SQLite database that many threads share: one connection, one lock.
 
     One connection and a lock is faster here than a connection per thread, and leaves no question of who sees what:
-    a `transaction` is alone, from its first look to its last write.
+    a `transaction` is alone, from its first look to its last write. Rows once looked up are remembered until anything
+    is written, which no reader of this code has to think of: every write is a transaction, and each forgets all. Not
+    with a file, which another process may write to.
     """
     def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
+        self._known: dict[tuple[Any, ...], Row | None] = {}
+        self._remembers = path is None
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
                                               check_same_thread=False)
@@ -767,15 +775,29 @@ class Store:
 
     def row(self, sql: str, *values: Any) -> Row | None:
         """The first row of a query, or None."""
+        key = (sql, *values)
+        try:
+            return self._known[key]
+        except KeyError:
+            pass
         with self._lock:
             found: Row | None = self.connection.execute(sql, values).fetchone()
+            if self._remembers and not self.connection.in_transaction:
+                if len(self._known) >= MAX_KNOWN:
+                    self.changed()
+                self._known[key] = found
             return found
+
+    def changed(self) -> None:
+        """Forget the rows looked up: something else is written now, or may be."""
+        self._known = {}
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All of the writes in the block, or, if it raises, none. No other thread reads or writes meanwhile."""
         with self._lock:
             self.connection.execute("BEGIN IMMEDIATE")
+            self.changed()
             try:
                 yield self.connection
                 self.connection.execute("COMMIT")  # may fail too: a full disk
@@ -2623,6 +2645,7 @@ class Records:
         """Copy the sample records in."""
         if self._in_memory:
             samples.backup(self.store.connection)
+            self.store.changed()
             return
         with self.store.transaction() as database:
             texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()
@@ -3217,7 +3240,7 @@ class Portal:
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
         self.faults = Faults()
-        self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
+        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
         self.upstream = Upstream(settings) if settings.fhir_server else None  # the FHIR server behind: section 15
@@ -5198,12 +5221,13 @@ class SocketReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
         try:
-            self.connection.settimeout(max(left, 0.001))
-            return self.connection.recv_into(buffer)
+            if left > 0:
+                self.connection.settimeout(left)
+                return self.connection.recv_into(buffer)
         except OSError:
-            if time.monotonic() >= self.deadline:
-                raise BadRequest(408, "the request took too long to arrive")
-            raise
+            if time.monotonic() < self.deadline:
+                raise
+        raise BadRequest(408, "the request took too long to arrive")
 
 
 def parse_headers(lines: bytes) -> dict[str, str]:
@@ -6936,7 +6960,7 @@ def fail(portal: Portal, *, endpoint: str, status: int | None = None, error: str
 
 SECRET_NAMES = frozenset((
     "access_token", "authorization", "client_assertion", "client_secret", "code", "code_verifier", "cookie",
-    "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
+    "d", "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
 REDACTED = "[redacted]"
 
 
@@ -6958,7 +6982,7 @@ class RecordedRequest(NamedTuple):
     method: str
     path: str
     query: str
-    status: int
+    status: int              # 0: a test ordered a drop
     headers: dict[str, str]  # names in lower case
     body: str
     client_id: str
@@ -6966,18 +6990,25 @@ class RecordedRequest(NamedTuple):
 
     def redacted(self) -> Json:
         """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
-        body = self.body
-        if body and "json" in self.headers.get("content-type", ""):
+        body, media_type = self.body, self.headers.get("content-type", "")
+        if "json" in media_type:
             try:
-                body = json.dumps(redact(json.loads(body)))
+                body = body and json.dumps(redact(json.loads(body)))
             except (ValueError, RecursionError):
                 body = REDACTED  # who can say what is in it
         elif body:
-            body = redact_pairs(body)
+            body = redact_pairs(body) if media_type.startswith("application/x-www-form-urlencoded") else REDACTED
         return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
+
+
+def recorded_requests(portal: Portal) -> list[RecordedRequest]:
+    """The last requests, oldest first. They are put into this form only when somebody asks."""
+    return [RecordedRequest(one.method, one.path, one.query, status, dict(one.headers),
+                            one.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"), one.client_id, one.username)
+            for one, status in list(portal.recorded)]
 
 
 @route("GET,DELETE /oauth/debug/requests", "test control", kind="debug")
@@ -6987,7 +7018,7 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     if request.method == "DELETE":
         portal.recorded.clear()
         return Response(204)
-    return json_response({"requests": [one.redacted() for one in list(portal.recorded)]})
+    return json_response({"requests": [one.redacted() for one in recorded_requests(portal)]})
 
 
 # ######################################################################## 19 HTTP
@@ -7094,10 +7125,8 @@ def dispatch(portal: Portal, request: Request) -> Response:
         response = answer(portal, request, found)
     finally:
         if not request.path.startswith("/oauth/debug/"):
-            portal.recorded.append(RecordedRequest(
-                request.method, request.path, request.query, response.status if response else 0,
-                dict(request.headers), request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"),
-                request.client_id, request.username))
+            portal.recorded.append((request, response.status if response else 0))
+            request.body = request.body[:MAX_RECORDED_BODY]
     if found and found.cors:
         response.headers += ALLOWED_ORIGIN
     response.headers.append(("X-Content-Type-Options", "nosniff"))
@@ -7175,7 +7204,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
         if target.lower().startswith(("http://", "https://")):
-            parts = urlsplit(target)
+            try:
+                parts = urlsplit(target)
+            except ValueError:
+                raise BadRequest(400, "the request target is no address")
             headers["host"] = parts.netloc
             target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
         elif target == "*" and method == "OPTIONS":
@@ -7490,7 +7522,7 @@ class Server:
     @property
     def requests(self) -> list[RecordedRequest]:
         """The last requests, oldest first, as they came."""
-        return list(self.portal.recorded)
+        return recorded_requests(self.portal)
 
     def register_client(self, **metadata: Any) -> Json:
         """See register_client, with the clients."""
