@@ -3801,7 +3801,7 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 
     A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
     """
-    version, url = portal.settings.fhir_version, f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    version, url = fhir_version(portal), f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
     service = HL7 if version == "r4" else "http://hl7.org/fhir/"
     operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
     rest: Json = {"mode": "server", "resource": [
@@ -5709,6 +5709,7 @@ def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json
                 {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
                 if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
     ours["rest"][0]["resource"] = resources
+    ours["rest"][0].pop("operation", None)
     ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
     return ours
 
@@ -6221,7 +6222,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
     statement = forwarded_statement if portal.upstream else capability_statement
-    return fhir_response(request, statement(portal, request, True), version=portal.settings.fhir_version)
+    return fhir_response(request, statement(portal, request, True), version=fhir_version(portal))
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
@@ -6243,7 +6244,7 @@ def open_fhir(portal: Portal, request: Request) -> Response:
         raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
     if request.rest == "metadata":
         statement = forwarded_statement if portal.upstream else capability_statement
-        return fhir_response(request, statement(portal, request, False), version=portal.settings.fhir_version)
+        return fhir_response(request, statement(portal, request, False), version=fhir_version(portal))
     if request.method == "POST" and not request.rest.endswith("/_search"):
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
     base = portal.base(request) + "/api/open-fhir"

@@ -2976,6 +2976,15 @@ class WhatIsBehind(ForwardingTest):
         self.assertIn("/oauth/authorize", json.dumps(found["rest"][0]["security"]))
         self.assertNotIn("security", self.metadata(portal, "open-fhir")[1]["rest"][0])
 
+    def test_metadata_is_in_the_version_of_the_fhir_server(self) -> None:
+        portal = self.portal_with({**self.STATEMENT, "resourceType": "Conformance", "fhirVersion": "1.0.2"})
+        answer = s4s.dispatch(portal, s4s.Request("GET", "/api/fhir/metadata", {"host": "127.0.0.1:1"}))
+        found = json.loads(answer.body)
+        self.assertEqual([found[name] for name in ("resourceType", "fhirVersion", "acceptUnknown")],
+                         ["Conformance", "1.0.2", "no"])
+        self.assertIn('"http://hl7.org/fhir/restful-security-service"', answer.body.decode())
+        self.assertIn(("Content-Type", "application/json+fhir"), answer.headers)
+
     def test_metadata_is_asked_for_every_five_minutes_at_most(self) -> None:
         portal = self.portal_with(self.STATEMENT)
         for seconds, asked in ((0, 1), (299, 1), (2, 2)):
