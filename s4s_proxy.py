@@ -137,13 +137,13 @@ class Settings:
     fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
     client: list[str] = field(default_factory=list, metadata=_shown(
         "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
-    fixtures: str | Json | None = field(default=None, metadata=_shown(
-        "users and clients known from the start, as JSON", "FILE"))
     fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
                                                             "VERSION"))
     data: list[Any] = field(default_factory=list, metadata=_shown(
         "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
         "none leaves the sample patients out; repeatable", "PATH"))
+    fixtures: str | Json | None = field(default=None, metadata=_shown(
+        "users and clients known from the start, as JSON", "FILE"))
     db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
     strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
     open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
@@ -1933,7 +1933,10 @@ class Parameter(NamedTuple):
         return {"owner": "reference", "id": "token", "updated": "date"}.get(self.kind, self.kind)
 
 
-COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated")}
+COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",)),
+                     "_security": Parameter("token", ("meta.security",))}
+_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # kinds that need no row of search_values
+                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
 _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
             "reference": ("Reference",)}  # what may stand for [x]
@@ -1958,14 +1961,15 @@ def search_table(version: str) -> dict[str, dict[str, Parameter]]:
 
 
 @functools.cache
-def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, Parameter]]]]:
-    """The same from the resource's side: type -> element -> the parameters that look into it, one for each path."""
-    found: dict[str, dict[str, list[tuple[str, Parameter]]]] = {}
+def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
+    """The same from the resource's side: type -> element -> (parameter, kind, path within the element)."""
+    found: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
     for type_name, known in search_table(version).items():
         inside = found.setdefault(type_name, {})
         for name, parameter in known.items():
-            for path in parameter.paths if parameter.kind != "owner" else ():
-                inside.setdefault(path.partition(".")[0], []).append((name, Parameter(parameter.kind, (path,))))
+            for path in parameter.paths if parameter.kind not in _OWN_COLUMNS else ():
+                element, _, within = path.partition(".")
+                inside.setdefault(element, []).append((name, parameter.kind, within))
     return found
 
 
@@ -2071,14 +2075,8 @@ def reference_parts(text: str) -> tuple[str, str]:
 SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
 
 
-def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchValue]:
-    """What one search parameter finds in a resource."""
-    kind = parameter.kind
-    if kind == "owner":
-        return [(name, owner(resource) or "", "Patient", 0, 0)]
-    if kind == "id":
-        return [(name, str(resource.get("id")), "", 0, 0)]
-    found = [value for path in parameter.paths or ("meta.lastUpdated",) for value in elements(resource, path)]
+def values_of(name: str, kind: str, found: Iterable[Any]) -> list[SearchValue]:
+    """What a search parameter of a kind makes of the elements found."""
     if kind == "token":
         return [(name, code, system, 0, 0) for system, code in tokens_of(found)]
     if kind == "reference":
@@ -2091,9 +2089,13 @@ def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchVal
 
 def search_values(resource: Json, version: str) -> set[SearchValue]:
     """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
-    inside = _looked_into(version)[resource["resourceType"]]
-    found = {row for name in resource if name in inside for parameter, looked in inside[name]
-             for row in values_of(resource, parameter, looked)}
+    looked_into, found = _looked_into(version)[resource["resourceType"]], set()
+    for element, value in resource.items():
+        if element in looked_into:
+            inside = value if isinstance(value, list) else [value]
+            for name, kind, path in looked_into[element]:
+                found.update(values_of(name, kind, [
+                    deeper for one in inside for deeper in elements(one, path)] if path else inside))
     # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
     if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
         for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
@@ -2118,8 +2120,6 @@ class Comparison(NamedTuple):
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "contains": operator.contains}
 _PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
-_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # where no row of search_values is needed
-                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 
 
 class Constraint(NamedTuple):
@@ -2146,9 +2146,15 @@ class Constraint(NamedTuple):
 
     def met_by(self, resource: Json) -> bool:
         """The same in Python."""
-        return self.negated != any(
-            all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
-            for row in values_of(resource, self.name, self.parameter) for every in self.alternatives)
+        kind = self.parameter.kind
+        if kind == "owner":
+            rows: list[SearchValue] = [("", owner(resource) or "", "Patient", 0, 0)]
+        elif kind == "id":
+            rows = [("", str(resource.get("id")), "", 0, 0)]
+        else:
+            rows = values_of("", kind, [value for path in self.parameter.paths for value in elements(resource, path)])
+        return self.negated != any(all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
+                                   for row in rows for every in self.alternatives)
 
 
 # FHIR search, "Prefixes": how a resource's time (first, last) stands to the searched span; 0 is its start, 1 its end.
@@ -2530,16 +2536,17 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
         key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
     if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
         raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return {**resource, "id": key}
+    return resource if "id" in resource else {**resource, "id": key}
 
 
-def person_name(resource: Json) -> str:
-    """What to call a Patient or another person; the id if there is no name."""
-    for name in elements(resource, "name"):
-        parts = elements(name, "text") or elements(name, "given") + elements(name, "family")
-        if parts:
-            return " ".join(map(str, parts))
-    return str(resource["id"])
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
 
 
 class Source(NamedTuple):
@@ -2580,7 +2587,8 @@ def sources(data: Any) -> list[Source]:
         found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                  if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
         if found:
-            return [Source(name, os.stat(name).st_size) for name in sorted(found)]
+            # swapcase: Synthea's hospitalInformation and practitionerInformation before the patients that refer to them
+            return [Source(name, os.stat(name).st_size) for name in sorted(found, key=str.swapcase)]
     except OSError as error:
         raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
     raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
@@ -2622,7 +2630,8 @@ class Records:
         self.store = Store(settings.db, RECORD_SCHEMA)
         self.warnings: list[str] = []
         self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
-        self._ready, self._filling = False, threading.Lock()
+        self._ready, self._filling, self._indexed = False, threading.Lock(), True
+        self._identified: dict[str, str] = {}  # while loading: Practitioner?identifier=system|value -> Practitioner/id
         try:
             with self.store.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO record_facts VALUES ('version', ?)", (self.version,))
@@ -2683,6 +2692,9 @@ class Records:
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
         skipped: collections.Counter[str] = collections.Counter()
         progress, done = Progress(sum(source.size for source in found), self.clock), 0
+        if before < 2000:  # little but the samples: the index that takes longest is faster made at the end, at once
+            self.store.connection.execute("DROP INDEX search_by_value")
+            self._indexed = False
         for source in found:
             try:
                 with self.store.transaction() as database:
@@ -2693,6 +2705,8 @@ class Records:
             except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
                 raise StartError(f"--data {source.path}: {error}")
             done += source.size
+        self.store.connection.executescript(RECORD_SCHEMA)
+        self._indexed, self._identified = True, {}
         with self.store.transaction() as database:
             self._resolve(database, later=False)
         self._warn(skipped, before)
@@ -2708,11 +2722,19 @@ class Records:
             for where, resource in found:
                 check_version(resource, self.version)
                 if resource["resourceType"] in search_table(self.version):
-                    yield prepare(resource, self.version, now)
+                    yield self._remembered(prepare(resource, self.version, now))
                 else:
                     skipped[resource["resourceType"]] += 1
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
+
+    def _remembered(self, one: Prepared) -> Prepared:
+        """Note what conditional references to a practitioner or organization will mean in the documents to come."""
+        type_name, resource_id = one.row[:2]
+        for name, value, system, *_ in one.values if type_name in SHARED_TYPES else ():
+            if name == "identifier":
+                self._identified[f"{type_name}?identifier={system}|{value}"] = f"{type_name}/{resource_id}"
+        return one
 
     def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
         """Write resources, many at once. later: after the start, so that reset takes them back."""
@@ -2775,7 +2797,9 @@ class Records:
         A conditional one (Practitioner?identifier=system|value) must have one match (FHIR, transaction); of a urn:uuid:
         the id may have been made.
         """
-        if reference not in names:
+        if reference in self._identified:
+            return self._identified[reference]
+        if reference not in names and self._indexed:
             type_name, conditional, search = reference.partition("?")
             served, rows = search_table(self.version), []
             if reference.startswith("urn:"):
@@ -2786,7 +2810,7 @@ class Records:
                     where = self._where(parse_query(self.version, type_name, parse_qsl(search)), Access(None))
                     rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
-        return names[reference]
+        return names.get(reference)
 
     def _warn(self, skipped: Mapping[str, int], before: int) -> None:
         """Note what a load left out, and which references of what came after `before` lead nowhere."""
@@ -2831,7 +2855,7 @@ class Records:
         rows = self._filled().rows(
             f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id LIMIT ?",
             *(word for one in words for word in (one, one)), limit)
-        return [(one["id"], person_name(one)) for one in (json.loads(row["json"]) for row in rows)]
+        return [(one["id"], display_name(one)) for one in (json.loads(row["json"]) for row in rows)]
 
     def pointing_to(self, binary_id: str) -> list[Json]:
         """The DocumentReferences and DiagnosticReports whose content is a Binary."""
@@ -2872,7 +2896,7 @@ class Records:
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
                              if end[0] in SHARED_TYPES or end[0] == "Device")
         others = [one for one in (self.find(*end) for end in ends) if one and owner(one.resource) == NOBODY]
-        return page._replace(included=[one for one in others if all(access.may_see(one.resource, letter) for letter in "rs")])
+        return page._replace(included=[one for one in others if access.may_see(one.resource, "rs")])
 
     def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
               access: Access, letters: str) -> tuple[Page, bool]:
@@ -2892,7 +2916,7 @@ class Records:
             for row in rows:
                 after = [row[name] for name, _ in keys]
                 one = Found(row["number"], json.loads(row["json"]), row["json"])
-                if all(access.may_see(one.resource, letter) for letter in letters):
+                if access.may_see(one.resource, letters):
                     found.append((one, after))
                 else:
                     dropped = True
@@ -3305,7 +3329,7 @@ class Portal:
         row = self.state.row(sql, username)
         patient = None if row or self.upstream else self.records.read("Patient", username)
         if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
-            name = person_name(patient)
+            name = display_name(patient)
             with self.state.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
                     username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
@@ -3315,7 +3339,7 @@ class Portal:
 
     def patients_of(self, username: str, text: str = "") -> dict[str, str]:
         """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
-        name has a part that begins with it. Of one who may open any record, the first few."""
+        name has it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
             found = dict(upstream_patients(self, text) if self.upstream else self.records.patients(text, 200))
@@ -3335,7 +3359,7 @@ class Portal:
             if self.upstream:
                 return upstream_patient(self, patient_id)
             found = self.records.read("Patient", patient_id)
-            return person_name(found) if found else None
+            return display_name(found) if found else None
         return self.patients_of(username).get(patient_id)
 
     def fhir_user(self, username: str, patient_id: str | None) -> str:
@@ -4406,7 +4430,7 @@ def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
         found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
                  and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
     else:
-        query = parse_query(portal.settings.fhir_version, "Encounter", [("patient", patient_id), ("_count", "100")])
+        query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
         found = [one.resource for one in portal.records.search(query, Access(None)).matches]
     found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
     return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
@@ -6003,7 +6027,7 @@ def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
     query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
     entries = portal.upstream.bundle(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")[1]
     found = [entry.get("resource") for entry, _ in entries]
-    return [(one["id"], person_name(one)) for one in found if isinstance(one, dict)
+    return [(one["id"], display_name(one)) for one in found if isinstance(one, dict)
             and one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
 
 
@@ -6011,7 +6035,7 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
     """The name of a patient of the FHIR server, None where there is none of that id."""
     assert portal.upstream
     answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
-    return None if answer.status in (404, 410) else person_name(portal.upstream.resource(answer, "")[0])
+    return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
 
 
 # ######################################################################## 16 the FHIR API
@@ -6150,11 +6174,11 @@ def visible(portal: Portal, access: Access, type_name: str, resource_id: str) ->
     found = portal.records.find(type_name, resource_id)
     if not found:
         raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-
-    def is_pointed_to(binary_id: str) -> bool:
-        return binary_id in access.binaries_in(portal.records.pointing_to(binary_id))
-    if not (access.may_see_binary(found.resource, is_pointed_to) if type_name == "Binary"
-            else access.may_see(found.resource, "r")):
+    if type_name == "Binary":
+        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
+    else:
+        seen = access.may_see(found.resource, "r")
+    if not seen:
         raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
                         "category that was not approved", 403)
     return found
@@ -6200,7 +6224,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
     if request.method == "POST" and (rest != ["_search"] or not searching):
         raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    if not access.allows(type_name, "s" if searching else "r", "" if searching else rest[0]):
+    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
         raise too_little_scope(type_name, "s" if searching else "r")
     if searching:
         return search(portal, request, access, type_name, base)
@@ -7674,6 +7698,7 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
         f"  accounts     {', '.join(name for name, *_ in DEMO_USERS)}; password {DEMO_PASSWORD}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}"]
     lines += [f"  environment  {name} took effect" for name in from_environment]
+    lines += [f"  data         {warning}" for warning in server.portal.records.warnings]
     return "\n".join(lines)
 
 
