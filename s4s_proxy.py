@@ -97,7 +97,6 @@ import sqlite3
 import sys
 import threading
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -201,6 +200,7 @@ class Settings:
         return self.local if self.debug is None else self.debug
 
 
+@functools.lru_cache(maxsize=1000)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
     host = host.strip("[]").lower()
@@ -518,7 +518,7 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
     "launch/patient": "know whose record you choose",
     "launch/encounter": "know which visit is open",
     "offline_access": "come back for new data when you are not there, until the date below or until you stop it"}
-SCOPE_SYNTAX = re.compile(r"[!#-\[\]-~ ]*[!#-\[\]-~][!#-\[\]-~ ]*")  # RFC 6749 section 3.3
+SCOPE_SYNTAX = re.compile(r"(?= *[^ ])[!#-\[\]-~ ]{1,8192}")  # RFC 6749 section 3.3, but not without end
 _RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
                              r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
 # No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
@@ -542,6 +542,7 @@ class ResourceScope(NamedTuple):
                             for same, narrower in other.constraints) for name, value in self.constraints))
 
 
+@functools.lru_cache(1024)
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
@@ -578,7 +579,8 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     `contexts`: system/ is for backend services, which have no user and no consent; the others are for users.
     """
     if not SCOPE_SYNTAX.fullmatch(asked):
-        raise PortalError("invalid_scope", f"scope {asked!r}: expected words of ASCII without quotes and backslashes")
+        raise PortalError("invalid_scope", f"scope {asked[:200]!r}: expected words of ASCII without quotes and "
+                          "backslashes, 8192 characters at most")
     granted: list[str] = []
     for word in asked.split():
         parsed = parse_scope(word)
@@ -739,14 +741,21 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 Row = sqlite3.Row
 
 
+MAX_KNOWN = 5000  # rows that a Store remembers
+
+
 class Store:
     """A SQLite database that many threads share: one connection, one lock.
 
     One connection and a lock is faster here than a connection per thread, and leaves no question of who sees what:
-    a `transaction` is alone, from its first look to its last write.
+    a `transaction` is alone, from its first look to its last write. Rows once looked up are remembered until anything
+    is written, which no reader of this code has to think of: every write is a transaction, and each forgets all. Not
+    with a file, which another process may write to.
     """
     def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
+        self._known: dict[tuple[Any, ...], Row | None] = {}
+        self._remembers = path is None
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
                                               check_same_thread=False)
@@ -766,15 +775,29 @@ class Store:
 
     def row(self, sql: str, *values: Any) -> Row | None:
         """The first row of a query, or None."""
+        key = (sql, *values)
+        try:
+            return self._known[key]
+        except KeyError:
+            pass
         with self._lock:
             found: Row | None = self.connection.execute(sql, values).fetchone()
+            if self._remembers and not self.connection.in_transaction:
+                if len(self._known) >= MAX_KNOWN:
+                    self.changed()
+                self._known[key] = found
             return found
+
+    def changed(self) -> None:
+        """Forget the rows looked up: something else is written now, or may be."""
+        self._known = {}
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All of the writes in the block, or, if it raises, none. No other thread reads or writes meanwhile."""
         with self._lock:
             self.connection.execute("BEGIN IMMEDIATE")
+            self.changed()
             try:
                 yield self.connection
                 self.connection.execute("COMMIT")  # may fail too: a full disk
@@ -798,19 +821,27 @@ def forget_expired(database: sqlite3.Connection, table: str, now: float, which: 
 class Clock:
     """The one clock. Nothing else reads the time, so a test that moves it moves every expiry."""
     def __init__(self) -> None:
-        self.offset = 0.0
+        self.offset = self._system = 0.0
+        self._lock = threading.Lock()
 
     def now(self) -> float:
-        """The portal's time, in Unix seconds."""
-        return time.time() + self.offset
+        """The portal's time, in Unix seconds. It goes on where the system's clock is set back: what has expired stays
+        expired, and a used assertion stays used."""
+        with self._lock:
+            system = time.time()
+            self.offset += max(0.0, self._system - system)
+            self._system = system
+            return system + self.offset
 
     def advance(self, seconds: float) -> float:
         """Move the clock on; gives the new time."""
-        self.offset += seconds
+        with self._lock:
+            self.offset += seconds
         return self.now()
 
 
 LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
+LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: years ahead are promised
 
 
 def http_date(seconds: float) -> str:
@@ -2501,7 +2532,7 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
         match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
         key = key or (match and match[1])
     if key is None:
-        key = str(uuid.uuid5(uuid.NAMESPACE_URL, json.dumps(resource, sort_keys=True)))
+        key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
     if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
         raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
     return resource if "id" in resource else {**resource, "id": key}
@@ -2633,6 +2664,7 @@ class Records:
         """Copy the sample records in."""
         if self._in_memory:
             samples.backup(self.store.connection)
+            self.store.changed()
             return
         with self.store.transaction() as database:
             texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()
@@ -3054,14 +3086,15 @@ def client_metadata(metadata: Json) -> Json:
     if not all(map(is_web_url, kept.get("launch_uris", []))):
         raise refuse("launch_uris", "absolute http or https URLs")
     if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
-        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3)")
+        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters "
+                     "at most")
     if "jwks" in kept and "jwks_uri" in kept:
         raise refuse("jwks_uri", "not to stand beside jwks")
     if "jwks" in kept:
         try:
             for key in key_set(kept["jwks"]):
                 if key.get("kty") == "RSA" or key.get("crv") == "P-384":
-                    verify(key, "RS384" if key["kty"] == "RSA" else "ES384", b"", b"")
+                    verify(key, "RS384" if key.get("kty") == "RSA" else "ES384", b"", b"")
         except ValueError as error:
             raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
@@ -3093,8 +3126,10 @@ class Seeds(NamedTuple):
 
 def seeds(settings: Settings) -> Seeds:
     """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
-    found = Seeds([(username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                   for username, name, fhir_user, anyone in DEMO_USERS], list(DEMO_PATIENTS), {})
+    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
+                  list(DEMO_PATIENTS) if samples else [], {})
     for client_id, secret, uri in DEMO_CLIENTS:
         found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
     demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
@@ -3234,14 +3269,14 @@ class Portal:
         self.state = Store(settings.db, STATE_SCHEMA)
         try:
             self.records = Records(settings, self.clock)
-        except StartError:
+        except BaseException:
             self.state.close()
             raise
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
         self.faults = Faults()
-        self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
+        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
         self.upstream = Upstream(settings) if settings.fhir_server else None  # the FHIR server behind: section 15
@@ -3268,8 +3303,8 @@ class Portal:
             self.upstream.forget()
         self.faults.clear()
         self.recorded.clear()
-        self.records.reset()
         self.key_sets.clear()
+        self.records.reset()
         with self.state.transaction() as database:
             for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
                          "patients", "users"):
@@ -3434,6 +3469,7 @@ class Request:
         self.rest = ""
         self.client_id = self.username = ""     # found out on the way, for the log
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
+        self.broken: PortalError | None = None  # why the body could not be read
 
     def note(self, text: str) -> None:
         """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
@@ -3460,19 +3496,20 @@ class Request:
 
     def json(self) -> Json:
         """The body as a JSON object."""
-        if self.media_type != "application/json":
+        if not re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type):
             raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
                               "application/json", 415)
         return parse_json(self.body)
 
     def cookie(self, name: str) -> str:
         """A cookie's value, or "". """
-        import http.cookies  # takes long to import, and only browsers need it
-        try:
-            jar = http.cookies.SimpleCookie(self.headers.get("cookie", ""))
-        except http.cookies.CookieError:
-            return ""
-        return jar[name].value if name in jar else ""
+        # Not http.cookies: it drops all cookies for one that it dislikes (localhost's come from every port), takes
+        # time that grows with the square, and decodes line breaks, which would get into Set-Cookie.
+        found = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
+        return found[1] if found else ""
+
+
+MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
 
 
 def _refuse_constant(text: str) -> float:
@@ -3483,9 +3520,17 @@ def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
+        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        level, depth = [value], 0
+        while level and depth <= MAX_DEPTH:
+            level = [inner for one in level if isinstance(one, (dict, list))
+                     for inner in (one.values() if isinstance(one, dict) else one)]
+            depth += 1
+        if level:
+            raise RecursionError
     except RecursionError:
-        raise PortalError("invalid_request", "the JSON nests too deep")
+        raise PortalError("invalid_request", f"the JSON nests too deep; expected {MAX_DEPTH} levels at most")
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
     if not isinstance(value, dict):
@@ -4994,6 +5039,8 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
     wanted = form.get("scope")
+    if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
+        raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
 
     def check(row: Row) -> None:
         for word in wanted.split():
@@ -5222,12 +5269,13 @@ class SocketReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
         try:
-            self.connection.settimeout(max(left, 0.001))
-            return self.connection.recv_into(buffer)
+            if left > 0:
+                self.connection.settimeout(left)
+                return self.connection.recv_into(buffer)
         except OSError:
-            if time.monotonic() >= self.deadline:
-                raise BadRequest(408, "the request took too long to arrive")
-            raise
+            if time.monotonic() < self.deadline:
+                raise
+        raise BadRequest(408, "the request took too long to arrive")
 
 
 def parse_headers(lines: bytes) -> dict[str, str]:
@@ -5686,6 +5734,7 @@ def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json
                 {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
                 if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
     ours["rest"][0]["resource"] = resources
+    ours["rest"][0].pop("operation", None)
     ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
     return ours
 
@@ -6700,15 +6749,16 @@ MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
 
 
-def control(path: str, answer: Callable[[Any], Any], **aliases: str) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `aliases` are
-    other names of members."""
+def control(path: str, answer: Callable[[Any], Any], whole: str = "", **aliases: str) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `whole` is the
+    parameter that the body is as a whole; `aliases` are other names of members."""
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__] = function
 
         def over_http(portal: Portal, request: Request) -> Response:
             only_with_debug(portal)
-            members = {aliases.get(name, name): value for name, value in request.json().items()}
+            body = request.json()
+            members = {whole: body} if whole else {aliases.get(name, name): value for name, value in body.items()}
             return json_response(answer(call_with_members(portal, function, members)))
         over_http.__doc__ = function.__doc__
         over_http.__name__ = f"debug_{function.__name__}"
@@ -6854,7 +6904,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
     page is a PortalError.
     """
-    parts = urlsplit(need_text("url", url))
+    parts = urlsplit(url if is_web_url(need_text("url", url)) else "")
     request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
     if request.path != "/oauth/authorize":
         raise PortalError("invalid_request", f"url: {url!r} is not an address of /oauth/authorize")
@@ -6888,7 +6938,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
 def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
            patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
            need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as the EHR does, without the page: see create_launch in section 13."""
+    """Launch an app as the EHR does, without the page: see create_launch."""
     return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)
@@ -6898,8 +6948,20 @@ def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | No
 def advance(portal: Portal, *, seconds: float) -> float:
     """Move the portal's clock by seconds, which may be fractional; gives the portal's time, in Unix seconds."""
     step = need_number("seconds", seconds)
-    need_moment("seconds", portal.clock.now() + step)
+    if not 0 <= portal.clock.now() + step <= LAST_NOW:
+        raise PortalError("invalid_request", "seconds: the clock goes from the year 1970 to the year 9990")
     return portal.clock.advance(step)
+
+
+@control("load", lambda stored: {"stored": stored}, whole="resource")
+def load(portal: Portal, *, resource: Json) -> int:
+    """Add a resource, or the resources of a Bundle, to the embedded records; gives how many were stored.
+
+    Those of the same type and id are replaced, until reset. All or none.
+    """
+    if portal.upstream:
+        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
+    return portal.records.load(resource)
 
 
 @route("POST /oauth/debug/reset", "test control", kind="debug")
@@ -6947,7 +7009,7 @@ def fail(portal: Portal, *, endpoint: str, status: int | None = None, error: str
 
 SECRET_NAMES = frozenset((
     "access_token", "authorization", "client_assertion", "client_secret", "code", "code_verifier", "cookie",
-    "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
+    "d", "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
 REDACTED = "[redacted]"
 
 
@@ -6969,7 +7031,7 @@ class RecordedRequest(NamedTuple):
     method: str
     path: str
     query: str
-    status: int
+    status: int              # 0: a test ordered a drop
     headers: dict[str, str]  # names in lower case
     body: str
     client_id: str
@@ -6977,18 +7039,27 @@ class RecordedRequest(NamedTuple):
 
     def redacted(self) -> Json:
         """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
-        body = self.body
-        if body and "json" in self.headers.get("content-type", ""):
-            try:
+        body, media_type = self.body, self.headers.get("content-type", "").lower()
+        try:
+            if "json" in media_type:
                 body = json.dumps(redact(json.loads(body)))
-            except (ValueError, RecursionError):
-                body = REDACTED  # who can say what is in it
-        elif body:
-            body = redact_pairs(body)
+            elif "x-www-form-urlencoded" in media_type:
+                body = redact_pairs(body)
+            elif body:
+                raise ValueError
+        except (ValueError, RecursionError):
+            body = body and REDACTED  # who can say what is in it
         return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
+
+
+def recorded_requests(portal: Portal) -> list[RecordedRequest]:
+    """The last requests, oldest first. They are put into this form only when somebody asks."""
+    return [RecordedRequest(one.method, one.path, one.query, status, dict(one.headers),
+                            one.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"), one.client_id, one.username)
+            for one, status in list(portal.recorded)]
 
 
 @route("GET,DELETE /oauth/debug/requests", "test control", kind="debug")
@@ -6998,7 +7069,7 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     if request.method == "DELETE":
         portal.recorded.clear()
         return Response(204)
-    return json_response({"requests": [one.redacted() for one in list(portal.recorded)]})
+    return json_response({"requests": [one.redacted() for one in recorded_requests(portal)]})
 
 
 # ######################################################################## 19 HTTP
@@ -7041,10 +7112,11 @@ def check_host(portal: Portal, request: Request) -> None:
 
 
 def check_same_origin(request: Request) -> None:
-    """Debug endpoints obey no other web page: a browser names the page that sends."""
-    origin = request.headers.get("origin")
-    if origin and origin != f"{request.scheme}://{request.host}":
-        raise PortalError("forbidden", f"Origin is {origin!r}: debug endpoints take no requests from other sites", 403)
+    """Debug endpoints obey no other web page: a browser names the page that sends, or how far away it is."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+    if (origin and origin != f"{request.scheme}://{request.host}") or site not in ("same-origin", "none"):
+        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take no requests "
+                          "from other sites", 403)
 
 
 def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
@@ -7075,6 +7147,8 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
                               f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
         if found.kind == "debug":
             check_same_origin(request)
+        if request.broken and request.method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
+            raise request.broken
         if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
             portal.meet_fault(found.fault)
         return found.endpoint(portal, request)
@@ -7105,10 +7179,8 @@ def dispatch(portal: Portal, request: Request) -> Response:
         response = answer(portal, request, found)
     finally:
         if not request.path.startswith("/oauth/debug/"):
-            portal.recorded.append(RecordedRequest(
-                request.method, request.path, request.query, response.status if response else 0,
-                dict(request.headers), request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"),
-                request.client_id, request.username))
+            portal.recorded.append((request, response.status if response else 0))
+            request.body = request.body[:MAX_RECORDED_BODY]
     if found and found.cors:
         response.headers += ALLOWED_ORIGIN
     response.headers.append(("X-Content-Type-Options", "nosniff"))
@@ -7117,6 +7189,9 @@ def dispatch(portal: Portal, request: Request) -> Response:
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
     email.parser takes longer than all that the portal does; and writes each answer at once: header and body in two
@@ -7152,6 +7227,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         response = dispatch(self.server.portal, request)
         self.send(request.method, response)
         self.server.log_request(request, response.status, time.perf_counter() - started)
+        if request.broken:
+            self.linger()
 
     def read_request(self) -> Request | None:
         """The next request; None when the client is done. Between two requests the connection may be stopped."""
@@ -7180,15 +7257,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method, target = match[1].decode(), match[2].decode()
         request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
                           scheme=server.scheme)
-        request.body = self.read_body(request, headers)
+        if match[4] == b"0":
+            headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
+        try:
+            request.body = self.read_body(request, headers)
+        except BadRequest as error:  # it is known who asks for what: so it is answered in the endpoint's own shape
+            request.broken = PortalError("invalid_request", str(error), error.status)
+            self.close_connection = True
         return request
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
-        if target.lower().startswith(("http://", "https://")):
-            parts = urlsplit(target)
-            headers["host"] = parts.netloc
-            target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        absolute = re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
+        if absolute:
+            headers["host"] = absolute[1]
+            target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
         elif target == "*" and method == "OPTIONS":
             target = "/"
         if not target.startswith("/") or "#" in target:
@@ -7229,7 +7312,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = response.body
         head = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n",
                 f"Date: {self.server.date()}\r\n"]
-        head += [f"{name}: {value}\r\n" for name, value in response.headers]
+        # Whatever a value is made of, it stays one line: no one adds headers of their own.
+        head += [f"{name}: {re.sub(_CONTROL, '?', value)}\r\n" for name, value in response.headers]
         if response.status not in (204, 304):
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
@@ -7237,11 +7321,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what can't be read, then let the client finish sending for a moment, so that it sees the answer."""
+        """Answer a request whose head can't be read."""
         self.close_connection = True
-        response = json_response({"error": "invalid_request", "error_description": str(error)}, error.status)
+        with contextlib.suppress(OSError):
+            self.send("", json_response({"error": "invalid_request", "error_description": str(error)}, error.status))
+            self.linger()
+
+    def linger(self) -> None:
+        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and the
+        client may never see the answer."""
         with contextlib.suppress(OSError, BadRequest):
-            self.send("", response)
             self.connection.shutdown(socket.SHUT_WR)
             self.reader.deadline = time.monotonic() + 1
             for _ in range(1024):
@@ -7327,14 +7416,18 @@ class Listener(http.server.HTTPServer):
 
     def _hand_over(self, connection: socket.socket) -> None:
         with self._lock:
-            self._open.add(connection)
-            self._arrived.put(connection)
             if self._idle:
                 self._idle -= 1
-                return
-            thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
-            self._threads.add(thread)
-            thread.start()  # with the lock, so that stop() finds no thread that has not begun
+            else:
+                thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
+                try:
+                    thread.start()  # with the lock, so that stop() finds no thread that has not begun
+                except RuntimeError:  # the system gives no more threads; those there are go on
+                    connection.close()
+                    return
+                self._threads.add(thread)
+            self._open.add(connection)
+            self._arrived.put(connection)
 
     def _work(self) -> None:
         """A thread's life: connection after connection."""
@@ -7421,7 +7514,7 @@ class Server:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
 
     Takes the command line's options as keywords; the port is any free one, and there is no log unless verbose.
-    Any number may run at once. Each method below is one of section 17's controls, and refuses with PortalError.
+    Any number may run at once. Each method below is one of the test controls, and refuses with PortalError.
     """
     def __init__(self, **settings: Any):
         self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
@@ -7441,6 +7534,8 @@ class Server:
             raise
         portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
         portal.log = write_log
+        for warning in portal.records.warnings:
+            portal.log(f"warning: {warning}")
         self.portal = portal
         self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
         self._thread.start()
@@ -7499,43 +7594,47 @@ class Server:
     @property
     def requests(self) -> list[RecordedRequest]:
         """The last requests, oldest first, as they came."""
-        return list(self.portal.recorded)
+        return recorded_requests(self.portal)
 
     def register_client(self, **metadata: Any) -> Json:
-        """See register_client in section 11."""
+        """See register_client, with the clients."""
         return register_client(self.portal, metadata)
 
     def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams", scope: str | None = None,
                     patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
                     approval_expires: float | None = None) -> Json:
-        """See issue_token in section 17."""
+        """See issue_token among the test controls."""
         return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
                            access_lifetime=access_lifetime, approval_expires=approval_expires)
 
     def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False) -> str:
-        """See approve in section 17."""
+        """See approve among the test controls."""
         return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
                        security_labels=security_labels, approval_expires=approval_expires, deny=deny)
 
     def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
                patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
                need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
-        """See launch in section 17. Gives the app's launch URL."""
+        """See launch among the test controls. Gives the app's launch URL."""
         return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
                           patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                           need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
 
     def advance(self, seconds: float) -> float:
-        """See advance in section 17."""
+        """See advance among the test controls."""
         return advance(self.portal, seconds=seconds)
 
     def fail(self, endpoint: str, status: int | None = None, error: str | None = None, retry_after: int | None = None,
              delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
-        """See fail in section 17."""
+        """See fail among the test controls."""
         return fail(self.portal, endpoint=endpoint, status=status, error=error, retry_after=retry_after, delay=delay,
                     drop=drop, times=times)
+
+    def load(self, resource: Json) -> int:
+        """See load among the test controls."""
+        return load(self.portal, resource=resource)
 
     def reset(self) -> None:
         """Back to the start: users, clients, records, clock; grants, tokens, faults and recorded requests are gone."""
