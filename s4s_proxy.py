@@ -2649,8 +2649,10 @@ class Records:
             found = [source for one in settings.data if one != "none" for source in sources(one)]
             if found:
                 self._load_sources(found)
-        except BaseException:
+        except BaseException as error:
             self.store.close()
+            if isinstance(error, sqlite3.Error):
+                raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
             raise
 
     def _fact(self, name: str) -> str:
@@ -2697,22 +2699,31 @@ class Records:
     def _load_sources(self, found: Sequence[Source]) -> None:
         """Load one after the other: a bad one is refused whole, those before it stay."""
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
-        skipped: collections.Counter[str] = collections.Counter()
-        progress, done = Progress(sum(source.size for source in found), self.clock), 0
         samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
         if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
             self.store.connection.execute("DROP INDEX search_by_value")
             self._indexed = False
-        for source in found:
-            try:
-                with self.store.transaction() as database:
-                    self._put(database, (one for place, text, read in source.documents() if progress.at(done + read)
-                                         for one in self._prepared(text, skipped, place)), later=False)
-            except PortalError as error:
-                raise StartError(f"--data {source.path}: {error.description}")
-            except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
-                raise StartError(f"--data {source.path}: {error}")
-            done += source.size
+        skipped: collections.Counter[str] = collections.Counter()
+        ends = list(itertools.accumulate(source.size for source in found))
+        progress = Progress(ends[-1], self.clock)
+        for _, batch in itertools.groupby(zip(found, ends), lambda one: one[1] >> 25):  # every 32 MB is written for good
+            bad = ""
+            with self.store.transaction() as database:
+                for source, end in batch:
+                    database.execute("SAVEPOINT source")
+                    try:
+                        self._put(database, (
+                            one for place, text, read in source.documents() if progress.at(end - source.size + read)
+                            for one in self._prepared(text, skipped, place)), later=False)
+                    except PortalError as error:
+                        bad = f"--data {source.path}: {error.description}"
+                    except (OSError, EOFError, zlib.error) as error:
+                        bad = f"--data {source.path}: {error}"
+                    if bad:
+                        database.execute("ROLLBACK TO source")
+                        break
+            if bad:
+                raise StartError(bad)
         self.store.connection.executescript(RECORD_SCHEMA)
         self._indexed, self._identified = True, {}
         with self.store.transaction() as database:
@@ -2892,7 +2903,8 @@ class Records:
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
         if query.total and not dropped and not access.narrowed:
-            total = store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+            row = store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)
+            total = row[0] if row else 0
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
