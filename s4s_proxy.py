@@ -2487,6 +2487,14 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
         database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
 
 
+def document_text(document: Json) -> bytes:
+    """A document that was given as a dict, as text; PortalError if it is no JSON."""
+    try:
+        return json.dumps(document).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PortalError("invalid_request", f"not JSON: {error}")
+
+
 Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
 
 
@@ -2545,7 +2553,7 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
         key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
     if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
         raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return resource if "id" in resource else {**resource, "id": key}
+    return {**resource, "id": key} if resource.get("id") is None else resource
 
 
 def display_name(patient: Json) -> str:
@@ -2559,18 +2567,18 @@ def display_name(patient: Json) -> str:
 
 
 class Source(NamedTuple):
-    """One thing to load: a file, or a text that Server(data=...) was given."""
+    """One thing to load: a file, or a dict that Server(data=...) was given."""
     path: str
     size: int
-    text: bytes = b""
+    given: Json | None = None
 
     def documents(self) -> Iterator[tuple[str, Document, int]]:
         """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
 
         A line at a time, so that a file of any length takes no more memory than its longest line.
         """
-        if self.text:
-            yield "", parse_document(self.text), self.size
+        if self.given is not None:
+            yield "", parse_document(document_text(self.given)), self.size
             return
         import gzip  # only where it is needed: it takes long
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
@@ -2591,8 +2599,7 @@ class Source(NamedTuple):
 def sources(data: Any) -> list[Source]:
     """What an item of --data names: a resource or Bundle, a file, or those of a folder that may hold FHIR."""
     if isinstance(data, dict):
-        text = json.dumps(data).encode()
-        return [Source("(given as a dict)", len(text), text)]
+        return [Source("(given as a dict)", 0, data)]
     if not isinstance(data, (str, os.PathLike)):
         raise StartError(f"data {data!r}: expected a path, or a resource or Bundle as a dict")
     path = os.fspath(data)
@@ -2695,7 +2702,7 @@ class Records:
         """
         self._filled()
         skipped: collections.Counter[str] = collections.Counter()
-        prepared = list(self._prepared(parse_document(json.dumps(document).encode()), skipped))
+        prepared = list(self._prepared(parse_document(document_text(document)), skipped))
         if skipped and not prepared:
             raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
                               + ", ".join(sorted(search_table(self.version))))

@@ -2152,11 +2152,23 @@ class LoadingRecords(unittest.TestCase):
 
     def test_load_is_all_or_nothing(self) -> None:
         records = self.records()
-        for bad in ({}, {"resourceType": "Provenance"}, self.bundle({"resource": self.patient("a")}, {"resource": 5})):
+        deep: Any = []
+        for _ in range(100_000):
+            deep = [deep]
+        for bad in ({}, {"resourceType": "Provenance"}, {"resourceType": "Patient", "x": {1, 2}},
+                    {"resourceType": "Patient", "x": deep}, self.bundle({"resource": self.patient("a")}, {"resource": 5})):
             with self.subTest(bad=bad), self.assertRaises(s4s.PortalError):
                 records.load(bad)
         self.assertEqual(records.patients(), [])
         self.assertEqual(records.load(self.bundle({"resource": self.patient("a")}, {"resource": self.patient("b")})), 2)
+
+    def test_a_resource_without_an_id_gets_one_from_its_content(self) -> None:
+        records = self.records()
+        for resource in ({"resourceType": "Patient", "gender": "male"}, {"resourceType": "Patient", "gender": "male", "id": None}):
+            records.load(resource)
+            records.load(resource)
+        self.assertEqual(len(records.patients()), 2)
+        self.assertTrue(all(key for key, _ in records.patients()))
 
     def test_reset_brings_back_exactly_what_was_there_at_the_start(self) -> None:
         records = s4s.Records(s4s.Settings(data=[self.patient("a"), {"resourceType": "Encounter", "id": "v", "participant": [
