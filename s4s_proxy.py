@@ -101,7 +101,6 @@ import time
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
@@ -114,50 +113,54 @@ FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people
 
 # ######################################################################## 1 settings
 
-def _shown(text: str, placeholder: str = "") -> dict[str, str]:
-    """How --help shows a setting."""
-    return {"help": text, "placeholder": placeholder}
+class Option(NamedTuple):
+    """A setting's default, and how --help shows it."""
+    default: Any
+    text: str
+    placeholder: str = ""
 
 
-@dataclass
+def _option(default: Any, text: str, placeholder: str = "") -> Any:
+    """An Option, where a class's attribute gets its value: see `Settings`."""
+    return Option(default, text, placeholder)
+
+
 class Settings:
     """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
 
     A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
     """
-    host: str = field(default="127.0.0.1", metadata=_shown("address to listen on", "ADDR"))
-    port: int = field(default=8000, metadata=_shown("port to listen on; 0 takes any free one", "N"))
-    base_url: list[str] = field(default_factory=list, metadata=_shown(
-        "the public address, if not the one that each request names; repeatable", "URL"))
-    name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
-    fhir_server: str | None = field(default=None, metadata=_shown(
-        "forward FHIR requests to this server (default: the embedded records)", "URL"))
-    fhir_header: list[str] = field(default_factory=list, metadata=_shown(
-        "added to every forwarded request; repeatable", '"Name: value"'))
-    fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
-    client: list[str] = field(default_factory=list, metadata=_shown(
-        "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
-    fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
-                                                            "VERSION"))
-    data: list[Any] = field(default_factory=list, metadata=_shown(
-        "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
-        "none leaves the sample patients out; repeatable", "PATH"))
-    fixtures: str | Json | None = field(default=None, metadata=_shown(
-        "users and clients known from the start, as JSON", "FILE"))
-    db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
-    strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
-    open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
-    debug: bool | None = field(default=None, metadata=_shown("serve /oauth/debug/* (default: on loopback only)"))
-    certfile: str | None = field(default=None, metadata=_shown("serve https with this certificate (PEM)", "FILE"))
-    keyfile: str | None = field(default=None, metadata=_shown("its key, if not in the same file", "FILE"))
-    quiet: bool = field(default=False, metadata=_shown("no request log"))
-    verbose: bool = field(default=False, metadata=_shown("explain each decision in the request log"))
+    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
+    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
+    base_url: list[str] = _option([], "the public address, if not the one that each request names; repeatable", "URL")
+    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
+    fhir_server: str | None = _option(None, "forward FHIR requests to this server (default: the embedded records)", "URL")
+    fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
+    fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
+    fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
+    data: list[Any] = _option([], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, "
+                              "or a folder; none leaves the sample patients out; repeatable", "PATH")
+    fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
+    client: list[str] = _option([], "a client known from the start; without a secret it is public; repeatable",
+                                "ID[:SECRET]=REDIRECT_URI")
+    db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
+    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback only)")
+    debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
+    certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
+    keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
+    quiet: bool = _option(False, "no request log")
+    verbose: bool = _option(False, "explain each decision in the request log")
 
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.default_factory is list and not isinstance(value, list):
-                setattr(self, one.name, list(value) if isinstance(value, (tuple, set)) else [value])
+    def __init__(self, **chosen: Any) -> None:
+        for name in chosen:
+            if name not in OPTIONS:
+                raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
+        for name, option in OPTIONS.items():
+            value = chosen.get(name, option.default)
+            if isinstance(option.default, list):
+                value = list(value) if isinstance(value, (list, tuple, set)) else [value]
+            setattr(self, name, value)
         if self.fhir_version not in FHIR_VERSIONS:
             raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
         self.base_url = [url.rstrip("/") for url in self.base_url]
@@ -200,6 +203,9 @@ class Settings:
     def serves_debug(self) -> bool:
         """Whether anyone may ask the test controls for tokens."""
         return self.local if self.debug is None else self.debug
+
+
+OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
 
 
 @functools.lru_cache(maxsize=1000)
@@ -557,9 +563,10 @@ def parse_scope(word: str) -> ResourceScope | None:
                          tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
-def resource_scopes(scope: str) -> list[ResourceScope]:
+@functools.lru_cache(maxsize=1000)
+def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
     """The resource scopes within a scope string."""
-    return [parsed for parsed in map(parse_scope, scope.split()) if parsed]
+    return tuple(parsed for parsed in map(parse_scope, scope.split()) if parsed)
 
 
 def scope_covers(registered: str, word: str) -> bool:
@@ -1697,8 +1704,7 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-@dataclass
-class Access:
+class Access(NamedTuple):
     """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
     scope: str | None                 # None: everything, as /api/open-fhir shows it
     patient_id: str | None = None     # whose record patient/ scopes open
@@ -1707,8 +1713,10 @@ class Access:
     fhir_user: str = ""               # Type/id that the token's fhirUser claim names
     version: str = "r4"               # of FHIR, for what ?param=value means
 
-    def __post_init__(self) -> None:
-        self.scopes = resource_scopes(self.scope or "")
+    @property
+    def scopes(self) -> tuple[ResourceScope, ...]:
+        """The resource scopes of the token."""
+        return resource_scopes(self.scope or "")
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
@@ -7657,20 +7665,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="s4s_proxy.py", description="A SMART on FHIR patient portal for testing, with made-up patients.",
         epilog="The source is the manual: it is meant to be read from top to bottom, in a day.")
-    for one in fields(Settings):
-        flag, shown = "--" + one.name.replace("_", "-"), one.metadata
-        options: Json = {"default": argparse.SUPPRESS, "help": shown["help"]}
-        if one.type == "bool":
-            options["action"] = "store_true"
-        elif one.type == "bool | None":
-            options["action"] = argparse.BooleanOptionalAction
+    for name, option in OPTIONS.items():
+        kind = Settings.__annotations__[name]
+        shown: Json = {"default": argparse.SUPPRESS, "help": option.text}
+        if kind == "bool":
+            shown["action"] = "store_true"
+        elif kind == "bool | None":
+            shown["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(metavar=shown["placeholder"], type={"int": int, "float": float}.get(str(one.type), str))
-            if str(one.type).startswith("list"):
-                options["action"] = "append"
-            elif one.default is not None:
-                options["help"] += f" (default: {one.default})"
-        parser.add_argument(flag, **options)
+            shown.update(metavar=option.placeholder, type={"int": int, "float": float}.get(kind, str))
+            if kind.startswith("list"):
+                shown["action"] = "append"
+            elif option.default is not None:
+                shown["help"] += f" (default: {option.default})"
+        parser.add_argument("--" + name.replace("_", "-"), **shown)
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -7711,7 +7719,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     try:
         environment = settings_from_environment(chosen)
-        server = Server(**{"port": Settings.port, "quiet": False, **environment, **chosen}).start()
+        server = Server(**{"port": OPTIONS["port"].default, "quiet": False, **environment, **chosen}).start()
     except StartError as error:
         print(f"s4s_proxy.py: {error}", file=sys.stderr)
         return 1
