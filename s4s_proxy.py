@@ -6065,6 +6065,8 @@ def bearer(portal: Portal, request: Request) -> Row:
         raise FhirError("login", f"the access token {why}", 401, [(
             REALM[0], f'{REALM[1]}, error="invalid_token", error_description="the access token {why}"')])
     request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
+                 "(RFC 6750 section 2.1)")
     return row
 
 
@@ -6157,6 +6159,8 @@ def search(portal: Portal, request: Request, access: Access, type_name: str, bas
                         "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
     page = portal.records.search(query, access)
+    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
+                 "category")
     rest = [(name, value) for name, value in query.parameters if name != "_page"]
     links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
     if page.next:
@@ -7128,6 +7132,7 @@ def check_same_origin(request: Request) -> None:
 
 def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
+    request.note(f"refused: {error}")
     if kind == "page":
         response = error_page(portal, error, request, found)
     elif kind == "fhir":
@@ -7232,8 +7237,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         started = time.perf_counter()
         response = dispatch(self.server.portal, request)
-        self.send(request.method, response)
+        # First the log, so that who has the answer finds the story of it there.
         self.server.log_request(request, response.status, time.perf_counter() - started)
+        self.send(request.method, response)
         if request.broken:
             self.linger()
 
@@ -7348,6 +7354,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
+_LOOKS_SECRET = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[A-Za-z0-9_-]{32,}")
+
+
+def scrubbed(text: str) -> str:
+    """A text for the log, what looks like a token in it shortened: an app may send one where none belongs."""
+    return _LOOKS_SECRET.sub(lambda found: shorten(found[0]), text)
+
+
 class Listener(http.server.HTTPServer):
     """The listening socket, and a thread for each connection; threads that are done wait for the next connection."""
     request_queue_size = 1024     # clients that come at the same time wait here; with the default of 5 most fail
@@ -7399,11 +7413,11 @@ class Listener(http.server.HTTPServer):
         settings = self.portal.settings
         if settings.quiet:
             return
-        path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", lambda found: shorten(found[0]), request.path)
         who = " ".join(part for part in (request.client_id, request.username) if part)
-        line = f"{request.method} {path} {status} {seconds * 1000:.1f} ms {who}".rstrip()
-        line = re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", line)
-        self.portal.log("\n    ".join([line, *(request.notes if settings.verbose else [])]))
+        line = f"{scrubbed(request.method + ' ' + request.path)} {status} {seconds * 1000:.1f} ms {who}".rstrip()
+        notes = map(scrubbed, request.notes if settings.verbose else ())
+        self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", text)
+                                      for text in (line, *notes)))
 
     def accept_until_stopped(self) -> None:
         """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a second."""

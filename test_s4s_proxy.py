@@ -22,12 +22,14 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import unittest
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -1387,6 +1389,57 @@ class Sockets(PortalTest):
     def test_an_absolute_request_target_is_served(self) -> None:
         self.assertEqual(self.status(f"GET {self.portal.url}/health HTTP/1.1\r\nHost: x\r\nConnection: close"
                                      "\r\n\r\n".encode()), 200)
+
+
+class Https(unittest.TestCase):
+    """--certfile and --keyfile."""
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs openssl to make a certificate")
+    def test_https_is_served_with_secure_cookies_and_a_stuck_handshake_holds_nobody(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
+            subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
+                            "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+                           check=True, capture_output=True)
+            with s4s.Server(certfile=cert, keyfile=key) as portal, socket.create_connection(
+                    (portal.host, portal.port)):  # one that never says a word
+                self.assertTrue(portal.url.startswith("https://"))
+                context = ssl.create_default_context(cafile=cert)
+                connection = http.client.HTTPSConnection("localhost", portal.port, context=context, timeout=30)
+                with contextlib.closing(connection):
+                    connection.request("GET", "/login")
+                    got = connection.getresponse()
+                    self.assertIn("; Secure", got.headers["set-cookie"])
+                    got.read()
+                    connection.request("GET", "/api/fhir/.well-known/smart-configuration")
+                    found = json.load(connection.getresponse())
+                self.assertEqual(found["token_endpoint"], f"https://localhost:{portal.port}/oauth/token")
+
+    def test_a_certificate_that_can_not_be_read_is_said(self) -> None:
+        with self.assertRaisesRegex(s4s.StartError, "--certfile /nonexistent"):
+            s4s.Server(certfile="/nonexistent").start()
+
+
+class Verbose(unittest.TestCase):
+    """--verbose tells the story of each request."""
+
+    def test_the_story_of_a_flow_names_sections_and_no_secret(self) -> None:
+        with s4s.Server(verbose=True) as portal:
+            lines: list[str] = []
+            portal.portal.log = lines.append
+            app = App(portal)
+            code = dict(parse_qsl(urlsplit(portal.approve(app.authorize_url(), "daniel-adams")).query))["code"]
+            browser = Browser(portal)
+            browser.open(app.authorize_url())
+            tokens = app.exchange(code).json
+            ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=tokens["access_token"])
+            ask(f"{portal.fhir_url}/Patient/{AMY}", token=tokens["access_token"])
+            story = "\n".join(lines)
+        for needle in ("GET /oauth/authorize 303", "RFC 7636", "RFC 6749 section 4.1.3", "POST /oauth/token 200",
+                       f"GET /api/fhir/Patient/{AMY} 403"):
+            self.assertIn(needle, story)
+        for secret in (code, tokens["access_token"], tokens["refresh_token"], app.secret, app.verifier):
+            self.assertNotIn(secret, story)
 
 
 class Bugs(PortalTest):
@@ -3115,6 +3168,18 @@ class Repository(unittest.TestCase):
             shutil.copy(HERE / "s4s_proxy.py", package / "smart_portal.py")
             program = ("from vendor_ import smart_portal\nwith smart_portal.Server() as portal:\n"
                        "    print(portal.issue_token()['patient'])")
+            done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=folder, capture_output=True,
+                                  text=True, timeout=60, check=False)
+            self.assertEqual((done.stdout.strip(), done.stderr), (DANIEL, ""))
+
+
+    def test_the_module_works_from_a_zip_file(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "vendored.zip")
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.write(HERE / "s4s_proxy.py", "s4s_proxy.py")
+            program = (f"import sys; sys.path.insert(0, {path!r}); import s4s_proxy\n"
+                       "with s4s_proxy.Server() as portal: print(portal.issue_token()['patient'])")
             done = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=folder, capture_output=True,
                                   text=True, timeout=60, check=False)
             self.assertEqual((done.stdout.strip(), done.stderr), (DANIEL, ""))
