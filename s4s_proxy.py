@@ -67,6 +67,7 @@ Copyright 2015 Boston Children's Hospital.
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import binascii
 import calendar
@@ -75,13 +76,16 @@ import contextlib
 import datetime
 import email.utils
 import functools
+import gzip
 import hashlib
 import hmac
 import html
 import http.server
 import io
+import itertools
 import json
 import math
+import operator
 import os
 import queue
 import re
@@ -94,6 +98,7 @@ import sqlite3
 import sys
 import threading
 import time
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -104,6 +109,7 @@ __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
 
 Json = dict[str, Any]  # a JSON object; FHIR resources are such
+FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people call them, and how FHIR does
 
 
 # ######################################################################## 1 settings
@@ -131,6 +137,11 @@ class Settings:
     fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
     client: list[str] = field(default_factory=list, metadata=_shown(
         "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
+    fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
+                                                            "VERSION"))
+    data: list[Any] = field(default_factory=list, metadata=_shown(
+        "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
+        "none leaves the sample patients out; repeatable", "PATH"))
     fixtures: str | Json | None = field(default=None, metadata=_shown(
         "users and clients known from the start, as JSON", "FILE"))
     db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
@@ -147,6 +158,8 @@ class Settings:
             value = getattr(self, one.name)
             if one.default_factory is list and not isinstance(value, list):
                 setattr(self, one.name, list(value) if isinstance(value, (tuple, set)) else [value])
+        if self.fhir_version not in FHIR_VERSIONS:
+            raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
         self.base_url = [url.rstrip("/") for url in self.base_url]
         for url in self.base_url:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
@@ -189,6 +202,7 @@ class Settings:
         return self.local if self.debug is None else self.debug
 
 
+@functools.lru_cache(maxsize=1000)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
     host = host.strip("[]").lower()
@@ -699,32 +713,51 @@ CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
+PRAGMA cache_size = -65536;                       -- at most 64 MB of memory, however large the file
+PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
-    patient_id TEXT,                              -- whose compartment it is in; NULL: nobody's
+    patient_id TEXT NOT NULL,                     -- whose compartment it is in; '' nobody's, '?' can't be told
     updated REAL NOT NULL, json TEXT NOT NULL, UNIQUE (type, id));
-CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (patient_id, type);
+CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
 
--- One row for each value of each search parameter: a token has system and value, a reference Type/id as value,
--- a string its lower-case text, a date the first and last second it may mean.
+-- One row for each value of each search parameter: a token has system and value; a reference its id as value, its type
+-- as system; a string what it is compared as, and itself as system; a date the span it may mean, in Unix seconds.
 CREATE TABLE IF NOT EXISTS search_values (
-    number INTEGER NOT NULL REFERENCES resources, parameter TEXT NOT NULL,
-    system TEXT, value TEXT, first REAL, last REAL);
-CREATE INDEX IF NOT EXISTS search_by_number ON search_values (number, parameter);
+    number INTEGER NOT NULL, parameter TEXT NOT NULL, value TEXT NOT NULL, system TEXT NOT NULL,
+    first REAL NOT NULL, last REAL NOT NULL,
+    PRIMARY KEY (number, parameter, value, system, first, last)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS search_by_value ON search_values (parameter, value);
+
+-- References that wait for what they mean to be loaded: Practitioner?identifier=..., urn:uuid:...
+CREATE TABLE IF NOT EXISTS unresolved (
+    number INTEGER NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (number, reference)) WITHOUT ROWID;
+
+-- What reset brings back: the JSON before a load replaced it; NULL: it was not there.
+CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
+
+-- version: of FHIR; samples: they are in.
+CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
 Row = sqlite3.Row
+
+
+MAX_KNOWN = 5000  # rows that a Store remembers
 
 
 class Store:
     """A SQLite database that many threads share: one connection, one lock.
 
     One connection and a lock is faster here than a connection per thread, and leaves no question of who sees what:
-    a `transaction` is alone, from its first look to its last write.
+    a `transaction` is alone, from its first look to its last write. Rows once looked up are remembered until anything
+    is written, which no reader of this code has to think of: every write is a transaction, and each forgets all. Not
+    with a file, which another process may write to.
     """
     def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
+        self._known: dict[tuple[Any, ...], Row | None] = {}
+        self._remembers = path is None
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
                                               check_same_thread=False)
@@ -744,15 +777,29 @@ class Store:
 
     def row(self, sql: str, *values: Any) -> Row | None:
         """The first row of a query, or None."""
+        key = (sql, *values)
+        try:
+            return self._known[key]
+        except KeyError:
+            pass
         with self._lock:
             found: Row | None = self.connection.execute(sql, values).fetchone()
+            if self._remembers and not self.connection.in_transaction:
+                if len(self._known) >= MAX_KNOWN:
+                    self.changed()
+                self._known[key] = found
             return found
+
+    def changed(self) -> None:
+        """Forget the rows looked up: something else is written now, or may be."""
+        self._known = {}
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """All of the writes in the block, or, if it raises, none. No other thread reads or writes meanwhile."""
         with self._lock:
             self.connection.execute("BEGIN IMMEDIATE")
+            self.changed()
             try:
                 yield self.connection
                 self.connection.execute("COMMIT")  # may fail too: a full disk
@@ -1744,332 +1791,1185 @@ class Access:
         return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
 
 
-def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
-    """Stand-in until the search part's own: tokens only, anything else matches nothing."""
-    for parameter, text in constraints:
-        path = {"_security": "meta.security", "_tag": "meta.tag"}.get(
-            parameter, re.sub(r"-(\w)", lambda found: found[1].upper(), parameter))
-        tokens = tokens_of(elements(resource, path))
-        if not any((not bar or system == one_system) and code == one_code for system, code in tokens
-                   for one_system, bar, one_code in (one.rpartition("|") for one in _COMMA.split(text))):
-            return False
-    return True
+# What can be searched: types | kind | parameters. Versions after a type or a parameter are those that have it; none: all.
+# The names are those of each version's registry (Coverage's `patient` in STU3 is ours). A parameter looks into the
+# element of its own name, in camel case, or into those after "=", under all the names that the versions gave them. The
+# kind `owner` is a reference to the patient whose record it is. What is in no row is not served.
+SEARCH_PARAMETERS = """\
+AllergyIntolerance, Claim, Device, ExplanationOfBenefit stu3 r4, FamilyMemberHistory, Immunization | owner | patient
+MedicationOrder dstu2, RelatedPerson, SupplyDelivery | owner | patient
+CarePlan, CareTeam stu3 r4, DiagnosticOrder dstu2, DiagnosticReport, DocumentReference, Goal | owner | patient, subject
+Media, MedicationRequest stu3 r4, Observation, Procedure, ProcedureRequest dstu2 stu3 | owner | patient, subject
+QuestionnaireResponse, ServiceRequest r4, Specimen | owner | patient, subject
+Condition, Encounter, MedicationAdministration, MedicationDispense | owner | patient, subject stu3 r4
+MedicationStatement | owner | patient, subject stu3 r4
+Coverage stu3 r4 | owner | patient, beneficiary
+ImagingStudy | owner | patient, subject r4
+Location, Organization, Patient | string | address, address-city=address.city, address-state=address.state
+Location, Organization, Patient | string | address-postalcode=address.postalCode
+Patient, Practitioner | string | name, family=name.family, given=name.given
+AllergyIntolerance | token | identifier, category, criticality, type, status dstu2
+AllergyIntolerance | token | substance=substance+reaction.substance dstu2, clinical-status stu3 r4
+AllergyIntolerance | token | verification-status stu3 r4, code=code+reaction.substance stu3 r4
+AllergyIntolerance | date | date=recordedDate+assertedDate, onset=reaction.onset
+Binary | |
+CarePlan | token | identifier stu3 r4, category stu3 r4, intent stu3 r4, status stu3 r4
+CarePlan | date | date=period
+CareTeam stu3 r4 | token | identifier, category, status
+CareTeam stu3 r4 | date | date=period
+CareTeam stu3 r4 | reference | participant=participant.member
+Claim | token | identifier, use, status r4
+Claim | date | created stu3 r4
+Condition | token | identifier, category, code, severity, clinicalstatus=clinicalStatus dstu2, clinical-status stu3 r4
+Condition | token | verification-status stu3 r4
+Condition | date | onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4
+Condition | date | abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
+Condition | reference | encounter=encounter+context, asserter
+Coverage stu3 r4 | token | identifier, type, status r4
+Coverage stu3 r4 | reference | payor, subscriber
+Device | token | identifier, type, status stu3 r4
+DiagnosticOrder dstu2 | token | identifier, status, code=item.code
+DiagnosticReport | token | identifier, category, code, status
+DiagnosticReport | date | date=effective[x], issued
+DiagnosticReport | reference | encounter=encounter+context, result, specimen, performer=performer+performer.actor
+DocumentReference | token | identifier=masterIdentifier+identifier, status, type, class dstu2 stu3, category r4
+DocumentReference | token | contenttype=content.attachment.contentType r4
+DocumentReference | date | period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4
+DocumentReference | reference | author, custodian, encounter=context.encounter
+Encounter | token | identifier, status, type, class stu3 r4, reason-code r4
+Encounter | date | date=period
+Encounter | reference | participant=participant.individual, location=location.location, service-provider stu3 r4
+Endpoint stu3 r4 | token | identifier, status, connection-type
+Endpoint stu3 r4 | string | name
+Endpoint stu3 r4 | reference | organization=managingOrganization
+ExplanationOfBenefit stu3 r4 | token | identifier, status r4
+ExplanationOfBenefit stu3 r4 | date | created
+ExplanationOfBenefit stu3 r4 | reference | claim, provider, coverage=insurance.coverage, encounter=item.encounter
+FamilyMemberHistory | token | identifier, code=condition.code, status stu3 r4
+FamilyMemberHistory | date | date
+Goal | token | identifier, category, status dstu2 stu3, lifecycle-status r4, achievement-status r4
+Goal | date | start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
+ImagingStudy | token | modality=series.modality, identifier stu3 r4, status r4
+ImagingStudy | date | started
+ImagingStudy | reference | endpoint=endpoint+series.endpoint stu3 r4, encounter r4
+Immunization | token | identifier, status, vaccine-code, notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4
+Immunization | token | reason-code r4
+Immunization | string | lot-number
+Immunization | date | date=date+occurrence[x]
+Immunization | reference | location, manufacturer
+Location | token | identifier, status, type
+Location | string | name
+Location | reference | organization=managingOrganization
+Media | token | identifier, type
+Medication | token | code, status stu3 r4, identifier r4
+MedicationAdministration | token | identifier, status, code=medication[x]
+MedicationAdministration | date | effectivetime=effectiveTime[x] dstu2, effective-time=effective[x] stu3 r4
+MedicationAdministration | reference | medication=medication[x], context stu3 r4, prescription dstu2 stu3, request r4
+MedicationDispense | token | identifier, status, code=medication[x], type
+MedicationDispense | date | whenhandedover=whenHandedOver, whenprepared=whenPrepared
+MedicationDispense | reference | medication=medication[x], context stu3 r4, prescription=authorizingPrescription
+MedicationOrder dstu2 | token | identifier, status, code=medication[x]
+MedicationOrder dstu2 | date | datewritten=dateWritten
+MedicationOrder dstu2 | reference | encounter, prescriber, medication=medication[x]
+MedicationRequest stu3 r4 | token | identifier, status, intent, category, priority, code=medication[x]
+MedicationRequest stu3 r4 | date | authoredon=authoredOn
+MedicationRequest stu3 r4 | reference | medication=medication[x], requester=requester+requester.agent, context stu3
+MedicationRequest stu3 r4 | reference | encounter r4
+MedicationStatement | token | identifier, status, code=medication[x], category stu3 r4
+MedicationStatement | date | effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
+MedicationStatement | reference | medication=medication[x], context stu3 r4
+Observation | token | identifier, category, code, status, value-concept=value[x], component-code=component.code
+Observation | token | data-absent-reason
+Observation | date | date=effective[x], value-date=value[x]
+Observation | reference | encounter=encounter+context, performer, specimen, has-member r4, derived-from r4
+Organization | token | identifier, type, active
+Organization | string | name
+Organization | reference | partof=partOf
+Patient | token | identifier, gender, active, telecom, language=communication.language
+Patient | date | birthdate=birthDate
+Patient | reference | organization=managingOrganization, general-practitioner stu3 r4
+Practitioner | token | identifier, gender
+PractitionerRole stu3 r4 | token | identifier, active, specialty, role=code
+PractitionerRole stu3 r4 | reference | practitioner, organization, location
+Procedure | token | identifier, code, category stu3 r4, status stu3 r4
+Procedure | date | date=performed[x]
+Procedure | reference | encounter=encounter+context, location, performer=performer.actor
+ProcedureRequest dstu2 stu3 | token | identifier, code stu3, intent stu3, status stu3
+ProcedureRequest dstu2 stu3 | date | authored=authoredOn stu3
+ProcedureRequest dstu2 stu3 | reference | encounter=encounter+context
+QuestionnaireResponse | token | status
+QuestionnaireResponse | date | authored
+RelatedPerson | token | identifier, gender
+RelatedPerson | string | name
+RelatedPerson | date | birthdate=birthDate
+ServiceRequest r4 | token | identifier, category, code, intent, status
+ServiceRequest r4 | date | authored=authoredOn, occurrence=occurrence[x]
+ServiceRequest r4 | reference | encounter, requester
+Specimen | token | identifier, type
+Substance | token | identifier, code, category
+SupplyDelivery | token | identifier, status
+"""
+# What may refer to a type, by the parameter's name: where _include and _revinclude can lead.
+REFERENCES = {
+    "Claim": "claim", "Coverage": "coverage", "Encounter": "encounter context", "Endpoint": "endpoint",
+    "Location": "location", "Medication": "medication", "MedicationOrder": "prescription",
+    "MedicationRequest": "prescription request", "Observation": "result has-member derived-from",
+    "Organization": "organization general-practitioner payor performer author custodian provider service-provider "
+                    "manufacturer partof requester participant",
+    "Patient": "asserter subscriber payor performer author participant requester",
+    "Practitioner": "general-practitioner asserter performer author provider participant prescriber practitioner requester",
+    "PractitionerRole": "general-practitioner performer author provider requester participant",
+    "RelatedPerson": "asserter subscriber payor author participant requester", "Specimen": "specimen"}
 
 
-# What can be searched, for each type: parameter -> (kind, elements it looks into). A dotted path goes through lists.
-Parameters = dict[str, tuple[str, tuple[str, ...]]]
+class Parameter(NamedTuple):
+    """A search parameter: its kind, and the elements it looks into."""
+    kind: str
+    paths: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> str:
+        """What FHIR calls this kind."""
+        return {"owner": "reference", "id": "token", "updated": "date"}.get(self.kind, self.kind)
 
 
-def _subject(element: str = "subject") -> Parameters:
-    """The parameters that name the patient; `patient` without a type means the same in every type."""
-    return {"patient": ("reference", (element,)), element: ("reference", (element,))}
+COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",)),
+                     "_security": Parameter("token", ("meta.security",))}
+_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # kinds that need no row of search_values
+                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
+RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
+_CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
+            "reference": ("Reference",)}  # what may stand for [x]
 
 
-_STATUS_CODE: Parameters = {"status": ("token", ("status",)), "code": ("token", ("code",)),
-                            "identifier": ("token", ("identifier",))}
-_MEDICATION: Parameters = {"status": ("token", ("status",)), "code": ("token", ("medicationCodeableConcept",)),
-                           **_subject()}
-SEARCH: dict[str, Parameters] = {
-    "Patient": {"identifier": ("token", ("identifier",)), "gender": ("token", ("gender",)),
-                "birthdate": ("date", ("birthDate",)), "name": ("string", ("name",)),
-                "family": ("string", ("name.family",)), "given": ("string", ("name.given",)),
-                "active": ("token", ("active",))},
-    "AllergyIntolerance": {"clinical-status": ("token", ("clinicalStatus",)), "code": ("token", ("code",)),
-                           "verification-status": ("token", ("verificationStatus",)),
-                           "category": ("token", ("category",)), "date": ("date", ("recordedDate",)),
-                           **_subject("patient")},
-    "Condition": {"clinical-status": ("token", ("clinicalStatus",)), "code": ("token", ("code",)),
-                  "verification-status": ("token", ("verificationStatus",)), "category": ("token", ("category",)),
-                  "onset-date": ("date", ("onsetDateTime", "onsetPeriod")),
-                  "recorded-date": ("date", ("recordedDate",)), **_subject()},
-    "Coverage": {"status": ("token", ("status",)), "type": ("token", ("type",)), **_subject("beneficiary")},
-    "DiagnosticReport": {"category": ("token", ("category",)), "result": ("reference", ("result",)),
-                         "date": ("date", ("effectiveDateTime", "effectivePeriod")), **_STATUS_CODE, **_subject()},
-    "DocumentReference": {"status": ("token", ("status",)), "type": ("token", ("type",)), "date": ("date", ("date",)),
-                          "category": ("token", ("category",)), "identifier": ("token", ("identifier",)),
-                          **_subject()},
-    "Encounter": {"status": ("token", ("status",)), "type": ("token", ("type",)), "class": ("token", ("class",)),
-                  "date": ("date", ("period",)), **_subject()},
-    "ExplanationOfBenefit": {"status": ("token", ("status",)), "created": ("date", ("created",)),
-                             "identifier": ("token", ("identifier",)), **_subject("patient")},
-    "ImagingStudy": {"status": ("token", ("status",)), "identifier": ("token", ("identifier",)),
-                     "modality": ("token", ("modality",)), "started": ("date", ("started",)), **_subject()},
-    "Immunization": {"status": ("token", ("status",)), "vaccine-code": ("token", ("vaccineCode",)),
-                     "date": ("date", ("occurrenceDateTime",)), **_subject("patient")},
-    "MedicationRequest": {"intent": ("token", ("intent",)), "authoredon": ("date", ("authoredOn",)),
-                          "encounter": ("reference", ("encounter",)), **_MEDICATION},
-    "MedicationStatement": {"effective": ("date", ("effectiveDateTime", "effectivePeriod")), **_MEDICATION},
-    "MedicationDispense": {"whenhandedover": ("date", ("whenHandedOver",)),
-                           "prescription": ("reference", ("authorizingPrescription",)), **_MEDICATION},
-    "MedicationAdministration": {"effective-time": ("date", ("effectiveDateTime", "effectivePeriod")),
-                                 "request": ("reference", ("request",)), **_MEDICATION},
-    "Observation": {"category": ("token", ("category",)), "encounter": ("reference", ("encounter",)),
-                    "date": ("date", ("effectiveDateTime", "effectivePeriod")), **_STATUS_CODE, **_subject()},
-    "Procedure": {"category": ("token", ("category",)), "date": ("date", ("performedDateTime", "performedPeriod")),
-                  **_STATUS_CODE, **_subject()},
-    "RelatedPerson": {"name": ("string", ("name",)), **_subject("patient")},
-    "Practitioner": {"name": ("string", ("name",)), "identifier": ("token", ("identifier",))},
-    "Organization": {"name": ("string", ("name",)), "type": ("token", ("type",))},
-    "Endpoint": {"status": ("token", ("status",))},
-    "Binary": {},
-}
-NAMES_A_PATIENT = ("patient", "subject", "beneficiary")  # parameters whose value is the owner
-RESULT_PARAMETERS = ("_count", "_offset", "_sort", "_summary", "_format", "_pretty")
-COMMON_PARAMETERS = ("_id", "_lastUpdated")
+@functools.cache
+def search_table(version: str) -> dict[str, dict[str, Parameter]]:
+    """The types that a version of the embedded records serves, and what each can be searched by."""
+    found: dict[str, dict[str, Parameter]] = {}
+    for types, kind, names in table(SEARCH_PARAMETERS):
+        for type_name, *having in map(str.split, types.split(",")):
+            if not having or version in having:
+                known = found.setdefault(type_name, dict(COMMON_PARAMETERS))
+                for word, *having in map(str.split, names.split(",") if names else ()):
+                    name, _, paths = word.partition("=")
+                    paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
+                    if not having or version in having:
+                        known[name] = Parameter(kind, tuple(
+                            path.replace("[x]", choice) for path in paths.split("+")
+                            for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
+    return found
+
+
+@functools.cache
+def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
+    """The same from the resource's side: type -> element -> (parameter, kind, path within the element)."""
+    found: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
+    for type_name, known in search_table(version).items():
+        inside = found.setdefault(type_name, {})
+        for name, parameter in known.items():
+            for path in parameter.paths if parameter.kind not in _OWN_COLUMNS else ():
+                element, _, within = path.partition(".")
+                inside.setdefault(element, []).append((name, parameter.kind, within))
+    return found
+
+
+def referring(type_name: str, version: str) -> list[tuple[str, str]]:
+    """The (type, parameter) pairs through which resources refer to a type."""
+    return [(source, name) for source, known in search_table(version).items() for name, parameter in known.items()
+            if (parameter.kind == "owner" and type_name == "Patient")
+            or (parameter.kind == "reference" and name in REFERENCES.get(type_name, "").split())]
 
 
 def elements(resource: Any, path: str) -> list[Any]:
     """All values at a dotted path, through lists."""
     found = [resource]
     for name in path.split("."):
-        found = [value[name] for value in found if isinstance(value, dict) and name in value]
-        found = [item for value in found for item in (value if isinstance(value, list) else [value])]
+        found = [item for value in found if isinstance(value, dict) and name in value
+                 for item in (value[name] if isinstance(value[name], list) else (value[name],))]
     return found
 
 
 def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
-    """(system, code) of codes, booleans, Codings, CodeableConcepts and Identifiers."""
+    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
     found: list[tuple[str, str]] = []
     for value in values:
-        if isinstance(value, bool):
+        if isinstance(value, dict):
+            for one in value["coding"] if isinstance(value.get("coding"), list) else (value,):
+                code = one.get("code", one.get("value")) if isinstance(one, dict) else None
+                if isinstance(code, str):
+                    found.append((str(one.get("system", "")), code))
+        elif isinstance(value, bool):
             found.append(("", "true" if value else "false"))
         elif isinstance(value, str):
             found.append(("", value))
-        elif isinstance(value, dict) and isinstance(value.get("coding"), list):
-            found += tokens_of(value["coding"])
-        elif isinstance(value, dict):
-            code = value.get("code", value.get("value"))
-            if isinstance(code, str):
-                found.append((str(value.get("system", "")), code))
     return found
 
 
 def strings_of(values: Iterable[Any]) -> Iterator[str]:
-    """The text in strings and in the parts of a HumanName."""
+    """The text in strings, and in the parts of HumanNames and Addresses."""
     for value in values:
         if isinstance(value, str):
             yield value
-        elif isinstance(value, dict):
-            yield from strings_of(elements(value, "family") + elements(value, "given") + elements(value, "text"))
+        for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state", "postalCode",
+                     "country") if isinstance(value, dict) else ():
+            yield from (text for text in elements(value, part) if isinstance(text, str))
 
 
-_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(?:\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+def fold(text: str) -> str:
+    """Text as strings are compared: without case and accents (FHIR search, "string")."""
+    if not text.isascii():
+        text = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
+    return text.casefold()
 
 
+_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+_EPOCH = datetime.date(1970, 1, 1).toordinal()
+_EVER = 1e15  # seconds: the end of a Period that has none
+
+
+@functools.lru_cache(maxsize=4096)
 def date_range(text: str) -> tuple[float, float]:
-    """The first and the last second that a FHIR date or time may mean: 2008-07 is all of July, UTC.
+    """The span of time that a FHIR date or time may mean: from its first moment to the one after its last.
 
-    ValueError if it is none.
+    2008-07 is all of July 2008. What has no time zone is UTC. ValueError if it is none.
     """
     match = _DATE.fullmatch(text)
     if not match:
-        raise ValueError(text)
-    year, month, day, hour, minute, second, zone = match.groups()
-    start = datetime.datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), int(minute or 0),
-                              min(int(second or 0), 59))
-    first = float(calendar.timegm(start.timetuple()))
+        raise ValueError(f"{text!r} is no date")
+    year, month, day, hour, minute, second, fraction, zone = match.groups()
+    date = datetime.date(int(year), int(month or 1), int(day or 1))
+    start = (date.toordinal() - _EPOCH) * 86400.0
+    if not hour:
+        in_month = calendar.monthrange(date.year, date.month)[1]
+        return start, start + 86400 * (1 if day else in_month if month else 365 + calendar.isleap(date.year))
+    if hour > "23" or minute > "59" or (second or "") > "60":
+        raise ValueError(f"{text!r} is no time")
+    start += int(hour) * 3600 + int(minute) * 60 + min(int(second or 0), 59) + float(fraction or 0)
     if zone and zone != "Z":
-        first -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
-    if second or hour:
-        return first, first + (0 if second else 59)
-    days = 1 if day else calendar.monthrange(start.year, start.month)[1] if month else 365 + calendar.isleap(start.year)
-    return first, first + days * 86400 - 1
+        start -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
+    return start, start + (60 if not second else 10.0 ** (1 - len(fraction)) if fraction else 1)
 
 
 def period_of(value: Any) -> tuple[float, float] | None:
-    """The range of a date or a Period; a Period without an end goes on for ever."""
+    """The span of a date or a Period, which may lack its start or end; None if it is neither."""
     try:
         if isinstance(value, str):
             return date_range(value)
-        if isinstance(value, dict):
-            return (date_range(value["start"])[0] if "start" in value else -math.inf,
-                    date_range(value["end"])[1] if "end" in value else math.inf)
+        if isinstance(value, dict) and ("start" in value or "end" in value):
+            return (date_range(value["start"])[0] if "start" in value else -_EVER,
+                    date_range(value["end"])[1] if "end" in value else _EVER)
     except (ValueError, TypeError):
         pass
     return None
 
 
-SearchValue = tuple[Any, ...]  # parameter, system, value, first, last: as the table search_values has it
+_RELATIVE = re.compile(r"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})(?:/_history/.*)?")
 
 
-def search_values(resource: Json) -> Iterator[SearchValue]:
-    """What a resource can be found by: (parameter, system, value, first, last), as the table search_values has it."""
-    for label in categories(resource):
-        yield "_category", None, label, None, None  # so that the database can leave out what was not approved
-    for parameter, (kind, paths) in SEARCH.get(resource["resourceType"], {}).items():
-        values = [value for path in paths for value in elements(resource, path)]
-        if kind == "token":
-            for system, code in tokens_of(values):
-                yield parameter, system, code, None, None
-        elif kind == "reference":
-            for value in values:
-                yield parameter, None, reference_of(value), None, None
-        elif kind == "string":
-            for text in strings_of(values):
-                yield parameter, None, text.casefold(), None, None
-        else:
-            for span in filter(None, map(period_of, values)):
-                yield parameter, None, None, span[0], span[1]
+def reference_parts(text: str) -> tuple[str, str]:
+    """A reference as (type, id); ("", text) if it is not a relative one."""
+    match = _RELATIVE.fullmatch(text)
+    return (match[1], match[2]) if match else ("", text)
+
+
+SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
+
+
+def values_of(name: str, kind: str, found: Iterable[Any]) -> list[SearchValue]:
+    """What a search parameter of a kind makes of the elements found."""
+    if kind == "token":
+        return [(name, code, system, 0, 0) for system, code in tokens_of(found)]
+    if kind == "reference":
+        return [(name, target, type_name, 0, 0)
+                for type_name, target in map(reference_parts, filter(None, map(reference_of, found)))]
+    if kind == "string":
+        return [(name, fold(text), text, 0, 0) for text in strings_of(found)]
+    return [(name, "", "", *span) for span in map(period_of, found) if span]
+
+
+def search_values(resource: Json, version: str) -> set[SearchValue]:
+    """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
+    looked_into, found = _looked_into(version)[resource["resourceType"]], set()
+    for element, value in resource.items():
+        if element in looked_into:
+            inside = value if isinstance(value, list) else [value]
+            for name, kind, path in looked_into[element]:
+                found.update(values_of(name, kind, [
+                    deeper for one in inside for deeper in elements(one, path)] if path else inside))
+    # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
+    if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
+        for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
+            type_name, target = reference_parts(str(url))
+            found.add(("_attachment", target, type_name, 0, 0))
+    return found
 
 
 class Condition(NamedTuple):
     """A piece of SQL that a resource `r` must meet, and its values."""
     sql: str
-    values: tuple[Any, ...]
+    values: tuple[Any, ...] = ()
 
 
-def _any(alternatives: Sequence[Condition]) -> Condition:
-    """One of several conditions: FHIR's comma."""
-    return Condition("(" + " OR ".join(one.sql for one in alternatives) + ")",
-                     tuple(value for one in alternatives for value in one.values))
+class Comparison(NamedTuple):
+    """A column of search_values held against a value. SQL and Python read it alike: see `Constraint`."""
+    column: str
+    operator: str
+    value: str | float
 
 
-_DATE_SQL = {  # FHIR search, "Prefixes": the resource's time from {first} to {last} against ? from, ? to
-    "eq": "{first} >= ? AND {last} <= ?", "ne": "NOT ({first} >= ? AND {last} <= ?)",
-    "gt": "{last} > ?2", "ge": "{last} >= ?1", "lt": "{first} < ?1", "le": "{first} <= ?2",
-    "sa": "{first} > ?2", "eb": "{last} < ?1", "ap": "{first} <= ?2 AND {last} >= ?1"}
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "contains": operator.contains}
+_PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
 
 
-def date_condition(parameter: str, text: str, first: str, last: str) -> Condition:
-    """A date parameter's value, with its prefix, as SQL over two columns."""
-    prefix, rest = (text[:2], text[2:]) if text[:2] in _DATE_SQL else ("eq", text)
-    try:
-        low, high = date_range(rest)
-    except ValueError:
-        raise FhirError("value", f"{parameter}={text}: expected a date such as 2008-07-10, with a prefix "
-                                 f"({', '.join(_DATE_SQL)}) or without")
-    sql = _DATE_SQL[prefix].format(first=first, last=last)
-    values = {"?1": (low,), "?2": (high,)}
-    wanted = re.findall(r"\?\d?", sql)
-    bound = (low, high) if wanted == ["?", "?"] else tuple(values[mark][0] for mark in wanted)
-    return Condition(re.sub(r"\?\d", "?", sql), bound)
+class Constraint(NamedTuple):
+    """One search parameter with its values: what a resource must meet, in SQL or in Python."""
+    name: str
+    parameter: Parameter
+    alternatives: tuple[tuple[Comparison, ...], ...]  # of which one must hold, whole: FHIR's comma
+    negated: bool = False
+
+    def condition(self, pinned: bool) -> Condition:
+        """As SQL. `pinned`: few resources are left to look at, so look at each; else start from the value."""
+        own = _OWN_COLUMNS.get(self.parameter.kind)
+        sql = " OR ".join(" AND ".join(
+            ("instr({}, ?) > 0" if one.operator == "contains" else "{} " + one.operator + " ?").format(
+                own[one.column] if own else one.column) for one in every) or "1" for every in self.alternatives)
+        values = tuple(one.value for every in self.alternatives for one in every)
+        if own:
+            return Condition(f"({sql})", values)
+        if pinned or self.negated:
+            return Condition(f"{'NOT ' * self.negated}EXISTS (SELECT 1 FROM search_values "
+                             f"WHERE number = r.number AND parameter = ? AND ({sql}))", (self.name, *values))
+        return Condition(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND ({sql}))",
+                         (self.name, *values))
+
+    def met_by(self, resource: Json) -> bool:
+        """The same in Python."""
+        kind = self.parameter.kind
+        if kind == "owner":
+            rows: list[SearchValue] = [("", owner(resource) or "", "Patient", 0, 0)]
+        elif kind == "id":
+            rows = [("", str(resource.get("id")), "", 0, 0)]
+        else:
+            rows = values_of("", kind, [value for path in self.parameter.paths for value in elements(resource, path)])
+        return self.negated != any(all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
+                                   for row in rows for every in self.alternatives)
 
 
-def value_condition(kind: str, parameter: str, text: str) -> Condition:
-    """One value of a parameter as SQL over a row of search_values."""
-    if kind == "date":
-        return date_condition(parameter, text, "first", "last")
-    if kind == "string":
-        pattern = re.sub(r"([\\%_])", r"\\\1", text.casefold())
-        return Condition("value LIKE ? ESCAPE '\\'", (pattern + "%",))
-    if kind == "reference":
-        name = NAMES_A_PATIENT.count(parameter) and "/" not in text
-        return Condition("value = ?", (f"Patient/{text}" if name else "/".join(text.split("/")[-2:]),))
-    system, bar, code = text.rpartition("|")
-    if not bar:
-        return Condition("value = ?", (code,))
-    return Condition("system = ? AND value = ?", (system, code)) if code else Condition("system = ?", (system,))
+# FHIR search, "Prefixes": how a resource's time (first, last) stands to the searched span; 0 is its start, 1 its end.
+_DATE_PREFIXES: dict[str, tuple[tuple[tuple[str, str, int], ...], ...]] = {
+    "eq": ((("first", ">=", 0), ("last", "<=", 1)),), "ne": ((("first", "<", 0),), (("last", ">", 1),)),
+    "gt": ((("last", ">", 1),),), "ge": ((("first", ">=", 0),), (("last", ">", 1),)),
+    "lt": ((("first", "<", 0),),), "le": ((("last", "<=", 1),), (("first", "<", 0),)),
+    "sa": ((("first", ">=", 1),),), "eb": ((("last", "<=", 0),),), "ap": ((("first", "<", 1), ("last", ">", 0)),)}
+_MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing")}
+MAX_VALUES = 500        # in one search: SQLite's expressions are bounded
+MAX_INCLUDED = 10_000   # resources on a page beside its matches
 
 
-def parameter_condition(type_name: str, name: str, text: str) -> Condition:
-    """One search parameter as SQL over a resource `r`; FhirError if it isn't known."""
-    if name == "_id":
-        return _any([Condition("r.id = ?", (one,)) for one in text.split(",")])
-    if name == "_lastUpdated":
-        return _any([date_condition(name, one, "r.updated", "r.updated") for one in text.split(",")])
-    known = SEARCH[type_name]
-    if name not in known:
+def _unescaped(text: str) -> str:
+    """A value without the backslashes before what is no separator; a doubled one has become NUL."""
+    return re.sub(r"\\([,|$])", r"\1", text).replace("\0", "\\")
+
+
+def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> Iterator[tuple[Comparison, ...]]:
+    """What one of a parameter's values asks for."""
+    plain = _unescaped(text)
+    if kind in ("date", "updated"):
+        prefix, date = (plain[:2], plain[2:]) if plain[:2] in _DATE_PREFIXES else ("eq", plain)
+        try:
+            span = date_range(date.replace(" ", "+"))  # a + in a URL that was not encoded
+        except ValueError:
+            raise FhirError("value", f"{name}={plain}: expected a date such as 2008-07-10, with a prefix "
+                                     f"({', '.join(_DATE_PREFIXES)}) or without")
+        for every in _DATE_PREFIXES[prefix]:
+            yield tuple(Comparison(column, sign, span[bound]) for column, sign, bound in every)
+    elif kind == "string" and modifier == "exact":
+        yield (Comparison("system", "=", plain),)
+    elif kind == "string" and modifier == "contains":
+        yield (Comparison("value", "contains", fold(plain)),)
+    elif kind == "string":
+        yield Comparison("value", ">=", fold(plain)), Comparison("value", "<", fold(plain) + "\U0010ffff")
+    elif kind == "token":
+        *systems, code = re.split(r"(?<!\\)\|", text, maxsplit=1)
+        yield (*(Comparison("system", "=", _unescaped(system)) for system in systems),
+               *([Comparison("value", "=", _unescaped(code))] if code or not systems else []))
+    elif kind == "id":
+        yield (Comparison("value", "=", plain),)
+    else:
+        type_name, target = reference_parts(plain[len(base) + 1:] if base and plain.startswith(base + "/") else plain)
+        wanted = modifier or ("Patient" if kind == "owner" else type_name)
+        if wanted not in ("", type_name) and type_name:
+            target = plain  # no id: found nowhere
+        yield (Comparison("value", "=", target),
+               *([Comparison("system", "=", wanted)] if wanted and kind == "reference" else []))
+
+
+def parse_constraint(version: str, type_name: str, name: str, text: str, base: str = "") -> Constraint:
+    """A search parameter and its values. `base` is what this server's own absolute references begin with.
+
+    FhirError: not-supported where the parameter or its modifier isn't known, value where a value is none.
+    """
+    known = search_table(version)[type_name]
+    bare, colon, modifier = name.partition(":")
+    if bare not in known:
         raise FhirError("not-supported", f"{name}: unknown search parameter of {type_name}; known are "
-                        + ", ".join(sorted([*known, *COMMON_PARAMETERS, *RESULT_PARAMETERS])))
-    inner = _any([value_condition(known[name][0], name, one) for one in text.split(",")])
-    return Condition(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND {inner.sql})",
-                     (name, *inner.values))
+                        + ", ".join(sorted([*known, *RESULT_PARAMETERS])))
+    parameter = known[bare]
+    possible = _MODIFIERS.get(parameter.kind, ())
+    if parameter.kind == "reference":
+        possible = ("missing", *(one for one, names in REFERENCES.items() if bare in names.split()))
+    elif parameter.kind == "owner":
+        possible = ("Patient",)
+    if colon and modifier not in possible:
+        raise FhirError("not-supported", f"{name}: unknown modifier; {bare} takes {', '.join(possible) or 'none'}")
+    if modifier == "missing":
+        if text not in ("true", "false"):
+            raise FhirError("value", f"{name}={text}: expected true or false")
+        return Constraint(bare, parameter, ((),), text == "true")
+    return Constraint(bare, parameter, tuple(
+        every for word in re.split(r"(?<!\\),", text.replace("\\\\", "\0"))
+        for every in _alternatives(bare, parameter.kind, modifier, word, base)), modifier == "not")
+
+
+def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
+    """Whether a resource meets search parameters (name, value), as a search for them would find it.
+
+    False where a type isn't served, a parameter isn't known or a value is none: see `parse_constraint`.
+    """
+    type_name = resource.get("resourceType", "")
+    try:
+        return type_name in search_table(version) and all(
+            parse_constraint(version, type_name, name, text).met_by(resource) for name, text in constraints)
+    except FhirError:
+        return False
+
+
+class Include(NamedTuple):
+    """_include, or in reverse _revinclude: resources that a match refers to, or that refer to a match."""
+    reverse: bool
+    source: str
+    parameter: str
+    target: str  # a type, or "" for any
+
+
+class Query(NamedTuple):
+    """A search, understood: what to find and what to show of it."""
+    type: str
+    constraints: tuple[Constraint, ...]
+    sort: tuple[tuple[str, bool], ...]       # parameter, falling
+    includes: tuple[Include, ...]
+    limit: int                               # matches on a page; 0: none, only the total
+    total: bool
+    elements: tuple[str, ...]                # empty: all
+    after: tuple[Any, ...]                   # where the page before ended: see page_mark
+    parameters: tuple[tuple[str, str], ...]  # those that took effect
+
+    def patients(self) -> set[str]:
+        """The ids of the patients that the search names."""
+        return {str(every[0].value) for one in self.constraints for every in one.alternatives
+                if one.parameter.kind == "owner" or (self.type == "Patient" and one.parameter.kind == "id")}
+
+
+def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
+                lenient: bool = False) -> Query:
+    """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
+    known = search_table(version)[type_name]
+    constraints: list[Constraint] = []
+    includes: dict[Include, None] = {}
+    sort: dict[str, bool] = {}
+    effective: list[tuple[str, str]] = []
+    chosen = {"_count": "20", "_summary": "false", "_total": "accurate", "_elements": "", "_page": ""}
+    if sum(text.count(",") + 1 for _, text in parameters) > MAX_VALUES:
+        raise FhirError("too-costly", f"a search takes at most {MAX_VALUES} values")
+    for name, text in parameters:
+        try:
+            if name in ("_include", "_revinclude"):
+                includes[_parse_include(version, type_name, name, text)] = None
+            elif name == "_sort":
+                for word in text.split(","):
+                    if word.lstrip("-") not in known:
+                        raise FhirError("value", f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can")
+                    sort.setdefault(word.lstrip("-"), word.startswith("-"))
+            elif name in chosen:
+                chosen[name] = text
+            elif name not in ("_format", "_pretty"):
+                constraints.append(parse_constraint(version, type_name, name, text, base))
+        except FhirError as error:
+            if lenient and error.error == "not-supported":
+                continue  # FHIR search, "Handling Errors": Prefer: handling=lenient
+            raise
+        effective.append((name, text))
+    for name, possible in (("_summary", ("count", "false")), ("_total", ("accurate", "estimate", "none"))):
+        if chosen[name] not in possible:
+            raise FhirError("value", f"{name}={chosen[name]}: expected one of {', '.join(possible)}")
+    if not re.fullmatch(r"[0-9]{1,18}", chosen["_count"]):
+        raise FhirError("value", f"_count={chosen['_count']}: expected a whole number")
+    limit = 0 if chosen["_summary"] == "count" else min(int(chosen["_count"]), 1000)
+    return Query(type_name, tuple(constraints), tuple(sort.items()), tuple(includes), limit, chosen["_total"] != "none",
+                 tuple(filter(None, chosen["_elements"].split(","))), _parse_page(chosen["_page"]), tuple(effective))
+
+
+def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
+    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
+    source, parameter, target = (*text.split(":", 2), "", "")[:3]
+    reverse = name == "_revinclude"
+    possible = referring(type_name, version) if reverse else [
+        (type_name, one) for one, known in search_table(version)[type_name].items() if known.type == "reference"]
+    if (source, parameter) not in possible or (reverse and target not in ("", type_name)):
+        raise FhirError("value", f"{name}={text}: not possible for {type_name}; possible are "
+                        + (", ".join(sorted(map(":".join, possible))) or "none"))
+    return Include(reverse, source, parameter, target)
+
+
+def page_mark(keys: Sequence[Any]) -> str:
+    """Where a page ended, for the link to the next: the sort keys and number of its last entry.
+
+    Not how many entries came before: what is loaded meanwhile would then shift entries over the pages' edges.
+    """
+    return base64url(json.dumps(keys).encode())
+
+
+def _parse_page(text: str) -> tuple[Any, ...]:
+    """What page_mark wrote."""
+    try:
+        keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
+        json.dumps(keys, ensure_ascii=False).encode()  # fails, as does the comparison, for what SQLite can't take
+        if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
+            return tuple(keys)
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise FhirError("value", f"_page={text}: not a link of this server")
 
 
 def access_condition(access: Access, type_name: str) -> Condition:
-    """What `access.may_see` says, as SQL: so that a page is full and a total is right. May_see has the last word."""
-    if access.scope is None or type_name in SHARED_TYPES:
-        return Condition("1", ())
-    parts: list[Condition] = []
+    """What SQL can do of `access.may_see`: keep to the patients. May_see has the last word on every resource."""
     patients = access.patients(type_name, "s")
-    if patients is not None:
-        parts.append(Condition(f"r.patient_id IN ({', '.join('?' * len(patients))})", tuple(sorted(patients))))
-    if access.labels:
-        marks = ", ".join("?" * len(access.labels))
-        parts.append(Condition("NOT EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND "
-                               f"parameter = '_category' AND value NOT IN ({marks}))", tuple(sorted(access.labels))))
-    return Condition(" AND ".join(part.sql for part in parts) or "1",
-                     tuple(value for part in parts for value in part.values))
+    if patients is None:
+        return Condition("1")
+    whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
+    return Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
+
+
+def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition:
+    """That a row comes after another in an order. The first half of it is what an index can use."""
+    (name, falling), value = keys[0], after[0]
+    sign = "<" if falling else ">"
+    if len(keys) == 1:
+        return Condition(f"{name} {sign} ?", (value,))
+    rest = _beyond(keys[1:], after[1:])
+    return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
+
+
+class Found(NamedTuple):
+    """A resource as it lies in the database: parsed, to be judged, and as text, to be sent."""
+    number: int
+    resource: Json
+    text: str
 
 
 class Page(NamedTuple):
-    """One page of a search: how many match in all, and those on this page."""
-    total: int
-    resources: list[Json]
+    """One page of a search."""
+    matches: list[Found]
+    included: list[Found]
+    next: str          # the mark of the page after, "" if there is none
+    total: int | None  # how many match in all, where that may be told
+
+
+# What shows of which version a resource is: versions that have it so | JSON type | elements, or types alone.
+TELLTALES = """\
+dstu2 | any | AllergyIntolerance.substance, Condition.patient, DiagnosticOrder, Encounter.patient, MedicationOrder
+dstu2 | any | Immunization.wasNotGiven, MedicationDispense.patient, MedicationStatement.patient
+dstu2 | array | Patient.name.family
+dstu2 | object | Observation.category, Practitioner.name
+dstu2 | string | Encounter.class
+dstu2 stu3 | any | DocumentReference.indexed, ImagingStudy.uid, Immunization.date, ProcedureRequest
+dstu2 stu3 | object | DiagnosticReport.category
+dstu2 stu3 | string | Condition.clinicalStatus
+stu3 | any | Immunization.notGiven, MedicationRequest.requester.agent, MedicationStatement.taken
+stu3 | object | ExplanationOfBenefit.insurance
+stu3 | string | AllergyIntolerance.clinicalStatus
+stu3 r4 | any | CareTeam, Endpoint, MedicationRequest, PractitionerRole
+stu3 r4 | array | Observation.category, Practitioner.name
+stu3 r4 | object | Encounter.class
+stu3 r4 | string | Patient.name.family
+r4 | any | DocumentReference.date, Immunization.occurrenceDateTime, ServiceRequest
+r4 | array | DiagnosticReport.category, ExplanationOfBenefit.insurance
+r4 | object | AllergyIntolerance.clinicalStatus, Condition.clinicalStatus
+"""
+_JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
+
+
+@functools.cache
+def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
+    """What speaks against a version, by type: (path, JSON type, versions)."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+    for versions, kind, paths in table(TELLTALES):
+        for path in paths.split(", ") if version not in versions else ():
+            found.setdefault(path.partition(".")[0], []).append((path.partition(".")[2], kind, versions))
+    return found
+
+
+def check_version(resource: Json, version: str) -> None:
+    """PortalError if a resource is visibly of another version of FHIR than the records."""
+    for path, kind, versions in _telltales(version).get(resource["resourceType"], ()):
+        above, _, name = path.rpartition(".")
+        for holder in elements(resource, above) if above else [resource]:
+            if not path or (isinstance(holder, dict) and name in holder
+                            and kind in ("any", _JSON_TYPES.get(type(holder[name])))):
+                what = (path + " " + kind * (kind != "any")).strip() or "the type"
+                raise PortalError("invalid_request", f"{what} is of {versions.replace(' ', ' or ')}, the records are "
+                                  f"{version}: choose with --fhir-version")
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False)
+_RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})"')
+_OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|[A-Z][A-Za-z]+\?)[^"]+)"')
+
+
+class Prepared(NamedTuple):
+    """A resource ready to be written: all that takes time is done, and no lock was held."""
+    resource: Json
+    row: tuple[str, str, str, float, str]  # type, id, patient_id, updated, json
+    values: set[SearchValue]
+    unresolved: set[str]                   # references that are no Type/id yet
+    given: Json                            # its meta, as it came
+
+
+def prepare(resource: Json, version: str, now: str = "") -> Prepared:
+    """A resource ready to be written, its meta completed. PortalError for what FHIR does not allow."""
+    given = resource.get("meta", {})
+    if not isinstance(given, dict):
+        raise PortalError("invalid_request", "meta: expected an object")
+    meta = {"versionId": "1", "lastUpdated": now, **given}
+    resource = {**resource, "meta": meta}
+    try:
+        updated = date_range(meta["lastUpdated"])[0]
+        if not FHIR_ID.fullmatch(meta["versionId"]):
+            raise ValueError("versionId is no id")
+    except (ValueError, TypeError) as error:
+        raise PortalError("invalid_request", f"meta: {error}")
+    try:
+        text = _ENCODER.encode(resource)
+        text.encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise PortalError("invalid_request", f"can't be written as JSON: {error}")
+    whose = owner(resource)
+    return Prepared(resource, (resource["resourceType"], resource["id"], "?" if whose is None else whose, updated, text),
+                    search_values(resource, version), set(_OPEN_IN_JSON.findall(text)), given)
+
+
+def _write(database: sqlite3.Connection, number: int, one: Prepared) -> None:
+    """Put a resource where `number` says, in place of what is there."""
+    _erase(database, number)
+    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *one.row))
+    _index(database, [(number, one)])
+
+
+def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]) -> None:
+    """Write down what leads to resources that were written."""
+    database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)", [
+        (number, *value) for number, one in written for value in one.values])
+    database.executemany("INSERT INTO unresolved VALUES (?, ?)", [
+        (number, reference) for number, one in written for reference in one.unresolved])
+
+
+def _erase(database: sqlite3.Connection, number: int) -> None:
+    """Take a resource out, with all that leads to it."""
+    for name in ("resources", "search_values", "unresolved"):
+        database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
+
+
+def parse_document(data: bytes) -> tuple[Json, list[Json]]:
+    """A JSON object, and those within it that may refer to something; PortalError, which says where it goes wrong."""
+    pointers: list[Json] = []
+
+    def notice(found: Json) -> Json:
+        if "reference" in found or "url" in found:
+            pointers.append(found)
+        return found
+    try:
+        value = json.loads(data.decode("utf-8-sig"), object_hook=notice)
+    except (ValueError, RecursionError) as error:
+        raise PortalError("invalid_request", f"not JSON: {error}")
+    if not isinstance(value, dict):
+        raise PortalError("invalid_request", f"a JSON {type(value).__name__}: expected a FHIR resource or Bundle")
+    return value, pointers
+
+
+def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
+    """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
+
+    Beside them, what the entries' fullUrls mean: Type/id.
+    """
+    if document.get("resourceType") != "Bundle":
+        return [("", _identified(document, {}, ""))], {}
+    entries = document.get("entry", [])
+    if not isinstance(entries, list) or document.get("type") == "history":
+        raise PortalError("invalid_request", "Bundle: expected a transaction, batch, collection or searchset, with an "
+                          "array of entries")
+    found: list[tuple[str, Json]] = []
+    names: dict[str, str | None] = {}
+    for place, entry in enumerate(entries):
+        where = f"Bundle.entry[{place}]"
+        if not isinstance(entry, dict):
+            raise PortalError("invalid_request", f"{where}: expected an object")
+        if "resource" in entry:  # a batch's GET and DELETE have none
+            resource = _identified(entry["resource"], entry, f"{where}.resource: ")
+            found.append((f"{where}.resource ({resource['resourceType']}): ", resource))
+            if isinstance(entry.get("fullUrl"), str):
+                names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
+    return found, names
+
+
+def _identified(resource: Any, entry: Json, where: str) -> Json:
+    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its
+    content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
+    if not isinstance(resource, dict) or not isinstance(resource.get("resourceType"), str):
+        raise PortalError("invalid_request", f"{where}not a FHIR resource: expected an object with a resourceType")
+    key = resource.get("id")
+    for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")] if key is None else ():
+        match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
+        key = key or (match and match[1])
+    if key is None:
+        key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
+    if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
+        raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
+    return resource if "id" in resource else {**resource, "id": key}
+
+
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
+
+
+class Source(NamedTuple):
+    """One thing to load: a file, or a text that Server(data=...) was given."""
+    path: str
+    size: int
+    text: bytes = b""
+
+    def documents(self) -> Iterator[tuple[str, bytes, int]]:
+        """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
+
+        A line at a time, so that a file of any length takes no more memory than its longest line.
+        """
+        if self.text:
+            yield "", self.text, self.size
+            return
+        with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
+            line = stream.readline()
+            try:
+                json.loads(line)
+            except (ValueError, RecursionError):  # one text over many lines
+                yield "", line + stream.read(), self.size
+                return
+            for number, text in enumerate(itertools.chain([line], stream), 1):
+                if text.strip():
+                    yield f"line {number}: ", text, raw.tell()
+
+
+def sources(data: Any) -> list[Source]:
+    """What an item of --data names: a resource or Bundle, a file, or those of a folder that may hold FHIR."""
+    if isinstance(data, dict):
+        text = json.dumps(data).encode()
+        return [Source("(given as a dict)", len(text), text)]
+    path = os.fspath(data)
+    try:
+        if not os.path.isdir(path):
+            return [Source(path, os.stat(path).st_size)]
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                 if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
+        if found:
+            # swapcase: Synthea's hospitalInformation and practitionerInformation before the patients that refer to them
+            return [Source(name, os.stat(name).st_size) for name in sorted(found, key=str.swapcase)]
+    except OSError as error:
+        raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
+    raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
+
+
+class Progress:
+    """A line on standard error now and then, for a load that takes more than a second."""
+    def __init__(self, total: int, clock: Clock):
+        self.total, self.clock = total, clock
+        self.begun = self.shown = clock.now()
+
+    def at(self, read: int) -> bool:
+        """Say how far it is, unless that was just said; always true."""
+        now = self.clock.now()
+        if now - self.shown >= 1 and read:
+            self.shown, rate = now, read / (now - self.begun)
+            print(f"loading: {read / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, "
+                  f"{(self.total - read) / rate:.0f} s left", file=sys.stderr, flush=True)
+        return True
+
+
+@functools.cache
+def sample_database(version: str) -> sqlite3.Connection:
+    """The sample records in memory, made once in a process. Servers copy it."""
+    store = Store(None, RECORD_SCHEMA)
+    atexit.register(store.close)
+    with store.transaction() as database:
+        database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
+        for number, resource in enumerate(sample_resources(version), 1):
+            _write(database, number, prepare(resource, version))
+    return store.connection
 
 
 class Records:
-    """The embedded records: FHIR resources in SQLite."""
-    def __init__(self, path: str | None):
-        self.store = Store(path, RECORD_SCHEMA)
-        self._ready = threading.Event()
-        self._filling = threading.Lock()
+    """The embedded records: FHIR resources of one version in SQLite. Four parts: filling, reset, reading, searching."""
+    def __init__(self, settings: Settings, clock: Clock):
+        """Open them and load what --data names. StartError where that fails; `warnings` tell what was left out."""
+        self.version, self.clock = settings.fhir_version, clock
+        self.store = Store(settings.db, RECORD_SCHEMA)
+        self.warnings: list[str] = []
+        self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
+        self._ready, self._filling, self._indexed = False, threading.Lock(), True
+        self._identified: dict[str, str] = {}  # while loading: Practitioner?identifier=system|value -> Practitioner/id
+        try:
+            with self.store.transaction() as database:
+                database.execute("INSERT OR IGNORE INTO record_facts VALUES ('version', ?)", (self.version,))
+            kept = self._fact("version")
+            if kept != self.version:
+                raise StartError(f"--db {settings.db} holds {kept} records: start with --fhir-version {kept}, "
+                                 "or name another file")
+            found = [source for one in settings.data if one != "none" for source in sources(one)]
+            if found:
+                self._load_sources(found)
+        except BaseException:
+            self.store.close()
+            raise
+
+    def _fact(self, name: str) -> str:
+        """What the database says about itself; "" if nothing."""
+        row = self.store.row("SELECT value FROM record_facts WHERE name = ?", name)
+        return row["value"] if row else ""
 
     def _filled(self) -> Store:
         """The store, with the sample records in it. They are put there on first use, so that a start need not wait."""
-        if not self._ready.is_set():
+        if not self._ready:
             with self._filling:
-                if not self._ready.is_set() and not self.store.row("SELECT 1 FROM resources"):
-                    self.put(sample_resources("r4"))
-                self._ready.set()
+                if not self._ready and self._with_samples and not self._fact("samples"):
+                    self._fill(sample_database(self.version))
+                self._ready = True
         return self.store
 
-    def put(self, resources: Iterable[Json]) -> int:
-        """Add resources, or replace those of the same type and id; all or none. Gives how many."""
-        count = 0
+    def _fill(self, samples: sqlite3.Connection) -> None:
+        """Copy the sample records in."""
+        if self._in_memory:
+            samples.backup(self.store.connection)
+            self.store.changed()
+            return
         with self.store.transaction() as database:
-            for count, resource in enumerate(resources, 1):
-                where = (resource["resourceType"], resource["id"])
-                old = database.execute("SELECT number FROM resources WHERE type = ? AND id = ?", where).fetchone()
-                if old:
-                    database.execute("DELETE FROM search_values WHERE number = ?", (old[0],))
-                    database.execute("DELETE FROM resources WHERE number = ?", (old[0],))
-                cursor = database.execute(
-                    "INSERT INTO resources (type, id, patient_id, updated, json) VALUES (?, ?, ?, ?, ?)",
-                    (*where, owner(resource) or None, date_range(resource["meta"]["lastUpdated"])[0],
-                     json.dumps(resource, separators=(",", ":"))))
-                database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)",
-                                     [(cursor.lastrowid, *row) for row in search_values(resource)])
-        return count
+            texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()
+            self._put(database, (prepare(json.loads(text), self.version) for (text,) in texts), later=False)
+            database.execute("INSERT INTO record_facts VALUES ('samples', 'yes')")
 
-    def read(self, type_name: str, resource_id: str) -> Json | None:
-        """One resource, or None."""
-        found = self._filled().row("SELECT json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
-        return json.loads(found["json"]) if found else None
+    def load(self, document: Json) -> int:
+        """Add the resources of a Bundle, or one resource, or replace those of the same type and id; all or none.
 
-    def search(self, type_name: str, parameters: Sequence[tuple[str, str]], access: Access,
-               count: int, offset: int) -> Page:
-        """The resources that match all parameters and may be seen; sorted by _sort, else in the order of loading."""
-        conditions = [Condition("r.type = ?", (type_name,)), access_condition(access, type_name)]
-        order = "r.number"
-        for name, text in parameters:
-            if name == "_sort":
-                order = self._order(type_name, text)
-            elif name not in RESULT_PARAMETERS:
-                conditions.append(parameter_condition(type_name, name, text))
-        where = " AND ".join(one.sql for one in conditions)
-        values = [value for one in conditions for value in one.values]
-        store = self._filled()
-        total = store.row(f"SELECT count(*) FROM resources r WHERE {where}", *values)
-        rows = store.rows(f"SELECT json FROM resources r WHERE {where} ORDER BY {order} LIMIT ? OFFSET ?",
-                          *values, count, offset)
-        found = [json.loads(row["json"]) for row in rows]
-        return Page(total[0] if total else 0, [one for one in found if access.may_see(one, "s")])
+        Gives how many. PortalError if it is not FHIR of this version, or nothing of it is served.
+        """
+        self._filled()
+        skipped: collections.Counter[str] = collections.Counter()
+        prepared = list(self._prepared(json.dumps(document).encode(), skipped))
+        if skipped and not prepared:
+            raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
+                              + ", ".join(sorted(search_table(self.version))))
+        with self.store.transaction() as database:
+            self._put(database, prepared, later=True)
+            self._resolve(database, later=True)
+        return len(prepared)
+
+    def _load_sources(self, found: Sequence[Source]) -> None:
+        """Load one after the other: a bad one is refused whole, those before it stay."""
+        before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
+        skipped: collections.Counter[str] = collections.Counter()
+        progress, done = Progress(sum(source.size for source in found), self.clock), 0
+        if before < 2000:  # little but the samples: the index that takes longest is faster made at the end, at once
+            self.store.connection.execute("DROP INDEX search_by_value")
+            self._indexed = False
+        for source in found:
+            try:
+                with self.store.transaction() as database:
+                    self._put(database, (one for place, text, read in source.documents() if progress.at(done + read)
+                                         for one in self._prepared(text, skipped, place)), later=False)
+            except PortalError as error:
+                raise StartError(f"--data {source.path}: {error.description}")
+            except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
+                raise StartError(f"--data {source.path}: {error}")
+            done += source.size
+        self.store.connection.executescript(RECORD_SCHEMA)
+        self._indexed, self._identified = True, {}
+        with self.store.transaction() as database:
+            self._resolve(database, later=False)
+        self._warn(skipped, before)
+
+    def _prepared(self, text: bytes, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
+        """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
+        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
+        now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
+        try:
+            document, pointers = parse_document(text)
+            found, names = unbundle(document)
+            self._point(pointers, names)
+            for where, resource in found:
+                check_version(resource, self.version)
+                if resource["resourceType"] in search_table(self.version):
+                    yield self._remembered(prepare(resource, self.version, now))
+                else:
+                    skipped[resource["resourceType"]] += 1
+        except PortalError as error:
+            raise PortalError(error.error, f"{place}{where}{error.description}")
+
+    def _remembered(self, one: Prepared) -> Prepared:
+        """Note what conditional references to a practitioner or organization will mean in the documents to come."""
+        type_name, resource_id = one.row[:2]
+        for name, value, system, *_ in one.values if type_name in SHARED_TYPES else ():
+            if name == "identifier":
+                self._identified[f"{type_name}?identifier={system}|{value}"] = f"{type_name}/{resource_id}"
+        return one
+
+    def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
+        """Write resources, many at once. later: after the start, so that reset takes them back."""
+        written: list[tuple[int, Prepared]] = []
+        for new in resources:
+            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?)", new.row)
+            if added.rowcount:
+                written.append((int(added.lastrowid or 0), new))
+                if later:
+                    database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
+            if not added.rowcount or len(written) == 100:
+                _index(database, written)
+                written.clear()
+            if not added.rowcount:
+                self._renew(database, new, later)
+        _index(database, written)
+
+    def _renew(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
+        """Replace a resource, unless the new one says the same but for the meta that we gave it."""
+        number, text = database.execute("SELECT number, json FROM resources WHERE type = ? AND id = ?", new.row[:2]).fetchone()
+        was = json.loads(text)
+        kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
+        if {**new.resource, "meta": {**kept, **new.given}} == was:
+            return
+        if "versionId" not in new.given and kept["versionId"].isdecimal():
+            new.resource["meta"]["versionId"] = str(int(kept["versionId"]) + 1)
+            new = prepare(new.resource, self.version)
+        self._replace(database, number, text, new, later)
 
     @staticmethod
-    def _order(type_name: str, text: str) -> str:
-        """_sort as SQL: parameters in order of weight, a minus for falling."""
-        order = []
-        for word in text.split(","):
-            name, direction = (word[1:], "DESC") if word.startswith("-") else (word, "ASC")
-            column = {"_id": "r.id", "_lastUpdated": "r.updated"}.get(name)
-            if name in SEARCH[type_name]:  # a name of our own table, so it may stand in SQL
-                column = ("(SELECT min(coalesce(first, value)) FROM search_values "
-                          f"WHERE number = r.number AND parameter = '{name}')")
-            if not column:
-                raise FhirError("value", f"_sort={text}: {name} is no search parameter of {type_name}")
-            order.append(f"{column} {direction}")
-        return ", ".join([*order, "r.number"])
+    def _replace(database: sqlite3.Connection, number: int, text: str, new: Prepared, later: bool) -> None:
+        """Write a resource in another's place; the text before is what reset brings back."""
+        if later:
+            database.execute("INSERT OR IGNORE INTO before_load VALUES (?, ?)", (number, text))
+        else:
+            database.execute("DELETE FROM before_load WHERE number = ?", (number,))
+        _write(database, number, new)
+
+    def _resolve(self, database: sqlite3.Connection, later: bool) -> None:
+        """Turn references that were open when their resource was written into Type/id, where that is known now."""
+        names: dict[str, str | None] = {}
+        waiting = database.execute("SELECT number, reference FROM unresolved").fetchall()
+        for number in dict.fromkeys(number for number, reference in waiting if self._meaning(reference, names)):
+            (text,) = database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
+            resource, pointers = parse_document(text.encode())
+            self._point(pointers, names)
+            self._replace(database, number, text, prepare(resource, self.version), later)
+
+    def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
+        """Make references, and addresses of attachments, say Type/id where another way of saying it is understood."""
+        for pointer in pointers:
+            for key in ("reference", "url"):
+                text = pointer.get(key)
+                if isinstance(text, str) and (text in names or text.startswith("urn:") or "?" in text):
+                    pointer[key] = self._meaning(text, names) or text
+
+    def _meaning(self, reference: str, names: dict[str, str | None]) -> str | None:
+        """The Type/id that a reference means: by `names`, which also remembers, else by what was loaded.
+
+        A conditional one (Practitioner?identifier=system|value) must have one match (FHIR, transaction); of a urn:uuid:
+        the id may have been made.
+        """
+        if reference in self._identified:
+            return self._identified[reference]
+        if reference not in names and self._indexed:
+            type_name, conditional, search = reference.partition("?")
+            served, rows = search_table(self.version), []
+            if reference.startswith("urn:"):
+                rows = self.store.rows(f"SELECT type, id FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+                                       "AND id = ?", *served, reference.rpartition(":")[2])
+            elif conditional and type_name in served:
+                with contextlib.suppress(FhirError, ValueError):
+                    where = self._where(parse_query(self.version, type_name, parse_qsl(search)), Access(None))
+                    rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
+            names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
+        return names.get(reference)
+
+    def _warn(self, skipped: Mapping[str, int], before: int) -> None:
+        """Note what a load left out, and which references of what came after `before` lead nowhere."""
+        if skipped:
+            self.warnings.append(f"{sum(skipped.values())} resources of types that are not served were left out: "
+                                 + ", ".join(f"{name} ({count})" for name, count in sorted(skipped.items())))
+        lost = self.store.rows(
+            "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
+            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment' AND system IN "
+            f"({', '.join('?' * len(search_table(self.version)))}) "
+            "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))",
+            before, *search_table(self.version))[0]
+        if lost[0]:
+            self.warnings.append(f"{lost[0]} references lead to nothing that was loaded, such as {lost[1]}; they were kept")
+
+    def reset(self) -> None:
+        """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
+        if not self.store.row("SELECT 1 FROM before_load"):
+            return
+        with self.store.transaction() as database:
+            for number, text in database.execute("SELECT number, json FROM before_load").fetchall():
+                _erase(database, number)
+                if text is not None:
+                    _write(database, number, prepare(json.loads(text), self.version))
+            database.execute("DELETE FROM before_load")
+
+    def find(self, type_name: str, resource_id: str) -> Found | None:
+        """One resource, or None."""
+        row = self._filled().row("SELECT number, json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
+        return Found(row["number"], json.loads(row["json"]), row["json"]) if row else None
+
+    def read(self, type_name: str, resource_id: str) -> Json | None:
+        """One resource, parsed, or None."""
+        found = self.find(type_name, resource_id)
+        return found.resource if found else None
+
+    def patients(self, text: str = "", limit: int = 100) -> list[tuple[str, str]]:
+        """(id, name) of patients, by id; with a text, of those whose id or name has all its words. limit -1: all."""
+        words = fold(text).split()
+        like = " AND (instr(lower(r.id), ?) OR EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND " \
+               "parameter = 'name' AND instr(value, ?)))"
+        rows = self._filled().rows(
+            f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id LIMIT ?",
+            *(word for one in words for word in (one, one)), limit)
+        return [(one["id"], display_name(one)) for one in (json.loads(row["json"]) for row in rows)]
+
+    def pointing_to(self, binary_id: str) -> list[Json]:
+        """The DocumentReferences and DiagnosticReports whose content is a Binary."""
+        return [json.loads(row["json"]) for row in self._filled().rows(
+            "SELECT json FROM resources WHERE number IN (SELECT number FROM search_values "
+            "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)]
+
+    def _where(self, query: Query, access: Access) -> Condition:
+        """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
+        starts from the values searched for (the plus keeps it from going through the whole type)."""
+        pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not None or any(
+            one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
+        parts = [one.condition(pinned) for one in query.constraints]
+        plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
+        parts = [Condition(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
+        return Condition(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
+
+    def search(self, query: Query, access: Access) -> Page:
+        """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
+        where = self._where(query, access)
+        sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
+            ("r.patient_id", False)]
+        columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
+        keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
+        page, dropped = self._page(Condition(f"SELECT r.number, r.json{columns} FROM resources r WHERE {where.sql}",
+                                             where.values), keys, query.limit, query.after, access, "s")
+        total = None
+        if query.total and not dropped and not access.narrowed:
+            total = self.store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+        return page._replace(included=self._included(query, page.matches, access), total=total)
+
+    def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
+        """A page of a patient's compartment, and what it refers to that belongs to nobody."""
+        served = search_table(self.version)
+        page, _ = self._page(Condition(f"SELECT number, json FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+                                       "AND patient_id = ?", (*served, patient_id)),
+                             [("number", False)], count, after, access, "rs")
+        ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
+                             if end[0] in SHARED_TYPES or end[0] == "Device")
+        others = [one for one in (self.find(*end) for end in ends) if one and owner(one.resource) == NOBODY]
+        return page._replace(included=[one for one in others if access.may_see(one.resource, "rs")])
+
+    def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
+              access: Access, letters: str) -> tuple[Page, bool]:
+        """A page of what `select` finds, in the order of `keys`, and whether something was left out of it.
+
+        It begins after an entry, not after so many entries: what is loaded meanwhile shifts nothing over its edge.
+        """
+        if len(after) not in (0, len(keys)):
+            raise FhirError("value", "_page: not a link of this search")
+        order = ", ".join(name + " DESC" * falling for name, falling in keys)
+        found: list[tuple[Found, list[Any]]] = []
+        dropped, more = False, count > 0
+        while more and len(found) <= count:  # until the page is full and one more is seen
+            beyond = _beyond(keys, after) if after else Condition("1")
+            rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
+                                       *select.values, *beyond.values, count + 1)
+            for row in rows:
+                after = [row[name] for name, _ in keys]
+                one = Found(row["number"], json.loads(row["json"]), row["json"])
+                if access.may_see(one.resource, letters):
+                    found.append((one, after))
+                else:
+                    dropped = True
+            more = len(rows) > count
+        following = page_mark(found[count - 1][1]) if len(found) > count > 0 else ""
+        return Page([one for one, _ in found[:count]], [], following, None), dropped
+
+    def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
+        """What _sort looks at, as SQL: of several values the first in its direction. Who has none comes last."""
+        kind = search_table(self.version)[type_name][name].kind
+        own = {"id": "r.id", "owner": "r.patient_id", "updated": "r.updated"}.get(kind)
+        if own:
+            return own
+        column = "first" if kind == "date" else "value"  # the name is one of our table's, so it may stand in SQL
+        return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
+                f"WHERE number = r.number AND parameter = '{name}'), {'-1e308' if falling else 'char(1114111)'})")
+
+    def _included(self, query: Query, matches: Sequence[Found], access: Access) -> list[Found]:
+        """What _include and _revinclude add to a page, each resource once, and only what may be seen itself."""
+        seen, found = {one.number for one in matches}, []
+        for include in query.includes:
+            for match in matches:
+                for one in self._follow(include, query.type, match):
+                    if one.number not in seen and access.may_see(one.resource, "s"):
+                        seen.add(one.number)
+                        found.append(one)
+                if len(found) > MAX_INCLUDED:
+                    raise FhirError("too-costly", f"more than {MAX_INCLUDED} resources would be included; "
+                                    "ask for fewer matches with _count")
+        return found
+
+    def _follow(self, include: Include, type_name: str, match: Found) -> Iterator[Found]:
+        """The resources at the other end of a reference."""
+        owned = search_table(self.version)[include.source][include.parameter].kind == "owner"
+        if include.reverse:
+            if owned:
+                condition = Condition("type = ? AND patient_id = ?", (include.source, match.resource["id"]))
+            else:
+                condition = Condition("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
+                                      "AND value = ? AND system = ?)",
+                                      (include.source, include.parameter, match.resource["id"], type_name))
+            for row in self.store.rows(f"SELECT number, json FROM resources WHERE {condition.sql} LIMIT ?",
+                                       *condition.values, MAX_INCLUDED + 1):
+                yield Found(row["number"], json.loads(row["json"]), row["json"])
+        else:
+            ends = [("Patient", owner(match.resource) or "")] if owned else [
+                (row["system"], row["value"]) for row in self.store.rows(
+                    "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?",
+                    match.number, include.parameter)]
+            for end in ends:
+                found = self.find(*end) if include.target in ("", end[0]) else None
+                if found:
+                    yield found
 
 
 # ######################################################################## 8 the portal
@@ -2225,8 +3125,10 @@ class Seeds(NamedTuple):
 
 def seeds(settings: Settings) -> Seeds:
     """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
-    found = Seeds([(username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                   for username, name, fhir_user, anyone in DEMO_USERS], list(DEMO_PATIENTS), {})
+    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
+                  list(DEMO_PATIENTS) if samples else [], {})
     for client_id, secret, uri in DEMO_CLIENTS:
         found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
     demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
@@ -2357,16 +3259,6 @@ class Faults:
             self._queues.clear()
 
 
-def display_name(patient: Json) -> str:
-    """A Patient's name as people are shown it; its id if it has none."""
-    for name in elements(patient, "name"):
-        if isinstance(name, dict):
-            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
-            if parts:
-                return " ".join(map(str, parts))
-    return str(patient.get("id"))
-
-
 class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
@@ -2374,12 +3266,16 @@ class Portal:
         self.clock = Clock()
         self._seeds = seeds(settings)           # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
-        self.records = Records(settings.db)
+        try:
+            self.records = Records(settings, self.clock)
+        except BaseException:
+            self.state.close()
+            raise
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
         self.faults = Faults()
-        self.recorded: collections.deque[Any] = collections.deque(maxlen=1000)  # see RecordedRequest
+        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
         self.upstream = Upstream(settings) if settings.fhir_server else None  # the FHIR server behind: section 15
@@ -2407,6 +3303,7 @@ class Portal:
         self.faults.clear()
         self.recorded.clear()
         self.key_sets.clear()
+        self.records.reset()
         with self.state.transaction() as database:
             for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
                          "patients", "users"):
@@ -2442,15 +3339,10 @@ class Portal:
 
     def patients_of(self, username: str, text: str = "") -> dict[str, str]:
         """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
-        name has a part that begins with it. Of one who may open any record, the first few."""
+        name has it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
-            if self.upstream:
-                found = dict(upstream_patients(self, text))
-            else:
-                where = [("name", text)] if text else []
-                found = {one["id"]: display_name(one)
-                         for one in self.records.search("Patient", where, Access(None), 200, 0).resources}
+            found = dict(upstream_patients(self, text) if self.upstream else self.records.patients(text, 200))
             if FHIR_ID.fullmatch(text):
                 with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
                     name = self.patient_name(username, text)
@@ -2576,6 +3468,7 @@ class Request:
         self.rest = ""
         self.client_id = self.username = ""     # found out on the way, for the log
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
+        self.broken: PortalError | None = None  # why the body could not be read
 
     def note(self, text: str) -> None:
         """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
@@ -2602,7 +3495,7 @@ class Request:
 
     def json(self) -> Json:
         """The body as a JSON object."""
-        if self.media_type != "application/json":
+        if not re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type):
             raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
                               "application/json", 415)
         return parse_json(self.body)
@@ -2928,27 +3821,43 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
 
 
 def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
-    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris)."""
-    found = addresses(portal.base(request), portal.browser_base(request))
-    api = "fhir" if secured else "open-fhir"
+    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris).
+
+    A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
+    """
+    version, url = fhir_version(portal), f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    service = HL7 if version == "r4" else "http://hl7.org/fhir/"
+    operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
     rest: Json = {"mode": "server", "resource": [
-        {"type": name, "interaction": [{"code": "read"}, {"code": "search-type"}], "searchParam": [
-            {"name": parameter, "type": kind} for parameter, (kind, _) in sorted(known.items())]
-            + [{"name": "_id", "type": "token"}, {"name": "_lastUpdated", "type": "date"}]}
-        for name, known in sorted(SEARCH.items()) if known]}
+        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]} if name == "Binary" else
+        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
+         "searchInclude": [f"{name}:{one}" for one in sorted(known) if known[one].type == "reference"],
+         "searchRevInclude": sorted(map(":".join, referring(name, version))),
+         "searchParam": [{"name": one, "type": known[one].type} for one in sorted(known)]}
+        for name, known in sorted(search_table(version).items())]}
+    for resource in rest["resource"]:  # FHIR: a list is not empty, it is absent
+        for name in [name for name, value in resource.items() if not value]:
+            del resource[name]
+        if version == "r4" and resource["type"] == "Patient":
+            resource["operation"] = [{"name": "everything", "definition": operation}]
+    if version != "r4":
+        rest["operation"] = [{"name": "everything", "definition": {"reference": operation}}]
     if secured:
+        found = addresses(portal.base(request), portal.browser_base(request))
         rest["security"] = {
-            "cors": True, "service": [concept(HL7 + "restful-security-service", "SMART-on-FHIR")],
+            "cors": True, "service": [concept(service + "restful-security-service", "SMART-on-FHIR")],
             "extension": [{"url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris", "extension": [
                 {"url": short, "valueUri": found[name]} for short, name in (
                     ("authorize", "authorization_endpoint"), ("token", "token_endpoint"),
                     ("register", "registration_endpoint"), ("manage", "management_endpoint"),
                     ("introspect", "introspection_endpoint"), ("revoke", "revocation_endpoint"))]}]}
-    return {"resourceType": "CapabilityStatement", "status": "active", "date": "2026-11-24", "kind": "instance",
-            "publisher": portal.settings.name, "fhirVersion": "4.0.1", "format": ["application/fhir+json", "json"],
-            "software": {"name": "s4s_proxy.py", "version": __version__},
-            "implementation": {"description": "A test server with made-up patients",
-                               "url": f"{portal.base(request)}/api/{api}"}, "rest": [rest]}
+    statement = {
+        "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
+        "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
+        "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
+        "software": {"name": "s4s_proxy.py", "version": __version__},
+        "implementation": {"description": "A test server with made-up patients", "url": url}, "rest": [rest]}
+    return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
 
 
 # ######################################################################## 11 clients
@@ -3521,7 +4430,8 @@ def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
         found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
                  and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
     else:
-        found = portal.records.search("Encounter", [("patient", patient_id)], Access(None), 100, 0).resources
+        query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
+        found = [one.resource for one in portal.records.search(query, Access(None)).matches]
     found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
     return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
             for one in found}
@@ -4358,12 +5268,13 @@ class SocketReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
         try:
-            self.connection.settimeout(max(left, 0.001))
-            return self.connection.recv_into(buffer)
+            if left > 0:
+                self.connection.settimeout(left)
+                return self.connection.recv_into(buffer)
         except OSError:
-            if time.monotonic() >= self.deadline:
-                raise BadRequest(408, "the request took too long to arrive")
-            raise
+            if time.monotonic() < self.deadline:
+                raise
+        raise BadRequest(408, "the request took too long to arrive")
 
 
 def parse_headers(lines: bytes) -> dict[str, str]:
@@ -4794,7 +5705,7 @@ def fhir_version(portal: Portal) -> str:
     The FHIR server's is read from its metadata. A read must not depend on that: where it fails, R4 is assumed.
     """
     if not portal.upstream:
-        return "r4"
+        return portal.settings.fhir_version
     now, (version, until) = portal.clock.now(), portal.upstream.version
     if now >= until:
         try:
@@ -4822,6 +5733,7 @@ def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json
                 {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
                 if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
     ours["rest"][0]["resource"] = resources
+    ours["rest"][0].pop("operation", None)
     ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
     return ours
 
@@ -5130,6 +6042,7 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
 FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
 JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
 
 
@@ -5166,20 +6079,25 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
                      [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
 
 
-def fhir_response(request: Request, body: Json, status: int = 200,
-                  headers: Sequence[tuple[str, str]] = ()) -> Response:
-    """A resource, in the JSON type asked for; 406 if no JSON is acceptable."""
-    wanted = dict(request.pairs()).get("_format", "") if status == 200 else ""
-    accepted = [part.partition(";")[0].strip().lower() for part in request.headers.get("accept", "").split(",")]
-    if wanted:
-        accepted = [wanted.replace(" ", "+").partition(";")[0].lower()]
-    if status == 200 and accepted != [""] and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+def accepted_types(request: Request) -> list[str]:
+    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
+    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
+            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request) if status == 200 else []
+    if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
         raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPE
-    pretty = "_pretty=true" in request.query
+    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
     # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, json.dumps(body, indent=2 if pretty else None).encode(), media_type,
-                    [("Cache-Control", "no-store"), *headers])
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 def outcome(error: PortalError) -> Json:
@@ -5189,106 +6107,146 @@ def outcome(error: PortalError) -> Json:
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
 
-def _count(parameters: Sequence[tuple[str, str]], name: str, default: int, most: int) -> int:
-    """A whole number among the parameters."""
-    text = dict(parameters).get(name)
-    if text is None:
-        return default
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise FhirError("value", f"{name}={text}: expected a whole number")
-    return min(int(text), most)
-
-
-def search_parameters(request: Request, type_name: str) -> list[tuple[str, str]]:
-    """The parameters of a search: of the query and of a POST's form. Lenient handling drops what is unknown."""
-    pairs = request.pairs() + (request.form() if request.method == "POST" else [])
-    pairs = [(name, value) for name, value in pairs if value]
-    if "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""):
-        known = [*SEARCH[type_name], *COMMON_PARAMETERS, *RESULT_PARAMETERS]
-        pairs = [(name, value) for name, value in pairs if name in known]
-    return pairs
-
-
-def pin_to_patient(access: Access, type_name: str, parameters: Sequence[tuple[str, str]]) -> None:
+def check_patients(access: Access, query: Query) -> None:
     """A search that names another patient is refused in words, rather than found empty."""
-    allowed = access.patients(type_name, "s")
-    if allowed is None or type_name in SHARED_TYPES:
-        return
-    for name, text in parameters:
-        if name in NAMES_A_PATIENT or (name == "_id" and type_name == "Patient"):
-            for one in text.split(","):
-                if one.split("/")[-1] not in allowed:
-                    raise FhirError("forbidden", f"{name}={one}: the token is not for this patient's record", 403)
+    allowed = access.patients(query.type, "s")
+    others = query.patients() - (allowed or set())
+    if allowed is not None and others:
+        raise FhirError("forbidden", f"{', '.join(sorted(others))}: the token is not for this patient's record", 403)
+
+
+def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
+    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
+    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
+    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
+    return {name: meta if name == "meta" else value for name, value in resource.items()
+            if name in ("resourceType", "id", "meta", *names)}
+
+
+def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
+                    base: str, version: str, names: Sequence[str] = ()) -> Response:
+    """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
+    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
+        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=quote, safe=",:/")}
+        for relation, rest in links]}
+    if page.total is None:
+        del head["total"]
+    entries = [
+        f'{{"fullUrl":{json.dumps(base + "/" + one.resource["resourceType"] + "/" + one.resource["id"])},"resource":'
+        + (json.dumps(only_elements(one.resource, names, version)) if names else one.text)
+        + f',"search":{{"mode":"{mode}"}}}}' for mode, found in (("match", page.matches), ("include", page.included))
+        for one in found]
+    text = json.dumps(head)
+    return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
+                         version=version)
 
 
 def search(portal: Portal, request: Request, access: Access, type_name: str, base: str) -> Response:
-    """A page of a type's resources that match and may be seen, as a Bundle with links to the other pages."""
-    parameters = search_parameters(request, type_name)
-    pin_to_patient(access, type_name, parameters)
-    count = _count(parameters, "_count", 20, 1000)
-    offset = _count(parameters, "_offset", 0, 10 ** 9)
-    summary = dict(parameters).get("_summary", "false")
-    if summary not in ("count", "false"):
-        raise FhirError("not-supported", f"_summary={summary}: only count and false are supported")
-    only_count = summary == "count" or count == 0
-    found = portal.records.search(type_name, parameters, access, 0 if only_count else count, offset)
-
-    def link(relation: str, start: int) -> Json:
-        rest = [(name, value) for name, value in parameters if name not in ("_offset", "_count")]
-        rest += [("_count", str(count))] if "_count" in dict(parameters) else []
-        rest += [("_offset", str(start))] if start else []
-        query = urlencode(rest, quote_via=quote)
-        return {"relation": relation, "url": f"{base}/{type_name}" + (f"?{query}" if query else "")}
-    links = [link("self", offset)]
-    if not only_count:
-        links += [link("first", 0)] if offset else []
-        links += [link("previous", max(0, offset - count))] if offset else []
-        links += [link("next", offset + count)] if offset + count < found.total else []
-    bundle: Json = {"resourceType": "Bundle", "type": "searchset", "total": found.total, "link": links}
-    if access.labels:
-        del bundle["total"]  # it would tell how much was left out
-    if found.resources:
-        bundle["entry"] = [{"fullUrl": f"{base}/{type_name}/{one['id']}", "resource": one,
-                            "search": {"mode": "match"}} for one in found.resources]
-    return fhir_response(request, bundle)
+    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search)."""
+    version = portal.settings.fhir_version
+    pairs = request.pairs() + (request.form() if request.body else [])
+    query = parse_query(version, type_name, [(name, value) for name, value in pairs if value], base,
+                        "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
+    check_patients(access, query)
+    page = portal.records.search(query, access)
+    rest = [(name, value) for name, value in query.parameters if name != "_page"]
+    links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
+    if page.next:
+        links.append(("next", [*rest, ("_page", page.next)]))
+    return bundle_response(request, page, links, f"{base}/{type_name}", base, version, query.elements)
 
 
-def read(portal: Portal, request: Request, access: Access, type_name: str, resource_id: str) -> Response:
-    """One resource: fetched, then judged."""
-    resource = portal.records.read(type_name, resource_id)
-    if not resource:
+def everything(portal: Portal, request: Request, access: Access, patient: Found, base: str) -> Response:
+    """A page of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
+    for name, _ in request.pairs():
+        if name not in ("_count", "_page", "_format", "_pretty"):
+            raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
+    query = parse_query(portal.settings.fhir_version, "Patient", [("_count", "1000"), *request.pairs()])
+    page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
+    rest = [(name, value) for name, value in request.pairs() if name != "_page"]
+    return bundle_response(request, page, [("self", request.pairs())] + [
+        ("next", [*rest, ("_page", page.next)])] * bool(page.next),
+        f"{base}/Patient/{patient.resource['id']}/$everything", base, portal.settings.fhir_version)
+
+
+def visible(portal: Portal, access: Access, type_name: str, resource_id: str) -> Found:
+    """One resource: fetched, then judged. A Binary mostly doesn't say whose it is; what points to it decides."""
+    found = portal.records.find(type_name, resource_id)
+    if not found:
         raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-    if not access.may_see(resource, "r"):
+    if type_name == "Binary":
+        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
+    else:
+        seen = access.may_see(found.resource, "r")
+    if not seen:
         raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
                         "category that was not approved", 403)
-    version, updated = resource["meta"]["versionId"], date_range(resource["meta"]["lastUpdated"])[0]
-    return fhir_response(request, resource, headers=[("ETag", f'W/"{version}"'), ("Last-Modified", http_date(updated))])
+    return found
+
+
+def is_unchanged(request: Request, tag: str, updated: float) -> bool:
+    """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
+    known = request.headers.get("if-none-match")
+    if known is not None:
+        return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
+    try:
+        since = email.utils.parsedate_to_datetime(request.headers.get("if-modified-since", ""))
+        return updated < since.timestamp() + 1
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return False
+
+
+def read(portal: Portal, request: Request, access: Access, found: Found) -> Response:
+    """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
+    resource, tag = found.resource, f'"{found.resource["meta"]["versionId"]}"'
+    updated = date_range(resource["meta"]["lastUpdated"])[0]
+    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(updated))]
+    if is_unchanged(request, tag, updated):
+        return Response(304, headers=headers)
+    kind = str(resource.get("contentType", "")) if resource["resourceType"] == "Binary" else ""
+    if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
+        try:
+            content = base64.b64decode(str(resource.get("data", resource.get("content", ""))))
+            # sandbox: content that somebody loaded must not run as a page of this portal
+            return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
+        except (TypeError, ValueError):
+            pass
+    return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
 
 
 def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
-    """What of the FHIR API a path means: a type to search, a resource to read."""
-    parts = [unquote(part) for part in request.rest.split("/")]
-    type_name = parts[0]
-    if type_name not in SEARCH:
+    """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
+    type_name, *rest = [unquote(part) for part in request.rest.split("/")]
+    served = search_table(portal.settings.fhir_version)
+    if type_name not in served:
         raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
-                        + ", ".join(sorted(SEARCH)), 404)
-    if request.method == "POST" and parts[1:] != ["_search"]:
+                        + ", ".join(sorted(served)), 404)
+    searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
+    if request.method == "POST" and (rest != ["_search"] or not searching):
         raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    letter = "s" if len(parts) == 1 or parts[1:] == ["_search"] else "r"
-    if not access.allows(type_name, letter, "" if letter == "s" else parts[1]):
-        raise too_little_scope(type_name, letter)
-    if letter == "s" and (len(parts) == 1 or request.method == "POST"):
+    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
+        raise too_little_scope(type_name, "s" if searching else "r")
+    if searching:
         return search(portal, request, access, type_name, base)
-    if len(parts) == 2 and re.fullmatch(r"[A-Za-z0-9.-]{1,64}", parts[1]):
-        return read(portal, request, access, type_name, parts[1])
-    raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
+    if not rest or not FHIR_ID.fullmatch(rest[0]):
+        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
+    found = visible(portal, access, type_name, rest[0])
+    if len(rest) == 1 or rest[1:] == ["_history", found.resource["meta"]["versionId"]]:
+        return read(portal, request, access, found)
+    if rest[1:] == ["$everything"] and type_name == "Patient":
+        return everything(portal, request, access, found, base)
+    if rest[1] == "_history":
+        raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
+    if rest[1].startswith("$"):
+        raise FhirError("forbidden", f"{rest[1]}: the only operation here is Patient/[id]/$everything", 403)
+    raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
 
 
 @route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
     statement = forwarded_statement if portal.upstream else capability_statement
-    return fhir_response(request, statement(portal, request, True))
+    return fhir_response(request, statement(portal, request, True), version=fhir_version(portal))
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
@@ -5310,7 +6268,7 @@ def open_fhir(portal: Portal, request: Request) -> Response:
         raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
     if request.rest == "metadata":
         statement = forwarded_statement if portal.upstream else capability_statement
-        return fhir_response(request, statement(portal, request, False))
+        return fhir_response(request, statement(portal, request, False), version=fhir_version(portal))
     if request.method == "POST" and not request.rest.endswith("/_search"):
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
     base = portal.base(request) + "/api/open-fhir"
@@ -5790,15 +6748,16 @@ MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
 
 
-def control(path: str, answer: Callable[[Any], Any], **aliases: str) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `aliases` are
-    other names of members."""
+def control(path: str, answer: Callable[[Any], Any], whole: str = "", **aliases: str) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `whole` is the
+    parameter that the body is as a whole; `aliases` are other names of members."""
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__] = function
 
         def over_http(portal: Portal, request: Request) -> Response:
             only_with_debug(portal)
-            members = {aliases.get(name, name): value for name, value in request.json().items()}
+            body = request.json()
+            members = {whole: body} if whole else {aliases.get(name, name): value for name, value in body.items()}
             return json_response(answer(call_with_members(portal, function, members)))
         over_http.__doc__ = function.__doc__
         over_http.__name__ = f"debug_{function.__name__}"
@@ -5978,7 +6937,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
 def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
            patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
            need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as the EHR does, without the page: see create_launch in section 13."""
+    """Launch an app as the EHR does, without the page: see create_launch."""
     return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)
@@ -5991,6 +6950,17 @@ def advance(portal: Portal, *, seconds: float) -> float:
     if not 0 <= portal.clock.now() + step <= LAST_NOW:
         raise PortalError("invalid_request", "seconds: the clock goes from the year 1970 to the year 9990")
     return portal.clock.advance(step)
+
+
+@control("load", lambda stored: {"stored": stored}, whole="resource")
+def load(portal: Portal, *, resource: Json) -> int:
+    """Add a resource, or the resources of a Bundle, to the embedded records; gives how many were stored.
+
+    Those of the same type and id are replaced, until reset. All or none.
+    """
+    if portal.upstream:
+        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
+    return portal.records.load(resource)
 
 
 @route("POST /oauth/debug/reset", "test control", kind="debug")
@@ -6038,7 +7008,7 @@ def fail(portal: Portal, *, endpoint: str, status: int | None = None, error: str
 
 SECRET_NAMES = frozenset((
     "access_token", "authorization", "client_assertion", "client_secret", "code", "code_verifier", "cookie",
-    "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
+    "d", "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
 REDACTED = "[redacted]"
 
 
@@ -6065,7 +7035,7 @@ class RecordedRequest(NamedTuple):
     method: str
     path: str
     query: str
-    status: int
+    status: int              # 0: a test ordered a drop
     headers: dict[str, str]  # names in lower case
     body: str
     client_id: str
@@ -6090,6 +7060,13 @@ class RecordedRequest(NamedTuple):
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
 
 
+def recorded_requests(portal: Portal) -> list[RecordedRequest]:
+    """The last requests, oldest first. They are put into this form only when somebody asks."""
+    return [RecordedRequest(one.method, one.path, one.query, status, dict(one.headers),
+                            one.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"), one.client_id, one.username)
+            for one, status in list(portal.recorded)]
+
+
 @route("GET,DELETE /oauth/debug/requests", "test control", kind="debug")
 def debug_requests(portal: Portal, request: Request) -> Response:
     """What the app really sent, oldest first, without secrets; DELETE forgets it."""
@@ -6097,7 +7074,7 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     if request.method == "DELETE":
         portal.recorded.clear()
         return Response(204)
-    return json_response({"requests": [one.redacted() for one in list(portal.recorded)]})
+    return json_response({"requests": [one.redacted() for one in recorded_requests(portal)]})
 
 
 # ######################################################################## 19 HTTP
@@ -6152,7 +7129,8 @@ def error_response(portal: Portal, kind: str, error: PortalError, request: Reque
     if kind == "page":
         response = error_page(portal, error, request, found)
     elif kind == "fhir":
-        response = Response(error.status, json.dumps(outcome(error)).encode(), FHIR_TYPE)
+        response = Response(error.status, json.dumps(outcome(error)).encode(),
+                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
     else:
         response = json_response({"error": error.error, "error_description": error.description}, error.status)
     response.headers += error.headers
@@ -6174,6 +7152,8 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
                               f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
         if found.kind == "debug":
             check_same_origin(request)
+        if request.broken and request.method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
+            raise request.broken
         if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
             portal.meet_fault(found.fault)
         return found.endpoint(portal, request)
@@ -6204,10 +7184,8 @@ def dispatch(portal: Portal, request: Request) -> Response:
         response = answer(portal, request, found)
     finally:
         if not request.path.startswith("/oauth/debug/"):
-            portal.recorded.append(RecordedRequest(
-                request.method, request.path, request.query, response.status if response else 0,
-                dict(request.headers), request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"),
-                request.client_id, request.username))
+            portal.recorded.append((request, response.status if response else 0))
+            request.body = request.body[:MAX_RECORDED_BODY]
     if found and found.cors:
         response.headers += ALLOWED_ORIGIN
     response.headers.append(("X-Content-Type-Options", "nosniff"))
@@ -6254,6 +7232,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         response = dispatch(self.server.portal, request)
         self.send(request.method, response)
         self.server.log_request(request, response.status, time.perf_counter() - started)
+        if request.broken:
+            self.linger()
 
     def read_request(self) -> Request | None:
         """The next request; None when the client is done. Between two requests the connection may be stopped."""
@@ -6284,7 +7264,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
                           scheme=server.scheme)
         if match[4] == b"0":
             headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
-        request.body = self.read_body(request, headers)
+        try:
+            request.body = self.read_body(request, headers)
+        except BadRequest as error:  # it is known who asks for what: so it is answered in the endpoint's own shape
+            request.broken = PortalError("invalid_request", str(error), error.status)
+            self.close_connection = True
         return request
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
@@ -6342,11 +7326,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what can't be read, then let the client finish sending for a moment, so that it sees the answer."""
+        """Answer a request whose head can't be read."""
         self.close_connection = True
-        response = json_response({"error": "invalid_request", "error_description": str(error)}, error.status)
+        with contextlib.suppress(OSError):
+            self.send("", json_response({"error": "invalid_request", "error_description": str(error)}, error.status))
+            self.linger()
+
+    def linger(self) -> None:
+        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and the
+        client may never see the answer."""
         with contextlib.suppress(OSError, BadRequest):
-            self.send("", response)
             self.connection.shutdown(socket.SHUT_WR)
             self.reader.deadline = time.monotonic() + 1
             for _ in range(1024):
@@ -6530,7 +7519,7 @@ class Server:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
 
     Takes the command line's options as keywords; the port is any free one, and there is no log unless verbose.
-    Any number may run at once. Each method below is one of section 17's controls, and refuses with PortalError.
+    Any number may run at once. Each method below is one of the test controls, and refuses with PortalError.
     """
     def __init__(self, **settings: Any):
         self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
@@ -6550,6 +7539,8 @@ class Server:
             raise
         portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
         portal.log = write_log
+        for warning in portal.records.warnings:
+            portal.log(f"warning: {warning}")
         self.portal = portal
         self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
         self._thread.start()
@@ -6608,43 +7599,47 @@ class Server:
     @property
     def requests(self) -> list[RecordedRequest]:
         """The last requests, oldest first, as they came."""
-        return list(self.portal.recorded)
+        return recorded_requests(self.portal)
 
     def register_client(self, **metadata: Any) -> Json:
-        """See register_client in section 11."""
+        """See register_client, with the clients."""
         return register_client(self.portal, metadata)
 
     def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams", scope: str | None = None,
                     patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
                     approval_expires: float | None = None) -> Json:
-        """See issue_token in section 17."""
+        """See issue_token among the test controls."""
         return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
                            access_lifetime=access_lifetime, approval_expires=approval_expires)
 
     def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False) -> str:
-        """See approve in section 17."""
+        """See approve among the test controls."""
         return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
                        security_labels=security_labels, approval_expires=approval_expires, deny=deny)
 
     def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
                patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
                need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
-        """See launch in section 17. Gives the app's launch URL."""
+        """See launch among the test controls. Gives the app's launch URL."""
         return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
                           patient_id=patient_id, encounter_id=encounter_id, intent=intent,
                           need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
 
     def advance(self, seconds: float) -> float:
-        """See advance in section 17."""
+        """See advance among the test controls."""
         return advance(self.portal, seconds=seconds)
 
     def fail(self, endpoint: str, status: int | None = None, error: str | None = None, retry_after: int | None = None,
              delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
-        """See fail in section 17."""
+        """See fail among the test controls."""
         return fail(self.portal, endpoint=endpoint, status=status, error=error, retry_after=retry_after, delay=delay,
                     drop=drop, times=times)
+
+    def load(self, resource: Json) -> int:
+        """See load among the test controls."""
+        return load(self.portal, resource=resource)
 
     def reset(self) -> None:
         """Back to the start: users, clients, records, clock; grants, tokens, faults and recorded requests are gone."""
@@ -6709,6 +7704,7 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
         f"  accounts     {', '.join(name for name, *_ in DEMO_USERS)}; password {DEMO_PASSWORD}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}"]
     lines += [f"  environment  {name} took effect" for name in from_environment]
+    lines += [f"  data         {warning}" for warning in server.portal.records.warnings]
     return "\n".join(lines)
 
 
