@@ -3525,23 +3525,23 @@ def _refuse_constant(text: str) -> float:
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
+    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
         # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        level, depth = [value], 0
-        while level and depth <= MAX_DEPTH:
-            level = [inner for one in level if isinstance(one, (dict, list))
-                     for inner in (one.values() if isinstance(one, dict) else one)]
-            depth += 1
-        if level:
-            raise RecursionError
     except RecursionError:
-        raise PortalError("invalid_request", f"the JSON nests too deep; expected {MAX_DEPTH} levels at most")
+        raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
     if not isinstance(value, dict):
         raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise PortalError("invalid_request", too_deep)
     return value
 
 
@@ -7037,6 +7037,14 @@ def redact_pairs(text: str) -> str:
                     for name, equals, value in (part.partition("=") for part in text.split("&")))
 
 
+_LOOKS_SECRET = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}")
+
+
+def scrubbed(text: str) -> str:
+    """A text in which what looks like a token is cut short: an app may send one where none belongs, a path for one."""
+    return _LOOKS_SECRET.sub(lambda found: shorten(found[0]), text)
+
+
 class RecordedRequest(NamedTuple):
     """A request that came in, as it was; `repr` and `redacted` leave the secrets out."""
     method: str
@@ -7060,7 +7068,8 @@ class RecordedRequest(NamedTuple):
                 raise ValueError
         except (ValueError, RecursionError):
             body = body and REDACTED  # who can say what is in it
-        return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
+        return {**self._asdict(), "path": scrubbed(self.path), "query": redact_pairs(self.query),
+                "headers": redact(self.headers), "body": body}
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
@@ -7352,14 +7361,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
-
-
-_LOOKS_SECRET = re.compile(r"[0-9a-f]{8}-[0-9a-f-]{27}|[A-Za-z0-9_-]{32,}")
-
-
-def scrubbed(text: str) -> str:
-    """A text for the log, what looks like a token in it shortened: an app may send one where none belongs."""
-    return _LOOKS_SECRET.sub(lambda found: shorten(found[0]), text)
 
 
 class Listener(http.server.HTTPServer):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import calendar
 import contextlib
 import datetime
 import gzip
@@ -4519,6 +4520,702 @@ class Fixtures(unittest.TestCase):
         for given in (["a"], ["a=javascript:x"], ["a:s=https://x.example/", "a:t=https://x.example/"], ["a b=https://x.example/"]):
             with self.subTest(given=given), self.assertRaisesRegex(s4s.StartError, "--client"):
                 s4s.Server(client=given).start()
+
+
+# ######################################################################## hard to break
+
+class RawTest(PortalTest):
+    """Bytes over a raw socket, and what comes back."""
+
+    def talk(self, data: bytes, end: bool = False) -> list[Answer]:
+        """Send bytes, read until the server closes: the answers. end: say that no more will come."""
+        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
+            connection.sendall(data)
+            if end:
+                connection.shutdown(socket.SHUT_WR)
+            return self.answers(connection)
+
+    @staticmethod
+    def answers(connection: socket.socket) -> list[Answer]:
+        """What a connection still brings, until it is closed."""
+        answers: list[Answer] = []
+        with connection.makefile("rb") as stream:
+            while True:
+                line = stream.readline()
+                if not line:
+                    return answers
+                headers = []
+                while True:
+                    name, _, value = stream.readline().decode("latin-1").rstrip("\r\n").partition(": ")
+                    if not name:
+                        break
+                    headers.append((name, value))
+                length = int(dict(headers).get("Content-Length", 0))
+                answers.append(Answer(int(line.split()[1]), headers, stream.read(length)))
+
+    def request(self, line: str, *headers: str, body: bytes = b"", close: bool = True) -> bytes:
+        """A request as bytes, with the Host header."""
+        lines = [f"{line} HTTP/1.1", f"Host: {self.portal.host}:{self.portal.port}", *headers]
+        return "\r\n".join([*lines, *(["Connection: close"] if close else []), "", ""]).encode() + body
+
+    def form(self, *headers: str, body: bytes = b"") -> bytes:
+        """A form for the token endpoint as bytes."""
+        return self.request("POST /oauth/token", "Content-Type: application/x-www-form-urlencoded", *headers, body=body)
+
+    def limits(self, **seconds: float) -> None:
+        """Shorter waits than the server's own, for this test."""
+        for name, value in seconds.items():
+            patch = mock.patch.object(self.portal._listener, name, value)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def still_works(self) -> None:
+        self.assertEqual(ask(self.portal.url + "/health").status, 200)
+
+
+class SlowClients(RawTest):
+    """A slow client holds one thread, for a bounded time, and nobody else."""
+
+    def test_a_slow_header_is_408_and_nobody_else_waits(self) -> None:
+        self.limits(head_seconds=0.3)
+        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: loc")
+            self.still_works()
+            self.assertEqual([one.status for one in self.answers(connection)], [408])
+
+    def test_a_slow_body_is_408(self) -> None:
+        self.limits(body_seconds=0.2)
+        self.assertEqual([one.status for one in self.talk(self.form("Content-Length: 10", body=b"abc"))], [408])
+        self.assertEqual([one.status for one in self.talk(self.form("Transfer-Encoding: chunked", body=b"5\r\nab"))], [408])
+
+    def test_bytes_that_drip_buy_no_more_time(self) -> None:
+        self.limits(head_seconds=0.3)
+        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+            connection.settimeout(0.02)
+            started, got = time.monotonic(), b""
+            while not got and time.monotonic() - started < 5:
+                connection.sendall(b"x")
+                with contextlib.suppress(socket.timeout):
+                    got = connection.recv(1000)
+        self.assertIn(b"408", got)
+
+    def test_an_idle_connection_is_closed_without_words(self) -> None:
+        self.limits(idle_seconds=0.2)
+        self.assertEqual(self.talk(b""), [])
+        self.assertEqual([one.status for one in self.talk(self.request("GET /health", close=False))], [200])
+
+    def test_a_client_that_reads_nothing_is_given_up(self) -> None:
+        self.limits(body_seconds=0.2)
+        listener: Any = self.portal._listener
+        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
+            connection.settimeout(0.2)
+            with contextlib.suppress(OSError):  # the server stops reading when its answers are not read
+                connection.sendall(self.request("GET /api/open-fhir/Observation?_count=1000", close=False) * 2000)
+            started = time.monotonic()
+            while listener._open and time.monotonic() - started < 5:
+                self.still_works()
+            self.assertFalse(listener._open)
+
+    def test_a_header_may_be_long_but_not_longer_than_64_kib(self) -> None:
+        for length, status in ((60_000, 200), (66_000, 431)):
+            with self.subTest(length=length):
+                self.assertEqual([one.status for one in self.talk(self.request("GET /health", "X: " + "x" * length))],
+                                 [status])
+
+    def test_many_short_headers_are_as_long_as_one(self) -> None:
+        self.assertEqual([one.status for one in self.talk(self.request("GET /health", *["X: y"] * 12_000))], [431])
+
+    def test_no_more_threads_to_be_had_closes_the_connection_and_nothing_else(self) -> None:
+        with s4s.Server() as portal:
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")), \
+                    self.assertRaises((OSError, http.client.HTTPException)):
+                ask(portal.url + "/health")
+            self.assertEqual(ask(portal.url + "/health").status, 200)
+
+
+class Framing(RawTest):
+    """Where a message ends (RFC 9112 section 6): nothing that two servers in a row could read differently."""
+
+    def statuses(self, data: bytes, end: bool = False) -> list[int]:
+        return [one.status for one in self.talk(data, end)]
+
+    def test_a_body_shorter_than_announced_is_400(self) -> None:
+        self.assertEqual(self.statuses(self.form("Content-Length: 10", body=b"abc"), end=True), [400])
+
+    def test_what_follows_a_body_is_the_next_request(self) -> None:
+        data = self.request("POST /oauth/token", "Content-Length: 3", body=b"abcdef\r\n\r\n", close=False)
+        self.assertEqual(self.statuses(data), [415, 400])
+
+    def test_a_length_that_is_no_number_is_400(self) -> None:
+        for length in ("", "-1", "+1", "1.0", "0x1", "1, 1", "1 1", "1" * 30, "a"):
+            with self.subTest(length=length):
+                self.assertEqual(self.statuses(self.form(f"Content-Length: {length}", body=b"a")), [400])
+
+    def test_broken_chunks_are_400(self) -> None:
+        for body in (b"zz\r\n", b"-1\r\n", b"1\r\nab\r\n0\r\n\r\n", b"3\r\nab", b"\r\n", b"1\nab\n", b"0x1\r\na\r\n",
+                     b"123456789\r\n", b"1;" + b"x" * 2000 + b"\r\na\r\n0\r\n\r\n", b"0\r\nbad trailer\r\n\r\n", b""):
+            with self.subTest(body=body[:20]):
+                self.assertEqual(self.statuses(self.form("Transfer-Encoding: chunked", body=body), end=True), [400])
+
+    def test_chunks_over_the_limit_are_413(self) -> None:
+        self.assertEqual(self.statuses(self.form("Transfer-Encoding: chunked", body=b"ffffffff\r\nabc")), [413])
+        body = (b"8000\r\n" + b"a" * 0x8000 + b"\r\n") * 33
+        self.assertEqual(self.statuses(self.form("Transfer-Encoding: chunked", body=body)), [413])
+
+    def test_trailers_are_forgotten(self) -> None:
+        body = b"3\r\na=b\r\n0\r\nAuthorization: Basic eDp5\r\n\r\n"
+        [answer] = self.talk(self.form("Transfer-Encoding: chunked", body=body))
+        self.assertEqual(answer.json["error_description"], "grant_type is missing")
+
+    def test_a_coding_that_is_not_understood_is_501(self) -> None:
+        for coding in ("gzip", "gzip, chunked", "chunked, chunked", "identity", "xchunked"):
+            with self.subTest(coding=coding):
+                self.assertEqual(self.statuses(self.form(f"Transfer-Encoding: {coding}", body=b"0\r\n\r\n")), [501])
+
+    def test_pipelined_requests_are_answered_in_their_order(self) -> None:
+        data = (self.request("GET /health", close=False) + self.request("GET /nothing", close=False)
+                + self.request("GET /", close=False) + self.form("Content-Length: 0"))
+        self.assertEqual(self.statuses(data), [200, 404, 200, 400])
+
+    def test_http_1_0_is_answered_and_closed_and_gets_no_interim_answer(self) -> None:
+        head = b"POST /oauth/token HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
+        [answer] = self.talk(head + b"a")
+        self.assertEqual((answer.status, answer.headers["connection"]), (415, "close"))
+
+    def test_a_refused_body_is_not_asked_for(self) -> None:
+        self.assertEqual(self.statuses(self.form("Expect: 100-continue", "Content-Length: 9999999")), [413])
+
+    def test_malformed_lines_are_400(self) -> None:
+        host = f"Host: {self.portal.host}:{self.portal.port}\r\n".encode()
+        for data in (b"GET  / HTTP/1.1\r\n", b"GET / HTTP/1.1 \r\n", b" GET / HTTP/1.1\r\n", b"GET /\r\n", b"get / HTTP/1.1\r\n",
+                     b"GET /\0 HTTP/1.1\r\n", b"GET /\r HTTP/1.1\r\n", b"GET /\xc3\xa9 HTTP/1.1\r\n", b"GET /#x HTTP/1.1\r\n",
+                     b"GET * HTTP/1.1\r\n", b"GET http:// HTTP/1.1\r\n", b"GET http://[/ HTTP/1.1\r\n",
+                     b"GET http://me@localhost/ HTTP/1.1\r\n", b"GET //localhost\\@x/ HTTP/1.1\r\nX\r\n",
+                     b"GET / HTTP/1.1\r\nX: a\0b\r\n", b"GET / HTTP/1.1\r\nX: a\rb\r\n", b"GET / HTTP/1.1\r\nX\r\n",
+                     b"GET / HTTP/1.1\r\n: x\r\n", b"GET / HTTP/1.1\r\nX y: z\r\n", b"GET / HTTP/1.1\r\n\tX: z\r\n",
+                     b"GET / HTTP/1.1\r\nX\xe9: z\r\n", b"GET / HTTP/1.1\r\n" + host, b"\r\n\r\nGET / HTTP/1.1\r\n"):
+            with self.subTest(data=data):
+                self.assertEqual(self.statuses(data + host + b"\r\n"), [400])
+
+    def test_headers_that_decide_something_must_not_come_twice(self) -> None:
+        for line in ("Authorization: Basic eDp5", "Content-Type: text/plain", "Content-Length: 0", "Expect: 100-continue"):
+            with self.subTest(line=line):
+                self.assertEqual(self.statuses(self.request("POST /oauth/token", line, line)), [400])
+
+    def test_an_unknown_method_is_405_and_an_unknown_version_505(self) -> None:
+        [answer] = self.talk(self.request("BREW /oauth/token"))
+        self.assertEqual((answer.status, answer.headers["allow"]), (405, "POST, OPTIONS"))
+        for version in ("0.9", "2.0", "3.0"):
+            self.assertEqual(self.statuses(f"GET / HTTP/{version}\r\n\r\n".encode()), [505])
+        self.assertEqual(self.statuses(b"GET / HTTP/11.1\r\n\r\n"), [400])
+
+    def test_options_for_the_server_as_a_whole(self) -> None:
+        self.assertEqual(self.statuses(self.request("OPTIONS *")), [204])
+
+    def test_an_absolute_target_keeps_its_query_and_its_host_counts(self) -> None:
+        for target in (f"{self.portal.url}/api/me?x=1", f"HTTP{self.portal.url[4:]}/api/me/"):
+            self.assertEqual(self.statuses(self.request("GET " + target)), [401])
+        self.assertEqual(self.statuses(self.request(f"GET {self.portal.url}?a=/b")), [200])
+        self.assertEqual(self.statuses(self.request("GET http://evil.example/health")), [421])
+
+
+class Nonsense(PortalTest):
+    """Values that no client should send, but some do: 400 with words, never a 500, never a hang."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lines: list[str] = []
+        self.portal.portal.log = self.lines.append
+        self.addCleanup(lambda: self.assertEqual([line for line in self.lines if line.startswith("BUG")], []))
+
+    def test_percent_signs_without_digits_and_bytes_that_are_no_utf_8(self) -> None:
+        for text in ("%", "%2", "%zz", "%ff", "%c0%80", "%ed%a0%80", "a=%00", "%00=a"):
+            with self.subTest(text=text):
+                for path in ("/oauth/authorize", "/login", "/launch", "/api/open-fhir/Patient", "/oauth/debug/introspect"):
+                    self.assertEqual(ask(f"{self.portal.url}{path}?{text}").status, 400, path)
+                for path in ("/oauth/token", "/oauth/introspect", "/oauth/revoke", "/api/open-fhir/Patient/_search"):
+                    got = ask(self.portal.url + path, body=text.encode(), headers={
+                        "Content-Type": "application/x-www-form-urlencoded"})
+                    self.assertEqual(got.status, 400, path)
+
+    def test_more_parameters_than_anybody_has(self) -> None:
+        self.assertEqual(ask(self.portal.url + "/login?" + "a&" * 2000).status, 400)
+
+    def test_a_path_may_hold_anything(self) -> None:
+        for path in ("/%00", "/..", "/%2e%2e/", "//evil.example/", "/api/fhir/%00", "/api/open-fhir/%ff", "/;x", "/oauth/",
+                     "/revoke/", "/api/open-fhir/Patient/" + "x" * 60_000):
+            with self.subTest(path=path[:40]):
+                self.assertIn(ask(self.portal.url + path).status, (401, 404, 405))
+
+    def test_numbers_that_json_has_not(self) -> None:
+        for number in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "01", "0x1", ".5"):
+            with self.subTest(number=number[:9]):
+                for path, body in (("/oauth/register", '{"redirect_uris": ["https://a.example/"], "x": %s}'),
+                                   ("/oauth/debug/clock", '{"seconds": %s}')):
+                    got = ask(self.portal.url + path, body=(body % number).encode(),
+                              headers={"Content-Type": "application/json"})
+                    self.assertEqual(got.status, 400, path)
+
+    def test_half_a_character_is_no_text(self) -> None:
+        for name in ('"a": "\\ud800"', '"\\udfff": 1', '"a": ["\\ud83d"]'):
+            got = ask(self.portal.url + "/oauth/register", body=b'{"redirect_uris": ["https://a.example/"], %s}'
+                      % name.encode(), headers={"Content-Type": "application/json"})
+            self.assertEqual(got.status, 400)
+
+    def test_json_as_deep_as_is_taken_comes_out_again_everywhere(self) -> None:
+        def nested(depth: int) -> Any:
+            return json.loads("[" * depth + "]" * depth)
+        metadata = {"redirect_uris": ["https://a.example/cb"], "launch_uris": ["https://a.example/"]}
+        self.assertEqual(self.post("/oauth/register", {**metadata, "x": nested(s4s.MAX_DEPTH)}).status, 400)
+        got = self.post("/oauth/register", {**metadata, "x": nested(s4s.MAX_DEPTH - 1)})
+        self.assertEqual(got.status, 201)
+        self.assertEqual(ask(self.portal.url + "/launch").status, 200)
+        self.assertEqual(ask(self.portal.url + "/oauth/token", form={"grant_type": "refresh_token", "refresh_token": "x"},
+                             basic=(got.json["client_id"], got.json["client_secret"])).status, 400)
+        self.assertEqual(ask(self.portal.url + "/oauth/debug/requests").status, 200)
+
+    def test_every_member_of_every_control_may_be_of_a_wrong_type(self) -> None:
+        wrong: tuple[Any, ...] = (None, True, 7, -1, 1.5, 10 ** 400, "", "x", "\0", [], {}, [None], [{}], {"a": 1}, "x" * 9999)
+        good: dict[str, dict[str, Any]] = {
+            "issue_token": {"client_id": "test-suite", "username": "daniel-adams"}, "advance": {"seconds": 0},
+            "approve": {"url": App(self.portal).authorize_url(), "username": "daniel-adams"},
+            "launch": {"launch_uri": "https://a.example/"}, "fail": {"endpoint": "jwks", "status": 503}}
+        paths = {one.endpoint.__name__: one.path for one in s4s.ROUTES}
+        for control, function in s4s.CONTROLS.items():
+            for name in s4s.parameters_of(function):
+                for value in wrong:
+                    with self.subTest(control=control, name=name, value=str(value)[:20]):
+                        got = self.post(paths["debug_" + control], {**good.get(control, {}), name: value})
+                        self.assertIn(got.status, (200, 400, 403))
+                        if got.status != 200:
+                            self.assertEqual(sorted(got.json), ["error", "error_description"])
+
+    def test_every_member_of_client_metadata_may_be_of_a_wrong_type(self) -> None:
+        wrong: tuple[Any, ...] = (
+            None, True, 7, [], {}, [7], [[]], {"keys": 1}, {"keys": [1]}, {"keys": [{"crv": "P-384"}]},
+            {"keys": [{"kty": "RSA", "n": 1, "e": []}]}, {"keys": [{"kty": {}}]}, "\0", "http://[")
+        for name in [*sorted(s4s.METADATA_STRINGS | s4s.METADATA_URLS | s4s.METADATA_LISTS), "jwks"]:
+            for value in wrong:
+                with self.subTest(name=name, value=value):
+                    got = self.post("/oauth/register", {"redirect_uris": ["https://a.example/"], name: value})
+                    self.assertIn(got.status, (201, 400))
+                    if got.status == 400:
+                        self.assertIn(name, got.json["error_description"])
+
+    def test_a_repeated_parameter_is_refused_by_name(self) -> None:
+        for path, fields in (("token", [("grant_type", "x")]), ("token", [("grant_type", "refresh_token"), ("scope", "x")]),
+                             ("introspect", [("token", "x")]), ("revoke", [("token", "x")])):
+            got = ask(f"{self.portal.url}/oauth/{path}", form=[*fields, fields[-1]], basic=("test-suite", "demo-secret-s4s"))
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
+            self.assertIn(fields[-1][0], got.json["error_description"])
+
+    def test_a_scope_is_judged_in_a_moment_however_long(self) -> None:
+        started = time.monotonic()
+        for scope in ("a" * 1_000_000 + '"', " " * 1_000_000, "patient/Aa.r " * 80_000):
+            got = self.post("/oauth/register", {"redirect_uris": ["https://a.example/"], "scope": scope})
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+        tokens = self.portal.issue_token()
+        got = ask(self.portal.url + "/oauth/token", basic=("test-suite", "demo-secret-s4s"), form={
+            "grant_type": "refresh_token", "refresh_token": tokens["refresh_token"], "scope": "patient/Aa.r " * 60_000})
+        self.assertEqual((got.status, got.json["error"]), (400, "invalid_scope"))
+        self.assertLess(time.monotonic() - started, 5)
+
+    def test_an_authorization_url_that_is_no_url_is_refused(self) -> None:
+        for url in ("http://[", "javascript://localhost/oauth/authorize", "//", "http://\0/oauth/authorize", "x" * 9999):
+            self.assertEqual(self.post("/oauth/debug/authorize", {"url": url, "username": "daniel-adams"}).status, 400)
+
+    def test_cookies_of_others_neither_hide_ours_nor_cost_time(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        [(name, value)] = browser.cookies.items()
+        started = time.monotonic()
+        for other in ('theirs={"a": [1, "x"]}', "=", ";;", "a b", '"', 'x="' + "\\\\" * 29_000 + '"', "é"):
+            for cookie in (f"{other}; {name}={value}", f"{name}={value}; {other}"):
+                got = ask(self.portal.url + "/apps", headers={"Cookie": cookie.encode("utf-8").decode("latin-1")})
+                self.assertEqual(got.status, 200, cookie[:50])
+        self.assertLess(time.monotonic() - started, 5)
+
+    def test_a_cookie_can_not_hold_a_line_break(self) -> None:
+        name = s4s.cookie_name(self.portal.portal)
+        got = ask(self.portal.url + "/login", headers={"Cookie": f'{name}="a\\015\\012X-Evil: 1"'})
+        self.assertNotIn("x-evil", got.headers)
+        self.assertRegex(got.cookies[0], rf"^{name}=[A-Za-z0-9_-]{{32}}; ")
+
+    def test_a_header_that_would_break_the_line_is_kept_in_it(self) -> None:
+        route = s4s._EXACT["/health"]
+        self.addCleanup(s4s._EXACT.__setitem__, "/health", route)
+        s4s._EXACT["/health"] = route._replace(endpoint=lambda portal, request: s4s.Response(
+            200, headers=[("X-Text", "a\r\nX-Evil: 1\0é\u20ac")]))
+        got = ask(self.portal.url + "/health")
+        self.assertEqual(got.headers["x-text"], "a??X-Evil: 1?é?")
+        self.assertNotIn("x-evil", got.headers)
+
+
+class OtherSites(PortalTest):
+    """What other web pages, and who writes links and names, must not be able to do (RFC 6819, OWASP)."""
+
+    NASTY = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
+
+    def signed_in(self, username: str = "daniel-adams") -> Browser:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in(username)
+        return browser
+
+    def cookie(self, browser: Browser) -> dict[str, str]:
+        return {"Cookie": "; ".join(f"{name}={value}" for name, value in browser.cookies.items())}
+
+    def pages(self) -> Iterator[tuple[str, Answer]]:
+        """Every page of the portal, with a nasty app, patient and user in it."""
+        with s4s.Server(name=self.NASTY, fixtures={"users": [{
+                "username": "maria", "password": "x", "name": self.NASTY,
+                "patients": [{"patient_id": DANIEL, "name": self.NASTY}, {"patient_id": AMY, "name": self.NASTY}]}]}) as portal:
+            app, browser = App(portal, client_name=self.NASTY, launch_uris=["https://app.example/l"]), Browser(portal)
+            for path in ("/", "/login", "/launch", "/demo", "/apps", "/nothing", "/revoke/x", "/oauth/consent", "/oauth/authorize",
+                         "/login?" + urlencode({"username": self.NASTY, "next": self.NASTY}), "/" + quote(self.NASTY),
+                         "/launch?" + urlencode({"launch_uri": self.NASTY, "intent": self.NASTY, "patient_id": self.NASTY}),
+                         "/oauth/consent?" + urlencode({"request": self.NASTY}),
+                         *(app.authorize_url(**{name: self.NASTY})[len(portal.url):] for name in ("client_id", "redirect_uri"))):
+                yield path[:40], browser.open(portal.url + path)
+            browser.open(app.authorize_url(state=self.NASTY, login_hint=self.NASTY, nonce=self.NASTY))
+            yield "sign-in with a hint", browser.page
+            yield "wrong password", browser.sign_in(self.NASTY, self.NASTY)
+            yield "picker", browser.sign_in("maria", "x")
+            yield "consent", browser.submit(DANIEL)
+            yield "a date that is none", browser.submit("authorize", approval_expires=self.NASTY)
+            browser.open(app.authorize_url(state=self.NASTY))
+            browser.submit(DANIEL)
+            browser.submit("authorize")
+            yield "apps", browser.open(portal.url + "/apps")
+            yield "stop", browser.submit("Stop sharing")
+
+    def test_no_script_gets_into_a_page_through_any_field(self) -> None:
+        for name, page in self.pages():
+            with self.subTest(page=name):
+                self.assertNotIn("<script>alert", page.text)
+                self.assertNotIn("<img", page.text)
+                self.assertNotIn("javascript:", page.text)
+
+    def test_every_page_refuses_frames_scripts_caches_and_referrers(self) -> None:
+        for name, page in self.pages():
+            with self.subTest(page=name):
+                policy = page.headers["content-security-policy"]
+                self.assertIn("frame-ancestors 'none'", policy)
+                self.assertIn("default-src 'none'", policy)
+                self.assertNotIn("unsafe", policy)
+                self.assertEqual([page.headers[name] for name in (
+                    "referrer-policy", "cache-control", "x-content-type-options")], ["no-referrer", "no-store", "nosniff"])
+
+    def test_no_form_works_without_the_token_of_its_own_page(self) -> None:
+        browser, other, app = self.signed_in(), self.signed_in("joseph-ross"), App(self.portal)
+        app.tokens()
+        grant = self.portal.portal.state.row("SELECT grant_id FROM grants")
+        assert grant
+        foreign = Form(other.open(self.portal.url + "/apps").text).fields[0][1]
+        request_id = ask(app.authorize_url()).location["request"]
+        for path, fields in (("/login", {"username": "joseph-ross", "password": "demo-password"}), ("/logout", {}),
+                             ("/revoke/" + grant["grant_id"], {}), ("/launch", {"launch_uri": "https://a.example/"}),
+                             ("/oauth/consent", {"request": request_id, "decision": "approve", "patient_id": DANIEL,
+                                                 "security_labels": "patient", "approval_expires": "2099-01-01"})):
+            for token in ({}, {"form_token": ""}, {"form_token": "x" * 64}, {"form_token": foreign}):
+                with self.subTest(path=path, token=token):
+                    got = ask(self.portal.url + path, form={**fields, **token}, headers=self.cookie(browser))
+                    self.assertEqual(got.status, 403)
+                    self.assertNotIn("set-cookie", got.headers)
+        self.assertIn("Signed in as Daniel", browser.open(self.portal.url + "/apps").text)
+        self.assertIn("Stop sharing", browser.page.text)
+
+    def test_a_session_planted_before_is_worth_nothing_after_signing_in(self) -> None:
+        browser, name = Browser(self.portal), s4s.cookie_name(self.portal.portal)
+        browser.cookies[name] = "planted"
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        self.assertNotEqual(browser.cookies[name], "planted")
+        self.assertEqual(ask(self.portal.url + "/apps", headers={"Cookie": f"{name}=planted"}).status, 303)
+
+    def test_a_session_ended_by_signing_out_stays_ended(self) -> None:
+        browser = self.signed_in()
+        cookie = self.cookie(browser)
+        browser.open(self.portal.url + "/apps")
+        browser.open(self.portal.url + "/logout", "POST", Form(browser.page.text).fields)
+        self.assertEqual(ask(self.portal.url + "/apps", headers=cookie).status, 303)
+
+    def test_signing_in_leads_nowhere_else(self) -> None:
+        for target in ("https://evil.example/", "//evil.example", "/\\evil.example", "\\\\evil.example", "/%0d%0aX: y", "%2f%2fevil",
+                       "///evil.example", "/..//evil.example", "javascript:alert(1)", "/a:b@evil.example", "/apps#@evil",
+                       "@evil", ".evil.example", "/\tevil", "/apps\r\nX-Evil: 1", "/.evil", "http:evil.example", "?x", "/ e"):
+            with self.subTest(target=target):
+                page = ask(self.portal.url + "/login?" + urlencode({"next": target})).text
+                self.assertEqual(dict(Form(page).fields)["next"], "/apps")
+        for target in ("//evil.example", "/apps\r\nX-Evil: 1"):
+            browser = Browser(self.portal)
+            browser.open(self.portal.url + "/login")
+            fields = [(name, target if name == "next" else value) for name, value in Form(browser.page.text).fields]
+            got = ask(self.portal.url + "/login", form=fields, headers=self.cookie(browser))
+            self.assertEqual((got.status, got.headers["location"]), (303, self.portal.url + "/apps"))
+            self.assertNotIn("x-evil", got.headers)
+
+    def test_a_redirect_uri_is_what_was_registered_to_the_letter(self) -> None:
+        app = App(self.portal)
+        for uri in ("https://evil.example/", App.redirect_uri + "&x", App.redirect_uri + "/..", App.redirect_uri.upper(),
+                    App.redirect_uri.replace("https:", "http:"), App.redirect_uri.replace(".example", ".example.evil"),
+                    App.redirect_uri.replace("app.", "evil@app."), App.redirect_uri + "#", " " + App.redirect_uri,
+                    App.redirect_uri.replace("//", "/\\"), App.redirect_uri + "\r\n", App.redirect_uri + "\0"):
+            with self.subTest(uri=uri):
+                got = ask(app.authorize_url(redirect_uri=uri))
+                self.assertEqual(got.status, 400)
+                self.assertNotIn("location", got.headers)
+
+    def test_addresses_that_run_or_break_lines_can_not_be_registered(self) -> None:
+        for uri in ("javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x", "https://a\r\nX: y", "https://a\\b/",
+                    "https://a b/", "\thttps://a/", "blob:https://a/", "https://me:pw@a/", "//a/", "https:a", "http://[", "https://a\0/"):
+            for member in ("redirect_uris", "launch_uris"):
+                with self.subTest(uri=uri, member=member):
+                    got = self.post("/oauth/register", {"redirect_uris": ["https://a.example/"], member: [uri]})
+                    self.assertEqual(got.status, 400)
+
+    def test_a_launch_leads_only_where_the_client_registered(self) -> None:
+        app = App(self.portal, launch_uris=["https://app.example/launch"])
+        for uri in ("https://evil.example/", "https://app.example/launch/../x", "javascript:alert(1)", "//evil.example", "/demo"):
+            for client in ({"client_id": app.client_id}, {} if uri[0] in "j/" else {"client_id": app.client_id}):
+                with self.subTest(uri=uri, client=client):
+                    self.assertEqual(self.post("/oauth/debug/launch", {"launch_uri": uri, **client}).status, 400)
+
+    def test_no_value_breaks_out_of_a_location(self) -> None:
+        app, nasty = App(self.portal), "a\r\nSet-Cookie: x=y\r\n\r\n<html>&code=stolen#\u20ac"
+        for changed in ({"state": nasty}, {"state": nasty, "scope": nasty}, {"state": nasty, "aud": nasty},
+                        {"state": nasty, "response_type": nasty}, {"state": nasty, "prompt": "none " + nasty}):
+            with self.subTest(changed=changed):
+                got = ask(app.authorize_url(**changed))
+                if got.location.get("error"):
+                    self.assertEqual(got.location["state"], nasty)
+                self.assertNotIn("code", got.location)
+                self.assertEqual(got.cookies, [])
+                self.assertRegex(got.headers["location"], r"^[!-~]+$")
+        back = self.portal.approve(app.authorize_url(state=nasty), username="daniel-adams")
+        self.assertRegex(back, r"^[!-~]+$")
+
+    def test_no_value_breaks_out_of_www_authenticate(self) -> None:
+        token = self.portal.issue_token(scope="patient/Patient.rs")
+        for path in ('Observation", x="y', "Observation%22%0d%0aX-Evil:%201", "Observation", "%22", "Patient/%0d%0aX-Evil:1"):
+            got = self.fhir(quote(path, "%/"), token)
+            self.assertNotIn("x-evil", got.headers)
+            self.assertRegex(got.headers.get("www-authenticate", 'Bearer realm="s4s"'),
+                             r'^Bearer realm="s4s"(, [a-z_]+="[A-Za-z0-9 /.*_]+")*$')
+        for value in ("Bearer", "Bearer \u00e9", "Basic " + "x" * 60_000, "Bearer a, b", "\x7f"):
+            self.assertEqual(ask(f"{self.portal.fhir_url}/Patient", headers={"Authorization": value.encode().decode("latin-1")}
+                                 if "\x7f" not in value else {}).status, 401)
+
+    def test_cookies_are_kept_from_scripts_and_other_sites_and_with_https_from_http(self) -> None:
+        self.assertRegex(ask(self.portal.url + "/login").cookies[0], r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
+        with s4s.Server(base_url="https://portal.example") as portal:
+            self.assertTrue(ask(portal.address + "/login").cookies[0].endswith("; HttpOnly; SameSite=Lax; Secure"))
+
+    def test_a_name_that_is_not_ours_reaches_nothing(self) -> None:
+        for host in ("evil.example", f"evil.example:{self.portal.port}", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1",
+                     "[::2]", "localhost.", "127.0.0.1.", "2130706433", "localhost:80.evil"):
+            for path in ("/", "/health", "/oauth/debug/requests", "/api/open-fhir/Patient", "/.well-known/openid-configuration"):
+                with self.subTest(host=host, path=path):
+                    self.assertIn(ask(self.portal.url + path, headers={"Host": host}).status, (400, 421))
+
+    def test_debug_endpoints_obey_no_other_site(self) -> None:
+        own = {"Origin": self.portal.url}
+        for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": self.portal.url + ".evil.example"},
+                        {"Origin": self.portal.url.replace("http:", "https:")}, {"Sec-Fetch-Site": "cross-site"},
+                        {"Sec-Fetch-Site": "same-site"}, {**own, "Sec-Fetch-Site": "same-site"}, {"Origin": "http://127.0.0.1:1"}):
+            for method, path, data in (("POST", "reset", {}), ("POST", "token", {"client_id": "test-suite", "username": "clinician"}),
+                                       ("POST", "clock", {"seconds": 1}), ("DELETE", "requests", None), ("GET", "requests", None),
+                                       ("GET", "introspect?token=x", None)):
+                with self.subTest(headers=headers, path=path):
+                    got = ask(f"{self.portal.url}/oauth/debug/{path}", method=method, data=data, headers=headers)
+                    self.assertEqual(got.status, 403)
+                    self.assertNotIn("access-control-allow-origin", got.headers)
+        for headers in (own, {"Sec-Fetch-Site": "none"}, {**own, "Sec-Fetch-Site": "same-origin"}):
+            self.assertEqual(ask(self.portal.url + "/oauth/debug/clock", data={"seconds": 0}, headers=headers).status, 200)
+
+    def test_debug_endpoints_take_no_body_that_a_plain_form_could_send(self) -> None:
+        for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+            got = ask(self.portal.url + "/oauth/debug/token", body=b'{"client_id": "test-suite", "username": "clinician"}',
+                      headers={"Content-Type": media_type})
+            self.assertEqual(got.status, 415, media_type)
+
+    def test_a_preflight_opens_no_debug_endpoint(self) -> None:
+        for path in ("/oauth/debug/token", "/oauth/debug/reset", "/login", "/oauth/consent", "/launch"):
+            got = ask(self.portal.url + path, method="OPTIONS", headers={"Origin": "https://evil.example"})
+            self.assertNotIn("access-control-allow-origin", got.headers)
+
+
+class Secrets(unittest.TestCase):
+    """Nothing that the server writes for people or monitors holds a secret."""
+
+    def test_a_whole_run_leaves_no_secret_in_logs_errors_or_lists(self) -> None:
+        for level in ({"quiet": True}, {"quiet": False}, {"quiet": False, "verbose": True}):
+            with self.subTest(level=level):
+                log = io.StringIO()
+                with contextlib.redirect_stderr(log):
+                    secrets_, written = self.run_everything(level)
+                self.assertIn("BUG RuntimeError", log.getvalue())
+                self.assertGreater(len(secrets_), 25)
+                for number, text in enumerate([*written, log.getvalue()]):
+                    for name, secret in secrets_:
+                        self.assertNotIn(secret, text, f"{name} in {number}: {text[:200]}")
+
+    def run_everything(self, level: dict[str, bool]) -> tuple[list[tuple[str, str]], list[str]]:
+        """Use all that the portal has: (name, value) of every secret, and every text that must hold none of them."""
+        found: list[tuple[str, str]] = [("password", "open-sesame-7"), ("wrong password", "open-sesame-8")]
+        written: list[str] = []
+
+        def keep(answer: Any) -> Any:
+            found.extend((name, answer[name]) for name in ("access_token", "refresh_token", "id_token", "client_secret", "launch")
+                         if answer.get(name))
+            return answer
+
+        def refused(answer: Answer) -> None:
+            assert answer.status >= 400, answer
+            written.append(answer.text + repr(answer.headers))
+        users = [{"username": "maria", "password": "open-sesame-7", "patients": [{"patient_id": DANIEL, "is_user": True},
+                                                                                {"patient_id": AMY}]}]
+        with s4s.Server(fixtures={"users": users}, **level) as portal:
+            set_signing_key(portal)
+            app = App(portal, "openid fhirUser launch launch/patient patient/*.rs offline_access",
+                      launch_uris=["https://app.example/launch"])
+            found += [("client_secret", app.secret), ("verifier", app.verifier), ("basic", base64.b64encode(
+                f"{app.client_id}:{app.secret}".encode()).decode())]
+            launched = keep(ask(portal.url + "/oauth/debug/launch", data={"client_id": app.client_id}).json)
+            browser = Browser(portal)
+            url = app.authorize_url(launch=launched["launch"])
+            steps: list[Callable[[], Answer]] = [
+                lambda: browser.open(url), lambda: browser.sign_in("maria", "open-sesame-8"),
+                lambda: browser.sign_in("maria", "open-sesame-7"), lambda: browser.submit(DANIEL),
+                lambda: browser.submit("authorize")]
+            for step in steps:
+                page = step()
+                found += [("cookie", value) for value in browser.cookies.values()]
+                found += [("form_token", value) for name, value in (Form(page.text).fields if page.body else [])
+                          if name == "form_token"]
+            code = browser.page.location["code"]
+            found.append(("code", code))
+            refused(app.exchange(code, code_verifier="v" * 43))
+            tokens = keep(app.exchange(code).json)
+            again = keep(app.refresh(tokens["refresh_token"]).json)
+            public = App(portal, token_endpoint_auth_method="none")
+            other = public.code()
+            found += [("code", other), ("verifier", public.verifier)]
+            keep(public.exchange(other).json)
+            refused(public.exchange(other))
+            service = KeyedApp(portal)
+            assertion = service.assertion()
+            found.append(("assertion", assertion))
+            keep(service.token(assertion).json)
+            refused(service.token(assertion))
+            direct = keep(ask(portal.url + "/oauth/debug/token", data={"client_id": "test-suite", "username": "maria"}).json)
+            token = again["access_token"]
+            for path in ("oauth/introspect", "oauth/revoke"):
+                ask(f"{portal.url}/{path}", form={"token": token if path.endswith("t") else direct["access_token"]},
+                    basic=(app.client_id, app.secret))
+                refused(ask(f"{portal.url}/{path}", form={"token": token}))
+                refused(ask(f"{portal.url}/{path}", form={"token": token, "client_id": app.client_id, "client_secret": token}))
+            ask(f"{portal.url}/oauth/debug/introspect?token={token}")
+            for path in ("Patient", f"Patient/{DANIEL}", "metadata", "Observation?_count=5"):
+                written.append(ask(f"{portal.fhir_url}/{path}", token=token).text)
+            refused(ask(f"{portal.fhir_url}/Patient/{JOSEPH}", token=token))
+            refused(ask(f"{portal.fhir_url}/Patient", token=token + "x"))
+            refused(ask(f"{portal.url}/oauth/userinfo", token=direct["refresh_token"]))
+            written += [ask(portal.url + path, token=token).text for path in (
+                "/api/me", "/oauth/userinfo", "/health", "/oauth/jwks", "/.well-known/openid-configuration")]
+            # Secrets where they don't belong: in a path, in a query, as JSON of another type, in JSON that is broken.
+            ask(f"{portal.url}/nothing/{token}/{direct['access_token'].upper()}?access_token={token}", token=token)
+            for how in ({"Content-Type": "text/plain"}, {}, {"Content-Type": "multipart/form-data"}, {"Content-Type": "application/json"}):
+                refused(ask(portal.url + "/oauth/token", body=json.dumps({"client_secret": app.secret})[:-1].encode(), headers=how))
+            refused(ask(f"{portal.url}/oauth/token?client_secret={app.secret}", form={"client_secret": app.secret, "%zz": ""}))
+            refused(ask(f"{portal.url}/oauth/debug/token", data={"client_id": "test-suite", "username": "maria", "password": token}))
+            route = s4s._EXACT["/oauth/token"]
+
+            def broken(portal: s4s.Portal, request: s4s.Request) -> s4s.Response:
+                raise RuntimeError(f"{request.form()} {request.headers}")
+            with mock.patch.dict(s4s._EXACT, {"/oauth/token": route._replace(endpoint=broken)}):
+                refused(app.refresh(again["refresh_token"]))
+            browser.open(portal.url + "/apps")
+            found += [("form_token", value) for name, value in Form(browser.page.text, 1).fields if name == "form_token"]
+            refused(browser.open(portal.url + "/logout", "POST", [("form_token", "x")]))
+            written += [ask(portal.url + "/oauth/debug/requests").text, repr(portal.requests)]
+        return found, written
+
+
+class Clocks(PortalTest):
+    """Whatever clock and zone the machine has."""
+
+    def test_a_system_clock_set_back_brings_nothing_back(self) -> None:
+        now, app = time.time(), App(self.portal)
+        code = app.code()
+        short = self.portal.issue_token(access_lifetime=60)
+        with mock.patch.object(time, "time", lambda: now + 120):
+            self.assertEqual(self.fhir("Patient", short).status, 401)
+        with mock.patch.object(time, "time", lambda: now - 7200):
+            self.assertGreaterEqual(self.portal.portal.clock.now(), now + 120)
+            self.assertEqual(self.fhir("Patient", short).status, 401)
+            self.assertEqual(app.exchange(code).json["error"], "invalid_grant")
+            token = self.portal.issue_token()
+            self.assertEqual(self.fhir("Patient", token).status, 200)
+        with mock.patch.object(time, "time", lambda: now - 7200 + 3601):
+            self.assertEqual(self.fhir("Patient", token).status, 401)
+
+    def test_a_system_clock_set_back_lets_no_assertion_in_again(self) -> None:
+        service, now = KeyedApp(self.portal), time.time()
+        assertion = service.assertion()
+        self.assertEqual(service.token(assertion).status, 200)
+        with mock.patch.object(time, "time", lambda: now + 400):
+            self.assertEqual(service.token().status, 200)  # forgets the first, which has expired
+        with mock.patch.object(time, "time", lambda: now):
+            self.assertEqual(service.token(assertion).status, 401)
+
+    def to(self, *date: int) -> None:
+        """Advance the portal to a moment, UTC."""
+        self.portal.advance(calendar.timegm((*date, 0, 0, 0)[:6]) - self.portal.portal.clock.now())
+
+    def test_a_leap_day_is_a_day_like_others(self) -> None:
+        self.to(2028, 2, 29, 23, 59, 50)
+        app, browser = App(self.portal), Browser(self.portal)
+        browser.open(app.authorize_url())
+        browser.sign_in()
+        browser.submit(DANIEL)
+        [date] = [one for one in Form(browser.page.text).inputs if one.get("type") == "date"]
+        self.assertEqual((date["min"], date["value"], date["max"]), ("2028-02-29", "2029-02-28", "2030-02-28"))
+        for day, status in (("2028-02-28", 400), ("2029-02-29", 400), ("2028-02-29", 303)):
+            with self.subTest(day=day):
+                browser.open(app.authorize_url())
+                browser.submit(DANIEL)
+                self.assertEqual(browser.submit("authorize", approval_expires=day).status, status)
+        tokens = app.exchange(browser.page.location["code"]).json
+        self.assertLessEqual(tokens["expires_in"], 10)
+        self.to(2028, 3, 1)
+        self.assertEqual(self.fhir("Patient", tokens).status, 401)
+        self.assertEqual(app.refresh(tokens["refresh_token"]).json["error"], "invalid_grant")
+
+    def test_the_clock_goes_as_far_as_dates_can_be_written(self) -> None:
+        self.to(9989, 1, 1)
+        app = App(self.portal)
+        tokens = app.tokens()
+        self.assertEqual(self.fhir("Patient", tokens).status, 200)
+        got = ask(f"{self.portal.url}/oauth/debug/introspect?token={tokens['access_token']}")
+        self.assertTrue(got.json["approval_expires"].endswith("9990 23:59:59 GMT"))
+        for seconds in (366 * 86400, 1e11, -1e12):
+            with self.subTest(seconds=seconds), self.assertRaisesRegex(s4s.PortalError, "seconds"):
+                self.portal.advance(seconds)
+
+    @unittest.skipUnless(hasattr(time, "tzset"), "Windows has no time.tzset")
+    def test_dates_are_utc_wherever_the_machine_is(self) -> None:
+        self.addCleanup(time.tzset)  # after the zone is restored
+        for zone in ("Asia/Tokyo", "America/New_York", "UTC", "Pacific/Apia"):
+            with self.subTest(zone=zone), mock.patch.dict(os.environ, {"TZ": zone}):
+                time.tzset()
+                self.assertEqual((s4s.day_of(0), s4s.end_of_day("1970-01-01"), s4s.http_date(0)),
+                                 ("1970-01-01", 86399.0, "Thu, 01 Jan 1970 00:00:00 GMT"))
+                self.assertEqual(s4s.date_range("2026-03-29T02:30:00Z")[0], 1774751400.0)
+                token = self.portal.issue_token()
+                self.assertEqual(self.fhir("Observation?date=2008-08-13", token).status, 200)
 
 
 if __name__ == "__main__":
