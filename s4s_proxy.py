@@ -76,7 +76,6 @@ import contextlib
 import datetime
 import email.utils
 import functools
-import gzip
 import hashlib
 import hmac
 import html
@@ -98,7 +97,6 @@ import sqlite3
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -2026,6 +2024,7 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
 def fold(text: str) -> str:
     """Text as strings are compared: without case and accents (FHIR search, "string")."""
     if not text.isascii():
+        import unicodedata  # only where it is needed: it takes long
         text = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
     return text.casefold()
 
@@ -2370,11 +2369,18 @@ def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition
     return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
 
 
-class Found(NamedTuple):
-    """A resource as it lies in the database: parsed, to be judged, and as text, to be sent."""
-    number: int
-    resource: Json
-    text: str
+class Found:
+    """A resource as it lies in the database (number, type, id, json): the text, to be sent; parsed, to be judged."""
+    def __init__(self, row: Row):
+        self.number, self.text, self.name = row["number"], row["json"], f"{row['type']}/{row['id']}"
+        self._resource: Json | None = None
+
+    @property
+    def resource(self) -> Json:
+        """The resource. What is open to everybody is sent without a look."""
+        if self._resource is None:
+            self._resource = json.loads(self.text)
+        return self._resource
 
 
 class Page(NamedTuple):
@@ -2571,6 +2577,7 @@ class Source(NamedTuple):
         if self.text:
             yield "", self.text, self.size
             return
+        import gzip  # likewise
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
             try:
@@ -2700,7 +2707,8 @@ class Records:
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
         skipped: collections.Counter[str] = collections.Counter()
         progress, done = Progress(sum(source.size for source in found), self.clock), 0
-        if before < 2000:  # little but the samples: the index that takes longest is faster made at the end, at once
+        samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
+        if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
             self.store.connection.execute("DROP INDEX search_by_value")
             self._indexed = False
         for source in found:
@@ -2847,8 +2855,8 @@ class Records:
 
     def find(self, type_name: str, resource_id: str) -> Found | None:
         """One resource, or None."""
-        row = self._filled().row("SELECT number, json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
-        return Found(row["number"], json.loads(row["json"]), row["json"]) if row else None
+        row = self._filled().row("SELECT * FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
+        return Found(row) if row else None
 
     def read(self, type_name: str, resource_id: str) -> Json | None:
         """One resource, parsed, or None."""
@@ -2883,22 +2891,22 @@ class Records:
 
     def search(self, query: Query, access: Access) -> Page:
         """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
-        where = self._where(query, access)
+        store, where = self._filled(), self._where(query, access)
         sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
-        page, dropped = self._page(Condition(f"SELECT r.number, r.json{columns} FROM resources r WHERE {where.sql}",
+        page, dropped = self._page(Condition(f"SELECT r.number, r.type, r.id, r.json{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
         if query.total and not dropped and not access.narrowed:
-            total = self.store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+            total = store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
         """A page of a patient's compartment, and what it refers to that belongs to nobody."""
         served = search_table(self.version)
-        page, _ = self._page(Condition(f"SELECT number, json FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+        page, _ = self._page(Condition(f"SELECT * FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
                                        "AND patient_id = ?", (*served, patient_id)),
                              [("number", False)], count, after, access, "rs")
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
@@ -2915,21 +2923,21 @@ class Records:
         if len(after) not in (0, len(keys)):
             raise FhirError("value", "_page: not a link of this search")
         order = ", ".join(name + " DESC" * falling for name, falling in keys)
-        found: list[tuple[Found, list[Any]]] = []
+        found: list[tuple[Found, Row]] = []
         dropped, more = False, count > 0
         while more and len(found) <= count:  # until the page is full and one more is seen
             beyond = _beyond(keys, after) if after else Condition("1")
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
                                        *select.values, *beyond.values, count + 1)
             for row in rows:
-                after = [row[name] for name, _ in keys]
-                one = Found(row["number"], json.loads(row["json"]), row["json"])
-                if access.may_see(one.resource, letters):
-                    found.append((one, after))
+                one = Found(row)
+                if access.scope is None or access.may_see(one.resource, letters):
+                    found.append((one, row))
                 else:
                     dropped = True
             more = len(rows) > count
-        following = page_mark(found[count - 1][1]) if len(found) > count > 0 else ""
+            after = [rows[-1][name] for name, _ in keys] if rows else []
+        following = page_mark([found[count - 1][1][name] for name, _ in keys]) if len(found) > count > 0 else ""
         return Page([one for one, _ in found[:count]], [], following, None), dropped
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
@@ -2966,9 +2974,9 @@ class Records:
                 condition = Condition("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
                                       "AND value = ? AND system = ?)",
                                       (include.source, include.parameter, match.resource["id"], type_name))
-            for row in self.store.rows(f"SELECT number, json FROM resources WHERE {condition.sql} LIMIT ?",
+            for row in self.store.rows(f"SELECT * FROM resources WHERE {condition.sql} LIMIT ?",
                                        *condition.values, MAX_INCLUDED + 1):
-                yield Found(row["number"], json.loads(row["json"]), row["json"])
+                yield Found(row)
         else:
             ends = [("Patient", owner(match.resource) or "")] if owned else [
                 (row["system"], row["value"]) for row in self.store.rows(
@@ -6090,8 +6098,8 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
 
 
 def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
     return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
             if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
 
@@ -6099,9 +6107,9 @@ def accepted_types(request: Request) -> list[str]:
 def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
                   version: str = "r4") -> Response:
     """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else []
-    if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
+    accepted = accepted_types(request) if status == 200 else ["*/*"]
+    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
     media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
     if ("_pretty", "true") in request.pairs():
         body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
@@ -6141,11 +6149,11 @@ def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Seq
         for relation, rest in links]}
     if page.total is None:
         del head["total"]
+    start = '{"fullUrl":' + json.dumps(base)[:-1]
     entries = [
-        f'{{"fullUrl":{json.dumps(base + "/" + one.resource["resourceType"] + "/" + one.resource["id"])},"resource":'
-        + (json.dumps(only_elements(one.resource, names, version)) if names else one.text)
-        + f',"search":{{"mode":"{mode}"}}}}' for mode, found in (("match", page.matches), ("include", page.included))
-        for one in found]
+        f'{start}/{one.name}","resource":'
+        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
+        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
     text = json.dumps(head)
     return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
                          version=version)

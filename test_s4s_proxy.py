@@ -1632,6 +1632,637 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
 
 
+# ######################################################################## embedded records: search, reads, loading
+
+class RecordsTest(PortalTest):
+    """Tests of the embedded records, mostly as /api/open-fhir/ shows them."""
+
+    def open(self, path: str, **how: Any) -> Answer:
+        """A request to open FHIR."""
+        return ask(f"{self.portal.open_fhir_url}/{path}", **how)
+
+    def ids(self, path: str) -> list[str]:
+        """The ids of a search's matches, all on one page."""
+        got = self.open(path + ("&" if "?" in path else "?") + "_count=1000")
+        self.assertEqual(got.status, 200, got)
+        return [entry["resource"]["id"] for entry in got.json.get("entry", []) if entry["search"]["mode"] == "match"]
+
+    def refused(self, path: str, *words: str, status: int = 400, **how: Any) -> None:
+        """The request fails, and the OperationOutcome names what it should."""
+        got = self.open(path, **how)
+        self.assertEqual(got.status, status, got)
+        for word in words:
+            self.assertIn(word, got.json["issue"][0]["diagnostics"])
+
+
+class Dates(unittest.TestCase):
+    """FHIR's dates, and how searches compare them."""
+
+    def test_a_partial_date_is_all_that_it_may_mean(self) -> None:
+        day = 86400
+        for text, start, length in (
+                ("1970", 0, 365 * day), ("1972-02", 761 * day, 29 * day), ("1970-01-02", day, day),
+                ("1970-01-01T00:01", 60, 60), ("1970-01-01T00:00:01Z", 1, 1), ("1970-01-01T02:00:00+02:00", 0, 1),
+                ("1969-12-31T19:00:00-05:00", 0, 1), ("1970-01-01T00:00:00.25Z", 0.25, 0.01)):
+            with self.subTest(text=text):
+                first, last = s4s.date_range(text)
+                self.assertEqual(first, start)
+                self.assertAlmostEqual(last - first, length)
+
+    def test_what_is_no_date_is_refused(self) -> None:
+        for text in ("", "19", "2008-13", "2008-02-30", "2008-1-1", "2008-07-10T25:00", "2008-07-10T12:61:00", "0000",
+                     "2008-07-10T12", "yesterday", "2008-07-10 12:00"):
+            with self.subTest(text=text), self.assertRaises(ValueError):
+                s4s.date_range(text)
+
+    def test_prefixes_compare_spans(self) -> None:
+        condition = {"resourceType": "Condition", "onsetDateTime": "2008-07"}
+        period = {"resourceType": "Condition", "onsetPeriod": {"start": "2008-07-10"}}
+        for value, month, open_end in (
+                ("2008", True, False), ("2008-07", True, False), ("eq2008-07-10", False, False), ("ne2008", False, True),
+                ("gt2008-07-10", True, True), ("gt2008-07", False, True), ("gt2008-08", False, True),
+                ("ge2008-07", True, True), ("ge2008-08", False, True), ("lt2008-07-10", True, False),
+                ("lt2008-07", False, False), ("le2008-07", True, False), ("le2008-06", False, False),
+                ("sa2008-06", True, True), ("sa2008-07-01", False, True), ("eb2008-08", True, False),
+                ("eb2008-07-31", False, False), ("ap2008-07-15", True, True), ("ap2009", False, True)):
+            for resource, expected in ((condition, month), (period, open_end)):
+                with self.subTest(value=value, resource=resource):
+                    self.assertEqual(s4s.resource_matches(resource, "r4", [("onset-date", value)]), expected)
+
+
+class Searching(RecordsTest):
+    """FHIR search over the embedded records."""
+
+    def test_tokens_are_given_with_and_without_their_system(self) -> None:
+        for value, found in (("1975-2", 1), ("http://loinc.org|1975-2", 1), ("http://snomed.info/sct|1975-2", 0),
+                             ("|1975-2", 0), ("1975-2,2345-7", 2), ("x\\,1975-2", 0)):
+            with self.subTest(value=value):
+                got = {one["resource"]["code"]["coding"][0]["code"] for one in self.open(
+                    "Observation?" + urlencode({"code": value, "_count": "1000"})).json.get("entry", [])}
+                self.assertEqual(len(got), found)
+        self.assertEqual(len(self.ids("Patient?identifier=http://hospital.smarthealthit.org%7C")), 3)
+        self.assertEqual(self.ids("Patient?gender=|female"), [AMY])
+
+    def test_references_are_given_as_id_relative_or_absolute(self) -> None:
+        everything = self.ids(f"Encounter?patient={DANIEL}")
+        self.assertTrue(everything)
+        for value in (f"patient=Patient/{DANIEL}", f"subject={DANIEL}", f"subject:Patient={DANIEL}",
+                      f"subject={self.portal.open_fhir_url}/Patient/{DANIEL}"):
+            self.assertEqual(self.ids(f"Encounter?{value}"), everything)
+        by_doctor = self.ids("Encounter?participant=Practitioner/smart-clinician")
+        self.assertTrue(by_doctor)
+        for value in ("participant=smart-clinician", "participant:Practitioner=smart-clinician",
+                      f"participant={self.portal.open_fhir_url}/Practitioner/smart-clinician"):
+            self.assertEqual(self.ids(f"Encounter?{value}"), by_doctor)
+        for value in ("participant=Patient/smart-clinician", "participant:Patient=smart-clinician", "subject=Group/1",
+                      f"participant=https://elsewhere.example/Practitioner/{DANIEL}"):
+            self.assertEqual(self.ids(f"Encounter?{value}"), [])
+
+    def test_strings_begin_with_the_value_whatever_case_and_accents(self) -> None:
+        self.portal.portal.records.load({"resourceType": "Patient", "id": "zoe", "name": [
+            {"family": "Zo\u00eb-M\u00fcller", "given": ["\u00c5sa"]}]})
+        for value, found in (("name=ZOE", ["zoe"]), ("family=zo%C3%AB-m", ["zoe"]), ("name=muller", []),
+                             ("name:contains=muller", ["zoe"]), ("given:exact=%C3%85sa", ["zoe"]),
+                             ("given:exact=asa", []), ("name=adam", [DANIEL]), ("given=dan,amy", [AMY, DANIEL])):
+            with self.subTest(value=value):
+                self.assertEqual(self.ids(f"Patient?{value}"), found)
+
+    def test_repeated_parameters_narrow(self) -> None:
+        self.assertEqual(self.ids("Patient?gender=male&birthdate=ge1926"), [JOSEPH])
+        self.assertEqual(self.ids("Patient?birthdate=gt1925&birthdate=lt2005"), [JOSEPH])
+
+    def test_missing_and_not(self) -> None:
+        self.assertEqual(self.ids("Patient?gender:not=male"), [AMY])
+        self.assertEqual(self.ids("Patient?gender:missing=true"), [])
+        self.assertEqual(len(self.ids("Patient?gender:missing=false")), 3)
+        with_visit, without = self.ids("Observation?encounter:missing=false"), self.ids("Observation?encounter:missing=true")
+        self.assertTrue(with_visit and without)
+        self.assertEqual(len(with_visit) + len(without), len(self.ids("Observation")))
+
+    def test_id_and_last_updated(self) -> None:
+        self.assertEqual(self.ids(f"Patient?_id={DANIEL},{AMY},x"), [AMY, DANIEL])
+        early, late = self.ids("Observation?_lastUpdated=lt2017"), self.ids("Observation?_lastUpdated=ge2017")
+        self.assertTrue(early and late)
+        self.assertEqual(len(early) + len(late), len(self.ids("Observation")))
+        moment = self.open(f"Patient/{DANIEL}").json["meta"]["lastUpdated"]
+        self.assertEqual(self.ids(f"Patient?_lastUpdated={moment}"), [DANIEL])
+        self.assertNotIn(DANIEL, self.ids(f"Patient?_lastUpdated=gt{moment}"))
+
+    def test_a_search_in_sql_and_a_match_in_python_mean_the_same(self) -> None:
+        for version in s4s.FHIR_VERSIONS:
+            records = s4s.Records(s4s.Settings(fhir_version=version), s4s.Clock())
+            self.addCleanup(records.store.close)
+            everything = [json.loads(row["json"]) for row in records._filled().rows("SELECT json FROM resources")]
+            for type_name, known in s4s.search_table(version).items():
+                resources = [one for one in everything if one["resourceType"] == type_name]
+                for name, parameter in known.items():
+                    values = {row[1] or "2008" for one in resources[:40] for row in s4s.values_of(
+                        name, parameter.kind, [value for path in parameter.paths for value in s4s.elements(one, path)])}
+                    pairs = [(name, value.replace(",", "\\,")) for value in sorted(values)[:3]]
+                    pairs += [("_id", DANIEL)] if name == "_id" else []
+                    pairs += [(name, "ge2009")] if parameter.type == "date" else []
+                    pairs += [(name + ":missing", "true")] if parameter.kind in ("token", "date", "string", "reference") else []
+                    for pair in pairs:
+                        with self.subTest(version=version, type=type_name, pair=pair):
+                            query = s4s.parse_query(version, type_name, [pair, ("_count", "1000")])
+                            found = records.search(query, s4s.Access(None)).matches
+                            self.assertEqual({one.resource["id"] for one in found}, {
+                                one["id"] for one in resources if s4s.resource_matches(one, version, [pair])})
+
+    def test_sort_by_several_parameters_missing_ones_last(self) -> None:
+        found = self.open("Observation?_sort=-date,code&_count=1000").json["entry"]
+        keys = [(one["resource"]["effectiveDateTime"], min(code["code"] for code in one["resource"]["code"]["coding"]))
+                for one in found]
+        self.assertEqual(keys, sorted(sorted(keys, key=lambda key: key[1]), key=lambda key: key[0], reverse=True))
+        visits = [one["resource"].get("encounter", {}).get("reference", "~")
+                  for one in self.open("Observation?_sort=encounter&_count=1000").json["entry"]]
+        self.assertEqual(visits, sorted(visits))
+        self.assertEqual(visits[-1], "~")
+        self.assertEqual(self.ids("Patient?_sort=-_id"), [DANIEL, JOSEPH, AMY])
+
+    def test_a_walk_over_the_pages_is_whole_though_records_are_loaded_meanwhile(self) -> None:
+        for sort in ("", "&_sort=-date", "&_sort=code,-_lastUpdated"):
+            with self.subTest(sort=sort):
+                self.portal.reset()
+                at_start, seen, number = set(self.ids("Observation?category=vital-signs")), [], 0
+                url = f"{self.portal.open_fhir_url}/Observation?category=vital-signs&_count=17{sort}"
+                while url:
+                    page = ask(url).json
+                    seen += [one["resource"]["id"] for one in page["entry"]]
+                    for date in ("1900-01-01", "2008-01-01", "2100-01-01"):
+                        number += 1
+                        self.portal.portal.records.load({
+                            "resourceType": "Observation", "id": f"new-{number}", "effectiveDateTime": date,
+                            "category": [{"coding": [{"code": "vital-signs"}]}], "code": {"coding": [{"code": "8867-4"}]},
+                            "subject": {"reference": f"Patient/{AMY if number % 2 else DANIEL}"}})
+                    url = next((one["url"] for one in page["link"] if one["relation"] == "next"), "")
+                self.assertEqual(len(seen), len(set(seen)))
+                self.assertEqual(at_start - set(seen), set())
+
+    def test_a_made_up_page_is_refused(self) -> None:
+        for page in ("x", "%00", "bnVsbA", "WzFd", "WyJhIiwgMWU5OTld", "WyJhIiwgOTk5OTk5OTk5OTk5OTk5OTk5OTldw"):
+            with self.subTest(page=page):
+                self.assertEqual(self.open(f"Patient?_page={page}").status, 400)
+
+    def test_a_search_may_only_count(self) -> None:
+        for how in ("_summary=count", "_count=0"):
+            got = self.open(f"Patient?{how}").json
+            self.assertEqual((got["total"], "entry" in got), (3, False))
+        self.assertNotIn("total", self.open("Patient?_total=none").json)
+
+    def test_elements_leave_the_rest_out_and_say_so(self) -> None:
+        resource = self.open(f"Patient?_id={DANIEL}&_elements=birthDate,name").json["entry"][0]["resource"]
+        self.assertEqual(set(resource), {"resourceType", "id", "meta", "birthDate", "name"})
+        self.assertEqual(resource["meta"]["tag"][0]["code"], "SUBSETTED")
+
+    def test_include_and_revinclude(self) -> None:
+        got = self.open(f"MedicationRequest?patient={DANIEL}&_count=2&_include=MedicationRequest:requester"
+                        "&_include=MedicationRequest:subject").json["entry"]
+        self.assertEqual([(one["resource"]["resourceType"], one["search"]["mode"]) for one in got], [
+            ("MedicationRequest", "match"), ("MedicationRequest", "match"), ("Practitioner", "include"),
+            ("Patient", "include")])
+        got = self.open(f"Patient?_id={DANIEL}&_revinclude=Encounter:patient").json["entry"]
+        self.assertEqual(len(got) - 1, len(self.ids(f"Encounter?patient={DANIEL}")))
+        got = self.open("Encounter?_count=1&_revinclude=Observation:encounter").json["entry"]
+        visit = f"Encounter/{got[0]['resource']['id']}"
+        self.assertGreater(len(got), 1)
+        self.assertEqual({one["resource"]["encounter"]["reference"] for one in got[1:]}, {visit})
+
+    def test_included_resources_need_their_own_scope_and_patient(self) -> None:
+        token = self.portal.issue_token(scope="patient/Encounter.rs patient/Practitioner.rs")
+        got = self.fhir("Encounter?_include=Encounter:subject&_include=Encounter:participant"
+                        "&_revinclude=Observation:encounter", token).json["entry"]
+        self.assertEqual({one["resource"]["resourceType"] for one in got}, {"Encounter", "Practitioner"})
+        amys = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
+        got = self.fhir("Practitioner?_revinclude=Encounter:participant", amys).json["entry"]
+        self.assertEqual({one["resource"]["resourceType"] for one in got}, {"Practitioner"})
+
+    def test_what_is_not_known_is_named_with_what_is(self) -> None:
+        for query, *words in (
+                ("colour=red", "colour", "category", "_sort"), ("category:text=x", "category:text", "missing"),
+                ("code:=x", "code:"), ("patient:not=x", "patient:not", "Patient"), ("patient.name=x", "patient.name"),
+                ("_has:Provenance:target:x=y", "_has"), ("_include=*", "Observation:encounter"),
+                ("_include=Observation:code", "Observation:encounter"), ("_revinclude=Patient:link", "DiagnosticReport:result"),
+                ("_include:iterate=Observation:encounter", "_include:iterate"), ("_sort=colour", "colour", "date"),
+                ("date=soon", "soon", "2008-07-10"), ("_count=many", "_count", "number"), ("_summary=text", "count"),
+                ("_total=maybe", "accurate"), ("code:missing=maybe", "true"), ("_filter=x", "_filter")):
+            with self.subTest(query=query):
+                self.refused(f"Observation?{query}", *words)
+        self.refused("Observation?code=" + ",".join("x" * 501), "500")
+
+    def test_lenient_handling_leaves_out_what_is_not_known(self) -> None:
+        got = self.open("Patient?colour=red&gender=female&name:text=x", headers={"Prefer": "handling=lenient"}).json
+        self.assertEqual((got["total"], got["link"][0]["url"]), (1, f"{self.portal.open_fhir_url}/Patient?gender=female"))
+        self.refused("Patient?birthdate=soon", "soon", headers={"Prefer": "handling=lenient"})
+
+    def test_a_total_tells_nothing_of_what_is_hidden(self) -> None:
+        self.assertIn("total", self.fhir("Observation", self.portal.issue_token(scope="patient/*.rs")).json)
+        narrowed = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory")
+        got = self.fhir("Observation?_count=1000", narrowed).json
+        self.assertNotIn("total", got)
+        self.assertEqual({code["code"] for one in got["entry"] for category in one["resource"]["category"]
+                          for code in category["coding"]}, {"laboratory"})
+
+    def test_each_version_has_its_own_names(self) -> None:
+        for version, type_name, has, lacks in (
+                ("dstu2", "Condition", "clinicalstatus onset patient", "clinical-status subject"),
+                ("stu3", "Condition", "clinical-status asserted-date subject", "clinicalstatus recorded-date"),
+                ("r4", "Condition", "clinical-status recorded-date subject", "clinicalstatus asserted-date"),
+                ("dstu2", "MedicationOrder", "datewritten prescriber patient", "authoredon subject"),
+                ("stu3", "MedicationRequest", "authoredon intent context", "datewritten encounter"),
+                ("r4", "MedicationRequest", "authoredon intent encounter", "context"),
+                ("dstu2", "MedicationAdministration", "effectivetime prescription", "effective-time request"),
+                ("r4", "MedicationAdministration", "effective-time request", "effectivetime prescription"),
+                ("stu3", "Coverage", "patient beneficiary", "status"), ("r4", "Coverage", "patient status", "issuer")):
+            with self.subTest(version=version, type=type_name):
+                known = set(s4s.search_table(version)[type_name])
+                self.assertLessEqual(set(has.split()), known)
+                self.assertFalse(set(lacks.split()) & known)
+        for type_name in ("Coverage", "ExplanationOfBenefit", "MedicationRequest", "Endpoint"):
+            self.assertNotIn(type_name, s4s.search_table("dstu2"))
+
+    def test_the_searches_that_apps_send_find_something_in_each_version(self) -> None:
+        queries = """Observation?code=http://loinc.org%7C72166-2 Observation?category=social-history Condition
+            Observation?category=laboratory Observation?category=vital-signs MedicationStatement MedicationDispense
+            MedicationAdministration AllergyIntolerance Procedure Immunization DocumentReference Encounter ImagingStudy"""
+        later = "MedicationRequest DiagnosticReport Coverage ExplanationOfBenefit"
+        for version, more in (("dstu2", "MedicationOrder"), ("stu3", later), ("r4", later)):
+            with s4s.Server(fhir_version=version) as portal:
+                token = portal.issue_token(scope="patient/*.read")["access_token"]
+                for query in [*queries.split(), *more.split()]:
+                    path = f"{query}{'&' if '?' in query else '?'}patient={DANIEL}"
+                    with self.subTest(version=version, path=path):
+                        self.assertTrue(ask(f"{portal.fhir_url}/{path}", token=token).json.get("entry"))
+                document = ask(f"{portal.fhir_url}/DocumentReference?patient={DANIEL}", token=token).json["entry"][0]
+                url = document["resource"]["content"][0]["attachment"]["url"]
+                self.assertEqual(ask(f"{portal.fhir_url}/{url}", token=token).json["resourceType"], "Binary")
+
+
+class Reading(RecordsTest):
+    """Reads of the embedded records."""
+
+    def test_etag_and_last_modified_spare_a_second_transfer(self) -> None:
+        got = self.open(f"Patient/{DANIEL}")
+        tag, when = got.headers["etag"], got.headers["last-modified"]
+        self.assertEqual((tag, when), ('W/"1"', "Thu, 07 Jan 2016 12:00:00 GMT"))
+        for headers, status in (({"If-None-Match": tag}, 304), ({"If-None-Match": '"0", "1"'}, 304),
+                                ({"If-None-Match": "*"}, 304), ({"If-None-Match": '"0"'}, 200),
+                                ({"If-Modified-Since": when}, 304), ({"If-None-Match": '"0"', "If-Modified-Since": when}, 200),
+                                ({"If-Modified-Since": "Thu, 07 Jan 2016 11:59:59 GMT"}, 200),
+                                ({"If-Modified-Since": "nonsense"}, 200)):
+            with self.subTest(headers=headers):
+                again = self.open(f"Patient/{DANIEL}", headers=headers)
+                self.assertEqual((again.status, again.headers["etag"]), (status, tag))
+                self.assertEqual(again.body == b"", status == 304)
+
+    def test_the_current_version_can_be_read_by_its_number(self) -> None:
+        self.assertEqual(self.open(f"Patient/{DANIEL}/_history/1").json["id"], DANIEL)
+        self.refused(f"Patient/{DANIEL}/_history/2", "current", status=404)
+        token = self.portal.issue_token(scope="patient/*.rs")
+        self.assertEqual(self.fhir(f"Patient/{AMY}/_history/1", token).status, 403)
+
+    def test_a_binary_is_its_content_where_that_is_asked_for(self) -> None:
+        as_fhir = self.open("Binary/smart-Binary-1").json
+        raw = self.open("Binary/smart-Binary-1", headers={"Accept": as_fhir["contentType"]})
+        self.assertEqual(raw.body, base64.b64decode(as_fhir["data"]))
+        self.assertEqual(raw.headers["content-type"], as_fhir["contentType"])
+        self.assertEqual(raw.headers["content-security-policy"], "sandbox")
+        self.assertEqual(self.open("Binary/smart-Binary-1", headers={"Accept": "*/*"}).json, as_fhir)
+
+    def test_a_binary_of_nobody_is_read_through_the_document_that_points_to_it(self) -> None:
+        load = self.portal.portal.records.load
+        load({"resourceType": "Binary", "id": "b1", "contentType": "text/plain", "data": "aGk="})
+        load({"resourceType": "DocumentReference", "id": "d1", "subject": {"reference": f"Patient/{AMY}"},
+              "content": [{"attachment": {"url": "Binary/b1"}}]})
+        self.assertEqual(self.fhir("Binary/b1", self.portal.issue_token(scope="patient/*.rs")).status, 403)
+        self.assertEqual(self.fhir("Binary/b1", self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)).status, 200)
+        scope = "patient/Binary.rs patient/Observation.rs"
+        self.assertEqual(self.fhir("Binary/b1", self.portal.issue_token(scope=scope, patient_id=AMY)).status, 403)
+
+    def test_everything_is_the_compartment_and_what_it_refers_to(self) -> None:
+        token = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
+        got = self.fhir(f"Patient/{AMY}/$everything", token).json["entry"]
+        matches = [one["resource"] for one in got if one["search"]["mode"] == "match"]
+        self.assertEqual({s4s.owner(one) for one in matches}, {AMY})
+        self.assertGreater(len({one["resourceType"] for one in matches}), 4)
+        self.assertEqual({one["resource"]["resourceType"] for one in got if one["search"]["mode"] == "include"},
+                         {"Organization", "Practitioner"})
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}/$everything", token).status, 403)
+        self.assertEqual(self.open("Patient/nobody/$everything").status, 404)
+
+    def test_everything_comes_in_pages(self) -> None:
+        whole = [one["resource"]["id"] for one in self.open(f"Patient/{AMY}/$everything").json["entry"]
+                 if one["search"]["mode"] == "match"]
+        url, seen = f"{self.portal.open_fhir_url}/Patient/{AMY}/$everything?_count=4", []
+        while url:
+            page = ask(url).json
+            matches = [one["resource"]["id"] for one in page["entry"] if one["search"]["mode"] == "match"]
+            self.assertLessEqual(len(matches), 4)
+            seen += matches
+            url = next((one["url"] for one in page["link"] if one["relation"] == "next"), "")
+        self.assertEqual(seen, whole)
+
+    def test_everything_shows_only_what_the_scope_lets_read_and_search(self) -> None:
+        token = self.portal.issue_token(scope="patient/Patient.rs patient/Condition.rs patient/Observation.r")
+        got = self.fhir(f"Patient/{DANIEL}/$everything", token).json["entry"]
+        self.assertEqual({one["resource"]["resourceType"] for one in got}, {"Patient", "Condition"})
+
+    def test_other_operations_and_paths_are_refused(self) -> None:
+        for path, status in ((f"Patient/{DANIEL}/$summary", 403), (f"Patient/{DANIEL}/x/y", 404), ("Patient/a%2Fb", 404),
+                             ("Patient/..", 404), ("Patient/$everything", 404), ("Binary?_id=smart-Binary-1", 404),
+                             ("Colour", 404), ("Conformance/1", 404)):
+            with self.subTest(path=path):
+                self.assertEqual(self.open(path).status, status)
+
+    def test_json_in_any_spelling_is_answered_in_the_versions_own(self) -> None:
+        for version, own in (("r4", "application/fhir+json"), ("dstu2", "application/json+fhir")):
+            with s4s.Server(fhir_version=version) as portal:
+                for path, accept, expected in (
+                        ("", "", own), ("", "*/*", own), ("", "application/fhir+json", own),
+                        ("", "application/json+fhir", own), ("", "application/json", "application/json"),
+                        ("", "text/html, application/json;q=0.5, */*;q=0.1", own), ("?_format=json", "text/html", own),
+                        ("?_format=application/json", "", "application/json"), ("?_format=application/fhir+json", "", own),
+                        ("", "text/html", ""), ("?_format=xml", "", ""), ("", "application/fhir+xml", ""),
+                        ("", "application/json;q=0", "")):
+                    with self.subTest(version=version, path=path, accept=accept):
+                        got = ask(f"{portal.open_fhir_url}/Patient/{DANIEL}{path}", headers={"Accept": accept})
+                        self.assertEqual(got.headers["content-type"], expected or own)
+                        self.assertEqual(got.status, 200 if expected else 406)
+
+    def test_pretty_is_for_people(self) -> None:
+        self.assertNotIn("\n", self.open(f"Patient/{DANIEL}").text)
+        self.assertIn('\n  "id": ', self.open(f"Patient/{DANIEL}?_pretty=true").text)
+
+    def test_the_metadata_lists_what_works_in_each_version(self) -> None:
+        for version, kind in (("r4", "CapabilityStatement"), ("stu3", "CapabilityStatement"), ("dstu2", "Conformance")):
+            with s4s.Server(fhir_version=version) as portal:
+                got = ask(f"{portal.fhir_url}/metadata").json
+                self.assertEqual((got["resourceType"], got["fhirVersion"]), (kind, s4s.FHIR_VERSIONS[version]))
+                for one in got["rest"][0]["resource"]:
+                    parameters = [(known["name"], "2008") for known in one.get("searchParam", [])]
+                    parameters += [("_include", value) for value in one.get("searchInclude", [])]
+                    parameters += [("_revinclude", value) for value in one.get("searchRevInclude", [])]
+                    s4s.parse_query(version, one["type"], parameters)  # none is refused
+                    if parameters:
+                        self.assertEqual(ask(f"{portal.open_fhir_url}/{one['type']}?{urlencode(parameters)}").status, 200)
+                self.assertNotIn("search-type", json.dumps([one for one in got["rest"][0]["resource"] if one["type"] == "Binary"]))
+
+
+class LoadingRecords(unittest.TestCase):
+    """--data, Server(data=...) and Records.load."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+
+    def records(self, *data: Any, **settings: Any) -> s4s.Records:
+        """Records with only this data."""
+        made = s4s.Records(s4s.Settings(data=["none", *data], **settings), s4s.Clock())
+        self.addCleanup(made.store.close)
+        return made
+
+    def file(self, name: str, content: str | bytes | dict[str, Any]) -> str:
+        """A file in the folder."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = json.dumps(content, indent=1) if isinstance(content, dict) else content
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return str(path)
+
+    def dump(self, records: s4s.Records) -> list[Any]:
+        """All that the database holds."""
+        return [tuple(row) for name in ("resources", "search_values", "unresolved", "before_load")
+                for row in records.store.rows(f"SELECT * FROM {name}")]
+
+    def patient(self, key: str, **more: Any) -> dict[str, Any]:
+        """A Patient."""
+        return {"resourceType": "Patient", "id": key, "name": [{"family": key.title()}], **more}
+
+    def bundle(self, *entries: dict[str, Any], kind: str = "transaction") -> dict[str, Any]:
+        """A Bundle of entries."""
+        return {"resourceType": "Bundle", "type": kind, "entry": list(entries)}
+
+    def test_resources_bundles_ndjson_and_gz_in_a_folder_are_loaded(self) -> None:
+        self.file("a.json", self.patient("a"))
+        self.file("deep/er/b.json", self.bundle({"resource": self.patient("b")}, kind="collection"))
+        self.file("c.ndjson", "\n".join(json.dumps(self.patient(key)) for key in ("c", "d")) + "\n\n")
+        self.file("e.json.gz", gzip.compress(json.dumps(self.patient("e")).encode()))
+        self.file("README.md", "not FHIR")
+        records = self.records(str(self.folder))
+        self.assertEqual(records.patients(), [(key, key.title()) for key in "abcde"])
+        self.assertEqual(records.warnings, [])
+
+    def test_server_takes_paths_and_dicts_beside_the_samples_or_without(self) -> None:
+        with s4s.Server(data=[self.file("a.json", self.patient("a")), self.patient("b")]) as portal:
+            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], 5)
+        with s4s.Server(data=["none", self.patient("b")]) as portal:
+            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], 1)
+        with s4s.Server(data="none") as portal:
+            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], 0)
+
+    def test_references_within_a_bundle_become_type_and_id(self) -> None:
+        records = self.records(self.bundle(
+            {"fullUrl": "urn:uuid:0a", "resource": self.patient("given")},
+            {"fullUrl": "urn:uuid:0b", "resource": {"resourceType": "Encounter", "subject": {"reference": "urn:uuid:0a"}}},
+            {"fullUrl": "https://old.example/fhir/Binary/9", "resource": {"resourceType": "Binary", "id": "9"}},
+            {"resource": {"resourceType": "DocumentReference", "subject": {"reference": "urn:uuid:0a"}, "context": {
+                "encounter": [{"reference": "urn:uuid:0b"}]}, "content": [
+                    {"attachment": {"url": "https://old.example/fhir/Binary/9"}}]},
+             "request": {"method": "PUT", "url": "DocumentReference/d"}}))
+        visit, document = records.read("Encounter", "0b") or {}, records.read("DocumentReference", "d") or {}
+        self.assertEqual(visit["subject"], {"reference": "Patient/given"})
+        self.assertEqual(document["context"]["encounter"][0]["reference"], "Encounter/0b")
+        self.assertEqual(document["content"][0]["attachment"]["url"], "Binary/9")
+        self.assertEqual([one["id"] for one in records.pointing_to("9")], ["d"])
+
+    def test_conditional_references_are_resolved_across_files_in_either_order(self) -> None:
+        doctor = {"resourceType": "Practitioner", "id": "p", "identifier": [{"system": "http://npi", "value": "7"}]}
+        visit = {"resourceType": "Encounter", "id": "v", "subject": {"reference": "Patient?identifier=http://mrn|1"},
+                 "participant": [{"individual": {"reference": "Practitioner?identifier=http://npi|7"}}]}
+        person = self.patient("who", identifier=[{"system": "http://mrn", "value": "1"}])
+        orders: list[list[dict[str, Any]]] = [[doctor, visit, person], [person, visit, doctor], [visit, doctor, person]]
+        for order in orders:
+            with self.subTest(order=[one["resourceType"] for one in order]):
+                records = self.records(*order)
+                found = records.read("Encounter", "v") or {}
+                self.assertEqual(found["participant"][0]["individual"]["reference"], "Practitioner/p")
+                self.assertEqual(found["subject"]["reference"], "Patient/who")
+                query = s4s.parse_query("r4", "Encounter", [("patient", "who"), ("participant", "p")])
+                self.assertEqual(len(records.search(query, s4s.Access(None)).matches), 1)
+                self.assertEqual(records.warnings, [])
+
+    def test_references_that_lead_nowhere_are_kept_and_counted(self) -> None:
+        records = self.records(self.patient("a", generalPractitioner=[
+            {"reference": "Practitioner?identifier=x|1"}, {"reference": "urn:uuid:nobody"}, {"reference": "Practitioner/p"}]))
+        self.assertEqual(len((records.read("Patient", "a") or {})["generalPractitioner"]), 3)
+        self.assertEqual(len(records.warnings), 1)
+        self.assertTrue(records.warnings[0].startswith("3 references"), records.warnings)
+
+    def test_an_ambiguous_conditional_reference_stays(self) -> None:
+        twin = {"resourceType": "Practitioner", "identifier": [{"value": "7"}]}
+        records = self.records({**twin, "id": "p"}, {**twin, "id": "q"}, {
+            "resourceType": "Encounter", "id": "v", "participant": [
+                {"individual": {"reference": "Practitioner?identifier=7"}}]})
+        self.assertIn("?", (records.read("Encounter", "v") or {})["participant"][0]["individual"]["reference"])
+
+    def test_types_that_are_not_served_are_left_out_and_counted(self) -> None:
+        records = self.records(self.bundle({"resource": self.patient("a")}, {"resource": {"resourceType": "Provenance"}}))
+        self.assertEqual(records.warnings, ["1 resources of types that are not served were left out: Provenance (1)"])
+
+    def test_loading_twice_gives_the_same_records_once(self) -> None:
+        data = self.bundle({"fullUrl": "urn:uuid:0a", "resource": self.patient("a")},
+                           {"resource": {"resourceType": "Condition", "subject": {"reference": "urn:uuid:0a"}}},
+                           {"resource": {"resourceType": "Encounter", "id": "v", "participant": [
+                               {"individual": {"reference": "Practitioner?identifier=7"}}]}},
+                           {"resource": {"resourceType": "Practitioner", "id": "p", "identifier": [{"value": "7"}]}})
+        db = str(self.folder / "state.db")
+        first = self.records(data, db=db)
+        before = self.dump(first)
+        first.store.close()
+        self.assertEqual(self.dump(self.records(data, data, db=db)), before)
+        self.assertEqual(self.dump(self.records(db=db)), before)
+
+    def test_a_changed_resource_gets_the_next_version(self) -> None:
+        records = self.records(self.patient("a"))
+        records.load(self.patient("a", gender="female"))
+        self.assertEqual((records.read("Patient", "a") or {})["meta"]["versionId"], "2")
+        records.load(self.patient("a", meta={"versionId": "9"}))
+        self.assertEqual((records.read("Patient", "a") or {})["meta"]["versionId"], "9")
+
+    def test_a_bad_file_is_named_with_the_place_and_the_reason(self) -> None:
+        good = json.dumps(self.patient("a"))
+        for name, content, *words in (
+                ("cut.json", good[:-5], "not JSON", "line 1 column"),
+                ("lines.json", '{\n "resourceType": "Patient",\n "id": 1,}', "line 3"),
+                ("list.json", "[]", "list", "resource or Bundle"), ("empty.json", "", "not JSON"),
+                ("other.json", '{"a": 1}', "resourceType"), ("id.json", '{"resourceType": "Patient", "id": "a b"}', "'a b'"),
+                ("third.ndjson", f"{good}\n\n{good[:9]}", "line 3"),
+                ("nan.json", '{"resourceType": "Patient", "id": "a", "x": NaN}', "JSON"),
+                ("lone.json", '{"resourceType": "Patient", "id": "\\ud800"}', "id"),
+                ("text.json", '{"resourceType": "Patient", "id": "a", "x": "\\ud800"}', "surrogates"),
+                ("deep.json", '{"resourceType": "Patient", "x": ' + "[" * 100000 + "]" * 100000 + "}", "JSON"),
+                ("latin.json", b'{"resourceType": "Patient", "id": "\xe9"}', "utf-8"),
+                ("time.json", '{"resourceType": "Patient", "meta": {"lastUpdated": "today"}}', "today"),
+                ("entry.json", self.bundle({"resource": self.patient("a")}, {"resource": {}}), "Bundle.entry[1]"),
+                ("history.json", self.bundle(kind="history"), "transaction"), ("x.json.gz", b"no gzip", "gzip")):
+            with self.subTest(name=name), self.assertRaises(s4s.StartError) as caught:
+                self.records(self.file(name, content))
+            for word in (name, *words):
+                self.assertIn(word, str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+        for path in (str(self.folder / "absent"), self.file("nothing/here.txt", "")[:-len("/here.txt")]):
+            with self.subTest(path=path), self.assertRaises(s4s.StartError):
+                self.records(path)
+
+    def test_what_was_loaded_before_a_bad_file_stays(self) -> None:
+        db = str(self.folder / "state.db")
+        with self.assertRaises(s4s.StartError):
+            self.records(self.patient("a"), self.bundle({"resource": self.patient("b")}, {"resource": {}}), db=db)
+        self.assertEqual(self.records(db=db).patients(), [("a", "A")])
+
+    def test_data_of_another_version_is_noticed(self) -> None:
+        for version, resource in (
+                ("r4", {"resourceType": "MedicationOrder"}), ("stu3", {"resourceType": "MedicationOrder"}),
+                ("r4", {"resourceType": "Condition", "clinicalStatus": "active"}),
+                ("r4", {"resourceType": "Patient", "name": [{"family": ["A"]}]}),
+                ("dstu2", self.patient("a")), ("stu3", {"resourceType": "Condition", "clinicalStatus": {}}),
+                ("dstu2", {"resourceType": "Observation", "category": []}), ("r4", {"resourceType": "Observation", "category": {}}),
+                ("stu3", {"resourceType": "Immunization", "occurrenceDateTime": "2008"})):
+            with self.subTest(version=version, resource=resource), self.assertRaises(s4s.StartError) as caught:
+                self.records(resource, fhir_version=version)
+            self.assertIn("--fhir-version", str(caught.exception))
+
+    def test_a_database_of_another_version_is_refused(self) -> None:
+        db = str(self.folder / "state.db")
+        self.records(db=db).store.close()
+        with self.assertRaises(s4s.StartError) as caught:
+            self.records(db=db, fhir_version="stu3")
+        self.assertIn("--fhir-version r4", str(caught.exception))
+        with self.assertRaises(s4s.StartError):
+            s4s.Settings(fhir_version="r5")
+
+    def test_a_filled_database_is_not_filled_again(self) -> None:
+        db = str(self.folder / "state.db")
+        for expected in (3, 3):
+            records = s4s.Records(s4s.Settings(db=db), s4s.Clock())
+            self.assertEqual(len(records.patients()), expected)
+            before = self.dump(records)
+            records.store.close()
+        records = s4s.Records(s4s.Settings(db=db), s4s.Clock())
+        self.addCleanup(records.store.close)
+        records.patients()
+        self.assertEqual(self.dump(records), before)
+
+    def test_load_is_all_or_nothing(self) -> None:
+        records = self.records()
+        for bad in ({}, {"resourceType": "Provenance"}, self.bundle({"resource": self.patient("a")}, {"resource": 5})):
+            with self.subTest(bad=bad), self.assertRaises(s4s.PortalError):
+                records.load(bad)
+        self.assertEqual(records.patients(), [])
+        self.assertEqual(records.load(self.bundle({"resource": self.patient("a")}, {"resource": self.patient("b")})), 2)
+
+    def test_reset_brings_back_exactly_what_was_there_at_the_start(self) -> None:
+        records = s4s.Records(s4s.Settings(data=[self.patient("a"), {"resourceType": "Encounter", "id": "v", "participant": [
+            {"individual": {"reference": "Practitioner?identifier=7"}}]}]), s4s.Clock())
+        self.addCleanup(records.store.close)
+        before = self.dump(records)
+        records.load({"resourceType": "Practitioner", "id": "p", "identifier": [{"value": "7"}]})  # the reference resolves
+        records.load(self.patient("a", gender="male"))
+        records.load(self.patient("a", gender="female"))
+        records.load(self.patient(DANIEL))
+        self.assertNotEqual(self.dump(records), before)
+        records.reset()
+        self.assertEqual(self.dump(records), before)
+
+    def test_patients_are_found_by_parts_of_their_names_or_by_id(self) -> None:
+        records = self.records(*({"resourceType": "Patient", "id": f"p{number}", "name": [
+            {"family": f"M\u00fcller{number}", "given": ["Ada"]}]} for number in range(5)))
+        self.assertEqual(records.patients("ULLER3"), [("p3", "Ada M\u00fcller3")])
+        self.assertEqual(records.patients("ada muller4"), [("p4", "Ada M\u00fcller4")])
+        self.assertEqual(records.patients("P2"), [("p2", "Ada M\u00fcller2")])
+        self.assertEqual((len(records.patients("ada")), len(records.patients(limit=2))), (5, 2))
+
+    def test_readers_go_on_while_records_are_loaded(self) -> None:
+        records = s4s.Records(s4s.Settings(), s4s.Clock())
+        self.addCleanup(records.store.close)
+        big = self.bundle(*({"resource": self.patient(f"p{number}")} for number in range(300)))
+        failures: list[BaseException] = []
+
+        def load() -> None:
+            try:
+                self.assertEqual(records.load(big), 300)
+            except BaseException as error:  # noqa: BLE001
+                failures.append(error)
+        threads = [threading.Thread(target=load) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        query = s4s.parse_query("r4", "Patient", [("_count", "0")])
+        while any(thread.is_alive() for thread in threads):
+            self.assertIn(records.search(query, s4s.Access(None)).total, (3, 303))
+        self.assertEqual(failures, [])
+
+    def test_a_long_load_shows_progress(self) -> None:
+        clock, shown = s4s.Clock(), io.StringIO()
+        progress = s4s.Progress(3_000_000, clock)
+        with contextlib.redirect_stderr(shown):
+            progress.at(500_000)
+            clock.advance(2)
+            progress.at(1_000_000)
+            progress.at(1_100_000)
+        self.assertRegex(shown.getvalue(), r"\Aloading: 1 of 3 MB, \d+ MB/s, 4 s left\n\Z")
+
+    def test_a_patients_search_uses_the_index_of_the_patients(self) -> None:
+        records = s4s.Records(s4s.Settings(), s4s.Clock())
+        self.addCleanup(records.store.close)
+        query = s4s.parse_query("r4", "Observation", [("category", "laboratory"), ("patient", DANIEL)])
+        where = records._where(query, s4s.Access("patient/*.rs", DANIEL))
+        plan = "\n".join(row["detail"] for row in records._filled().rows(
+            f"EXPLAIN QUERY PLAN SELECT r.json FROM resources r WHERE {where.sql}", *where.values))
+        self.assertIn("resources_by_patient (type=? AND patient_id=?)", plan)
+        self.assertNotIn("SCAN", plan)
+
+
 # ######################################################################## sample records
 
 # What each version asks for, or S4S's apps do: type, element, and what it is in DSTU2, STU3 and R4 (None: it is not
