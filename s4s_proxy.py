@@ -3465,13 +3465,9 @@ class Request:
         return parse_json(self.body)
 
     def cookie(self, name: str) -> str:
-        """A cookie's value, or "". """
-        import http.cookies  # takes long to import, and only browsers need it
-        try:
-            jar = http.cookies.SimpleCookie(self.headers.get("cookie", ""))
-        except http.cookies.CookieError:
-            return ""
-        return jar[name].value if name in jar else ""
+        """A cookie's value as it came, or "" (RFC 6265 section 4.2.1)."""
+        pairs = [one.strip(" ").partition("=") for one in self.headers.get("cookie", "").split(";")]
+        return next((value for found, _, value in pairs if found == name), "")
 
 
 def _refuse_constant(text: str) -> float:
@@ -4048,6 +4044,18 @@ def set_cookie(portal: Portal, request: Request, value: str) -> str:
     return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
 
+def browser_session(portal: Portal, request: Request) -> str:
+    """The session id that this browser's cookie holds, "" if none: a value that `new_session_id` can't have drawn was
+    planted, and comes back in no header and no page."""
+    value = request.cookie(cookie_name(portal))
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
+
+
+def new_session_id() -> str:
+    """A session's id: 192 random bits."""
+    return secrets.token_urlsafe(24)
+
+
 def form_token(session_id: str) -> str:
     """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
     return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
@@ -4055,7 +4063,7 @@ def form_token(session_id: str) -> str:
 
 def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     user = session_id and portal.state.row(
         "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
         session_id, portal.clock.now())
@@ -4065,21 +4073,28 @@ def session_user(portal: Portal, request: Request) -> Row | None:
 
 
 def guarded_form(portal: Portal, request: Request) -> Fields:
-    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF)."""
+    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF).
+
+    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows; then the
+    browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
+    """
     form = Fields(request.form())
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
         raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
                         "are off. Go back to the start page and try again.", 403)
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise PageError("forbidden", "This form stood on another site (Sec-Fetch-Site). Go back to the start page and "
+                        "try again.", 403)
     return form
 
 
-def start_session(portal: Portal, username: str) -> str:
-    """Sign a user in; gives the new session's id."""
-    session_id = secrets.token_urlsafe(24)
-    now = portal.clock.now()
+def start_session(portal: Portal, username: str, earlier: str) -> str:
+    """Sign a user in; gives the new session's id. The browser's earlier session ends."""
+    session_id, now = new_session_id(), portal.clock.now()
     with portal.state.transaction() as database:
         forget_expired(database, "sessions", now)
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
         database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
     return session_id
 
@@ -4097,7 +4112,7 @@ def local_path(text: str) -> str:
 
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
     """The form; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
     form = tag("form",
                hidden(session_id, next=next_path),
                tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
@@ -4133,7 +4148,7 @@ def login(portal: Portal, request: Request) -> Response:
     if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
         return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
     return redirect(portal.browser_base(request) + next_path,
-                    [set_cookie(portal, request, start_session(portal, username))])
+                    [set_cookie(portal, request, start_session(portal, username, browser_session(portal, request)))])
 
 
 @route("POST /logout", "S4S", kind="page")
@@ -4141,7 +4156,7 @@ def logout(portal: Portal, request: Request) -> Response:
     """Sign out: the session ends on the server, whatever becomes of the cookie."""
     guarded_form(portal, request)
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (request.cookie(cookie_name(portal)),))
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
     return redirect(portal.browser_base(request) + "/")
 
 
@@ -4479,7 +4494,7 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
     """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
     if not patients and not text:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
+    session_id, action = browser_session(portal, request), f"{portal.browser_base(request)}/oauth/consent"
     search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
                      tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
                      tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
@@ -4593,7 +4608,7 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
                    class_="card")
     return page(
         portal, f"Share data with {client.name}?",
-        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
+        tag("form", hidden(browser_session(portal, request), request=request_id, patient_id=patient_id or ""),
             # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
             tag("button", "Stay", data_slide="stay", hidden=True),
             step(1, "What this is",
@@ -4710,7 +4725,7 @@ def apps(portal: Portal, request: Request) -> Response:
     for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
                                  "ORDER BY approved DESC", user["username"], portal.clock.now()):
         shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
-    session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
+    session_id, base = browser_session(portal, request), portal.browser_base(request)
 
     def app_name(client_id: str) -> str:
         client = portal.client(client_id)
@@ -4756,7 +4771,7 @@ def apps(portal: Portal, request: Request) -> Response:
 
 def sign_out(portal: Portal, request: Request) -> Markup:
     """The button to sign out."""
-    return tag("form", hidden(request.cookie(cookie_name(portal))), tag("button", "Sign out", class_="btn-default"),
+    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
                method="post", action=f"{portal.browser_base(request)}/logout")
 
 
@@ -4855,7 +4870,7 @@ def launch_page(portal: Portal, request: Request) -> Response:
         given = {name: value for name, value in chosen.items() if value and name != "name"}
         return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
             fields.get("need_patient_banner")))["launch_url"])
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
 
     def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
         return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
@@ -7253,6 +7268,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if response.status not in (204, 304):
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
+        if re.search(r"[\r\n\0]", "".join(value for _, value in response.headers)):
+            # A value that ends its line could begin an answer of its own (response splitting): better none at all.
+            self.server.portal.log("BUG a header's value has a line break or NUL; the connection was closed instead")
+            raise ConnectionAbortedError
         self.connection.settimeout(self.server.body_seconds)
         self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
 

@@ -4440,6 +4440,56 @@ class Fixtures(unittest.TestCase):
                 s4s.Server(client=given).start()
 
 
+# ######################################################################## found by review: OAuth
+
+class Cookies(PortalTest):
+    """The session cookie, and the forms that hang on it."""
+
+    def cookie(self, value: str) -> dict[str, str]:
+        return {"Cookie": f"{s4s.cookie_name(self.portal.portal)}={value}"}
+
+    def sign_in(self, browser: Browser, site: str | None = None) -> Answer:
+        form = {**dict(Form(browser.page.text).fields), "username": "daniel-adams", "password": "demo-password"}
+        return ask(self.portal.url + "/login", form=form, headers={
+            **self.cookie(browser.cookies[s4s.cookie_name(self.portal.portal)]), **({"Sec-Fetch-Site": site} if site else {})})
+
+    def test_a_planted_cookie_comes_back_in_no_header(self) -> None:
+        for value in ('"a\\015\\012Set-Cookie: planted=1"', "a%0d%0ab", "short", "x" * 31 + "=", "x" * 33, "'" * 32):
+            with self.subTest(value=value):
+                got = ask(self.portal.url + "/login", headers=self.cookie(value))
+                self.assertEqual((got.status, len(got.cookies)), (200, 1))
+                self.assertNotIn(value, got.cookies[0])
+                self.assertRegex(got.cookies[0], r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
+
+    def test_among_other_cookies_ours_is_found(self) -> None:
+        mine = "x" * 32
+        got = ask(self.portal.url + "/login", headers={"Cookie": "a=b; " + self.cookie(mine)["Cookie"] + '; c="d;e'})
+        self.assertIn(f"={mine};", got.cookies[0])
+
+    def test_a_header_that_would_begin_another_answer_is_not_sent(self) -> None:
+        with mock.patch.object(s4s, "set_cookie", lambda *_: "a=b\r\nSet-Cookie: planted=1"), mock.patch.object(
+                self.portal.portal, "log") as log, self.assertRaises((http.client.HTTPException, OSError)):
+            ask(self.portal.url + "/login")
+        self.assertIn("line break", log.call_args[0][0])
+
+    def test_a_form_that_stood_on_another_site_is_refused(self) -> None:
+        for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403), ("same-site", 403)):
+            with self.subTest(site=site):
+                browser = Browser(self.portal)
+                browser.open(self.portal.url + "/login")
+                self.assertEqual(self.sign_in(browser, site).status, status)
+
+    def test_signing_in_again_ends_the_earlier_session(self) -> None:
+        browser = Browser(self.portal)
+        for _ in range(2):
+            browser.open(self.portal.url + "/login")
+            earlier = dict(browser.cookies)
+            browser.sign_in()
+        self.assertIn("Sign out", browser.page.text)
+        browser.cookies = earlier
+        self.assertNotIn("Sign out", browser.open(self.portal.url + "/apps").text)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--benchmark"]:
         benchmark()
