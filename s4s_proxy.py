@@ -3369,6 +3369,15 @@ class Portal:
         return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
                     self.settings.base_url[0])
 
+    def is_ours(self, host: str) -> bool:
+        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it, the one
+        listened on or any IP address. Every other name may be pointed here by whoever owns it."""
+        if host in [urlsplit(url).netloc for url in self.settings.base_url]:
+            return True
+        name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        return is_loopback(name) or (not self.settings.local and (
+            name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
+
     def public_url(self) -> str:
         """The base URL where no request names one: the first, or the address listened on."""
         return self.settings.base_url[0] if self.settings.base_url else self.address
@@ -3932,6 +3941,10 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
         raise invalid_client(f"client_assertion: {error}")
     # From here on it is known to be the client who says all this.
     audience = claims.get("aud")
+    # Without base URLs, the Host says who we are. Another server, for which this assertion was meant, could send it on
+    # under its own name.
+    need(portal.settings.base_url or portal.is_ours(request.host),
+         f"aud: {request.host!r} may be another server's name; start this one with --base-url")
     ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
     need(any(isinstance(one, str) and same_address(one, url) for url in ours
              for one in (audience if isinstance(audience, list) else [audience])),
@@ -3987,37 +4000,52 @@ def hang_up(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+def connect_to_first(addresses: Sequence[Any], seconds: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(address, seconds / len(addresses))
+            connection.settimeout(seconds)
+            return connection
+    raise OSError("no address takes a connection")
+
+
 def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
 
-    At most so many bytes and seconds, and no redirect is followed. public_only: only from the public internet; judged
-    by the address that was connected to, since a name may mean another one each time it is looked up.
+    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
+    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
+    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
     """
     import http.client  # these take long to import, and few need them
     import ipaddress
     parts = urlsplit(url)
-    make = http.client.HTTPSConnection if parts.scheme.lower() == "https" else http.client.HTTPConnection
-    connection = make(parts.hostname or "", parts.port, timeout=seconds)
+    secure = parts.scheme.lower() == "https"
+    connection = http.client.HTTPConnection(parts.netloc)
+    timer = threading.Timer(seconds, lambda: hang_up(connection.sock))  # however slowly it drips
     try:
-        connection.connect()
-        timer = threading.Timer(seconds, hang_up, [connection.sock])  # however slowly it drips
+        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
+            raise OSError("not public")
+        connection.sock = connect_to_first([one[4][:2] for one in found], seconds)
         timer.start()
-        try:
-            if public_only and not ipaddress.ip_address(connection.sock.getpeername()[0]).is_global:
-                raise ValueError(f"{url} is at an address that is not public; this server won't ask there")
-            connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
-                               headers={"Accept": "application/json"})
-            answer = connection.getresponse()
-            body = answer.read(most + 1)
-        finally:
-            timer.cancel()
-            timer.join()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{url} could not be fetched: {error!r}")
+        if secure:
+            import ssl
+            connection.sock = ssl.create_default_context().wrap_socket(
+                connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            connection.sock.do_handshake()
+        connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                           headers={"Host": parts.netloc, "Accept": "application/json"})
+        answer = connection.getresponse()
+        body = answer.read(most + 1)
+        if answer.status != 200 or len(body) > most:
+            raise OSError(f"it answered {answer.status} with {len(body)} bytes")
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
+                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
     finally:
+        timer.cancel()
         connection.close()
-    if answer.status != 200 or len(body) > most:
-        raise ValueError(f"{url} answered {answer.status} with {len(body)} bytes; expected 200 and at most {most}")
     control = answer.headers.get("Cache-Control", "").lower()
     age = re.search(r"\bmax-age=(\d{1,9})\b", control)
     return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
@@ -7065,13 +7093,11 @@ def find_route(request: Request) -> Route | None:
 
 def check_host(portal: Portal, request: Request) -> None:
     """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
-    settings, host = portal.settings, request.host
-    if not settings.local or host in [urlsplit(url).netloc for url in settings.base_url]:
-        return
-    name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-    if not is_loopback(name):
-        raise PortalError("misdirected_request", f"Host is {host!r}; this server is on loopback: use localhost, "
-                          "127.0.0.1 or a --base-url", 421)
+    settings = portal.settings
+    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
+    if trusting and not portal.is_ours(request.host):
+        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
+                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
 
 
 def check_same_origin(request: Request) -> None:
