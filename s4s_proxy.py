@@ -3420,6 +3420,15 @@ class Portal:
         return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
                     self.settings.base_url[0])
 
+    def is_ours(self, host: str) -> bool:
+        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it, the one
+        listened on or any IP address. Every other name may be pointed here by whoever owns it."""
+        if host in [urlsplit(url).netloc for url in self.settings.base_url]:
+            return True
+        name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        return is_loopback(name) or (not self.settings.local and (
+            name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
+
     def public_url(self) -> str:
         """The base URL where no request names one: the first, or the address listened on."""
         return self.settings.base_url[0] if self.settings.base_url else self.address
@@ -3997,6 +4006,10 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
         raise invalid_client(f"client_assertion: {error}")
     # From here on it is known to be the client who says all this.
     audience = claims.get("aud")
+    # Without base URLs, the Host says who we are. Another server, for which this assertion was meant, could send it on
+    # under its own name.
+    need(portal.settings.base_url or portal.is_ours(request.host),
+         f"aud: {request.host!r} may be another server's name; start this one with --base-url")
     ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
     need(any(isinstance(one, str) and same_address(one, url) for url in ours
              for one in (audience if isinstance(audience, list) else [audience])),
@@ -4052,37 +4065,52 @@ def hang_up(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+def connect_to_first(addresses: Sequence[Any], seconds: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(address, seconds / len(addresses))
+            connection.settimeout(seconds)
+            return connection
+    raise OSError("no address takes a connection")
+
+
 def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
 
-    At most so many bytes and seconds, and no redirect is followed. public_only: only from the public internet; judged
-    by the address that was connected to, since a name may mean another one each time it is looked up.
+    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
+    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
+    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
     """
     import http.client  # these take long to import, and few need them
     import ipaddress
     parts = urlsplit(url)
-    make = http.client.HTTPSConnection if parts.scheme.lower() == "https" else http.client.HTTPConnection
-    connection = make(parts.hostname or "", parts.port, timeout=seconds)
+    secure = parts.scheme.lower() == "https"
+    connection = http.client.HTTPConnection(parts.netloc)
+    timer = threading.Timer(seconds, lambda: hang_up(connection.sock))  # however slowly it drips
     try:
-        connection.connect()
-        timer = threading.Timer(seconds, hang_up, [connection.sock])  # however slowly it drips
+        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
+            raise OSError("not public")
+        connection.sock = connect_to_first([one[4][:2] for one in found], seconds)
         timer.start()
-        try:
-            if public_only and not ipaddress.ip_address(connection.sock.getpeername()[0]).is_global:
-                raise ValueError(f"{url} is at an address that is not public; this server won't ask there")
-            connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
-                               headers={"Accept": "application/json"})
-            answer = connection.getresponse()
-            body = answer.read(most + 1)
-        finally:
-            timer.cancel()
-            timer.join()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{url} could not be fetched: {error!r}")
+        if secure:
+            import ssl
+            connection.sock = ssl.create_default_context().wrap_socket(
+                connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            connection.sock.do_handshake()
+        connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                           headers={"Host": parts.netloc, "Accept": "application/json"})
+        answer = connection.getresponse()
+        body = answer.read(most + 1)
+        if answer.status != 200 or len(body) > most:
+            raise OSError(f"it answered {answer.status} with {len(body)} bytes")
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
+                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
     finally:
+        timer.cancel()
         connection.close()
-    if answer.status != 200 or len(body) > most:
-        raise ValueError(f"{url} answered {answer.status} with {len(body)} bytes; expected 200 and at most {most}")
     control = answer.headers.get("Cache-Control", "").lower()
     age = re.search(r"\bmax-age=(\d{1,9})\b", control)
     return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
@@ -4109,6 +4137,18 @@ def set_cookie(portal: Portal, request: Request, value: str) -> str:
     return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
 
+def browser_session(portal: Portal, request: Request) -> str:
+    """The session id that this browser's cookie holds, "" if none: a value that `new_session_id` can't have drawn was
+    planted, and comes back in no header and no page."""
+    value = request.cookie(cookie_name(portal))
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
+
+
+def new_session_id() -> str:
+    """A session's id: 192 random bits."""
+    return secrets.token_urlsafe(24)
+
+
 def form_token(session_id: str) -> str:
     """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
     return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
@@ -4116,7 +4156,7 @@ def form_token(session_id: str) -> str:
 
 def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     user = session_id and portal.state.row(
         "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
         session_id, portal.clock.now())
@@ -4126,21 +4166,28 @@ def session_user(portal: Portal, request: Request) -> Row | None:
 
 
 def guarded_form(portal: Portal, request: Request) -> Fields:
-    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF)."""
+    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF).
+
+    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows; then the
+    browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
+    """
     form = Fields(request.form())
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
         raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
                         "are off. Go back to the start page and try again.", 403)
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise PageError("forbidden", "This form stood on another site (Sec-Fetch-Site). Go back to the start page and "
+                        "try again.", 403)
     return form
 
 
-def start_session(portal: Portal, username: str) -> str:
-    """Sign a user in; gives the new session's id."""
-    session_id = secrets.token_urlsafe(24)
-    now = portal.clock.now()
+def start_session(portal: Portal, username: str, earlier: str) -> str:
+    """Sign a user in; gives the new session's id. The browser's earlier session ends."""
+    session_id, now = new_session_id(), portal.clock.now()
     with portal.state.transaction() as database:
         forget_expired(database, "sessions", now)
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
         database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
     return session_id
 
@@ -4158,7 +4205,7 @@ def local_path(text: str) -> str:
 
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
     """The form; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
     form = tag("form",
                hidden(session_id, next=next_path),
                tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
@@ -4194,7 +4241,7 @@ def login(portal: Portal, request: Request) -> Response:
     if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
         return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
     return redirect(portal.browser_base(request) + next_path,
-                    [set_cookie(portal, request, start_session(portal, username))])
+                    [set_cookie(portal, request, start_session(portal, username, browser_session(portal, request)))])
 
 
 @route("POST /logout", "S4S", kind="page")
@@ -4202,7 +4249,7 @@ def logout(portal: Portal, request: Request) -> Response:
     """Sign out: the session ends on the server, whatever becomes of the cookie."""
     guarded_form(portal, request)
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (request.cookie(cookie_name(portal)),))
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
     return redirect(portal.browser_base(request) + "/")
 
 
@@ -4540,7 +4587,7 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
     """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
     if not patients and not text:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
+    session_id, action = browser_session(portal, request), f"{portal.browser_base(request)}/oauth/consent"
     search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
                      tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
                      tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
@@ -4654,7 +4701,7 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
                    class_="card")
     return page(
         portal, f"Share data with {client.name}?",
-        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
+        tag("form", hidden(browser_session(portal, request), request=request_id, patient_id=patient_id or ""),
             # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
             tag("button", "Stay", data_slide="stay", hidden=True),
             step(1, "What this is",
@@ -4771,7 +4818,7 @@ def apps(portal: Portal, request: Request) -> Response:
     for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
                                  "ORDER BY approved DESC", user["username"], portal.clock.now()):
         shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
-    session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
+    session_id, base = browser_session(portal, request), portal.browser_base(request)
 
     def app_name(client_id: str) -> str:
         client = portal.client(client_id)
@@ -4817,7 +4864,7 @@ def apps(portal: Portal, request: Request) -> Response:
 
 def sign_out(portal: Portal, request: Request) -> Markup:
     """The button to sign out."""
-    return tag("form", hidden(request.cookie(cookie_name(portal))), tag("button", "Sign out", class_="btn-default"),
+    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
                method="post", action=f"{portal.browser_base(request)}/logout")
 
 
@@ -4916,7 +4963,7 @@ def launch_page(portal: Portal, request: Request) -> Response:
         given = {name: value for name, value in chosen.items() if value and name != "name"}
         return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
             fields.get("need_patient_banner")))["launch_url"])
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
 
     def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
         return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
@@ -7130,13 +7177,11 @@ def find_route(request: Request) -> Route | None:
 
 def check_host(portal: Portal, request: Request) -> None:
     """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
-    settings, host = portal.settings, request.host
-    if not settings.local or host in [urlsplit(url).netloc for url in settings.base_url]:
-        return
-    name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-    if not is_loopback(name):
-        raise PortalError("misdirected_request", f"Host is {host!r}; this server is on loopback: use localhost, "
-                          "127.0.0.1 or a --base-url", 421)
+    settings = portal.settings
+    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
+    if trusting and not portal.is_ours(request.host):
+        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
+                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
 
 
 def check_same_origin(request: Request) -> None:

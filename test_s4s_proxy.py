@@ -4617,7 +4617,7 @@ class KeysByUrl(PortalTest):
         with s4s.Server(debug=False) as portal:
             got = self.app(portal).token()
         self.assertEqual((got.json["error"], self.asked), ("invalid_client", 0))
-        self.assertIn("not public", got.json["error_description"])
+        self.assertIn("expected a public server", got.json["error_description"])
 
     def test_a_fetch_that_drips_is_cut_off(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as quiet, self.assertRaises(ValueError):
@@ -5847,6 +5847,112 @@ class Clocks(PortalTest):
                 self.assertEqual(s4s.date_range("2026-03-29T02:30:00Z")[0], 1774751400.0)
                 token = self.portal.issue_token()
                 self.assertEqual(self.fhir("Observation?date=2008-08-13", token).status, 200)
+
+
+# ######################################################################## found by review: OAuth
+
+class Cookies(PortalTest):
+    """The session cookie, and the forms that hang on it."""
+
+    def cookie(self, value: str) -> dict[str, str]:
+        return {"Cookie": f"{s4s.cookie_name(self.portal.portal)}={value}"}
+
+    def sign_in(self, browser: Browser, site: str | None = None) -> Answer:
+        form = {**dict(Form(browser.page.text).fields), "username": "daniel-adams", "password": "demo-password"}
+        return ask(self.portal.url + "/login", form=form, headers={
+            **self.cookie(browser.cookies[s4s.cookie_name(self.portal.portal)]), **({"Sec-Fetch-Site": site} if site else {})})
+
+    def test_a_planted_cookie_comes_back_in_no_header(self) -> None:
+        for value in ('"a\\015\\012Set-Cookie: planted=1"', "a%0d%0ab", "short", "x" * 31 + "=", "x" * 33, "'" * 32):
+            with self.subTest(value=value):
+                got = ask(self.portal.url + "/login", headers=self.cookie(value))
+                self.assertEqual((got.status, len(got.cookies)), (200, 1))
+                self.assertNotIn(value, got.cookies[0])
+                self.assertRegex(got.cookies[0], r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
+
+    def test_among_other_cookies_ours_is_found(self) -> None:
+        mine = "x" * 32
+        got = ask(self.portal.url + "/login", headers={"Cookie": "a=b; " + self.cookie(mine)["Cookie"] + '; c="d;e'})
+        self.assertIn(f"={mine};", got.cookies[0])
+
+    def test_a_form_that_stood_on_another_site_is_refused(self) -> None:
+        for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403), ("same-site", 403)):
+            with self.subTest(site=site):
+                browser = Browser(self.portal)
+                browser.open(self.portal.url + "/login")
+                self.assertEqual(self.sign_in(browser, site).status, status)
+
+    def test_signing_in_again_ends_the_earlier_session(self) -> None:
+        browser = Browser(self.portal)
+        for _ in range(2):
+            browser.open(self.portal.url + "/login")
+            earlier = dict(browser.cookies)
+            browser.sign_in()
+        self.assertIn("Sign out", browser.page.text)
+        browser.cookies = earlier
+        self.assertNotIn("Sign out", browser.open(self.portal.url + "/apps").text)
+
+
+class Exposed(unittest.TestCase):
+    """A server that others can reach: whom it takes for itself, and whom it asks."""
+
+    def status(self, host: str, **settings: Any) -> int:
+        portal = s4s.Portal(s4s.Settings(host="0.0.0.0", **settings))
+        self.addCleanup(portal.close)
+        return s4s.dispatch(portal, s4s.Request("GET", "/health", {"host": host})).status
+
+    def test_while_it_trusts_who_reaches_it_only_names_that_are_its_own_are_served(self) -> None:
+        for settings in ({"debug": True}, {"open_fhir": True}):
+            for host, status in (("rebound.example:8000", 421), ("portal.example", 200), ("10.1.2.3:8000", 200),
+                                 ("[fd00::1]:8000", 200), ("localhost:8000", 200), ("0.0.0.0", 200),
+                                 ("10.1.2.3.example", 421), ("[x", 421), ("", 421)):
+                with self.subTest(settings=settings, host=host):
+                    self.assertEqual(self.status(host, base_url="http://portal.example", **settings), status)
+
+    def test_while_it_trusts_nobody_any_name_is_served(self) -> None:
+        self.assertEqual(self.status("rebound.example:8000"), 200)
+
+    def test_an_assertion_for_another_server_is_refused_whatever_the_host_header(self) -> None:
+        service = {"client_id": "service", "jwks": {"keys": [RSA_JWK]}, "grant_types": ["client_credentials"],
+                   "scope": "system/*.rs"}
+        with s4s.Server(host="0.0.0.0", fixtures={"clients": [service]}) as portal:
+            app = KeyedApp.__new__(KeyedApp)
+            app.portal, app.client_id = portal, "service"
+            for host, status in (("victim.example", 401), (f"127.0.0.1:{portal.port}", 200)):
+                with self.subTest(host=host):
+                    got = ask(portal.url + "/oauth/token", headers={"Host": host}, form={
+                        "grant_type": "client_credentials", "scope": "system/*.rs",
+                        "client_assertion_type": s4s.ASSERTION_TYPE,
+                        "client_assertion": app.assertion(aud=f"http://{host}/oauth/token")})
+                    self.assertEqual(got.status, status)
+
+    def fetch(self, url: str, public_only: bool = True) -> str:
+        with self.assertRaises(ValueError) as caught:
+            s4s.fetch(url, public_only, seconds=0.5)
+        return str(caught.exception).replace(url, "URL")
+
+    def test_a_stranger_learns_nothing_of_the_neighbours_ports(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as neighbour:
+            neighbour.settimeout(0.05)
+            told = {self.fetch(url) for url in (
+                f"http://127.0.0.1:{neighbour.getsockname()[1]}/", f"https://127.0.0.1:{neighbour.getsockname()[1]}/",
+                "http://127.0.0.1:1/", "http://[::1]:1/", "http://localhost:1/", "http://10.0.0.1/",
+                "http://[::ffff:127.0.0.1]/", "http://169.254.169.254/", "http://nowhere.invalid/", f"http://{'x' * 64}/")}
+            self.assertEqual(len(told), 1, told)
+            with self.assertRaises(TimeoutError if sys.version_info >= (3, 10) else socket.timeout):
+                neighbour.accept()  # nobody came
+
+    def test_the_address_that_was_judged_is_the_one_connected_to(self) -> None:
+        def changing(host: Any, port: Any, *_: Any, **__: Any) -> Any:
+            looked_up.append(host)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8" if len(looked_up) == 1 else "127.0.0.1", port))]
+        looked_up: list[str] = []
+        with mock.patch("socket.getaddrinfo", changing), mock.patch("socket.create_connection", side_effect=OSError) as to:
+            self.fetch("http://rebound.example/")
+        self.assertEqual((looked_up, to.call_args[0][0]), (["rebound.example"], ("8.8.8.8", 80)))
+
+    def test_without_a_stranger_the_reason_is_told(self) -> None:
+        self.assertIn("no address takes a connection", self.fetch("http://127.0.0.1:1/", False))
 
 
 if __name__ == "__main__":
