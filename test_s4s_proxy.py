@@ -3754,6 +3754,12 @@ class Repository(unittest.TestCase):
                 ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200), ("Observation", 200),
                 (AMY, 403), ("introspect", 200), ("token", 200), ("revoke", 200), (DANIEL, 401)])
 
+    def test_the_readmes_fixtures_start_a_server(self) -> None:
+        found = re.search(r"```json\n(.*?)```", self.readme, re.DOTALL)
+        assert found
+        with s4s.Server(fixtures=json.loads(found[1])) as portal:
+            self.assertEqual(portal.issue_token(username="maria", client_id="growth-chart")["patient"], JOSEPH)
+
     def test_the_readmes_unittest_example_passes(self) -> None:
         self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
 
