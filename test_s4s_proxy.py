@@ -5222,8 +5222,8 @@ class SlowClients(RawTest):
 
     def test_a_slow_body_is_408(self) -> None:
         self.limits(body_seconds=0.2)
-        self.assertEqual([one.status for one in self.talk(self.form("Content-Length: 10", body=b"abc"))], [408])
-        self.assertEqual([one.status for one in self.talk(self.form("Transfer-Encoding: chunked", body=b"5\r\nab"))], [408])
+        for header, body in (("Content-Length: 10", b"abc"), ("Transfer-Encoding: chunked", b"5\r\nab")):
+            self.assertEqual([one.status for one in self.talk(self.form(header, body=body))], [408])
 
     def test_bytes_that_drip_buy_no_more_time(self) -> None:
         self.limits(head_seconds=0.3)
@@ -5316,8 +5316,8 @@ class Framing(RawTest):
         self.assertEqual(self.statuses(data), [200, 404, 200, 400])
 
     def test_http_1_0_is_answered_and_closed_and_gets_no_interim_answer(self) -> None:
-        head = b"POST /oauth/token HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
-        [answer] = self.talk(head + b"a")
+        [answer] = self.talk(b"POST /oauth/token HTTP/1.0\r\nConnection: keep-alive\r\nExpect: 100-continue\r\n"
+                             b"Content-Length: 1\r\n\r\na")
         self.assertEqual((answer.status, answer.headers["connection"]), (415, "close"))
 
     def test_a_refused_body_is_not_asked_for(self) -> None:
@@ -5325,9 +5325,10 @@ class Framing(RawTest):
 
     def test_malformed_lines_are_400(self) -> None:
         host = f"Host: {self.portal.host}:{self.portal.port}\r\n".encode()
-        for data in (b"GET  / HTTP/1.1\r\n", b"GET / HTTP/1.1 \r\n", b" GET / HTTP/1.1\r\n", b"GET /\r\n", b"get / HTTP/1.1\r\n",
-                     b"GET /\0 HTTP/1.1\r\n", b"GET /\r HTTP/1.1\r\n", b"GET /\xc3\xa9 HTTP/1.1\r\n", b"GET /#x HTTP/1.1\r\n",
-                     b"GET * HTTP/1.1\r\n", b"GET http:// HTTP/1.1\r\n", b"GET http://[/ HTTP/1.1\r\n",
+        for data in (b"GET  / HTTP/1.1\r\n", b"GET / HTTP/1.1 \r\n", b" GET / HTTP/1.1\r\n", b"GET /\r\n",
+                     b"get / HTTP/1.1\r\n", b"GET /\0 HTTP/1.1\r\n", b"GET /\r HTTP/1.1\r\n",
+                     b"GET /\xc3\xa9 HTTP/1.1\r\n", b"GET /#x HTTP/1.1\r\n", b"GET * HTTP/1.1\r\n",
+                     b"GET http:// HTTP/1.1\r\n", b"GET http://[/ HTTP/1.1\r\n",
                      b"GET http://me@localhost/ HTTP/1.1\r\n", b"GET //localhost\\@x/ HTTP/1.1\r\nX\r\n",
                      b"GET / HTTP/1.1\r\nX: a\0b\r\n", b"GET / HTTP/1.1\r\nX: a\rb\r\n", b"GET / HTTP/1.1\r\nX\r\n",
                      b"GET / HTTP/1.1\r\n: x\r\n", b"GET / HTTP/1.1\r\nX y: z\r\n", b"GET / HTTP/1.1\r\n\tX: z\r\n",
@@ -5336,7 +5337,8 @@ class Framing(RawTest):
                 self.assertEqual(self.statuses(data + host + b"\r\n"), [400])
 
     def test_headers_that_decide_something_must_not_come_twice(self) -> None:
-        for line in ("Authorization: Basic eDp5", "Content-Type: text/plain", "Content-Length: 0", "Expect: 100-continue"):
+        for line in ("Authorization: Basic eDp5", "Content-Type: text/plain", "Content-Length: 0",
+                     "Expect: 100-continue"):
             with self.subTest(line=line):
                 self.assertEqual(self.statuses(self.request("POST /oauth/token", line, line)), [400])
 
@@ -5369,7 +5371,8 @@ class Nonsense(PortalTest):
     def test_percent_signs_without_digits_and_bytes_that_are_no_utf_8(self) -> None:
         for text in ("%", "%2", "%zz", "%ff", "%c0%80", "%ed%a0%80", "a=%00", "%00=a"):
             with self.subTest(text=text):
-                for path in ("/oauth/authorize", "/login", "/launch", "/api/open-fhir/Patient", "/oauth/debug/introspect"):
+                for path in ("/oauth/authorize", "/login", "/launch", "/api/open-fhir/Patient",
+                             "/oauth/debug/introspect"):
                     self.assertEqual(ask(f"{self.portal.url}{path}?{text}").status, 400, path)
                 for path in ("/oauth/token", "/oauth/introspect", "/oauth/revoke", "/api/open-fhir/Patient/_search"):
                     got = ask(self.portal.url + path, body=text.encode(), headers={
@@ -5380,8 +5383,8 @@ class Nonsense(PortalTest):
         self.assertEqual(ask(self.portal.url + "/login?" + "a&" * 2000).status, 400)
 
     def test_a_path_may_hold_anything(self) -> None:
-        for path in ("/%00", "/..", "/%2e%2e/", "//evil.example/", "/api/fhir/%00", "/api/open-fhir/%ff", "/;x", "/oauth/",
-                     "/revoke/", "/api/open-fhir/Patient/" + "x" * 60_000):
+        for path in ("/%00", "/..", "/%2e%2e/", "//evil.example/", "/api/fhir/%00", "/api/open-fhir/%ff", "/;x",
+                     "/oauth/", "/revoke/", "/api/open-fhir/Patient/" + "x" * 60_000):
             with self.subTest(path=path[:40]):
                 self.assertIn(ask(self.portal.url + path).status, (401, 404, 405))
 
@@ -5408,12 +5411,13 @@ class Nonsense(PortalTest):
         got = self.post("/oauth/register", {**metadata, "x": nested(s4s.MAX_DEPTH - 1)})
         self.assertEqual(got.status, 201)
         self.assertEqual(ask(self.portal.url + "/launch").status, 200)
-        self.assertEqual(ask(self.portal.url + "/oauth/token", form={"grant_type": "refresh_token", "refresh_token": "x"},
-                             basic=(got.json["client_id"], got.json["client_secret"])).status, 400)
+        self.assertEqual(ask(self.portal.url + "/oauth/token", basic=(got.json["client_id"], got.json["client_secret"]),
+                             form={"grant_type": "refresh_token", "refresh_token": "x"}).status, 400)
         self.assertEqual(ask(self.portal.url + "/oauth/debug/requests").status, 200)
 
     def test_every_member_of_every_control_may_be_of_a_wrong_type(self) -> None:
-        wrong: tuple[Any, ...] = (None, True, 7, -1, 1.5, 10 ** 400, "", "x", "\0", [], {}, [None], [{}], {"a": 1}, "x" * 9999)
+        wrong: tuple[Any, ...] = (
+            None, True, 7, -1, 1.5, 10 ** 400, "", "x", "\0", [], {}, [None], [{}], {"a": 1}, "x" * 9999)
         good: dict[str, dict[str, Any]] = {
             "issue_token": {"client_id": "test-suite", "username": "daniel-adams"}, "advance": {"seconds": 0},
             "approve": {"url": App(self.portal).authorize_url(), "username": "daniel-adams"},
@@ -5441,9 +5445,11 @@ class Nonsense(PortalTest):
                         self.assertIn(name, got.json["error_description"])
 
     def test_a_repeated_parameter_is_refused_by_name(self) -> None:
-        for path, fields in (("token", [("grant_type", "x")]), ("token", [("grant_type", "refresh_token"), ("scope", "x")]),
-                             ("introspect", [("token", "x")]), ("revoke", [("token", "x")])):
-            got = ask(f"{self.portal.url}/oauth/{path}", form=[*fields, fields[-1]], basic=("test-suite", "demo-secret-s4s"))
+        for path, fields in (("token", [("grant_type", "x")]), ("introspect", [("token", "x")]),
+                             ("revoke", [("token", "x")]),
+                             ("token", [("grant_type", "refresh_token"), ("scope", "x")])):
+            got = ask(f"{self.portal.url}/oauth/{path}", form=[*fields, fields[-1]],
+                      basic=("test-suite", "demo-secret-s4s"))
             self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
             self.assertIn(fields[-1][0], got.json["error_description"])
 
@@ -5459,7 +5465,8 @@ class Nonsense(PortalTest):
         self.assertLess(time.monotonic() - started, 5)
 
     def test_an_authorization_url_that_is_no_url_is_refused(self) -> None:
-        for url in ("http://[", "javascript://localhost/oauth/authorize", "//", "http://\0/oauth/authorize", "x" * 9999):
+        for url in ("http://[", "javascript://localhost/oauth/authorize", "//", "http://\0/oauth/authorize",
+                    "x" * 9999):
             self.assertEqual(self.post("/oauth/debug/authorize", {"url": url, "username": "daniel-adams"}).status, 400)
 
     def test_cookies_of_others_neither_hide_ours_nor_cost_time(self) -> None:
@@ -5506,15 +5513,17 @@ class OtherSites(PortalTest):
 
     def pages(self) -> Iterator[tuple[str, Answer]]:
         """Every page of the portal, with a nasty app, patient and user in it."""
-        with s4s.Server(name=self.NASTY, fixtures={"users": [{
-                "username": "maria", "password": "x", "name": self.NASTY,
-                "patients": [{"patient_id": DANIEL, "name": self.NASTY}, {"patient_id": AMY, "name": self.NASTY}]}]}) as portal:
+        patients = [{"patient_id": DANIEL, "name": self.NASTY}, {"patient_id": AMY, "name": self.NASTY}]
+        users = [{"username": "maria", "password": "x", "name": self.NASTY, "patients": patients}]
+        with s4s.Server(name=self.NASTY, fixtures={"users": users}) as portal:
             app, browser = App(portal, client_name=self.NASTY, launch_uris=["https://app.example/l"]), Browser(portal)
-            for path in ("/", "/login", "/launch", "/demo", "/apps", "/nothing", "/revoke/x", "/oauth/consent", "/oauth/authorize",
-                         "/login?" + urlencode({"username": self.NASTY, "next": self.NASTY}), "/" + quote(self.NASTY),
-                         "/launch?" + urlencode({"launch_uri": self.NASTY, "intent": self.NASTY, "patient_id": self.NASTY}),
-                         "/oauth/consent?" + urlencode({"request": self.NASTY}),
-                         *(app.authorize_url(**{name: self.NASTY})[len(portal.url):] for name in ("client_id", "redirect_uri"))):
+            wrong = [app.authorize_url(**{name: self.NASTY})[len(portal.url):]
+                     for name in ("client_id", "redirect_uri")]
+            for path in ("/", "/login", "/launch", "/demo", "/apps", "/nothing", "/revoke/x", "/oauth/consent",
+                         "/oauth/authorize", "/" + quote(self.NASTY), *wrong,
+                         "/login?" + urlencode({"username": self.NASTY, "next": self.NASTY}),
+                         "/launch?" + urlencode(dict.fromkeys(("launch_uri", "intent", "patient_id"), self.NASTY)),
+                         "/oauth/consent?" + urlencode({"request": self.NASTY})):
                 yield path[:40], browser.open(portal.url + path)
             browser.open(app.authorize_url(state=self.NASTY, login_hint=self.NASTY, nonce=self.NASTY))
             yield "sign-in with a hint", browser.page
@@ -5542,8 +5551,9 @@ class OtherSites(PortalTest):
                 self.assertIn("frame-ancestors 'none'", policy)
                 self.assertIn("default-src 'none'", policy)
                 self.assertNotIn("unsafe", policy)
-                self.assertEqual([page.headers[name] for name in (
-                    "referrer-policy", "cache-control", "x-content-type-options")], ["no-referrer", "no-store", "nosniff"])
+                for header, value in (("referrer-policy", "no-referrer"), ("cache-control", "no-store"),
+                                      ("x-content-type-options", "nosniff")):
+                    self.assertEqual(page.headers[header], value)
 
     def test_no_form_works_without_the_token_of_its_own_page(self) -> None:
         browser, other, app = self.signed_in(), self.signed_in("joseph-ross"), App(self.portal)
@@ -5580,9 +5590,11 @@ class OtherSites(PortalTest):
         self.assertEqual(ask(self.portal.url + "/apps", headers=cookie).status, 303)
 
     def test_signing_in_leads_nowhere_else(self) -> None:
-        for target in ("https://evil.example/", "//evil.example", "/\\evil.example", "\\\\evil.example", "/%0d%0aX: y", "%2f%2fevil",
-                       "///evil.example", "/..//evil.example", "javascript:alert(1)", "/a:b@evil.example", "/apps#@evil",
-                       "@evil", ".evil.example", "/\tevil", "/apps\r\nX-Evil: 1", "/.evil", "http:evil.example", "?x", "/ e"):
+        for target in ("https://evil.example/", "//evil.example", "///evil.example", "/\\evil.example",
+                       "\\\\evil.example", "/..//evil.example", "/a:b@evil.example", "/apps#@evil", "@evil", "?x",
+                       ".evil.example", "/.evil",
+                       "/%0d%0aX: y", "%2f%2fevil", "/\tevil", "/ e", "/apps\r\nX-Evil: 1", "javascript:alert(1)",
+                       "http:evil.example"):
             with self.subTest(target=target):
                 page = ask(self.portal.url + "/login?" + urlencode({"next": target})).text
                 self.assertEqual(dict(Form(page).fields)["next"], "/apps")
@@ -5596,7 +5608,8 @@ class OtherSites(PortalTest):
 
     def test_a_redirect_uri_is_what_was_registered_to_the_letter(self) -> None:
         app = App(self.portal)
-        for uri in ("https://evil.example/", App.redirect_uri + "&x", App.redirect_uri + "/..", App.redirect_uri.upper(),
+        for uri in ("https://evil.example/", App.redirect_uri + "&x", App.redirect_uri + "/..",
+                    App.redirect_uri.upper(),
                     App.redirect_uri.replace("https:", "http:"), App.redirect_uri.replace(".example", ".example.evil"),
                     App.redirect_uri.replace("app.", "evil@app."), App.redirect_uri + "#", " " + App.redirect_uri,
                     App.redirect_uri.replace("//", "/\\"), App.redirect_uri + "\r\n", App.redirect_uri + "\0"):
@@ -5606,8 +5619,9 @@ class OtherSites(PortalTest):
                 self.assertNotIn("location", got.headers)
 
     def test_addresses_that_run_or_break_lines_can_not_be_registered(self) -> None:
-        for uri in ("javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x", "https://a\r\nX: y", "https://a\\b/",
-                    "https://a b/", "\thttps://a/", "blob:https://a/", "https://me:pw@a/", "//a/", "https:a", "http://[", "https://a\0/"):
+        for uri in ("javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x", "blob:https://a/",
+                    "https://a\r\nX: y", "https://a\\b/", "https://a b/", "\thttps://a/", "https://a\0/",
+                    "https://me:pw@a/", "//a/", "https:a", "http://["):
             for member in ("redirect_uris", "launch_uris"):
                 with self.subTest(uri=uri, member=member):
                     got = self.post("/oauth/register", {"redirect_uris": ["https://a.example/"], member: [uri]})
@@ -5615,10 +5629,12 @@ class OtherSites(PortalTest):
 
     def test_a_launch_leads_only_where_the_client_registered(self) -> None:
         app = App(self.portal, launch_uris=["https://app.example/launch"])
-        for uri in ("https://evil.example/", "https://app.example/launch/../x", "javascript:alert(1)", "//evil.example", "/demo"):
-            for client in ({"client_id": app.client_id}, {} if uri[0] in "j/" else {"client_id": app.client_id}):
-                with self.subTest(uri=uri, client=client):
-                    self.assertEqual(self.post("/oauth/debug/launch", {"launch_uri": uri, **client}).status, 400)
+        for uri in ("https://evil.example/", "https://app.example/launch/../x", "javascript:alert(1)",
+                    "//evil.example", "/demo"):
+            with self.subTest(uri=uri):
+                got = self.post("/oauth/debug/launch", {"launch_uri": uri, "client_id": app.client_id})
+                self.assertEqual(got.status, 400)
+        self.assertEqual(self.post("/oauth/debug/launch", {"launch_uri": "javascript:alert(1)"}).status, 400)
 
     def test_no_value_breaks_out_of_a_location(self) -> None:
         app, nasty = App(self.portal), "a\r\nSet-Cookie: x=y\r\n\r\n<html>&code=stolen#\u20ac"
@@ -5636,46 +5652,53 @@ class OtherSites(PortalTest):
 
     def test_no_value_breaks_out_of_www_authenticate(self) -> None:
         token = self.portal.issue_token(scope="patient/Patient.rs")
-        for path in ('Observation", x="y', "Observation%22%0d%0aX-Evil:%201", "Observation", "%22", "Patient/%0d%0aX-Evil:1"):
+        for path in ('Observation", x="y', "Observation%22%0d%0aX-Evil:%201", "Observation", "%22",
+                     "Patient/%0d%0aX-Evil:1"):
             got = self.fhir(quote(path, "%/"), token)
             self.assertNotIn("x-evil", got.headers)
             self.assertRegex(got.headers.get("www-authenticate", 'Bearer realm="s4s"'),
                              r'^Bearer realm="s4s"(, [a-z_]+="[A-Za-z0-9 /.*_]+")*$')
-        for value in ("Bearer", "Bearer \u00e9", "Basic " + "x" * 60_000, "Bearer a, b", "\x7f"):
-            self.assertEqual(ask(f"{self.portal.fhir_url}/Patient", headers={"Authorization": value.encode().decode("latin-1")}
-                                 if "\x7f" not in value else {}).status, 401)
+        for value in ("Bearer", "Bearer \xe9", "Basic " + "x" * 60_000, "Bearer a, b", 'Bearer "'):
+            got = ask(f"{self.portal.fhir_url}/Patient", headers={"Authorization": value})
+            self.assertEqual(got.status, 401)
+            self.assertRegex(got.headers["www-authenticate"], r'^Bearer realm="s4s", error="invalid_token"')
 
     def test_cookies_are_kept_from_scripts_and_other_sites_and_with_https_from_http(self) -> None:
-        self.assertRegex(ask(self.portal.url + "/login").cookies[0], r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
+        [cookie] = ask(self.portal.url + "/login").cookies
+        self.assertRegex(cookie, r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
         with s4s.Server(base_url="https://portal.example") as portal:
             self.assertTrue(ask(portal.address + "/login").cookies[0].endswith("; HttpOnly; SameSite=Lax; Secure"))
 
     def test_a_name_that_is_not_ours_reaches_nothing(self) -> None:
-        for host in ("evil.example", f"evil.example:{self.portal.port}", "127.0.0.1.evil.example", "localhost.evil.example", "10.0.0.1",
-                     "[::2]", "localhost.", "127.0.0.1.", "2130706433", "localhost:80.evil"):
-            for path in ("/", "/health", "/oauth/debug/requests", "/api/open-fhir/Patient", "/.well-known/openid-configuration"):
+        for host in ("evil.example", f"evil.example:{self.portal.port}", "127.0.0.1.evil.example",
+                     "localhost.evil.example", "10.0.0.1", "0.0.0.0", "[::2]", "localhost.", "127.0.0.1.",
+                     "2130706433", "localhost:80.evil"):
+            for path in ("/", "/health", "/oauth/debug/requests", "/api/open-fhir/Patient",
+                         "/.well-known/openid-configuration"):
                 with self.subTest(host=host, path=path):
                     self.assertIn(ask(self.portal.url + path, headers={"Host": host}).status, (400, 421))
 
     def test_debug_endpoints_obey_no_other_site(self) -> None:
-        own = {"Origin": self.portal.url}
-        for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": self.portal.url + ".evil.example"},
-                        {"Origin": self.portal.url.replace("http:", "https:")}, {"Sec-Fetch-Site": "cross-site"},
-                        {"Sec-Fetch-Site": "same-site"}, {**own, "Sec-Fetch-Site": "same-site"}, {"Origin": "http://127.0.0.1:1"}):
-            for method, path, data in (("POST", "reset", {}), ("POST", "token", {"client_id": "test-suite", "username": "clinician"}),
-                                       ("POST", "clock", {"seconds": 1}), ("DELETE", "requests", None), ("GET", "requests", None),
+        own, url = {"Origin": self.portal.url}, self.portal.url
+        for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": url + ".evil.example"},
+                        {"Origin": url.replace("http:", "https:")}, {"Origin": "http://127.0.0.1:1"},
+                        {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
+                        {**own, "Sec-Fetch-Site": "same-site"}):
+            for method, path, data in (("POST", "reset", {}), ("POST", "clock", {"seconds": 1}),
+                                       ("POST", "token", {"client_id": "test-suite", "username": "clinician"}),
+                                       ("DELETE", "requests", None), ("GET", "requests", None),
                                        ("GET", "introspect?token=x", None)):
                 with self.subTest(headers=headers, path=path):
                     got = ask(f"{self.portal.url}/oauth/debug/{path}", method=method, data=data, headers=headers)
                     self.assertEqual(got.status, 403)
                     self.assertNotIn("access-control-allow-origin", got.headers)
         for headers in (own, {"Sec-Fetch-Site": "none"}, {**own, "Sec-Fetch-Site": "same-origin"}):
-            self.assertEqual(ask(self.portal.url + "/oauth/debug/clock", data={"seconds": 0}, headers=headers).status, 200)
+            self.assertEqual(ask(url + "/oauth/debug/clock", data={"seconds": 0}, headers=headers).status, 200)
 
     def test_debug_endpoints_take_no_body_that_a_plain_form_could_send(self) -> None:
         for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
-            got = ask(self.portal.url + "/oauth/debug/token", body=b'{"client_id": "test-suite", "username": "clinician"}',
-                      headers={"Content-Type": media_type})
+            got = ask(self.portal.url + "/oauth/debug/token", headers={"Content-Type": media_type},
+                      body=b'{"client_id": "test-suite", "username": "clinician"}')
             self.assertEqual(got.status, 415, media_type)
 
     def test_a_preflight_opens_no_debug_endpoint(self) -> None:
@@ -5699,21 +5722,34 @@ class Secrets(unittest.TestCase):
                     for name, secret in secrets_:
                         self.assertNotIn(secret, text, f"{name} in {number}: {text[:200]}")
 
+    def test_no_client_writes_a_line_of_the_log(self) -> None:
+        with s4s.Server(quiet=False, verbose=True) as portal:
+            lines: list[str] = []
+            portal.portal.log = lines.append
+            app = App(portal)
+            ask(app.authorize_url(scope="patient/*.rs \r\nGET /forged 200\x1b[2J\u2028", state="\n"))
+            ask(f"{portal.fhir_url}/Patient/%0aGET%20/forged", token=portal.issue_token()["access_token"])
+            ask(portal.url + "/oauth/token", basic=("\nGET /forged", "\n"), form={"grant_type": "refresh_token"})
+        self.assertGreater(len(lines), 2)
+        for line in "\n".join(lines).split("\n"):
+            self.assertRegex(line, r"^(GET|POST|    )[ -~]+$")
+            self.assertFalse(line.startswith("GET /forged"), line)
+
     def run_everything(self, level: dict[str, bool]) -> tuple[list[tuple[str, str]], list[str]]:
         """Use all that the portal has: (name, value) of every secret, and every text that must hold none of them."""
         found: list[tuple[str, str]] = [("password", "open-sesame-7"), ("wrong password", "open-sesame-8")]
         written: list[str] = []
 
         def keep(answer: Any) -> Any:
-            found.extend((name, answer[name]) for name in ("access_token", "refresh_token", "id_token", "client_secret", "launch")
-                         if answer.get(name))
+            found.extend((name, answer[name]) for name in (
+                "access_token", "refresh_token", "id_token", "client_secret", "launch") if answer.get(name))
             return answer
 
         def refused(answer: Answer) -> None:
             assert answer.status >= 400, answer
             written.append(answer.text + repr(answer.headers))
-        users = [{"username": "maria", "password": "open-sesame-7", "patients": [{"patient_id": DANIEL, "is_user": True},
-                                                                                {"patient_id": AMY}]}]
+        users = [{"username": "maria", "password": "open-sesame-7",
+                  "patients": [{"patient_id": DANIEL, "is_user": True}, {"patient_id": AMY}]}]
         with s4s.Server(fixtures={"users": users}, **level) as portal:
             set_signing_key(portal)
             app = App(portal, "openid fhirUser launch launch/patient patient/*.rs offline_access",
@@ -5730,8 +5766,7 @@ class Secrets(unittest.TestCase):
             for step in steps:
                 page = step()
                 found += [("cookie", value) for value in browser.cookies.values()]
-                found += [("form_token", value) for name, value in (Form(page.text).fields if page.body else [])
-                          if name == "form_token"]
+                found += [field for field in Form(page.text).fields if field[0] == "form_token"]
             code = browser.page.location["code"]
             found.append(("code", code))
             refused(app.exchange(code, code_verifier="v" * 43))
@@ -5747,13 +5782,15 @@ class Secrets(unittest.TestCase):
             found.append(("assertion", assertion))
             keep(service.token(assertion).json)
             refused(service.token(assertion))
-            direct = keep(ask(portal.url + "/oauth/debug/token", data={"client_id": "test-suite", "username": "maria"}).json)
+            maria = {"client_id": "test-suite", "username": "maria"}
+            direct = keep(ask(portal.url + "/oauth/debug/token", data=maria).json)
             token = again["access_token"]
             for path in ("oauth/introspect", "oauth/revoke"):
                 ask(f"{portal.url}/{path}", form={"token": token if path.endswith("t") else direct["access_token"]},
                     basic=(app.client_id, app.secret))
                 refused(ask(f"{portal.url}/{path}", form={"token": token}))
-                refused(ask(f"{portal.url}/{path}", form={"token": token, "client_id": app.client_id, "client_secret": token}))
+                refused(ask(f"{portal.url}/{path}", form={
+                    "token": token, "client_id": app.client_id, "client_secret": token}))
             ask(f"{portal.url}/oauth/debug/introspect?token={token}")
             for path in ("Patient", f"Patient/{DANIEL}", "metadata", "Observation?_count=5"):
                 written.append(ask(f"{portal.fhir_url}/{path}", token=token).text)
@@ -5764,10 +5801,12 @@ class Secrets(unittest.TestCase):
                 "/api/me", "/oauth/userinfo", "/health", "/oauth/jwks", "/.well-known/openid-configuration")]
             # Secrets where they don't belong: in a path, in a query, as JSON of another type, in JSON that is broken.
             ask(f"{portal.url}/nothing/{token}/{direct['access_token'].upper()}?access_token={token}", token=token)
-            for how in ({"Content-Type": "text/plain"}, {}, {"Content-Type": "multipart/form-data"}, {"Content-Type": "application/json"}):
-                refused(ask(portal.url + "/oauth/token", body=json.dumps({"client_secret": app.secret})[:-1].encode(), headers=how))
-            refused(ask(f"{portal.url}/oauth/token?client_secret={app.secret}", form={"client_secret": app.secret, "%zz": ""}))
-            refused(ask(f"{portal.url}/oauth/debug/token", data={"client_id": "test-suite", "username": "maria", "password": token}))
+            for how in ({"Content-Type": "text/plain"}, {}, {"Content-Type": "multipart/form-data"},
+                        {"Content-Type": "application/json"}):
+                refused(ask(portal.url + "/oauth/token", headers=how,
+                            body=f'{{"client_secret": "{app.secret}"'.encode()))
+            refused(ask(f"{portal.url}/oauth/token?client_secret={app.secret}", form={"client_secret": app.secret}))
+            refused(ask(f"{portal.url}/oauth/debug/token", data={**maria, "password": token}))
             route = s4s._EXACT["/oauth/token"]
 
             def broken(portal: s4s.Portal, request: s4s.Request) -> s4s.Response:
@@ -5775,7 +5814,7 @@ class Secrets(unittest.TestCase):
             with mock.patch.dict(s4s._EXACT, {"/oauth/token": route._replace(endpoint=broken)}):
                 refused(app.refresh(again["refresh_token"]))
             browser.open(portal.url + "/apps")
-            found += [("form_token", value) for name, value in Form(browser.page.text, 1).fields if name == "form_token"]
+            found += [field for field in Form(browser.page.text, 1).fields if field[0] == "form_token"]
             refused(browser.open(portal.url + "/logout", "POST", [("form_token", "x")]))
             written += [ask(portal.url + "/oauth/debug/requests").text, repr(portal.requests)]
         return found, written
