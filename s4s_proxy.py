@@ -146,7 +146,8 @@ class Settings:
         "users and clients known from the start, as JSON", "FILE"))
     db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
     strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
-    open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
+    open_fhir: bool | None = field(default=None, metadata=_shown(
+        "serve /api/open-fhir/ (default: on loopback, without --fhir-server)"))
     debug: bool | None = field(default=None, metadata=_shown("serve /oauth/debug/* (default: on loopback only)"))
     certfile: str | None = field(default=None, metadata=_shown("serve https with this certificate (PEM)", "FILE"))
     keyfile: str | None = field(default=None, metadata=_shown("its key, if not in the same file", "FILE"))
@@ -193,8 +194,9 @@ class Settings:
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether every record may be read without a token."""
-        return self.local if self.open_fhir is None else self.open_fhir
+        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
+        --fhir-header open to this portal is not opened to everybody unless told."""
+        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
 
     @property
     def serves_debug(self) -> bool:
@@ -1593,9 +1595,10 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
-NOBODY = ""  # the owner of what belongs to nobody
+NOBODY = ""  # the owner of what belongs to nobody; no id that FHIR allows
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
@@ -1624,14 +1627,15 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
     if type_name in SHARED_TYPES:
         return set()
     if type_name == "Patient":
-        return {resource["id"] if isinstance(resource.get("id"), str) else None}
+        key = resource.get("id")
+        return {key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
+    named = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
-        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
-            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
+        actors = [one.get("actor") if isinstance(one, dict) else None for one in named]
+        named = [one for one in actors if not _NO_PATIENT.fullmatch(reference_of(one))]
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) for value in named}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1641,7 +1645,7 @@ def as_list(value: Any) -> list[Any]:
 
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
-    if base and reference.startswith(base):
+    if base and reference.startswith(base + "/"):
         reference = reference[len(base) + 1:]
     match = pattern.fullmatch(reference)
     return match[1] if match else None
@@ -5487,9 +5491,9 @@ class Upstream:
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.names: list[str] = []                           # bases that the server says are its own
         self.forget()
-        self._bases: list[str] = []
-        self._learn(self.base)
+        self._spell(parts.hostname or "", parts.port)
         self._idle: list[Connection] = []
         send = self._send
 
@@ -5505,8 +5509,9 @@ class Upstream:
         self._request, self._open = urllib.request.Request, opener.open
 
     def forget(self) -> None:
-        """Forget what was found out of the records and of the server's version."""
+        """Forget what was found out of the records and of the server's names and version."""
         self.binaries.clear()
+        self.names.clear()
         self.version = ("", 0.0)                         # see fhir_version; until when it holds
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
@@ -5568,46 +5573,37 @@ class Upstream:
         Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
         is put in its place.
         """
+        safe = "!$%&'()*+,/:;=?@[]~|"
         try:
             url = urljoin(seen_at, url)
             scheme, _, path, query, _ = urlsplit(url)
-        except ValueError:
+            query = quote(query, safe=safe)
+        except ValueError:  # also of a lone surrogate
             return None
-        for base in self._bases:
+        for base in (self.base, *self.names):
             if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
                 path = self.path + re.split("[?#]", url[len(base):])[0]
         if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
                 or re.search(r"/\.|%2e|%2f|%5c|//|\\", path, re.IGNORECASE)):
             return None
-        safe = "!$%&'()*+,/:;=?@[]~|"
-        return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
+        return self.origin + quote(path, safe=safe) + ("?" + query if query else "")
 
-    def _learn(self, base: str) -> None:
-        """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
-        self._bases = sorted([*self._bases, base], key=len, reverse=True)
-        addresses, traces, hints = [], [], set()
-        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        for one in self._bases:
-            parts = urlsplit(one)
-            host, port, path = parts.hostname or "", parts.port, "".join(
-                _SLASH if char == "/" else re.escape(char) for char in parts.path)
-            names = {re.escape(f"[{host}]" if ":" in host else host)}
-            if is_loopback(host):
-                names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
-            name = "(?i:" + "|".join(sorted(names)) + ")"
-            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
-            addresses.append(where + path)
-            if not is_loopback(host):  # the name alone tells too much
-                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
-                hints |= {host}
-            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
-                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
-                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
-            else:
-                traces.append(before + where)
-                hints |= {f":{port}", f"%3a{port}"}
-        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
-        self._traces, self._hints = re.compile("|".join(traces)), hints
+    def _spell(self, host: str, port: int | None) -> None:
+        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
+        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
+        names = {re.escape(f"[{host}]" if ":" in host else host)}
+        if is_loopback(host):
+            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+        if not is_loopback(host):  # the name alone tells too much
+            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
+        else:
+            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
+        self._traces = re.compile(trace)
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
@@ -5622,9 +5618,8 @@ class Upstream:
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
         # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
-        for base in self._bases:
-            for end in '/?"':
-                text = text.replace(base + end, "\0" + end)
+        for end in '/?"':
+            text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
@@ -5668,25 +5663,32 @@ class Upstream:
         self.check(answer)
         try:
             own, entries = split_bundle(self.rewritten(answer.body, ours))
-            if self._learn_from(entries, ours):
-                own, entries = split_bundle(self.rewritten(answer.body, ours))
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
+        self._learn(own, answer.url, ours)
         return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
 
-    def _learn_from(self, entries: list[tuple[Any, str]], ours: str) -> bool:
-        """Whether entries show an address of the FHIR server that was not known: a fullUrl is one, type and id."""
-        before = len(self._bases)
-        for value, _ in entries:
-            url = value.get("fullUrl") if isinstance(value, dict) else None
-            if isinstance(url, str) and url.startswith("http") and not url.startswith(ours + "/"):
-                found = value.get("resource")
-                tail = f"/{found.get('resourceType')}/{found.get('id')}" if isinstance(found, dict) else "?"
-                if url.endswith(tail) and url[:-len(tail)] not in self._bases and len(self._bases) < 20:
-                    self._learn(url[:-len(tail)])
-        return len(self._bases) > before
+    def _learn(self, own: Json, asked: str, ours: str) -> None:
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
+        that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        path = urlsplit(asked).path[len(self.path):]
+        for link in elements(own, "link"):
+            if path and isinstance(link, dict) and link.get("relation") == "self":
+                url = str(link.get("url")).partition("?")[0]
+                name = url[:-len(path)]
+                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
+                        and name not in (ours, *self.names)):
+                    self.names.append(name)
+
+    def disguised(self, text: str, ours: str) -> str:
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
+        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        for name in self.names:
+            for end in '/?"':
+                text = text.replace(name + end, ours + end)
+        return text
 
     def statement(self, now: float) -> Json:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
@@ -5871,7 +5873,7 @@ class Forwarding:
 
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        self.response.body = text.encode("utf-8", "replace")
+        self.response.body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
         if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
             self.response.headers[0] = ("Content-Type", told)

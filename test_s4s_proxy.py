@@ -2033,7 +2033,7 @@ class FhirServer:
             return json_answer({"resourceType": "OperationOutcome"}, 404)
         return json_answer(self.bundle(*self.records.values()))
 
-    def bundle(self, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
+    def bundle(self, /, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
         """A searchset of resources."""
         return {"resourceType": "Bundle", "type": "searchset", "total": len(resources),
                 "link": [{"relation": name, "url": url} for name, url in links.items()],
@@ -2076,7 +2076,8 @@ class ForwardingTest(PortalTest):
     def setUpClass(cls) -> None:
         cls.behind = FhirServer()
         cls.addClassCleanup(cls.behind.stop)
-        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5}
+        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5,
+                        "open_fhir": True}
         super().setUpClass()
 
     def setUp(self) -> None:
@@ -2191,6 +2192,16 @@ class OnePatientAndNothingElse(ForwardingTest):
 
     def test_a_search_for_another_patient_by_absolute_reference(self) -> None:
         self.assert_not_forwarded(f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}")
+
+    def test_a_reference_under_another_name_of_the_server_makes_nobody_the_owner(self) -> None:
+        there = "http://other.example/fhir"
+        named = observation("mine", subject={"reference": f"{there}/Patient/{ME}"})
+        self.script("Observation/mine", named)
+        for links in ({}, {"self": f"{there}/Observation"}):
+            self.script("Observation", json.dumps(self.behind.bundle(named, **links)).replace(
+                self.behind.url, there).encode())
+            self.assertEqual(self.ids("Observation"), [])
+            self.assert_refused("Observation/mine")
 
     def test_a_search_for_another_patient_among_several(self) -> None:
         self.assert_not_forwarded(f"Observation?patient={ME},{OTHER}")
@@ -2476,7 +2487,8 @@ class WhoseItIs(unittest.TestCase):
     def test_references_that_do_not_count(self) -> None:
         for subject in ({"reference": "Group/1"}, {"reference": "#p"}, {"identifier": {"value": ME}}, {"display": "me"},
                         {"reference": f"https://elsewhere.example/Patient/{ME}"}, {"reference": f"patient/{ME}"},
-                        {"reference": f"Patient/{ME}/x"}, {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
+                        {"reference": f"Patient/{ME}/x"}, {"reference": f"{self.base}XPatient/{ME}"},
+                        {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
                         f"Patient/{ME}", None, 7):
             with self.subTest(subject):
                 self.assertIsNone(s4s.owner(observation("x", subject=subject), self.base))
@@ -2499,6 +2511,20 @@ class WhoseItIs(unittest.TestCase):
                          observation("x", contained=[observation("y", contained=[observation("z", OTHER)])])):
             with self.subTest(resource["resourceType"]):
                 self.assertIsNone(s4s.owner(resource))
+
+    def test_an_appointment_with_somebody_unknown_is_nobodys_answer(self) -> None:
+        mine, doctor = {"reference": f"Patient/{ME}"}, {"reference": "https://p.example/api/fhir/PractitionerRole/1"}
+        for other in ({"type": "Patient", "identifier": {"value": "1"}}, {"display": "Amy"}, {"reference": "#p"},
+                      {"reference": "https://elsewhere.example/fhir/Patient/9"}, {"reference": "RelatedPerson/1"}, None):
+            with self.subTest(other):
+                self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [
+                    {"actor": mine}, {"actor": doctor}, {"actor": other}]}, self.base))
+        self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [{"actor": mine}, "Amy"]}))
+
+    def test_a_patient_without_an_id_is_not_nobodys(self) -> None:
+        for key in (s4s.NOBODY, "..", "a b", None, 7):
+            with self.subTest(key):
+                self.assertIsNone(s4s.owner({"resourceType": "Patient", "id": key}))
 
     def test_a_device_without_a_patient_is_nobodys(self) -> None:
         self.assertEqual(s4s.owner({"resourceType": "Device"}), s4s.NOBODY)
@@ -2607,9 +2633,20 @@ class NoAddressGetsOut(ForwardingTest):
         self.assertNotIn("/api/fhir", body)
 
     def test_another_name_that_the_server_goes_by(self) -> None:
-        bundle = json.dumps(self.behind.bundle(observation("mine", note="http://hidden.example/r4/Patient/1")))
-        self.script("Observation", bundle.replace(self.behind.url, "http://hidden.example/r4").encode())
+        there = "http://hidden.example/r4"
+        bundle = json.dumps(self.behind.bundle(observation("mine", note=f"{there}/Patient/1"), self=f"{there}/Observation"))
+        self.script("Observation", bundle.replace(self.behind.url, there).encode())
         self.assertIn(f'"{self.portal.fhir_url}/Patient/1"', self.clean("Observation"))
+        self.script("Observation/mine", observation("mine", note=f"{there}/Patient/1"))
+        self.assertEqual(json.loads(self.clean("Observation/mine"))["note"], f"{self.portal.fhir_url}/Patient/1")
+        self.portal.reset()
+        self.assertEqual(self.portal.portal.upstream.names, [])  # type: ignore[union-attr]
+
+    def test_no_resource_teaches_another_name(self) -> None:
+        told = json.dumps(self.behind.bundle(observation("mine", note="http://loinc.org/1"))).replace(
+            self.behind.url, "http://loinc.org")
+        self.script("Observation", told.encode())
+        self.assertEqual(self.read("Observation")["entry"][0]["resource"]["note"], "http://loinc.org/1")
 
     def test_a_reference_by_its_address_is_mine(self) -> None:
         self.script("Observation/mine", observation("mine", subject={"reference": f"{self.behind.url}/Patient/{ME}"}))
@@ -2829,7 +2866,7 @@ class Faults(ForwardingTest):
     def test_unreachable_is_502(self) -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}") as portal:
+            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}", open_fhir=True) as portal:
                 got = ask(portal.open_fhir_url + "/Patient/1")
                 self.assertEqual(got.status, 502)
                 self.assertNotIn(str(unused.getsockname()[1]), got.text)
@@ -2841,7 +2878,8 @@ class Faults(ForwardingTest):
 
     def status_while_dripping(self, slow: socket.socket, drip: bytes) -> int:
         """What the portal answers in front of a server that sends `drip`, then a byte every now and then."""
-        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1))
+        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1,
+                                         open_fhir=True))
         self.addCleanup(portal.close)
         request = s4s.Request("GET", "/api/open-fhir/Patient/1", {"host": "127.0.0.1"})
         answers: list[s4s.Response] = []
@@ -2958,7 +2996,7 @@ class WhatIsBehind(ForwardingTest):
     def portal_with(self, statement: dict[str, Any]) -> s4s.Portal:
         """A portal of its own, that has not asked yet."""
         self.script("metadata", statement)
-        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url))
+        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url, open_fhir=True))
         self.addCleanup(portal.close)
         return portal
 
@@ -3019,6 +3057,10 @@ class WhatIsBehind(ForwardingTest):
     def test_a_patient_is_there_or_not(self) -> None:
         self.assertEqual(s4s.upstream_patient(self.portal.portal, ME), ME)
         self.assertIsNone(s4s.upstream_patient(self.portal.portal, "../x"))
+
+    def test_open_access_to_it_is_off_unless_told(self) -> None:
+        for told, expected in ((None, False), (False, False), (True, True)):
+            self.assertIs(s4s.Settings(fhir_server=self.behind.url, open_fhir=told).serves_open_fhir, expected)
 
     def test_settings_that_cannot_be(self) -> None:
         wrong: dict[str, tuple[Any, ...]] = {
