@@ -5241,9 +5241,10 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 MAX_HEAD = 64 << 10          # bytes of a first line and headers
 MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_INTERIM = 100            # 1xx answers before the answer
 MAX_LINKS = 1000             # paging links that one authorization may hold
 PAGE_SECONDS = 3600
-DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
+MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
@@ -5372,13 +5373,15 @@ class Connection:
         if not alive:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
-        while True:
+        for _ in range(MAX_INTERIM + 1):
             match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
             if status >= 200:  # 1xx: the answer is still to come
                 break
+        else:
+            raise BadRequest(400, f"it has no end of interim answers ({status})")
         keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if status in (204, 304):
@@ -5548,6 +5551,8 @@ class Upstream:
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        if form is not None:
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
@@ -5766,13 +5771,14 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
     """
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
     pairs = [(name, value) for name, value in pairs
-             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+             if value and (name.partition(":")[0] not in NOT_FORWARDED
+                           or (access.scope, name, value) == (None, "_summary", "count"))]
     if access.scope is None:
         return pairs
     sent: list[tuple[str, str]] = []
     for name, value in pairs:
         stem, _, modifier = name.partition(":")
-        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+        if "." in name or not may_be_forwarded(stem):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
         owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
@@ -5923,8 +5929,8 @@ class Forwarding:
         return binary_id in known
 
     def documents(self) -> Iterator[Json]:
-        """The record's documents and reports, as far as DOCUMENT_PAGES pages go."""
-        left = DOCUMENT_PAGES
+        """The record's documents and reports, as far as MAX_PAGES pages go."""
+        left = MAX_PAGES
         for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
             for type_name in ("DocumentReference", "DiagnosticReport"):
                 url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
@@ -5942,15 +5948,9 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url()
-        if url:
-            return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
-        query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
-        url = f"{self.upstream.base}/{type_name}"
-        if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
-            form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
-            return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
+        page = self.page_url()
+        sent = [] if page else pinned_search(self.access, type_name, pairs, self.base)
+        return self.page(page or f"{self.upstream.base}/{type_name}", sent, pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -5962,9 +5962,8 @@ class Forwarding:
         for name, _ in pairs:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
-        query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
-        return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything"
+        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
     def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
@@ -5992,33 +5991,83 @@ class Forwarding:
                     raise refused("gave a link to the next page that does not lead to itself")
         return found
 
-    def page(self, answer: Answer, pairs: list[tuple[str, str]], letters: str) -> Response:
-        """A Bundle, less the entries that may not be seen, with this portal's own links.
+    def judged(self, entries: list[tuple[Json, str]], letters: str) -> tuple[list[str], list[str]]:
+        """Those of a Bundle's entries that may be seen, as texts: what matches, and what was included with it.
 
-        What may not be seen is dropped without a word: other patients' records, included ones too; OperationOutcomes,
-        which may quote anything; Bundles within the Bundle. Of the Bundle's own members only those known to be harmless
-        are passed on: total, if nothing was dropped and no category hidden.
+        The rest is dropped without a word: other patients' records, included ones too; OperationOutcomes, which may
+        quote anything; Bundles within the Bundle.
         """
-        own, entries = self.upstream.bundle(answer, self.base)
-        seen = []
+        matches: list[str] = []
+        included: list[str] = []
         for entry, text in entries:
             if self.may_see(entry.get("resource"), text, letters):
                 known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                seen.append(text if len(known) == len(entry) else json.dumps(known))
-        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
+                mode = entry["search"].get("mode") if isinstance(entry.get("search"), dict) else "match"
+                (included if mode == "include" else matches).append(
+                    text if len(known) == len(entry) else json.dumps(known))
+        self.request.note(f"{len(matches) + len(included)} of {len(entries)} entries may be seen; the FHIR server isn't "
+                          "trusted to filter")
+        return matches, included
+
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
+
+        Where categories hide something, an empty place on a page, or a link to a page of nothing, would tell that it
+        is there. Then the page is filled from the pages after it, and the link comes if there is one more to see, or
+        after MAX_PAGES; its address ends in #, how many were seen of that page already, and the page's size. The
+        server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
+        asks for is counted here.
+        """
+        narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
+        asked = dict(pairs).get("_count", "20")
+        if not re.fullmatch("[0-9]{1,9}", asked):
+            raise FhirError("value", f"_count={asked}: expected a whole number")
+        skip, size = map(int, mark.split(",")) if mark else (0, int(asked))
+        counting = self.access.scope is not None and (size == 0 or ("_summary", "count") in pairs)
+        if sent and (narrowed or counting):
+            sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
+        query = urlencode(sent, quote_via=quote, safe="/:,|")
+        # A search that was posted is posted on: what a patient has may be too private for the address line.
+        posted, url = f"{url}/_search", f"{url}?{query}" if query else url
+        form = query.encode() if sent and self.request.method == "POST" else None
+        most = size if narrowed and not counting else sys.maxsize
+        matches: list[str] = []
+        included: list[str] = []
+        whole = True  # nothing was dropped, and nothing is left to read
+        for _ in range(MAX_PAGES):
+            answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
+            own, entries = self.upstream.bundle(answer, self.base)
+            found, others = self.judged(entries, letters)
+            links, room, form = self.links(own, answer), most - len(matches), None
+            whole = whole and len(found) + len(others) == len(entries)
+            matches += found[skip:skip + room]
+            included += others if room else []
+            if len(found) > skip + room:
+                links = {"next": f"{url}#{skip + room},{size}"}
+                break
+            if not (narrowed or counting):
+                break
+            if "next" not in links:
+                links = {}
+                break
+            url, skip = links["next"], 0
+        else:
+            links, whole = {"next": f"{url}#0,{size}"} if narrowed and not counting else {}, False
         path, query = self.request.rest, self.request.query
         if self.request.method == "POST":
             path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
-        pages = keep_pages(self.portal, self.grant_id, path, self.links(own, answer))
         bundle: Json = {"resourceType": "Bundle", **{
-            name: own[name] for name in ("id", "meta", "type", "timestamp", "total") if name in own}}
-        if len(seen) < len(entries) or self.access.narrowed:
-            bundle.pop("total", None)
+            name: own[name] for name in ("id", "meta", "type", "timestamp") if name in own}}
+        if self.access.scope is None and "total" in own:
+            bundle["total"] = own["total"]
+        elif whole and not narrowed and "next" not in links and (counting or own.get("total") == len(matches)):
+            bundle["total"] = len(matches)
         here = f"{self.base}/{path}"
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
-            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in pages.items())]
-        text = json.dumps(bundle)
-        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(seen)}]}}" if seen else text, answer)
+            {"relation": relation, "url": f"{here}?_page={handle}"}
+            for relation, handle in keep_pages(self.portal, self.grant_id, path, links).items())]
+        text, shown = json.dumps(bundle), [] if counting else [*matches, *dict.fromkeys(included)]
+        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
 
 
 # The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
