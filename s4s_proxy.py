@@ -3567,6 +3567,40 @@ def with_query(url: str, **parameters: str) -> str:
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
 
 
+REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
+FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
+JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
+
+
+def too_little_scope(type_name: str, letter: str) -> FhirError:
+    """403 that names the scope it would take (RFC 6750 section 3.1)."""
+    needed = f"patient/{type_name}.{letter}"
+    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
+                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
+
+
+def accepted_types(request: Request) -> list[str]:
+    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
+    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
+            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request) if status == 200 else []
+    if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
+    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
+
+
 Endpoint = Callable[[Portal, Request], Response]
 
 
@@ -6091,12 +6125,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 # ######################################################################## 16 the FHIR API
 
-REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
-FHIR_TYPE = "application/fhir+json"
-FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
-JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
-
-
 def bearer(portal: Portal, request: Request) -> Row:
     """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
@@ -6121,34 +6149,6 @@ def access_of(portal: Portal, row: Row) -> Access:
         frozenset(json.loads(row["security_labels"])),
         "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
         fhir_version(portal) if "?" in scope else "r4")
-
-
-def too_little_scope(type_name: str, letter: str) -> FhirError:
-    """403 that names the scope it would take (RFC 6750 section 3.1)."""
-    needed = f"patient/{type_name}.{letter}"
-    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
-
-
-def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
-    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
-            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
-
-
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else []
-    if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
-    if ("_pretty", "true") in request.pairs():
-        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
-    text = body if isinstance(body, str) else json.dumps(body)
-    # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 def outcome(error: PortalError) -> Json:
