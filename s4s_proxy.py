@@ -5612,12 +5612,11 @@ class Upstream:
         Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
         is put in its place.
         """
-        safe = "!$%&'()*+,/:;=?@[]~|"
         try:
             url = urljoin(seen_at, url)
+            url.encode()  # fails for half a surrogate pair
             scheme, _, path, query, _ = urlsplit(url)
-            query = quote(query, safe=safe)
-        except ValueError:  # also of a lone surrogate
+        except ValueError:
             return None
         for base in (self.base, *self.names):
             if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
@@ -5625,7 +5624,8 @@ class Upstream:
         if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
                 or re.search(r"/\.|%2e|%2f|%5c|//|\\", path, re.IGNORECASE)):
             return None
-        return self.origin + quote(path, safe=safe) + ("?" + query if query else "")
+        safe = "!$%&'()*+,/:;=?@[]~|"
+        return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
     def _spell(self, host: str, port: int | None) -> None:
         """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""

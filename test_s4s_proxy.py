@@ -2867,7 +2867,8 @@ class Paging(ForwardingTest):
 
     def test_a_link_that_leads_elsewhere(self) -> None:
         for link in ("https://hidden.example/other?page=2", "/fhir/../admin", "/fhir/%2e%2e/admin",
-                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x"):
+                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x",
+                     "/fhir?x=\ud800", "/fhir/\ud800"):
             with self.subTest(link):
                 self.pages(link)
                 self.assert_refused("Observation", 502)
