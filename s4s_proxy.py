@@ -143,7 +143,7 @@ class Settings:
                                 "ID[:SECRET]=REDIRECT_URI")
     db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
     strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback only)")
+    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
     debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
     certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
     keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
@@ -194,8 +194,9 @@ class Settings:
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether every record may be read without a token."""
-        return self.local if self.open_fhir is None else self.open_fhir
+        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
+        --fhir-header open to this portal is not opened to everybody unless told."""
+        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
 
     @property
     def serves_debug(self) -> bool:
@@ -1598,9 +1599,10 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
-NOBODY = ""  # the owner of what belongs to nobody
+NOBODY = ""  # the owner of what belongs to nobody; no id that FHIR allows
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
@@ -1629,14 +1631,15 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
     if type_name in SHARED_TYPES:
         return set()
     if type_name == "Patient":
-        return {resource["id"] if isinstance(resource.get("id"), str) else None}
+        key = resource.get("id")
+        return {key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
+    named = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
-        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
-            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
+        actors = [one.get("actor") if isinstance(one, dict) else None for one in named]
+        named = [one for one in actors if not _NO_PATIENT.fullmatch(reference_of(one))]
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) for value in named}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1646,7 +1649,7 @@ def as_list(value: Any) -> list[Any]:
 
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
-    if base and reference.startswith(base):
+    if base and reference.startswith(base + "/"):
         reference = reference[len(base) + 1:]
     match = pattern.fullmatch(reference)
     return match[1] if match else None
@@ -3588,6 +3591,40 @@ def with_query(url: str, **parameters: str) -> str:
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
 
 
+REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
+FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
+JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
+
+
+def too_little_scope(type_name: str, letter: str) -> FhirError:
+    """403 that names the scope it would take (RFC 6750 section 3.1)."""
+    needed = f"patient/{type_name}.{letter}"
+    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
+                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
+
+
+def accepted_types(request: Request) -> list[str]:
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
+    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
+            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request) if status == 200 else ["*/*"]
+    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
+    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
+
+
 Endpoint = Callable[[Portal, Request], Response]
 
 
@@ -5300,9 +5337,10 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 MAX_HEAD = 64 << 10          # bytes of a first line and headers
 MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_INTERIM = 100            # 1xx answers before the answer
 MAX_LINKS = 1000             # paging links that one authorization may hold
 PAGE_SECONDS = 3600
-DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
+MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
@@ -5431,13 +5469,15 @@ class Connection:
         if not alive:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
-        while True:
+        for _ in range(MAX_INTERIM + 1):
             match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
             if status >= 200:  # 1xx: the answer is still to come
                 break
+        else:
+            raise BadRequest(400, f"it has no end of interim answers ({status})")
         keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if status in (204, 304):
@@ -5550,9 +5590,9 @@ class Upstream:
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.names: list[str] = []                           # bases that the server says are its own
         self.forget()
-        self._bases: list[str] = []
-        self._learn(self.base)
+        self._spell(parts.hostname or "", parts.port)
         self._idle: list[Connection] = []
         send = self._send
 
@@ -5568,8 +5608,9 @@ class Upstream:
         self._request, self._open = urllib.request.Request, opener.open
 
     def forget(self) -> None:
-        """Forget what was found out of the records and of the server's version."""
+        """Forget what was found out of the records and of the server's names and version."""
         self.binaries.clear()
+        self.names.clear()
         self.version = ("", 0.0)                         # see fhir_version; until when it holds
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
@@ -5606,6 +5647,8 @@ class Upstream:
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        if form is not None:
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
@@ -5633,10 +5676,11 @@ class Upstream:
         """
         try:
             url = urljoin(seen_at, url)
+            url.encode()  # fails for half a surrogate pair
             scheme, _, path, query, _ = urlsplit(url)
         except ValueError:
             return None
-        for base in self._bases:
+        for base in (self.base, *self.names):
             if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
                 path = self.path + re.split("[?#]", url[len(base):])[0]
         if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
@@ -5645,32 +5689,22 @@ class Upstream:
         safe = "!$%&'()*+,/:;=?@[]~|"
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
-    def _learn(self, base: str) -> None:
-        """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
-        self._bases = sorted([*self._bases, base], key=len, reverse=True)
-        addresses, traces, hints = [], [], set()
-        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        for one in self._bases:
-            parts = urlsplit(one)
-            host, port, path = parts.hostname or "", parts.port, "".join(
-                _SLASH if char == "/" else re.escape(char) for char in parts.path)
-            names = {re.escape(f"[{host}]" if ":" in host else host)}
-            if is_loopback(host):
-                names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
-            name = "(?i:" + "|".join(sorted(names)) + ")"
-            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
-            addresses.append(where + path)
-            if not is_loopback(host):  # the name alone tells too much
-                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
-                hints |= {host}
-            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
-                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
-                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
-            else:
-                traces.append(before + where)
-                hints |= {f":{port}", f"%3a{port}"}
-        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
-        self._traces, self._hints = re.compile("|".join(traces)), hints
+    def _spell(self, host: str, port: int | None) -> None:
+        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
+        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
+        names = {re.escape(f"[{host}]" if ":" in host else host)}
+        if is_loopback(host):
+            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+        if not is_loopback(host):  # the name alone tells too much
+            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
+        else:
+            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
+        self._traces = re.compile(trace)
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
@@ -5685,9 +5719,8 @@ class Upstream:
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
         # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
-        for base in self._bases:
-            for end in '/?"':
-                text = text.replace(base + end, "\0" + end)
+        for end in '/?"':
+            text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
@@ -5731,25 +5764,32 @@ class Upstream:
         self.check(answer)
         try:
             own, entries = split_bundle(self.rewritten(answer.body, ours))
-            if self._learn_from(entries, ours):
-                own, entries = split_bundle(self.rewritten(answer.body, ours))
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
+        self._learn(own, answer.url, ours)
         return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
 
-    def _learn_from(self, entries: list[tuple[Any, str]], ours: str) -> bool:
-        """Whether entries show an address of the FHIR server that was not known: a fullUrl is one, type and id."""
-        before = len(self._bases)
-        for value, _ in entries:
-            url = value.get("fullUrl") if isinstance(value, dict) else None
-            if isinstance(url, str) and url.startswith("http") and not url.startswith(ours + "/"):
-                found = value.get("resource")
-                tail = f"/{found.get('resourceType')}/{found.get('id')}" if isinstance(found, dict) else "?"
-                if url.endswith(tail) and url[:-len(tail)] not in self._bases and len(self._bases) < 20:
-                    self._learn(url[:-len(tail)])
-        return len(self._bases) > before
+    def _learn(self, own: Json, asked: str, ours: str) -> None:
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
+        that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        path = urlsplit(asked).path[len(self.path):]
+        for link in elements(own, "link"):
+            if path and isinstance(link, dict) and link.get("relation") == "self":
+                url = str(link.get("url")).partition("?")[0]
+                name = url[:-len(path)]
+                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
+                        and name not in (ours, *self.names)):
+                    self.names.append(name)
+
+    def disguised(self, text: str, ours: str) -> str:
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
+        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        for name in self.names:
+            for end in '/?"':
+                text = text.replace(name + end, ours + end)
+        return text
 
     def statement(self, now: float) -> Json:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
@@ -5827,13 +5867,14 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
     """
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
     pairs = [(name, value) for name, value in pairs
-             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+             if value and (name.partition(":")[0] not in NOT_FORWARDED
+                           or (access.scope, name, value) == (None, "_summary", "count"))]
     if access.scope is None:
         return pairs
     sent: list[tuple[str, str]] = []
     for name, value in pairs:
         stem, _, modifier = name.partition(":")
-        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+        if "." in name or not may_be_forwarded(stem):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
         owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
@@ -5934,7 +5975,7 @@ class Forwarding:
 
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        self.response.body = text.encode("utf-8", "replace")
+        self.response.body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
         if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
             self.response.headers[0] = ("Content-Type", told)
@@ -5984,8 +6025,8 @@ class Forwarding:
         return binary_id in known
 
     def documents(self) -> Iterator[Json]:
-        """The record's documents and reports, as far as DOCUMENT_PAGES pages go."""
-        left = DOCUMENT_PAGES
+        """The record's documents and reports, as far as MAX_PAGES pages go."""
+        left = MAX_PAGES
         for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
             for type_name in ("DocumentReference", "DiagnosticReport"):
                 url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
@@ -6003,15 +6044,9 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url()
-        if url:
-            return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
-        query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
-        url = f"{self.upstream.base}/{type_name}"
-        if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
-            form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
-            return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
+        page = self.page_url()
+        sent = [] if page else pinned_search(self.access, type_name, pairs, self.base)
+        return self.page(page or f"{self.upstream.base}/{type_name}", sent, pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -6023,9 +6058,8 @@ class Forwarding:
         for name, _ in pairs:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
-        query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
-        return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything"
+        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
     def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
@@ -6053,33 +6087,83 @@ class Forwarding:
                     raise refused("gave a link to the next page that does not lead to itself")
         return found
 
-    def page(self, answer: Answer, pairs: list[tuple[str, str]], letters: str) -> Response:
-        """A Bundle, less the entries that may not be seen, with this portal's own links.
+    def judged(self, entries: list[tuple[Json, str]], letters: str) -> tuple[list[str], list[str]]:
+        """Those of a Bundle's entries that may be seen, as texts: what matches, and what was included with it.
 
-        What may not be seen is dropped without a word: other patients' records, included ones too; OperationOutcomes,
-        which may quote anything; Bundles within the Bundle. Of the Bundle's own members only those known to be harmless
-        are passed on: total, if nothing was dropped and no category hidden.
+        The rest is dropped without a word: other patients' records, included ones too; OperationOutcomes, which may
+        quote anything; Bundles within the Bundle.
         """
-        own, entries = self.upstream.bundle(answer, self.base)
-        seen = []
+        matches: list[str] = []
+        included: list[str] = []
         for entry, text in entries:
             if self.may_see(entry.get("resource"), text, letters):
                 known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                seen.append(text if len(known) == len(entry) else json.dumps(known))
-        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
+                mode = entry["search"].get("mode") if isinstance(entry.get("search"), dict) else "match"
+                (included if mode == "include" else matches).append(
+                    text if len(known) == len(entry) else json.dumps(known))
+        self.request.note(f"{len(matches) + len(included)} of {len(entries)} entries may be seen; the FHIR server isn't "
+                          "trusted to filter")
+        return matches, included
+
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
+
+        Where categories hide something, an empty place on a page, or a link to a page of nothing, would tell that it
+        is there. Then the page is filled from the pages after it, and the link comes if there is one more to see, or
+        after MAX_PAGES; its address ends in #, how many were seen of that page already, and the page's size. The
+        server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
+        asks for is counted here.
+        """
+        narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
+        asked = dict(pairs).get("_count", "20")
+        if not re.fullmatch("[0-9]{1,9}", asked):
+            raise FhirError("value", f"_count={asked}: expected a whole number")
+        skip, size = map(int, mark.split(",")) if mark else (0, int(asked))
+        counting = self.access.scope is not None and (size == 0 or ("_summary", "count") in pairs)
+        if sent and (narrowed or counting):
+            sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
+        query = urlencode(sent, quote_via=quote, safe="/:,|")
+        # A search that was posted is posted on: what a patient has may be too private for the address line.
+        posted, url = f"{url}/_search", f"{url}?{query}" if query else url
+        form = query.encode() if sent and self.request.method == "POST" else None
+        most = size if narrowed and not counting else sys.maxsize
+        matches: list[str] = []
+        included: list[str] = []
+        whole = True  # nothing was dropped, and nothing is left to read
+        for _ in range(MAX_PAGES):
+            answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
+            own, entries = self.upstream.bundle(answer, self.base)
+            found, others = self.judged(entries, letters)
+            links, room, form = self.links(own, answer), most - len(matches), None
+            whole = whole and len(found) + len(others) == len(entries)
+            matches += found[skip:skip + room]
+            included += others if room else []
+            if len(found) > skip + room:
+                links = {"next": f"{url}#{skip + room},{size}"}
+                break
+            if not (narrowed or counting):
+                break
+            if "next" not in links:
+                links = {}
+                break
+            url, skip = links["next"], 0
+        else:
+            links, whole = {"next": f"{url}#0,{size}"} if narrowed and not counting else {}, False
         path, query = self.request.rest, self.request.query
         if self.request.method == "POST":
             path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
-        pages = keep_pages(self.portal, self.grant_id, path, self.links(own, answer))
         bundle: Json = {"resourceType": "Bundle", **{
-            name: own[name] for name in ("id", "meta", "type", "timestamp", "total") if name in own}}
-        if len(seen) < len(entries) or self.access.narrowed:
-            bundle.pop("total", None)
+            name: own[name] for name in ("id", "meta", "type", "timestamp") if name in own}}
+        if self.access.scope is None and "total" in own:
+            bundle["total"] = own["total"]
+        elif whole and not narrowed and "next" not in links and (counting or own.get("total") == len(matches)):
+            bundle["total"] = len(matches)
         here = f"{self.base}/{path}"
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
-            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in pages.items())]
-        text = json.dumps(bundle)
-        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(seen)}]}}" if seen else text, answer)
+            {"relation": relation, "url": f"{here}?_page={handle}"}
+            for relation, handle in keep_pages(self.portal, self.grant_id, path, links).items())]
+        text, shown = json.dumps(bundle), [] if counting else [*matches, *dict.fromkeys(included)]
+        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
 
 
 # The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
@@ -6102,12 +6186,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 
 # ######################################################################## 16 the FHIR API
-
-REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
-FHIR_TYPE = "application/fhir+json"
-FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
-JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
-
 
 def bearer(portal: Portal, request: Request) -> Row:
     """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
@@ -6135,34 +6213,6 @@ def access_of(portal: Portal, row: Row) -> Access:
         frozenset(json.loads(row["security_labels"])),
         "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
         fhir_version(portal) if "?" in scope else "r4")
-
-
-def too_little_scope(type_name: str, letter: str) -> FhirError:
-    """403 that names the scope it would take (RFC 6750 section 3.1)."""
-    needed = f"patient/{type_name}.{letter}"
-    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
-
-
-def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
-    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
-            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
-
-
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else ["*/*"]
-    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
-    if ("_pretty", "true") in request.pairs():
-        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
-    text = body if isinstance(body, str) else json.dumps(body)
-    # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 def outcome(error: PortalError) -> Json:

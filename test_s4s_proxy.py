@@ -2717,7 +2717,7 @@ class FhirServer:
             return json_answer({"resourceType": "OperationOutcome"}, 404)
         return json_answer(self.bundle(*self.records.values()))
 
-    def bundle(self, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
+    def bundle(self, /, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
         """A searchset of resources."""
         return {"resourceType": "Bundle", "type": "searchset", "total": len(resources),
                 "link": [{"relation": name, "url": url} for name, url in links.items()],
@@ -2760,7 +2760,8 @@ class ForwardingTest(PortalTest):
     def setUpClass(cls) -> None:
         cls.behind = FhirServer()
         cls.addClassCleanup(cls.behind.stop)
-        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5}
+        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5,
+                        "open_fhir": True}
         super().setUpClass()
 
     def setUp(self) -> None:
@@ -2875,6 +2876,16 @@ class OnePatientAndNothingElse(ForwardingTest):
 
     def test_a_search_for_another_patient_by_absolute_reference(self) -> None:
         self.assert_not_forwarded(f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}")
+
+    def test_a_reference_under_another_name_of_the_server_makes_nobody_the_owner(self) -> None:
+        there = "http://other.example/fhir"
+        named = observation("mine", subject={"reference": f"{there}/Patient/{ME}"})
+        self.script("Observation/mine", named)
+        for links in ({}, {"self": f"{there}/Observation"}):
+            self.script("Observation", json.dumps(self.behind.bundle(named, **links)).replace(
+                self.behind.url, there).encode())
+            self.assertEqual(self.ids("Observation"), [])
+            self.assert_refused("Observation/mine")
 
     def test_a_search_for_another_patient_among_several(self) -> None:
         self.assert_not_forwarded(f"Observation?patient={ME},{OTHER}")
@@ -3148,6 +3159,124 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assert_refused("Observation/mine", 502)
 
 
+class WhatIsHiddenIsNotCounted(ForwardingTest):
+    """A token for vital signs alone, before a server that filters and pages well, three to a page: neither a link nor
+    a number nor an empty place tells what else is there."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.found: list[dict[str, Any]] = []
+        patch = mock.patch.object(self.behind, "answer", self.answer)
+        patch.start()
+        self.addCleanup(patch.stop)
+        app = App(self.portal)
+        back = self.portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=["vital-signs"])
+        self.narrow = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        self.behind.seen.clear()
+
+    def answer(self, target: str) -> tuple[int, dict[str, str], bytes]:
+        """Some of `found`, by _offset and _count; with their number."""
+        query = dict(parse_qsl(urlsplit(target).query))
+        offset, count = int(query.get("_offset", 0)), min(3, int(query.get("_count", 3)))
+        end = offset + count
+        links = {"next": f"{self.behind.url}/Observation?_count={count}&_offset={end}"} if end < len(self.found) else {}
+        page = self.behind.bundle(*self.found[offset:end], **links, previous=f"{self.behind.url}/Observation")
+        return json_answer({**page, "total": len(self.found)})
+
+    def fill(self, kinds: str) -> None:
+        """Observations: v may be seen, h not."""
+        self.found = [observation(f"{kind}{number}", category=[{"coding": [
+            {"code": "vital-signs" if kind == "v" else "laboratory"}]}]) for number, kind in enumerate(kinds)]
+
+    def shown(self, path: str, **how: Any) -> dict[str, Any]:
+        """A page for the token, less what is different each time."""
+        page = self.read(path, token=self.narrow, **how)
+        page["link"] = [link["relation"] for link in page["link"]]
+        return page
+
+    def test_what_is_hidden_leaves_no_trace(self) -> None:
+        for seen, with_hidden in (("v", "vh"), ("v", "hhhhhhhhv"), ("v", "hhhhhhvhhhhhhh"), ("", "hhhhhhh"),
+                                  ("vv", "vhhhhvhhh"), ("vvv", "hvhvhvhhhhhh")):
+            for query in ("_count=1", "_count=2", "_count=3", "_count=20", "_summary=count", "_count=0"):
+                for method in ("GET", "POST"):
+                    with self.subTest((seen, with_hidden, query, method)):
+                        how = {"form": {"code": "x"}} if method == "POST" else {}
+                        path = f"Observation{'/_search' * (method == 'POST')}?{query}"
+                        self.fill(seen)
+                        expected = json.dumps(self.shown(path, **how))
+                        self.fill(with_hidden)
+                        got = self.shown(path, **how)
+                        self.assertEqual(re.sub(r"v\d+", "v", json.dumps(got)), re.sub(r"v\d+", "v", expected))
+                        self.assertNotIn("total", got)
+
+    def test_all_that_may_be_seen_comes_once_and_in_full_pages(self) -> None:
+        self.fill("hvvvhhhhhvhvvhvhhhhhvvvvv" * 2)
+        expected = [one["id"] for one in self.found if one["id"][0] == "v"]
+        for size in (1, 2, 3, 4, 7, 100):
+            for how in ({}, {"form": {"_count": str(size)}}):
+                with self.subTest(size):
+                    got: list[list[str]] = []
+                    page = self.read("Observation/_search" if how else f"Observation?_count={size}", token=self.narrow,
+                                     **how)
+                    while True:
+                        got.append([entry["resource"]["id"] for entry in page["entry"]])
+                        links = {link["relation"]: link["url"] for link in page["link"]}
+                        if "next" not in links:
+                            break
+                        page = ask(links["next"], token=self.narrow).json
+                    self.assertEqual([one for part in got for one in part], expected)
+                    self.assertEqual({len(part) for part in got[:-1]} | {size}, {size})
+
+    def test_a_long_stretch_of_nothing_ends_the_page_not_the_search(self) -> None:
+        self.fill("h" * 3 * s4s.MAX_PAGES + "v")
+        page = self.read("Observation", token=self.narrow)
+        self.assertNotIn("entry", page)
+        self.assertEqual(len(self.behind.seen), s4s.MAX_PAGES)
+        page = ask(page["link"][1]["url"], token=self.narrow).json
+        self.assertEqual([entry["resource"]["id"] for entry in page["entry"]], [self.found[-1]["id"]])
+
+    def test_the_servers_total_comes_only_where_it_was_seen_to_be_true(self) -> None:
+        self.fill("vhvhv")
+        self.assertNotIn("total", self.read("Observation"), "there are more pages")
+        self.fill("vh")
+        self.assertEqual(self.read("Observation")["total"], 2)
+        self.found = self.found[:1] * 2
+        self.found[1] = {**self.found[1], "subject": {"reference": f"Patient/{OTHER}"}}
+        self.assertNotIn("total", self.read("Observation?_count=1"), "the other one is somebody else's")
+        self.assertNotIn("total", self.read("Observation"))
+
+    def test_a_number_asked_for_is_counted_here(self) -> None:
+        for query in ("_summary=count", "_count=0"):
+            self.fill("vhvhvhv")
+            page = self.read(f"Observation?{query}")
+            self.assertEqual((page["total"], "entry" in page, len(page["link"])), (7, False, 1))
+            self.found[6]["subject"] = {"reference": f"Patient/{OTHER}"}
+            self.assertNotIn("total", self.read(f"Observation?{query}"))
+            self.fill("v" * (3 * s4s.MAX_PAGES + 1))
+            self.assertNotIn("total", self.read(f"Observation?{query}"), "too many to count")
+
+    def test_what_was_included_comes_with_its_page(self) -> None:
+        self.fill("vh")
+        page = self.behind.bundle(*self.found, {"resourceType": "Practitioner", "id": "dr"}, observation("x", OTHER))
+        for entry in page["entry"][2:]:
+            entry["search"] = {"mode": "include"}
+        with mock.patch.object(self.behind, "answer", lambda target: json_answer(page)):
+            self.assertEqual(self.ids("Observation?_count=1", token=self.narrow), ["v0", "dr"])
+
+    def test_a_count_that_is_none(self) -> None:
+        self.assert_not_forwarded("Observation?_count=-1", 400)
+
+    def test_the_embedded_search_tells_as_little(self) -> None:
+        self.fill("hvhh")
+        with s4s.Server(data=["none"]) as portal:
+            portal.load(self.behind.bundle({"resourceType": "Patient", "id": ME}, *self.found))
+            access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
+            for limit, number in ((1, 1), (2, 1), (0, 0)):
+                query = s4s.parse_query("r4", "Observation", [("_count", str(limit))])
+                page = portal.portal.records.search(query, access)
+                self.assertEqual((len(page.matches), page.next, page.total), (number, "", None))
+
+
 class WhoseItIs(unittest.TestCase):
     """owner() and Access, resource by resource."""
     base = "https://p.example/api/fhir"
@@ -3160,7 +3289,8 @@ class WhoseItIs(unittest.TestCase):
     def test_references_that_do_not_count(self) -> None:
         for subject in ({"reference": "Group/1"}, {"reference": "#p"}, {"identifier": {"value": ME}}, {"display": "me"},
                         {"reference": f"https://elsewhere.example/Patient/{ME}"}, {"reference": f"patient/{ME}"},
-                        {"reference": f"Patient/{ME}/x"}, {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
+                        {"reference": f"Patient/{ME}/x"}, {"reference": f"{self.base}XPatient/{ME}"},
+                        {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
                         f"Patient/{ME}", None, 7):
             with self.subTest(subject):
                 self.assertIsNone(s4s.owner(observation("x", subject=subject), self.base))
@@ -3183,6 +3313,20 @@ class WhoseItIs(unittest.TestCase):
                          observation("x", contained=[observation("y", contained=[observation("z", OTHER)])])):
             with self.subTest(resource["resourceType"]):
                 self.assertIsNone(s4s.owner(resource))
+
+    def test_an_appointment_with_somebody_unknown_is_nobodys_answer(self) -> None:
+        mine, doctor = {"reference": f"Patient/{ME}"}, {"reference": "https://p.example/api/fhir/PractitionerRole/1"}
+        for other in ({"type": "Patient", "identifier": {"value": "1"}}, {"display": "Amy"}, {"reference": "#p"},
+                      {"reference": "https://elsewhere.example/fhir/Patient/9"}, {"reference": "RelatedPerson/1"}, None):
+            with self.subTest(other):
+                self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [
+                    {"actor": mine}, {"actor": doctor}, {"actor": other}]}, self.base))
+        self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [{"actor": mine}, "Amy"]}))
+
+    def test_a_patient_without_an_id_is_not_nobodys(self) -> None:
+        for key in (s4s.NOBODY, "..", "a b", None, 7):
+            with self.subTest(key):
+                self.assertIsNone(s4s.owner({"resourceType": "Patient", "id": key}))
 
     def test_a_device_without_a_patient_is_nobodys(self) -> None:
         self.assertEqual(s4s.owner({"resourceType": "Device"}), s4s.NOBODY)
@@ -3291,9 +3435,20 @@ class NoAddressGetsOut(ForwardingTest):
         self.assertNotIn("/api/fhir", body)
 
     def test_another_name_that_the_server_goes_by(self) -> None:
-        bundle = json.dumps(self.behind.bundle(observation("mine", note="http://hidden.example/r4/Patient/1")))
-        self.script("Observation", bundle.replace(self.behind.url, "http://hidden.example/r4").encode())
+        there = "http://hidden.example/r4"
+        bundle = json.dumps(self.behind.bundle(observation("mine", note=f"{there}/Patient/1"), self=f"{there}/Observation"))
+        self.script("Observation", bundle.replace(self.behind.url, there).encode())
         self.assertIn(f'"{self.portal.fhir_url}/Patient/1"', self.clean("Observation"))
+        self.script("Observation/mine", observation("mine", note=f"{there}/Patient/1"))
+        self.assertEqual(json.loads(self.clean("Observation/mine"))["note"], f"{self.portal.fhir_url}/Patient/1")
+        self.portal.reset()
+        self.assertEqual(self.portal.portal.upstream.names, [])  # type: ignore[union-attr]
+
+    def test_no_resource_teaches_another_name(self) -> None:
+        told = json.dumps(self.behind.bundle(observation("mine", note="http://loinc.org/1"))).replace(
+            self.behind.url, "http://loinc.org")
+        self.script("Observation", told.encode())
+        self.assertEqual(self.read("Observation")["entry"][0]["resource"]["note"], "http://loinc.org/1")
 
     def test_a_reference_by_its_address_is_mine(self) -> None:
         self.script("Observation/mine", observation("mine", subject={"reference": f"{self.behind.url}/Patient/{ME}"}))
@@ -3342,6 +3497,7 @@ class Paging(ForwardingTest):
 
     def test_through_my_compartment_everything_of_mine_and_a_posted_search(self) -> None:
         self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.assertEqual(self.ids(self.next_link(f"Patient/{ME}/Observation?_count=1")), ["o1"])
         self.behind.script[f"Patient/{ME}/$everything"] = self.behind.script["Observation"]
         self.behind.script["Observation/_search"] = self.behind.script["Observation"]
         for path, how in ((f"Patient/{ME}/Observation", {}), (f"Patient/{ME}/$everything", {}),
@@ -3395,7 +3551,8 @@ class Paging(ForwardingTest):
 
     def test_a_link_that_leads_elsewhere(self) -> None:
         for link in ("https://hidden.example/other?page=2", "/fhir/../admin", "/fhir/%2e%2e/admin",
-                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x"):
+                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x",
+                     "/fhir?x=\ud800", "/fhir/\ud800"):
             with self.subTest(link):
                 self.pages(link)
                 self.assert_refused("Observation", 502)
@@ -3513,7 +3670,7 @@ class Faults(ForwardingTest):
     def test_unreachable_is_502(self) -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}") as portal:
+            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}", open_fhir=True) as portal:
                 got = ask(portal.open_fhir_url + "/Patient/1")
                 self.assertEqual(got.status, 502)
                 self.assertNotIn(str(unused.getsockname()[1]), got.text)
@@ -3523,9 +3680,16 @@ class Faults(ForwardingTest):
             with self.subTest(drip), socket.create_server(("127.0.0.1", 0)) as slow:
                 self.assertEqual(self.status_while_dripping(slow, drip), 504)
 
-    def status_while_dripping(self, slow: socket.socket, drip: bytes) -> int:
+    def test_floods_end(self) -> None:
+        for flood, status in ((b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, 502),
+                              (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1000, 504)):
+            with self.subTest(status), socket.create_server(("127.0.0.1", 0)) as quick:
+                self.assertEqual(self.status_while_dripping(quick, flood, b"1\r\n \r\n" * 5000, 0), status)
+
+    def status_while_dripping(self, slow: socket.socket, drip: bytes, then: bytes = b"x", wait: float = 0.02) -> int:
         """What the portal answers in front of a server that sends `drip`, then a byte every now and then."""
-        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1))
+        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1,
+                                         open_fhir=True))
         self.addCleanup(portal.close)
         request = s4s.Request("GET", "/api/open-fhir/Patient/1", {"host": "127.0.0.1"})
         answers: list[s4s.Response] = []
@@ -3535,8 +3699,8 @@ class Faults(ForwardingTest):
             connection.sendall(drip)
             while asking.is_alive():
                 with contextlib.suppress(OSError):
-                    connection.sendall(b"x" if drip else b"")
-                asking.join(0.02)
+                    connection.sendall(then if drip else b"")
+                asking.join(wait)
         return answers[0].status
 
     def test_redirects_stay_within_the_fhir_server(self) -> None:
@@ -3642,7 +3806,7 @@ class WhatIsBehind(ForwardingTest):
     def portal_with(self, statement: dict[str, Any]) -> s4s.Portal:
         """A portal of its own, that has not asked yet."""
         self.script("metadata", statement)
-        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url))
+        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url, open_fhir=True))
         self.addCleanup(portal.close)
         return portal
 
@@ -3703,6 +3867,10 @@ class WhatIsBehind(ForwardingTest):
     def test_a_patient_is_there_or_not(self) -> None:
         self.assertEqual(s4s.upstream_patient(self.portal.portal, ME), ME)
         self.assertIsNone(s4s.upstream_patient(self.portal.portal, "../x"))
+
+    def test_open_access_to_it_is_off_unless_told(self) -> None:
+        for told, expected in ((None, False), (False, False), (True, True)):
+            self.assertIs(s4s.Settings(fhir_server=self.behind.url, open_fhir=told).serves_open_fhir, expected)
 
     def test_settings_that_cannot_be(self) -> None:
         wrong: dict[str, tuple[Any, ...]] = {
