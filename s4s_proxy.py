@@ -602,12 +602,6 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     return " ".join(granted)
 
 
-def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
-    """Whether a granted scope string lets `letter` (r or s) be done to a type, in a context."""
-    return any(one.context == context and one.type in ("*", type_name) and letter in one.letters
-               for one in resource_scopes(scope))
-
-
 def needs_patient(scope: str) -> bool:
     """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
     return (any(one.context == "patient" for one in resource_scopes(scope))
@@ -615,15 +609,13 @@ def needs_patient(scope: str) -> bool:
 
 
 def describe_scope(word: str) -> str:
-    """A scope in words for the person who is asked to approve it."""
+    """A scope in words for the person who is asked to approve it, without its ?param=value."""
     parsed = parse_scope(word)
     if not parsed:
         return PLAIN_SCOPES.get(word, word)
     verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
     what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
-    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
-    owner = "the record" if parsed.context == "patient" else "every record you may open"
-    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
+    return f"{' and '.join(verbs)} {what} in {'the record' if parsed.context == 'patient' else 'every record you may open'}"
 
 
 # ######################################################################## 5 state
@@ -3057,8 +3049,9 @@ def client_metadata(metadata: Json) -> Json:
     if "jwks" in kept:
         try:
             for key in key_set(kept["jwks"]):
-                if key.get("kty") == "RSA" or key.get("crv") == "P-384":
-                    verify(key, "RS384" if key["kty"] == "RSA" else "ES384", b"", b"")
+                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
+                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
+                        verify(key, algorithm, b"", b"")
         except ValueError as error:
             raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
@@ -3100,17 +3093,18 @@ def seeds(settings: Settings) -> Seeds:
                             "token_endpoint_auth_method": "none"})
     found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
     for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
         if not match:
-            raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
         try:
             client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
         except PortalError as error:
-            raise StartError(f"--client {text}: {error.description}")
+            raise StartError(f"{option}: {error.description}")
         earlier = found.clients.get(client.client_id)
         if earlier:
             if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"--client {text}: {client.client_id} was given with another secret before")
+                raise StartError(f"{option}: it was given with another secret before")
             client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
                 *earlier.metadata["redirect_uris"], match[3]]})
         found.clients[client.client_id] = client
@@ -3479,14 +3473,18 @@ class Request:
         return next((value for found, _, value in pairs if found == name), "")
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
+def _finite(text: str) -> float:
+    """A number of JSON that is none of NaN, Infinity and 1e400, which Python would read as Infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not JSON, or is too large a number")
+    return number
 
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
         json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
     except RecursionError:
         raise PortalError("invalid_request", "the JSON nests too deep")
@@ -4300,10 +4298,29 @@ def check_pkce(asked: Authorization) -> None:
     asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
+def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, and each ?param=value is a search parameter of the records' version, with a value it takes.
+
+    Any other would find nothing, and would put words of the app's choice before the person who decides.
+    """
+    scope = negotiate_scope(asked, registered, contexts)
+    for one in resource_scopes(scope):
+        for name, value in one.constraints:
+            version = fhir_version(portal)
+            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
+                with contextlib.suppress(FhirError):
+                    parse_constraint(version, type_name, name, value)
+                    break
+            else:
+                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
+                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
+    return scope
+
+
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
     wanted = asked.fields.need("scope")
-    asked.scope = negotiate_scope(wanted, asked.client.scope)
+    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
     if not asked.client.may_use("refresh_token"):
         asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
     if not asked.scope:
@@ -4587,11 +4604,13 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
         if name in client.metadata]
     return tag("div", facts(
         ("App", [tag("strong", client.name), links]),
+        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
         ("Whose data", whose),
         ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
         ("Decided by", user["name"])),
-        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
-            class_="quiet"))
+        client.registered_itself and tag(
+            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
+            "Approve only if you have just come from that app.", class_="quiet"))
 
 
 def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
@@ -4600,7 +4619,12 @@ def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
         parsed = parse_scope(word)
         kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
         plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
-        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+        # The app wrote the values. Quoted, they can't read as the portal's own words.
+        limits = [[" and " if number else ", but only where ", name, " is ", [
+            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
+            for place, one in enumerate(_COMMA.split(value))]]
+                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
                    tag("small", tag("code", word)))
     parsed = resource_scopes(scope)
     warnings = [text for text, holds in (
@@ -5062,7 +5086,7 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
         raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
                           "scopes are for clients of --fixtures only")
     wanted = form.need("scope")
-    scope = negotiate_scope(wanted, client.scope, ("system",))
+    scope = served_scope(portal, wanted, client.scope, ("system",))
     if not scope:
         raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
                           f"within {client.scope!r}")
@@ -5427,7 +5451,7 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+_decode = json.JSONDecoder(parse_constant=_finite).raw_decode
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:
@@ -6848,7 +6872,7 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     """
     client, user = known_client(portal, client_id), known_user(portal, username)
     asked = client.scope if scope is None else need_text("scope", scope)
-    granted = negotiate_scope(asked, asked)
+    granted = served_scope(portal, asked, asked)
     if not granted:
         raise PortalError("invalid_scope", f"scope: nothing of {asked!r} can be granted")
     now = portal.clock.now()

@@ -847,7 +847,7 @@ class ConsentPage(PortalTest):
 
     def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
         main = self.consent("launch/patient patient/Observation.rs?category=laboratory").texts["main"][0]
-        self.assertIn("but only where category is laboratory", main)
+        self.assertIn('but only where category is "laboratory"', main)
         main = self.consent("launch/patient patient/Condition.rs").texts["main"][0]
         self.assertIn(": problems and diagnoses", main)
 
@@ -3467,8 +3467,7 @@ class ScopeWords(unittest.TestCase):
 
     def test_scopes_in_words(self) -> None:
         for word, needles in (("patient/*.rs", ("everything", "may be later")), ("patient/Condition.r", ("open Condition",)),
-                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",)),
-                              ("patient/Observation.rs?category=a,b", ("only where category is a or b",))):
+                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",))):
             for needle in needles:
                 self.assertIn(needle, s4s.describe_scope(word))
 
@@ -4550,6 +4549,84 @@ class Exposed(unittest.TestCase):
 
     def test_without_a_stranger_the_reason_is_told(self) -> None:
         self.assertIn("no address takes a connection", self.fetch("http://127.0.0.1:1/", False))
+
+
+class WhoAsks(PortalTest):
+    """What a stranger's app can put before the person who decides, and before the log."""
+
+    def consent(self, app: App) -> Page:
+        browser = Browser(self.portal)
+        browser.open(app.authorize_url())
+        browser.sign_in()
+        return Page(browser.submit(DANIEL).text)
+
+    def test_the_values_of_a_scope_stand_in_quotes(self) -> None:
+        page = self.consent(App(self.portal, "launch/patient patient/Observation.rs?code=it%20is%20yours,http://x%7C1&status=final"))
+        main = page.texts["main"][0]
+        self.assertIn('but only where code is "it is yours" or "http://x|1" and status is "final"', main)
+        self.assertLessEqual({'"it is yours"', '"http://x|1"', '"final"'}, set(page.texts["code"]))
+
+    def test_a_constraint_that_no_search_takes_is_refused_by_name(self) -> None:
+        for word, fine in (("patient/Observation.rs?_tag=x", False), ("patient/Observation.rs?birthdate=2000", False),
+                           ("patient/Observation.rs?date=soon", False), ("patient/Nonsense.rs?code=x", False),
+                           ("patient/*.rs?nonsense=x", False), ("patient/*.rs?birthdate=2000", True),
+                           ("patient/Observation.rs?date=ge2000", True), ("user/Patient.rs?birthdate=x", False)):
+            with self.subTest(word=word):
+                app = App(self.portal, "launch/patient patient/*.rs user/*.rs")
+                got = ask(app.authorize_url(scope="launch/patient " + word))
+                self.assertEqual("error" in got.location, not fine)
+                if not fine:
+                    self.assertEqual(got.location["error"], "invalid_scope")
+                    self.assertIn(word, got.location["error_description"])
+                self.assertEqual(self.post("/oauth/debug/token", {
+                    "client_id": app.client_id, "username": "daniel-adams", "scope": word}).status, 200 if fine else 400)
+        service = KeyedApp(self.portal)
+        self.assertEqual(service.token(scope="system/Patient.rs?code=x").json["error"], "invalid_scope")
+
+    def test_the_consent_page_shows_the_id_and_who_registered_it(self) -> None:
+        app = App(self.portal, client_name="The hospital itself")
+        page = self.consent(app)
+        main = page.texts["main"][0]
+        self.assertIn(app.client_id, page.texts["code"])
+        for words in ("registered itself", "Approve only if you have just come from that app", "https://app.example"):
+            self.assertIn(words, main)
+        app.client_id, app.redirect_uri = "test-suite", "http://tests.dev.syncfor.science:9003/authorized/"
+        main = self.consent(app).texts["main"][0]
+        self.assertIn("http://tests.dev.syncfor.science:9003", main)
+        self.assertNotIn("registered itself", main)
+
+    def test_a_bad_client_option_is_named_without_its_secret(self) -> None:
+        for text in ("app:hunter2=not a url", "app:hunter2", "app:hunter2=javascript:x", "app:hunter2=x=y", "app=hunter2",
+                     "test-suite:hunter2=https://x.example/"):
+            with self.subTest(text=text), self.assertRaises(s4s.StartError) as caught:
+                s4s.seeds(s4s.Settings(client=[text]))
+            self.assertIn(f"--client {text.replace(':', '=').partition('=')[0]}: ", str(caught.exception))
+            self.assertNotIn("hunter2", str(caught.exception))
+
+    def test_a_secret_may_hold_an_equals_sign(self) -> None:
+        client = s4s.seeds(s4s.Settings(client=["app:a=b==https://x.example/?c=d"])).clients["app"]
+        self.assertEqual((client.secret_hash, client.metadata["redirect_uris"]),
+                         (s4s.hash_secret("a=b="), ["https://x.example/?c=d"]))
+
+
+class Registered(PortalTest):
+    """Client metadata that can't be, and what is told of the rest (RFC 7591)."""
+
+    def register(self, **members: Any) -> Answer:
+        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
+
+    def test_a_key_without_a_type_or_of_another_kind_is_let_be(self) -> None:
+        for key in ({"crv": "P-384", "kid": "x"}, {"kty": ["RSA"]}, {"kty": "OKP", "crv": "Ed25519", "x": "AA"},
+                    {"kty": "EC", "crv": "P-256"}):
+            self.assertEqual(self.register(jwks={"keys": [key]}).status, 201, key)
+        for key in ({"kty": "EC", "crv": "P-384"}, {"kty": "RSA"}):
+            self.assertEqual(self.register(jwks={"keys": [key]}).json["error"], "invalid_client_metadata", key)
+
+    def test_a_number_that_would_become_infinity_is_refused(self) -> None:
+        for number in (b"1e400", b"-1e400", b"NaN", b"Infinity", b"1" + b"0" * 400 + b".5"):
+            got = ask(self.portal.url + "/oauth/register", headers={"Content-Type": "application/json"},
+                      body=b'{"redirect_uris": ["https://app.example/cb"], "x": [' + number + b"]}")
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), number)
 
 
 if __name__ == "__main__":
