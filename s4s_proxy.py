@@ -224,6 +224,16 @@ class PortalError(Exception):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
 
+    @property
+    def error_description(self) -> str:
+        """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
+        return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
+
+
+def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
+    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
+    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
+
 
 class PageError(PortalError):
     """An error that a person at a browser sees, as a page. Nothing is sent to the app."""
@@ -3344,7 +3354,7 @@ class Portal:
         if fault.status:
             headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
             if fault.status == 401:
-                headers.append(("WWW-Authenticate", f'Bearer realm="s4s", error="{fault.error or "invalid_token"}"'))
+                headers.append(challenge(error=fault.error or "invalid_token"))
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
@@ -3737,7 +3747,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
         "token_endpoint_auth_methods_supported": list(methods),
         "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "introspection_endpoint_auth_methods_supported": list(methods),
+        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
+        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
         "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
         "revocation_endpoint_auth_methods_supported": list(methods),
         "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
@@ -3844,7 +3855,7 @@ def register(portal: Portal, request: Request) -> Response:
 
 def invalid_client(description: str) -> PortalError:
     """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
-    return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
+    return PortalError("invalid_client", description, 401, [challenge("Basic")])
 
 
 def basic_credentials(request: Request) -> tuple[str, str] | None:
@@ -3932,8 +3943,10 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
     need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
     need(isinstance(header.get("kid"), str), "the header has no kid")
     need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
+         "section 4.1.11)")
     try:
-        key = assertion_key(portal, client, header["kid"], KEY_TYPES[str(algorithm)])
+        key = assertion_key(portal, client, header["kid"], str(algorithm))
         need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
     except (ValueError, RecursionError) as error:
         raise invalid_client(f"client_assertion: {error}")
@@ -3966,15 +3979,18 @@ def is_moment(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
-def assertion_key(portal: Portal, client: Client, kid: str, key_type: str) -> Json:
-    """The one key of a client with this name and type; ValueError if there is none, or no way to get it."""
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
+    is none, or no way to get it."""
     for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
         keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == key_type]
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
         if found or "jwks" in client.metadata:
             break
     if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r} and kty {key_type}; expected one")
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
+                         f"say so, use sig and alg {algorithm}; expected one")
     return found[0]
 
 
@@ -4401,11 +4417,9 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PageError:
         raise
     except PortalError as error:
-        # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
-        description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-                                               error=error.error, error_description=description))
+                                               error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
                "signed_in_since": asked.signed_in_since,
@@ -5067,7 +5081,9 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
 
     def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
+        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
+        if not scope:
+            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
         return issue_access(database, row, scope, now, issue_refresh(database, row, now))
     answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
     request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
@@ -5134,28 +5150,45 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
-def bearer_token(portal: Portal, request: Request) -> Row | None:
-    """The access token of a request's Authorization header (RFC 6750 section 2.1), if it is good."""
+def bearer_value(request: Request) -> str | None:
+    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    return row if row and row["kind"] == "access" and is_active(portal, row) else None
+    return value.strip() if scheme.lower() == "bearer" else None
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
+    one: an error code is for those who tried (RFC 6750 section 3.1)."""
+    value = bearer_value(request)
+    if value is None:
+        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
+    row = known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
+    request.client_id, request.username = row["client_id"], row["username"]
+    return row
 
 
 @route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
     """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
-    the bearer of a token of the same authorization."""
+    the bearer of a token of the same authorization.
+
+    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
+    """
     form = Fields(request.form())
-    row = known_token(portal, form.need("token"))
-    if request.headers.get("authorization", "").lower().startswith("bearer "):
-        asker = bearer_token(portal, request)
-        if not asker or not (asker["username"] is None or (row and row["grant_id"] == asker["grant_id"])):
-            raise invalid_client("expected a bearer token that is valid, and is for system/ scopes or of the "
-                                 "authorization asked about")
-    else:
-        client = authenticate_client(portal, request, form)
-        if client.auth_method == "none" and row and row["client_id"] != client.client_id:
-            row = None  # anybody can say a public client's name; it learns of its own tokens only
+    row, expected = known_token(portal, form.need("token")), (
+        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
+    if bearer_value(request) is not None:
+        try:
+            asker = bearer(portal, request)
+        except PortalError as error:
+            raise PortalError("invalid_client", expected, 401, error.headers)
+        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
+            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
+    elif authenticate_client(portal, request, form).auth_method == "none":
+        raise invalid_client(f"a public client proves nothing by its id: {expected}")
     if not row or not is_active(portal, row):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
     answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
@@ -5169,7 +5202,10 @@ def introspect(portal: Portal, request: Request) -> Response:
 
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009)."""
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
+
+    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
+    """
     form = Fields(request.form())
     value = form.need("token")
     client = authenticate_client(portal, request, form)
@@ -5194,9 +5230,14 @@ def claims_of(portal: Portal, row: Row) -> Json:
         return {}
     claims = {"sub": row["username"]}
     who = portal.fhir_user(row["username"], row["patient_id"])
-    if who and not {"fhirUser", "profile"}.isdisjoint(words):
+    if who and may_know_who(row):
         claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
     return claims
+
+
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
 
 
 def signing_key(portal: Portal) -> RsaKey:
@@ -5235,17 +5276,13 @@ def jwks(portal: Portal, request: Request) -> Response:
 
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
-    """Who the user of an access token is: what the id_token says, and the name."""
-    row, realm = bearer_token(portal, request), 'Bearer realm="s4s"'
-    if not row:
-        given = ', error="invalid_token"' if "authorization" in request.headers else ""  # RFC 6750 section 3.1
-        raise PortalError("invalid_token", "expected Authorization: Bearer and an access token that is valid", 401,
-                          [("WWW-Authenticate", realm + given)])
+    """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
+    row = bearer(portal, request)
     user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
     if not user or not claims:
         raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
-                          [("WWW-Authenticate", f'{realm}, error="insufficient_scope", scope="openid"')])
-    return json_response({**claims, "name": user["name"]})
+                          [challenge(error="insufficient_scope", scope="openid")])
+    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
 
 
 # ######################################################################## 15 forwarding
@@ -6059,24 +6096,9 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 # ######################################################################## 16 the FHIR API
 
-REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
 FHIR_TYPE = "application/fhir+json"
 FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
 JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
-
-
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if not scheme:
-        raise FhirError("login", "no access token: send Authorization: Bearer ...", 401, [REALM])
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = "has expired" if row and row["live"] else "is not a valid one"
-        raise FhirError("login", f"the access token {why}", 401, [(
-            REALM[0], f'{REALM[1]}, error="invalid_token", error_description="the access token {why}"')])
-    request.client_id, request.username = row["client_id"], row["username"]
-    return row
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -6095,7 +6117,7 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
     """403 that names the scope it would take (RFC 6750 section 3.1)."""
     needed = f"patient/{type_name}.{letter}"
     return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
+                     [challenge(error="insufficient_scope", scope=needed)])
 
 
 def accepted_types(request: Request) -> list[str]:
@@ -6121,7 +6143,7 @@ def fhir_response(request: Request, body: Json | str, status: int = 200, headers
 
 def outcome(error: PortalError) -> Json:
     """An error as FHIR says it."""
-    code = error.error if isinstance(error, FhirError) else "invalid"
+    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
     return {"resourceType": "OperationOutcome", "issue": [
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
@@ -7139,7 +7161,7 @@ def error_response(portal: Portal, kind: str, error: PortalError, request: Reque
         response = Response(error.status, json.dumps(outcome(error)).encode(),
                             FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
     else:
-        response = json_response({"error": error.error, "error_description": error.description}, error.status)
+        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
     response.headers += error.headers
     return response
 

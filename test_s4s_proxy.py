@@ -4629,6 +4629,78 @@ class Registered(PortalTest):
             self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), number)
 
 
+class ByTheLetter(PortalTest):
+    """What the texts say of tokens and of who asks."""
+
+    def introspect(self, about: str, **how: Any) -> Answer:
+        form = {"token": about, **how.pop("form", {})}
+        return ask(self.portal.url + "/oauth/introspect", form=form, **how)
+
+    def test_a_refresh_of_which_nothing_can_be_granted_is_refused_and_consumes_nothing(self) -> None:
+        app = App(self.portal)
+        value = app.tokens()["refresh_token"]
+        for scope in ("patient/Observation.c", "patient/Observation.write"):
+            got = app.refresh(value, scope=scope)
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_scope"))
+        self.assertEqual(app.refresh(value, scope="patient/Observation.crs").json["scope"], "patient/Observation.rs")
+
+    def test_an_error_description_holds_no_quotes_backslashes_or_other_alphabets(self) -> None:
+        for got in (self.post("/oauth/register", {"redirect_uris": ['\u00e9"\\']}),
+                    self.post("/oauth/debug/token", {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}),
+                    ask(self.portal.url + "/oauth/token", form={"grant_type": '"\\\u00e9'})):
+            self.assertEqual(got.status, 400)
+            self.assertRegex(got.json["error_description"], r"^[ !#-\[\]-~]+$")
+        self.assertIn("got ['", self.post("/oauth/register", {"redirect_uris": ["x"]}).json["error_description"])
+
+    def test_a_bad_bearer_token_at_introspection_is_told_to_bring_a_better_one(self) -> None:
+        value = self.portal.issue_token()["access_token"]
+        for token in ("nonsense", self.portal.issue_token(access_lifetime=0)["access_token"],
+                      self.portal.issue_token()["access_token"]):
+            got = self.introspect(value, token=token)
+            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+            self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s", error="invalid_token"')
+        self.assertEqual(self.introspect(value, basic=("test-suite", "x")).headers["www-authenticate"], 'Basic realm="s4s"')
+
+    def test_another_scheme_gets_no_error_code_and_a_bad_token_does(self) -> None:
+        for path in (f"/api/fhir/Patient/{DANIEL}", "/oauth/userinfo", "/api/me"):
+            for header, pattern in (("", '^Bearer realm="s4s"$'), ("Basic YTpi", '^Bearer realm="s4s"$'),
+                                    ("Bearer", 'error="invalid_token"'), ("bearer x", 'error="invalid_token"')):
+                with self.subTest(path=path, header=header):
+                    got = ask(self.portal.url + path, headers={"Authorization": header} if header else {})
+                    self.assertEqual(got.status, 401)
+                    self.assertRegex(got.headers["www-authenticate"], pattern)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}").json["issue"][0]["code"], "login")
+
+    def test_an_assertion_whose_header_is_critical_is_refused(self) -> None:
+        app = KeyedApp(self.portal)
+        for crit in (["b64"], [], ["exp"]):
+            self.assertEqual(app.token(app.assertion(header={"crit": crit, "b64": True})).json["error"], "invalid_client")
+
+    def test_a_key_for_something_else_proves_nothing(self) -> None:
+        for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401), ({"use": "sig", "alg": "RS384"}, 200)):
+            with self.subTest(members=members):
+                app = KeyedApp(self.portal, jwks={"keys": [{**RSA_JWK, **members}]})
+                self.assertEqual(app.token().status, status)
+
+    def test_the_name_is_told_to_who_may_know_the_user(self) -> None:
+        for scope, told in (("openid patient/*.rs", False), ("openid profile", True), ("openid fhirUser", True)):
+            with self.subTest(scope=scope):
+                token = self.portal.issue_token(scope=scope)["access_token"]
+                self.assertEqual("name" in ask(self.portal.url + "/oauth/userinfo", token=token).json, told)
+
+    def test_a_public_client_introspects_with_a_token_of_the_authorization(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="none")
+        given, other = app.tokens(), app.tokens()
+        got = self.introspect(given["access_token"], form={"client_id": app.client_id})
+        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.assertTrue(self.introspect(given["refresh_token"], token=given["access_token"]).json["active"])
+        self.assertEqual(self.introspect(given["refresh_token"], token=other["access_token"]).status, 401)
+        methods = ask(self.portal.url + "/.well-known/oauth-authorization-server").json[
+            "introspection_endpoint_auth_methods_supported"]
+        self.assertNotIn("none", methods)
+        self.assertIn("Bearer", methods)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--benchmark"]:
         benchmark()
