@@ -2996,9 +2996,14 @@ def is_web_url(uri: Any) -> bool:
         return False
 
 
-# Schemes that browsers act on by themselves. A redirect to javascript: would run in this server's name.
-BROWSER_SCHEMES = ("http", "https", "javascript", "data", "vbscript", "file", "blob", "about", "view-source",
-                   "filesystem", "mailto", "tel", "ws", "wss", "ftp")
+# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
+# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
+# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = re.compile(
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
+    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
+    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
+    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
 
 
 def is_redirect_uri(uri: Any) -> bool:
@@ -3007,17 +3012,23 @@ def is_redirect_uri(uri: Any) -> bool:
     if not isinstance(uri, str) or "#" in uri:
         return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and private[1].lower() not in BROWSER_SCHEMES)
+    return is_web_url(uri) or bool(private and not ACTED_UPON.fullmatch(private[1].lower()))
+
+
+def without_loopback_port(uri: str) -> str:
+    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
+    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
 
 
 # What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
-# security_labels our own). What is not named here is kept, and given back as it came.
+# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
+# would take it for a promise.
 METADATA_STRINGS = frozenset((
     "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
-    "software_version", "software_statement", "application_type", "subject_type", "id_token_signed_response_alg"))
-METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri", "initiate_login_uri"))
+    "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
 METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
-                            "security_labels", "post_logout_redirect_uris", "default_acr_values", "request_uris"))
+                            "security_labels"))
 METADATA_CHOICES: dict[str, Sequence[str]] = {
     "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
     "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
@@ -3032,8 +3043,11 @@ def client_metadata(metadata: Json) -> Json:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
         return PortalError(error, f"{name}: expected {expected}, got "
                            f"{json.dumps(metadata.get(name), default=str)[:200]}")
+    registered: Json = {}
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
+            registered[name] = value
         if member in METADATA_STRINGS and not isinstance(value, str):
             raise refuse(name, "a string")
         if member in METADATA_LISTS and not (isinstance(value, list)
@@ -3045,9 +3059,10 @@ def client_metadata(metadata: Json) -> Json:
         if known and not set([value] if isinstance(value, str) else value) <= set(known):
             raise refuse(name, f"only {', '.join(known)}")
     kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
-            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **metadata}
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
     asks_users = "authorization_code" in kept["grant_types"]
-    kept.setdefault("response_types", ["code"] if asks_users else [])
+    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
+        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
     if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
         raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
     if not all(map(is_web_url, kept.get("launch_uris", []))):
@@ -3835,8 +3850,6 @@ def register_client(portal: Portal, metadata: Json) -> Json:
     """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
     kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
     kept["client_name"] = kept.get("client_name") or client_id
-    for name in ("client_id", "client_id_issued_at", "client_secret", "client_secret_expires_at"):
-        kept.pop(name, None)  # ours to say
     secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
     with portal.state.transaction() as database:
         database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
@@ -4181,7 +4194,10 @@ def login(portal: Portal, request: Request) -> Response:
     """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
     if request.method != "POST":
         fields = Fields(request.pairs())
-        return sign_in_page(portal, request, fields.get("username", "daniel-adams"), "", local_path(fields.get("next")))
+        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
+        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid")
+        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
+                            local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
     user = portal.user(username)
@@ -4236,10 +4252,15 @@ def check_client(asked: Authorization) -> None:
 
 
 def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+
+    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
+    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
+    """
     uri = asked.fields.need("redirect_uri")
     registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
-    if uri not in registered:
+    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
+    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
                           f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri

@@ -3671,7 +3671,7 @@ class ClientMetadata(PortalTest):
         sent = {"client_name": "App", "client_name#fr": "Appli", "client_uri": "https://app.example/#about",
                 "contacts": ["a@app.example"], "software_id": "x", "software_version": "1", "jwks": {"keys": [RSA_JWK]},
                 "token_endpoint_auth_method": "private_key_jwt", "token_endpoint_auth_signing_alg": "RS384",
-                "application_type": "web", "launch_uris": ["https://app.example/launch"], "of_our_own": {"a": [1]},
+                "application_type": "web", "launch_uris": ["https://app.example/launch"],
                 "grant_types": ["authorization_code", "client_credentials"], "response_types": ["code"]}
         got = self.register(**sent)
         self.assertEqual(got.status, 201)
@@ -4471,6 +4471,14 @@ class Cookies(PortalTest):
             ask(self.portal.url + "/login")
         self.assertIn("line break", log.call_args[0][0])
 
+    def test_the_name_filled_in_is_one_that_can_sign_in(self) -> None:
+        for settings, username in (({}, "daniel-adams"), ({"data": "none"}, "clinician")):
+            with s4s.Server(**settings) as portal:
+                browser = Browser(portal)
+                browser.open(portal.url + "/login")
+                self.assertIn(("username", username), Form(browser.page.text).fields)
+                self.assertIn("Sign out", browser.submit("sign-in").text)
+
     def test_a_form_that_stood_on_another_site_is_refused(self) -> None:
         for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403), ("same-site", 403)):
             with self.subTest(site=site):
@@ -4622,6 +4630,53 @@ class Registered(PortalTest):
         for key in ({"kty": "EC", "crv": "P-384"}, {"kty": "RSA"}):
             self.assertEqual(self.register(jwks={"keys": [key]}).json["error"], "invalid_client_metadata", key)
 
+    def test_what_is_not_registered_is_not_given_back(self) -> None:
+        sent = {"registration_client_uri": "https://x.example/", "registration_access_token": "x", "request_uris": ["https://x/"],
+                "id_token_encrypted_response_alg": "RSA-OAEP", "default_max_age": 5, "of_our_own": 1, "client_id": "mine"}
+        got = self.register(**sent, **{"client_name#fr": "Appli"}).json
+        self.assertEqual({name for name in sent if name in got and got[name] == sent[name]}, set())
+        self.assertEqual(got["client_name#fr"], "Appli")
+        client = self.portal.portal.client(got["client_id"])
+        assert client
+        self.assertEqual(sent.keys() & client.metadata.keys(), set())
+
+    def test_the_code_and_its_grant_type_come_together(self) -> None:
+        for members in ({"response_types": []}, {"grant_types": ["client_credentials"], "response_types": ["code"]},
+                        {"grant_types": ["authorization_code"], "response_types": []}):
+            got = self.register(**members)
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+            self.assertIn("response_types", got.json["error_description"])
+        self.assertEqual(self.register(response_types=["code"]).status, 201)
+
+    def test_a_scheme_without_a_period_is_taken_unless_something_else_acts_on_it(self) -> None:
+        for uri, fine in (("myapp:/cb", True), ("com.example.app:/cb", True), ("smart-app://cb", True), ("sms:1", False),
+                          ("ms-msdt:/id", False), ("search-ms:query", False), ("MS-Settings:x", False), ("intent:x", False),
+                          ("JavaScript:alert(1)", False), ("chrome-extension://x/", False), ("vscode://x", False)):
+            with self.subTest(uri=uri):
+                self.assertEqual(s4s.is_redirect_uri(uri), fine)
+
+    def test_a_native_app_may_listen_on_any_port_of_loopback(self) -> None:
+        for method, registered, asked, fine in (
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb", True),
+                ("none", "http://127.0.0.1:8000/cb", "http://127.0.0.1:51004/cb", True),
+                ("none", "http://[::1]/cb", "http://[::1]:51004/cb", True),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb/", False),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:99999/cb", False),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:1@else.example/cb", False),
+                ("none", "http://127.0.0.1/cb", "http://[::1]/cb", False),
+                ("none", "http://localhost/cb", "http://localhost:51004/cb", False),
+                ("none", "http://else.example/cb", "http://else.example:51004/cb", False),
+                ("client_secret_basic", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb", False)):
+            with self.subTest(method=method, asked=asked):
+                app = App(self.portal)
+                app.client_id = self.portal.register_client(
+                    redirect_uris=[registered], token_endpoint_auth_method=method)["client_id"]
+                got = ask(app.authorize_url(redirect_uri=asked))
+                self.assertEqual(got.status, 303 if fine else 400)
+                if fine:
+                    app.redirect_uri, app.secret = asked, ""
+                    self.assertEqual(app.tokens()["patient"], DANIEL)
+
     def test_a_number_that_would_become_infinity_is_refused(self) -> None:
         for number in (b"1e400", b"-1e400", b"NaN", b"Infinity", b"1" + b"0" * 400 + b".5"):
             got = ask(self.portal.url + "/oauth/register", headers={"Content-Type": "application/json"},
@@ -4687,6 +4742,13 @@ class ByTheLetter(PortalTest):
             with self.subTest(scope=scope):
                 token = self.portal.issue_token(scope=scope)["access_token"]
                 self.assertEqual("name" in ask(self.portal.url + "/oauth/userinfo", token=token).json, told)
+
+    def test_revoking_anothers_token_is_answered_as_an_unknown_one(self) -> None:
+        value = self.portal.issue_token()["access_token"]
+        for token in (value, "nonsense"):
+            got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=("api-test", "api-secret"))
+            self.assertEqual((got.status, got.json), (200, {}))
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", value).status, 200)
 
     def test_a_public_client_introspects_with_a_token_of_the_authorization(self) -> None:
         app = App(self.portal, token_endpoint_auth_method="none")
