@@ -4523,20 +4523,23 @@ def consent(portal: Portal, request: Request) -> Response:
     if decision == "deny":
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
-    if patient_id == "":
+    if patient_id == TO_CHOOSE:
         text = fields.get("q")
         return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
     return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id or "", details, labels, fields.get("approval_expires"),
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
         fields.get("encounter_id"), user["started"])))
 
 
+TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
+
+
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
-    """The patient of an authorization: the launch's, the one chosen, or the only one there is. "" while there is still
-    a choice to make; None where the scope is about no patient's record and the user has none of their own.
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
+    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
 
     PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
     signs nobody in, since whoever sees the link has it.
@@ -4545,16 +4548,16 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
     if wanted not in (None, username):
         raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
                         "out, then launch the app again.", 403)
-    if fixed and chosen not in ("", fixed):
+    if fixed and chosen not in (TO_CHOOSE, fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
     patient_id, user = fixed or chosen, portal.user(username)
     if not patient_id:
         needed = needs_patient(details["scope"])
         if user and user["any_patient"]:
-            return "" if needed else None
+            return TO_CHOOSE if needed else None
         patients = portal.patients_of(username)
         if needed and len(patients) != 1:
-            return ""
+            return TO_CHOOSE
         if not patients:
             return None
         patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
@@ -4725,28 +4728,26 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
 
 
 class Grant(NamedTuple):
-    """What a user approved, before it is stored."""
+    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
     grant_id: str
     client_id: str
     username: str | None
     patient_id: str | None
     scope: str
-    labels: Sequence[str]
     approval_expires: float
     issuer: str
+    security_labels: str = "[]"
     redirect_uri: str | None = None
     code_challenge: str | None = None
     nonce: str | None = None
     signed_in: float | None = None
-    context: str = "{}"  # JSON: members of the token response beside patient
+    context: str = "{}"
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json, labels: Sequence[str],
+def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
               until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
-    """What the consent form says, as a grant; PageError where the form can't be."""
-    patient = whose_record(portal, username, details, patient_id)
-    if patient == "":
-        raise PageError("invalid_request", "Choose whose record.")
+    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
+    be."""
     offered = offered_categories(portal, client, details["scope"])
     labels = [OLD_CATEGORIES.get(label, label) for label in labels]
     for label in labels:
@@ -4770,17 +4771,20 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
             raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
     elif encounter_id not in ("", context.get("encounter")):
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
-    return Grant(new_token(), client.client_id, username, patient, details["scope"],
-                 # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
-                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
+    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
+                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
-def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
-    """Write a grant down."""
-    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)", (
-        *grant[:5], json.dumps(grant.labels), now, *grant[6:]))
+def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
+    """Write a grant down; gives its row."""
+    columns = {**grant._asdict(), "approved": now}
+    database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                     tuple(columns.values()))
+    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+    return row
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
@@ -5036,56 +5040,56 @@ def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
     database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
 
 
-def spend(portal: Portal, client: Client, kind: str, value: str,
-          check: Callable[[Row], None], issue: Callable[[sqlite3.Connection, Row, float], Json]) -> Json:
-    """Use up a code or a refresh token, once: look, judge, mark and issue in one transaction, so that of any number
-    of requests that race, one wins.
+@contextlib.contextmanager
+def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
+    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
+    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
 
     A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
-    RFC 9700 section 4.14.2). Any other failure consumes nothing.
+    RFC 9700 section 4.14.2).
     """
-    name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
+    name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
         if not row or row["kind"] != kind or row["client_id"] != client.client_id:
             raise PortalError("invalid_grant", f"this {name} was not issued to this client")
         if not row["spent"]:
-            if row["ended"] or row["expires"] <= now:
+            if row["ended"] or row["expires"] <= portal.clock.now():
                 raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-            check(row)
+            yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-            return issue(database, row, now)
+            return
         end_grant(database, row["grant_id"])
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
+def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
+    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
+    its challenge (RFC 7636 section 4.6)."""
+    if redirect_uri != row["redirect_uri"]:
+        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
+    if not row["code_challenge"]:
+        if verifier:
+            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
+    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
+        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+
+
 def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
-    code, verifier = form.need("code"), form.get("code_verifier")
-    uri = form.get("redirect_uri")
-    grants: list[Row] = []
-
-    def check(row: Row) -> None:
-        if uri != row["redirect_uri"]:
-            raise PortalError("invalid_grant", f"redirect_uri {uri!r} is not the one of the authorization request")
-        if row["code_challenge"]:
-            # RFC 7636 section 4.6: who asked is who knows the verifier.
-            if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
-                raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
-            if not same_secret(s256_challenge(verifier), row["code_challenge"]):
-                raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
-        elif verifier:
-            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        grants.append(row)
+    code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
+    now = portal.clock.now()
+    with spending(portal, client, "code", code) as (database, row):
+        check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    answer = spend(portal, client, "code", code, check, issue)
+        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
                  f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
+        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
 
 
@@ -5094,19 +5098,15 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
 
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
-    wanted = form.get("scope")
-
-    def check(row: Row) -> None:
+    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
+    with spending(portal, client, "refresh", value) as (database, row):
         for word in wanted.split():
             if not scope_covers(row["scope"], word):
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
         if not scope:
             raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
-        return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
     request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
     return answer
 
@@ -5128,11 +5128,9 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
         raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
                           f"within {client.scope!r}")
     now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, [], now + BACKEND_SECONDS, portal.base(request))
+    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
-        return issue_access(database, row, scope, now, None)
+        return issue_access(database, store_grant(database, grant, now), scope, now, None)
 
 
 GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
@@ -6926,10 +6924,9 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
     grant = Grant(new_token(), client.client_id, user["username"],
                   None if nobodys else users_patient(portal, username, patient_id),
-                  granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
+                  granted, need_moment("approval_expires", until), portal.public_url())
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        row = store_grant(database, grant, now)
         return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
 
 
@@ -6980,11 +6977,13 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
-    if patient == "":
-        patient = users_patient(portal, username, None)
-        if not patient:
+    patient = whose_record(portal, username, details,
+                           TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id))
+    if patient == TO_CHOOSE:
+        own = users_patient(portal, username, None)
+        if not own:
             raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
+        patient = whose_record(portal, username, details, own)
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
@@ -6992,7 +6991,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
     visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
     return decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient or "", details, labels, until, visit, now))
+        portal, client, user["username"], patient, details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)

@@ -4641,8 +4641,9 @@ class Registered(PortalTest):
         self.assertEqual(sent.keys() & client.metadata.keys(), set())
 
     def test_the_code_and_its_grant_type_come_together(self) -> None:
-        for members in ({"response_types": []}, {"grant_types": ["client_credentials"], "response_types": ["code"]},
-                        {"grant_types": ["authorization_code"], "response_types": []}):
+        cases: Any = ({"response_types": []}, {"grant_types": ["client_credentials"], "response_types": ["code"]},
+                      {"grant_types": ["authorization_code"], "response_types": []})
+        for members in cases:
             got = self.register(**members)
             self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
             self.assertIn("response_types", got.json["error_description"])
