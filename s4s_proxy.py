@@ -229,6 +229,16 @@ class PortalError(Exception):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
 
+    @property
+    def error_description(self) -> str:
+        """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
+        return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
+
+
+def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
+    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
+    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
+
 
 class PageError(PortalError):
     """An error that a person at a browser sees, as a page. Nothing is sent to the app."""
@@ -610,12 +620,6 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     return " ".join(granted)
 
 
-def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
-    """Whether a granted scope string lets `letter` (r or s) be done to a type, in a context."""
-    return any(one.context == context and one.type in ("*", type_name) and letter in one.letters
-               for one in resource_scopes(scope))
-
-
 def needs_patient(scope: str) -> bool:
     """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
     return (any(one.context == "patient" for one in resource_scopes(scope))
@@ -623,15 +627,13 @@ def needs_patient(scope: str) -> bool:
 
 
 def describe_scope(word: str) -> str:
-    """A scope in words for the person who is asked to approve it."""
+    """A scope in words for the person who is asked to approve it, without its ?param=value."""
     parsed = parse_scope(word)
     if not parsed:
         return PLAIN_SCOPES.get(word, word)
     verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
     what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
-    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
-    owner = "the record" if parsed.context == "patient" else "every record you may open"
-    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
+    return f"{' and '.join(verbs)} {what} in {'the record' if parsed.context == 'patient' else 'every record you may open'}"
 
 
 # ######################################################################## 5 state
@@ -3047,9 +3049,14 @@ def is_web_url(uri: Any) -> bool:
         return False
 
 
-# Schemes that browsers act on by themselves. A redirect to javascript: would run in this server's name.
-BROWSER_SCHEMES = ("http", "https", "javascript", "data", "vbscript", "file", "blob", "about", "view-source",
-                   "filesystem", "mailto", "tel", "ws", "wss", "ftp")
+# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
+# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
+# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = re.compile(
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
+    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
+    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
+    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
 
 
 def is_redirect_uri(uri: Any) -> bool:
@@ -3058,17 +3065,23 @@ def is_redirect_uri(uri: Any) -> bool:
     if not isinstance(uri, str) or "#" in uri:
         return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and private[1].lower() not in BROWSER_SCHEMES)
+    return is_web_url(uri) or bool(private and not ACTED_UPON.fullmatch(private[1].lower()))
+
+
+def without_loopback_port(uri: str) -> str:
+    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
+    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
 
 
 # What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
-# security_labels our own). What is not named here is kept, and given back as it came.
+# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
+# would take it for a promise.
 METADATA_STRINGS = frozenset((
     "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
-    "software_version", "software_statement", "application_type", "subject_type", "id_token_signed_response_alg"))
-METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri", "initiate_login_uri"))
+    "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
 METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
-                            "security_labels", "post_logout_redirect_uris", "default_acr_values", "request_uris"))
+                            "security_labels"))
 METADATA_CHOICES: dict[str, Sequence[str]] = {
     "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
     "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
@@ -3083,8 +3096,11 @@ def client_metadata(metadata: Json) -> Json:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
         return PortalError(error, f"{name}: expected {expected}, got "
                            f"{json.dumps(metadata.get(name), default=str)[:200]}")
+    registered: Json = {}
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
+            registered[name] = value
         if member in METADATA_STRINGS and not isinstance(value, str):
             raise refuse(name, "a string")
         if member in METADATA_LISTS and not (isinstance(value, list)
@@ -3096,9 +3112,10 @@ def client_metadata(metadata: Json) -> Json:
         if known and not set([value] if isinstance(value, str) else value) <= set(known):
             raise refuse(name, f"only {', '.join(known)}")
     kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
-            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **metadata}
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
     asks_users = "authorization_code" in kept["grant_types"]
-    kept.setdefault("response_types", ["code"] if asks_users else [])
+    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
+        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
     if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
         raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
     if not all(map(is_web_url, kept.get("launch_uris", []))):
@@ -3111,8 +3128,9 @@ def client_metadata(metadata: Json) -> Json:
     if "jwks" in kept:
         try:
             for key in key_set(kept["jwks"]):
-                if key.get("kty") == "RSA" or key.get("crv") == "P-384":
-                    verify(key, "RS384" if key.get("kty") == "RSA" else "ES384", b"", b"")
+                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
+                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
+                        verify(key, algorithm, b"", b"")
         except ValueError as error:
             raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
@@ -3154,17 +3172,18 @@ def seeds(settings: Settings) -> Seeds:
                             "token_endpoint_auth_method": "none"})
     found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
     for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
         if not match:
-            raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
         try:
             client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
         except PortalError as error:
-            raise StartError(f"--client {text}: {error.description}")
+            raise StartError(f"{option}: {error.description}")
         earlier = found.clients.get(client.client_id)
         if earlier:
             if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"--client {text}: {client.client_id} was given with another secret before")
+                raise StartError(f"{option}: it was given with another secret before")
             client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
                 *earlier.metadata["redirect_uris"], match[3]]})
         found.clients[client.client_id] = client
@@ -3404,7 +3423,7 @@ class Portal:
         if fault.status:
             headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
             if fault.status == 401:
-                headers.append(("WWW-Authenticate", f'Bearer realm="s4s", error="{fault.error or "invalid_token"}"'))
+                headers.append(challenge(error=fault.error or "invalid_token"))
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
@@ -3539,17 +3558,20 @@ class Request:
 MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
+def _finite(text: str) -> float:
+    """A number of JSON that is none of NaN, Infinity and 1e400, which Python would read as Infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not JSON, or is too large a number")
+    return number
 
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
     except RecursionError:
         raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
@@ -3591,7 +3613,6 @@ def with_query(url: str, **parameters: str) -> str:
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
 
 
-REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
 FHIR_TYPE = "application/fhir+json"
 FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
 JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
@@ -3601,7 +3622,7 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
     """403 that names the scope it would take (RFC 6750 section 3.1)."""
     needed = f"patient/{type_name}.{letter}"
     return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
+                     [challenge(error="insufficient_scope", scope=needed)])
 
 
 def accepted_types(request: Request) -> list[str]:
@@ -3841,7 +3862,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
         "token_endpoint_auth_methods_supported": list(methods),
         "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "introspection_endpoint_auth_methods_supported": list(methods),
+        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
+        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
         "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
         "revocation_endpoint_auth_methods_supported": list(methods),
         "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
@@ -3928,8 +3950,6 @@ def register_client(portal: Portal, metadata: Json) -> Json:
     """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
     kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
     kept["client_name"] = kept.get("client_name") or client_id
-    for name in ("client_id", "client_id_issued_at", "client_secret", "client_secret_expires_at"):
-        kept.pop(name, None)  # ours to say
     secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
     with portal.state.transaction() as database:
         database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
@@ -3948,7 +3968,7 @@ def register(portal: Portal, request: Request) -> Response:
 
 def invalid_client(description: str) -> PortalError:
     """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
-    return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
+    return PortalError("invalid_client", description, 401, [challenge("Basic")])
 
 
 def basic_credentials(request: Request) -> tuple[str, str] | None:
@@ -4036,8 +4056,10 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
     need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
     need(isinstance(header.get("kid"), str), "the header has no kid")
     need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
+         "section 4.1.11)")
     try:
-        key = assertion_key(portal, client, header["kid"], KEY_TYPES[str(algorithm)])
+        key = assertion_key(portal, client, header["kid"], str(algorithm))
         need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
     except (ValueError, RecursionError) as error:
         raise invalid_client(f"client_assertion: {error}")
@@ -4070,15 +4092,18 @@ def is_moment(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
-def assertion_key(portal: Portal, client: Client, kid: str, key_type: str) -> Json:
-    """The one key of a client with this name and type; ValueError if there is none, or no way to get it."""
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
+    is none, or no way to get it."""
     for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
         keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == key_type]
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
         if found or "jwks" in client.metadata:
             break
     if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r} and kty {key_type}; expected one")
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
+                         f"say so, use sig and alg {algorithm}; expected one")
     return found[0]
 
 
@@ -4269,7 +4294,10 @@ def login(portal: Portal, request: Request) -> Response:
     """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
     if request.method != "POST":
         fields = Fields(request.pairs())
-        return sign_in_page(portal, request, fields.get("username", "daniel-adams"), "", local_path(fields.get("next")))
+        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
+        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid")
+        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
+                            local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
     user = portal.user(username)
@@ -4324,10 +4352,15 @@ def check_client(asked: Authorization) -> None:
 
 
 def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+
+    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
+    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
+    """
     uri = asked.fields.need("redirect_uri")
     registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
-    if uri not in registered:
+    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
+    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
                           f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
@@ -4402,10 +4435,29 @@ def check_pkce(asked: Authorization) -> None:
     asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
+def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, and each ?param=value is a search parameter of the records' version, with a value it takes.
+
+    Any other would find nothing, and would put words of the app's choice before the person who decides.
+    """
+    scope = negotiate_scope(asked, registered, contexts)
+    for one in resource_scopes(scope):
+        for name, value in one.constraints:
+            version = fhir_version(portal)
+            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
+                with contextlib.suppress(FhirError):
+                    parse_constraint(version, type_name, name, value)
+                    break
+            else:
+                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
+                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
+    return scope
+
+
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
     wanted = asked.fields.need("scope")
-    asked.scope = negotiate_scope(wanted, asked.client.scope)
+    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
     if not asked.client.may_use("refresh_token"):
         asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
     if not asked.scope:
@@ -4486,11 +4538,9 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PageError:
         raise
     except PortalError as error:
-        # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
-        description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-                                               error=error.error, error_description=description))
+                                               error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
                "signed_in_since": asked.signed_in_since,
@@ -4573,20 +4623,23 @@ def consent(portal: Portal, request: Request) -> Response:
     if decision == "deny":
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
-    if patient_id == "":
+    if patient_id == TO_CHOOSE:
         text = fields.get("q")
         return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
     return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id or "", details, labels, fields.get("approval_expires"),
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
         fields.get("encounter_id"), user["started"])))
 
 
+TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
+
+
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
-    """The patient of an authorization: the launch's, the one chosen, or the only one there is. "" while there is still
-    a choice to make; None where the scope is about no patient's record and the user has none of their own.
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
+    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
 
     PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
     signs nobody in, since whoever sees the link has it.
@@ -4595,16 +4648,16 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
     if wanted not in (None, username):
         raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
                         "out, then launch the app again.", 403)
-    if fixed and chosen not in ("", fixed):
+    if fixed and chosen not in (TO_CHOOSE, fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
     patient_id, user = fixed or chosen, portal.user(username)
     if not patient_id:
         needed = needs_patient(details["scope"])
         if user and user["any_patient"]:
-            return "" if needed else None
+            return TO_CHOOSE if needed else None
         patients = portal.patients_of(username)
         if needed and len(patients) != 1:
-            return ""
+            return TO_CHOOSE
         if not patients:
             return None
         patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
@@ -4689,11 +4742,13 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
         if name in client.metadata]
     return tag("div", facts(
         ("App", [tag("strong", client.name), links]),
+        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
         ("Whose data", whose),
         ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
         ("Decided by", user["name"])),
-        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
-            class_="quiet"))
+        client.registered_itself and tag(
+            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
+            "Approve only if you have just come from that app.", class_="quiet"))
 
 
 def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
@@ -4702,7 +4757,12 @@ def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
         parsed = parse_scope(word)
         kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
         plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
-        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+        # The app wrote the values. Quoted, they can't read as the portal's own words.
+        limits = [[" and " if number else ", but only where ", name, " is ", [
+            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
+            for place, one in enumerate(_COMMA.split(value))]]
+                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
                    tag("small", tag("code", word)))
     parsed = resource_scopes(scope)
     warnings = [text for text, holds in (
@@ -4768,28 +4828,26 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
 
 
 class Grant(NamedTuple):
-    """What a user approved, before it is stored."""
+    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
     grant_id: str
     client_id: str
     username: str | None
     patient_id: str | None
     scope: str
-    labels: Sequence[str]
     approval_expires: float
     issuer: str
+    security_labels: str = "[]"
     redirect_uri: str | None = None
     code_challenge: str | None = None
     nonce: str | None = None
     signed_in: float | None = None
-    context: str = "{}"  # JSON: members of the token response beside patient
+    context: str = "{}"
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json, labels: Sequence[str],
+def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
               until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
-    """What the consent form says, as a grant; PageError where the form can't be."""
-    patient = whose_record(portal, username, details, patient_id)
-    if patient == "":
-        raise PageError("invalid_request", "Choose whose record.")
+    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
+    be."""
     offered = offered_categories(portal, client, details["scope"])
     labels = [OLD_CATEGORIES.get(label, label) for label in labels]
     for label in labels:
@@ -4813,17 +4871,20 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
             raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
     elif encounter_id not in ("", context.get("encounter")):
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
-    return Grant(new_token(), client.client_id, username, patient, details["scope"],
-                 # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
-                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
+    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
+                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
-def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
-    """Write a grant down."""
-    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)", (
-        *grant[:5], json.dumps(grant.labels), now, *grant[6:]))
+def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
+    """Write a grant down; gives its row."""
+    columns = {**grant._asdict(), "approved": now}
+    database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                     tuple(columns.values()))
+    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+    return row
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
@@ -5079,56 +5140,56 @@ def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
     database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
 
 
-def spend(portal: Portal, client: Client, kind: str, value: str,
-          check: Callable[[Row], None], issue: Callable[[sqlite3.Connection, Row, float], Json]) -> Json:
-    """Use up a code or a refresh token, once: look, judge, mark and issue in one transaction, so that of any number
-    of requests that race, one wins.
+@contextlib.contextmanager
+def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
+    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
+    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
 
     A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
-    RFC 9700 section 4.14.2). Any other failure consumes nothing.
+    RFC 9700 section 4.14.2).
     """
-    name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
+    name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
         if not row or row["kind"] != kind or row["client_id"] != client.client_id:
             raise PortalError("invalid_grant", f"this {name} was not issued to this client")
         if not row["spent"]:
-            if row["ended"] or row["expires"] <= now:
+            if row["ended"] or row["expires"] <= portal.clock.now():
                 raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-            check(row)
+            yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-            return issue(database, row, now)
+            return
         end_grant(database, row["grant_id"])
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
+def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
+    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
+    its challenge (RFC 7636 section 4.6)."""
+    if redirect_uri != row["redirect_uri"]:
+        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
+    if not row["code_challenge"]:
+        if verifier:
+            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
+    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
+        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+
+
 def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
-    code, verifier = form.need("code"), form.get("code_verifier")
-    uri = form.get("redirect_uri")
-    grants: list[Row] = []
-
-    def check(row: Row) -> None:
-        if uri != row["redirect_uri"]:
-            raise PortalError("invalid_grant", f"redirect_uri {uri!r} is not the one of the authorization request")
-        if row["code_challenge"]:
-            # RFC 7636 section 4.6: who asked is who knows the verifier.
-            if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
-                raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
-            if not same_secret(s256_challenge(verifier), row["code_challenge"]):
-                raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
-        elif verifier:
-            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        grants.append(row)
+    code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
+    now = portal.clock.now()
+    with spending(portal, client, "code", code) as (database, row):
+        check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    answer = spend(portal, client, "code", code, check, issue)
+        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
                  f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
+        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
 
 
@@ -5137,19 +5198,17 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
 
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
-    wanted = form.get("scope")
+    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
     if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
         raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
-
-    def check(row: Row) -> None:
+    with spending(portal, client, "refresh", value) as (database, row):
         for word in wanted.split():
             if not scope_covers(row["scope"], word):
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
-        return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
+        if not scope:
+            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
+        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
     request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
     return answer
 
@@ -5166,16 +5225,14 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
         raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
                           "scopes are for clients of --fixtures only")
     wanted = form.need("scope")
-    scope = negotiate_scope(wanted, client.scope, ("system",))
+    scope = served_scope(portal, wanted, client.scope, ("system",))
     if not scope:
         raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
                           f"within {client.scope!r}")
     now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, [], now + BACKEND_SECONDS, portal.base(request))
+    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
-        return issue_access(database, row, scope, now, None)
+        return issue_access(database, store_grant(database, grant, now), scope, now, None)
 
 
 GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
@@ -5214,28 +5271,47 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
-def bearer_token(portal: Portal, request: Request) -> Row | None:
-    """The access token of a request's Authorization header (RFC 6750 section 2.1), if it is good."""
+def bearer_value(request: Request) -> str | None:
+    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    return row if row and row["kind"] == "access" and is_active(portal, row) else None
+    return value.strip() if scheme.lower() == "bearer" else None
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
+    one: an error code is for those who tried (RFC 6750 section 3.1)."""
+    value = bearer_value(request)
+    if value is None:
+        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
+    row = known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
+    request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
+                 "(RFC 6750 section 2.1)")
+    return row
 
 
 @route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
     """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
-    the bearer of a token of the same authorization."""
+    the bearer of a token of the same authorization.
+
+    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
+    """
     form = Fields(request.form())
-    row = known_token(portal, form.need("token"))
-    if request.headers.get("authorization", "").lower().startswith("bearer "):
-        asker = bearer_token(portal, request)
-        if not asker or not (asker["username"] is None or (row and row["grant_id"] == asker["grant_id"])):
-            raise invalid_client("expected a bearer token that is valid, and is for system/ scopes or of the "
-                                 "authorization asked about")
-    else:
-        client = authenticate_client(portal, request, form)
-        if client.auth_method == "none" and row and row["client_id"] != client.client_id:
-            row = None  # anybody can say a public client's name; it learns of its own tokens only
+    row, expected = known_token(portal, form.need("token")), (
+        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
+    if bearer_value(request) is not None:
+        try:
+            asker = bearer(portal, request)
+        except PortalError as error:
+            raise PortalError("invalid_client", expected, 401, error.headers)
+        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
+            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
+    elif authenticate_client(portal, request, form).auth_method == "none":
+        raise invalid_client(f"a public client proves nothing by its id: {expected}")
     if not row or not is_active(portal, row):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
     answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
@@ -5249,7 +5325,10 @@ def introspect(portal: Portal, request: Request) -> Response:
 
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009)."""
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
+
+    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
+    """
     form = Fields(request.form())
     value = form.need("token")
     client = authenticate_client(portal, request, form)
@@ -5274,9 +5353,14 @@ def claims_of(portal: Portal, row: Row) -> Json:
         return {}
     claims = {"sub": row["username"]}
     who = portal.fhir_user(row["username"], row["patient_id"])
-    if who and not {"fhirUser", "profile"}.isdisjoint(words):
+    if who and may_know_who(row):
         claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
     return claims
+
+
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
 
 
 def signing_key(portal: Portal) -> RsaKey:
@@ -5315,17 +5399,13 @@ def jwks(portal: Portal, request: Request) -> Response:
 
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
-    """Who the user of an access token is: what the id_token says, and the name."""
-    row, realm = bearer_token(portal, request), 'Bearer realm="s4s"'
-    if not row:
-        given = ', error="invalid_token"' if "authorization" in request.headers else ""  # RFC 6750 section 3.1
-        raise PortalError("invalid_token", "expected Authorization: Bearer and an access token that is valid", 401,
-                          [("WWW-Authenticate", realm + given)])
+    """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
+    row = bearer(portal, request)
     user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
     if not user or not claims:
         raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
-                          [("WWW-Authenticate", f'{realm}, error="insufficient_scope", scope="openid"')])
-    return json_response({**claims, "name": user["name"]})
+                          [challenge(error="insufficient_scope", scope="openid")])
+    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
 
 
 # ######################################################################## 15 forwarding
@@ -5534,7 +5614,7 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+_decode = json.JSONDecoder(parse_constant=_finite).raw_decode
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:
@@ -6187,20 +6267,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 # ######################################################################## 16 the FHIR API
 
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if not scheme:
-        raise FhirError("login", "no access token: send Authorization: Bearer ...", 401, [REALM])
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = "has expired" if row and row["live"] else "is not a valid one"
-        raise FhirError("login", f"the access token {why}", 401, [(
-            REALM[0], f'{REALM[1]}, error="invalid_token", error_description="the access token {why}"')])
-    request.client_id, request.username = row["client_id"], row["username"]
-    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
-                 "(RFC 6750 section 2.1)")
-    return row
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -6217,7 +6283,7 @@ def access_of(portal: Portal, row: Row) -> Access:
 
 def outcome(error: PortalError) -> Json:
     """An error as FHIR says it."""
-    code = error.error if isinstance(error, FhirError) else "invalid"
+    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
     return {"resourceType": "OperationOutcome", "issue": [
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
@@ -6970,7 +7036,7 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     """
     client, user = known_client(portal, client_id), known_user(portal, username)
     asked = client.scope if scope is None else need_text("scope", scope)
-    granted = negotiate_scope(asked, asked)
+    granted = served_scope(portal, asked, asked)
     if not granted:
         raise PortalError("invalid_scope", f"scope: nothing of {asked!r} can be granted")
     now = portal.clock.now()
@@ -6981,10 +7047,9 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
     grant = Grant(new_token(), client.client_id, user["username"],
                   None if nobodys else users_patient(portal, username, patient_id),
-                  granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
+                  granted, need_moment("approval_expires", until), portal.public_url())
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        row = store_grant(database, grant, now)
         return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
 
 
@@ -7035,11 +7100,13 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
-    if patient == "":
-        patient = users_patient(portal, username, None)
-        if not patient:
+    patient = whose_record(portal, username, details,
+                           TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id))
+    if patient == TO_CHOOSE:
+        own = users_patient(portal, username, None)
+        if not own:
             raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
+        patient = whose_record(portal, username, details, own)
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
@@ -7047,7 +7114,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
     visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
     return decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient or "", details, labels, until, visit, now))
+        portal, client, user["username"], patient, details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)
@@ -7251,7 +7318,7 @@ def error_response(portal: Portal, kind: str, error: PortalError, request: Reque
         response = Response(error.status, json.dumps(outcome(error)).encode(),
                             FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
     else:
-        response = json_response({"error": error.error, "error_description": error.description}, error.status)
+        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
     response.headers += error.headers
     return response
 

@@ -849,7 +849,7 @@ class ConsentPage(PortalTest):
 
     def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
         main = self.consent("launch/patient patient/Observation.rs?category=laboratory").texts["main"][0]
-        self.assertIn("but only where category is laboratory", main)
+        self.assertIn('but only where category is "laboratory"', main)
         main = self.consent("launch/patient patient/Condition.rs").texts["main"][0]
         self.assertIn(": problems and diagnoses", main)
 
@@ -4354,8 +4354,7 @@ class ScopeWords(unittest.TestCase):
 
     def test_scopes_in_words(self) -> None:
         for word, needles in (("patient/*.rs", ("everything", "may be later")), ("patient/Condition.r", ("open Condition",)),
-                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",)),
-                              ("patient/Observation.rs?category=a,b", ("only where category is a or b",))):
+                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",))):
             for needle in needles:
                 self.assertIn(needle, s4s.describe_scope(word))
 
@@ -4559,7 +4558,7 @@ class ClientMetadata(PortalTest):
         sent = {"client_name": "App", "client_name#fr": "Appli", "client_uri": "https://app.example/#about",
                 "contacts": ["a@app.example"], "software_id": "x", "software_version": "1", "jwks": {"keys": [RSA_JWK]},
                 "token_endpoint_auth_method": "private_key_jwt", "token_endpoint_auth_signing_alg": "RS384",
-                "application_type": "web", "launch_uris": ["https://app.example/launch"], "of_our_own": {"a": [1]},
+                "application_type": "web", "launch_uris": ["https://app.example/launch"],
                 "grant_types": ["authorization_code", "client_credentials"], "response_types": ["code"]}
         got = self.register(**sent)
         self.assertEqual(got.status, 201)
@@ -5829,7 +5828,8 @@ class OtherSites(PortalTest):
         for value in ("Bearer", "Bearer \xe9", "Basic " + "x" * 60_000, "Bearer a, b", 'Bearer "'):
             got = ask(f"{self.portal.fhir_url}/Patient", headers={"Authorization": value})
             self.assertEqual(got.status, 401)
-            self.assertRegex(got.headers["www-authenticate"], r'^Bearer realm="s4s", error="invalid_token"')
+            error = ', error="invalid_token"' if value.startswith("Bearer") else "$"  # RFC 6750 section 3.1
+            self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s"' + error)
 
     def test_cookies_are_kept_from_scripts_and_other_sites_and_with_https_from_http(self) -> None:
         [cookie] = ask(self.portal.url + "/login").cookies
@@ -6088,6 +6088,14 @@ class Cookies(PortalTest):
         got = ask(self.portal.url + "/login", headers={"Cookie": "a=b; " + self.cookie(mine)["Cookie"] + '; c="d;e'})
         self.assertIn(f"={mine};", got.cookies[0])
 
+    def test_the_name_filled_in_is_one_that_can_sign_in(self) -> None:
+        for settings, username in (({}, "daniel-adams"), ({"data": "none"}, "clinician")):
+            with s4s.Server(**settings) as portal:
+                browser = Browser(portal)
+                browser.open(portal.url + "/login")
+                self.assertIn(("username", username), Form(browser.page.text).fields)
+                self.assertIn("Sign out", browser.submit("sign-in").text)
+
     def test_a_form_that_stood_on_another_site_is_refused(self) -> None:
         for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403), ("same-site", 403)):
             with self.subTest(site=site):
@@ -6166,6 +6174,211 @@ class Exposed(unittest.TestCase):
 
     def test_without_a_stranger_the_reason_is_told(self) -> None:
         self.assertIn("no address takes a connection", self.fetch("http://127.0.0.1:1/", False))
+
+
+class WhoAsks(PortalTest):
+    """What a stranger's app can put before the person who decides, and before the log."""
+
+    def consent(self, app: App) -> Page:
+        browser = Browser(self.portal)
+        browser.open(app.authorize_url())
+        browser.sign_in()
+        return Page(browser.submit(DANIEL).text)
+
+    def test_the_values_of_a_scope_stand_in_quotes(self) -> None:
+        page = self.consent(App(self.portal, "launch/patient patient/Observation.rs?code=it%20is%20yours,http://x%7C1&status=final"))
+        main = page.texts["main"][0]
+        self.assertIn('but only where code is "it is yours" or "http://x|1" and status is "final"', main)
+        self.assertLessEqual({'"it is yours"', '"http://x|1"', '"final"'}, set(page.texts["code"]))
+
+    def test_a_constraint_that_no_search_takes_is_refused_by_name(self) -> None:
+        for word, fine in (("patient/Observation.rs?_tag=x", False), ("patient/Observation.rs?birthdate=2000", False),
+                           ("patient/Observation.rs?date=soon", False), ("patient/Nonsense.rs?code=x", False),
+                           ("patient/*.rs?nonsense=x", False), ("patient/*.rs?birthdate=2000", True),
+                           ("patient/Observation.rs?date=ge2000", True), ("user/Patient.rs?birthdate=x", False)):
+            with self.subTest(word=word):
+                app = App(self.portal, "launch/patient patient/*.rs user/*.rs")
+                got = ask(app.authorize_url(scope="launch/patient " + word))
+                self.assertEqual("error" in got.location, not fine)
+                if not fine:
+                    self.assertEqual(got.location["error"], "invalid_scope")
+                    self.assertIn(word, got.location["error_description"])
+                self.assertEqual(self.post("/oauth/debug/token", {
+                    "client_id": app.client_id, "username": "daniel-adams", "scope": word}).status, 200 if fine else 400)
+        service = KeyedApp(self.portal)
+        self.assertEqual(service.token(scope="system/Patient.rs?code=x").json["error"], "invalid_scope")
+
+    def test_the_consent_page_shows_the_id_and_who_registered_it(self) -> None:
+        app = App(self.portal, client_name="The hospital itself")
+        page = self.consent(app)
+        main = page.texts["main"][0]
+        self.assertIn(app.client_id, page.texts["code"])
+        for words in ("registered itself", "Approve only if you have just come from that app", "https://app.example"):
+            self.assertIn(words, main)
+        app.client_id, app.redirect_uri = "test-suite", "http://tests.dev.syncfor.science:9003/authorized/"
+        main = self.consent(app).texts["main"][0]
+        self.assertIn("http://tests.dev.syncfor.science:9003", main)
+        self.assertNotIn("registered itself", main)
+
+    def test_a_bad_client_option_is_named_without_its_secret(self) -> None:
+        for text in ("app:hunter2=not a url", "app:hunter2", "app:hunter2=javascript:x", "app:hunter2=x=y", "app=hunter2",
+                     "test-suite:hunter2=https://x.example/"):
+            with self.subTest(text=text), self.assertRaises(s4s.StartError) as caught:
+                s4s.seeds(s4s.Settings(client=[text]))
+            self.assertIn(f"--client {text.replace(':', '=').partition('=')[0]}: ", str(caught.exception))
+            self.assertNotIn("hunter2", str(caught.exception))
+
+    def test_a_secret_may_hold_an_equals_sign(self) -> None:
+        client = s4s.seeds(s4s.Settings(client=["app:a=b==https://x.example/?c=d"])).clients["app"]
+        self.assertEqual((client.secret_hash, client.metadata["redirect_uris"]),
+                         (s4s.hash_secret("a=b="), ["https://x.example/?c=d"]))
+
+
+class Registered(PortalTest):
+    """Client metadata that can't be, and what is told of the rest (RFC 7591)."""
+
+    def register(self, **members: Any) -> Answer:
+        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
+
+    def test_a_key_without_a_type_or_of_another_kind_is_let_be(self) -> None:
+        for key in ({"crv": "P-384", "kid": "x"}, {"kty": ["RSA"]}, {"kty": "OKP", "crv": "Ed25519", "x": "AA"},
+                    {"kty": "EC", "crv": "P-256"}):
+            self.assertEqual(self.register(jwks={"keys": [key]}).status, 201, key)
+        for key in ({"kty": "EC", "crv": "P-384"}, {"kty": "RSA"}):
+            self.assertEqual(self.register(jwks={"keys": [key]}).json["error"], "invalid_client_metadata", key)
+
+    def test_what_is_not_registered_is_not_given_back(self) -> None:
+        sent = {"registration_client_uri": "https://x.example/", "registration_access_token": "x", "request_uris": ["https://x/"],
+                "id_token_encrypted_response_alg": "RSA-OAEP", "default_max_age": 5, "of_our_own": 1, "client_id": "mine"}
+        got = self.register(**sent, **{"client_name#fr": "Appli"}).json
+        self.assertEqual({name for name in sent if name in got and got[name] == sent[name]}, set())
+        self.assertEqual(got["client_name#fr"], "Appli")
+        client = self.portal.portal.client(got["client_id"])
+        assert client
+        self.assertEqual(sent.keys() & client.metadata.keys(), set())
+
+    def test_the_code_and_its_grant_type_come_together(self) -> None:
+        cases: Any = ({"response_types": []}, {"grant_types": ["client_credentials"], "response_types": ["code"]},
+                      {"grant_types": ["authorization_code"], "response_types": []})
+        for members in cases:
+            got = self.register(**members)
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+            self.assertIn("response_types", got.json["error_description"])
+        self.assertEqual(self.register(response_types=["code"]).status, 201)
+
+    def test_a_scheme_without_a_period_is_taken_unless_something_else_acts_on_it(self) -> None:
+        for uri, fine in (("myapp:/cb", True), ("com.example.app:/cb", True), ("smart-app://cb", True), ("sms:1", False),
+                          ("ms-msdt:/id", False), ("search-ms:query", False), ("MS-Settings:x", False), ("intent:x", False),
+                          ("JavaScript:alert(1)", False), ("chrome-extension://x/", False), ("vscode://x", False)):
+            with self.subTest(uri=uri):
+                self.assertEqual(s4s.is_redirect_uri(uri), fine)
+
+    def test_a_native_app_may_listen_on_any_port_of_loopback(self) -> None:
+        for method, registered, asked, fine in (
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb", True),
+                ("none", "http://127.0.0.1:8000/cb", "http://127.0.0.1:51004/cb", True),
+                ("none", "http://[::1]/cb", "http://[::1]:51004/cb", True),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb/", False),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:99999/cb", False),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:1@else.example/cb", False),
+                ("none", "http://127.0.0.1/cb", "http://[::1]/cb", False),
+                ("none", "http://localhost/cb", "http://localhost:51004/cb", False),
+                ("none", "http://else.example/cb", "http://else.example:51004/cb", False),
+                ("client_secret_basic", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb", False)):
+            with self.subTest(method=method, asked=asked):
+                app = App(self.portal)
+                app.client_id = self.portal.register_client(
+                    redirect_uris=[registered], token_endpoint_auth_method=method)["client_id"]
+                got = ask(app.authorize_url(redirect_uri=asked))
+                self.assertEqual(got.status, 303 if fine else 400)
+                if fine:
+                    app.redirect_uri, app.secret = asked, ""
+                    self.assertEqual(app.tokens()["patient"], DANIEL)
+
+    def test_a_number_that_would_become_infinity_is_refused(self) -> None:
+        for number in (b"1e400", b"-1e400", b"NaN", b"Infinity", b"1" + b"0" * 400 + b".5"):
+            got = ask(self.portal.url + "/oauth/register", headers={"Content-Type": "application/json"},
+                      body=b'{"redirect_uris": ["https://app.example/cb"], "x": [' + number + b"]}")
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), number)
+
+
+class ByTheLetter(PortalTest):
+    """What the texts say of tokens and of who asks."""
+
+    def introspect(self, about: str, **how: Any) -> Answer:
+        form = {"token": about, **how.pop("form", {})}
+        return ask(self.portal.url + "/oauth/introspect", form=form, **how)
+
+    def test_a_refresh_of_which_nothing_can_be_granted_is_refused_and_consumes_nothing(self) -> None:
+        app = App(self.portal)
+        value = app.tokens()["refresh_token"]
+        for scope in ("patient/Observation.c", "patient/Observation.write"):
+            got = app.refresh(value, scope=scope)
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_scope"))
+        self.assertEqual(app.refresh(value, scope="patient/Observation.crs").json["scope"], "patient/Observation.rs")
+
+    def test_an_error_description_holds_no_quotes_backslashes_or_other_alphabets(self) -> None:
+        for got in (self.post("/oauth/register", {"redirect_uris": ['\u00e9"\\']}),
+                    self.post("/oauth/debug/token", {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}),
+                    ask(self.portal.url + "/oauth/token", form={"grant_type": '"\\\u00e9'})):
+            self.assertEqual(got.status, 400)
+            self.assertRegex(got.json["error_description"], r"^[ !#-\[\]-~]+$")
+        self.assertIn("got ['", self.post("/oauth/register", {"redirect_uris": ["x"]}).json["error_description"])
+
+    def test_a_bad_bearer_token_at_introspection_is_told_to_bring_a_better_one(self) -> None:
+        value = self.portal.issue_token()["access_token"]
+        for token in ("nonsense", self.portal.issue_token(access_lifetime=0)["access_token"],
+                      self.portal.issue_token()["access_token"]):
+            got = self.introspect(value, token=token)
+            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+            self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s", error="invalid_token"')
+        self.assertEqual(self.introspect(value, basic=("test-suite", "x")).headers["www-authenticate"], 'Basic realm="s4s"')
+
+    def test_another_scheme_gets_no_error_code_and_a_bad_token_does(self) -> None:
+        for path in (f"/api/fhir/Patient/{DANIEL}", "/oauth/userinfo", "/api/me"):
+            for header, pattern in (("", '^Bearer realm="s4s"$'), ("Basic YTpi", '^Bearer realm="s4s"$'),
+                                    ("Bearer", 'error="invalid_token"'), ("bearer x", 'error="invalid_token"')):
+                with self.subTest(path=path, header=header):
+                    got = ask(self.portal.url + path, headers={"Authorization": header} if header else {})
+                    self.assertEqual(got.status, 401)
+                    self.assertRegex(got.headers["www-authenticate"], pattern)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}").json["issue"][0]["code"], "login")
+
+    def test_an_assertion_whose_header_is_critical_is_refused(self) -> None:
+        app = KeyedApp(self.portal)
+        for crit in (["b64"], [], ["exp"]):
+            self.assertEqual(app.token(app.assertion(header={"crit": crit, "b64": True})).json["error"], "invalid_client")
+
+    def test_a_key_for_something_else_proves_nothing(self) -> None:
+        for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401), ({"use": "sig", "alg": "RS384"}, 200)):
+            with self.subTest(members=members):
+                app = KeyedApp(self.portal, jwks={"keys": [{**RSA_JWK, **members}]})
+                self.assertEqual(app.token().status, status)
+
+    def test_the_name_is_told_to_who_may_know_the_user(self) -> None:
+        for scope, told in (("openid patient/*.rs", False), ("openid profile", True), ("openid fhirUser", True)):
+            with self.subTest(scope=scope):
+                token = self.portal.issue_token(scope=scope)["access_token"]
+                self.assertEqual("name" in ask(self.portal.url + "/oauth/userinfo", token=token).json, told)
+
+    def test_revoking_anothers_token_is_answered_as_an_unknown_one(self) -> None:
+        value = self.portal.issue_token()["access_token"]
+        for token in (value, "nonsense"):
+            got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=("api-test", "api-secret"))
+            self.assertEqual((got.status, got.json), (200, {}))
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", value).status, 200)
+
+    def test_a_public_client_introspects_with_a_token_of_the_authorization(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="none")
+        given, other = app.tokens(), app.tokens()
+        got = self.introspect(given["access_token"], form={"client_id": app.client_id})
+        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.assertTrue(self.introspect(given["refresh_token"], token=given["access_token"]).json["active"])
+        self.assertEqual(self.introspect(given["refresh_token"], token=other["access_token"]).status, 401)
+        methods = ask(self.portal.url + "/.well-known/oauth-authorization-server").json[
+            "introspection_endpoint_auth_methods_supported"]
+        self.assertNotIn("none", methods)
+        self.assertIn("Bearer", methods)
 
 
 if __name__ == "__main__":
