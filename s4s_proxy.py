@@ -721,7 +721,7 @@ CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
-PRAGMA cache_size = -65536;                       -- at most 64 MB of memory, however large the file
+PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
 PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
@@ -2952,15 +2952,16 @@ class Records:
         dropped, more = False, count > 0
         while more and len(found) <= count:  # until the page is full and one more is seen
             beyond = _beyond(keys, after) if after else Condition("1")
+            wanted = 500 if dropped else count + 1
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
-                                       *select.values, *beyond.values, count + 1)
+                                       *select.values, *beyond.values, wanted)
             for row in rows:
                 one = Found(row)
                 if access.scope is None or access.may_see(one.resource, letters):
                     found.append((one, row))
                 else:
                     dropped = True
-            more = len(rows) > count
+            more = len(rows) == wanted
             after = [rows[-1][name] for name, _ in keys] if rows else []
         following = page_mark([found[count - 1][1][name] for name, _ in keys]) if len(found) > count > 0 else ""
         return Page([one for one, _ in found[:count]], [], following, None), dropped
@@ -2968,9 +2969,8 @@ class Records:
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. Who has none comes last."""
         kind = search_table(self.version)[type_name][name].kind
-        own = {"id": "r.id", "owner": "r.patient_id", "updated": "r.updated"}.get(kind)
-        if own:
-            return own
+        if kind in _OWN_COLUMNS:
+            return next(iter(_OWN_COLUMNS[kind].values()))
         column = "first" if kind == "date" else "value"  # the name is one of our table's, so it may stand in SQL
         return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
                 f"WHERE number = r.number AND parameter = '{name}'), {'-1e308' if falling else 'char(1114111)'})")

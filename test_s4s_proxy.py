@@ -1863,6 +1863,15 @@ class Searching(RecordsTest):
         self.assertEqual({code["code"] for one in got["entry"] for category in one["resource"]["category"]
                           for code in category["coding"]}, {"laboratory"})
 
+    def test_a_page_is_full_though_much_of_what_matches_may_not_be_seen(self) -> None:
+        token, url, seen = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory"), "Observation?_count=30", 0
+        while url:
+            page = self.fhir(url, token).json
+            seen += len(page["entry"])
+            url = next((one["url"][len(self.portal.fhir_url) + 1:] for one in page["link"] if one["relation"] == "next"), "")
+            self.assertTrue(len(page["entry"]) == 30 or not url)
+        self.assertEqual(seen, len(self.ids(f"Observation?category=laboratory&patient={DANIEL}")))
+
     def test_each_version_has_its_own_names(self) -> None:
         for version, type_name, has, lacks in (
                 ("dstu2", "Condition", "clinicalstatus onset patient", "clinical-status subject"),
