@@ -143,7 +143,7 @@ class Settings:
                                 "ID[:SECRET]=REDIRECT_URI")
     db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
     strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback only)")
+    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
     debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
     certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
     keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
@@ -194,8 +194,9 @@ class Settings:
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether every record may be read without a token."""
-        return self.local if self.open_fhir is None else self.open_fhir
+        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
+        --fhir-header open to this portal is not opened to everybody unless told."""
+        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
 
     @property
     def serves_debug(self) -> bool:
@@ -227,6 +228,16 @@ class PortalError(Exception):
     def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
+
+    @property
+    def error_description(self) -> str:
+        """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
+        return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
+
+
+def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
+    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
+    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
 
 
 class PageError(PortalError):
@@ -609,12 +620,6 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     return " ".join(granted)
 
 
-def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
-    """Whether a granted scope string lets `letter` (r or s) be done to a type, in a context."""
-    return any(one.context == context and one.type in ("*", type_name) and letter in one.letters
-               for one in resource_scopes(scope))
-
-
 def needs_patient(scope: str) -> bool:
     """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
     return (any(one.context == "patient" for one in resource_scopes(scope))
@@ -622,15 +627,13 @@ def needs_patient(scope: str) -> bool:
 
 
 def describe_scope(word: str) -> str:
-    """A scope in words for the person who is asked to approve it."""
+    """A scope in words for the person who is asked to approve it, without its ?param=value."""
     parsed = parse_scope(word)
     if not parsed:
         return PLAIN_SCOPES.get(word, word)
     verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
     what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
-    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
-    owner = "the record" if parsed.context == "patient" else "every record you may open"
-    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
+    return f"{' and '.join(verbs)} {what} in {'the record' if parsed.context == 'patient' else 'every record you may open'}"
 
 
 # ######################################################################## 5 state
@@ -1598,9 +1601,10 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
-NOBODY = ""  # the owner of what belongs to nobody
+NOBODY = ""  # the owner of what belongs to nobody; no id that FHIR allows
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
@@ -1629,14 +1633,15 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
     if type_name in SHARED_TYPES:
         return set()
     if type_name == "Patient":
-        return {resource["id"] if isinstance(resource.get("id"), str) else None}
+        key = resource.get("id")
+        return {key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
+    named = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
-        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
-            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
+        actors = [one.get("actor") if isinstance(one, dict) else None for one in named]
+        named = [one for one in actors if not _NO_PATIENT.fullmatch(reference_of(one))]
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) for value in named}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1646,7 +1651,7 @@ def as_list(value: Any) -> list[Any]:
 
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
-    if base and reference.startswith(base):
+    if base and reference.startswith(base + "/"):
         reference = reference[len(base) + 1:]
     match = pattern.fullmatch(reference)
     return match[1] if match else None
@@ -2495,8 +2500,11 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
         database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
 
 
-def parse_document(data: bytes) -> tuple[Json, list[Json]]:
-    """A JSON object, and those within it that may refer to something; PortalError, which says where it goes wrong."""
+Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
+
+
+def parse_document(data: bytes) -> Document:
+    """A text as JSON; PortalError, which says where it goes wrong."""
     pointers: list[Json] = []
 
     def notice(found: Json) -> Json:
@@ -2569,25 +2577,28 @@ class Source(NamedTuple):
     size: int
     text: bytes = b""
 
-    def documents(self) -> Iterator[tuple[str, bytes, int]]:
+    def documents(self) -> Iterator[tuple[str, Document, int]]:
         """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
 
         A line at a time, so that a file of any length takes no more memory than its longest line.
         """
         if self.text:
-            yield "", self.text, self.size
+            yield "", parse_document(self.text), self.size
             return
-        import gzip  # likewise
+        import gzip  # only where it is needed: it takes long
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
             try:
-                json.loads(line)
-            except (ValueError, RecursionError):  # one text over many lines
-                yield "", line + stream.read(), self.size
+                yield "line 1: ", parse_document(line), raw.tell()
+            except PortalError:  # one text over many lines
+                yield "", parse_document(line + stream.read()), self.size
                 return
-            for number, text in enumerate(itertools.chain([line], stream), 1):
-                if text.strip():
-                    yield f"line {number}: ", text, raw.tell()
+            for number, line in enumerate(stream, 2):
+                if line.strip():
+                    try:
+                        yield f"line {number}: ", parse_document(line), raw.tell()
+                    except PortalError as error:
+                        raise PortalError(error.error, f"line {number}: {error.description}")
 
 
 def sources(data: Any) -> list[Source]:
@@ -2595,6 +2606,8 @@ def sources(data: Any) -> list[Source]:
     if isinstance(data, dict):
         text = json.dumps(data).encode()
         return [Source("(given as a dict)", len(text), text)]
+    if not isinstance(data, (str, os.PathLike)):
+        raise StartError(f"data {data!r}: expected a path, or a resource or Bundle as a dict")
     path = os.fspath(data)
     try:
         if not os.path.isdir(path):
@@ -2657,8 +2670,10 @@ class Records:
             found = [source for one in settings.data if one != "none" for source in sources(one)]
             if found:
                 self._load_sources(found)
-        except BaseException:
+        except BaseException as error:
             self.store.close()
+            if isinstance(error, sqlite3.Error):
+                raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
             raise
 
     def _fact(self, name: str) -> str:
@@ -2693,7 +2708,7 @@ class Records:
         """
         self._filled()
         skipped: collections.Counter[str] = collections.Counter()
-        prepared = list(self._prepared(json.dumps(document).encode(), skipped))
+        prepared = list(self._prepared(parse_document(json.dumps(document).encode()), skipped))
         if skipped and not prepared:
             raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
                               + ", ".join(sorted(search_table(self.version))))
@@ -2705,36 +2720,45 @@ class Records:
     def _load_sources(self, found: Sequence[Source]) -> None:
         """Load one after the other: a bad one is refused whole, those before it stay."""
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
-        skipped: collections.Counter[str] = collections.Counter()
-        progress, done = Progress(sum(source.size for source in found), self.clock), 0
         samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
         if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
-            self.store.connection.execute("DROP INDEX search_by_value")
+            self.store.connection.execute("DROP INDEX IF EXISTS search_by_value")
             self._indexed = False
-        for source in found:
-            try:
-                with self.store.transaction() as database:
-                    self._put(database, (one for place, text, read in source.documents() if progress.at(done + read)
-                                         for one in self._prepared(text, skipped, place)), later=False)
-            except PortalError as error:
-                raise StartError(f"--data {source.path}: {error.description}")
-            except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
-                raise StartError(f"--data {source.path}: {error}")
-            done += source.size
+        skipped: collections.Counter[str] = collections.Counter()
+        ends = list(itertools.accumulate(source.size for source in found))
+        progress = Progress(ends[-1], self.clock)
+        for _, batch in itertools.groupby(zip(found, ends), lambda one: one[1] >> 25):  # every 32 MB is written for good
+            bad = ""
+            with self.store.transaction() as database:
+                for source, end in batch:
+                    database.execute("SAVEPOINT source")
+                    try:
+                        self._put(database, (
+                            one for place, document, read in source.documents()
+                            if progress.at(end - source.size + read)
+                            for one in self._prepared(document, skipped, place)), later=False)
+                    except PortalError as error:
+                        bad = f"--data {source.path}: {error.description}"
+                    except (OSError, EOFError, zlib.error) as error:
+                        bad = f"--data {source.path}: {error}"
+                    if bad:
+                        database.execute("ROLLBACK TO source")
+                        break
+            if bad:
+                raise StartError(bad)
         self.store.connection.executescript(RECORD_SCHEMA)
         self._indexed, self._identified = True, {}
         with self.store.transaction() as database:
             self._resolve(database, later=False)
         self._warn(skipped, before)
 
-    def _prepared(self, text: bytes, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
+    def _prepared(self, document: Document, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
         moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
         now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
         try:
-            document, pointers = parse_document(text)
-            found, names = unbundle(document)
-            self._point(pointers, names)
+            found, names = unbundle(document[0])
+            self._point(document[1], names)
             for where, resource in found:
                 check_version(resource, self.version)
                 if resource["resourceType"] in search_table(self.version):
@@ -2900,7 +2924,8 @@ class Records:
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
         if query.total and not dropped and not access.narrowed:
-            total = store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+            row = store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)
+            total = row[0] if row else 0
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
@@ -3044,9 +3069,14 @@ def is_web_url(uri: Any) -> bool:
         return False
 
 
-# Schemes that browsers act on by themselves. A redirect to javascript: would run in this server's name.
-BROWSER_SCHEMES = ("http", "https", "javascript", "data", "vbscript", "file", "blob", "about", "view-source",
-                   "filesystem", "mailto", "tel", "ws", "wss", "ftp")
+# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
+# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
+# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = re.compile(
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
+    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
+    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
+    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
 
 
 def is_redirect_uri(uri: Any) -> bool:
@@ -3055,17 +3085,23 @@ def is_redirect_uri(uri: Any) -> bool:
     if not isinstance(uri, str) or "#" in uri:
         return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and private[1].lower() not in BROWSER_SCHEMES)
+    return is_web_url(uri) or bool(private and not ACTED_UPON.fullmatch(private[1].lower()))
+
+
+def without_loopback_port(uri: str) -> str:
+    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
+    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
 
 
 # What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
-# security_labels our own). What is not named here is kept, and given back as it came.
+# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
+# would take it for a promise.
 METADATA_STRINGS = frozenset((
     "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
-    "software_version", "software_statement", "application_type", "subject_type", "id_token_signed_response_alg"))
-METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri", "initiate_login_uri"))
+    "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
 METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
-                            "security_labels", "post_logout_redirect_uris", "default_acr_values", "request_uris"))
+                            "security_labels"))
 METADATA_CHOICES: dict[str, Sequence[str]] = {
     "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
     "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
@@ -3080,8 +3116,11 @@ def client_metadata(metadata: Json) -> Json:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
         return PortalError(error, f"{name}: expected {expected}, got "
                            f"{json.dumps(metadata.get(name), default=str)[:200]}")
+    registered: Json = {}
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
+            registered[name] = value
         if member in METADATA_STRINGS and not isinstance(value, str):
             raise refuse(name, "a string")
         if member in METADATA_LISTS and not (isinstance(value, list)
@@ -3093,9 +3132,10 @@ def client_metadata(metadata: Json) -> Json:
         if known and not set([value] if isinstance(value, str) else value) <= set(known):
             raise refuse(name, f"only {', '.join(known)}")
     kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
-            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **metadata}
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
     asks_users = "authorization_code" in kept["grant_types"]
-    kept.setdefault("response_types", ["code"] if asks_users else [])
+    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
+        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
     if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
         raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
     if not all(map(is_web_url, kept.get("launch_uris", []))):
@@ -3108,8 +3148,9 @@ def client_metadata(metadata: Json) -> Json:
     if "jwks" in kept:
         try:
             for key in key_set(kept["jwks"]):
-                if key.get("kty") == "RSA" or key.get("crv") == "P-384":
-                    verify(key, "RS384" if key.get("kty") == "RSA" else "ES384", b"", b"")
+                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
+                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
+                        verify(key, algorithm, b"", b"")
         except ValueError as error:
             raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
@@ -3151,17 +3192,18 @@ def seeds(settings: Settings) -> Seeds:
                             "token_endpoint_auth_method": "none"})
     found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
     for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
         if not match:
-            raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
         try:
             client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
         except PortalError as error:
-            raise StartError(f"--client {text}: {error.description}")
+            raise StartError(f"{option}: {error.description}")
         earlier = found.clients.get(client.client_id)
         if earlier:
             if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"--client {text}: {client.client_id} was given with another secret before")
+                raise StartError(f"{option}: it was given with another secret before")
             client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
                 *earlier.metadata["redirect_uris"], match[3]]})
         found.clients[client.client_id] = client
@@ -3401,7 +3443,7 @@ class Portal:
         if fault.status:
             headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
             if fault.status == 401:
-                headers.append(("WWW-Authenticate", f'Bearer realm="s4s", error="{fault.error or "invalid_token"}"'))
+                headers.append(challenge(error=fault.error or "invalid_token"))
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
@@ -3536,17 +3578,20 @@ class Request:
 MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
+def _finite(text: str) -> float:
+    """A number of JSON that is none of NaN, Infinity and 1e400, which Python would read as Infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not JSON, or is too large a number")
+    return number
 
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
     except RecursionError:
         raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
@@ -3586,6 +3631,39 @@ def redirect(url: str, cookies: Sequence[str] = ()) -> Response:
 def with_query(url: str, **parameters: str) -> str:
     """A URL with parameters added, its own query kept (RFC 6749 section 3.1.2)."""
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
+
+
+FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
+JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
+
+
+def too_little_scope(type_name: str, letter: str) -> FhirError:
+    """403 that names the scope it would take (RFC 6750 section 3.1)."""
+    needed = f"patient/{type_name}.{letter}"
+    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
+                     [challenge(error="insufficient_scope", scope=needed)])
+
+
+def accepted_types(request: Request) -> list[str]:
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
+    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
+            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request) if status == 200 else ["*/*"]
+    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
+    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 Endpoint = Callable[[Portal, Request], Response]
@@ -3804,7 +3882,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
         "token_endpoint_auth_methods_supported": list(methods),
         "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "introspection_endpoint_auth_methods_supported": list(methods),
+        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
+        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
         "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
         "revocation_endpoint_auth_methods_supported": list(methods),
         "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
@@ -3891,8 +3970,6 @@ def register_client(portal: Portal, metadata: Json) -> Json:
     """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
     kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
     kept["client_name"] = kept.get("client_name") or client_id
-    for name in ("client_id", "client_id_issued_at", "client_secret", "client_secret_expires_at"):
-        kept.pop(name, None)  # ours to say
     secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
     with portal.state.transaction() as database:
         database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
@@ -3911,7 +3988,7 @@ def register(portal: Portal, request: Request) -> Response:
 
 def invalid_client(description: str) -> PortalError:
     """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
-    return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
+    return PortalError("invalid_client", description, 401, [challenge("Basic")])
 
 
 def basic_credentials(request: Request) -> tuple[str, str] | None:
@@ -3999,8 +4076,10 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
     need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
     need(isinstance(header.get("kid"), str), "the header has no kid")
     need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
+         "section 4.1.11)")
     try:
-        key = assertion_key(portal, client, header["kid"], KEY_TYPES[str(algorithm)])
+        key = assertion_key(portal, client, header["kid"], str(algorithm))
         need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
     except (ValueError, RecursionError) as error:
         raise invalid_client(f"client_assertion: {error}")
@@ -4033,15 +4112,18 @@ def is_moment(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
-def assertion_key(portal: Portal, client: Client, kid: str, key_type: str) -> Json:
-    """The one key of a client with this name and type; ValueError if there is none, or no way to get it."""
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
+    is none, or no way to get it."""
     for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
         keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == key_type]
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
         if found or "jwks" in client.metadata:
             break
     if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r} and kty {key_type}; expected one")
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
+                         f"say so, use sig and alg {algorithm}; expected one")
     return found[0]
 
 
@@ -4232,7 +4314,10 @@ def login(portal: Portal, request: Request) -> Response:
     """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
     if request.method != "POST":
         fields = Fields(request.pairs())
-        return sign_in_page(portal, request, fields.get("username", "daniel-adams"), "", local_path(fields.get("next")))
+        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
+        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid")
+        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
+                            local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
     user = portal.user(username)
@@ -4287,10 +4372,15 @@ def check_client(asked: Authorization) -> None:
 
 
 def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+
+    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
+    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
+    """
     uri = asked.fields.need("redirect_uri")
     registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
-    if uri not in registered:
+    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
+    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
                           f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
@@ -4365,10 +4455,29 @@ def check_pkce(asked: Authorization) -> None:
     asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
+def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, and each ?param=value is a search parameter of the records' version, with a value it takes.
+
+    Any other would find nothing, and would put words of the app's choice before the person who decides.
+    """
+    scope = negotiate_scope(asked, registered, contexts)
+    for one in resource_scopes(scope):
+        for name, value in one.constraints:
+            version = fhir_version(portal)
+            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
+                with contextlib.suppress(FhirError):
+                    parse_constraint(version, type_name, name, value)
+                    break
+            else:
+                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
+                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
+    return scope
+
+
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
     wanted = asked.fields.need("scope")
-    asked.scope = negotiate_scope(wanted, asked.client.scope)
+    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
     if not asked.client.may_use("refresh_token"):
         asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
     if not asked.scope:
@@ -4449,11 +4558,9 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PageError:
         raise
     except PortalError as error:
-        # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
-        description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-                                               error=error.error, error_description=description))
+                                               error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
                "signed_in_since": asked.signed_in_since,
@@ -4536,20 +4643,23 @@ def consent(portal: Portal, request: Request) -> Response:
     if decision == "deny":
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
-    if patient_id == "":
+    if patient_id == TO_CHOOSE:
         text = fields.get("q")
         return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
     return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id or "", details, labels, fields.get("approval_expires"),
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
         fields.get("encounter_id"), user["started"])))
 
 
+TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
+
+
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
-    """The patient of an authorization: the launch's, the one chosen, or the only one there is. "" while there is still
-    a choice to make; None where the scope is about no patient's record and the user has none of their own.
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
+    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
 
     PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
     signs nobody in, since whoever sees the link has it.
@@ -4558,16 +4668,16 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
     if wanted not in (None, username):
         raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
                         "out, then launch the app again.", 403)
-    if fixed and chosen not in ("", fixed):
+    if fixed and chosen not in (TO_CHOOSE, fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
     patient_id, user = fixed or chosen, portal.user(username)
     if not patient_id:
         needed = needs_patient(details["scope"])
         if user and user["any_patient"]:
-            return "" if needed else None
+            return TO_CHOOSE if needed else None
         patients = portal.patients_of(username)
         if needed and len(patients) != 1:
-            return ""
+            return TO_CHOOSE
         if not patients:
             return None
         patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
@@ -4652,11 +4762,13 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
         if name in client.metadata]
     return tag("div", facts(
         ("App", [tag("strong", client.name), links]),
+        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
         ("Whose data", whose),
         ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
         ("Decided by", user["name"])),
-        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
-            class_="quiet"))
+        client.registered_itself and tag(
+            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
+            "Approve only if you have just come from that app.", class_="quiet"))
 
 
 def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
@@ -4665,7 +4777,12 @@ def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
         parsed = parse_scope(word)
         kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
         plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
-        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+        # The app wrote the values. Quoted, they can't read as the portal's own words.
+        limits = [[" and " if number else ", but only where ", name, " is ", [
+            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
+            for place, one in enumerate(_COMMA.split(value))]]
+                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
                    tag("small", tag("code", word)))
     parsed = resource_scopes(scope)
     warnings = [text for text, holds in (
@@ -4731,28 +4848,26 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
 
 
 class Grant(NamedTuple):
-    """What a user approved, before it is stored."""
+    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
     grant_id: str
     client_id: str
     username: str | None
     patient_id: str | None
     scope: str
-    labels: Sequence[str]
     approval_expires: float
     issuer: str
+    security_labels: str = "[]"
     redirect_uri: str | None = None
     code_challenge: str | None = None
     nonce: str | None = None
     signed_in: float | None = None
-    context: str = "{}"  # JSON: members of the token response beside patient
+    context: str = "{}"
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json, labels: Sequence[str],
+def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
               until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
-    """What the consent form says, as a grant; PageError where the form can't be."""
-    patient = whose_record(portal, username, details, patient_id)
-    if patient == "":
-        raise PageError("invalid_request", "Choose whose record.")
+    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
+    be."""
     offered = offered_categories(portal, client, details["scope"])
     labels = [OLD_CATEGORIES.get(label, label) for label in labels]
     for label in labels:
@@ -4776,17 +4891,20 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
             raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
     elif encounter_id not in ("", context.get("encounter")):
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
-    return Grant(new_token(), client.client_id, username, patient, details["scope"],
-                 # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
-                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
+    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
+                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
-def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
-    """Write a grant down."""
-    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)", (
-        *grant[:5], json.dumps(grant.labels), now, *grant[6:]))
+def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
+    """Write a grant down; gives its row."""
+    columns = {**grant._asdict(), "approved": now}
+    database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                     tuple(columns.values()))
+    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+    return row
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
@@ -5042,56 +5160,56 @@ def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
     database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
 
 
-def spend(portal: Portal, client: Client, kind: str, value: str,
-          check: Callable[[Row], None], issue: Callable[[sqlite3.Connection, Row, float], Json]) -> Json:
-    """Use up a code or a refresh token, once: look, judge, mark and issue in one transaction, so that of any number
-    of requests that race, one wins.
+@contextlib.contextmanager
+def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
+    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
+    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
 
     A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
-    RFC 9700 section 4.14.2). Any other failure consumes nothing.
+    RFC 9700 section 4.14.2).
     """
-    name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
+    name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
         if not row or row["kind"] != kind or row["client_id"] != client.client_id:
             raise PortalError("invalid_grant", f"this {name} was not issued to this client")
         if not row["spent"]:
-            if row["ended"] or row["expires"] <= now:
+            if row["ended"] or row["expires"] <= portal.clock.now():
                 raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-            check(row)
+            yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-            return issue(database, row, now)
+            return
         end_grant(database, row["grant_id"])
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
+def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
+    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
+    its challenge (RFC 7636 section 4.6)."""
+    if redirect_uri != row["redirect_uri"]:
+        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
+    if not row["code_challenge"]:
+        if verifier:
+            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
+    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
+        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+
+
 def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
-    code, verifier = form.need("code"), form.get("code_verifier")
-    uri = form.get("redirect_uri")
-    grants: list[Row] = []
-
-    def check(row: Row) -> None:
-        if uri != row["redirect_uri"]:
-            raise PortalError("invalid_grant", f"redirect_uri {uri!r} is not the one of the authorization request")
-        if row["code_challenge"]:
-            # RFC 7636 section 4.6: who asked is who knows the verifier.
-            if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
-                raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
-            if not same_secret(s256_challenge(verifier), row["code_challenge"]):
-                raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
-        elif verifier:
-            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        grants.append(row)
+    code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
+    now = portal.clock.now()
+    with spending(portal, client, "code", code) as (database, row):
+        check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    answer = spend(portal, client, "code", code, check, issue)
+        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
                  f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
+        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
 
 
@@ -5100,19 +5218,17 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
 
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
-    wanted = form.get("scope")
+    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
     if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
         raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
-
-    def check(row: Row) -> None:
+    with spending(portal, client, "refresh", value) as (database, row):
         for word in wanted.split():
             if not scope_covers(row["scope"], word):
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
-        return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
+        if not scope:
+            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
+        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
     request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
     return answer
 
@@ -5129,16 +5245,14 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
         raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
                           "scopes are for clients of --fixtures only")
     wanted = form.need("scope")
-    scope = negotiate_scope(wanted, client.scope, ("system",))
+    scope = served_scope(portal, wanted, client.scope, ("system",))
     if not scope:
         raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
                           f"within {client.scope!r}")
     now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, [], now + BACKEND_SECONDS, portal.base(request))
+    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
-        return issue_access(database, row, scope, now, None)
+        return issue_access(database, store_grant(database, grant, now), scope, now, None)
 
 
 GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
@@ -5177,28 +5291,47 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
-def bearer_token(portal: Portal, request: Request) -> Row | None:
-    """The access token of a request's Authorization header (RFC 6750 section 2.1), if it is good."""
+def bearer_value(request: Request) -> str | None:
+    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    return row if row and row["kind"] == "access" and is_active(portal, row) else None
+    return value.strip() if scheme.lower() == "bearer" else None
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
+    one: an error code is for those who tried (RFC 6750 section 3.1)."""
+    value = bearer_value(request)
+    if value is None:
+        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
+    row = known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
+    request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
+                 "(RFC 6750 section 2.1)")
+    return row
 
 
 @route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
     """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
-    the bearer of a token of the same authorization."""
+    the bearer of a token of the same authorization.
+
+    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
+    """
     form = Fields(request.form())
-    row = known_token(portal, form.need("token"))
-    if request.headers.get("authorization", "").lower().startswith("bearer "):
-        asker = bearer_token(portal, request)
-        if not asker or not (asker["username"] is None or (row and row["grant_id"] == asker["grant_id"])):
-            raise invalid_client("expected a bearer token that is valid, and is for system/ scopes or of the "
-                                 "authorization asked about")
-    else:
-        client = authenticate_client(portal, request, form)
-        if client.auth_method == "none" and row and row["client_id"] != client.client_id:
-            row = None  # anybody can say a public client's name; it learns of its own tokens only
+    row, expected = known_token(portal, form.need("token")), (
+        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
+    if bearer_value(request) is not None:
+        try:
+            asker = bearer(portal, request)
+        except PortalError as error:
+            raise PortalError("invalid_client", expected, 401, error.headers)
+        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
+            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
+    elif authenticate_client(portal, request, form).auth_method == "none":
+        raise invalid_client(f"a public client proves nothing by its id: {expected}")
     if not row or not is_active(portal, row):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
     answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
@@ -5212,7 +5345,10 @@ def introspect(portal: Portal, request: Request) -> Response:
 
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009)."""
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
+
+    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
+    """
     form = Fields(request.form())
     value = form.need("token")
     client = authenticate_client(portal, request, form)
@@ -5237,9 +5373,14 @@ def claims_of(portal: Portal, row: Row) -> Json:
         return {}
     claims = {"sub": row["username"]}
     who = portal.fhir_user(row["username"], row["patient_id"])
-    if who and not {"fhirUser", "profile"}.isdisjoint(words):
+    if who and may_know_who(row):
         claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
     return claims
+
+
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
 
 
 def signing_key(portal: Portal) -> RsaKey:
@@ -5278,17 +5419,13 @@ def jwks(portal: Portal, request: Request) -> Response:
 
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
-    """Who the user of an access token is: what the id_token says, and the name."""
-    row, realm = bearer_token(portal, request), 'Bearer realm="s4s"'
-    if not row:
-        given = ', error="invalid_token"' if "authorization" in request.headers else ""  # RFC 6750 section 3.1
-        raise PortalError("invalid_token", "expected Authorization: Bearer and an access token that is valid", 401,
-                          [("WWW-Authenticate", realm + given)])
+    """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
+    row = bearer(portal, request)
     user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
     if not user or not claims:
         raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
-                          [("WWW-Authenticate", f'{realm}, error="insufficient_scope", scope="openid"')])
-    return json_response({**claims, "name": user["name"]})
+                          [challenge(error="insufficient_scope", scope="openid")])
+    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
 
 
 # ######################################################################## 15 forwarding
@@ -5300,9 +5437,10 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 MAX_HEAD = 64 << 10          # bytes of a first line and headers
 MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_INTERIM = 100            # 1xx answers before the answer
 MAX_LINKS = 1000             # paging links that one authorization may hold
 PAGE_SECONDS = 3600
-DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
+MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
@@ -5431,13 +5569,15 @@ class Connection:
         if not alive:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
-        while True:
+        for _ in range(MAX_INTERIM + 1):
             match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
             if status >= 200:  # 1xx: the answer is still to come
                 break
+        else:
+            raise BadRequest(400, f"it has no end of interim answers ({status})")
         keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if status in (204, 304):
@@ -5494,7 +5634,7 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+_decode = json.JSONDecoder(parse_constant=_finite).raw_decode
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:
@@ -5550,9 +5690,9 @@ class Upstream:
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.names: list[str] = []                           # bases that the server says are its own
         self.forget()
-        self._bases: list[str] = []
-        self._learn(self.base)
+        self._spell(parts.hostname or "", parts.port)
         self._idle: list[Connection] = []
         send = self._send
 
@@ -5568,8 +5708,9 @@ class Upstream:
         self._request, self._open = urllib.request.Request, opener.open
 
     def forget(self) -> None:
-        """Forget what was found out of the records and of the server's version."""
+        """Forget what was found out of the records and of the server's names and version."""
         self.binaries.clear()
+        self.names.clear()
         self.version = ("", 0.0)                         # see fhir_version; until when it holds
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
@@ -5606,6 +5747,8 @@ class Upstream:
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        if form is not None:
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
@@ -5633,10 +5776,11 @@ class Upstream:
         """
         try:
             url = urljoin(seen_at, url)
+            url.encode()  # fails for half a surrogate pair
             scheme, _, path, query, _ = urlsplit(url)
         except ValueError:
             return None
-        for base in self._bases:
+        for base in (self.base, *self.names):
             if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
                 path = self.path + re.split("[?#]", url[len(base):])[0]
         if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
@@ -5645,32 +5789,22 @@ class Upstream:
         safe = "!$%&'()*+,/:;=?@[]~|"
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
-    def _learn(self, base: str) -> None:
-        """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
-        self._bases = sorted([*self._bases, base], key=len, reverse=True)
-        addresses, traces, hints = [], [], set()
-        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        for one in self._bases:
-            parts = urlsplit(one)
-            host, port, path = parts.hostname or "", parts.port, "".join(
-                _SLASH if char == "/" else re.escape(char) for char in parts.path)
-            names = {re.escape(f"[{host}]" if ":" in host else host)}
-            if is_loopback(host):
-                names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
-            name = "(?i:" + "|".join(sorted(names)) + ")"
-            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
-            addresses.append(where + path)
-            if not is_loopback(host):  # the name alone tells too much
-                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
-                hints |= {host}
-            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
-                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
-                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
-            else:
-                traces.append(before + where)
-                hints |= {f":{port}", f"%3a{port}"}
-        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
-        self._traces, self._hints = re.compile("|".join(traces)), hints
+    def _spell(self, host: str, port: int | None) -> None:
+        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
+        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
+        names = {re.escape(f"[{host}]" if ":" in host else host)}
+        if is_loopback(host):
+            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+        if not is_loopback(host):  # the name alone tells too much
+            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
+        else:
+            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
+        self._traces = re.compile(trace)
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
@@ -5685,9 +5819,8 @@ class Upstream:
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
         # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
-        for base in self._bases:
-            for end in '/?"':
-                text = text.replace(base + end, "\0" + end)
+        for end in '/?"':
+            text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
@@ -5731,25 +5864,32 @@ class Upstream:
         self.check(answer)
         try:
             own, entries = split_bundle(self.rewritten(answer.body, ours))
-            if self._learn_from(entries, ours):
-                own, entries = split_bundle(self.rewritten(answer.body, ours))
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
+        self._learn(own, answer.url, ours)
         return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
 
-    def _learn_from(self, entries: list[tuple[Any, str]], ours: str) -> bool:
-        """Whether entries show an address of the FHIR server that was not known: a fullUrl is one, type and id."""
-        before = len(self._bases)
-        for value, _ in entries:
-            url = value.get("fullUrl") if isinstance(value, dict) else None
-            if isinstance(url, str) and url.startswith("http") and not url.startswith(ours + "/"):
-                found = value.get("resource")
-                tail = f"/{found.get('resourceType')}/{found.get('id')}" if isinstance(found, dict) else "?"
-                if url.endswith(tail) and url[:-len(tail)] not in self._bases and len(self._bases) < 20:
-                    self._learn(url[:-len(tail)])
-        return len(self._bases) > before
+    def _learn(self, own: Json, asked: str, ours: str) -> None:
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
+        that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        path = urlsplit(asked).path[len(self.path):]
+        for link in elements(own, "link"):
+            if path and isinstance(link, dict) and link.get("relation") == "self":
+                url = str(link.get("url")).partition("?")[0]
+                name = url[:-len(path)]
+                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
+                        and name not in (ours, *self.names)):
+                    self.names.append(name)
+
+    def disguised(self, text: str, ours: str) -> str:
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
+        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        for name in self.names:
+            for end in '/?"':
+                text = text.replace(name + end, ours + end)
+        return text
 
     def statement(self, now: float) -> Json:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
@@ -5827,13 +5967,14 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
     """
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
     pairs = [(name, value) for name, value in pairs
-             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+             if value and (name.partition(":")[0] not in NOT_FORWARDED
+                           or (access.scope, name, value) == (None, "_summary", "count"))]
     if access.scope is None:
         return pairs
     sent: list[tuple[str, str]] = []
     for name, value in pairs:
         stem, _, modifier = name.partition(":")
-        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+        if "." in name or not may_be_forwarded(stem):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
         owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
@@ -5934,7 +6075,7 @@ class Forwarding:
 
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        self.response.body = text.encode("utf-8", "replace")
+        self.response.body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
         if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
             self.response.headers[0] = ("Content-Type", told)
@@ -5984,8 +6125,8 @@ class Forwarding:
         return binary_id in known
 
     def documents(self) -> Iterator[Json]:
-        """The record's documents and reports, as far as DOCUMENT_PAGES pages go."""
-        left = DOCUMENT_PAGES
+        """The record's documents and reports, as far as MAX_PAGES pages go."""
+        left = MAX_PAGES
         for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
             for type_name in ("DocumentReference", "DiagnosticReport"):
                 url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
@@ -6003,15 +6144,9 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url()
-        if url:
-            return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
-        query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
-        url = f"{self.upstream.base}/{type_name}"
-        if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
-            form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
-            return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
+        page = self.page_url()
+        sent = [] if page else pinned_search(self.access, type_name, pairs, self.base)
+        return self.page(page or f"{self.upstream.base}/{type_name}", sent, pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -6023,9 +6158,8 @@ class Forwarding:
         for name, _ in pairs:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
-        query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
-        return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything"
+        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
     def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
@@ -6053,33 +6187,83 @@ class Forwarding:
                     raise refused("gave a link to the next page that does not lead to itself")
         return found
 
-    def page(self, answer: Answer, pairs: list[tuple[str, str]], letters: str) -> Response:
-        """A Bundle, less the entries that may not be seen, with this portal's own links.
+    def judged(self, entries: list[tuple[Json, str]], letters: str) -> tuple[list[str], list[str]]:
+        """Those of a Bundle's entries that may be seen, as texts: what matches, and what was included with it.
 
-        What may not be seen is dropped without a word: other patients' records, included ones too; OperationOutcomes,
-        which may quote anything; Bundles within the Bundle. Of the Bundle's own members only those known to be harmless
-        are passed on: total, if nothing was dropped and no category hidden.
+        The rest is dropped without a word: other patients' records, included ones too; OperationOutcomes, which may
+        quote anything; Bundles within the Bundle.
         """
-        own, entries = self.upstream.bundle(answer, self.base)
-        seen = []
+        matches: list[str] = []
+        included: list[str] = []
         for entry, text in entries:
             if self.may_see(entry.get("resource"), text, letters):
                 known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                seen.append(text if len(known) == len(entry) else json.dumps(known))
-        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
+                mode = entry["search"].get("mode") if isinstance(entry.get("search"), dict) else "match"
+                (included if mode == "include" else matches).append(
+                    text if len(known) == len(entry) else json.dumps(known))
+        self.request.note(f"{len(matches) + len(included)} of {len(entries)} entries may be seen; the FHIR server isn't "
+                          "trusted to filter")
+        return matches, included
+
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
+
+        Where categories hide something, an empty place on a page, or a link to a page of nothing, would tell that it
+        is there. Then the page is filled from the pages after it, and the link comes if there is one more to see, or
+        after MAX_PAGES; its address ends in #, how many were seen of that page already, and the page's size. The
+        server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
+        asks for is counted here.
+        """
+        narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
+        asked = dict(pairs).get("_count", "20")
+        if not re.fullmatch("[0-9]{1,9}", asked):
+            raise FhirError("value", f"_count={asked}: expected a whole number")
+        skip, size = map(int, mark.split(",")) if mark else (0, int(asked))
+        counting = self.access.scope is not None and (size == 0 or ("_summary", "count") in pairs)
+        if sent and (narrowed or counting):
+            sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
+        query = urlencode(sent, quote_via=quote, safe="/:,|")
+        # A search that was posted is posted on: what a patient has may be too private for the address line.
+        posted, url = f"{url}/_search", f"{url}?{query}" if query else url
+        form = query.encode() if sent and self.request.method == "POST" else None
+        most = size if narrowed and not counting else sys.maxsize
+        matches: list[str] = []
+        included: list[str] = []
+        whole = True  # nothing was dropped, and nothing is left to read
+        for _ in range(MAX_PAGES):
+            answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
+            own, entries = self.upstream.bundle(answer, self.base)
+            found, others = self.judged(entries, letters)
+            links, room, form = self.links(own, answer), most - len(matches), None
+            whole = whole and len(found) + len(others) == len(entries)
+            matches += found[skip:skip + room]
+            included += others if room else []
+            if len(found) > skip + room:
+                links = {"next": f"{url}#{skip + room},{size}"}
+                break
+            if not (narrowed or counting):
+                break
+            if "next" not in links:
+                links = {}
+                break
+            url, skip = links["next"], 0
+        else:
+            links, whole = {"next": f"{url}#0,{size}"} if narrowed and not counting else {}, False
         path, query = self.request.rest, self.request.query
         if self.request.method == "POST":
             path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
-        pages = keep_pages(self.portal, self.grant_id, path, self.links(own, answer))
         bundle: Json = {"resourceType": "Bundle", **{
-            name: own[name] for name in ("id", "meta", "type", "timestamp", "total") if name in own}}
-        if len(seen) < len(entries) or self.access.narrowed:
-            bundle.pop("total", None)
+            name: own[name] for name in ("id", "meta", "type", "timestamp") if name in own}}
+        if self.access.scope is None and "total" in own:
+            bundle["total"] = own["total"]
+        elif whole and not narrowed and "next" not in links and (counting or own.get("total") == len(matches)):
+            bundle["total"] = len(matches)
         here = f"{self.base}/{path}"
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
-            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in pages.items())]
-        text = json.dumps(bundle)
-        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(seen)}]}}" if seen else text, answer)
+            {"relation": relation, "url": f"{here}?_page={handle}"}
+            for relation, handle in keep_pages(self.portal, self.grant_id, path, links).items())]
+        text, shown = json.dumps(bundle), [] if counting else [*matches, *dict.fromkeys(included)]
+        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
 
 
 # The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
@@ -6103,26 +6287,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 # ######################################################################## 16 the FHIR API
 
-REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
-FHIR_TYPE = "application/fhir+json"
-FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
-JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
-
-
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if not scheme:
-        raise FhirError("login", "no access token: send Authorization: Bearer ...", 401, [REALM])
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = "has expired" if row and row["live"] else "is not a valid one"
-        raise FhirError("login", f"the access token {why}", 401, [(
-            REALM[0], f'{REALM[1]}, error="invalid_token", error_description="the access token {why}"')])
-    request.client_id, request.username = row["client_id"], row["username"]
-    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
-                 "(RFC 6750 section 2.1)")
-    return row
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -6137,37 +6301,9 @@ def access_of(portal: Portal, row: Row) -> Access:
         fhir_version(portal) if "?" in scope else "r4")
 
 
-def too_little_scope(type_name: str, letter: str) -> FhirError:
-    """403 that names the scope it would take (RFC 6750 section 3.1)."""
-    needed = f"patient/{type_name}.{letter}"
-    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
-
-
-def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
-    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
-            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
-
-
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else ["*/*"]
-    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
-    if ("_pretty", "true") in request.pairs():
-        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
-    text = body if isinstance(body, str) else json.dumps(body)
-    # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
-
-
 def outcome(error: PortalError) -> Json:
     """An error as FHIR says it."""
-    code = error.error if isinstance(error, FhirError) else "invalid"
+    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
     return {"resourceType": "OperationOutcome", "issue": [
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
@@ -6920,7 +7056,7 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     """
     client, user = known_client(portal, client_id), known_user(portal, username)
     asked = client.scope if scope is None else need_text("scope", scope)
-    granted = negotiate_scope(asked, asked)
+    granted = served_scope(portal, asked, asked)
     if not granted:
         raise PortalError("invalid_scope", f"scope: nothing of {asked!r} can be granted")
     now = portal.clock.now()
@@ -6931,10 +7067,9 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
     grant = Grant(new_token(), client.client_id, user["username"],
                   None if nobodys else users_patient(portal, username, patient_id),
-                  granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
+                  granted, need_moment("approval_expires", until), portal.public_url())
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        row = store_grant(database, grant, now)
         return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
 
 
@@ -6985,11 +7120,13 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
-    if patient == "":
-        patient = users_patient(portal, username, None)
-        if not patient:
+    patient = whose_record(portal, username, details,
+                           TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id))
+    if patient == TO_CHOOSE:
+        own = users_patient(portal, username, None)
+        if not own:
             raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
+        patient = whose_record(portal, username, details, own)
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
@@ -6997,7 +7134,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
     visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
     return decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient or "", details, labels, until, visit, now))
+        portal, client, user["username"], patient, details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)
@@ -7201,7 +7338,7 @@ def error_response(portal: Portal, kind: str, error: PortalError, request: Reque
         response = Response(error.status, json.dumps(outcome(error)).encode(),
                             FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
     else:
-        response = json_response({"error": error.error, "error_description": error.description}, error.status)
+        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
     response.headers += error.headers
     return response
 

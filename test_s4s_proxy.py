@@ -849,7 +849,7 @@ class ConsentPage(PortalTest):
 
     def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
         main = self.consent("launch/patient patient/Observation.rs?category=laboratory").texts["main"][0]
-        self.assertIn("but only where category is laboratory", main)
+        self.assertIn('but only where category is "laboratory"', main)
         main = self.consent("launch/patient patient/Condition.rs").texts["main"][0]
         self.assertIn(": problems and diagnoses", main)
 
@@ -2717,7 +2717,7 @@ class FhirServer:
             return json_answer({"resourceType": "OperationOutcome"}, 404)
         return json_answer(self.bundle(*self.records.values()))
 
-    def bundle(self, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
+    def bundle(self, /, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
         """A searchset of resources."""
         return {"resourceType": "Bundle", "type": "searchset", "total": len(resources),
                 "link": [{"relation": name, "url": url} for name, url in links.items()],
@@ -2760,7 +2760,8 @@ class ForwardingTest(PortalTest):
     def setUpClass(cls) -> None:
         cls.behind = FhirServer()
         cls.addClassCleanup(cls.behind.stop)
-        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5}
+        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5,
+                        "open_fhir": True}
         super().setUpClass()
 
     def setUp(self) -> None:
@@ -2875,6 +2876,16 @@ class OnePatientAndNothingElse(ForwardingTest):
 
     def test_a_search_for_another_patient_by_absolute_reference(self) -> None:
         self.assert_not_forwarded(f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}")
+
+    def test_a_reference_under_another_name_of_the_server_makes_nobody_the_owner(self) -> None:
+        there = "http://other.example/fhir"
+        named = observation("mine", subject={"reference": f"{there}/Patient/{ME}"})
+        self.script("Observation/mine", named)
+        for links in ({}, {"self": f"{there}/Observation"}):
+            self.script("Observation", json.dumps(self.behind.bundle(named, **links)).replace(
+                self.behind.url, there).encode())
+            self.assertEqual(self.ids("Observation"), [])
+            self.assert_refused("Observation/mine")
 
     def test_a_search_for_another_patient_among_several(self) -> None:
         self.assert_not_forwarded(f"Observation?patient={ME},{OTHER}")
@@ -3148,6 +3159,124 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assert_refused("Observation/mine", 502)
 
 
+class WhatIsHiddenIsNotCounted(ForwardingTest):
+    """A token for vital signs alone, before a server that filters and pages well, three to a page: neither a link nor
+    a number nor an empty place tells what else is there."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.found: list[dict[str, Any]] = []
+        patch = mock.patch.object(self.behind, "answer", self.answer)
+        patch.start()
+        self.addCleanup(patch.stop)
+        app = App(self.portal)
+        back = self.portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=["vital-signs"])
+        self.narrow = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        self.behind.seen.clear()
+
+    def answer(self, target: str) -> tuple[int, dict[str, str], bytes]:
+        """Some of `found`, by _offset and _count; with their number."""
+        query = dict(parse_qsl(urlsplit(target).query))
+        offset, count = int(query.get("_offset", 0)), min(3, int(query.get("_count", 3)))
+        end = offset + count
+        links = {"next": f"{self.behind.url}/Observation?_count={count}&_offset={end}"} if end < len(self.found) else {}
+        page = self.behind.bundle(*self.found[offset:end], **links, previous=f"{self.behind.url}/Observation")
+        return json_answer({**page, "total": len(self.found)})
+
+    def fill(self, kinds: str) -> None:
+        """Observations: v may be seen, h not."""
+        self.found = [observation(f"{kind}{number}", category=[{"coding": [
+            {"code": "vital-signs" if kind == "v" else "laboratory"}]}]) for number, kind in enumerate(kinds)]
+
+    def shown(self, path: str, **how: Any) -> dict[str, Any]:
+        """A page for the token, less what is different each time."""
+        page = self.read(path, token=self.narrow, **how)
+        page["link"] = [link["relation"] for link in page["link"]]
+        return page
+
+    def test_what_is_hidden_leaves_no_trace(self) -> None:
+        for seen, with_hidden in (("v", "vh"), ("v", "hhhhhhhhv"), ("v", "hhhhhhvhhhhhhh"), ("", "hhhhhhh"),
+                                  ("vv", "vhhhhvhhh"), ("vvv", "hvhvhvhhhhhh")):
+            for query in ("_count=1", "_count=2", "_count=3", "_count=20", "_summary=count", "_count=0"):
+                for method in ("GET", "POST"):
+                    with self.subTest((seen, with_hidden, query, method)):
+                        how = {"form": {"code": "x"}} if method == "POST" else {}
+                        path = f"Observation{'/_search' * (method == 'POST')}?{query}"
+                        self.fill(seen)
+                        expected = json.dumps(self.shown(path, **how))
+                        self.fill(with_hidden)
+                        got = self.shown(path, **how)
+                        self.assertEqual(re.sub(r"v\d+", "v", json.dumps(got)), re.sub(r"v\d+", "v", expected))
+                        self.assertNotIn("total", got)
+
+    def test_all_that_may_be_seen_comes_once_and_in_full_pages(self) -> None:
+        self.fill("hvvvhhhhhvhvvhvhhhhhvvvvv" * 2)
+        expected = [one["id"] for one in self.found if one["id"][0] == "v"]
+        for size in (1, 2, 3, 4, 7, 100):
+            for how in ({}, {"form": {"_count": str(size)}}):
+                with self.subTest(size):
+                    got: list[list[str]] = []
+                    page = self.read("Observation/_search" if how else f"Observation?_count={size}", token=self.narrow,
+                                     **how)
+                    while True:
+                        got.append([entry["resource"]["id"] for entry in page["entry"]])
+                        links = {link["relation"]: link["url"] for link in page["link"]}
+                        if "next" not in links:
+                            break
+                        page = ask(links["next"], token=self.narrow).json
+                    self.assertEqual([one for part in got for one in part], expected)
+                    self.assertEqual({len(part) for part in got[:-1]} | {size}, {size})
+
+    def test_a_long_stretch_of_nothing_ends_the_page_not_the_search(self) -> None:
+        self.fill("h" * 3 * s4s.MAX_PAGES + "v")
+        page = self.read("Observation", token=self.narrow)
+        self.assertNotIn("entry", page)
+        self.assertEqual(len(self.behind.seen), s4s.MAX_PAGES)
+        page = ask(page["link"][1]["url"], token=self.narrow).json
+        self.assertEqual([entry["resource"]["id"] for entry in page["entry"]], [self.found[-1]["id"]])
+
+    def test_the_servers_total_comes_only_where_it_was_seen_to_be_true(self) -> None:
+        self.fill("vhvhv")
+        self.assertNotIn("total", self.read("Observation"), "there are more pages")
+        self.fill("vh")
+        self.assertEqual(self.read("Observation")["total"], 2)
+        self.found = self.found[:1] * 2
+        self.found[1] = {**self.found[1], "subject": {"reference": f"Patient/{OTHER}"}}
+        self.assertNotIn("total", self.read("Observation?_count=1"), "the other one is somebody else's")
+        self.assertNotIn("total", self.read("Observation"))
+
+    def test_a_number_asked_for_is_counted_here(self) -> None:
+        for query in ("_summary=count", "_count=0"):
+            self.fill("vhvhvhv")
+            page = self.read(f"Observation?{query}")
+            self.assertEqual((page["total"], "entry" in page, len(page["link"])), (7, False, 1))
+            self.found[6]["subject"] = {"reference": f"Patient/{OTHER}"}
+            self.assertNotIn("total", self.read(f"Observation?{query}"))
+            self.fill("v" * (3 * s4s.MAX_PAGES + 1))
+            self.assertNotIn("total", self.read(f"Observation?{query}"), "too many to count")
+
+    def test_what_was_included_comes_with_its_page(self) -> None:
+        self.fill("vh")
+        page = self.behind.bundle(*self.found, {"resourceType": "Practitioner", "id": "dr"}, observation("x", OTHER))
+        for entry in page["entry"][2:]:
+            entry["search"] = {"mode": "include"}
+        with mock.patch.object(self.behind, "answer", lambda target: json_answer(page)):
+            self.assertEqual(self.ids("Observation?_count=1", token=self.narrow), ["v0", "dr"])
+
+    def test_a_count_that_is_none(self) -> None:
+        self.assert_not_forwarded("Observation?_count=-1", 400)
+
+    def test_the_embedded_search_tells_as_little(self) -> None:
+        self.fill("hvhh")
+        with s4s.Server(data=["none"]) as portal:
+            portal.load(self.behind.bundle({"resourceType": "Patient", "id": ME}, *self.found))
+            access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
+            for limit, number in ((1, 1), (2, 1), (0, 0)):
+                query = s4s.parse_query("r4", "Observation", [("_count", str(limit))])
+                page = portal.portal.records.search(query, access)
+                self.assertEqual((len(page.matches), page.next, page.total), (number, "", None))
+
+
 class WhoseItIs(unittest.TestCase):
     """owner() and Access, resource by resource."""
     base = "https://p.example/api/fhir"
@@ -3160,7 +3289,8 @@ class WhoseItIs(unittest.TestCase):
     def test_references_that_do_not_count(self) -> None:
         for subject in ({"reference": "Group/1"}, {"reference": "#p"}, {"identifier": {"value": ME}}, {"display": "me"},
                         {"reference": f"https://elsewhere.example/Patient/{ME}"}, {"reference": f"patient/{ME}"},
-                        {"reference": f"Patient/{ME}/x"}, {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
+                        {"reference": f"Patient/{ME}/x"}, {"reference": f"{self.base}XPatient/{ME}"},
+                        {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
                         f"Patient/{ME}", None, 7):
             with self.subTest(subject):
                 self.assertIsNone(s4s.owner(observation("x", subject=subject), self.base))
@@ -3183,6 +3313,20 @@ class WhoseItIs(unittest.TestCase):
                          observation("x", contained=[observation("y", contained=[observation("z", OTHER)])])):
             with self.subTest(resource["resourceType"]):
                 self.assertIsNone(s4s.owner(resource))
+
+    def test_an_appointment_with_somebody_unknown_is_nobodys_answer(self) -> None:
+        mine, doctor = {"reference": f"Patient/{ME}"}, {"reference": "https://p.example/api/fhir/PractitionerRole/1"}
+        for other in ({"type": "Patient", "identifier": {"value": "1"}}, {"display": "Amy"}, {"reference": "#p"},
+                      {"reference": "https://elsewhere.example/fhir/Patient/9"}, {"reference": "RelatedPerson/1"}, None):
+            with self.subTest(other):
+                self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [
+                    {"actor": mine}, {"actor": doctor}, {"actor": other}]}, self.base))
+        self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [{"actor": mine}, "Amy"]}))
+
+    def test_a_patient_without_an_id_is_not_nobodys(self) -> None:
+        for key in (s4s.NOBODY, "..", "a b", None, 7):
+            with self.subTest(key):
+                self.assertIsNone(s4s.owner({"resourceType": "Patient", "id": key}))
 
     def test_a_device_without_a_patient_is_nobodys(self) -> None:
         self.assertEqual(s4s.owner({"resourceType": "Device"}), s4s.NOBODY)
@@ -3291,9 +3435,20 @@ class NoAddressGetsOut(ForwardingTest):
         self.assertNotIn("/api/fhir", body)
 
     def test_another_name_that_the_server_goes_by(self) -> None:
-        bundle = json.dumps(self.behind.bundle(observation("mine", note="http://hidden.example/r4/Patient/1")))
-        self.script("Observation", bundle.replace(self.behind.url, "http://hidden.example/r4").encode())
+        there = "http://hidden.example/r4"
+        bundle = json.dumps(self.behind.bundle(observation("mine", note=f"{there}/Patient/1"), self=f"{there}/Observation"))
+        self.script("Observation", bundle.replace(self.behind.url, there).encode())
         self.assertIn(f'"{self.portal.fhir_url}/Patient/1"', self.clean("Observation"))
+        self.script("Observation/mine", observation("mine", note=f"{there}/Patient/1"))
+        self.assertEqual(json.loads(self.clean("Observation/mine"))["note"], f"{self.portal.fhir_url}/Patient/1")
+        self.portal.reset()
+        self.assertEqual(self.portal.portal.upstream.names, [])  # type: ignore[union-attr]
+
+    def test_no_resource_teaches_another_name(self) -> None:
+        told = json.dumps(self.behind.bundle(observation("mine", note="http://loinc.org/1"))).replace(
+            self.behind.url, "http://loinc.org")
+        self.script("Observation", told.encode())
+        self.assertEqual(self.read("Observation")["entry"][0]["resource"]["note"], "http://loinc.org/1")
 
     def test_a_reference_by_its_address_is_mine(self) -> None:
         self.script("Observation/mine", observation("mine", subject={"reference": f"{self.behind.url}/Patient/{ME}"}))
@@ -3342,6 +3497,7 @@ class Paging(ForwardingTest):
 
     def test_through_my_compartment_everything_of_mine_and_a_posted_search(self) -> None:
         self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
+        self.assertEqual(self.ids(self.next_link(f"Patient/{ME}/Observation?_count=1")), ["o1"])
         self.behind.script[f"Patient/{ME}/$everything"] = self.behind.script["Observation"]
         self.behind.script["Observation/_search"] = self.behind.script["Observation"]
         for path, how in ((f"Patient/{ME}/Observation", {}), (f"Patient/{ME}/$everything", {}),
@@ -3395,7 +3551,8 @@ class Paging(ForwardingTest):
 
     def test_a_link_that_leads_elsewhere(self) -> None:
         for link in ("https://hidden.example/other?page=2", "/fhir/../admin", "/fhir/%2e%2e/admin",
-                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x"):
+                     "file:///etc/passwd", "//[", "/fhirs", "/fhir//x",
+                     "/fhir?x=\ud800", "/fhir/\ud800"):
             with self.subTest(link):
                 self.pages(link)
                 self.assert_refused("Observation", 502)
@@ -3513,7 +3670,7 @@ class Faults(ForwardingTest):
     def test_unreachable_is_502(self) -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}") as portal:
+            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}", open_fhir=True) as portal:
                 got = ask(portal.open_fhir_url + "/Patient/1")
                 self.assertEqual(got.status, 502)
                 self.assertNotIn(str(unused.getsockname()[1]), got.text)
@@ -3523,9 +3680,16 @@ class Faults(ForwardingTest):
             with self.subTest(drip), socket.create_server(("127.0.0.1", 0)) as slow:
                 self.assertEqual(self.status_while_dripping(slow, drip), 504)
 
-    def status_while_dripping(self, slow: socket.socket, drip: bytes) -> int:
+    def test_floods_end(self) -> None:
+        for flood, status in ((b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, 502),
+                              (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 1000, 504)):
+            with self.subTest(status), socket.create_server(("127.0.0.1", 0)) as quick:
+                self.assertEqual(self.status_while_dripping(quick, flood, b"1\r\n \r\n" * 5000, 0), status)
+
+    def status_while_dripping(self, slow: socket.socket, drip: bytes, then: bytes = b"x", wait: float = 0.02) -> int:
         """What the portal answers in front of a server that sends `drip`, then a byte every now and then."""
-        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1))
+        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1,
+                                         open_fhir=True))
         self.addCleanup(portal.close)
         request = s4s.Request("GET", "/api/open-fhir/Patient/1", {"host": "127.0.0.1"})
         answers: list[s4s.Response] = []
@@ -3535,8 +3699,8 @@ class Faults(ForwardingTest):
             connection.sendall(drip)
             while asking.is_alive():
                 with contextlib.suppress(OSError):
-                    connection.sendall(b"x" if drip else b"")
-                asking.join(0.02)
+                    connection.sendall(then if drip else b"")
+                asking.join(wait)
         return answers[0].status
 
     def test_redirects_stay_within_the_fhir_server(self) -> None:
@@ -3642,7 +3806,7 @@ class WhatIsBehind(ForwardingTest):
     def portal_with(self, statement: dict[str, Any]) -> s4s.Portal:
         """A portal of its own, that has not asked yet."""
         self.script("metadata", statement)
-        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url))
+        portal = s4s.Portal(s4s.Settings(fhir_server=self.behind.url, open_fhir=True))
         self.addCleanup(portal.close)
         return portal
 
@@ -3704,6 +3868,10 @@ class WhatIsBehind(ForwardingTest):
         self.assertEqual(s4s.upstream_patient(self.portal.portal, ME), ME)
         self.assertIsNone(s4s.upstream_patient(self.portal.portal, "../x"))
 
+    def test_open_access_to_it_is_off_unless_told(self) -> None:
+        for told, expected in ((None, False), (False, False), (True, True)):
+            self.assertIs(s4s.Settings(fhir_server=self.behind.url, open_fhir=told).serves_open_fhir, expected)
+
     def test_settings_that_cannot_be(self) -> None:
         wrong: dict[str, tuple[Any, ...]] = {
             "fhir_server": ("ftp://x/", "x", "http://u@h/", "http:///x", "http://h/?a", "http://h/#a", "http://h:99999",
@@ -3753,6 +3921,12 @@ class Repository(unittest.TestCase):
             self.assertEqual([(one.path.rpartition("/")[2], one.status) for one in portal.requests], [
                 ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200), ("Observation", 200),
                 (AMY, 403), ("introspect", 200), ("token", 200), ("revoke", 200), (DANIEL, 401)])
+
+    def test_the_readmes_fixtures_start_a_server(self) -> None:
+        found = re.search(r"```json\n(.*?)```", self.readme, re.DOTALL)
+        assert found
+        with s4s.Server(fixtures=json.loads(found[1])) as portal:
+            self.assertEqual(portal.issue_token(username="maria", client_id="growth-chart")["patient"], JOSEPH)
 
     def test_the_readmes_unittest_example_passes(self) -> None:
         self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
@@ -4180,8 +4354,7 @@ class ScopeWords(unittest.TestCase):
 
     def test_scopes_in_words(self) -> None:
         for word, needles in (("patient/*.rs", ("everything", "may be later")), ("patient/Condition.r", ("open Condition",)),
-                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",)),
-                              ("patient/Observation.rs?category=a,b", ("only where category is a or b",))):
+                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",))):
             for needle in needles:
                 self.assertIn(needle, s4s.describe_scope(word))
 
@@ -4385,7 +4558,7 @@ class ClientMetadata(PortalTest):
         sent = {"client_name": "App", "client_name#fr": "Appli", "client_uri": "https://app.example/#about",
                 "contacts": ["a@app.example"], "software_id": "x", "software_version": "1", "jwks": {"keys": [RSA_JWK]},
                 "token_endpoint_auth_method": "private_key_jwt", "token_endpoint_auth_signing_alg": "RS384",
-                "application_type": "web", "launch_uris": ["https://app.example/launch"], "of_our_own": {"a": [1]},
+                "application_type": "web", "launch_uris": ["https://app.example/launch"],
                 "grant_types": ["authorization_code", "client_credentials"], "response_types": ["code"]}
         got = self.register(**sent)
         self.assertEqual(got.status, 201)
@@ -5656,7 +5829,8 @@ class OtherSites(PortalTest):
         for value in ("Bearer", "Bearer \xe9", "Basic " + "x" * 60_000, "Bearer a, b", 'Bearer "'):
             got = ask(f"{self.portal.fhir_url}/Patient", headers={"Authorization": value})
             self.assertEqual(got.status, 401)
-            self.assertRegex(got.headers["www-authenticate"], r'^Bearer realm="s4s", error="invalid_token"')
+            error = ', error="invalid_token"' if value.startswith("Bearer") else "$"  # RFC 6750 section 3.1
+            self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s"' + error)
 
     def test_cookies_are_kept_from_scripts_and_other_sites_and_with_https_from_http(self) -> None:
         [cookie] = ask(self.portal.url + "/login").cookies
@@ -5915,6 +6089,14 @@ class Cookies(PortalTest):
         got = ask(self.portal.url + "/login", headers={"Cookie": "a=b; " + self.cookie(mine)["Cookie"] + '; c="d;e'})
         self.assertIn(f"={mine};", got.cookies[0])
 
+    def test_the_name_filled_in_is_one_that_can_sign_in(self) -> None:
+        for settings, username in (({}, "daniel-adams"), ({"data": "none"}, "clinician")):
+            with s4s.Server(**settings) as portal:
+                browser = Browser(portal)
+                browser.open(portal.url + "/login")
+                self.assertIn(("username", username), Form(browser.page.text).fields)
+                self.assertIn("Sign out", browser.submit("sign-in").text)
+
     def test_a_form_that_stood_on_another_site_is_refused(self) -> None:
         for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403), ("same-site", 403)):
             with self.subTest(site=site):
@@ -5993,6 +6175,211 @@ class Exposed(unittest.TestCase):
 
     def test_without_a_stranger_the_reason_is_told(self) -> None:
         self.assertIn("no address takes a connection", self.fetch("http://127.0.0.1:1/", False))
+
+
+class WhoAsks(PortalTest):
+    """What a stranger's app can put before the person who decides, and before the log."""
+
+    def consent(self, app: App) -> Page:
+        browser = Browser(self.portal)
+        browser.open(app.authorize_url())
+        browser.sign_in()
+        return Page(browser.submit(DANIEL).text)
+
+    def test_the_values_of_a_scope_stand_in_quotes(self) -> None:
+        page = self.consent(App(self.portal, "launch/patient patient/Observation.rs?code=it%20is%20yours,http://x%7C1&status=final"))
+        main = page.texts["main"][0]
+        self.assertIn('but only where code is "it is yours" or "http://x|1" and status is "final"', main)
+        self.assertLessEqual({'"it is yours"', '"http://x|1"', '"final"'}, set(page.texts["code"]))
+
+    def test_a_constraint_that_no_search_takes_is_refused_by_name(self) -> None:
+        for word, fine in (("patient/Observation.rs?_tag=x", False), ("patient/Observation.rs?birthdate=2000", False),
+                           ("patient/Observation.rs?date=soon", False), ("patient/Nonsense.rs?code=x", False),
+                           ("patient/*.rs?nonsense=x", False), ("patient/*.rs?birthdate=2000", True),
+                           ("patient/Observation.rs?date=ge2000", True), ("user/Patient.rs?birthdate=x", False)):
+            with self.subTest(word=word):
+                app = App(self.portal, "launch/patient patient/*.rs user/*.rs")
+                got = ask(app.authorize_url(scope="launch/patient " + word))
+                self.assertEqual("error" in got.location, not fine)
+                if not fine:
+                    self.assertEqual(got.location["error"], "invalid_scope")
+                    self.assertIn(word, got.location["error_description"])
+                self.assertEqual(self.post("/oauth/debug/token", {
+                    "client_id": app.client_id, "username": "daniel-adams", "scope": word}).status, 200 if fine else 400)
+        service = KeyedApp(self.portal)
+        self.assertEqual(service.token(scope="system/Patient.rs?code=x").json["error"], "invalid_scope")
+
+    def test_the_consent_page_shows_the_id_and_who_registered_it(self) -> None:
+        app = App(self.portal, client_name="The hospital itself")
+        page = self.consent(app)
+        main = page.texts["main"][0]
+        self.assertIn(app.client_id, page.texts["code"])
+        for words in ("registered itself", "Approve only if you have just come from that app", "https://app.example"):
+            self.assertIn(words, main)
+        app.client_id, app.redirect_uri = "test-suite", "http://tests.dev.syncfor.science:9003/authorized/"
+        main = self.consent(app).texts["main"][0]
+        self.assertIn("http://tests.dev.syncfor.science:9003", main)
+        self.assertNotIn("registered itself", main)
+
+    def test_a_bad_client_option_is_named_without_its_secret(self) -> None:
+        for text in ("app:hunter2=not a url", "app:hunter2", "app:hunter2=javascript:x", "app:hunter2=x=y", "app=hunter2",
+                     "test-suite:hunter2=https://x.example/"):
+            with self.subTest(text=text), self.assertRaises(s4s.StartError) as caught:
+                s4s.seeds(s4s.Settings(client=[text]))
+            self.assertIn(f"--client {text.replace(':', '=').partition('=')[0]}: ", str(caught.exception))
+            self.assertNotIn("hunter2", str(caught.exception))
+
+    def test_a_secret_may_hold_an_equals_sign(self) -> None:
+        client = s4s.seeds(s4s.Settings(client=["app:a=b==https://x.example/?c=d"])).clients["app"]
+        self.assertEqual((client.secret_hash, client.metadata["redirect_uris"]),
+                         (s4s.hash_secret("a=b="), ["https://x.example/?c=d"]))
+
+
+class Registered(PortalTest):
+    """Client metadata that can't be, and what is told of the rest (RFC 7591)."""
+
+    def register(self, **members: Any) -> Answer:
+        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
+
+    def test_a_key_without_a_type_or_of_another_kind_is_let_be(self) -> None:
+        for key in ({"crv": "P-384", "kid": "x"}, {"kty": ["RSA"]}, {"kty": "OKP", "crv": "Ed25519", "x": "AA"},
+                    {"kty": "EC", "crv": "P-256"}):
+            self.assertEqual(self.register(jwks={"keys": [key]}).status, 201, key)
+        for key in ({"kty": "EC", "crv": "P-384"}, {"kty": "RSA"}):
+            self.assertEqual(self.register(jwks={"keys": [key]}).json["error"], "invalid_client_metadata", key)
+
+    def test_what_is_not_registered_is_not_given_back(self) -> None:
+        sent = {"registration_client_uri": "https://x.example/", "registration_access_token": "x", "request_uris": ["https://x/"],
+                "id_token_encrypted_response_alg": "RSA-OAEP", "default_max_age": 5, "of_our_own": 1, "client_id": "mine"}
+        got = self.register(**sent, **{"client_name#fr": "Appli"}).json
+        self.assertEqual({name for name in sent if name in got and got[name] == sent[name]}, set())
+        self.assertEqual(got["client_name#fr"], "Appli")
+        client = self.portal.portal.client(got["client_id"])
+        assert client
+        self.assertEqual(sent.keys() & client.metadata.keys(), set())
+
+    def test_the_code_and_its_grant_type_come_together(self) -> None:
+        cases: Any = ({"response_types": []}, {"grant_types": ["client_credentials"], "response_types": ["code"]},
+                      {"grant_types": ["authorization_code"], "response_types": []})
+        for members in cases:
+            got = self.register(**members)
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+            self.assertIn("response_types", got.json["error_description"])
+        self.assertEqual(self.register(response_types=["code"]).status, 201)
+
+    def test_a_scheme_without_a_period_is_taken_unless_something_else_acts_on_it(self) -> None:
+        for uri, fine in (("myapp:/cb", True), ("com.example.app:/cb", True), ("smart-app://cb", True), ("sms:1", False),
+                          ("ms-msdt:/id", False), ("search-ms:query", False), ("MS-Settings:x", False), ("intent:x", False),
+                          ("JavaScript:alert(1)", False), ("chrome-extension://x/", False), ("vscode://x", False)):
+            with self.subTest(uri=uri):
+                self.assertEqual(s4s.is_redirect_uri(uri), fine)
+
+    def test_a_native_app_may_listen_on_any_port_of_loopback(self) -> None:
+        for method, registered, asked, fine in (
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb", True),
+                ("none", "http://127.0.0.1:8000/cb", "http://127.0.0.1:51004/cb", True),
+                ("none", "http://[::1]/cb", "http://[::1]:51004/cb", True),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb/", False),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:99999/cb", False),
+                ("none", "http://127.0.0.1/cb", "http://127.0.0.1:1@else.example/cb", False),
+                ("none", "http://127.0.0.1/cb", "http://[::1]/cb", False),
+                ("none", "http://localhost/cb", "http://localhost:51004/cb", False),
+                ("none", "http://else.example/cb", "http://else.example:51004/cb", False),
+                ("client_secret_basic", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb", False)):
+            with self.subTest(method=method, asked=asked):
+                app = App(self.portal)
+                app.client_id = self.portal.register_client(
+                    redirect_uris=[registered], token_endpoint_auth_method=method)["client_id"]
+                got = ask(app.authorize_url(redirect_uri=asked))
+                self.assertEqual(got.status, 303 if fine else 400)
+                if fine:
+                    app.redirect_uri, app.secret = asked, ""
+                    self.assertEqual(app.tokens()["patient"], DANIEL)
+
+    def test_a_number_that_would_become_infinity_is_refused(self) -> None:
+        for number in (b"1e400", b"-1e400", b"NaN", b"Infinity", b"1" + b"0" * 400 + b".5"):
+            got = ask(self.portal.url + "/oauth/register", headers={"Content-Type": "application/json"},
+                      body=b'{"redirect_uris": ["https://app.example/cb"], "x": [' + number + b"]}")
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), number)
+
+
+class ByTheLetter(PortalTest):
+    """What the texts say of tokens and of who asks."""
+
+    def introspect(self, about: str, **how: Any) -> Answer:
+        form = {"token": about, **how.pop("form", {})}
+        return ask(self.portal.url + "/oauth/introspect", form=form, **how)
+
+    def test_a_refresh_of_which_nothing_can_be_granted_is_refused_and_consumes_nothing(self) -> None:
+        app = App(self.portal)
+        value = app.tokens()["refresh_token"]
+        for scope in ("patient/Observation.c", "patient/Observation.write"):
+            got = app.refresh(value, scope=scope)
+            self.assertEqual((got.status, got.json["error"]), (400, "invalid_scope"))
+        self.assertEqual(app.refresh(value, scope="patient/Observation.crs").json["scope"], "patient/Observation.rs")
+
+    def test_an_error_description_holds_no_quotes_backslashes_or_other_alphabets(self) -> None:
+        for got in (self.post("/oauth/register", {"redirect_uris": ['\u00e9"\\']}),
+                    self.post("/oauth/debug/token", {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}),
+                    ask(self.portal.url + "/oauth/token", form={"grant_type": '"\\\u00e9'})):
+            self.assertEqual(got.status, 400)
+            self.assertRegex(got.json["error_description"], r"^[ !#-\[\]-~]+$")
+        self.assertIn("got ['", self.post("/oauth/register", {"redirect_uris": ["x"]}).json["error_description"])
+
+    def test_a_bad_bearer_token_at_introspection_is_told_to_bring_a_better_one(self) -> None:
+        value = self.portal.issue_token()["access_token"]
+        for token in ("nonsense", self.portal.issue_token(access_lifetime=0)["access_token"],
+                      self.portal.issue_token()["access_token"]):
+            got = self.introspect(value, token=token)
+            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+            self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s", error="invalid_token"')
+        self.assertEqual(self.introspect(value, basic=("test-suite", "x")).headers["www-authenticate"], 'Basic realm="s4s"')
+
+    def test_another_scheme_gets_no_error_code_and_a_bad_token_does(self) -> None:
+        for path in (f"/api/fhir/Patient/{DANIEL}", "/oauth/userinfo", "/api/me"):
+            for header, pattern in (("", '^Bearer realm="s4s"$'), ("Basic YTpi", '^Bearer realm="s4s"$'),
+                                    ("Bearer", 'error="invalid_token"'), ("bearer x", 'error="invalid_token"')):
+                with self.subTest(path=path, header=header):
+                    got = ask(self.portal.url + path, headers={"Authorization": header} if header else {})
+                    self.assertEqual(got.status, 401)
+                    self.assertRegex(got.headers["www-authenticate"], pattern)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}").json["issue"][0]["code"], "login")
+
+    def test_an_assertion_whose_header_is_critical_is_refused(self) -> None:
+        app = KeyedApp(self.portal)
+        for crit in (["b64"], [], ["exp"]):
+            self.assertEqual(app.token(app.assertion(header={"crit": crit, "b64": True})).json["error"], "invalid_client")
+
+    def test_a_key_for_something_else_proves_nothing(self) -> None:
+        for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401), ({"use": "sig", "alg": "RS384"}, 200)):
+            with self.subTest(members=members):
+                app = KeyedApp(self.portal, jwks={"keys": [{**RSA_JWK, **members}]})
+                self.assertEqual(app.token().status, status)
+
+    def test_the_name_is_told_to_who_may_know_the_user(self) -> None:
+        for scope, told in (("openid patient/*.rs", False), ("openid profile", True), ("openid fhirUser", True)):
+            with self.subTest(scope=scope):
+                token = self.portal.issue_token(scope=scope)["access_token"]
+                self.assertEqual("name" in ask(self.portal.url + "/oauth/userinfo", token=token).json, told)
+
+    def test_revoking_anothers_token_is_answered_as_an_unknown_one(self) -> None:
+        value = self.portal.issue_token()["access_token"]
+        for token in (value, "nonsense"):
+            got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=("api-test", "api-secret"))
+            self.assertEqual((got.status, got.json), (200, {}))
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", value).status, 200)
+
+    def test_a_public_client_introspects_with_a_token_of_the_authorization(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="none")
+        given, other = app.tokens(), app.tokens()
+        got = self.introspect(given["access_token"], form={"client_id": app.client_id})
+        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.assertTrue(self.introspect(given["refresh_token"], token=given["access_token"]).json["active"])
+        self.assertEqual(self.introspect(given["refresh_token"], token=other["access_token"]).status, 401)
+        methods = ask(self.portal.url + "/.well-known/oauth-authorization-server").json[
+            "introspection_endpoint_auth_methods_supported"]
+        self.assertNotIn("none", methods)
+        self.assertIn("Bearer", methods)
 
 
 if __name__ == "__main__":
