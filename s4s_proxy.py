@@ -3776,6 +3776,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
+    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
+    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
     return json_response(server_metadata(portal, request))
 
 
@@ -4231,14 +4233,15 @@ PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # ho
 
 
 class Authorization:
-    """An authorization request on its way through the checks below, each of which may refuse it."""
+    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.redirect_uri = self.scope = ""
-        self.issuer = portal.browser_base(request)
-        self.client: Client
-        self.launch: Json = {}       # what the EHR's launch says: username, patient_id, context
-        self.signed_in_since = 0.0   # the user must have signed in after this time
+        self.client: Client                           # check_client
+        self.redirect_uri = ""                        # check_redirect_uri
+        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
+        self.scope = ""                               # check_scope: what can be granted
+        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
+        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
 
 
 def check_client(asked: Authorization) -> None:
@@ -4411,8 +4414,13 @@ def check_launch(asked: Authorization) -> None:
     asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. The
-# last is the only one that changes anything.
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
+# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
+# only one that changes anything.
+#
+# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
+# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
+# before anybody signs in.
 PAGE_CHECKS = (check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
                    check_openid, check_launch)
