@@ -76,7 +76,6 @@ import contextlib
 import datetime
 import email.utils
 import functools
-import gzip
 import hashlib
 import hmac
 import html
@@ -98,10 +97,8 @@ import sqlite3
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
@@ -114,50 +111,54 @@ FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people
 
 # ######################################################################## 1 settings
 
-def _shown(text: str, placeholder: str = "") -> dict[str, str]:
-    """How --help shows a setting."""
-    return {"help": text, "placeholder": placeholder}
+class Option(NamedTuple):
+    """A setting's default, and how --help shows it."""
+    default: Any
+    text: str
+    placeholder: str = ""
 
 
-@dataclass
+def _option(default: Any, text: str, placeholder: str = "") -> Any:
+    """An Option, where a class's attribute gets its value: see `Settings`."""
+    return Option(default, text, placeholder)
+
+
 class Settings:
     """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
 
     A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
     """
-    host: str = field(default="127.0.0.1", metadata=_shown("address to listen on", "ADDR"))
-    port: int = field(default=8000, metadata=_shown("port to listen on; 0 takes any free one", "N"))
-    base_url: list[str] = field(default_factory=list, metadata=_shown(
-        "the public address, if not the one that each request names; repeatable", "URL"))
-    name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
-    fhir_server: str | None = field(default=None, metadata=_shown(
-        "forward FHIR requests to this server (default: the embedded records)", "URL"))
-    fhir_header: list[str] = field(default_factory=list, metadata=_shown(
-        "added to every forwarded request; repeatable", '"Name: value"'))
-    fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
-    client: list[str] = field(default_factory=list, metadata=_shown(
-        "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
-    fixtures: str | Json | None = field(default=None, metadata=_shown(
-        "users and clients known from the start, as JSON", "FILE"))
-    fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
-                                                            "VERSION"))
-    data: list[Any] = field(default_factory=list, metadata=_shown(
-        "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
-        "none leaves the sample patients out; repeatable", "PATH"))
-    db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
-    strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
-    open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
-    debug: bool | None = field(default=None, metadata=_shown("serve /oauth/debug/* (default: on loopback only)"))
-    certfile: str | None = field(default=None, metadata=_shown("serve https with this certificate (PEM)", "FILE"))
-    keyfile: str | None = field(default=None, metadata=_shown("its key, if not in the same file", "FILE"))
-    quiet: bool = field(default=False, metadata=_shown("no request log"))
-    verbose: bool = field(default=False, metadata=_shown("explain each decision in the request log"))
+    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
+    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
+    base_url: list[str] = _option([], "the public address, if not the one that each request names; repeatable", "URL")
+    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
+    fhir_server: str | None = _option(None, "forward FHIR requests to this server (default: the embedded records)", "URL")
+    fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
+    fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
+    fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
+    data: list[Any] = _option([], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, "
+                              "or a folder; none leaves the sample patients out; repeatable", "PATH")
+    fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
+    client: list[str] = _option([], "a client known from the start; without a secret it is public; repeatable",
+                                "ID[:SECRET]=REDIRECT_URI")
+    db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
+    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
+    debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
+    certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
+    keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
+    quiet: bool = _option(False, "no request log")
+    verbose: bool = _option(False, "explain each decision in the request log")
 
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.default_factory is list and not isinstance(value, list):
-                setattr(self, one.name, list(value) if isinstance(value, (tuple, set)) else [value])
+    def __init__(self, **chosen: Any) -> None:
+        for name in chosen:
+            if name not in OPTIONS:
+                raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
+        for name, option in OPTIONS.items():
+            value = chosen.get(name, option.default)
+            if isinstance(option.default, list):
+                value = list(value) if isinstance(value, (list, tuple, set)) else [value]
+            setattr(self, name, value)
         if self.fhir_version not in FHIR_VERSIONS:
             raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
         self.base_url = [url.rstrip("/") for url in self.base_url]
@@ -193,13 +194,17 @@ class Settings:
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether every record may be read without a token."""
-        return self.local if self.open_fhir is None else self.open_fhir
+        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
+        --fhir-header open to this portal is not opened to everybody unless told."""
+        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
 
     @property
     def serves_debug(self) -> bool:
         """Whether anyone may ask the test controls for tokens."""
         return self.local if self.debug is None else self.debug
+
+
+OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
 
 
 @functools.lru_cache(maxsize=1000)
@@ -530,7 +535,7 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
     "launch/patient": "know whose record you choose",
     "launch/encounter": "know which visit is open",
     "offline_access": "come back for new data when you are not there, until the date below or until you stop it"}
-SCOPE_SYNTAX = re.compile(r"[!#-\[\]-~ ]*[!#-\[\]-~][!#-\[\]-~ ]*")  # RFC 6749 section 3.3
+SCOPE_SYNTAX = re.compile(r"(?= *[^ ])[!#-\[\]-~ ]{1,8192}")  # RFC 6749 section 3.3, but not without end
 _RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
                              r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
 # No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
@@ -554,6 +559,7 @@ class ResourceScope(NamedTuple):
                             for same, narrower in other.constraints) for name, value in self.constraints))
 
 
+@functools.lru_cache(1024)
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
@@ -566,9 +572,10 @@ def parse_scope(word: str) -> ResourceScope | None:
                          tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
-def resource_scopes(scope: str) -> list[ResourceScope]:
+@functools.lru_cache(maxsize=1000)
+def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
     """The resource scopes within a scope string."""
-    return [parsed for parsed in map(parse_scope, scope.split()) if parsed]
+    return tuple(parsed for parsed in map(parse_scope, scope.split()) if parsed)
 
 
 def scope_covers(registered: str, word: str) -> bool:
@@ -590,7 +597,8 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     `contexts`: system/ is for backend services, which have no user and no consent; the others are for users.
     """
     if not SCOPE_SYNTAX.fullmatch(asked):
-        raise PortalError("invalid_scope", f"scope {asked!r}: expected words of ASCII without quotes and backslashes")
+        raise PortalError("invalid_scope", f"scope {asked[:200]!r}: expected words of ASCII without quotes and "
+                          "backslashes, 8192 characters at most")
     granted: list[str] = []
     for word in asked.split():
         parsed = parse_scope(word)
@@ -823,19 +831,27 @@ def forget_expired(database: sqlite3.Connection, table: str, now: float, which: 
 class Clock:
     """The one clock. Nothing else reads the time, so a test that moves it moves every expiry."""
     def __init__(self) -> None:
-        self.offset = 0.0
+        self.offset = self._system = 0.0
+        self._lock = threading.Lock()
 
     def now(self) -> float:
-        """The portal's time, in Unix seconds."""
-        return time.time() + self.offset
+        """The portal's time, in Unix seconds. It goes on where the system's clock is set back: what has expired stays
+        expired, and a used assertion stays used."""
+        with self._lock:
+            system = time.time()
+            self.offset += max(0.0, self._system - system)
+            self._system = system
+            return system + self.offset
 
     def advance(self, seconds: float) -> float:
         """Move the clock on; gives the new time."""
-        self.offset += seconds
+        with self._lock:
+            self.offset += seconds
         return self.now()
 
 
 LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
+LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: years ahead are promised
 
 
 def http_date(seconds: float) -> str:
@@ -1585,9 +1601,10 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
-NOBODY = ""  # the owner of what belongs to nobody
+NOBODY = ""  # the owner of what belongs to nobody; no id that FHIR allows
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
@@ -1616,14 +1633,15 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
     if type_name in SHARED_TYPES:
         return set()
     if type_name == "Patient":
-        return {resource["id"] if isinstance(resource.get("id"), str) else None}
+        key = resource.get("id")
+        return {key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
+    named = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
-        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
-            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
+        actors = [one.get("actor") if isinstance(one, dict) else None for one in named]
+        named = [one for one in actors if not _NO_PATIENT.fullmatch(reference_of(one))]
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) for value in named}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1633,7 +1651,7 @@ def as_list(value: Any) -> list[Any]:
 
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
-    if base and reference.startswith(base):
+    if base and reference.startswith(base + "/"):
         reference = reference[len(base) + 1:]
     match = pattern.fullmatch(reference)
     return match[1] if match else None
@@ -1689,8 +1707,7 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-@dataclass
-class Access:
+class Access(NamedTuple):
     """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
     scope: str | None                 # None: everything, as /api/open-fhir shows it
     patient_id: str | None = None     # whose record patient/ scopes open
@@ -1699,8 +1716,10 @@ class Access:
     fhir_user: str = ""               # Type/id that the token's fhirUser claim names
     version: str = "r4"               # of FHIR, for what ?param=value means
 
-    def __post_init__(self) -> None:
-        self.scopes = resource_scopes(self.scope or "")
+    @property
+    def scopes(self) -> tuple[ResourceScope, ...]:
+        """The resource scopes of the token."""
+        return resource_scopes(self.scope or "")
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
@@ -1925,7 +1944,10 @@ class Parameter(NamedTuple):
         return {"owner": "reference", "id": "token", "updated": "date"}.get(self.kind, self.kind)
 
 
-COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated")}
+COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",)),
+                     "_security": Parameter("token", ("meta.security",))}
+_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # kinds that need no row of search_values
+                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
 _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
             "reference": ("Reference",)}  # what may stand for [x]
@@ -1950,14 +1972,15 @@ def search_table(version: str) -> dict[str, dict[str, Parameter]]:
 
 
 @functools.cache
-def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, Parameter]]]]:
-    """The same from the resource's side: type -> element -> the parameters that look into it, one for each path."""
-    found: dict[str, dict[str, list[tuple[str, Parameter]]]] = {}
+def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
+    """The same from the resource's side: type -> element -> (parameter, kind, path within the element)."""
+    found: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
     for type_name, known in search_table(version).items():
         inside = found.setdefault(type_name, {})
         for name, parameter in known.items():
-            for path in parameter.paths if parameter.kind != "owner" else ():
-                inside.setdefault(path.partition(".")[0], []).append((name, Parameter(parameter.kind, (path,))))
+            for path in parameter.paths if parameter.kind not in _OWN_COLUMNS else ():
+                element, _, within = path.partition(".")
+                inside.setdefault(element, []).append((name, parameter.kind, within))
     return found
 
 
@@ -2006,6 +2029,7 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
 def fold(text: str) -> str:
     """Text as strings are compared: without case and accents (FHIR search, "string")."""
     if not text.isascii():
+        import unicodedata  # only where it is needed: it takes long
         text = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
     return text.casefold()
 
@@ -2063,14 +2087,8 @@ def reference_parts(text: str) -> tuple[str, str]:
 SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
 
 
-def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchValue]:
-    """What one search parameter finds in a resource."""
-    kind = parameter.kind
-    if kind == "owner":
-        return [(name, owner(resource) or "", "Patient", 0, 0)]
-    if kind == "id":
-        return [(name, str(resource.get("id")), "", 0, 0)]
-    found = [value for path in parameter.paths or ("meta.lastUpdated",) for value in elements(resource, path)]
+def values_of(name: str, kind: str, found: Iterable[Any]) -> list[SearchValue]:
+    """What a search parameter of a kind makes of the elements found."""
     if kind == "token":
         return [(name, code, system, 0, 0) for system, code in tokens_of(found)]
     if kind == "reference":
@@ -2083,9 +2101,13 @@ def values_of(resource: Json, name: str, parameter: Parameter) -> list[SearchVal
 
 def search_values(resource: Json, version: str) -> set[SearchValue]:
     """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
-    inside = _looked_into(version)[resource["resourceType"]]
-    found = {row for name in resource if name in inside for parameter, looked in inside[name]
-             for row in values_of(resource, parameter, looked)}
+    looked_into, found = _looked_into(version)[resource["resourceType"]], set()
+    for element, value in resource.items():
+        if element in looked_into:
+            inside = value if isinstance(value, list) else [value]
+            for name, kind, path in looked_into[element]:
+                found.update(values_of(name, kind, [
+                    deeper for one in inside for deeper in elements(one, path)] if path else inside))
     # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
     if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
         for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
@@ -2110,8 +2132,6 @@ class Comparison(NamedTuple):
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "contains": operator.contains}
 _PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
-_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # where no row of search_values is needed
-                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 
 
 class Constraint(NamedTuple):
@@ -2138,9 +2158,15 @@ class Constraint(NamedTuple):
 
     def met_by(self, resource: Json) -> bool:
         """The same in Python."""
-        return self.negated != any(
-            all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
-            for row in values_of(resource, self.name, self.parameter) for every in self.alternatives)
+        kind = self.parameter.kind
+        if kind == "owner":
+            rows: list[SearchValue] = [("", owner(resource) or "", "Patient", 0, 0)]
+        elif kind == "id":
+            rows = [("", str(resource.get("id")), "", 0, 0)]
+        else:
+            rows = values_of("", kind, [value for path in self.parameter.paths for value in elements(resource, path)])
+        return self.negated != any(all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
+                                   for row in rows for every in self.alternatives)
 
 
 # FHIR search, "Prefixes": how a resource's time (first, last) stands to the searched span; 0 is its start, 1 its end.
@@ -2348,11 +2374,18 @@ def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition
     return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
 
 
-class Found(NamedTuple):
-    """A resource as it lies in the database: parsed, to be judged, and as text, to be sent."""
-    number: int
-    resource: Json
-    text: str
+class Found:
+    """A resource as it lies in the database (number, type, id, json): the text, to be sent; parsed, to be judged."""
+    def __init__(self, row: Row):
+        self.number, self.text, self.name = row["number"], row["json"], f"{row['type']}/{row['id']}"
+        self._resource: Json | None = None
+
+    @property
+    def resource(self) -> Json:
+        """The resource. What is open to everybody is sent without a look."""
+        if self._resource is None:
+            self._resource = json.loads(self.text)
+        return self._resource
 
 
 class Page(NamedTuple):
@@ -2522,16 +2555,17 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
         key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
     if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
         raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return {**resource, "id": key}
+    return resource if "id" in resource else {**resource, "id": key}
 
 
-def person_name(resource: Json) -> str:
-    """What to call a Patient or another person; the id if there is no name."""
-    for name in elements(resource, "name"):
-        parts = elements(name, "text") or elements(name, "given") + elements(name, "family")
-        if parts:
-            return " ".join(map(str, parts))
-    return str(resource["id"])
+def display_name(patient: Json) -> str:
+    """A Patient's name as people are shown it; its id if it has none."""
+    for name in elements(patient, "name"):
+        if isinstance(name, dict):
+            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if parts:
+                return " ".join(map(str, parts))
+    return str(patient.get("id"))
 
 
 class Source(NamedTuple):
@@ -2548,6 +2582,7 @@ class Source(NamedTuple):
         if self.text:
             yield "", self.text, self.size
             return
+        import gzip  # likewise
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
             try:
@@ -2572,7 +2607,8 @@ def sources(data: Any) -> list[Source]:
         found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                  if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
         if found:
-            return [Source(name, os.stat(name).st_size) for name in sorted(found)]
+            # swapcase: Synthea's hospitalInformation and practitionerInformation before the patients that refer to them
+            return [Source(name, os.stat(name).st_size) for name in sorted(found, key=str.swapcase)]
     except OSError as error:
         raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
     raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
@@ -2614,7 +2650,8 @@ class Records:
         self.store = Store(settings.db, RECORD_SCHEMA)
         self.warnings: list[str] = []
         self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
-        self._ready, self._filling = False, threading.Lock()
+        self._ready, self._filling, self._indexed = False, threading.Lock(), True
+        self._identified: dict[str, str] = {}  # while loading: Practitioner?identifier=system|value -> Practitioner/id
         try:
             with self.store.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO record_facts VALUES ('version', ?)", (self.version,))
@@ -2675,6 +2712,10 @@ class Records:
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
         skipped: collections.Counter[str] = collections.Counter()
         progress, done = Progress(sum(source.size for source in found), self.clock), 0
+        samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
+        if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
+            self.store.connection.execute("DROP INDEX search_by_value")
+            self._indexed = False
         for source in found:
             try:
                 with self.store.transaction() as database:
@@ -2685,6 +2726,8 @@ class Records:
             except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
                 raise StartError(f"--data {source.path}: {error}")
             done += source.size
+        self.store.connection.executescript(RECORD_SCHEMA)
+        self._indexed, self._identified = True, {}
         with self.store.transaction() as database:
             self._resolve(database, later=False)
         self._warn(skipped, before)
@@ -2700,11 +2743,19 @@ class Records:
             for where, resource in found:
                 check_version(resource, self.version)
                 if resource["resourceType"] in search_table(self.version):
-                    yield prepare(resource, self.version, now)
+                    yield self._remembered(prepare(resource, self.version, now))
                 else:
                     skipped[resource["resourceType"]] += 1
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
+
+    def _remembered(self, one: Prepared) -> Prepared:
+        """Note what conditional references to a practitioner or organization will mean in the documents to come."""
+        type_name, resource_id = one.row[:2]
+        for name, value, system, *_ in one.values if type_name in SHARED_TYPES else ():
+            if name == "identifier":
+                self._identified[f"{type_name}?identifier={system}|{value}"] = f"{type_name}/{resource_id}"
+        return one
 
     def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
         """Write resources, many at once. later: after the start, so that reset takes them back."""
@@ -2767,7 +2818,9 @@ class Records:
         A conditional one (Practitioner?identifier=system|value) must have one match (FHIR, transaction); of a urn:uuid:
         the id may have been made.
         """
-        if reference not in names:
+        if reference in self._identified:
+            return self._identified[reference]
+        if reference not in names and self._indexed:
             type_name, conditional, search = reference.partition("?")
             served, rows = search_table(self.version), []
             if reference.startswith("urn:"):
@@ -2778,7 +2831,7 @@ class Records:
                     where = self._where(parse_query(self.version, type_name, parse_qsl(search)), Access(None))
                     rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
-        return names[reference]
+        return names.get(reference)
 
     def _warn(self, skipped: Mapping[str, int], before: int) -> None:
         """Note what a load left out, and which references of what came after `before` lead nowhere."""
@@ -2807,8 +2860,8 @@ class Records:
 
     def find(self, type_name: str, resource_id: str) -> Found | None:
         """One resource, or None."""
-        row = self._filled().row("SELECT number, json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
-        return Found(row["number"], json.loads(row["json"]), row["json"]) if row else None
+        row = self._filled().row("SELECT * FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
+        return Found(row) if row else None
 
     def read(self, type_name: str, resource_id: str) -> Json | None:
         """One resource, parsed, or None."""
@@ -2823,7 +2876,7 @@ class Records:
         rows = self._filled().rows(
             f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id LIMIT ?",
             *(word for one in words for word in (one, one)), limit)
-        return [(one["id"], person_name(one)) for one in (json.loads(row["json"]) for row in rows)]
+        return [(one["id"], display_name(one)) for one in (json.loads(row["json"]) for row in rows)]
 
     def pointing_to(self, binary_id: str) -> list[Json]:
         """The DocumentReferences and DiagnosticReports whose content is a Binary."""
@@ -2843,28 +2896,28 @@ class Records:
 
     def search(self, query: Query, access: Access) -> Page:
         """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
-        where = self._where(query, access)
+        store, where = self._filled(), self._where(query, access)
         sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
-        page, dropped = self._page(Condition(f"SELECT r.number, r.json{columns} FROM resources r WHERE {where.sql}",
+        page, dropped = self._page(Condition(f"SELECT r.number, r.type, r.id, r.json{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
         if query.total and not dropped and not access.narrowed:
-            total = self.store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+            total = store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
         """A page of a patient's compartment, and what it refers to that belongs to nobody."""
         served = search_table(self.version)
-        page, _ = self._page(Condition(f"SELECT number, json FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+        page, _ = self._page(Condition(f"SELECT * FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
                                        "AND patient_id = ?", (*served, patient_id)),
                              [("number", False)], count, after, access, "rs")
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
                              if end[0] in SHARED_TYPES or end[0] == "Device")
         others = [one for one in (self.find(*end) for end in ends) if one and owner(one.resource) == NOBODY]
-        return page._replace(included=[one for one in others if all(access.may_see(one.resource, letter) for letter in "rs")])
+        return page._replace(included=[one for one in others if access.may_see(one.resource, "rs")])
 
     def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
               access: Access, letters: str) -> tuple[Page, bool]:
@@ -2875,21 +2928,21 @@ class Records:
         if len(after) not in (0, len(keys)):
             raise FhirError("value", "_page: not a link of this search")
         order = ", ".join(name + " DESC" * falling for name, falling in keys)
-        found: list[tuple[Found, list[Any]]] = []
+        found: list[tuple[Found, Row]] = []
         dropped, more = False, count > 0
         while more and len(found) <= count:  # until the page is full and one more is seen
             beyond = _beyond(keys, after) if after else Condition("1")
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
                                        *select.values, *beyond.values, count + 1)
             for row in rows:
-                after = [row[name] for name, _ in keys]
-                one = Found(row["number"], json.loads(row["json"]), row["json"])
-                if all(access.may_see(one.resource, letter) for letter in letters):
-                    found.append((one, after))
+                one = Found(row)
+                if access.scope is None or access.may_see(one.resource, letters):
+                    found.append((one, row))
                 else:
                     dropped = True
             more = len(rows) > count
-        following = page_mark(found[count - 1][1]) if len(found) > count > 0 else ""
+            after = [rows[-1][name] for name, _ in keys] if rows else []
+        following = page_mark([found[count - 1][1][name] for name, _ in keys]) if len(found) > count > 0 else ""
         return Page([one for one, _ in found[:count]], [], following, None), dropped
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
@@ -2926,9 +2979,9 @@ class Records:
                 condition = Condition("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
                                       "AND value = ? AND system = ?)",
                                       (include.source, include.parameter, match.resource["id"], type_name))
-            for row in self.store.rows(f"SELECT number, json FROM resources WHERE {condition.sql} LIMIT ?",
+            for row in self.store.rows(f"SELECT * FROM resources WHERE {condition.sql} LIMIT ?",
                                        *condition.values, MAX_INCLUDED + 1):
-                yield Found(row["number"], json.loads(row["json"]), row["json"])
+                yield Found(row)
         else:
             ends = [("Patient", owner(match.resource) or "")] if owned else [
                 (row["system"], row["value"]) for row in self.store.rows(
@@ -3068,7 +3121,8 @@ def client_metadata(metadata: Json) -> Json:
     if not all(map(is_web_url, kept.get("launch_uris", []))):
         raise refuse("launch_uris", "absolute http or https URLs")
     if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
-        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3)")
+        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters "
+                     "at most")
     if "jwks" in kept and "jwks_uri" in kept:
         raise refuse("jwks_uri", "not to stand beside jwks")
     if "jwks" in kept:
@@ -3313,7 +3367,7 @@ class Portal:
         row = self.state.row(sql, username)
         patient = None if row or self.upstream else self.records.read("Patient", username)
         if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
-            name = person_name(patient)
+            name = display_name(patient)
             with self.state.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
                     username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
@@ -3323,7 +3377,7 @@ class Portal:
 
     def patients_of(self, username: str, text: str = "") -> dict[str, str]:
         """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
-        name has a part that begins with it. Of one who may open any record, the first few."""
+        name has it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
             found = dict(upstream_patients(self, text) if self.upstream else self.records.patients(text, 200))
@@ -3343,7 +3397,7 @@ class Portal:
             if self.upstream:
                 return upstream_patient(self, patient_id)
             found = self.records.read("Patient", patient_id)
-            return person_name(found) if found else None
+            return display_name(found) if found else None
         return self.patients_of(username).get(patient_id)
 
     def fhir_user(self, username: str, patient_id: str | None) -> str:
@@ -3461,6 +3515,7 @@ class Request:
         self.rest = ""
         self.client_id = self.username = ""     # found out on the way, for the log
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
+        self.broken: PortalError | None = None  # why the body could not be read
 
     def note(self, text: str) -> None:
         """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
@@ -3493,30 +3548,39 @@ class Request:
         return parse_json(self.body)
 
     def cookie(self, name: str) -> str:
-        """A cookie's value as it came, or "" (RFC 6265 section 4.2.1)."""
-        pairs = [one.strip(" ").partition("=") for one in self.headers.get("cookie", "").split(";")]
-        return next((value for found, _, value in pairs if found == name), "")
+        """A cookie's value, or "". """
+        # Not http.cookies: it drops all cookies for one that it dislikes (localhost's come from every port), takes
+        # time that grows with the square, and decodes line breaks, which would get into Set-Cookie.
+        found = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
+        return found[1] if found else ""
 
 
-def _finite(text: str) -> float:
-    """A number of JSON that is none of NaN, Infinity and 1e400, which Python would read as Infinity."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not JSON, or is too large a number")
-    return number
+MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
 
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
+    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except RecursionError:
-        raise PortalError("invalid_request", "the JSON nests too deep")
+        raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
     if not isinstance(value, dict):
         raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise PortalError("invalid_request", too_deep)
     return value
 
 
@@ -3544,6 +3608,39 @@ def redirect(url: str, cookies: Sequence[str] = ()) -> Response:
 def with_query(url: str, **parameters: str) -> str:
     """A URL with parameters added, its own query kept (RFC 6749 section 3.1.2)."""
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
+
+
+FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
+JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
+
+
+def too_little_scope(type_name: str, letter: str) -> FhirError:
+    """403 that names the scope it would take (RFC 6750 section 3.1)."""
+    needed = f"patient/{type_name}.{letter}"
+    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
+                     [challenge(error="insufficient_scope", scope=needed)])
+
+
+def accepted_types(request: Request) -> list[str]:
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
+    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
+            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request) if status == 200 else ["*/*"]
+    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
+    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 Endpoint = Callable[[Portal, Request], Response]
@@ -3811,7 +3908,7 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 
     A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
     """
-    version, url = portal.settings.fhir_version, f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    version, url = fhir_version(portal), f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
     service = HL7 if version == "r4" else "http://hl7.org/fhir/"
     operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
     rest: Json = {"mode": "server", "resource": [
@@ -4488,7 +4585,7 @@ def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
         found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
                  and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
     else:
-        query = parse_query(portal.settings.fhir_version, "Encounter", [("patient", patient_id), ("_count", "100")])
+        query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
         found = [one.resource for one in portal.records.search(query, Access(None)).matches]
     found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
     return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
@@ -5107,6 +5204,8 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
     value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
+    if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
+        raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
     with spending(portal, client, "refresh", value) as (database, row):
         for word in wanted.split():
             if not scope_covers(row["scope"], word):
@@ -5194,6 +5293,8 @@ def bearer(portal: Portal, request: Request) -> Row:
         why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
         raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
     request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
+                 "(RFC 6750 section 2.1)")
     return row
 
 
@@ -5321,9 +5422,10 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 MAX_HEAD = 64 << 10          # bytes of a first line and headers
 MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_INTERIM = 100            # 1xx answers before the answer
 MAX_LINKS = 1000             # paging links that one authorization may hold
 PAGE_SECONDS = 3600
-DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
+MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
@@ -5452,13 +5554,15 @@ class Connection:
         if not alive:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
-        while True:
+        for _ in range(MAX_INTERIM + 1):
             match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
             if status >= 200:  # 1xx: the answer is still to come
                 break
+        else:
+            raise BadRequest(400, f"it has no end of interim answers ({status})")
         keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if status in (204, 304):
@@ -5515,7 +5619,7 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_finite).raw_decode
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:
@@ -5571,9 +5675,9 @@ class Upstream:
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.names: list[str] = []                           # bases that the server says are its own
         self.forget()
-        self._bases: list[str] = []
-        self._learn(self.base)
+        self._spell(parts.hostname or "", parts.port)
         self._idle: list[Connection] = []
         send = self._send
 
@@ -5589,8 +5693,9 @@ class Upstream:
         self._request, self._open = urllib.request.Request, opener.open
 
     def forget(self) -> None:
-        """Forget what was found out of the records and of the server's version."""
+        """Forget what was found out of the records and of the server's names and version."""
         self.binaries.clear()
+        self.names.clear()
         self.version = ("", 0.0)                         # see fhir_version; until when it holds
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
@@ -5627,6 +5732,8 @@ class Upstream:
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        if form is not None:
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
@@ -5654,10 +5761,11 @@ class Upstream:
         """
         try:
             url = urljoin(seen_at, url)
+            url.encode()  # fails for half a surrogate pair
             scheme, _, path, query, _ = urlsplit(url)
         except ValueError:
             return None
-        for base in self._bases:
+        for base in (self.base, *self.names):
             if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
                 path = self.path + re.split("[?#]", url[len(base):])[0]
         if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
@@ -5666,32 +5774,22 @@ class Upstream:
         safe = "!$%&'()*+,/:;=?@[]~|"
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
-    def _learn(self, base: str) -> None:
-        """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
-        self._bases = sorted([*self._bases, base], key=len, reverse=True)
-        addresses, traces, hints = [], [], set()
-        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        for one in self._bases:
-            parts = urlsplit(one)
-            host, port, path = parts.hostname or "", parts.port, "".join(
-                _SLASH if char == "/" else re.escape(char) for char in parts.path)
-            names = {re.escape(f"[{host}]" if ":" in host else host)}
-            if is_loopback(host):
-                names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
-            name = "(?i:" + "|".join(sorted(names)) + ")"
-            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
-            addresses.append(where + path)
-            if not is_loopback(host):  # the name alone tells too much
-                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
-                hints |= {host}
-            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
-                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
-                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
-            else:
-                traces.append(before + where)
-                hints |= {f":{port}", f"%3a{port}"}
-        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
-        self._traces, self._hints = re.compile("|".join(traces)), hints
+    def _spell(self, host: str, port: int | None) -> None:
+        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
+        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
+        names = {re.escape(f"[{host}]" if ":" in host else host)}
+        if is_loopback(host):
+            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+        if not is_loopback(host):  # the name alone tells too much
+            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
+        else:
+            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
+        self._traces = re.compile(trace)
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
@@ -5706,9 +5804,8 @@ class Upstream:
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
         # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
-        for base in self._bases:
-            for end in '/?"':
-                text = text.replace(base + end, "\0" + end)
+        for end in '/?"':
+            text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
@@ -5752,25 +5849,32 @@ class Upstream:
         self.check(answer)
         try:
             own, entries = split_bundle(self.rewritten(answer.body, ours))
-            if self._learn_from(entries, ours):
-                own, entries = split_bundle(self.rewritten(answer.body, ours))
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
+        self._learn(own, answer.url, ours)
         return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
 
-    def _learn_from(self, entries: list[tuple[Any, str]], ours: str) -> bool:
-        """Whether entries show an address of the FHIR server that was not known: a fullUrl is one, type and id."""
-        before = len(self._bases)
-        for value, _ in entries:
-            url = value.get("fullUrl") if isinstance(value, dict) else None
-            if isinstance(url, str) and url.startswith("http") and not url.startswith(ours + "/"):
-                found = value.get("resource")
-                tail = f"/{found.get('resourceType')}/{found.get('id')}" if isinstance(found, dict) else "?"
-                if url.endswith(tail) and url[:-len(tail)] not in self._bases and len(self._bases) < 20:
-                    self._learn(url[:-len(tail)])
-        return len(self._bases) > before
+    def _learn(self, own: Json, asked: str, ours: str) -> None:
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
+        that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        path = urlsplit(asked).path[len(self.path):]
+        for link in elements(own, "link"):
+            if path and isinstance(link, dict) and link.get("relation") == "self":
+                url = str(link.get("url")).partition("?")[0]
+                name = url[:-len(path)]
+                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
+                        and name not in (ours, *self.names)):
+                    self.names.append(name)
+
+    def disguised(self, text: str, ours: str) -> str:
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
+        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        for name in self.names:
+            for end in '/?"':
+                text = text.replace(name + end, ours + end)
+        return text
 
     def statement(self, now: float) -> Json:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
@@ -5817,6 +5921,7 @@ def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json
                 {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
                 if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
     ours["rest"][0]["resource"] = resources
+    ours["rest"][0].pop("operation", None)
     ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
     return ours
 
@@ -5847,13 +5952,14 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
     """
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
     pairs = [(name, value) for name, value in pairs
-             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+             if value and (name.partition(":")[0] not in NOT_FORWARDED
+                           or (access.scope, name, value) == (None, "_summary", "count"))]
     if access.scope is None:
         return pairs
     sent: list[tuple[str, str]] = []
     for name, value in pairs:
         stem, _, modifier = name.partition(":")
-        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+        if "." in name or not may_be_forwarded(stem):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
         owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
@@ -5954,7 +6060,7 @@ class Forwarding:
 
     def respond(self, text: str, answer: Answer, *names: str) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        self.response.body = text.encode("utf-8", "replace")
+        self.response.body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
         if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
             self.response.headers[0] = ("Content-Type", told)
@@ -6004,8 +6110,8 @@ class Forwarding:
         return binary_id in known
 
     def documents(self) -> Iterator[Json]:
-        """The record's documents and reports, as far as DOCUMENT_PAGES pages go."""
-        left = DOCUMENT_PAGES
+        """The record's documents and reports, as far as MAX_PAGES pages go."""
+        left = MAX_PAGES
         for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
             for type_name in ("DocumentReference", "DiagnosticReport"):
                 url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
@@ -6023,15 +6129,9 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url()
-        if url:
-            return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
-        query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
-        url = f"{self.upstream.base}/{type_name}"
-        if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
-            form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
-            return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
+        page = self.page_url()
+        sent = [] if page else pinned_search(self.access, type_name, pairs, self.base)
+        return self.page(page or f"{self.upstream.base}/{type_name}", sent, pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -6043,9 +6143,8 @@ class Forwarding:
         for name, _ in pairs:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
-        query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
-        return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything"
+        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
     def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
@@ -6073,33 +6172,83 @@ class Forwarding:
                     raise refused("gave a link to the next page that does not lead to itself")
         return found
 
-    def page(self, answer: Answer, pairs: list[tuple[str, str]], letters: str) -> Response:
-        """A Bundle, less the entries that may not be seen, with this portal's own links.
+    def judged(self, entries: list[tuple[Json, str]], letters: str) -> tuple[list[str], list[str]]:
+        """Those of a Bundle's entries that may be seen, as texts: what matches, and what was included with it.
 
-        What may not be seen is dropped without a word: other patients' records, included ones too; OperationOutcomes,
-        which may quote anything; Bundles within the Bundle. Of the Bundle's own members only those known to be harmless
-        are passed on: total, if nothing was dropped and no category hidden.
+        The rest is dropped without a word: other patients' records, included ones too; OperationOutcomes, which may
+        quote anything; Bundles within the Bundle.
         """
-        own, entries = self.upstream.bundle(answer, self.base)
-        seen = []
+        matches: list[str] = []
+        included: list[str] = []
         for entry, text in entries:
             if self.may_see(entry.get("resource"), text, letters):
                 known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                seen.append(text if len(known) == len(entry) else json.dumps(known))
-        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
+                mode = entry["search"].get("mode") if isinstance(entry.get("search"), dict) else "match"
+                (included if mode == "include" else matches).append(
+                    text if len(known) == len(entry) else json.dumps(known))
+        self.request.note(f"{len(matches) + len(included)} of {len(entries)} entries may be seen; the FHIR server isn't "
+                          "trusted to filter")
+        return matches, included
+
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
+
+        Where categories hide something, an empty place on a page, or a link to a page of nothing, would tell that it
+        is there. Then the page is filled from the pages after it, and the link comes if there is one more to see, or
+        after MAX_PAGES; its address ends in #, how many were seen of that page already, and the page's size. The
+        server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
+        asks for is counted here.
+        """
+        narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
+        asked = dict(pairs).get("_count", "20")
+        if not re.fullmatch("[0-9]{1,9}", asked):
+            raise FhirError("value", f"_count={asked}: expected a whole number")
+        skip, size = map(int, mark.split(",")) if mark else (0, int(asked))
+        counting = self.access.scope is not None and (size == 0 or ("_summary", "count") in pairs)
+        if sent and (narrowed or counting):
+            sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
+        query = urlencode(sent, quote_via=quote, safe="/:,|")
+        # A search that was posted is posted on: what a patient has may be too private for the address line.
+        posted, url = f"{url}/_search", f"{url}?{query}" if query else url
+        form = query.encode() if sent and self.request.method == "POST" else None
+        most = size if narrowed and not counting else sys.maxsize
+        matches: list[str] = []
+        included: list[str] = []
+        whole = True  # nothing was dropped, and nothing is left to read
+        for _ in range(MAX_PAGES):
+            answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
+            own, entries = self.upstream.bundle(answer, self.base)
+            found, others = self.judged(entries, letters)
+            links, room, form = self.links(own, answer), most - len(matches), None
+            whole = whole and len(found) + len(others) == len(entries)
+            matches += found[skip:skip + room]
+            included += others if room else []
+            if len(found) > skip + room:
+                links = {"next": f"{url}#{skip + room},{size}"}
+                break
+            if not (narrowed or counting):
+                break
+            if "next" not in links:
+                links = {}
+                break
+            url, skip = links["next"], 0
+        else:
+            links, whole = {"next": f"{url}#0,{size}"} if narrowed and not counting else {}, False
         path, query = self.request.rest, self.request.query
         if self.request.method == "POST":
             path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
-        pages = keep_pages(self.portal, self.grant_id, path, self.links(own, answer))
         bundle: Json = {"resourceType": "Bundle", **{
-            name: own[name] for name in ("id", "meta", "type", "timestamp", "total") if name in own}}
-        if len(seen) < len(entries) or self.access.narrowed:
-            bundle.pop("total", None)
+            name: own[name] for name in ("id", "meta", "type", "timestamp") if name in own}}
+        if self.access.scope is None and "total" in own:
+            bundle["total"] = own["total"]
+        elif whole and not narrowed and "next" not in links and (counting or own.get("total") == len(matches)):
+            bundle["total"] = len(matches)
         here = f"{self.base}/{path}"
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
-            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in pages.items())]
-        text = json.dumps(bundle)
-        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(seen)}]}}" if seen else text, answer)
+            {"relation": relation, "url": f"{here}?_page={handle}"}
+            for relation, handle in keep_pages(self.portal, self.grant_id, path, links).items())]
+        text, shown = json.dumps(bundle), [] if counting else [*matches, *dict.fromkeys(included)]
+        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
 
 
 # The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
@@ -6110,7 +6259,7 @@ def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
     query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
     entries = portal.upstream.bundle(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")[1]
     found = [entry.get("resource") for entry, _ in entries]
-    return [(one["id"], person_name(one)) for one in found if isinstance(one, dict)
+    return [(one["id"], display_name(one)) for one in found if isinstance(one, dict)
             and one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
 
 
@@ -6118,14 +6267,11 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
     """The name of a patient of the FHIR server, None where there is none of that id."""
     assert portal.upstream
     answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
-    return None if answer.status in (404, 410) else person_name(portal.upstream.resource(answer, "")[0])
+    return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
 
 
 # ######################################################################## 16 the FHIR API
 
-FHIR_TYPE = "application/fhir+json"
-FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
-JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -6138,34 +6284,6 @@ def access_of(portal: Portal, row: Row) -> Access:
         frozenset(json.loads(row["security_labels"])),
         "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
         fhir_version(portal) if "?" in scope else "r4")
-
-
-def too_little_scope(type_name: str, letter: str) -> FhirError:
-    """403 that names the scope it would take (RFC 6750 section 3.1)."""
-    needed = f"patient/{type_name}.{letter}"
-    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [challenge(error="insufficient_scope", scope=needed)])
-
-
-def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
-    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
-            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
-
-
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else []
-    if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
-    if ("_pretty", "true") in request.pairs():
-        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
-    text = body if isinstance(body, str) else json.dumps(body)
-    # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 def outcome(error: PortalError) -> Json:
@@ -6199,11 +6317,11 @@ def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Seq
         for relation, rest in links]}
     if page.total is None:
         del head["total"]
+    start = '{"fullUrl":' + json.dumps(base)[:-1]
     entries = [
-        f'{{"fullUrl":{json.dumps(base + "/" + one.resource["resourceType"] + "/" + one.resource["id"])},"resource":'
-        + (json.dumps(only_elements(one.resource, names, version)) if names else one.text)
-        + f',"search":{{"mode":"{mode}"}}}}' for mode, found in (("match", page.matches), ("include", page.included))
-        for one in found]
+        f'{start}/{one.name}","resource":'
+        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
+        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
     text = json.dumps(head)
     return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
                          version=version)
@@ -6217,6 +6335,8 @@ def search(portal: Portal, request: Request, access: Access, type_name: str, bas
                         "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
     page = portal.records.search(query, access)
+    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
+                 "category")
     rest = [(name, value) for name, value in query.parameters if name != "_page"]
     links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
     if page.next:
@@ -6242,11 +6362,11 @@ def visible(portal: Portal, access: Access, type_name: str, resource_id: str) ->
     found = portal.records.find(type_name, resource_id)
     if not found:
         raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-
-    def is_pointed_to(binary_id: str) -> bool:
-        return binary_id in access.binaries_in(portal.records.pointing_to(binary_id))
-    if not (access.may_see_binary(found.resource, is_pointed_to) if type_name == "Binary"
-            else access.may_see(found.resource, "r")):
+    if type_name == "Binary":
+        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
+    else:
+        seen = access.may_see(found.resource, "r")
+    if not seen:
         raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
                         "category that was not approved", 403)
     return found
@@ -6292,7 +6412,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
     if request.method == "POST" and (rest != ["_search"] or not searching):
         raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    if not access.allows(type_name, "s" if searching else "r", "" if searching else rest[0]):
+    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
         raise too_little_scope(type_name, "s" if searching else "r")
     if searching:
         return search(portal, request, access, type_name, base)
@@ -6314,7 +6434,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
     statement = forwarded_statement if portal.upstream else capability_statement
-    return fhir_response(request, statement(portal, request, True), version=portal.settings.fhir_version)
+    return fhir_response(request, statement(portal, request, True), version=fhir_version(portal))
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
@@ -6336,7 +6456,7 @@ def open_fhir(portal: Portal, request: Request) -> Response:
         raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
     if request.rest == "metadata":
         statement = forwarded_statement if portal.upstream else capability_statement
-        return fhir_response(request, statement(portal, request, False), version=portal.settings.fhir_version)
+        return fhir_response(request, statement(portal, request, False), version=fhir_version(portal))
     if request.method == "POST" and not request.rest.endswith("/_search"):
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
     base = portal.base(request) + "/api/open-fhir"
@@ -6970,7 +7090,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
     page is a PortalError.
     """
-    parts = urlsplit(need_text("url", url))
+    parts = urlsplit(url if is_web_url(need_text("url", url)) else "")
     request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
     if request.path != "/oauth/authorize":
         raise PortalError("invalid_request", f"url: {url!r} is not an address of /oauth/authorize")
@@ -7016,7 +7136,8 @@ def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | No
 def advance(portal: Portal, *, seconds: float) -> float:
     """Move the portal's clock by seconds, which may be fractional; gives the portal's time, in Unix seconds."""
     step = need_number("seconds", seconds)
-    need_moment("seconds", portal.clock.now() + step)
+    if not 0 <= portal.clock.now() + step <= LAST_NOW:
+        raise PortalError("invalid_request", "seconds: the clock goes from the year 1970 to the year 9990")
     return portal.clock.advance(step)
 
 
@@ -7093,6 +7214,14 @@ def redact_pairs(text: str) -> str:
                     for name, equals, value in (part.partition("=") for part in text.split("&")))
 
 
+_LOOKS_SECRET = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}")
+
+
+def scrubbed(text: str) -> str:
+    """A text in which what looks like a token is cut short: an app may send one where none belongs, a path for one."""
+    return _LOOKS_SECRET.sub(lambda found: shorten(found[0]), text)
+
+
 class RecordedRequest(NamedTuple):
     """A request that came in, as it was; `repr` and `redacted` leave the secrets out."""
     method: str
@@ -7106,15 +7235,18 @@ class RecordedRequest(NamedTuple):
 
     def redacted(self) -> Json:
         """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
-        body, media_type = self.body, self.headers.get("content-type", "")
-        if "json" in media_type:
-            try:
-                body = body and json.dumps(redact(json.loads(body)))
-            except (ValueError, RecursionError):
-                body = REDACTED  # who can say what is in it
-        elif body:
-            body = redact_pairs(body) if media_type.startswith("application/x-www-form-urlencoded") else REDACTED
-        return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
+        body, media_type = self.body, self.headers.get("content-type", "").lower()
+        try:
+            if "json" in media_type:
+                body = json.dumps(redact(json.loads(body)))
+            elif "x-www-form-urlencoded" in media_type:
+                body = redact_pairs(body)
+            elif body:
+                raise ValueError
+        except (ValueError, RecursionError):
+            body = body and REDACTED  # who can say what is in it
+        return {**self._asdict(), "path": scrubbed(self.path), "query": redact_pairs(self.query),
+                "headers": redact(self.headers), "body": body}
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
@@ -7175,14 +7307,16 @@ def check_host(portal: Portal, request: Request) -> None:
 
 
 def check_same_origin(request: Request) -> None:
-    """Debug endpoints obey no other web page: a browser names the page that sends."""
-    origin = request.headers.get("origin")
-    if origin and origin != f"{request.scheme}://{request.host}":
-        raise PortalError("forbidden", f"Origin is {origin!r}: debug endpoints take no requests from other sites", 403)
+    """Debug endpoints obey no other web page: a browser names the page that sends, or how far away it is."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+    if (origin and origin != f"{request.scheme}://{request.host}") or site not in ("same-origin", "none"):
+        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take no requests "
+                          "from other sites", 403)
 
 
 def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
+    request.note(f"refused: {error}")
     if kind == "page":
         response = error_page(portal, error, request, found)
     elif kind == "fhir":
@@ -7209,6 +7343,8 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
                               f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
         if found.kind == "debug":
             check_same_origin(request)
+        if request.broken and request.method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
+            raise request.broken
         if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
             portal.meet_fault(found.fault)
         return found.endpoint(portal, request)
@@ -7249,6 +7385,9 @@ def dispatch(portal: Portal, request: Request) -> Response:
 
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
     email.parser takes longer than all that the portal does; and writes each answer at once: header and body in two
@@ -7282,8 +7421,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         started = time.perf_counter()
         response = dispatch(self.server.portal, request)
-        self.send(request.method, response)
+        # First the log, so that who has the answer finds the story of it there.
         self.server.log_request(request, response.status, time.perf_counter() - started)
+        self.send(request.method, response)
+        if request.broken:
+            self.linger()
 
     def read_request(self) -> Request | None:
         """The next request; None when the client is done. Between two requests the connection may be stopped."""
@@ -7312,18 +7454,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         method, target = match[1].decode(), match[2].decode()
         request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
                           scheme=server.scheme)
-        request.body = self.read_body(request, headers)
+        if match[4] == b"0":
+            headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
+        try:
+            request.body = self.read_body(request, headers)
+        except BadRequest as error:  # it is known who asks for what: so it is answered in the endpoint's own shape
+            request.broken = PortalError("invalid_request", str(error), error.status)
+            self.close_connection = True
         return request
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
-        if target.lower().startswith(("http://", "https://")):
-            try:
-                parts = urlsplit(target)
-            except ValueError:
-                raise BadRequest(400, "the request target is no address")
-            headers["host"] = parts.netloc
-            target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+        absolute = re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
+        if absolute:
+            headers["host"] = absolute[1]
+            target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
         elif target == "*" and method == "OPTIONS":
             target = "/"
         if not target.startswith("/") or "#" in target:
@@ -7364,23 +7509,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = response.body
         head = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n",
                 f"Date: {self.server.date()}\r\n"]
-        head += [f"{name}: {value}\r\n" for name, value in response.headers]
+        # Whatever a value is made of, it stays one line: no one adds headers of their own.
+        head += [f"{name}: {re.sub(_CONTROL, '?', value)}\r\n" for name, value in response.headers]
         if response.status not in (204, 304):
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
-        if re.search(r"[\r\n\0]", "".join(value for _, value in response.headers)):
-            # A value that ends its line could begin an answer of its own (response splitting): better none at all.
-            self.server.portal.log("BUG a header's value has a line break or NUL; the connection was closed instead")
-            raise ConnectionAbortedError
         self.connection.settimeout(self.server.body_seconds)
         self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer what can't be read, then let the client finish sending for a moment, so that it sees the answer."""
+        """Answer a request whose head can't be read."""
         self.close_connection = True
-        response = json_response({"error": "invalid_request", "error_description": str(error)}, error.status)
+        with contextlib.suppress(OSError):
+            self.send("", json_response({"error": "invalid_request", "error_description": str(error)}, error.status))
+            self.linger()
+
+    def linger(self) -> None:
+        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and the
+        client may never see the answer."""
         with contextlib.suppress(OSError, BadRequest):
-            self.send("", response)
             self.connection.shutdown(socket.SHUT_WR)
             self.reader.deadline = time.monotonic() + 1
             for _ in range(1024):
@@ -7442,11 +7589,11 @@ class Listener(http.server.HTTPServer):
         settings = self.portal.settings
         if settings.quiet:
             return
-        path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", lambda found: shorten(found[0]), request.path)
         who = " ".join(part for part in (request.client_id, request.username) if part)
-        line = f"{request.method} {path} {status} {seconds * 1000:.1f} ms {who}".rstrip()
-        line = re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", line)
-        self.portal.log("\n    ".join([line, *(request.notes if settings.verbose else [])]))
+        line = f"{scrubbed(request.method + ' ' + request.path)} {status} {seconds * 1000:.1f} ms {who}".rstrip()
+        notes = map(scrubbed, request.notes if settings.verbose else ())
+        self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", text)
+                                      for text in (line, *notes)))
 
     def accept_until_stopped(self) -> None:
         """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a second."""
@@ -7466,14 +7613,18 @@ class Listener(http.server.HTTPServer):
 
     def _hand_over(self, connection: socket.socket) -> None:
         with self._lock:
-            self._open.add(connection)
-            self._arrived.put(connection)
             if self._idle:
                 self._idle -= 1
-                return
-            thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
-            self._threads.add(thread)
-            thread.start()  # with the lock, so that stop() finds no thread that has not begun
+            else:
+                thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
+                try:
+                    thread.start()  # with the lock, so that stop() finds no thread that has not begun
+                except RuntimeError:  # the system gives no more threads; those there are go on
+                    connection.close()
+                    return
+                self._threads.add(thread)
+            self._open.add(connection)
+            self._arrived.put(connection)
 
     def _work(self) -> None:
         """A thread's life: connection after connection."""
@@ -7704,20 +7855,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="s4s_proxy.py", description="A SMART on FHIR patient portal for testing, with made-up patients.",
         epilog="The source is the manual: it is meant to be read from top to bottom, in a day.")
-    for one in fields(Settings):
-        flag, shown = "--" + one.name.replace("_", "-"), one.metadata
-        options: Json = {"default": argparse.SUPPRESS, "help": shown["help"]}
-        if one.type == "bool":
-            options["action"] = "store_true"
-        elif one.type == "bool | None":
-            options["action"] = argparse.BooleanOptionalAction
+    for name, option in OPTIONS.items():
+        kind = Settings.__annotations__[name]
+        shown: Json = {"default": argparse.SUPPRESS, "help": option.text}
+        if kind == "bool":
+            shown["action"] = "store_true"
+        elif kind == "bool | None":
+            shown["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(metavar=shown["placeholder"], type={"int": int, "float": float}.get(str(one.type), str))
-            if str(one.type).startswith("list"):
-                options["action"] = "append"
-            elif one.default is not None:
-                options["help"] += f" (default: {one.default})"
-        parser.add_argument(flag, **options)
+            shown.update(metavar=option.placeholder, type={"int": int, "float": float}.get(kind, str))
+            if kind.startswith("list"):
+                shown["action"] = "append"
+            elif option.default is not None:
+                shown["help"] += f" (default: {option.default})"
+        parser.add_argument("--" + name.replace("_", "-"), **shown)
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -7745,6 +7896,7 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
         f"  accounts     {', '.join(name for name, *_ in DEMO_USERS)}; password {DEMO_PASSWORD}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}"]
     lines += [f"  environment  {name} took effect" for name in from_environment]
+    lines += [f"  data         {warning}" for warning in server.portal.records.warnings]
     return "\n".join(lines)
 
 
@@ -7757,7 +7909,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     try:
         environment = settings_from_environment(chosen)
-        server = Server(**{"port": Settings.port, "quiet": False, **environment, **chosen}).start()
+        server = Server(**{"port": OPTIONS["port"].default, "quiet": False, **environment, **chosen}).start()
     except StartError as error:
         print(f"s4s_proxy.py: {error}", file=sys.stderr)
         return 1
