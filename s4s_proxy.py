@@ -2500,8 +2500,11 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
         database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
 
 
-def parse_document(data: bytes) -> tuple[Json, list[Json]]:
-    """A JSON object, and those within it that may refer to something; PortalError, which says where it goes wrong."""
+Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
+
+
+def parse_document(data: bytes) -> Document:
+    """A text as JSON; PortalError, which says where it goes wrong."""
     pointers: list[Json] = []
 
     def notice(found: Json) -> Json:
@@ -2574,25 +2577,28 @@ class Source(NamedTuple):
     size: int
     text: bytes = b""
 
-    def documents(self) -> Iterator[tuple[str, bytes, int]]:
+    def documents(self) -> Iterator[tuple[str, Document, int]]:
         """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
 
         A line at a time, so that a file of any length takes no more memory than its longest line.
         """
         if self.text:
-            yield "", self.text, self.size
+            yield "", parse_document(self.text), self.size
             return
-        import gzip  # likewise
+        import gzip  # only where it is needed: it takes long
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
             try:
-                json.loads(line)
-            except (ValueError, RecursionError):  # one text over many lines
-                yield "", line + stream.read(), self.size
+                yield "line 1: ", parse_document(line), raw.tell()
+            except PortalError:  # one text over many lines
+                yield "", parse_document(line + stream.read()), self.size
                 return
-            for number, text in enumerate(itertools.chain([line], stream), 1):
-                if text.strip():
-                    yield f"line {number}: ", text, raw.tell()
+            for number, line in enumerate(stream, 2):
+                if line.strip():
+                    try:
+                        yield f"line {number}: ", parse_document(line), raw.tell()
+                    except PortalError as error:
+                        raise PortalError(error.error, f"line {number}: {error.description}")
 
 
 def sources(data: Any) -> list[Source]:
@@ -2600,6 +2606,8 @@ def sources(data: Any) -> list[Source]:
     if isinstance(data, dict):
         text = json.dumps(data).encode()
         return [Source("(given as a dict)", len(text), text)]
+    if not isinstance(data, (str, os.PathLike)):
+        raise StartError(f"data {data!r}: expected a path, or a resource or Bundle as a dict")
     path = os.fspath(data)
     try:
         if not os.path.isdir(path):
@@ -2662,8 +2670,10 @@ class Records:
             found = [source for one in settings.data if one != "none" for source in sources(one)]
             if found:
                 self._load_sources(found)
-        except BaseException:
+        except BaseException as error:
             self.store.close()
+            if isinstance(error, sqlite3.Error):
+                raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
             raise
 
     def _fact(self, name: str) -> str:
@@ -2698,7 +2708,7 @@ class Records:
         """
         self._filled()
         skipped: collections.Counter[str] = collections.Counter()
-        prepared = list(self._prepared(json.dumps(document).encode(), skipped))
+        prepared = list(self._prepared(parse_document(json.dumps(document).encode()), skipped))
         if skipped and not prepared:
             raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
                               + ", ".join(sorted(search_table(self.version))))
@@ -2710,36 +2720,45 @@ class Records:
     def _load_sources(self, found: Sequence[Source]) -> None:
         """Load one after the other: a bad one is refused whole, those before it stay."""
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
-        skipped: collections.Counter[str] = collections.Counter()
-        progress, done = Progress(sum(source.size for source in found), self.clock), 0
         samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
         if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
-            self.store.connection.execute("DROP INDEX search_by_value")
+            self.store.connection.execute("DROP INDEX IF EXISTS search_by_value")
             self._indexed = False
-        for source in found:
-            try:
-                with self.store.transaction() as database:
-                    self._put(database, (one for place, text, read in source.documents() if progress.at(done + read)
-                                         for one in self._prepared(text, skipped, place)), later=False)
-            except PortalError as error:
-                raise StartError(f"--data {source.path}: {error.description}")
-            except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
-                raise StartError(f"--data {source.path}: {error}")
-            done += source.size
+        skipped: collections.Counter[str] = collections.Counter()
+        ends = list(itertools.accumulate(source.size for source in found))
+        progress = Progress(ends[-1], self.clock)
+        for _, batch in itertools.groupby(zip(found, ends), lambda one: one[1] >> 25):  # every 32 MB is written for good
+            bad = ""
+            with self.store.transaction() as database:
+                for source, end in batch:
+                    database.execute("SAVEPOINT source")
+                    try:
+                        self._put(database, (
+                            one for place, document, read in source.documents()
+                            if progress.at(end - source.size + read)
+                            for one in self._prepared(document, skipped, place)), later=False)
+                    except PortalError as error:
+                        bad = f"--data {source.path}: {error.description}"
+                    except (OSError, EOFError, zlib.error) as error:
+                        bad = f"--data {source.path}: {error}"
+                    if bad:
+                        database.execute("ROLLBACK TO source")
+                        break
+            if bad:
+                raise StartError(bad)
         self.store.connection.executescript(RECORD_SCHEMA)
         self._indexed, self._identified = True, {}
         with self.store.transaction() as database:
             self._resolve(database, later=False)
         self._warn(skipped, before)
 
-    def _prepared(self, text: bytes, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
+    def _prepared(self, document: Document, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
         moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
         now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
         try:
-            document, pointers = parse_document(text)
-            found, names = unbundle(document)
-            self._point(pointers, names)
+            found, names = unbundle(document[0])
+            self._point(document[1], names)
             for where, resource in found:
                 check_version(resource, self.version)
                 if resource["resourceType"] in search_table(self.version):
@@ -2905,7 +2924,8 @@ class Records:
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
         if query.total and not dropped and not access.narrowed:
-            total = store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+            row = store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)
+            total = row[0] if row else 0
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
