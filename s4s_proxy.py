@@ -3578,20 +3578,17 @@ class Request:
 MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
 
 
-def _finite(text: str) -> float:
-    """A number of JSON that is none of NaN, Infinity and 1e400, which Python would read as Infinity."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not JSON, or is too large a number")
-    return number
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
 
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except RecursionError:
         raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
@@ -3896,6 +3893,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
+    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
+    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
     return json_response(server_metadata(portal, request))
 
 
@@ -4351,14 +4350,15 @@ PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # ho
 
 
 class Authorization:
-    """An authorization request on its way through the checks below, each of which may refuse it."""
+    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.redirect_uri = self.scope = ""
-        self.issuer = portal.browser_base(request)
-        self.client: Client
-        self.launch: Json = {}       # what the EHR's launch says: username, patient_id, context
-        self.signed_in_since = 0.0   # the user must have signed in after this time
+        self.client: Client                           # check_client
+        self.redirect_uri = ""                        # check_redirect_uri
+        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
+        self.scope = ""                               # check_scope: what can be granted
+        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
+        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
 
 
 def check_client(asked: Authorization) -> None:
@@ -4531,8 +4531,13 @@ def check_launch(asked: Authorization) -> None:
     asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. The
-# last is the only one that changes anything.
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
+# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
+# only one that changes anything.
+#
+# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
+# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
+# before anybody signs in.
 PAGE_CHECKS = (check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
                    check_openid, check_launch)
@@ -5634,7 +5639,7 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_finite).raw_decode
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:

@@ -5167,6 +5167,12 @@ class WhoseRecordBehind(ForwardingTest):
         tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
         self.assertEqual(tokens["patient"], "p2")
 
+    def test_the_launcher_finds_patients_there_too(self) -> None:
+        self.assertIn("pia1", self.browser.open(self.portal.url + "/launch").text)
+        found = self.browser.open(self.portal.url + "/launch?name=jo").text
+        self.assertIn('<option value="p2">Jo Do</option>', found)
+        self.assertNotIn("Pia", found)
+
     def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
         self.script("Encounter", self.behind.bundle(*(
             {"resourceType": "Encounter", "id": name, "subject": {"reference": f"Patient/{whose}"}, "period": {"start": day}}
