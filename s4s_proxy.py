@@ -1614,7 +1614,7 @@ def owner(resource: Json, base: str = "") -> str | None:
     opens nothing: what was filed under a linked Patient needs a token for that one.
     """
     named = _named_patients(resource, base)
-    if not named and resource.get("resourceType") in (*SHARED_TYPES, "Device"):
+    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
         named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
@@ -1631,11 +1631,12 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
         return {key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
-    named = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") if isinstance(one, dict) else None for one in named]
-        named = [one for one in actors if not _NO_PATIENT.fullmatch(reference_of(one))]
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) for value in named}
+        actors = [one.get("actor") if isinstance(one, dict) else None for one in as_list(resource.get("participant"))]
+        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors
+                if not _NO_PATIENT.fullmatch(reference_of(actor))}
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
+            for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1643,6 +1644,7 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+@functools.lru_cache(maxsize=1000)  # the same few stand in every resource of a record
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
     if base and reference.startswith(base + "/"):
@@ -1713,6 +1715,7 @@ class Access:
 
     def __post_init__(self) -> None:
         self.scopes = resource_scopes(self.scope or "")
+        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
@@ -1735,20 +1738,19 @@ class Access:
         """The patients whose resources of a type may be seen; None: everybody's."""
         if self.scope is None:
             return None
-        found: frozenset[str] = frozenset()
-        for one in self.scopes:
-            if one.type in ("*", type_name) and letter in one.letters:
-                reach = self._reach(one.context)
-                if reach is None:
-                    return None
-                found |= reach
-        return found
+        reaches = [reach for reach, _ in self._openings(type_name, letter)]
+        return None if None in reaches else frozenset().union(*filter(None, reaches))
 
-    def _reach(self, context: str) -> frozenset[str] | None:
-        """The patients that a scope's context opens; None: everybody."""
-        if context == "patient":
-            return frozenset([self.patient_id] if self.patient_id else [])
-        return self.users_patients if context == "user" else None
+    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
+        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
+        its ?param=value."""
+        known = self._known.get((type_name, letters))
+        if known is None:
+            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
+            known = self._known[type_name, letters] = [
+                (reach.get(one.context), one.constraints) for one in self.scopes
+                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
+        return known
 
     def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
         """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
@@ -1763,12 +1765,11 @@ class Access:
         whose = owner(resource, base)
         if whose is None:
             return False
-        for one in self.scopes:  # each alone: the ?param=value of one go together, several scopes add up
-            if one.type in ("*", type_name) and all(letter in one.letters for letter in letters):
-                reach = self._reach(one.context)
-                if ((whose == NOBODY or reach is None or whose in reach)
-                        and (not one.constraints or resource_matches(resource, self.version, one.constraints))):
-                    break
+        for reach, constraints in self._openings(type_name, letters):
+            # each alone: the ?param=value of one go together, several scopes add up
+            if ((whose == NOBODY or reach is None or whose in reach)
+                    and (not constraints or resource_matches(resource, self.version, constraints))):
+                break
         else:
             return False
         # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
@@ -3450,6 +3451,8 @@ class Fields:
 
 def decode_pairs(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
+    if not text:
+        return []
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
     try:
@@ -3587,13 +3590,18 @@ def accepted_types(request: Request) -> list[str]:
             if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
 
 
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else []
+def fhir_type(request: Request, version: str = "r4") -> str:
+    """The JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request)
     if accepted and not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
         raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    return "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the type that `fhir_type` says; errors whatever is accepted."""
+    media_type = fhir_type(request, version) if status == 200 else FHIR_TYPES.get(version, FHIR_TYPE)
     if ("_pretty", "true") in request.pairs():
         body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
     text = body if isinstance(body, str) else json.dumps(body)
@@ -5861,6 +5869,7 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
 
 
 _TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
+_ENTRY_MEMBERS = {"fullUrl", "resource", "search"}  # of a Bundle's entry: those known to be harmless
 
 
 class Forwarding:
@@ -5872,7 +5881,7 @@ class Forwarding:
         assert portal.upstream
         self.portal, self.upstream, self.request = portal, portal.upstream, request
         self.access, self.base, self.grant_id = access, base, grant_id
-        self.response = fhir_response(request, {})  # in the media type asked for; or 406, before anybody is asked
+        self.media_type = fhir_type(request)  # or 406, before anybody is asked
 
     def answer(self) -> Response:
         """What the path asks for. Only these shapes are forwarded, rebuilt from their parts: what a path hides in
@@ -5911,15 +5920,14 @@ class Forwarding:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
         return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
 
-    def respond(self, text: str, answer: Answer, *names: str) -> Response:
+    def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        self.response.body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
-            self.response.headers[0] = ("Content-Type", told)
-        self.response.headers += [(name, answer.headers[name.lower()]) for name in names
-                                  if name.lower() in answer.headers]
-        return self.response
+        if told != "application/json+fhir" or self.media_type != FHIR_TYPE:  # else it is DSTU2's own
+            told = self.media_type
+        body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
+        return Response(status, body, told, [("Cache-Control", "no-store"), *(
+            (name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers)])
 
     def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
         """One resource: fetched, then judged."""
@@ -5932,13 +5940,11 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
             raise refused("answered with another resource than the one asked for")
-        seen = self.may_see(resource, text, "r")
-        self.request.note(f"its owner is {owner(resource, self.base)!r}, it may {'' if seen else 'not '}be seen")
-        if not seen:
+        if not self.may_see(resource, text, "r"):
+            self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
                             "a category that was not approved", 403)
-        self.response.status = 304 if unchanged else 200
-        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
+        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304 if unchanged else 200)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
@@ -6035,10 +6041,11 @@ class Forwarding:
         included: list[str] = []
         for entry, text in entries:
             if self.may_see(entry.get("resource"), text, letters):
-                known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                mode = entry["search"].get("mode") if isinstance(entry.get("search"), dict) else "match"
-                (included if mode == "include" else matches).append(
-                    text if len(known) == len(entry) else json.dumps(known))
+                if not entry.keys() <= _ENTRY_MEMBERS:
+                    text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
+                search = entry.get("search")
+                is_included = isinstance(search, dict) and search.get("mode") == "include"
+                (included if is_included else matches).append(text)
         self.request.note(f"{len(matches) + len(included)} of {len(entries)} entries may be seen; the FHIR server isn't "
                           "trusted to filter")
         return matches, included
