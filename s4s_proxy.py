@@ -4471,10 +4471,10 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
 def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     """A patient's visits, id -> in words, the newest first."""
     if portal.upstream:
-        url = f"{portal.upstream.base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
-        entries = portal.upstream.bundle(portal.upstream.ask(url), "")[1]
-        found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
-                 and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
+        base = portal.upstream.base
+        url = f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1] if owner(one, base) == patient_id
+                 and one.get("resourceType") == "Encounter" and FHIR_ID.fullmatch(str(one.get("id")))]
     else:
         query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
         found = [one.resource for one in portal.records.search(query, Access(None)).matches]
@@ -5491,11 +5491,11 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
     return match[1], match.end()
 
 
-def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
-    """A Bundle's own members; and its entries, each with the text it came in, to be sent on as it is: nothing is
-    written anew, so that a decimal's trailing zeros survive. ValueError if it is no JSON object."""
+def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
+    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to be sent
+    on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept, which is faster
+    than having them all in memory. ValueError if it is no JSON object."""
     own: Json = {}
-    entries: list[tuple[Any, str]] = []
     mark, at = _step(text, 0, "{")
     while mark != "}":
         if not text.startswith('"', at):
@@ -5508,14 +5508,14 @@ def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
                 mark, at = "]", at + 1
             while mark != "]":
                 value, end = _decode(text, at)
-                entries.append((value, text[at:end]))
+                take(value, text[at:end])
                 mark, at = _step(text, end, ",]")
         else:
             own[name], at = _decode(text, at)
         mark, at = _step(text, at, ",}")
     if at < len(text):
         raise ValueError("text after the end")
-    return own, entries
+    return own
 
 
 class Upstream:
@@ -5705,17 +5705,23 @@ class Upstream:
             raise refused("answered with what is no FHIR JSON")
         return value, text
 
-    def bundle(self, answer: Answer, ours: str) -> tuple[Json, list[tuple[Json, str]]]:
-        """The Bundle in an answer: its own members, and its entries with their text; with our addresses."""
+    def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
+        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our addresses."""
         self.check(answer)
         try:
-            own, entries = split_bundle(self.rewritten(answer.body, ours))
+            own = split_bundle(self.rewritten(answer.body, ours), take)
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
         self._learn(own, answer.url, ours)
-        return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
+        return own
+
+    def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
+        """The own members of the Bundle in an answer, and the resources in it."""
+        found: list[Any] = []
+        own = self.bundle(answer, ours, lambda entry, text: found.extend(elements(entry, "resource")))
+        return own, [one for one in found if isinstance(one, dict)]
 
     def _learn(self, own: Json, asked: str, ours: str) -> None:
         """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
@@ -5979,8 +5985,8 @@ class Forwarding:
                     answer = self.upstream.ask(url)
                     if answer.status in (400, 404):  # it has no such type
                         break
-                    own, entries = self.upstream.bundle(answer, self.base)
-                    yield from (one["resource"] for one, _ in entries if isinstance(one.get("resource"), dict))
+                    own, found = self.upstream.resources(answer, self.base)
+                    yield from found
                     url = self.links(own, answer).get("next", "")
 
     def search(self, type_name: str, pairs: list[tuple[str, str]]) -> Response:
@@ -6031,24 +6037,31 @@ class Forwarding:
                     raise refused("gave a link to the next page that does not lead to itself")
         return found
 
-    def judged(self, entries: list[tuple[Json, str]], letters: str) -> tuple[list[str], list[str]]:
-        """Those of a Bundle's entries that may be seen, as texts: what matches, and what was included with it.
+    def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
+        """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was included
+        with it; and how many were dropped.
 
-        The rest is dropped without a word: other patients' records, included ones too; OperationOutcomes, which may
-        quote anything; Bundles within the Bundle.
+        They are without a word: other patients' records, included ones too; OperationOutcomes, which may quote
+        anything; Bundles within the Bundle.
         """
         matches: list[str] = []
         included: list[str] = []
-        for entry, text in entries:
-            if self.may_see(entry.get("resource"), text, letters):
-                if not entry.keys() <= _ENTRY_MEMBERS:
-                    text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
-                search = entry.get("search")
-                is_included = isinstance(search, dict) and search.get("mode") == "include"
-                (included if is_included else matches).append(text)
-        self.request.note(f"{len(matches) + len(included)} of {len(entries)} entries may be seen; the FHIR server isn't "
+        dropped = 0
+
+        def judge(entry: Any, text: str) -> None:
+            nonlocal dropped
+            if not isinstance(entry, dict) or not self.may_see(entry.get("resource"), text, letters):
+                dropped += 1
+                return
+            if not entry.keys() <= _ENTRY_MEMBERS:
+                text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
+            search = entry.get("search")
+            is_included = isinstance(search, dict) and search.get("mode") == "include"
+            (included if is_included else matches).append(text)
+        own = self.upstream.bundle(answer, self.base, judge)
+        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR server isn't "
                           "trusted to filter")
-        return matches, included
+        return own, matches, included, dropped
 
     def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
         """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
@@ -6077,10 +6090,9 @@ class Forwarding:
         whole = True  # nothing was dropped, and nothing is left to read
         for _ in range(MAX_PAGES):
             answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
-            own, entries = self.upstream.bundle(answer, self.base)
-            found, others = self.judged(entries, letters)
+            own, found, others, dropped = self.judged(answer, letters)
             links, room, form = self.links(own, answer), most - len(matches), None
-            whole = whole and len(found) + len(others) == len(entries)
+            whole = whole and not dropped
             matches += found[skip:skip + room]
             included += others if room else []
             if len(found) > skip + room:
@@ -6117,10 +6129,9 @@ def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
     """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
     assert portal.upstream
     query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
-    entries = portal.upstream.bundle(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")[1]
-    found = [entry.get("resource") for entry, _ in entries]
-    return [(one["id"], display_name(one)) for one in found if isinstance(one, dict)
-            and one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
+    _, found = portal.upstream.resources(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")
+    return [(one["id"], display_name(one)) for one in found
+            if one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
 
 
 def upstream_patient(portal: Portal, patient_id: str) -> str | None:
