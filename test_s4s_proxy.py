@@ -5175,8 +5175,9 @@ class WhoseRecordBehind(ForwardingTest):
 
     def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
         self.script("Encounter", self.behind.bundle(*(
-            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"Patient/{whose}"}, "period": {"start": day}}
-            for name, whose, day in (("old", ME, "2020-01-01"), ("new", ME, "2021-01-01"), ("theirs", OTHER, "2022-01-01")))))
+            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"{place}Patient/{whose}"}, "period": {"start": day}}
+            for name, whose, day, place in (("old", ME, "2020-01-01", ""), ("new", ME, "2021-01-01", self.behind.url + "/"),
+                                            ("theirs", OTHER, "2022-01-01", ""), (None, ME, "2023-01-01", "")))))
         self.assertEqual(self.app.tokens()["encounter"], "new")
         for visit in ("theirs", "none"):
             with self.assertRaises(s4s.PortalError):
