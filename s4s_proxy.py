@@ -99,7 +99,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
@@ -112,50 +111,54 @@ FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people
 
 # ######################################################################## 1 settings
 
-def _shown(text: str, placeholder: str = "") -> dict[str, str]:
-    """How --help shows a setting."""
-    return {"help": text, "placeholder": placeholder}
+class Option(NamedTuple):
+    """A setting's default, and how --help shows it."""
+    default: Any
+    text: str
+    placeholder: str = ""
 
 
-@dataclass
+def _option(default: Any, text: str, placeholder: str = "") -> Any:
+    """An Option, where a class's attribute gets its value: see `Settings`."""
+    return Option(default, text, placeholder)
+
+
 class Settings:
     """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
 
     A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
     """
-    host: str = field(default="127.0.0.1", metadata=_shown("address to listen on", "ADDR"))
-    port: int = field(default=8000, metadata=_shown("port to listen on; 0 takes any free one", "N"))
-    base_url: list[str] = field(default_factory=list, metadata=_shown(
-        "the public address, if not the one that each request names; repeatable", "URL"))
-    name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
-    fhir_server: str | None = field(default=None, metadata=_shown(
-        "forward FHIR requests to this server (default: the embedded records)", "URL"))
-    fhir_header: list[str] = field(default_factory=list, metadata=_shown(
-        "added to every forwarded request; repeatable", '"Name: value"'))
-    fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
-    client: list[str] = field(default_factory=list, metadata=_shown(
-        "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
-    fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
-                                                            "VERSION"))
-    data: list[Any] = field(default_factory=list, metadata=_shown(
-        "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
-        "none leaves the sample patients out; repeatable", "PATH"))
-    fixtures: str | Json | None = field(default=None, metadata=_shown(
-        "users and clients known from the start, as JSON", "FILE"))
-    db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
-    strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
-    open_fhir: bool | None = field(default=None, metadata=_shown("serve /api/open-fhir/ (default: on loopback only)"))
-    debug: bool | None = field(default=None, metadata=_shown("serve /oauth/debug/* (default: on loopback only)"))
-    certfile: str | None = field(default=None, metadata=_shown("serve https with this certificate (PEM)", "FILE"))
-    keyfile: str | None = field(default=None, metadata=_shown("its key, if not in the same file", "FILE"))
-    quiet: bool = field(default=False, metadata=_shown("no request log"))
-    verbose: bool = field(default=False, metadata=_shown("explain each decision in the request log"))
+    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
+    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
+    base_url: list[str] = _option([], "the public address, if not the one that each request names; repeatable", "URL")
+    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
+    fhir_server: str | None = _option(None, "forward FHIR requests to this server (default: the embedded records)", "URL")
+    fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
+    fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
+    fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
+    data: list[Any] = _option([], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, "
+                              "or a folder; none leaves the sample patients out; repeatable", "PATH")
+    fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
+    client: list[str] = _option([], "a client known from the start; without a secret it is public; repeatable",
+                                "ID[:SECRET]=REDIRECT_URI")
+    db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
+    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
+    debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
+    certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
+    keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
+    quiet: bool = _option(False, "no request log")
+    verbose: bool = _option(False, "explain each decision in the request log")
 
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.default_factory is list and not isinstance(value, list):
-                setattr(self, one.name, list(value) if isinstance(value, (tuple, set)) else [value])
+    def __init__(self, **chosen: Any) -> None:
+        for name in chosen:
+            if name not in OPTIONS:
+                raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
+        for name, option in OPTIONS.items():
+            value = chosen.get(name, option.default)
+            if isinstance(option.default, list):
+                value = list(value) if isinstance(value, (list, tuple, set)) else [value]
+            setattr(self, name, value)
         if self.fhir_version not in FHIR_VERSIONS:
             raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
         self.base_url = [url.rstrip("/") for url in self.base_url]
@@ -191,13 +194,17 @@ class Settings:
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether every record may be read without a token."""
-        return self.local if self.open_fhir is None else self.open_fhir
+        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
+        --fhir-header open to this portal is not opened to everybody unless told."""
+        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
 
     @property
     def serves_debug(self) -> bool:
         """Whether anyone may ask the test controls for tokens."""
         return self.local if self.debug is None else self.debug
+
+
+OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
 
 
 @functools.lru_cache(maxsize=1000)
@@ -221,6 +228,16 @@ class PortalError(Exception):
     def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
+
+    @property
+    def error_description(self) -> str:
+        """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
+        return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
+
+
+def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
+    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
+    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
 
 
 class PageError(PortalError):
@@ -555,9 +572,10 @@ def parse_scope(word: str) -> ResourceScope | None:
                          tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
-def resource_scopes(scope: str) -> list[ResourceScope]:
+@functools.lru_cache(maxsize=1000)
+def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
     """The resource scopes within a scope string."""
-    return [parsed for parsed in map(parse_scope, scope.split()) if parsed]
+    return tuple(parsed for parsed in map(parse_scope, scope.split()) if parsed)
 
 
 def scope_covers(registered: str, word: str) -> bool:
@@ -602,12 +620,6 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     return " ".join(granted)
 
 
-def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
-    """Whether a granted scope string lets `letter` (r or s) be done to a type, in a context."""
-    return any(one.context == context and one.type in ("*", type_name) and letter in one.letters
-               for one in resource_scopes(scope))
-
-
 def needs_patient(scope: str) -> bool:
     """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
     return (any(one.context == "patient" for one in resource_scopes(scope))
@@ -615,15 +627,13 @@ def needs_patient(scope: str) -> bool:
 
 
 def describe_scope(word: str) -> str:
-    """A scope in words for the person who is asked to approve it."""
+    """A scope in words for the person who is asked to approve it, without its ?param=value."""
     parsed = parse_scope(word)
     if not parsed:
         return PLAIN_SCOPES.get(word, word)
     verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
     what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
-    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
-    owner = "the record" if parsed.context == "patient" else "every record you may open"
-    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
+    return f"{' and '.join(verbs)} {what} in {'the record' if parsed.context == 'patient' else 'every record you may open'}"
 
 
 # ######################################################################## 5 state
@@ -1591,9 +1601,10 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
-NOBODY = ""  # the owner of what belongs to nobody
+NOBODY = ""  # the owner of what belongs to nobody; no id that FHIR allows
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
@@ -1609,7 +1620,7 @@ def owner(resource: Json, base: str = "") -> str | None:
     opens nothing: what was filed under a linked Patient needs a token for that one.
     """
     named = _named_patients(resource, base)
-    if not named and resource.get("resourceType") in (*SHARED_TYPES, "Device"):
+    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
         named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
@@ -1622,14 +1633,21 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
     if type_name in SHARED_TYPES:
         return set()
     if type_name == "Patient":
-        return {resource["id"] if isinstance(resource.get("id"), str) else None}
+        return {id_of(resource)}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") for one in as_list(resource.get("participant")) if isinstance(one, dict)]
-        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors} - {None}
+        actors = [one.get("actor") if isinstance(one, dict) else None for one in as_list(resource.get("participant"))]
+        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors
+                if not _NO_PATIENT.fullmatch(reference_of(actor))}
     return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
-            for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))}
+            for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
+
+
+def id_of(resource: Json) -> str | None:
+    """A resource's id; None where it has none that FHIR allows."""
+    key = resource.get("id")
+    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1637,9 +1655,10 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+@functools.lru_cache(maxsize=1000)  # the same few stand in every resource of a record
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
-    if base and reference.startswith(base):
+    if base and reference.startswith(base + "/"):
         reference = reference[len(base) + 1:]
     match = pattern.fullmatch(reference)
     return match[1] if match else None
@@ -1695,18 +1714,19 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-@dataclass
 class Access:
     """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
-    scope: str | None                 # None: everything, as /api/open-fhir shows it
-    patient_id: str | None = None     # whose record patient/ scopes open
-    users_patients: frozenset[str] | None = frozenset()  # whose records user/ scopes open; None: everybody's
-    labels: frozenset[str] = frozenset()  # the categories approved; empty: not limited
-    fhir_user: str = ""               # Type/id that the token's fhirUser claim names
-    version: str = "r4"               # of FHIR, for what ?param=value means
-
-    def __post_init__(self) -> None:
-        self.scopes = resource_scopes(self.scope or "")
+    def __init__(self, scope: str | None, patient_id: str | None = None,
+                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
+                 fhir_user: str = "", version: str = "r4"):
+        self.scope = scope                    # None: everything, as /api/open-fhir shows it
+        self.patient_id = patient_id          # whose record patient/ scopes open
+        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
+        self.labels = labels                  # the categories approved; empty: not limited
+        self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
+        self.version = version                # of FHIR, for what ?param=value means
+        self.scopes = resource_scopes(scope or "")
+        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
@@ -1729,20 +1749,19 @@ class Access:
         """The patients whose resources of a type may be seen; None: everybody's."""
         if self.scope is None:
             return None
-        found: frozenset[str] = frozenset()
-        for one in self.scopes:
-            if one.type in ("*", type_name) and letter in one.letters:
-                reach = self._reach(one.context)
-                if reach is None:
-                    return None
-                found |= reach
-        return found
+        reaches = [reach for reach, _ in self._openings(type_name, letter)]
+        return None if None in reaches else frozenset().union(*filter(None, reaches))
 
-    def _reach(self, context: str) -> frozenset[str] | None:
-        """The patients that a scope's context opens; None: everybody."""
-        if context == "patient":
-            return frozenset([self.patient_id] if self.patient_id else [])
-        return self.users_patients if context == "user" else None
+    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
+        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
+        its ?param=value."""
+        known = self._known.get((type_name, letters))
+        if known is None:
+            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
+            known = self._known[type_name, letters] = [
+                (reach.get(one.context), one.constraints) for one in self.scopes
+                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
+        return known
 
     def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
         """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
@@ -1757,12 +1776,11 @@ class Access:
         whose = owner(resource, base)
         if whose is None:
             return False
-        for one in self.scopes:  # each alone: the ?param=value of one go together, several scopes add up
-            if one.type in ("*", type_name) and all(letter in one.letters for letter in letters):
-                reach = self._reach(one.context)
-                if ((whose == NOBODY or reach is None or whose in reach)
-                        and (not one.constraints or resource_matches(resource, self.version, one.constraints))):
-                    break
+        for reach, constraints in self._openings(type_name, letters):
+            # each alone: the ?param=value of one go together, several scopes add up
+            if ((whose == NOBODY or reach is None or whose in reach)
+                    and (not constraints or resource_matches(resource, self.version, constraints))):
+                break
         else:
             return False
         # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
@@ -3063,9 +3081,14 @@ def is_web_url(uri: Any) -> bool:
         return False
 
 
-# Schemes that browsers act on by themselves. A redirect to javascript: would run in this server's name.
-BROWSER_SCHEMES = ("http", "https", "javascript", "data", "vbscript", "file", "blob", "about", "view-source",
-                   "filesystem", "mailto", "tel", "ws", "wss", "ftp")
+# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
+# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
+# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = re.compile(
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
+    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
+    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
+    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
 
 
 def is_redirect_uri(uri: Any) -> bool:
@@ -3074,17 +3097,23 @@ def is_redirect_uri(uri: Any) -> bool:
     if not isinstance(uri, str) or "#" in uri:
         return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and private[1].lower() not in BROWSER_SCHEMES)
+    return is_web_url(uri) or bool(private and not ACTED_UPON.fullmatch(private[1].lower()))
+
+
+def without_loopback_port(uri: str) -> str:
+    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
+    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
 
 
 # What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
-# security_labels our own). What is not named here is kept, and given back as it came.
+# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
+# would take it for a promise.
 METADATA_STRINGS = frozenset((
     "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
-    "software_version", "software_statement", "application_type", "subject_type", "id_token_signed_response_alg"))
-METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri", "initiate_login_uri"))
+    "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
 METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
-                            "security_labels", "post_logout_redirect_uris", "default_acr_values", "request_uris"))
+                            "security_labels"))
 METADATA_CHOICES: dict[str, Sequence[str]] = {
     "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
     "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
@@ -3099,8 +3128,11 @@ def client_metadata(metadata: Json) -> Json:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
         return PortalError(error, f"{name}: expected {expected}, got "
                            f"{json.dumps(metadata.get(name), default=str)[:200]}")
+    registered: Json = {}
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
+            registered[name] = value
         if member in METADATA_STRINGS and not isinstance(value, str):
             raise refuse(name, "a string")
         if member in METADATA_LISTS and not (isinstance(value, list)
@@ -3112,9 +3144,10 @@ def client_metadata(metadata: Json) -> Json:
         if known and not set([value] if isinstance(value, str) else value) <= set(known):
             raise refuse(name, f"only {', '.join(known)}")
     kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
-            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **metadata}
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
     asks_users = "authorization_code" in kept["grant_types"]
-    kept.setdefault("response_types", ["code"] if asks_users else [])
+    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
+        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
     if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
         raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
     if not all(map(is_web_url, kept.get("launch_uris", []))):
@@ -3127,8 +3160,9 @@ def client_metadata(metadata: Json) -> Json:
     if "jwks" in kept:
         try:
             for key in key_set(kept["jwks"]):
-                if key.get("kty") == "RSA" or key.get("crv") == "P-384":
-                    verify(key, "RS384" if key.get("kty") == "RSA" else "ES384", b"", b"")
+                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
+                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
+                        verify(key, algorithm, b"", b"")
         except ValueError as error:
             raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
@@ -3170,17 +3204,18 @@ def seeds(settings: Settings) -> Seeds:
                             "token_endpoint_auth_method": "none"})
     found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
     for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
         if not match:
-            raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
         try:
             client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
         except PortalError as error:
-            raise StartError(f"--client {text}: {error.description}")
+            raise StartError(f"{option}: {error.description}")
         earlier = found.clients.get(client.client_id)
         if earlier:
             if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"--client {text}: {client.client_id} was given with another secret before")
+                raise StartError(f"{option}: it was given with another secret before")
             client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
                 *earlier.metadata["redirect_uris"], match[3]]})
         found.clients[client.client_id] = client
@@ -3420,7 +3455,7 @@ class Portal:
         if fault.status:
             headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
             if fault.status == 401:
-                headers.append(("WWW-Authenticate", f'Bearer realm="s4s", error="{fault.error or "invalid_token"}"'))
+                headers.append(challenge(error=fault.error or "invalid_token"))
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
@@ -3438,6 +3473,15 @@ class Portal:
             return ours if request.host else self.address
         return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
                     self.settings.base_url[0])
+
+    def is_ours(self, host: str) -> bool:
+        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it, the one
+        listened on or any IP address. Every other name may be pointed here by whoever owns it."""
+        if host in [urlsplit(url).netloc for url in self.settings.base_url]:
+            return True
+        name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        return is_loopback(name) or (not self.settings.local and (
+            name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
 
     def public_url(self) -> str:
         """The base URL where no request names one: the first, or the address listened on."""
@@ -3481,6 +3525,8 @@ class Fields:
 
 def decode_pairs(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
+    if not text:
+        return []
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
     try:
@@ -3552,23 +3598,23 @@ def _refuse_constant(text: str) -> float:
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
+    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
         # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        level, depth = [value], 0
-        while level and depth <= MAX_DEPTH:
-            level = [inner for one in level if isinstance(one, (dict, list))
-                     for inner in (one.values() if isinstance(one, dict) else one)]
-            depth += 1
-        if level:
-            raise RecursionError
     except RecursionError:
-        raise PortalError("invalid_request", f"the JSON nests too deep; expected {MAX_DEPTH} levels at most")
+        raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
     if not isinstance(value, dict):
         raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise PortalError("invalid_request", too_deep)
     return value
 
 
@@ -3596,6 +3642,44 @@ def redirect(url: str, cookies: Sequence[str] = ()) -> Response:
 def with_query(url: str, **parameters: str) -> str:
     """A URL with parameters added, its own query kept (RFC 6749 section 3.1.2)."""
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
+
+
+FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
+JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
+
+
+def too_little_scope(type_name: str, letter: str) -> FhirError:
+    """403 that names the scope it would take (RFC 6750 section 3.1)."""
+    needed = f"patient/{type_name}.{letter}"
+    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
+                     [challenge(error="insufficient_scope", scope=needed)])
+
+
+def accepted_types(request: Request) -> list[str]:
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
+    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
+            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+
+
+def fhir_type(request: Request, version: str = "r4") -> str:
+    """The JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request)
+    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
+    return "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the type that `fhir_type` says; errors whatever is accepted."""
+    media_type = fhir_type(request, version) if status == 200 else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
 
 
 Endpoint = Callable[[Portal, Request], Response]
@@ -3814,7 +3898,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
         "token_endpoint_auth_methods_supported": list(methods),
         "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "introspection_endpoint_auth_methods_supported": list(methods),
+        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
+        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
         "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
         "revocation_endpoint_auth_methods_supported": list(methods),
         "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
@@ -3827,6 +3912,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
+    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
+    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
     return json_response(server_metadata(portal, request))
 
 
@@ -3901,8 +3988,6 @@ def register_client(portal: Portal, metadata: Json) -> Json:
     """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
     kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
     kept["client_name"] = kept.get("client_name") or client_id
-    for name in ("client_id", "client_id_issued_at", "client_secret", "client_secret_expires_at"):
-        kept.pop(name, None)  # ours to say
     secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
     with portal.state.transaction() as database:
         database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
@@ -3921,7 +4006,7 @@ def register(portal: Portal, request: Request) -> Response:
 
 def invalid_client(description: str) -> PortalError:
     """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
-    return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
+    return PortalError("invalid_client", description, 401, [challenge("Basic")])
 
 
 def basic_credentials(request: Request) -> tuple[str, str] | None:
@@ -4009,13 +4094,19 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
     need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
     need(isinstance(header.get("kid"), str), "the header has no kid")
     need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
+         "section 4.1.11)")
     try:
-        key = assertion_key(portal, client, header["kid"], KEY_TYPES[str(algorithm)])
+        key = assertion_key(portal, client, header["kid"], str(algorithm))
         need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
     except (ValueError, RecursionError) as error:
         raise invalid_client(f"client_assertion: {error}")
     # From here on it is known to be the client who says all this.
     audience = claims.get("aud")
+    # Without base URLs, the Host says who we are. Another server, for which this assertion was meant, could send it on
+    # under its own name.
+    need(portal.settings.base_url or portal.is_ours(request.host),
+         f"aud: {request.host!r} may be another server's name; start this one with --base-url")
     ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
     need(any(isinstance(one, str) and same_address(one, url) for url in ours
              for one in (audience if isinstance(audience, list) else [audience])),
@@ -4039,15 +4130,18 @@ def is_moment(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
-def assertion_key(portal: Portal, client: Client, kid: str, key_type: str) -> Json:
-    """The one key of a client with this name and type; ValueError if there is none, or no way to get it."""
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
+    is none, or no way to get it."""
     for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
         keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == key_type]
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
         if found or "jwks" in client.metadata:
             break
     if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r} and kty {key_type}; expected one")
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
+                         f"say so, use sig and alg {algorithm}; expected one")
     return found[0]
 
 
@@ -4071,37 +4165,52 @@ def hang_up(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+def connect_to_first(addresses: Sequence[Any], seconds: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(address, seconds / len(addresses))
+            connection.settimeout(seconds)
+            return connection
+    raise OSError("no address takes a connection")
+
+
 def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
 
-    At most so many bytes and seconds, and no redirect is followed. public_only: only from the public internet; judged
-    by the address that was connected to, since a name may mean another one each time it is looked up.
+    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
+    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
+    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
     """
     import http.client  # these take long to import, and few need them
     import ipaddress
     parts = urlsplit(url)
-    make = http.client.HTTPSConnection if parts.scheme.lower() == "https" else http.client.HTTPConnection
-    connection = make(parts.hostname or "", parts.port, timeout=seconds)
+    secure = parts.scheme.lower() == "https"
+    connection = http.client.HTTPConnection(parts.netloc)
+    timer = threading.Timer(seconds, lambda: hang_up(connection.sock))  # however slowly it drips
     try:
-        connection.connect()
-        timer = threading.Timer(seconds, hang_up, [connection.sock])  # however slowly it drips
+        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
+            raise OSError("not public")
+        connection.sock = connect_to_first([one[4][:2] for one in found], seconds)
         timer.start()
-        try:
-            if public_only and not ipaddress.ip_address(connection.sock.getpeername()[0]).is_global:
-                raise ValueError(f"{url} is at an address that is not public; this server won't ask there")
-            connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
-                               headers={"Accept": "application/json"})
-            answer = connection.getresponse()
-            body = answer.read(most + 1)
-        finally:
-            timer.cancel()
-            timer.join()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{url} could not be fetched: {error!r}")
+        if secure:
+            import ssl
+            connection.sock = ssl.create_default_context().wrap_socket(
+                connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            connection.sock.do_handshake()
+        connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                           headers={"Host": parts.netloc, "Accept": "application/json"})
+        answer = connection.getresponse()
+        body = answer.read(most + 1)
+        if answer.status != 200 or len(body) > most:
+            raise OSError(f"it answered {answer.status} with {len(body)} bytes")
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
+                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
     finally:
+        timer.cancel()
         connection.close()
-    if answer.status != 200 or len(body) > most:
-        raise ValueError(f"{url} answered {answer.status} with {len(body)} bytes; expected 200 and at most {most}")
     control = answer.headers.get("Cache-Control", "").lower()
     age = re.search(r"\bmax-age=(\d{1,9})\b", control)
     return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
@@ -4128,6 +4237,18 @@ def set_cookie(portal: Portal, request: Request, value: str) -> str:
     return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
 
+def browser_session(portal: Portal, request: Request) -> str:
+    """The session id that this browser's cookie holds, "" if none: a value that `new_session_id` can't have drawn was
+    planted, and comes back in no header and no page."""
+    value = request.cookie(cookie_name(portal))
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
+
+
+def new_session_id() -> str:
+    """A session's id: 192 random bits."""
+    return secrets.token_urlsafe(24)
+
+
 def form_token(session_id: str) -> str:
     """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
     return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
@@ -4135,7 +4256,7 @@ def form_token(session_id: str) -> str:
 
 def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     user = session_id and portal.state.row(
         "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
         session_id, portal.clock.now())
@@ -4145,21 +4266,28 @@ def session_user(portal: Portal, request: Request) -> Row | None:
 
 
 def guarded_form(portal: Portal, request: Request) -> Fields:
-    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF)."""
+    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF).
+
+    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows; then the
+    browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
+    """
     form = Fields(request.form())
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
         raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
                         "are off. Go back to the start page and try again.", 403)
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise PageError("forbidden", "This form stood on another site (Sec-Fetch-Site). Go back to the start page and "
+                        "try again.", 403)
     return form
 
 
-def start_session(portal: Portal, username: str) -> str:
-    """Sign a user in; gives the new session's id."""
-    session_id = secrets.token_urlsafe(24)
-    now = portal.clock.now()
+def start_session(portal: Portal, username: str, earlier: str) -> str:
+    """Sign a user in; gives the new session's id. The browser's earlier session ends."""
+    session_id, now = new_session_id(), portal.clock.now()
     with portal.state.transaction() as database:
         forget_expired(database, "sessions", now)
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
         database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
     return session_id
 
@@ -4177,7 +4305,7 @@ def local_path(text: str) -> str:
 
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
     """The form; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
     form = tag("form",
                hidden(session_id, next=next_path),
                tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
@@ -4204,7 +4332,10 @@ def login(portal: Portal, request: Request) -> Response:
     """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
     if request.method != "POST":
         fields = Fields(request.pairs())
-        return sign_in_page(portal, request, fields.get("username", "daniel-adams"), "", local_path(fields.get("next")))
+        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
+        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid")
+        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
+                            local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
     user = portal.user(username)
@@ -4213,7 +4344,7 @@ def login(portal: Portal, request: Request) -> Response:
     if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
         return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
     return redirect(portal.browser_base(request) + next_path,
-                    [set_cookie(portal, request, start_session(portal, username))])
+                    [set_cookie(portal, request, start_session(portal, username, browser_session(portal, request)))])
 
 
 @route("POST /logout", "S4S", kind="page")
@@ -4221,7 +4352,7 @@ def logout(portal: Portal, request: Request) -> Response:
     """Sign out: the session ends on the server, whatever becomes of the cookie."""
     guarded_form(portal, request)
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (request.cookie(cookie_name(portal)),))
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
     return redirect(portal.browser_base(request) + "/")
 
 
@@ -4238,14 +4369,15 @@ PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # ho
 
 
 class Authorization:
-    """An authorization request on its way through the checks below, each of which may refuse it."""
+    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.redirect_uri = self.scope = ""
-        self.issuer = portal.browser_base(request)
-        self.client: Client
-        self.launch: Json = {}       # what the EHR's launch says: username, patient_id, context
-        self.signed_in_since = 0.0   # the user must have signed in after this time
+        self.client: Client                           # check_client
+        self.redirect_uri = ""                        # check_redirect_uri
+        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
+        self.scope = ""                               # check_scope: what can be granted
+        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
+        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
 
 
 def check_client(asked: Authorization) -> None:
@@ -4259,10 +4391,15 @@ def check_client(asked: Authorization) -> None:
 
 
 def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+
+    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
+    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
+    """
     uri = asked.fields.need("redirect_uri")
     registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
-    if uri not in registered:
+    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
+    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
                           f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
@@ -4337,10 +4474,29 @@ def check_pkce(asked: Authorization) -> None:
     asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
+def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, and each ?param=value is a search parameter of the records' version, with a value it takes.
+
+    Any other would find nothing, and would put words of the app's choice before the person who decides.
+    """
+    scope = negotiate_scope(asked, registered, contexts)
+    for one in resource_scopes(scope):
+        for name, value in one.constraints:
+            version = fhir_version(portal)
+            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
+                with contextlib.suppress(FhirError):
+                    parse_constraint(version, type_name, name, value)
+                    break
+            else:
+                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
+                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
+    return scope
+
+
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
     wanted = asked.fields.need("scope")
-    asked.scope = negotiate_scope(wanted, asked.client.scope)
+    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
     if not asked.client.may_use("refresh_token"):
         asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
     if not asked.scope:
@@ -4394,8 +4550,13 @@ def check_launch(asked: Authorization) -> None:
     asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. The
-# last is the only one that changes anything.
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
+# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
+# only one that changes anything.
+#
+# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
+# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
+# before anybody signs in.
 PAGE_CHECKS = (check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
                    check_openid, check_launch)
@@ -4421,11 +4582,9 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PageError:
         raise
     except PortalError as error:
-        # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
-        description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-                                               error=error.error, error_description=description))
+                                               error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
                "signed_in_since": asked.signed_in_since,
@@ -4460,10 +4619,10 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
 def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     """A patient's visits, id -> in words, the newest first."""
     if portal.upstream:
-        url = f"{portal.upstream.base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
-        entries = portal.upstream.bundle(portal.upstream.ask(url), "")[1]
-        found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
-                 and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
+        base = portal.upstream.base
+        url = f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1]
+                 if owner(one, base) == patient_id and one.get("resourceType") == "Encounter" and id_of(one)]
     else:
         query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
         found = [one.resource for one in portal.records.search(query, Access(None)).matches]
@@ -4508,20 +4667,23 @@ def consent(portal: Portal, request: Request) -> Response:
     if decision == "deny":
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
-    if patient_id == "":
+    if patient_id == TO_CHOOSE:
         text = fields.get("q")
         return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
     return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id or "", details, labels, fields.get("approval_expires"),
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
         fields.get("encounter_id"), user["started"])))
 
 
+TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
+
+
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
-    """The patient of an authorization: the launch's, the one chosen, or the only one there is. "" while there is still
-    a choice to make; None where the scope is about no patient's record and the user has none of their own.
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
+    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
 
     PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
     signs nobody in, since whoever sees the link has it.
@@ -4530,16 +4692,16 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
     if wanted not in (None, username):
         raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
                         "out, then launch the app again.", 403)
-    if fixed and chosen not in ("", fixed):
+    if fixed and chosen not in (TO_CHOOSE, fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
     patient_id, user = fixed or chosen, portal.user(username)
     if not patient_id:
         needed = needs_patient(details["scope"])
         if user and user["any_patient"]:
-            return "" if needed else None
+            return TO_CHOOSE if needed else None
         patients = portal.patients_of(username)
         if needed and len(patients) != 1:
-            return ""
+            return TO_CHOOSE
         if not patients:
             return None
         patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
@@ -4559,7 +4721,7 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
     """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
     if not patients and not text:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
+    session_id, action = browser_session(portal, request), f"{portal.browser_base(request)}/oauth/consent"
     search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
                      tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
                      tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
@@ -4624,11 +4786,13 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
         if name in client.metadata]
     return tag("div", facts(
         ("App", [tag("strong", client.name), links]),
+        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
         ("Whose data", whose),
         ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
         ("Decided by", user["name"])),
-        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
-            class_="quiet"))
+        client.registered_itself and tag(
+            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
+            "Approve only if you have just come from that app.", class_="quiet"))
 
 
 def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
@@ -4637,7 +4801,12 @@ def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
         parsed = parse_scope(word)
         kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
         plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
-        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+        # The app wrote the values. Quoted, they can't read as the portal's own words.
+        limits = [[" and " if number else ", but only where ", name, " is ", [
+            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
+            for place, one in enumerate(_COMMA.split(value))]]
+                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
                    tag("small", tag("code", word)))
     parsed = resource_scopes(scope)
     warnings = [text for text, holds in (
@@ -4673,7 +4842,7 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
                    class_="card")
     return page(
         portal, f"Share data with {client.name}?",
-        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
+        tag("form", hidden(browser_session(portal, request), request=request_id, patient_id=patient_id or ""),
             # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
             tag("button", "Stay", data_slide="stay", hidden=True),
             step(1, "What this is",
@@ -4703,28 +4872,26 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
 
 
 class Grant(NamedTuple):
-    """What a user approved, before it is stored."""
+    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
     grant_id: str
     client_id: str
     username: str | None
     patient_id: str | None
     scope: str
-    labels: Sequence[str]
     approval_expires: float
     issuer: str
+    security_labels: str = "[]"
     redirect_uri: str | None = None
     code_challenge: str | None = None
     nonce: str | None = None
     signed_in: float | None = None
-    context: str = "{}"  # JSON: members of the token response beside patient
+    context: str = "{}"
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json, labels: Sequence[str],
+def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
               until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
-    """What the consent form says, as a grant; PageError where the form can't be."""
-    patient = whose_record(portal, username, details, patient_id)
-    if patient == "":
-        raise PageError("invalid_request", "Choose whose record.")
+    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
+    be."""
     offered = offered_categories(portal, client, details["scope"])
     labels = [OLD_CATEGORIES.get(label, label) for label in labels]
     for label in labels:
@@ -4748,17 +4915,20 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
             raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
     elif encounter_id not in ("", context.get("encounter")):
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
-    return Grant(new_token(), client.client_id, username, patient, details["scope"],
-                 # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
-                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
+    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
+                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
-def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
-    """Write a grant down."""
-    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)", (
-        *grant[:5], json.dumps(grant.labels), now, *grant[6:]))
+def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
+    """Write a grant down; gives its row."""
+    columns = {**grant._asdict(), "approved": now}
+    database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                     tuple(columns.values()))
+    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+    return row
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
@@ -4790,7 +4960,7 @@ def apps(portal: Portal, request: Request) -> Response:
     for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
                                  "ORDER BY approved DESC", user["username"], portal.clock.now()):
         shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
-    session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
+    session_id, base = browser_session(portal, request), portal.browser_base(request)
 
     def app_name(client_id: str) -> str:
         client = portal.client(client_id)
@@ -4836,7 +5006,7 @@ def apps(portal: Portal, request: Request) -> Response:
 
 def sign_out(portal: Portal, request: Request) -> Markup:
     """The button to sign out."""
-    return tag("form", hidden(request.cookie(cookie_name(portal))), tag("button", "Sign out", class_="btn-default"),
+    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
                method="post", action=f"{portal.browser_base(request)}/logout")
 
 
@@ -4935,7 +5105,7 @@ def launch_page(portal: Portal, request: Request) -> Response:
         given = {name: value for name, value in chosen.items() if value and name != "name"}
         return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
             fields.get("need_patient_banner")))["launch_url"])
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
 
     def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
         return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
@@ -5014,56 +5184,56 @@ def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
     database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
 
 
-def spend(portal: Portal, client: Client, kind: str, value: str,
-          check: Callable[[Row], None], issue: Callable[[sqlite3.Connection, Row, float], Json]) -> Json:
-    """Use up a code or a refresh token, once: look, judge, mark and issue in one transaction, so that of any number
-    of requests that race, one wins.
+@contextlib.contextmanager
+def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
+    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
+    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
 
     A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
-    RFC 9700 section 4.14.2). Any other failure consumes nothing.
+    RFC 9700 section 4.14.2).
     """
-    name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
+    name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
         if not row or row["kind"] != kind or row["client_id"] != client.client_id:
             raise PortalError("invalid_grant", f"this {name} was not issued to this client")
         if not row["spent"]:
-            if row["ended"] or row["expires"] <= now:
+            if row["ended"] or row["expires"] <= portal.clock.now():
                 raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-            check(row)
+            yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-            return issue(database, row, now)
+            return
         end_grant(database, row["grant_id"])
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
+def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
+    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
+    its challenge (RFC 7636 section 4.6)."""
+    if redirect_uri != row["redirect_uri"]:
+        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
+    if not row["code_challenge"]:
+        if verifier:
+            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
+    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
+        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+
+
 def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
-    code, verifier = form.need("code"), form.get("code_verifier")
-    uri = form.get("redirect_uri")
-    grants: list[Row] = []
-
-    def check(row: Row) -> None:
-        if uri != row["redirect_uri"]:
-            raise PortalError("invalid_grant", f"redirect_uri {uri!r} is not the one of the authorization request")
-        if row["code_challenge"]:
-            # RFC 7636 section 4.6: who asked is who knows the verifier.
-            if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
-                raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
-            if not same_secret(s256_challenge(verifier), row["code_challenge"]):
-                raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
-        elif verifier:
-            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        grants.append(row)
+    code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
+    now = portal.clock.now()
+    with spending(portal, client, "code", code) as (database, row):
+        check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    answer = spend(portal, client, "code", code, check, issue)
+        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
                  f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
+        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
 
 
@@ -5072,19 +5242,17 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
 
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
-    wanted = form.get("scope")
+    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
     if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
         raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
-
-    def check(row: Row) -> None:
+    with spending(portal, client, "refresh", value) as (database, row):
         for word in wanted.split():
             if not scope_covers(row["scope"], word):
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
-        return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
+        if not scope:
+            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
+        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
     request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
     return answer
 
@@ -5101,16 +5269,14 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
         raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
                           "scopes are for clients of --fixtures only")
     wanted = form.need("scope")
-    scope = negotiate_scope(wanted, client.scope, ("system",))
+    scope = served_scope(portal, wanted, client.scope, ("system",))
     if not scope:
         raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
                           f"within {client.scope!r}")
     now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, [], now + BACKEND_SECONDS, portal.base(request))
+    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
-        return issue_access(database, row, scope, now, None)
+        return issue_access(database, store_grant(database, grant, now), scope, now, None)
 
 
 GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
@@ -5149,28 +5315,47 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
-def bearer_token(portal: Portal, request: Request) -> Row | None:
-    """The access token of a request's Authorization header (RFC 6750 section 2.1), if it is good."""
+def bearer_value(request: Request) -> str | None:
+    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    return row if row and row["kind"] == "access" and is_active(portal, row) else None
+    return value.strip() if scheme.lower() == "bearer" else None
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
+    one: an error code is for those who tried (RFC 6750 section 3.1)."""
+    value = bearer_value(request)
+    if value is None:
+        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
+    row = known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
+    request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
+                 "(RFC 6750 section 2.1)")
+    return row
 
 
 @route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
     """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
-    the bearer of a token of the same authorization."""
+    the bearer of a token of the same authorization.
+
+    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
+    """
     form = Fields(request.form())
-    row = known_token(portal, form.need("token"))
-    if request.headers.get("authorization", "").lower().startswith("bearer "):
-        asker = bearer_token(portal, request)
-        if not asker or not (asker["username"] is None or (row and row["grant_id"] == asker["grant_id"])):
-            raise invalid_client("expected a bearer token that is valid, and is for system/ scopes or of the "
-                                 "authorization asked about")
-    else:
-        client = authenticate_client(portal, request, form)
-        if client.auth_method == "none" and row and row["client_id"] != client.client_id:
-            row = None  # anybody can say a public client's name; it learns of its own tokens only
+    row, expected = known_token(portal, form.need("token")), (
+        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
+    if bearer_value(request) is not None:
+        try:
+            asker = bearer(portal, request)
+        except PortalError as error:
+            raise PortalError("invalid_client", expected, 401, error.headers)
+        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
+            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
+    elif authenticate_client(portal, request, form).auth_method == "none":
+        raise invalid_client(f"a public client proves nothing by its id: {expected}")
     if not row or not is_active(portal, row):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
     answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
@@ -5184,7 +5369,10 @@ def introspect(portal: Portal, request: Request) -> Response:
 
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009)."""
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
+
+    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
+    """
     form = Fields(request.form())
     value = form.need("token")
     client = authenticate_client(portal, request, form)
@@ -5209,9 +5397,14 @@ def claims_of(portal: Portal, row: Row) -> Json:
         return {}
     claims = {"sub": row["username"]}
     who = portal.fhir_user(row["username"], row["patient_id"])
-    if who and not {"fhirUser", "profile"}.isdisjoint(words):
+    if who and may_know_who(row):
         claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
     return claims
+
+
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
 
 
 def signing_key(portal: Portal) -> RsaKey:
@@ -5250,17 +5443,13 @@ def jwks(portal: Portal, request: Request) -> Response:
 
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
-    """Who the user of an access token is: what the id_token says, and the name."""
-    row, realm = bearer_token(portal, request), 'Bearer realm="s4s"'
-    if not row:
-        given = ', error="invalid_token"' if "authorization" in request.headers else ""  # RFC 6750 section 3.1
-        raise PortalError("invalid_token", "expected Authorization: Bearer and an access token that is valid", 401,
-                          [("WWW-Authenticate", realm + given)])
+    """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
+    row = bearer(portal, request)
     user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
     if not user or not claims:
         raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
-                          [("WWW-Authenticate", f'{realm}, error="insufficient_scope", scope="openid"')])
-    return json_response({**claims, "name": user["name"]})
+                          [challenge(error="insufficient_scope", scope="openid")])
+    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
 
 
 # ######################################################################## 15 forwarding
@@ -5272,9 +5461,10 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 MAX_HEAD = 64 << 10          # bytes of a first line and headers
 MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_INTERIM = 100            # 1xx answers before the answer
 MAX_LINKS = 1000             # paging links that one authorization may hold
 PAGE_SECONDS = 3600
-DOCUMENT_PAGES = 20          # how far a Binary's DocumentReference is looked for
+MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
@@ -5403,13 +5593,15 @@ class Connection:
         if not alive:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
-        while True:
+        for _ in range(MAX_INTERIM + 1):
             match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
             if not match:
                 raise BadRequest(400, "its first line is not HTTP")
             status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
             if status >= 200:  # 1xx: the answer is still to come
                 break
+        else:
+            raise BadRequest(400, f"it has no end of interim answers ({status})")
         keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if status in (204, 304):
@@ -5477,11 +5669,11 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
     return match[1], match.end()
 
 
-def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
-    """A Bundle's own members; and its entries, each with the text it came in, to be sent on as it is: nothing is
-    written anew, so that a decimal's trailing zeros survive. ValueError if it is no JSON object."""
+def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
+    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to be sent
+    on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept, which is faster
+    than having them all in memory. ValueError if it is no JSON object."""
     own: Json = {}
-    entries: list[tuple[Any, str]] = []
     mark, at = _step(text, 0, "{")
     while mark != "}":
         if not text.startswith('"', at):
@@ -5494,14 +5686,14 @@ def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
                 mark, at = "]", at + 1
             while mark != "]":
                 value, end = _decode(text, at)
-                entries.append((value, text[at:end]))
+                take(value, text[at:end])
                 mark, at = _step(text, end, ",]")
         else:
             own[name], at = _decode(text, at)
         mark, at = _step(text, at, ",}")
     if at < len(text):
         raise ValueError("text after the end")
-    return own, entries
+    return own
 
 
 class Upstream:
@@ -5522,9 +5714,9 @@ class Upstream:
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
         self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.names: list[str] = []                           # bases that the server says are its own
         self.forget()
-        self._bases: list[str] = []
-        self._learn(self.base)
+        self._spell(parts.hostname or "", parts.port)
         self._idle: list[Connection] = []
         send = self._send
 
@@ -5540,8 +5732,9 @@ class Upstream:
         self._request, self._open = urllib.request.Request, opener.open
 
     def forget(self) -> None:
-        """Forget what was found out of the records and of the server's version."""
+        """Forget what was found out of the records and of the server's names and version."""
         self.binaries.clear()
+        self.names.clear()
         self.version = ("", 0.0)                         # see fhir_version; until when it holds
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
@@ -5578,6 +5771,8 @@ class Upstream:
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        if form is not None:
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
@@ -5605,10 +5800,11 @@ class Upstream:
         """
         try:
             url = urljoin(seen_at, url)
+            url.encode()  # fails for half a surrogate pair
             scheme, _, path, query, _ = urlsplit(url)
         except ValueError:
             return None
-        for base in self._bases:
+        for base in (self.base, *self.names):
             if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
                 path = self.path + re.split("[?#]", url[len(base):])[0]
         if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
@@ -5617,32 +5813,22 @@ class Upstream:
         safe = "!$%&'()*+,/:;=?@[]~|"
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
-    def _learn(self, base: str) -> None:
-        """Note an address that the FHIR server goes by: the one configured, others that its own answers show."""
-        self._bases = sorted([*self._bases, base], key=len, reverse=True)
-        addresses, traces, hints = [], [], set()
-        before = r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        for one in self._bases:
-            parts = urlsplit(one)
-            host, port, path = parts.hostname or "", parts.port, "".join(
-                _SLASH if char == "/" else re.escape(char) for char in parts.path)
-            names = {re.escape(f"[{host}]" if ":" in host else host)}
-            if is_loopback(host):
-                names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
-            name = "(?i:" + "|".join(sorted(names)) + ")"
-            where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
-            addresses.append(where + path)
-            if not is_loopback(host):  # the name alone tells too much
-                traces.append(rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])")
-                hints |= {host}
-            elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
-                traces.append(rf"{before}{where}(?![\w.:-]|%3)")
-                hints |= {host, "localhost", "127.0.0.1", "[::1]"}
-            else:
-                traces.append(before + where)
-                hints |= {f":{port}", f"%3a{port}"}
-        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}(?:{'|'.join(addresses)})(?![\\w.~:@-])")
-        self._traces, self._hints = re.compile("|".join(traces)), hints
+    def _spell(self, host: str, port: int | None) -> None:
+        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
+        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
+        names = {re.escape(f"[{host}]" if ":" in host else host)}
+        if is_loopback(host):
+            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+        if not is_loopback(host):  # the name alone tells too much
+            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
+        else:
+            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
+        self._traces = re.compile(trace)
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
@@ -5657,9 +5843,8 @@ class Upstream:
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
         # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
-        for base in self._bases:
-            for end in '/?"':
-                text = text.replace(base + end, "\0" + end)
+        for end in '/?"':
+            text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
@@ -5698,30 +5883,43 @@ class Upstream:
             raise refused("answered with what is no FHIR JSON")
         return value, text
 
-    def bundle(self, answer: Answer, ours: str) -> tuple[Json, list[tuple[Json, str]]]:
-        """The Bundle in an answer: its own members, and its entries with their text; with our addresses."""
+    def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
+        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our addresses."""
         self.check(answer)
         try:
-            own, entries = split_bundle(self.rewritten(answer.body, ours))
-            if self._learn_from(entries, ours):
-                own, entries = split_bundle(self.rewritten(answer.body, ours))
+            own = split_bundle(self.rewritten(answer.body, ours), take)
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
-        return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
+        self._learn(own, answer.url, ours)
+        return own
 
-    def _learn_from(self, entries: list[tuple[Any, str]], ours: str) -> bool:
-        """Whether entries show an address of the FHIR server that was not known: a fullUrl is one, type and id."""
-        before = len(self._bases)
-        for value, _ in entries:
-            url = value.get("fullUrl") if isinstance(value, dict) else None
-            if isinstance(url, str) and url.startswith("http") and not url.startswith(ours + "/"):
-                found = value.get("resource")
-                tail = f"/{found.get('resourceType')}/{found.get('id')}" if isinstance(found, dict) else "?"
-                if url.endswith(tail) and url[:-len(tail)] not in self._bases and len(self._bases) < 20:
-                    self._learn(url[:-len(tail)])
-        return len(self._bases) > before
+    def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
+        """The own members of the Bundle in an answer, and the resources in it."""
+        found: list[Any] = []
+        own = self.bundle(answer, ours, lambda entry, text: found.extend(elements(entry, "resource")))
+        return own, [one for one in found if isinstance(one, dict)]
+
+    def _learn(self, own: Json, asked: str, ours: str) -> None:
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
+        that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        path = urlsplit(asked).path[len(self.path):]
+        for link in elements(own, "link"):
+            if path and isinstance(link, dict) and link.get("relation") == "self":
+                url = str(link.get("url")).partition("?")[0]
+                name = url[:-len(path)]
+                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
+                        and name not in (ours, *self.names)):
+                    self.names.append(name)
+
+    def disguised(self, text: str, ours: str) -> str:
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
+        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        for name in self.names:
+            for end in '/?"':
+                text = text.replace(name + end, ours + end)
+        return text
 
     def statement(self, now: float) -> Json:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
@@ -5799,13 +5997,14 @@ def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str
     """
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
     pairs = [(name, value) for name, value in pairs
-             if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+             if value and (name.partition(":")[0] not in NOT_FORWARDED
+                           or (access.scope, name, value) == (None, "_summary", "count"))]
     if access.scope is None:
         return pairs
     sent: list[tuple[str, str]] = []
     for name, value in pairs:
         stem, _, modifier = name.partition(":")
-        if "." in name or not (may_be_forwarded(stem) or stem == "_summary"):
+        if "." in name or not may_be_forwarded(stem):
             raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
         owns = stem in OWNER_PARAMETERS or stem == pin
         if owns and modifier not in ("", "Patient"):
@@ -5854,6 +6053,7 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
 
 
 _TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
+_ENTRY_MEMBERS = {"fullUrl", "resource", "search"}  # of a Bundle's entry: those known to be harmless
 
 
 class Forwarding:
@@ -5865,7 +6065,7 @@ class Forwarding:
         assert portal.upstream
         self.portal, self.upstream, self.request = portal, portal.upstream, request
         self.access, self.base, self.grant_id = access, base, grant_id
-        self.response = fhir_response(request, {})  # in the media type asked for; or 406, before anybody is asked
+        self.media_type = fhir_type(request)  # or 406, before anybody is asked
 
     def answer(self) -> Response:
         """What the path asks for. Only these shapes are forwarded, rebuilt from their parts: what a path hides in
@@ -5904,15 +6104,14 @@ class Forwarding:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
         return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
 
-    def respond(self, text: str, answer: Answer, *names: str) -> Response:
+    def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        self.response.body = text.encode("utf-8", "replace")
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
-            self.response.headers[0] = ("Content-Type", told)
-        self.response.headers += [(name, answer.headers[name.lower()]) for name in names
-                                  if name.lower() in answer.headers]
-        return self.response
+        if told != "application/json+fhir" or self.media_type != FHIR_TYPE:  # else it is DSTU2's own
+            told = self.media_type
+        body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
+        return Response(status, body, told, [("Cache-Control", "no-store"), *(
+            (name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers)])
 
     def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
         """One resource: fetched, then judged."""
@@ -5925,13 +6124,11 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
             raise refused("answered with another resource than the one asked for")
-        seen = self.may_see(resource, text, "r")
-        self.request.note(f"its owner is {owner(resource, self.base)!r}, it may {'' if seen else 'not '}be seen")
-        if not seen:
+        if not self.may_see(resource, text, "r"):
+            self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
                             "a category that was not approved", 403)
-        self.response.status = 304 if unchanged else 200
-        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
+        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304 if unchanged else 200)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
@@ -5956,8 +6153,8 @@ class Forwarding:
         return binary_id in known
 
     def documents(self) -> Iterator[Json]:
-        """The record's documents and reports, as far as DOCUMENT_PAGES pages go."""
-        left = DOCUMENT_PAGES
+        """The record's documents and reports, as far as MAX_PAGES pages go."""
+        left = MAX_PAGES
         for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
             for type_name in ("DocumentReference", "DiagnosticReport"):
                 url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
@@ -5966,8 +6163,8 @@ class Forwarding:
                     answer = self.upstream.ask(url)
                     if answer.status in (400, 404):  # it has no such type
                         break
-                    own, entries = self.upstream.bundle(answer, self.base)
-                    yield from (one["resource"] for one, _ in entries if isinstance(one.get("resource"), dict))
+                    own, found = self.upstream.resources(answer, self.base)
+                    yield from found
                     url = self.links(own, answer).get("next", "")
 
     def search(self, type_name: str, pairs: list[tuple[str, str]]) -> Response:
@@ -5975,15 +6172,9 @@ class Forwarding:
         if type_name == "Binary":
             raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
         self.check_scope(type_name, "s")
-        url = self.page_url()
-        if url:
-            return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "s")
-        query = urlencode(pinned_search(self.access, type_name, pairs, self.base), quote_via=quote, safe="/:,|")
-        url = f"{self.upstream.base}/{type_name}"
-        if self.request.method == "POST":  # as it came: what a patient has may be too private for the address line
-            form = {**self.headers("Prefer"), "Content-Type": "application/x-www-form-urlencoded"}
-            return self.page(self.upstream.ask(f"{url}/_search", form, query.encode()), pairs, "s")
-        return self.page(self.upstream.ask(f"{url}?{query}".rstrip("?"), self.headers("Prefer")), pairs, "s")
+        page = self.page_url()
+        sent = [] if page else pinned_search(self.access, type_name, pairs, self.base)
+        return self.page(page or f"{self.upstream.base}/{type_name}", sent, pairs, "s")
 
     def everything(self, patient_id: str) -> Response:
         """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
@@ -5995,9 +6186,8 @@ class Forwarding:
         for name, _ in pairs:
             if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
                 raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
-        query = urlencode([pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], quote_via=quote)
-        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything?{query}".rstrip("?")
-        return self.page(self.upstream.ask(url, self.headers("Prefer")), pairs, "rs")
+        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything"
+        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
     def page_url(self) -> str:
         """The FHIR server's address behind a paging link; '' if the request is none."""
@@ -6025,33 +6215,90 @@ class Forwarding:
                     raise refused("gave a link to the next page that does not lead to itself")
         return found
 
-    def page(self, answer: Answer, pairs: list[tuple[str, str]], letters: str) -> Response:
-        """A Bundle, less the entries that may not be seen, with this portal's own links.
+    def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
+        """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was included
+        with it; and how many were dropped.
 
-        What may not be seen is dropped without a word: other patients' records, included ones too; OperationOutcomes,
-        which may quote anything; Bundles within the Bundle. Of the Bundle's own members only those known to be harmless
-        are passed on: total, if nothing was dropped and no category hidden.
+        They are without a word: other patients' records, included ones too; OperationOutcomes, which may quote
+        anything; Bundles within the Bundle.
         """
-        own, entries = self.upstream.bundle(answer, self.base)
-        seen = []
-        for entry, text in entries:
-            if self.may_see(entry.get("resource"), text, letters):
-                known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                seen.append(text if len(known) == len(entry) else json.dumps(known))
-        self.request.note(f"{len(seen)} of {len(entries)} entries may be seen; the FHIR server isn't trusted to filter")
+        matches: list[str] = []
+        included: list[str] = []
+        dropped = 0
+
+        def judge(entry: Any, text: str) -> None:
+            nonlocal dropped
+            if not isinstance(entry, dict) or not self.may_see(entry.get("resource"), text, letters):
+                dropped += 1
+                return
+            if not entry.keys() <= _ENTRY_MEMBERS:
+                text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
+            search = entry.get("search")
+            is_included = isinstance(search, dict) and search.get("mode") == "include"
+            (included if is_included else matches).append(text)
+        own = self.upstream.bundle(answer, self.base, judge)
+        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR server isn't "
+                          "trusted to filter")
+        return own, matches, included, dropped
+
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
+
+        Where categories hide something, an empty place on a page, or a link to a page of nothing, would tell that it
+        is there. Then the page is filled from the pages after it, and the link comes if there is one more to see, or
+        after MAX_PAGES; its address ends in #, how many were seen of that page already, and the page's size. The
+        server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
+        asks for is counted here.
+        """
+        narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
+        asked = dict(pairs).get("_count", "20")
+        if not re.fullmatch("[0-9]{1,9}", asked):
+            raise FhirError("value", f"_count={asked}: expected a whole number")
+        skip, size = map(int, mark.split(",")) if mark else (0, int(asked))
+        counting = self.access.scope is not None and (size == 0 or ("_summary", "count") in pairs)
+        if sent and (narrowed or counting):
+            sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
+        query = urlencode(sent, quote_via=quote, safe="/:,|")
+        # A search that was posted is posted on: what a patient has may be too private for the address line.
+        posted, url = f"{url}/_search", f"{url}?{query}" if query else url
+        form = query.encode() if sent and self.request.method == "POST" else None
+        most = size if narrowed and not counting else sys.maxsize
+        matches: list[str] = []
+        included: list[str] = []
+        whole = True  # nothing was dropped, and nothing is left to read
+        for _ in range(MAX_PAGES):
+            answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
+            own, found, others, dropped = self.judged(answer, letters)
+            links, room, form = self.links(own, answer), most - len(matches), None
+            whole = whole and not dropped
+            matches += found[skip:skip + room]
+            included += others if room else []
+            if len(found) > skip + room:
+                links = {"next": f"{url}#{skip + room},{size}"}
+                break
+            if not (narrowed or counting):
+                break
+            if "next" not in links:
+                links = {}
+                break
+            url, skip = links["next"], 0
+        else:
+            links, whole = {"next": f"{url}#0,{size}"} if narrowed and not counting else {}, False
         path, query = self.request.rest, self.request.query
         if self.request.method == "POST":
             path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
-        pages = keep_pages(self.portal, self.grant_id, path, self.links(own, answer))
         bundle: Json = {"resourceType": "Bundle", **{
-            name: own[name] for name in ("id", "meta", "type", "timestamp", "total") if name in own}}
-        if len(seen) < len(entries) or self.access.narrowed:
-            bundle.pop("total", None)
+            name: own[name] for name in ("id", "meta", "type", "timestamp") if name in own}}
+        if self.access.scope is None and "total" in own:
+            bundle["total"] = own["total"]
+        elif whole and not narrowed and "next" not in links and (counting or own.get("total") == len(matches)):
+            bundle["total"] = len(matches)
         here = f"{self.base}/{path}"
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
-            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in pages.items())]
-        text = json.dumps(bundle)
-        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(seen)}]}}" if seen else text, answer)
+            {"relation": relation, "url": f"{here}?_page={handle}"}
+            for relation, handle in keep_pages(self.portal, self.grant_id, path, links).items())]
+        text, shown = json.dumps(bundle), [] if counting else [*matches, *dict.fromkeys(included)]
+        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
 
 
 # The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
@@ -6060,10 +6307,8 @@ def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
     """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
     assert portal.upstream
     query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
-    entries = portal.upstream.bundle(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")[1]
-    found = [entry.get("resource") for entry, _ in entries]
-    return [(one["id"], display_name(one)) for one in found if isinstance(one, dict)
-            and one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
+    _, found = portal.upstream.resources(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")
+    return [(one["id"], display_name(one)) for one in found if one.get("resourceType") == "Patient" and id_of(one)]
 
 
 def upstream_patient(portal: Portal, patient_id: str) -> str | None:
@@ -6075,24 +6320,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 # ######################################################################## 16 the FHIR API
 
-REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
-FHIR_TYPE = "application/fhir+json"
-FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
-JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
-
-
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if not scheme:
-        raise FhirError("login", "no access token: send Authorization: Bearer ...", 401, [REALM])
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = "has expired" if row and row["live"] else "is not a valid one"
-        raise FhirError("login", f"the access token {why}", 401, [(
-            REALM[0], f'{REALM[1]}, error="invalid_token", error_description="the access token {why}"')])
-    request.client_id, request.username = row["client_id"], row["username"]
-    return row
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -6107,37 +6334,9 @@ def access_of(portal: Portal, row: Row) -> Access:
         fhir_version(portal) if "?" in scope else "r4")
 
 
-def too_little_scope(type_name: str, letter: str) -> FhirError:
-    """403 that names the scope it would take (RFC 6750 section 3.1)."""
-    needed = f"patient/{type_name}.{letter}"
-    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
-
-
-def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
-    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
-            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
-
-
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else ["*/*"]
-    if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
-    if ("_pretty", "true") in request.pairs():
-        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
-    text = body if isinstance(body, str) else json.dumps(body)
-    # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
-
-
 def outcome(error: PortalError) -> Json:
     """An error as FHIR says it."""
-    code = error.error if isinstance(error, FhirError) else "invalid"
+    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
     return {"resourceType": "OperationOutcome", "issue": [
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
@@ -6184,6 +6383,8 @@ def search(portal: Portal, request: Request, access: Access, type_name: str, bas
                         "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
     page = portal.records.search(query, access)
+    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
+                 "category")
     rest = [(name, value) for name, value in query.parameters if name != "_page"]
     links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
     if page.next:
@@ -6888,7 +7089,7 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     """
     client, user = known_client(portal, client_id), known_user(portal, username)
     asked = client.scope if scope is None else need_text("scope", scope)
-    granted = negotiate_scope(asked, asked)
+    granted = served_scope(portal, asked, asked)
     if not granted:
         raise PortalError("invalid_scope", f"scope: nothing of {asked!r} can be granted")
     now = portal.clock.now()
@@ -6899,10 +7100,9 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
     grant = Grant(new_token(), client.client_id, user["username"],
                   None if nobodys else users_patient(portal, username, patient_id),
-                  granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
+                  granted, need_moment("approval_expires", until), portal.public_url())
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        row = store_grant(database, grant, now)
         return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
 
 
@@ -6953,11 +7153,13 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
-    if patient == "":
-        patient = users_patient(portal, username, None)
-        if not patient:
+    patient = whose_record(portal, username, details,
+                           TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id))
+    if patient == TO_CHOOSE:
+        own = users_patient(portal, username, None)
+        if not own:
             raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
+        patient = whose_record(portal, username, details, own)
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
@@ -6965,7 +7167,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
     visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
     return decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient or "", details, labels, until, visit, now))
+        portal, client, user["username"], patient, details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)
@@ -7060,6 +7262,14 @@ def redact_pairs(text: str) -> str:
                     for name, equals, value in (part.partition("=") for part in text.split("&")))
 
 
+_LOOKS_SECRET = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}")
+
+
+def scrubbed(text: str) -> str:
+    """A text in which what looks like a token is cut short: an app may send one where none belongs, a path for one."""
+    return _LOOKS_SECRET.sub(lambda found: shorten(found[0]), text)
+
+
 class RecordedRequest(NamedTuple):
     """A request that came in, as it was; `repr` and `redacted` leave the secrets out."""
     method: str
@@ -7083,7 +7293,8 @@ class RecordedRequest(NamedTuple):
                 raise ValueError
         except (ValueError, RecursionError):
             body = body and REDACTED  # who can say what is in it
-        return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
+        return {**self._asdict(), "path": scrubbed(self.path), "query": redact_pairs(self.query),
+                "headers": redact(self.headers), "body": body}
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
@@ -7136,13 +7347,11 @@ def find_route(request: Request) -> Route | None:
 
 def check_host(portal: Portal, request: Request) -> None:
     """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
-    settings, host = portal.settings, request.host
-    if not settings.local or host in [urlsplit(url).netloc for url in settings.base_url]:
-        return
-    name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-    if not is_loopback(name):
-        raise PortalError("misdirected_request", f"Host is {host!r}; this server is on loopback: use localhost, "
-                          "127.0.0.1 or a --base-url", 421)
+    settings = portal.settings
+    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
+    if trusting and not portal.is_ours(request.host):
+        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
+                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
 
 
 def check_same_origin(request: Request) -> None:
@@ -7155,13 +7364,14 @@ def check_same_origin(request: Request) -> None:
 
 def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
+    request.note(f"refused: {error}")
     if kind == "page":
         response = error_page(portal, error, request, found)
     elif kind == "fhir":
         response = Response(error.status, json.dumps(outcome(error)).encode(),
                             FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
     else:
-        response = json_response({"error": error.error, "error_description": error.description}, error.status)
+        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
     response.headers += error.headers
     return response
 
@@ -7259,8 +7469,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         started = time.perf_counter()
         response = dispatch(self.server.portal, request)
-        self.send(request.method, response)
+        # First the log, so that who has the answer finds the story of it there.
         self.server.log_request(request, response.status, time.perf_counter() - started)
+        self.send(request.method, response)
         if request.broken:
             self.linger()
 
@@ -7426,11 +7637,11 @@ class Listener(http.server.HTTPServer):
         settings = self.portal.settings
         if settings.quiet:
             return
-        path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", lambda found: shorten(found[0]), request.path)
         who = " ".join(part for part in (request.client_id, request.username) if part)
-        line = f"{request.method} {path} {status} {seconds * 1000:.1f} ms {who}".rstrip()
-        line = re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", line)
-        self.portal.log("\n    ".join([line, *(request.notes if settings.verbose else [])]))
+        line = f"{scrubbed(request.method + ' ' + request.path)} {status} {seconds * 1000:.1f} ms {who}".rstrip()
+        notes = map(scrubbed, request.notes if settings.verbose else ())
+        self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", text)
+                                      for text in (line, *notes)))
 
     def accept_until_stopped(self) -> None:
         """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a second."""
@@ -7692,20 +7903,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="s4s_proxy.py", description="A SMART on FHIR patient portal for testing, with made-up patients.",
         epilog="The source is the manual: it is meant to be read from top to bottom, in a day.")
-    for one in fields(Settings):
-        flag, shown = "--" + one.name.replace("_", "-"), one.metadata
-        options: Json = {"default": argparse.SUPPRESS, "help": shown["help"]}
-        if one.type == "bool":
-            options["action"] = "store_true"
-        elif one.type == "bool | None":
-            options["action"] = argparse.BooleanOptionalAction
+    for name, option in OPTIONS.items():
+        kind = Settings.__annotations__[name]
+        shown: Json = {"default": argparse.SUPPRESS, "help": option.text}
+        if kind == "bool":
+            shown["action"] = "store_true"
+        elif kind == "bool | None":
+            shown["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(metavar=shown["placeholder"], type={"int": int, "float": float}.get(str(one.type), str))
-            if str(one.type).startswith("list"):
-                options["action"] = "append"
-            elif one.default is not None:
-                options["help"] += f" (default: {one.default})"
-        parser.add_argument(flag, **options)
+            shown.update(metavar=option.placeholder, type={"int": int, "float": float}.get(kind, str))
+            if kind.startswith("list"):
+                shown["action"] = "append"
+            elif option.default is not None:
+                shown["help"] += f" (default: {option.default})"
+        parser.add_argument("--" + name.replace("_", "-"), **shown)
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -7746,7 +7957,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     try:
         environment = settings_from_environment(chosen)
-        server = Server(**{"port": Settings.port, "quiet": False, **environment, **chosen}).start()
+        server = Server(**{"port": OPTIONS["port"].default, "quiet": False, **environment, **chosen}).start()
     except StartError as error:
         print(f"s4s_proxy.py: {error}", file=sys.stderr)
         return 1
