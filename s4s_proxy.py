@@ -2934,10 +2934,10 @@ class Records:
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
         page, dropped = self._page(Condition(f"SELECT r.number, r.type, r.id, r.json{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
-        total = None
+        whole, total = query.limit and not page.next and not query.after, None  # whole: all matches are on this page
         if query.total and not dropped and not access.narrowed:
-            row = store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)
-            total = row[0] if row else 0
+            row = None if whole else store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)
+            total = row[0] if row else len(page.matches)
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
