@@ -721,7 +721,7 @@ CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
-PRAGMA cache_size = -65536;                       -- at most 64 MB of memory, however large the file
+PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
 PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
@@ -1620,7 +1620,7 @@ def owner(resource: Json, base: str = "") -> str | None:
     opens nothing: what was filed under a linked Patient needs a token for that one.
     """
     named = _named_patients(resource, base)
-    if not named and resource.get("resourceType") in (*SHARED_TYPES, "Device"):
+    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
         named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
@@ -1637,11 +1637,12 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
         return {key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
-    named = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") if isinstance(one, dict) else None for one in named]
-        named = [one for one in actors if not _NO_PATIENT.fullmatch(reference_of(one))]
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) for value in named}
+        actors = [one.get("actor") if isinstance(one, dict) else None for one in as_list(resource.get("participant"))]
+        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors
+                if not _NO_PATIENT.fullmatch(reference_of(actor))}
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
+            for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
 
 
 def as_list(value: Any) -> list[Any]:
@@ -1649,6 +1650,7 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+@functools.lru_cache(maxsize=1000)  # the same few stand in every resource of a record
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
     if base and reference.startswith(base + "/"):
@@ -1707,19 +1709,19 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-class Access(NamedTuple):
+class Access:
     """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
-    scope: str | None                 # None: everything, as /api/open-fhir shows it
-    patient_id: str | None = None     # whose record patient/ scopes open
-    users_patients: frozenset[str] | None = frozenset()  # whose records user/ scopes open; None: everybody's
-    labels: frozenset[str] = frozenset()  # the categories approved; empty: not limited
-    fhir_user: str = ""               # Type/id that the token's fhirUser claim names
-    version: str = "r4"               # of FHIR, for what ?param=value means
-
-    @property
-    def scopes(self) -> tuple[ResourceScope, ...]:
-        """The resource scopes of the token."""
-        return resource_scopes(self.scope or "")
+    def __init__(self, scope: str | None, patient_id: str | None = None,
+                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
+                 fhir_user: str = "", version: str = "r4"):
+        self.scope = scope                    # None: everything, as /api/open-fhir shows it
+        self.patient_id = patient_id          # whose record patient/ scopes open
+        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
+        self.labels = labels                  # the categories approved; empty: not limited
+        self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
+        self.version = version                # of FHIR, for what ?param=value means
+        self.scopes = resource_scopes(scope or "")
+        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
@@ -1742,20 +1744,19 @@ class Access(NamedTuple):
         """The patients whose resources of a type may be seen; None: everybody's."""
         if self.scope is None:
             return None
-        found: frozenset[str] = frozenset()
-        for one in self.scopes:
-            if one.type in ("*", type_name) and letter in one.letters:
-                reach = self._reach(one.context)
-                if reach is None:
-                    return None
-                found |= reach
-        return found
+        reaches = [reach for reach, _ in self._openings(type_name, letter)]
+        return None if None in reaches else frozenset().union(*filter(None, reaches))
 
-    def _reach(self, context: str) -> frozenset[str] | None:
-        """The patients that a scope's context opens; None: everybody."""
-        if context == "patient":
-            return frozenset([self.patient_id] if self.patient_id else [])
-        return self.users_patients if context == "user" else None
+    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
+        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
+        its ?param=value."""
+        known = self._known.get((type_name, letters))
+        if known is None:
+            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
+            known = self._known[type_name, letters] = [
+                (reach.get(one.context), one.constraints) for one in self.scopes
+                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
+        return known
 
     def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
         """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
@@ -1770,12 +1771,11 @@ class Access(NamedTuple):
         whose = owner(resource, base)
         if whose is None:
             return False
-        for one in self.scopes:  # each alone: the ?param=value of one go together, several scopes add up
-            if one.type in ("*", type_name) and all(letter in one.letters for letter in letters):
-                reach = self._reach(one.context)
-                if ((whose == NOBODY or reach is None or whose in reach)
-                        and (not one.constraints or resource_matches(resource, self.version, one.constraints))):
-                    break
+        for reach, constraints in self._openings(type_name, letters):
+            # each alone: the ?param=value of one go together, several scopes add up
+            if ((whose == NOBODY or reach is None or whose in reach)
+                    and (not constraints or resource_matches(resource, self.version, constraints))):
+                break
         else:
             return False
         # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
@@ -2952,15 +2952,16 @@ class Records:
         dropped, more = False, count > 0
         while more and len(found) <= count:  # until the page is full and one more is seen
             beyond = _beyond(keys, after) if after else Condition("1")
+            wanted = 500 if dropped else count + 1
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
-                                       *select.values, *beyond.values, count + 1)
+                                       *select.values, *beyond.values, wanted)
             for row in rows:
                 one = Found(row)
                 if access.scope is None or access.may_see(one.resource, letters):
                     found.append((one, row))
                 else:
                     dropped = True
-            more = len(rows) > count
+            more = len(rows) == wanted
             after = [rows[-1][name] for name, _ in keys] if rows else []
         following = page_mark([found[count - 1][1][name] for name, _ in keys]) if len(found) > count > 0 else ""
         return Page([one for one, _ in found[:count]], [], following, None), dropped
@@ -2968,9 +2969,8 @@ class Records:
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. Who has none comes last."""
         kind = search_table(self.version)[type_name][name].kind
-        own = {"id": "r.id", "owner": "r.patient_id", "updated": "r.updated"}.get(kind)
-        if own:
-            return own
+        if kind in _OWN_COLUMNS:
+            return next(iter(_OWN_COLUMNS[kind].values()))
         column = "first" if kind == "date" else "value"  # the name is one of our table's, so it may stand in SQL
         return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
                 f"WHERE number = r.number AND parameter = '{name}'), {'-1e308' if falling else 'char(1114111)'})")
@@ -3513,6 +3513,8 @@ class Fields:
 
 def decode_pairs(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
+    if not text:
+        return []
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
     try:
@@ -3578,20 +3580,17 @@ class Request:
 MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
 
 
-def _finite(text: str) -> float:
-    """A number of JSON that is none of NaN, Infinity and 1e400, which Python would read as Infinity."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:20]} is not JSON, or is too large a number")
-    return number
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
 
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
-        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character ("\ud800") is no text
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except RecursionError:
         raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
@@ -3652,13 +3651,18 @@ def accepted_types(request: Request) -> list[str]:
             if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
 
 
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request) if status == 200 else ["*/*"]
+def fhir_type(request: Request, version: str = "r4") -> str:
+    """The JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request)
     if not {"*/*", "application/*", *JSON_TYPES} & set(accepted):
         raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
-    media_type = "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    return "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the type that `fhir_type` says; errors whatever is accepted."""
+    media_type = fhir_type(request, version) if status == 200 else FHIR_TYPES.get(version, FHIR_TYPE)
     if ("_pretty", "true") in request.pairs():
         body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
     text = body if isinstance(body, str) else json.dumps(body)
@@ -3896,6 +3900,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
+    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
+    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
     return json_response(server_metadata(portal, request))
 
 
@@ -4351,14 +4357,15 @@ PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # ho
 
 
 class Authorization:
-    """An authorization request on its way through the checks below, each of which may refuse it."""
+    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.redirect_uri = self.scope = ""
-        self.issuer = portal.browser_base(request)
-        self.client: Client
-        self.launch: Json = {}       # what the EHR's launch says: username, patient_id, context
-        self.signed_in_since = 0.0   # the user must have signed in after this time
+        self.client: Client                           # check_client
+        self.redirect_uri = ""                        # check_redirect_uri
+        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
+        self.scope = ""                               # check_scope: what can be granted
+        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
+        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
 
 
 def check_client(asked: Authorization) -> None:
@@ -4531,8 +4538,13 @@ def check_launch(asked: Authorization) -> None:
     asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. The
-# last is the only one that changes anything.
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
+# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
+# only one that changes anything.
+#
+# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
+# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
+# before anybody signs in.
 PAGE_CHECKS = (check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
                    check_openid, check_launch)
@@ -4595,10 +4607,10 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
 def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     """A patient's visits, id -> in words, the newest first."""
     if portal.upstream:
-        url = f"{portal.upstream.base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
-        entries = portal.upstream.bundle(portal.upstream.ask(url), "")[1]
-        found = [one for one in (entry.get("resource") for entry, _ in entries) if isinstance(one, dict)
-                 and one.get("resourceType") == "Encounter" and owner(one) == patient_id]
+        base = portal.upstream.base
+        url = f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1] if owner(one, base) == patient_id
+                 and one.get("resourceType") == "Encounter" and FHIR_ID.fullmatch(str(one.get("id")))]
     else:
         query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
         found = [one.resource for one in portal.records.search(query, Access(None)).matches]
@@ -5634,7 +5646,7 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_finite).raw_decode
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:
@@ -5645,11 +5657,11 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
     return match[1], match.end()
 
 
-def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
-    """A Bundle's own members; and its entries, each with the text it came in, to be sent on as it is: nothing is
-    written anew, so that a decimal's trailing zeros survive. ValueError if it is no JSON object."""
+def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
+    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to be sent
+    on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept, which is faster
+    than having them all in memory. ValueError if it is no JSON object."""
     own: Json = {}
-    entries: list[tuple[Any, str]] = []
     mark, at = _step(text, 0, "{")
     while mark != "}":
         if not text.startswith('"', at):
@@ -5662,14 +5674,14 @@ def split_bundle(text: str) -> tuple[Json, list[tuple[Any, str]]]:
                 mark, at = "]", at + 1
             while mark != "]":
                 value, end = _decode(text, at)
-                entries.append((value, text[at:end]))
+                take(value, text[at:end])
                 mark, at = _step(text, end, ",]")
         else:
             own[name], at = _decode(text, at)
         mark, at = _step(text, at, ",}")
     if at < len(text):
         raise ValueError("text after the end")
-    return own, entries
+    return own
 
 
 class Upstream:
@@ -5859,17 +5871,23 @@ class Upstream:
             raise refused("answered with what is no FHIR JSON")
         return value, text
 
-    def bundle(self, answer: Answer, ours: str) -> tuple[Json, list[tuple[Json, str]]]:
-        """The Bundle in an answer: its own members, and its entries with their text; with our addresses."""
+    def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
+        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our addresses."""
         self.check(answer)
         try:
-            own, entries = split_bundle(self.rewritten(answer.body, ours))
+            own = split_bundle(self.rewritten(answer.body, ours), take)
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
         self._learn(own, answer.url, ours)
-        return own, [(value if isinstance(value, dict) else {}, text) for value, text in entries]
+        return own
+
+    def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
+        """The own members of the Bundle in an answer, and the resources in it."""
+        found: list[Any] = []
+        own = self.bundle(answer, ours, lambda entry, text: found.extend(elements(entry, "resource")))
+        return own, [one for one in found if isinstance(one, dict)]
 
     def _learn(self, own: Json, asked: str, ours: str) -> None:
         """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
@@ -6023,6 +6041,7 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
 
 
 _TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
+_ENTRY_MEMBERS = {"fullUrl", "resource", "search"}  # of a Bundle's entry: those known to be harmless
 
 
 class Forwarding:
@@ -6034,7 +6053,7 @@ class Forwarding:
         assert portal.upstream
         self.portal, self.upstream, self.request = portal, portal.upstream, request
         self.access, self.base, self.grant_id = access, base, grant_id
-        self.response = fhir_response(request, {})  # in the media type asked for; or 406, before anybody is asked
+        self.media_type = fhir_type(request)  # or 406, before anybody is asked
 
     def answer(self) -> Response:
         """What the path asks for. Only these shapes are forwarded, rebuilt from their parts: what a path hides in
@@ -6073,15 +6092,14 @@ class Forwarding:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
         return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
 
-    def respond(self, text: str, answer: Answer, *names: str) -> Response:
+    def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        self.response.body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if told == "application/json+fhir" and self.response.headers[0][1] == FHIR_TYPE:  # DSTU2's own
-            self.response.headers[0] = ("Content-Type", told)
-        self.response.headers += [(name, answer.headers[name.lower()]) for name in names
-                                  if name.lower() in answer.headers]
-        return self.response
+        if told != "application/json+fhir" or self.media_type != FHIR_TYPE:  # else it is DSTU2's own
+            told = self.media_type
+        body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
+        return Response(status, body, told, [("Cache-Control", "no-store"), *(
+            (name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers)])
 
     def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
         """One resource: fetched, then judged."""
@@ -6094,13 +6112,11 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
             raise refused("answered with another resource than the one asked for")
-        seen = self.may_see(resource, text, "r")
-        self.request.note(f"its owner is {owner(resource, self.base)!r}, it may {'' if seen else 'not '}be seen")
-        if not seen:
+        if not self.may_see(resource, text, "r"):
+            self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
                             "a category that was not approved", 403)
-        self.response.status = 304 if unchanged else 200
-        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified")
+        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304 if unchanged else 200)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
@@ -6135,8 +6151,8 @@ class Forwarding:
                     answer = self.upstream.ask(url)
                     if answer.status in (400, 404):  # it has no such type
                         break
-                    own, entries = self.upstream.bundle(answer, self.base)
-                    yield from (one["resource"] for one, _ in entries if isinstance(one.get("resource"), dict))
+                    own, found = self.upstream.resources(answer, self.base)
+                    yield from found
                     url = self.links(own, answer).get("next", "")
 
     def search(self, type_name: str, pairs: list[tuple[str, str]]) -> Response:
@@ -6187,23 +6203,31 @@ class Forwarding:
                     raise refused("gave a link to the next page that does not lead to itself")
         return found
 
-    def judged(self, entries: list[tuple[Json, str]], letters: str) -> tuple[list[str], list[str]]:
-        """Those of a Bundle's entries that may be seen, as texts: what matches, and what was included with it.
+    def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
+        """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was included
+        with it; and how many were dropped.
 
-        The rest is dropped without a word: other patients' records, included ones too; OperationOutcomes, which may
-        quote anything; Bundles within the Bundle.
+        They are without a word: other patients' records, included ones too; OperationOutcomes, which may quote
+        anything; Bundles within the Bundle.
         """
         matches: list[str] = []
         included: list[str] = []
-        for entry, text in entries:
-            if self.may_see(entry.get("resource"), text, letters):
-                known = {name: entry[name] for name in ("fullUrl", "resource", "search") if name in entry}
-                mode = entry["search"].get("mode") if isinstance(entry.get("search"), dict) else "match"
-                (included if mode == "include" else matches).append(
-                    text if len(known) == len(entry) else json.dumps(known))
-        self.request.note(f"{len(matches) + len(included)} of {len(entries)} entries may be seen; the FHIR server isn't "
+        dropped = 0
+
+        def judge(entry: Any, text: str) -> None:
+            nonlocal dropped
+            if not isinstance(entry, dict) or not self.may_see(entry.get("resource"), text, letters):
+                dropped += 1
+                return
+            if not entry.keys() <= _ENTRY_MEMBERS:
+                text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
+            search = entry.get("search")
+            is_included = isinstance(search, dict) and search.get("mode") == "include"
+            (included if is_included else matches).append(text)
+        own = self.upstream.bundle(answer, self.base, judge)
+        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR server isn't "
                           "trusted to filter")
-        return matches, included
+        return own, matches, included, dropped
 
     def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
         """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
@@ -6232,10 +6256,9 @@ class Forwarding:
         whole = True  # nothing was dropped, and nothing is left to read
         for _ in range(MAX_PAGES):
             answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
-            own, entries = self.upstream.bundle(answer, self.base)
-            found, others = self.judged(entries, letters)
+            own, found, others, dropped = self.judged(answer, letters)
             links, room, form = self.links(own, answer), most - len(matches), None
-            whole = whole and len(found) + len(others) == len(entries)
+            whole = whole and not dropped
             matches += found[skip:skip + room]
             included += others if room else []
             if len(found) > skip + room:
@@ -6272,10 +6295,9 @@ def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
     """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
     assert portal.upstream
     query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
-    entries = portal.upstream.bundle(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")[1]
-    found = [entry.get("resource") for entry, _ in entries]
-    return [(one["id"], display_name(one)) for one in found if isinstance(one, dict)
-            and one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
+    _, found = portal.upstream.resources(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")
+    return [(one["id"], display_name(one)) for one in found
+            if one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
 
 
 def upstream_patient(portal: Portal, patient_id: str) -> str | None:

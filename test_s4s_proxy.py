@@ -1863,6 +1863,15 @@ class Searching(RecordsTest):
         self.assertEqual({code["code"] for one in got["entry"] for category in one["resource"]["category"]
                           for code in category["coding"]}, {"laboratory"})
 
+    def test_a_page_is_full_though_much_of_what_matches_may_not_be_seen(self) -> None:
+        token, url, seen = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory"), "Observation?_count=30", 0
+        while url:
+            page = self.fhir(url, token).json
+            seen += len(page["entry"])
+            url = next((one["url"][len(self.portal.fhir_url) + 1:] for one in page["link"] if one["relation"] == "next"), "")
+            self.assertTrue(len(page["entry"]) == 30 or not url)
+        self.assertEqual(seen, len(self.ids(f"Observation?category=laboratory&patient={DANIEL}")))
+
     def test_each_version_has_its_own_names(self) -> None:
         for version, type_name, has, lacks in (
                 ("dstu2", "Condition", "clinicalstatus onset patient", "clinical-status subject"),
@@ -5158,10 +5167,17 @@ class WhoseRecordBehind(ForwardingTest):
         tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
         self.assertEqual(tokens["patient"], "p2")
 
+    def test_the_launcher_finds_patients_there_too(self) -> None:
+        self.assertIn("pia1", self.browser.open(self.portal.url + "/launch").text)
+        found = self.browser.open(self.portal.url + "/launch?name=jo").text
+        self.assertIn('<option value="p2">Jo Do</option>', found)
+        self.assertNotIn("Pia", found)
+
     def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
         self.script("Encounter", self.behind.bundle(*(
-            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"Patient/{whose}"}, "period": {"start": day}}
-            for name, whose, day in (("old", ME, "2020-01-01"), ("new", ME, "2021-01-01"), ("theirs", OTHER, "2022-01-01")))))
+            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"{place}Patient/{whose}"}, "period": {"start": day}}
+            for name, whose, day, place in (("old", ME, "2020-01-01", ""), ("new", ME, "2021-01-01", self.behind.url + "/"),
+                                            ("theirs", OTHER, "2022-01-01", ""), (None, ME, "2023-01-01", "")))))
         self.assertEqual(self.app.tokens()["encounter"], "new")
         for visit in ("theirs", "none"):
             with self.assertRaises(s4s.PortalError):
