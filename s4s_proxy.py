@@ -1633,8 +1633,7 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
     if type_name in SHARED_TYPES:
         return set()
     if type_name == "Patient":
-        key = resource.get("id")
-        return {key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None}
+        return {id_of(resource)}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {None}
     if type_name == "Appointment":  # doctors and rooms take part too
@@ -1643,6 +1642,12 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
                 if not _NO_PATIENT.fullmatch(reference_of(actor))}
     return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
             for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
+
+
+def id_of(resource: Json) -> str | None:
+    """A resource's id; None where it has none that FHIR allows."""
+    key = resource.get("id")
+    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
 
 
 def as_list(value: Any) -> list[Any]:
@@ -4609,8 +4614,8 @@ def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     if portal.upstream:
         base = portal.upstream.base
         url = f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
-        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1] if owner(one, base) == patient_id
-                 and one.get("resourceType") == "Encounter" and FHIR_ID.fullmatch(str(one.get("id")))]
+        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1]
+                 if owner(one, base) == patient_id and one.get("resourceType") == "Encounter" and id_of(one)]
     else:
         query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
         found = [one.resource for one in portal.records.search(query, Access(None)).matches]
@@ -6296,8 +6301,7 @@ def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
     assert portal.upstream
     query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
     _, found = portal.upstream.resources(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")
-    return [(one["id"], display_name(one)) for one in found
-            if one.get("resourceType") == "Patient" and FHIR_ID.fullmatch(str(one.get("id")))]
+    return [(one["id"], display_name(one)) for one in found if one.get("resourceType") == "Patient" and id_of(one)]
 
 
 def upstream_patient(portal: Portal, patient_id: str) -> str | None:

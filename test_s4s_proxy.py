@@ -3868,7 +3868,8 @@ class WhatIsBehind(ForwardingTest):
     def test_patients_are_found_by_name(self) -> None:
         names: tuple[Any, ...] = ([{"given": ["Ann", "B"], "family": ["Cee"]}], [{"text": "Dee"}], [])
         self.script("Patient", self.behind.bundle(*({"resourceType": "Patient", "id": f"p{number}", "name": name}
-                                                  for number, name in enumerate(names)), observation("x")))
+                                                  for number, name in enumerate(names)), observation("x"),
+                                                {"resourceType": "Patient"}, {"resourceType": "Patient", "id": 7}))
         self.assertEqual(s4s.upstream_patients(self.portal.portal, "a&b"),
                          [("p0", "Ann B Cee"), ("p1", "Dee"), ("p2", "p2")])
         self.assertEqual(self.behind.seen[-1][0], "/fhir/Patient?name=a%26b&_count=50")
