@@ -6522,7 +6522,7 @@ def me(portal: Portal, request: Request) -> Response:
     rows = portal.state.rows(
         "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
         "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
-        "AND username = ? ORDER BY issued", now, row["client_id"], row["username"])
+        "AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
     return json_response({
         "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
             {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
