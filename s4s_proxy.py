@@ -5883,6 +5883,15 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     return str(row["url"])
 
 
+def going_with(matches: list[str], included: list[str]) -> list[str]:
+    """Those of the included entries that a match refers to, or that refer to one."""
+    def name(entry: str) -> str:
+        resource = json.loads(entry)["resource"]
+        return f'{resource["resourceType"]}/{resource.get("id")}"'
+    names, text = [name(entry) for entry in matches], "".join(matches)
+    return [entry for entry in included if name(entry) in text or any(known in entry for known in names)]
+
+
 _TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
 _ENTRY_MEMBERS = {"fullUrl", "resource", "search"}  # of a Bundle's entry: those known to be harmless
 
@@ -6076,9 +6085,9 @@ class Forwarding:
         """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
 
         Where categories hide something, an empty place on a page, or a link to a page of nothing, would tell that it
-        is there. Then the page is filled from the pages after it, and the link comes if there is one more to see, or
-        after MAX_PAGES; its address ends in #, how many were seen of that page already, and the page's size. The
-        server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
+        is there, and so would what was included with it. Then the page is filled from the pages after it, and the link
+        comes if there is one more to see, or after MAX_PAGES; its address ends in #, how many were seen of that page
+        already, and the page's size. The server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
         asks for is counted here.
         """
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
@@ -6103,7 +6112,7 @@ class Forwarding:
             links, room, form = self.links(own, answer), most - len(matches), None
             whole = whole and not dropped
             matches += found[skip:skip + room]
-            included += others if room else []
+            included += others
             if len(found) > skip + room:
                 links = {"next": f"{url}#{skip + room},{size}"}
                 break
@@ -6128,6 +6137,8 @@ class Forwarding:
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
             {"relation": relation, "url": f"{here}?_page={handle}"}
             for relation, handle in keep_pages(self.portal, self.grant_id, path, links).items())]
+        if narrowed:
+            included = going_with(matches, included)
         text, shown = json.dumps(bundle), [] if counting else [*matches, *dict.fromkeys(included)]
         return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
 
