@@ -76,7 +76,6 @@ import contextlib
 import datetime
 import email.utils
 import functools
-import gzip
 import hashlib
 import hmac
 import html
@@ -98,10 +97,8 @@ import sqlite3
 import sys
 import threading
 import time
-import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
@@ -114,51 +111,54 @@ FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people
 
 # ######################################################################## 1 settings
 
-def _shown(text: str, placeholder: str = "") -> dict[str, str]:
-    """How --help shows a setting."""
-    return {"help": text, "placeholder": placeholder}
+class Option(NamedTuple):
+    """A setting's default, and how --help shows it."""
+    default: Any
+    text: str
+    placeholder: str = ""
 
 
-@dataclass
+def _option(default: Any, text: str, placeholder: str = "") -> Any:
+    """An Option, where a class's attribute gets its value: see `Settings`."""
+    return Option(default, text, placeholder)
+
+
 class Settings:
     """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
 
     A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
     """
-    host: str = field(default="127.0.0.1", metadata=_shown("address to listen on", "ADDR"))
-    port: int = field(default=8000, metadata=_shown("port to listen on; 0 takes any free one", "N"))
-    base_url: list[str] = field(default_factory=list, metadata=_shown(
-        "the public address, if not the one that each request names; repeatable", "URL"))
-    name: str = field(default="SMART Example Clinic", metadata=_shown("the provider's name on the pages", "TEXT"))
-    fhir_server: str | None = field(default=None, metadata=_shown(
-        "forward FHIR requests to this server (default: the embedded records)", "URL"))
-    fhir_header: list[str] = field(default_factory=list, metadata=_shown(
-        "added to every forwarded request; repeatable", '"Name: value"'))
-    fhir_timeout: float = field(default=30, metadata=_shown("longest wait for the FHIR server", "SECONDS"))
-    client: list[str] = field(default_factory=list, metadata=_shown(
-        "a client known from the start; without a secret it is public; repeatable", "ID[:SECRET]=REDIRECT_URI"))
-    fhir_version: str = field(default="r4", metadata=_shown("version of the embedded records: r4, stu3 or dstu2",
-                                                            "VERSION"))
-    data: list[Any] = field(default_factory=list, metadata=_shown(
-        "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a folder; "
-        "none leaves the sample patients out; repeatable", "PATH"))
-    fixtures: str | Json | None = field(default=None, metadata=_shown(
-        "users and clients known from the start, as JSON", "FILE"))
-    db: str | None = field(default=None, metadata=_shown("keep state in this SQLite file (default: in memory)", "FILE"))
-    strict: bool = field(default=False, metadata=_shown("SMART 2.2 to the letter: PKCE and aud from every client"))
-    open_fhir: bool | None = field(default=None, metadata=_shown(
-        "serve /api/open-fhir/ (default: on loopback, without --fhir-server)"))
-    debug: bool | None = field(default=None, metadata=_shown("serve /oauth/debug/* (default: on loopback only)"))
-    certfile: str | None = field(default=None, metadata=_shown("serve https with this certificate (PEM)", "FILE"))
-    keyfile: str | None = field(default=None, metadata=_shown("its key, if not in the same file", "FILE"))
-    quiet: bool = field(default=False, metadata=_shown("no request log"))
-    verbose: bool = field(default=False, metadata=_shown("explain each decision in the request log"))
+    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
+    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
+    base_url: list[str] = _option([], "the public address, if not the one that each request names; repeatable", "URL")
+    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
+    fhir_server: str | None = _option(None, "forward FHIR requests to this server (default: the embedded records)", "URL")
+    fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
+    fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
+    fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
+    data: list[Any] = _option([], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, "
+                              "or a folder; none leaves the sample patients out; repeatable", "PATH")
+    fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
+    client: list[str] = _option([], "a client known from the start; without a secret it is public; repeatable",
+                                "ID[:SECRET]=REDIRECT_URI")
+    db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
+    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
+    debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
+    certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
+    keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
+    quiet: bool = _option(False, "no request log")
+    verbose: bool = _option(False, "explain each decision in the request log")
 
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = getattr(self, one.name)
-            if one.default_factory is list and not isinstance(value, list):
-                setattr(self, one.name, list(value) if isinstance(value, (tuple, set)) else [value])
+    def __init__(self, **chosen: Any) -> None:
+        for name in chosen:
+            if name not in OPTIONS:
+                raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
+        for name, option in OPTIONS.items():
+            value = chosen.get(name, option.default)
+            if isinstance(option.default, list):
+                value = list(value) if isinstance(value, (list, tuple, set)) else [value]
+            setattr(self, name, value)
         if self.fhir_version not in FHIR_VERSIONS:
             raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
         self.base_url = [url.rstrip("/") for url in self.base_url]
@@ -204,6 +204,9 @@ class Settings:
         return self.local if self.debug is None else self.debug
 
 
+OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
+
+
 @functools.lru_cache(maxsize=1000)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
@@ -225,6 +228,16 @@ class PortalError(Exception):
     def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
+
+    @property
+    def error_description(self) -> str:
+        """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
+        return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
+
+
+def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
+    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
+    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
 
 
 class PageError(PortalError):
@@ -559,9 +572,10 @@ def parse_scope(word: str) -> ResourceScope | None:
                          tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
-def resource_scopes(scope: str) -> list[ResourceScope]:
+@functools.lru_cache(maxsize=1000)
+def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
     """The resource scopes within a scope string."""
-    return [parsed for parsed in map(parse_scope, scope.split()) if parsed]
+    return tuple(parsed for parsed in map(parse_scope, scope.split()) if parsed)
 
 
 def scope_covers(registered: str, word: str) -> bool:
@@ -606,12 +620,6 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     return " ".join(granted)
 
 
-def scope_allows(scope: str, context: str, type_name: str, letter: str) -> bool:
-    """Whether a granted scope string lets `letter` (r or s) be done to a type, in a context."""
-    return any(one.context == context and one.type in ("*", type_name) and letter in one.letters
-               for one in resource_scopes(scope))
-
-
 def needs_patient(scope: str) -> bool:
     """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
     return (any(one.context == "patient" for one in resource_scopes(scope))
@@ -619,15 +627,13 @@ def needs_patient(scope: str) -> bool:
 
 
 def describe_scope(word: str) -> str:
-    """A scope in words for the person who is asked to approve it."""
+    """A scope in words for the person who is asked to approve it, without its ?param=value."""
     parsed = parse_scope(word)
     if not parsed:
         return PLAIN_SCOPES.get(word, word)
     verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
     what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
-    where = " and ".join(f"{name} is {' or '.join(_COMMA.split(value))}" for name, value in parsed.constraints)
-    owner = "the record" if parsed.context == "patient" else "every record you may open"
-    return f"{' and '.join(verbs)} {what} in {owner}{', but only where ' + where if where else ''}"
+    return f"{' and '.join(verbs)} {what} in {'the record' if parsed.context == 'patient' else 'every record you may open'}"
 
 
 # ######################################################################## 5 state
@@ -715,7 +721,7 @@ CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
-PRAGMA cache_size = -65536;                       -- at most 64 MB of memory, however large the file
+PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
 PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
@@ -1708,18 +1714,18 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-@dataclass
 class Access:
     """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
-    scope: str | None                 # None: everything, as /api/open-fhir shows it
-    patient_id: str | None = None     # whose record patient/ scopes open
-    users_patients: frozenset[str] | None = frozenset()  # whose records user/ scopes open; None: everybody's
-    labels: frozenset[str] = frozenset()  # the categories approved; empty: not limited
-    fhir_user: str = ""               # Type/id that the token's fhirUser claim names
-    version: str = "r4"               # of FHIR, for what ?param=value means
-
-    def __post_init__(self) -> None:
-        self.scopes = resource_scopes(self.scope or "")
+    def __init__(self, scope: str | None, patient_id: str | None = None,
+                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
+                 fhir_user: str = "", version: str = "r4"):
+        self.scope = scope                    # None: everything, as /api/open-fhir shows it
+        self.patient_id = patient_id          # whose record patient/ scopes open
+        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
+        self.labels = labels                  # the categories approved; empty: not limited
+        self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
+        self.version = version                # of FHIR, for what ?param=value means
+        self.scopes = resource_scopes(scope or "")
         self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
@@ -2028,6 +2034,7 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
 def fold(text: str) -> str:
     """Text as strings are compared: without case and accents (FHIR search, "string")."""
     if not text.isascii():
+        import unicodedata  # only where it is needed: it takes long
         text = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
     return text.casefold()
 
@@ -2372,11 +2379,18 @@ def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition
     return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
 
 
-class Found(NamedTuple):
-    """A resource as it lies in the database: parsed, to be judged, and as text, to be sent."""
-    number: int
-    resource: Json
-    text: str
+class Found:
+    """A resource as it lies in the database (number, type, id, json): the text, to be sent; parsed, to be judged."""
+    def __init__(self, row: Row):
+        self.number, self.text, self.name = row["number"], row["json"], f"{row['type']}/{row['id']}"
+        self._resource: Json | None = None
+
+    @property
+    def resource(self) -> Json:
+        """The resource. What is open to everybody is sent without a look."""
+        if self._resource is None:
+            self._resource = json.loads(self.text)
+        return self._resource
 
 
 class Page(NamedTuple):
@@ -2491,8 +2505,19 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
         database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
 
 
-def parse_document(data: bytes) -> tuple[Json, list[Json]]:
-    """A JSON object, and those within it that may refer to something; PortalError, which says where it goes wrong."""
+def document_text(document: Json) -> bytes:
+    """A document that was given as a dict, as text; PortalError if it is no JSON."""
+    try:
+        return json.dumps(document).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PortalError("invalid_request", f"not JSON: {error}")
+
+
+Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
+
+
+def parse_document(data: bytes) -> Document:
+    """A text as JSON; PortalError, which says where it goes wrong."""
     pointers: list[Json] = []
 
     def notice(found: Json) -> Json:
@@ -2546,7 +2571,7 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
         key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
     if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
         raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return resource if "id" in resource else {**resource, "id": key}
+    return {**resource, "id": key} if resource.get("id") is None else resource
 
 
 def display_name(patient: Json) -> str:
@@ -2560,36 +2585,41 @@ def display_name(patient: Json) -> str:
 
 
 class Source(NamedTuple):
-    """One thing to load: a file, or a text that Server(data=...) was given."""
+    """One thing to load: a file, or a dict that Server(data=...) was given."""
     path: str
     size: int
-    text: bytes = b""
+    given: Json | None = None
 
-    def documents(self) -> Iterator[tuple[str, bytes, int]]:
+    def documents(self) -> Iterator[tuple[str, Document, int]]:
         """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
 
         A line at a time, so that a file of any length takes no more memory than its longest line.
         """
-        if self.text:
-            yield "", self.text, self.size
+        if self.given is not None:
+            yield "", parse_document(document_text(self.given)), self.size
             return
+        import gzip  # only where it is needed: it takes long
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
             try:
-                json.loads(line)
-            except (ValueError, RecursionError):  # one text over many lines
-                yield "", line + stream.read(), self.size
+                yield "line 1: ", parse_document(line), raw.tell()
+            except PortalError:  # one text over many lines
+                yield "", parse_document(line + stream.read()), self.size
                 return
-            for number, text in enumerate(itertools.chain([line], stream), 1):
-                if text.strip():
-                    yield f"line {number}: ", text, raw.tell()
+            for number, line in enumerate(stream, 2):
+                if line.strip():
+                    try:
+                        yield f"line {number}: ", parse_document(line), raw.tell()
+                    except PortalError as error:
+                        raise PortalError(error.error, f"line {number}: {error.description}")
 
 
 def sources(data: Any) -> list[Source]:
     """What an item of --data names: a resource or Bundle, a file, or those of a folder that may hold FHIR."""
     if isinstance(data, dict):
-        text = json.dumps(data).encode()
-        return [Source("(given as a dict)", len(text), text)]
+        return [Source("(given as a dict)", 0, data)]
+    if not isinstance(data, (str, os.PathLike)):
+        raise StartError(f"data {data!r}: expected a path, or a resource or Bundle as a dict")
     path = os.fspath(data)
     try:
         if not os.path.isdir(path):
@@ -2652,8 +2682,10 @@ class Records:
             found = [source for one in settings.data if one != "none" for source in sources(one)]
             if found:
                 self._load_sources(found)
-        except BaseException:
+        except BaseException as error:
             self.store.close()
+            if isinstance(error, sqlite3.Error):
+                raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
             raise
 
     def _fact(self, name: str) -> str:
@@ -2688,7 +2720,7 @@ class Records:
         """
         self._filled()
         skipped: collections.Counter[str] = collections.Counter()
-        prepared = list(self._prepared(json.dumps(document).encode(), skipped))
+        prepared = list(self._prepared(parse_document(document_text(document)), skipped))
         if skipped and not prepared:
             raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
                               + ", ".join(sorted(search_table(self.version))))
@@ -2700,35 +2732,45 @@ class Records:
     def _load_sources(self, found: Sequence[Source]) -> None:
         """Load one after the other: a bad one is refused whole, those before it stay."""
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
-        skipped: collections.Counter[str] = collections.Counter()
-        progress, done = Progress(sum(source.size for source in found), self.clock), 0
-        if before < 2000:  # little but the samples: the index that takes longest is faster made at the end, at once
-            self.store.connection.execute("DROP INDEX search_by_value")
+        samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
+        if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
+            self.store.connection.execute("DROP INDEX IF EXISTS search_by_value")
             self._indexed = False
-        for source in found:
-            try:
-                with self.store.transaction() as database:
-                    self._put(database, (one for place, text, read in source.documents() if progress.at(done + read)
-                                         for one in self._prepared(text, skipped, place)), later=False)
-            except PortalError as error:
-                raise StartError(f"--data {source.path}: {error.description}")
-            except (OSError, EOFError, zlib.error, sqlite3.Error) as error:
-                raise StartError(f"--data {source.path}: {error}")
-            done += source.size
+        skipped: collections.Counter[str] = collections.Counter()
+        ends = list(itertools.accumulate(source.size for source in found))
+        progress = Progress(ends[-1], self.clock)
+        for _, batch in itertools.groupby(zip(found, ends), lambda one: one[1] >> 25):  # every 32 MB is written for good
+            bad = ""
+            with self.store.transaction() as database:
+                for source, end in batch:
+                    database.execute("SAVEPOINT source")
+                    try:
+                        self._put(database, (
+                            one for place, document, read in source.documents()
+                            if progress.at(end - source.size + read)
+                            for one in self._prepared(document, skipped, place)), later=False)
+                    except PortalError as error:
+                        bad = f"--data {source.path}: {error.description}"
+                    except (OSError, EOFError, zlib.error) as error:
+                        bad = f"--data {source.path}: {error}"
+                    if bad:
+                        database.execute("ROLLBACK TO source")
+                        break
+            if bad:
+                raise StartError(bad)
         self.store.connection.executescript(RECORD_SCHEMA)
         self._indexed, self._identified = True, {}
         with self.store.transaction() as database:
             self._resolve(database, later=False)
         self._warn(skipped, before)
 
-    def _prepared(self, text: bytes, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
+    def _prepared(self, document: Document, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
         moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
         now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
         try:
-            document, pointers = parse_document(text)
-            found, names = unbundle(document)
-            self._point(pointers, names)
+            found, names = unbundle(document[0])
+            self._point(document[1], names)
             for where, resource in found:
                 check_version(resource, self.version)
                 if resource["resourceType"] in search_table(self.version):
@@ -2849,8 +2891,8 @@ class Records:
 
     def find(self, type_name: str, resource_id: str) -> Found | None:
         """One resource, or None."""
-        row = self._filled().row("SELECT number, json FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
-        return Found(row["number"], json.loads(row["json"]), row["json"]) if row else None
+        row = self._filled().row("SELECT * FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
+        return Found(row) if row else None
 
     def read(self, type_name: str, resource_id: str) -> Json | None:
         """One resource, parsed, or None."""
@@ -2885,22 +2927,23 @@ class Records:
 
     def search(self, query: Query, access: Access) -> Page:
         """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
-        where = self._where(query, access)
+        store, where = self._filled(), self._where(query, access)
         sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
-        page, dropped = self._page(Condition(f"SELECT r.number, r.json{columns} FROM resources r WHERE {where.sql}",
+        page, dropped = self._page(Condition(f"SELECT r.number, r.type, r.id, r.json{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
         total = None
         if query.total and not dropped and not access.narrowed:
-            total = self.store.rows(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)[0][0]
+            row = store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)
+            total = row[0] if row else 0
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
         """A page of a patient's compartment, and what it refers to that belongs to nobody."""
         served = search_table(self.version)
-        page, _ = self._page(Condition(f"SELECT number, json FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+        page, _ = self._page(Condition(f"SELECT * FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
                                        "AND patient_id = ?", (*served, patient_id)),
                              [("number", False)], count, after, access, "rs")
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
@@ -2917,29 +2960,29 @@ class Records:
         if len(after) not in (0, len(keys)):
             raise FhirError("value", "_page: not a link of this search")
         order = ", ".join(name + " DESC" * falling for name, falling in keys)
-        found: list[tuple[Found, list[Any]]] = []
+        found: list[tuple[Found, Row]] = []
         dropped, more = False, count > 0
         while more and len(found) <= count:  # until the page is full and one more is seen
             beyond = _beyond(keys, after) if after else Condition("1")
+            wanted = 500 if dropped else count + 1
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
-                                       *select.values, *beyond.values, count + 1)
+                                       *select.values, *beyond.values, wanted)
             for row in rows:
-                after = [row[name] for name, _ in keys]
-                one = Found(row["number"], json.loads(row["json"]), row["json"])
-                if access.may_see(one.resource, letters):
-                    found.append((one, after))
+                one = Found(row)
+                if access.scope is None or access.may_see(one.resource, letters):
+                    found.append((one, row))
                 else:
                     dropped = True
-            more = len(rows) > count
-        following = page_mark(found[count - 1][1]) if len(found) > count > 0 else ""
+            more = len(rows) == wanted
+            after = [rows[-1][name] for name, _ in keys] if rows else []
+        following = page_mark([found[count - 1][1][name] for name, _ in keys]) if len(found) > count > 0 else ""
         return Page([one for one, _ in found[:count]], [], following, None), dropped
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. Who has none comes last."""
         kind = search_table(self.version)[type_name][name].kind
-        own = {"id": "r.id", "owner": "r.patient_id", "updated": "r.updated"}.get(kind)
-        if own:
-            return own
+        if kind in _OWN_COLUMNS:
+            return next(iter(_OWN_COLUMNS[kind].values()))
         column = "first" if kind == "date" else "value"  # the name is one of our table's, so it may stand in SQL
         return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
                 f"WHERE number = r.number AND parameter = '{name}'), {'-1e308' if falling else 'char(1114111)'})")
@@ -2968,9 +3011,9 @@ class Records:
                 condition = Condition("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
                                       "AND value = ? AND system = ?)",
                                       (include.source, include.parameter, match.resource["id"], type_name))
-            for row in self.store.rows(f"SELECT number, json FROM resources WHERE {condition.sql} LIMIT ?",
+            for row in self.store.rows(f"SELECT * FROM resources WHERE {condition.sql} LIMIT ?",
                                        *condition.values, MAX_INCLUDED + 1):
-                yield Found(row["number"], json.loads(row["json"]), row["json"])
+                yield Found(row)
         else:
             ends = [("Patient", owner(match.resource) or "")] if owned else [
                 (row["system"], row["value"]) for row in self.store.rows(
@@ -3038,9 +3081,14 @@ def is_web_url(uri: Any) -> bool:
         return False
 
 
-# Schemes that browsers act on by themselves. A redirect to javascript: would run in this server's name.
-BROWSER_SCHEMES = ("http", "https", "javascript", "data", "vbscript", "file", "blob", "about", "view-source",
-                   "filesystem", "mailto", "tel", "ws", "wss", "ftp")
+# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
+# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
+# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = re.compile(
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
+    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
+    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
+    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
 
 
 def is_redirect_uri(uri: Any) -> bool:
@@ -3049,17 +3097,23 @@ def is_redirect_uri(uri: Any) -> bool:
     if not isinstance(uri, str) or "#" in uri:
         return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and private[1].lower() not in BROWSER_SCHEMES)
+    return is_web_url(uri) or bool(private and not ACTED_UPON.fullmatch(private[1].lower()))
+
+
+def without_loopback_port(uri: str) -> str:
+    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
+    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
 
 
 # What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
-# security_labels our own). What is not named here is kept, and given back as it came.
+# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
+# would take it for a promise.
 METADATA_STRINGS = frozenset((
     "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
-    "software_version", "software_statement", "application_type", "subject_type", "id_token_signed_response_alg"))
-METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri", "initiate_login_uri"))
+    "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
 METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
-                            "security_labels", "post_logout_redirect_uris", "default_acr_values", "request_uris"))
+                            "security_labels"))
 METADATA_CHOICES: dict[str, Sequence[str]] = {
     "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
     "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
@@ -3074,8 +3128,11 @@ def client_metadata(metadata: Json) -> Json:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
         return PortalError(error, f"{name}: expected {expected}, got "
                            f"{json.dumps(metadata.get(name), default=str)[:200]}")
+    registered: Json = {}
     for name, value in metadata.items():
         member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
+            registered[name] = value
         if member in METADATA_STRINGS and not isinstance(value, str):
             raise refuse(name, "a string")
         if member in METADATA_LISTS and not (isinstance(value, list)
@@ -3087,9 +3144,10 @@ def client_metadata(metadata: Json) -> Json:
         if known and not set([value] if isinstance(value, str) else value) <= set(known):
             raise refuse(name, f"only {', '.join(known)}")
     kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
-            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **metadata}
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
     asks_users = "authorization_code" in kept["grant_types"]
-    kept.setdefault("response_types", ["code"] if asks_users else [])
+    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
+        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
     if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
         raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
     if not all(map(is_web_url, kept.get("launch_uris", []))):
@@ -3102,8 +3160,9 @@ def client_metadata(metadata: Json) -> Json:
     if "jwks" in kept:
         try:
             for key in key_set(kept["jwks"]):
-                if key.get("kty") == "RSA" or key.get("crv") == "P-384":
-                    verify(key, "RS384" if key.get("kty") == "RSA" else "ES384", b"", b"")
+                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
+                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
+                        verify(key, algorithm, b"", b"")
         except ValueError as error:
             raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
@@ -3145,17 +3204,18 @@ def seeds(settings: Settings) -> Seeds:
                             "token_endpoint_auth_method": "none"})
     found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
     for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::([^=]+))?=(\S+)", text)
+        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
         if not match:
-            raise StartError(f"--client {text}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
         try:
             client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
         except PortalError as error:
-            raise StartError(f"--client {text}: {error.description}")
+            raise StartError(f"{option}: {error.description}")
         earlier = found.clients.get(client.client_id)
         if earlier:
             if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"--client {text}: {client.client_id} was given with another secret before")
+                raise StartError(f"{option}: it was given with another secret before")
             client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
                 *earlier.metadata["redirect_uris"], match[3]]})
         found.clients[client.client_id] = client
@@ -3395,7 +3455,7 @@ class Portal:
         if fault.status:
             headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
             if fault.status == 401:
-                headers.append(("WWW-Authenticate", f'Bearer realm="s4s", error="{fault.error or "invalid_token"}"'))
+                headers.append(challenge(error=fault.error or "invalid_token"))
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
                        "a test made this request fail", fault.status, headers)
@@ -3413,6 +3473,15 @@ class Portal:
             return ours if request.host else self.address
         return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
                     self.settings.base_url[0])
+
+    def is_ours(self, host: str) -> bool:
+        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it, the one
+        listened on or any IP address. Every other name may be pointed here by whoever owns it."""
+        if host in [urlsplit(url).netloc for url in self.settings.base_url]:
+            return True
+        name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        return is_loopback(name) or (not self.settings.local and (
+            name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
 
     def public_url(self) -> str:
         """The base URL where no request names one: the first, or the address listened on."""
@@ -3529,23 +3598,23 @@ def _refuse_constant(text: str) -> float:
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
+    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
         value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
         # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-        level, depth = [value], 0
-        while level and depth <= MAX_DEPTH:
-            level = [inner for one in level if isinstance(one, (dict, list))
-                     for inner in (one.values() if isinstance(one, dict) else one)]
-            depth += 1
-        if level:
-            raise RecursionError
     except RecursionError:
-        raise PortalError("invalid_request", f"the JSON nests too deep; expected {MAX_DEPTH} levels at most")
+        raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
     if not isinstance(value, dict):
         raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise PortalError("invalid_request", too_deep)
     return value
 
 
@@ -3575,7 +3644,6 @@ def with_query(url: str, **parameters: str) -> str:
     return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
 
 
-REALM = ("WWW-Authenticate", 'Bearer realm="s4s"')
 FHIR_TYPE = "application/fhir+json"
 FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
 JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
@@ -3586,12 +3654,12 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
     """403 that names the scope it would take (RFC 6750 section 3.1)."""
     needed = f"patient/{type_name}.{letter}"
     return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [(REALM[0], f'{REALM[1]}, error="insufficient_scope", scope="{needed}"')])
+                     [challenge(error="insufficient_scope", scope=needed)])
 
 
 def accepted_types(request: Request) -> list[str]:
-    """The media types that a request takes: _format, which browsers can set, before Accept; empty: any."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept", "")
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
     return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
             if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
 
@@ -3599,8 +3667,8 @@ def accepted_types(request: Request) -> list[str]:
 def fhir_type(request: Request, version: str = "r4") -> str:
     """The JSON type asked for, else the version's own; 406 if no JSON will do."""
     accepted = accepted_types(request)
-    if accepted and not _ANY_JSON.intersection(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted)}: only JSON is served ({FHIR_TYPE})", 406)
+    if not _ANY_JSON.intersection(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
     return "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
 
 
@@ -3831,7 +3899,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
         "token_endpoint_auth_methods_supported": list(methods),
         "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "introspection_endpoint_auth_methods_supported": list(methods),
+        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
+        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
         "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
         "revocation_endpoint_auth_methods_supported": list(methods),
         "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
@@ -3844,6 +3913,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
+    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
+    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
     return json_response(server_metadata(portal, request))
 
 
@@ -3918,8 +3989,6 @@ def register_client(portal: Portal, metadata: Json) -> Json:
     """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
     kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
     kept["client_name"] = kept.get("client_name") or client_id
-    for name in ("client_id", "client_id_issued_at", "client_secret", "client_secret_expires_at"):
-        kept.pop(name, None)  # ours to say
     secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
     with portal.state.transaction() as database:
         database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
@@ -3938,7 +4007,7 @@ def register(portal: Portal, request: Request) -> Response:
 
 def invalid_client(description: str) -> PortalError:
     """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
-    return PortalError("invalid_client", description, 401, [("WWW-Authenticate", 'Basic realm="s4s"')])
+    return PortalError("invalid_client", description, 401, [challenge("Basic")])
 
 
 def basic_credentials(request: Request) -> tuple[str, str] | None:
@@ -4026,13 +4095,19 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
     need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
     need(isinstance(header.get("kid"), str), "the header has no kid")
     need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
+         "section 4.1.11)")
     try:
-        key = assertion_key(portal, client, header["kid"], KEY_TYPES[str(algorithm)])
+        key = assertion_key(portal, client, header["kid"], str(algorithm))
         need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
     except (ValueError, RecursionError) as error:
         raise invalid_client(f"client_assertion: {error}")
     # From here on it is known to be the client who says all this.
     audience = claims.get("aud")
+    # Without base URLs, the Host says who we are. Another server, for which this assertion was meant, could send it on
+    # under its own name.
+    need(portal.settings.base_url or portal.is_ours(request.host),
+         f"aud: {request.host!r} may be another server's name; start this one with --base-url")
     ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
     need(any(isinstance(one, str) and same_address(one, url) for url in ours
              for one in (audience if isinstance(audience, list) else [audience])),
@@ -4056,15 +4131,18 @@ def is_moment(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
-def assertion_key(portal: Portal, client: Client, kid: str, key_type: str) -> Json:
-    """The one key of a client with this name and type; ValueError if there is none, or no way to get it."""
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
+    is none, or no way to get it."""
     for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
         keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == key_type]
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
         if found or "jwks" in client.metadata:
             break
     if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r} and kty {key_type}; expected one")
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
+                         f"say so, use sig and alg {algorithm}; expected one")
     return found[0]
 
 
@@ -4088,37 +4166,52 @@ def hang_up(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
 
 
+def connect_to_first(addresses: Sequence[Any], seconds: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(address, seconds / len(addresses))
+            connection.settimeout(seconds)
+            return connection
+    raise OSError("no address takes a connection")
+
+
 def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
 
-    At most so many bytes and seconds, and no redirect is followed. public_only: only from the public internet; judged
-    by the address that was connected to, since a name may mean another one each time it is looked up.
+    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
+    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
+    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
     """
     import http.client  # these take long to import, and few need them
     import ipaddress
     parts = urlsplit(url)
-    make = http.client.HTTPSConnection if parts.scheme.lower() == "https" else http.client.HTTPConnection
-    connection = make(parts.hostname or "", parts.port, timeout=seconds)
+    secure = parts.scheme.lower() == "https"
+    connection = http.client.HTTPConnection(parts.netloc)
+    timer = threading.Timer(seconds, lambda: hang_up(connection.sock))  # however slowly it drips
     try:
-        connection.connect()
-        timer = threading.Timer(seconds, hang_up, [connection.sock])  # however slowly it drips
+        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
+            raise OSError("not public")
+        connection.sock = connect_to_first([one[4][:2] for one in found], seconds)
         timer.start()
-        try:
-            if public_only and not ipaddress.ip_address(connection.sock.getpeername()[0]).is_global:
-                raise ValueError(f"{url} is at an address that is not public; this server won't ask there")
-            connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
-                               headers={"Accept": "application/json"})
-            answer = connection.getresponse()
-            body = answer.read(most + 1)
-        finally:
-            timer.cancel()
-            timer.join()
-    except (OSError, http.client.HTTPException) as error:
-        raise ValueError(f"{url} could not be fetched: {error!r}")
+        if secure:
+            import ssl
+            connection.sock = ssl.create_default_context().wrap_socket(
+                connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            connection.sock.do_handshake()
+        connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                           headers={"Host": parts.netloc, "Accept": "application/json"})
+        answer = connection.getresponse()
+        body = answer.read(most + 1)
+        if answer.status != 200 or len(body) > most:
+            raise OSError(f"it answered {answer.status} with {len(body)} bytes")
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
+                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
     finally:
+        timer.cancel()
         connection.close()
-    if answer.status != 200 or len(body) > most:
-        raise ValueError(f"{url} answered {answer.status} with {len(body)} bytes; expected 200 and at most {most}")
     control = answer.headers.get("Cache-Control", "").lower()
     age = re.search(r"\bmax-age=(\d{1,9})\b", control)
     return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
@@ -4145,6 +4238,18 @@ def set_cookie(portal: Portal, request: Request, value: str) -> str:
     return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
 
+def browser_session(portal: Portal, request: Request) -> str:
+    """The session id that this browser's cookie holds, "" if none: a value that `new_session_id` can't have drawn was
+    planted, and comes back in no header and no page."""
+    value = request.cookie(cookie_name(portal))
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
+
+
+def new_session_id() -> str:
+    """A session's id: 192 random bits."""
+    return secrets.token_urlsafe(24)
+
+
 def form_token(session_id: str) -> str:
     """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
     return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
@@ -4152,7 +4257,7 @@ def form_token(session_id: str) -> str:
 
 def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     user = session_id and portal.state.row(
         "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
         session_id, portal.clock.now())
@@ -4162,21 +4267,28 @@ def session_user(portal: Portal, request: Request) -> Row | None:
 
 
 def guarded_form(portal: Portal, request: Request) -> Fields:
-    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF)."""
+    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF).
+
+    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows; then the
+    browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
+    """
     form = Fields(request.form())
-    session_id = request.cookie(cookie_name(portal))
+    session_id = browser_session(portal, request)
     if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
         raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
                         "are off. Go back to the start page and try again.", 403)
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise PageError("forbidden", "This form stood on another site (Sec-Fetch-Site). Go back to the start page and "
+                        "try again.", 403)
     return form
 
 
-def start_session(portal: Portal, username: str) -> str:
-    """Sign a user in; gives the new session's id."""
-    session_id = secrets.token_urlsafe(24)
-    now = portal.clock.now()
+def start_session(portal: Portal, username: str, earlier: str) -> str:
+    """Sign a user in; gives the new session's id. The browser's earlier session ends."""
+    session_id, now = new_session_id(), portal.clock.now()
     with portal.state.transaction() as database:
         forget_expired(database, "sessions", now)
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
         database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
     return session_id
 
@@ -4194,7 +4306,7 @@ def local_path(text: str) -> str:
 
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
     """The form; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
     form = tag("form",
                hidden(session_id, next=next_path),
                tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
@@ -4221,7 +4333,10 @@ def login(portal: Portal, request: Request) -> Response:
     """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
     if request.method != "POST":
         fields = Fields(request.pairs())
-        return sign_in_page(portal, request, fields.get("username", "daniel-adams"), "", local_path(fields.get("next")))
+        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
+        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid")
+        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
+                            local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
     user = portal.user(username)
@@ -4230,7 +4345,7 @@ def login(portal: Portal, request: Request) -> Response:
     if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
         return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
     return redirect(portal.browser_base(request) + next_path,
-                    [set_cookie(portal, request, start_session(portal, username))])
+                    [set_cookie(portal, request, start_session(portal, username, browser_session(portal, request)))])
 
 
 @route("POST /logout", "S4S", kind="page")
@@ -4238,7 +4353,7 @@ def logout(portal: Portal, request: Request) -> Response:
     """Sign out: the session ends on the server, whatever becomes of the cookie."""
     guarded_form(portal, request)
     with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (request.cookie(cookie_name(portal)),))
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
     return redirect(portal.browser_base(request) + "/")
 
 
@@ -4255,14 +4370,15 @@ PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # ho
 
 
 class Authorization:
-    """An authorization request on its way through the checks below, each of which may refuse it."""
+    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.redirect_uri = self.scope = ""
-        self.issuer = portal.browser_base(request)
-        self.client: Client
-        self.launch: Json = {}       # what the EHR's launch says: username, patient_id, context
-        self.signed_in_since = 0.0   # the user must have signed in after this time
+        self.client: Client                           # check_client
+        self.redirect_uri = ""                        # check_redirect_uri
+        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
+        self.scope = ""                               # check_scope: what can be granted
+        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
+        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
 
 
 def check_client(asked: Authorization) -> None:
@@ -4276,10 +4392,15 @@ def check_client(asked: Authorization) -> None:
 
 
 def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3)."""
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+
+    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
+    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
+    """
     uri = asked.fields.need("redirect_uri")
     registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
-    if uri not in registered:
+    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
+    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
         raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
                           f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
@@ -4354,10 +4475,29 @@ def check_pkce(asked: Authorization) -> None:
     asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
 
 
+def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, and each ?param=value is a search parameter of the records' version, with a value it takes.
+
+    Any other would find nothing, and would put words of the app's choice before the person who decides.
+    """
+    scope = negotiate_scope(asked, registered, contexts)
+    for one in resource_scopes(scope):
+        for name, value in one.constraints:
+            version = fhir_version(portal)
+            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
+                with contextlib.suppress(FhirError):
+                    parse_constraint(version, type_name, name, value)
+                    break
+            else:
+                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
+                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
+    return scope
+
+
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
     wanted = asked.fields.need("scope")
-    asked.scope = negotiate_scope(wanted, asked.client.scope)
+    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
     if not asked.client.may_use("refresh_token"):
         asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
     if not asked.scope:
@@ -4411,8 +4551,13 @@ def check_launch(asked: Authorization) -> None:
     asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. The
-# last is the only one that changes anything.
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
+# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
+# only one that changes anything.
+#
+# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
+# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
+# before anybody signs in.
 PAGE_CHECKS = (check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
                    check_openid, check_launch)
@@ -4438,11 +4583,9 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PageError:
         raise
     except PortalError as error:
-        # RFC 6749 section 4.1.2.1 allows an error_description these characters only.
-        description = re.sub(r"[^ !#-\[\]-~]", "?", error.description)
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-                                               error=error.error, error_description=description))
+                                               error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
                "signed_in_since": asked.signed_in_since,
@@ -4525,20 +4668,23 @@ def consent(portal: Portal, request: Request) -> Response:
     if decision == "deny":
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
-    if patient_id == "":
+    if patient_id == TO_CHOOSE:
         text = fields.get("q")
         return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
     return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id or "", details, labels, fields.get("approval_expires"),
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
         fields.get("encounter_id"), user["started"])))
 
 
+TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
+
+
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
-    """The patient of an authorization: the launch's, the one chosen, or the only one there is. "" while there is still
-    a choice to make; None where the scope is about no patient's record and the user has none of their own.
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
+    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
 
     PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
     signs nobody in, since whoever sees the link has it.
@@ -4547,16 +4693,16 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
     if wanted not in (None, username):
         raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
                         "out, then launch the app again.", 403)
-    if fixed and chosen not in ("", fixed):
+    if fixed and chosen not in (TO_CHOOSE, fixed):
         raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
     patient_id, user = fixed or chosen, portal.user(username)
     if not patient_id:
         needed = needs_patient(details["scope"])
         if user and user["any_patient"]:
-            return "" if needed else None
+            return TO_CHOOSE if needed else None
         patients = portal.patients_of(username)
         if needed and len(patients) != 1:
-            return ""
+            return TO_CHOOSE
         if not patients:
             return None
         patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
@@ -4576,7 +4722,7 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
     """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
     if not patients and not text:
         raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id, action = request.cookie(cookie_name(portal)), f"{portal.browser_base(request)}/oauth/consent"
+    session_id, action = browser_session(portal, request), f"{portal.browser_base(request)}/oauth/consent"
     search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
                      tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
                      tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
@@ -4641,11 +4787,13 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
         if name in client.metadata]
     return tag("div", facts(
         ("App", [tag("strong", client.name), links]),
+        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
         ("Whose data", whose),
         ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
         ("Decided by", user["name"])),
-        tag("p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app.",
-            class_="quiet"))
+        client.registered_itself and tag(
+            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
+            "Approve only if you have just come from that app.", class_="quiet"))
 
 
 def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
@@ -4654,7 +4802,12 @@ def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
         parsed = parse_scope(word)
         kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
         plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
-        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, " ",
+        # The app wrote the values. Quoted, they can't read as the portal's own words.
+        limits = [[" and " if number else ", but only where ", name, " is ", [
+            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
+            for place, one in enumerate(_COMMA.split(value))]]
+                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
                    tag("small", tag("code", word)))
     parsed = resource_scopes(scope)
     warnings = [text for text, holds in (
@@ -4690,7 +4843,7 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
                    class_="card")
     return page(
         portal, f"Share data with {client.name}?",
-        tag("form", hidden(request.cookie(cookie_name(portal)), request=request_id, patient_id=patient_id or ""),
+        tag("form", hidden(browser_session(portal, request), request=request_id, patient_id=patient_id or ""),
             # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
             tag("button", "Stay", data_slide="stay", hidden=True),
             step(1, "What this is",
@@ -4720,28 +4873,26 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
 
 
 class Grant(NamedTuple):
-    """What a user approved, before it is stored."""
+    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
     grant_id: str
     client_id: str
     username: str | None
     patient_id: str | None
     scope: str
-    labels: Sequence[str]
     approval_expires: float
     issuer: str
+    security_labels: str = "[]"
     redirect_uri: str | None = None
     code_challenge: str | None = None
     nonce: str | None = None
     signed_in: float | None = None
-    context: str = "{}"  # JSON: members of the token response beside patient
+    context: str = "{}"
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient_id: str, details: Json, labels: Sequence[str],
+def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
               until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
-    """What the consent form says, as a grant; PageError where the form can't be."""
-    patient = whose_record(portal, username, details, patient_id)
-    if patient == "":
-        raise PageError("invalid_request", "Choose whose record.")
+    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
+    be."""
     offered = offered_categories(portal, client, details["scope"])
     labels = [OLD_CATEGORIES.get(label, label) for label in labels]
     for label in labels:
@@ -4765,17 +4916,20 @@ def new_grant(portal: Portal, client: Client, username: str, patient_id: str, de
             raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
     elif encounter_id not in ("", context.get("encounter")):
         raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
-    return Grant(new_token(), client.client_id, username, patient, details["scope"],
-                 # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-                 labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])],
-                 expires, details["issuer"], details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
+    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
+                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
                  now if signed_in is None else signed_in, json.dumps(context))
 
 
-def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> None:
-    """Write a grant down."""
-    database.execute("INSERT INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)", (
-        *grant[:5], json.dumps(grant.labels), now, *grant[6:]))
+def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
+    """Write a grant down; gives its row."""
+    columns = {**grant._asdict(), "approved": now}
+    database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                     tuple(columns.values()))
+    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+    return row
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
@@ -4807,7 +4961,7 @@ def apps(portal: Portal, request: Request) -> Response:
     for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
                                  "ORDER BY approved DESC", user["username"], portal.clock.now()):
         shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
-    session_id, base = request.cookie(cookie_name(portal)), portal.browser_base(request)
+    session_id, base = browser_session(portal, request), portal.browser_base(request)
 
     def app_name(client_id: str) -> str:
         client = portal.client(client_id)
@@ -4853,7 +5007,7 @@ def apps(portal: Portal, request: Request) -> Response:
 
 def sign_out(portal: Portal, request: Request) -> Markup:
     """The button to sign out."""
-    return tag("form", hidden(request.cookie(cookie_name(portal))), tag("button", "Sign out", class_="btn-default"),
+    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
                method="post", action=f"{portal.browser_base(request)}/logout")
 
 
@@ -4952,7 +5106,7 @@ def launch_page(portal: Portal, request: Request) -> Response:
         given = {name: value for name, value in chosen.items() if value and name != "name"}
         return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
             fields.get("need_patient_banner")))["launch_url"])
-    session_id = request.cookie(cookie_name(portal)) or secrets.token_urlsafe(24)
+    session_id = browser_session(portal, request) or new_session_id()
 
     def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
         return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
@@ -5031,56 +5185,56 @@ def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
     database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
 
 
-def spend(portal: Portal, client: Client, kind: str, value: str,
-          check: Callable[[Row], None], issue: Callable[[sqlite3.Connection, Row, float], Json]) -> Json:
-    """Use up a code or a refresh token, once: look, judge, mark and issue in one transaction, so that of any number
-    of requests that race, one wins.
+@contextlib.contextmanager
+def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
+    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
+    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
 
     A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
-    RFC 9700 section 4.14.2). Any other failure consumes nothing.
+    RFC 9700 section 4.14.2).
     """
-    name, now = {"code": "code", "refresh": "refresh_token"}[kind], portal.clock.now()
+    name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
         if not row or row["kind"] != kind or row["client_id"] != client.client_id:
             raise PortalError("invalid_grant", f"this {name} was not issued to this client")
         if not row["spent"]:
-            if row["ended"] or row["expires"] <= now:
+            if row["ended"] or row["expires"] <= portal.clock.now():
                 raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-            check(row)
+            yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-            return issue(database, row, now)
+            return
         end_grant(database, row["grant_id"])
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
+def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
+    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
+    its challenge (RFC 7636 section 4.6)."""
+    if redirect_uri != row["redirect_uri"]:
+        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
+    if not row["code_challenge"]:
+        if verifier:
+            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
+    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
+        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+
+
 def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
-    code, verifier = form.need("code"), form.get("code_verifier")
-    uri = form.get("redirect_uri")
-    grants: list[Row] = []
-
-    def check(row: Row) -> None:
-        if uri != row["redirect_uri"]:
-            raise PortalError("invalid_grant", f"redirect_uri {uri!r} is not the one of the authorization request")
-        if row["code_challenge"]:
-            # RFC 7636 section 4.6: who asked is who knows the verifier.
-            if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
-                raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
-            if not same_secret(s256_challenge(verifier), row["code_challenge"]):
-                raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
-        elif verifier:
-            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        grants.append(row)
+    code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
+    now = portal.clock.now()
+    with spending(portal, client, "code", code) as (database, row):
+        check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        return issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    answer = spend(portal, client, "code", code, check, issue)
+        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
     request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
                  f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, grants[0])  # takes milliseconds, so nobody waits for the database
+        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
 
 
@@ -5089,19 +5243,17 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
 
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
-    wanted = form.get("scope")
+    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
     if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
         raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
-
-    def check(row: Row) -> None:
+    with spending(portal, client, "refresh", value) as (database, row):
         for word in wanted.split():
             if not scope_covers(row["scope"], word):
                 raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
-
-    def issue(database: sqlite3.Connection, row: Row, now: float) -> Json:
-        scope = (negotiate_scope(wanted, row["scope"]) if wanted else "") or row["scope"]
-        return issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    answer = spend(portal, client, "refresh", form.need("refresh_token"), check, issue)
+        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
+        if not scope:
+            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
+        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
     request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
     return answer
 
@@ -5118,16 +5270,14 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
         raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
                           "scopes are for clients of --fixtures only")
     wanted = form.need("scope")
-    scope = negotiate_scope(wanted, client.scope, ("system",))
+    scope = served_scope(portal, wanted, client.scope, ("system",))
     if not scope:
         raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
                           f"within {client.scope!r}")
     now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, [], now + BACKEND_SECONDS, portal.base(request))
+    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
-        return issue_access(database, row, scope, now, None)
+        return issue_access(database, store_grant(database, grant, now), scope, now, None)
 
 
 GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
@@ -5166,28 +5316,47 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
-def bearer_token(portal: Portal, request: Request) -> Row | None:
-    """The access token of a request's Authorization header (RFC 6750 section 2.1), if it is good."""
+def bearer_value(request: Request) -> str | None:
+    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
     scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    return row if row and row["kind"] == "access" and is_active(portal, row) else None
+    return value.strip() if scheme.lower() == "bearer" else None
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
+    one: an error code is for those who tried (RFC 6750 section 3.1)."""
+    value = bearer_value(request)
+    if value is None:
+        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
+    row = known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
+    request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
+                 "(RFC 6750 section 2.1)")
+    return row
 
 
 @route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
 def introspect(portal: Portal, request: Request) -> Response:
     """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
-    the bearer of a token of the same authorization."""
+    the bearer of a token of the same authorization.
+
+    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
+    """
     form = Fields(request.form())
-    row = known_token(portal, form.need("token"))
-    if request.headers.get("authorization", "").lower().startswith("bearer "):
-        asker = bearer_token(portal, request)
-        if not asker or not (asker["username"] is None or (row and row["grant_id"] == asker["grant_id"])):
-            raise invalid_client("expected a bearer token that is valid, and is for system/ scopes or of the "
-                                 "authorization asked about")
-    else:
-        client = authenticate_client(portal, request, form)
-        if client.auth_method == "none" and row and row["client_id"] != client.client_id:
-            row = None  # anybody can say a public client's name; it learns of its own tokens only
+    row, expected = known_token(portal, form.need("token")), (
+        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
+    if bearer_value(request) is not None:
+        try:
+            asker = bearer(portal, request)
+        except PortalError as error:
+            raise PortalError("invalid_client", expected, 401, error.headers)
+        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
+            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
+    elif authenticate_client(portal, request, form).auth_method == "none":
+        raise invalid_client(f"a public client proves nothing by its id: {expected}")
     if not row or not is_active(portal, row):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
     answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
@@ -5201,7 +5370,10 @@ def introspect(portal: Portal, request: Request) -> Response:
 
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009)."""
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
+
+    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
+    """
     form = Fields(request.form())
     value = form.need("token")
     client = authenticate_client(portal, request, form)
@@ -5226,9 +5398,14 @@ def claims_of(portal: Portal, row: Row) -> Json:
         return {}
     claims = {"sub": row["username"]}
     who = portal.fhir_user(row["username"], row["patient_id"])
-    if who and not {"fhirUser", "profile"}.isdisjoint(words):
+    if who and may_know_who(row):
         claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
     return claims
+
+
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
 
 
 def signing_key(portal: Portal) -> RsaKey:
@@ -5267,17 +5444,13 @@ def jwks(portal: Portal, request: Request) -> Response:
 
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
-    """Who the user of an access token is: what the id_token says, and the name."""
-    row, realm = bearer_token(portal, request), 'Bearer realm="s4s"'
-    if not row:
-        given = ', error="invalid_token"' if "authorization" in request.headers else ""  # RFC 6750 section 3.1
-        raise PortalError("invalid_token", "expected Authorization: Bearer and an access token that is valid", 401,
-                          [("WWW-Authenticate", realm + given)])
+    """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
+    row = bearer(portal, request)
     user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
     if not user or not claims:
         raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
-                          [("WWW-Authenticate", f'{realm}, error="insufficient_scope", scope="openid"')])
-    return json_response({**claims, "name": user["name"]})
+                          [challenge(error="insufficient_scope", scope="openid")])
+    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
 
 
 # ######################################################################## 15 forwarding
@@ -6162,18 +6335,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
 
 # ######################################################################## 16 the FHIR API
 
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; FhirError 401 without a good one (RFC 6750 section 3)."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if not scheme:
-        raise FhirError("login", "no access token: send Authorization: Bearer ...", 401, [REALM])
-    row = known_token(portal, value.strip()) if scheme.lower() == "bearer" else None
-    if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = "has expired" if row and row["live"] else "is not a valid one"
-        raise FhirError("login", f"the access token {why}", 401, [(
-            REALM[0], f'{REALM[1]}, error="invalid_token", error_description="the access token {why}"')])
-    request.client_id, request.username = row["client_id"], row["username"]
-    return row
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -6190,7 +6351,7 @@ def access_of(portal: Portal, row: Row) -> Access:
 
 def outcome(error: PortalError) -> Json:
     """An error as FHIR says it."""
-    code = error.error if isinstance(error, FhirError) else "invalid"
+    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
     return {"resourceType": "OperationOutcome", "issue": [
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
@@ -6219,11 +6380,11 @@ def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Seq
         for relation, rest in links]}
     if page.total is None:
         del head["total"]
+    start = '{"fullUrl":' + json.dumps(base)[:-1]
     entries = [
-        f'{{"fullUrl":{json.dumps(base + "/" + one.resource["resourceType"] + "/" + one.resource["id"])},"resource":'
-        + (json.dumps(only_elements(one.resource, names, version)) if names else one.text)
-        + f',"search":{{"mode":"{mode}"}}}}' for mode, found in (("match", page.matches), ("include", page.included))
-        for one in found]
+        f'{start}/{one.name}","resource":'
+        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
+        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
     text = json.dumps(head)
     return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
                          version=version)
@@ -6237,6 +6398,8 @@ def search(portal: Portal, request: Request, access: Access, type_name: str, bas
                         "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
     page = portal.records.search(query, access)
+    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
+                 "category")
     rest = [(name, value) for name, value in query.parameters if name != "_page"]
     links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
     if page.next:
@@ -6374,7 +6537,7 @@ def me(portal: Portal, request: Request) -> Response:
     rows = portal.state.rows(
         "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
         "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
-        "AND username = ? ORDER BY issued", now, row["client_id"], row["username"])
+        "AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
     return json_response({
         "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
             {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
@@ -6941,7 +7104,7 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     """
     client, user = known_client(portal, client_id), known_user(portal, username)
     asked = client.scope if scope is None else need_text("scope", scope)
-    granted = negotiate_scope(asked, asked)
+    granted = served_scope(portal, asked, asked)
     if not granted:
         raise PortalError("invalid_scope", f"scope: nothing of {asked!r} can be granted")
     now = portal.clock.now()
@@ -6952,10 +7115,9 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
     nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
     grant = Grant(new_token(), client.client_id, user["username"],
                   None if nobodys else users_patient(portal, username, patient_id),
-                  granted, [], need_moment("approval_expires", until), portal.public_url(), None, None)
+                  granted, need_moment("approval_expires", until), portal.public_url())
     with portal.state.transaction() as database:
-        store_grant(database, grant, now)
-        row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+        row = store_grant(database, grant, now)
         return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
 
 
@@ -7006,11 +7168,13 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
         if deny is not True:
             raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
         return decide(portal, request_id, None)
-    patient = whose_record(portal, username, details, "" if patient_id is None else need_text("patient_id", patient_id))
-    if patient == "":
-        patient = users_patient(portal, username, None)
-        if not patient:
+    patient = whose_record(portal, username, details,
+                           TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id))
+    if patient == TO_CHOOSE:
+        own = users_patient(portal, username, None)
+        if not own:
             raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
+        patient = whose_record(portal, username, details, own)
     labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
@@ -7018,7 +7182,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
     visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
     return decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient or "", details, labels, until, visit, now))
+        portal, client, user["username"], patient, details, labels, until, visit, now))
 
 
 @control("launch", lambda given: given)
@@ -7113,6 +7277,14 @@ def redact_pairs(text: str) -> str:
                     for name, equals, value in (part.partition("=") for part in text.split("&")))
 
 
+_LOOKS_SECRET = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}")
+
+
+def scrubbed(text: str) -> str:
+    """A text in which what looks like a token is cut short: an app may send one where none belongs, a path for one."""
+    return _LOOKS_SECRET.sub(lambda found: shorten(found[0]), text)
+
+
 class RecordedRequest(NamedTuple):
     """A request that came in, as it was; `repr` and `redacted` leave the secrets out."""
     method: str
@@ -7136,7 +7308,8 @@ class RecordedRequest(NamedTuple):
                 raise ValueError
         except (ValueError, RecursionError):
             body = body and REDACTED  # who can say what is in it
-        return {**self._asdict(), "query": redact_pairs(self.query), "headers": redact(self.headers), "body": body}
+        return {**self._asdict(), "path": scrubbed(self.path), "query": redact_pairs(self.query),
+                "headers": redact(self.headers), "body": body}
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
@@ -7189,13 +7362,11 @@ def find_route(request: Request) -> Route | None:
 
 def check_host(portal: Portal, request: Request) -> None:
     """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
-    settings, host = portal.settings, request.host
-    if not settings.local or host in [urlsplit(url).netloc for url in settings.base_url]:
-        return
-    name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-    if not is_loopback(name):
-        raise PortalError("misdirected_request", f"Host is {host!r}; this server is on loopback: use localhost, "
-                          "127.0.0.1 or a --base-url", 421)
+    settings = portal.settings
+    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
+    if trusting and not portal.is_ours(request.host):
+        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
+                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
 
 
 def check_same_origin(request: Request) -> None:
@@ -7208,13 +7379,14 @@ def check_same_origin(request: Request) -> None:
 
 def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
+    request.note(f"refused: {error}")
     if kind == "page":
         response = error_page(portal, error, request, found)
     elif kind == "fhir":
         response = Response(error.status, json.dumps(outcome(error)).encode(),
                             FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
     else:
-        response = json_response({"error": error.error, "error_description": error.description}, error.status)
+        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
     response.headers += error.headers
     return response
 
@@ -7312,8 +7484,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         started = time.perf_counter()
         response = dispatch(self.server.portal, request)
-        self.send(request.method, response)
+        # First the log, so that who has the answer finds the story of it there.
         self.server.log_request(request, response.status, time.perf_counter() - started)
+        self.send(request.method, response)
         if request.broken:
             self.linger()
 
@@ -7479,11 +7652,11 @@ class Listener(http.server.HTTPServer):
         settings = self.portal.settings
         if settings.quiet:
             return
-        path = re.sub(r"[0-9a-f]{8}-[0-9a-f-]{27}", lambda found: shorten(found[0]), request.path)
         who = " ".join(part for part in (request.client_id, request.username) if part)
-        line = f"{request.method} {path} {status} {seconds * 1000:.1f} ms {who}".rstrip()
-        line = re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", line)
-        self.portal.log("\n    ".join([line, *(request.notes if settings.verbose else [])]))
+        line = f"{scrubbed(request.method + ' ' + request.path)} {status} {seconds * 1000:.1f} ms {who}".rstrip()
+        notes = map(scrubbed, request.notes if settings.verbose else ())
+        self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", text)
+                                      for text in (line, *notes)))
 
     def accept_until_stopped(self) -> None:
         """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a second."""
@@ -7745,20 +7918,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="s4s_proxy.py", description="A SMART on FHIR patient portal for testing, with made-up patients.",
         epilog="The source is the manual: it is meant to be read from top to bottom, in a day.")
-    for one in fields(Settings):
-        flag, shown = "--" + one.name.replace("_", "-"), one.metadata
-        options: Json = {"default": argparse.SUPPRESS, "help": shown["help"]}
-        if one.type == "bool":
-            options["action"] = "store_true"
-        elif one.type == "bool | None":
-            options["action"] = argparse.BooleanOptionalAction
+    for name, option in OPTIONS.items():
+        kind = Settings.__annotations__[name]
+        shown: Json = {"default": argparse.SUPPRESS, "help": option.text}
+        if kind == "bool":
+            shown["action"] = "store_true"
+        elif kind == "bool | None":
+            shown["action"] = argparse.BooleanOptionalAction
         else:
-            options.update(metavar=shown["placeholder"], type={"int": int, "float": float}.get(str(one.type), str))
-            if str(one.type).startswith("list"):
-                options["action"] = "append"
-            elif one.default is not None:
-                options["help"] += f" (default: {one.default})"
-        parser.add_argument(flag, **options)
+            shown.update(metavar=option.placeholder, type={"int": int, "float": float}.get(kind, str))
+            if kind.startswith("list"):
+                shown["action"] = "append"
+            elif option.default is not None:
+                shown["help"] += f" (default: {option.default})"
+        parser.add_argument("--" + name.replace("_", "-"), **shown)
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -7799,7 +7972,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = threading.Event()
     try:
         environment = settings_from_environment(chosen)
-        server = Server(**{"port": Settings.port, "quiet": False, **environment, **chosen}).start()
+        server = Server(**{"port": OPTIONS["port"].default, "quiet": False, **environment, **chosen}).start()
     except StartError as error:
         print(f"s4s_proxy.py: {error}", file=sys.stderr)
         return 1
