@@ -15,51 +15,78 @@ its first page, and its debug endpoints hand out tokens to whoever asks.
 
 Map of the file. Each part uses only what stands above it; `grep '^# ####'` lists them.
 
-    1  settings      everything that can be chosen, once for keyword and command line
-    2  errors        what a client is told, and in which shape
-    3  secrets       random values, hashes, PKCE
-   3b  signing       tokens that say who signed them: RSA, P-384, JWT
-    4  scopes        what an app may ask for, and what a scope allows
-    5  state         the tables, and the clock
-    6  sample data   rows of facts about three people, and a builder for each FHIR type
-    7  the record    what belongs to a patient; reading, searching, paging
-    8  the portal    settings, state and record together; requests, answers, routes
-    9  pages         HTML that escapes by default
-   10  discovery     how an app finds the endpoints
-   11  clients       registration and authentication of apps
-   12  sign-in       who is at the browser
-   13  authorization the request, whose record, consent, the code
-  13b  launch        the EHR starts an app
-   14  tokens        exchange, refresh, introspection, revocation
-  14b identity      who signed in, for the app (OpenID Connect)
-   15  forwarding    the same questions put to a real FHIR server; no address of it gets out
-   16  the FHIR API  the record behind a token
-   17  start page    what this is, for who opens it in a browser
-   17b demo app      a SMART app in one page, to watch and to copy
-   18  test controls what a test may do that an app may not
-   19  HTTP          sockets; nothing above knows of them
-   20  server        the fixture that tests use
-   21  command line
+    1  errors                what a client is told, and in which shape
+    2  settings              everything that can be chosen, once for keyword and command line
+    3  secrets               random values, hashes, PKCE
+    4  scopes                what an app may ask for, and what a scope allows
+    5  state                 the tables, and the clock
+    6  sample data           rows of facts about three people, and a builder for each FHIR type
+    7  the record            whose a resource is, and of which category
+    8  search                what FHIR's search parameters find
+    9  access                the one place that judges what a request may see
+   10  embedded records      loading, reading and searching in SQLite
+   11  messages              HTTP and JSON as strangers send them
+   12  a FHIR server behind  another server's records; no address of it gets out
+   13  signing               JSON Web Tokens and the arithmetic under them; may be left for later
+   14  the portal            settings, state and records together; requests, answers, routes
+   15  pages                 HTML that escapes by default
+   16  discovery             how an app finds the endpoints
+   17  clients               registration and authentication of apps
+   18  sign-in               who is at the browser
+   19  authorization         the request, whose record, consent, the code
+   20  launch                how a health record starts an app
+   21  identity              who signed in, told to the app
+   22  tokens                exchange, refresh, introspection, revocation
+   23  reading               the FHIR API's answers from the embedded records
+   24  forwarding            the same from the FHIR server behind
+   25  the FHIR API          the record behind a token
+   26  start page            what this is, for who opens it in a browser
+   27  demo app              a SMART app in one page of JavaScript
+   28  test controls         what a test may do that an app may not
+   29  HTTP                  sockets; nothing above knows of them
+   30  server                the fixture that tests use
+   31  command line
 
-Legend: the field's own names, used for nothing else.
+Follow one request. An app sends the browser to /oauth/authorize; ten stops later it reads a record.
 
-    client         an app, as the authorization server knows it (RFC 6749 section 1.1)
+     1  Handler.read_request   bytes become a Request; `dispatch` finds the endpoint for it
+     2  authorize              the app's question, brought by the browser
+     3  begin_authorization    an ordered list of checks; who fails one sees a page, or the app is told
+     4  login                  who is at the browser
+     5  consent                whose record, what of it, until when, yes or no
+     6  decide                 a grant is written down; the browser carries a code back to the app
+     7  token                  the app comes by itself now, and says who it is
+     8  exchange_code          code and verifier become an access token, once
+     9  fhir                   the app shows the token to the FHIR API
+    10  Access.may_see         every resource is judged before a byte of it leaves
+
+Legend: the field's own names.
+
+    client         an app, as the authorization server knows it (RFC 6749 section 1.1): public if it
+                   can keep no secret, confidential if it can; a backend service acts for no user
     user           a person who signs in; may open one patient's record or several
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
-    launch         the EHR's: an app started from within it, with the record that is open there
     code           the short-lived voucher that the browser carries back to the app
+    PKCE           a secret made for one request, so that a stolen code is worth nothing (RFC 7636)
     access token   what the app shows to the FHIR API
     refresh token  what the app trades for a new access token
     scope          what a token allows, in words like patient/Observation.rs
+    issuer         the authorization server's name: its base URL
+    audience       whom something is meant for: a FHIR server (aud), or who may read a signed statement
+    assertion      a statement that an app signs to prove who it is; its parts are called claims
+    id_token       a statement that this server signs, of who signed in
+    introspection  asking what a token is good for
+    launch         how an app starts: by itself (standalone), or from a health record (EHR launch)
     category       a kind of data the patient may leave out; "security label" in S4S
     compartment    the resources that belong to one patient
+    resource       a piece of a record in FHIR, as JSON; a Bundle holds several, a Binary holds a file,
+                   an OperationOutcome says what went wrong
 
-The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7515 to 7519 (JOSE: signed
-tokens and keys), 7523 (assertions), 7591 (registration), 7636 (PKCE), 7638 (thumbprints), 7662 (introspection),
-8017 (RSA), 8252 (native apps), 8414 (discovery), 8707 (resource), 9207 (issuer in the answer), 9700 (best
-practice); OpenID Connect Core; SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/);
-S4S is Sync for Science, whose "SMART Example Server" of 2018 this file follows.
+The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7591 (registration),
+7636 (PKCE), 7662 (introspection), 8414 (discovery), 9207 (issuer in the answer), 9700 (security);
+SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/); S4S is Sync for
+Science, whose "SMART Example Server" of 2018 this file follows.
 
 Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Apache-2.0,
 Copyright 2015 Boston Children's Hospital.
@@ -109,7 +136,59 @@ Json = dict[str, Any]  # a JSON object; FHIR resources are such
 FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people call them, and how FHIR does
 
 
-# ######################################################################## 1 settings
+# ######################################################################## 1 errors
+
+class StartError(Exception):
+    """The server can't start; the message says why and how to mend it, in one line."""
+
+
+class PortalError(Exception):
+    """A request refused: `status` is HTTP's, `error` a code of the endpoint's text, `description` is for people.
+
+    Test controls raise it as it is; over HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2).
+    """
+    def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[tuple[str, str]] = ()):
+        super().__init__(f"{error}: {description}")
+        self.error, self.description, self.status, self.headers = error, description, status, list(headers)
+
+    @property
+    def error_description(self) -> str:
+        """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
+        return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
+
+
+def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
+    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
+    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
+
+
+class PageError(PortalError):
+    """An error that a person at a browser sees, as a page. Nothing is sent to the app."""
+
+
+class RedirectError(PortalError):
+    """An authorization error that travels to the app's redirect URI (RFC 6749 section 4.1.2.1).
+
+    Raised only after client and redirect URI have been found good: before that, a redirect would make this
+    server a tool for sending people anywhere (RFC 6749 section 10.15). `url` is where the browser goes.
+    """
+    def __init__(self, error: PortalError, url: str):
+        super().__init__(error.error, error.description)
+        self.url = url
+
+
+class FhirError(PortalError):
+    """An error of the FHIR API: an OperationOutcome, whose issue code `error` is of FHIR's issue-type value set."""
+
+
+# ######################################################################## 2 settings
+
+@functools.lru_cache(maxsize=1000)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this very machine."""
+    host = host.strip("[]").lower()
+    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
 
 class Option(NamedTuple):
     """A setting's default, and how --help shows it."""
@@ -207,58 +286,6 @@ class Settings:
 OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
 
 
-@functools.lru_cache(maxsize=1000)
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this very machine."""
-    host = host.strip("[]").lower()
-    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
-
-
-# ######################################################################## 2 errors
-
-class StartError(Exception):
-    """The server can't start; the message says why and how to mend it, in one line."""
-
-
-class PortalError(Exception):
-    """A request refused: `status` is HTTP's, `error` a code of the endpoint's text, `description` is for people.
-
-    Test controls raise it as it is; over HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2).
-    """
-    def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[tuple[str, str]] = ()):
-        super().__init__(f"{error}: {description}")
-        self.error, self.description, self.status, self.headers = error, description, status, list(headers)
-
-    @property
-    def error_description(self) -> str:
-        """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
-        return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
-
-
-def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
-    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
-    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
-
-
-class PageError(PortalError):
-    """An error that a person at a browser sees, as a page. Nothing is sent to the app."""
-
-
-class RedirectError(PortalError):
-    """An authorization error that travels to the app's redirect URI (RFC 6749 section 4.1.2.1).
-
-    Raised only after client and redirect URI have been found good: before that, a redirect would make this
-    server a tool for sending people anywhere (RFC 6749 section 10.15). `url` is where the browser goes.
-    """
-    def __init__(self, error: PortalError, url: str):
-        super().__init__(error.error, error.description)
-        self.url = url
-
-
-class FhirError(PortalError):
-    """An error of the FHIR API: an OperationOutcome, whose issue code `error` is of FHIR's issue-type value set."""
-
-
 # ######################################################################## 3 secrets
 
 def base64url(data: bytes) -> str:
@@ -305,222 +332,6 @@ def hash_password(password: str, salt: str) -> str:
 DEMO_PASSWORD = "demo-password"
 DEMO_SALT = "s4s-demo"
 DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
-
-
-# ######################################################################## 3b signing
-
-# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
-# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
-# many tells something about the key: a production server leaves this to a library.
-
-def base64url_bytes(text: str) -> bytes:
-    """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
-    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    if base64url(data) != text:
-        raise ValueError(f"{text[:20]!r} is not base64url without padding")
-    return data
-
-
-def _jwk_number(jwk: Json, name: str) -> int:
-    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
-    text = jwk.get(name)
-    return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
-
-
-def _jwk_text(number: int) -> str:
-    """A number as a JWK holds it."""
-    return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
-
-
-class RsaKey(NamedTuple):
-    """A private RSA key: two primes, known to nobody else (RFC 8017 section 3.2)."""
-    p: int
-    q: int
-
-    def public_jwk(self) -> Json:
-        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
-        jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
-        return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
-
-
-RSA_EXPONENT = 65537
-RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
-    "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
-    "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
-
-
-def new_rsa_key(bits: int = 2048) -> RsaKey:
-    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
-    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
-
-    def prime() -> int:
-        while True:
-            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
-            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
-                return number
-    key = RsaKey(prime(), prime())
-    return key if key.p != key.q else new_rsa_key(bits)
-
-
-def is_prime(number: int) -> bool:
-    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
-    halvings = ((number - 1) & (1 - number)).bit_length() - 1
-    for _ in range(5):
-        power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
-        if power in (1, number - 1):
-            continue
-        for _ in range(halvings - 1):
-            power = power * power % number
-            if power == number - 1:
-                break
-        else:
-            return False
-    return True
-
-
-def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
-    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
-    make, name = RSA_HASHES[algorithm]
-    end = b"\0" + name + make(message).digest()
-    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
-
-
-def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
-    """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
-    length = ((key.p * key.q).bit_length() + 7) // 8
-    padded = _padded_hash(algorithm, message, length)
-    by_p = pow(padded, pow(RSA_EXPONENT, -1, key.p - 1), key.p)
-    by_q = pow(padded, pow(RSA_EXPONENT, -1, key.q - 1), key.q)
-    return (by_q + (by_p - by_q) * pow(key.q, -1, key.p) % key.p * key.q).to_bytes(length, "big")
-
-
-def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
-    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
-    modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
-    if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
-        raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
-    length, number = (modulus.bit_length() + 7) // 8, int.from_bytes(signature, "big")
-    return (len(signature) == length and number < modulus
-            and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
-
-
-# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
-P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
-P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
-P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
-P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
-          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
-Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
-
-
-def _double(point: Point) -> Point:
-    """A point added to itself (Cohen, Miyaji and Ono 1998, for a = -3)."""
-    x, y, z = point
-    square, zz = y * y % P384_P, z * z % P384_P
-    slope, mean = 3 * (x - zz) * (x + zz), 4 * x * square
-    x3 = (slope * slope - 2 * mean) % P384_P
-    return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
-
-
-def _add(one: Point, other: Point) -> Point:
-    """The sum of two points."""
-    (x1, y1, z1), (x2, y2, z2) = one, other
-    if not z1 or not z2:
-        return other if not z1 else one
-    zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
-    u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
-    width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
-    if not width:
-        return (1, 1, 0) if height else _double(one)
-    cube = width * width % P384_P
-    mean, cube = u1 * cube % P384_P, cube * width % P384_P
-    x3 = (height * height - cube - 2 * mean) % P384_P
-    return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
-
-
-def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
-    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
-
-    ValueError for a key that is not a point of P-384.
-    """
-    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
-    x, y, _ = key
-    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
-        raise ValueError("expected a point of the curve P-384 as x and y")
-    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
-    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
-        return False
-    inverse = pow(s, -1, P384_N)
-    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
-    u2 = r * inverse % P384_N
-    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
-    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
-    for bit in range(383, -1, -1):
-        total = _double(total)
-        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
-        if which:
-            total = _add(total, sums[which])
-    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
-
-
-KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
-
-
-def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
-    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
-    if algorithm == "ES384":
-        return es384_verify(jwk, message, signature)
-    return rsa_verify(jwk, algorithm, message, signature)
-
-
-def key_set(value: Any) -> list[Json]:
-    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError, with words, where an app should mend its set."""
-    keys = value.get("keys") if isinstance(value, dict) else None
-    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
-        raise ValueError('expected a JSON object with "keys", an array of objects')
-    for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
-        if any(name in key for key in keys):
-            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make new keys")
-    names = [json.dumps([key.get("kty"), key.get("kid")]) for key in keys]
-    if len(set(names)) < len(names):
-        raise ValueError("two keys have the same kty and kid")
-    return keys
-
-
-def thumbprint(jwk: Json) -> str:
-    """A name for a key that follows from the key itself (RFC 7638)."""
-    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
-    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
-    return base64url(hashlib.sha256(text.encode("ascii")).digest())
-
-
-def sign_jwt(key: RsaKey, claims: Json) -> str:
-    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
-    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
-    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
-    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
-
-
-class Jwt(NamedTuple):
-    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
-    header: Json
-    claims: Json
-    signed: bytes
-    signature: bytes
-
-
-def read_jwt(text: str) -> Jwt:
-    """Take a JWT apart; ValueError for what is none."""
-    parts = text.split(".")
-    try:
-        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
-        signature = base64url_bytes(parts[2])
-        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
-    except (ValueError, IndexError, RecursionError):
-        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
-    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
-        raise ValueError("expected a JWT whose header and claims are JSON objects")
-    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
 
 
 # ######################################################################## 4 scopes
@@ -718,7 +529,6 @@ CREATE TABLE IF NOT EXISTS pages (
 CREATE INDEX IF NOT EXISTS pages_by_grant ON pages (grant_id);
 CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 """
-
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
 PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
@@ -747,10 +557,7 @@ CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
 -- version: of FHIR; samples: they are in.
 CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
-
 Row = sqlite3.Row
-
-
 MAX_KNOWN = 5000  # rows that a Store remembers
 
 
@@ -873,7 +680,6 @@ smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | T
 smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
     | 2054-5 | Black or African American
 """
-
 # id | patient | since | SNOMED CT | name
 PROBLEMS = """\
 14 | Daniel | 2005-05-22 | 48167000 | Amnesia
@@ -905,14 +711,12 @@ PROBLEMS = """\
 459 | Joseph | 2007-06-20 | 35183001 | Acute secretory otitis media
 601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency
 """
-
 # id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
 ALLERGIES = """\
 19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
 20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
 28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
 """
-
 # id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
 MEDICATIONS = """\
 101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
@@ -937,7 +741,6 @@ MEDICATIONS = """\
 143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 {tablet} | 90 \
     | 1 {tablet} | 1
 """
-
 # first id, then one more each | id of the medication | days | quantity | dates of handing over. SMART's four fills of
 # amlodipine, which it has no prescription for, are left out.
 FILLS = """\
@@ -957,7 +760,6 @@ FILLS = """\
 1236 | 103 | 10 | 75 mL | 2005-01-04
 1237 | 103 | 10 | 125 mL | 2005-02-07
 """
-
 # id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
 IMMUNIZATIONS = """\
 1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
@@ -971,14 +773,12 @@ IMMUNIZATIONS = """\
 9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
 10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
 """
-
 # id | patient | date | SNOMED CT | name
 SMOKING = """\
 21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
 5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
 6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker
 """
-
 # id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | oxygen: Daniel Adams's
 VISITS = """\
 828 | 1997-04-30 | 75 | 20 | 37.0 | 97.5 | 165.1 | 35.8 | 87 | 75 | 100
@@ -1009,7 +809,6 @@ VISITS = """\
 853 | 2009-10-30 | 25 | 20 | 36.9 | 91.7 | 163.1 | 34.5 | 40 | 25 | 100
 854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
 """
-
 # id | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's of 2008-07-10
 LABS = """\
 67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
@@ -1059,7 +858,6 @@ LABS = """\
 111 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
 112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L
 """
-
 # visit | date | values of the tests of LABS whose LOINC stands here: made up (as all below), to be drawn over time
 MORE_LABS = """\
 visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
@@ -1069,34 +867,29 @@ visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
 852 | 2009-10-29 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
 854 | 2009-12-01 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52
 """
-
 # id | visit | date | SNOMED CT | name
 PROCEDURES = """\
 1 | 834 | 2001-01-24 | 73761001 | Colonoscopy
 2 | 841 | 2005-02-10 | 399208008 | Plain X-ray of chest
 3 | 846 | 2009-04-08 | 816077007 | Magnetic resonance imaging of brain
 """
-
 # id | visit | date | DICOM modality | description | study UID
 IMAGES = """\
 1 | 841 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
 2 | 846 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
 """
-
 # id | visit | date | LOINC | type | content type | text; the PDF goes on with the problems and medicines
 DOCUMENTS = """\
 1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
 2 | 854 | 2009-12-01 | 11506-3 | Progress note | text/plain \
     | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
 """
-
 # id | visit | date | date of the bill | billed | paid, in USD
 BILLS = """\
 1 | 847 | 2009-04-14 | 2009-04-20 | 145.00 | 116.00
 2 | 851 | 2009-04-28 | 2009-05-04 | 145.00 | 116.00
 3 | 854 | 2009-12-01 | 2009-12-08 | 180.00 | 144.00
 """
-
 LOINC, SNOMED, RXNORM = "http://loinc.org", "http://snomed.info/sct", "http://www.nlm.nih.gov/research/umls/rxnorm"
 CVX, UCUM, NDFRT = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://hl7.org/fhir/ndfrt"
 HL7, IHE = "http://terminology.hl7.org/CodeSystem/", "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
@@ -1163,6 +956,7 @@ def noon(date: str) -> str:
 
 
 # The builders: a row's columns go in, resources of FHIR R4 come out, as US Core profiles them.
+
 
 def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str, city: str,
                   zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
@@ -1482,7 +1276,6 @@ STU3 = Version("", (
     ("MedicationStatement", "", "taken", lambda _: "y"),
     ("RelatedPerson", "relationship", "relationship", first),
 ))
-
 DSTU2 = Version("Coverage Endpoint ExplanationOfBenefit", (
     (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"), (DICOM, "http://nema.org/dicom/dicm"),
     ("MedicationRequest", "MedicationOrder"),
@@ -1522,7 +1315,6 @@ DSTU2 = Version("Coverage Endpoint ExplanationOfBenefit", (
     ("Practitioner RelatedPerson", "name", "name", first),
     ("RelatedPerson", "active", "", same),
 ))
-
 VERSIONS: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
 
 
@@ -1572,6 +1364,52 @@ def sample_resources(version: str) -> Iterator[Json]:
 
 # ######################################################################## 7 the record
 
+def elements(resource: Any, path: str) -> list[Any]:
+    """All values at a dotted path, through lists."""
+    found = [resource]
+    for name in path.split("."):
+        found = [item for value in found if isinstance(value, dict) and name in value
+                 for item in (value[name] if isinstance(value[name], list) else (value[name],))]
+    return found
+
+
+def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
+    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
+    found: list[tuple[str, str]] = []
+    for value in values:
+        if isinstance(value, dict):
+            for one in value["coding"] if isinstance(value.get("coding"), list) else (value,):
+                code = one.get("code", one.get("value")) if isinstance(one, dict) else None
+                if isinstance(code, str):
+                    found.append((str(one.get("system", "")), code))
+        elif isinstance(value, bool):
+            found.append(("", "true" if value else "false"))
+        elif isinstance(value, str):
+            found.append(("", value))
+    return found
+
+
+def strings_of(values: Iterable[Any]) -> Iterator[str]:
+    """The text in strings, and in the parts of HumanNames and Addresses."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state", "postalCode",
+                     "country") if isinstance(value, dict) else ():
+            yield from (text for text in elements(value, part) if isinstance(text, str))
+
+
+def as_list(value: Any) -> list[Any]:
+    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def reference_of(element: Any) -> str:
+    """The text of a FHIR Reference, "" if there is none."""
+    text = element.get("reference") if isinstance(element, dict) else None
+    return text if isinstance(text, str) else ""
+
+
 # How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2, STU3 and
 # R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father performed is Amy's
 # alone. Left out, and so refused, is what does not itself say whose it is: AuditEvent and Provenance point at other
@@ -1608,23 +1446,19 @@ _NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Dev
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
-def owner(resource: Json, base: str = "") -> str | None:
-    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told.
+def id_of(resource: Json) -> str | None:
+    """A resource's id; None where it has none that FHIR allows."""
+    key = resource.get("id")
+    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
 
-    Where several patients are named, in several elements or in contained resources, they must be the same one: a
-    record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
-    it is, but it must be of a type that could. References may be relative, or absolute below `base`; those to a
-    version count, those by identifier alone or into the resource itself (#) can't be told.
 
-    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
-    opens nothing: what was filed under a linked Patient needs a token for that one.
-    """
-    named = _named_patients(resource, base)
-    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
-        named = {NOBODY}
-    for inner in as_list(resource.get("contained")):
-        named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
-    return named.pop() if len(named) == 1 else None
+@functools.lru_cache(maxsize=1000)  # the same few stand in every resource of a record
+def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
+    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
+    if base and reference.startswith(base + "/"):
+        reference = reference[len(base) + 1:]
+    match = pattern.fullmatch(reference)
+    return match[1] if match else None
 
 
 def _named_patients(resource: Json, base: str) -> set[str | None]:
@@ -1644,30 +1478,23 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
             for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
 
 
-def id_of(resource: Json) -> str | None:
-    """A resource's id; None where it has none that FHIR allows."""
-    key = resource.get("id")
-    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
+def owner(resource: Json, base: str = "") -> str | None:
+    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told.
 
+    Where several patients are named, in several elements or in contained resources, they must be the same one: a
+    record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
+    it is, but it must be of a type that could. References may be relative, or absolute below `base`; those to a
+    version count, those by identifier alone or into the resource itself (#) can't be told.
 
-def as_list(value: Any) -> list[Any]:
-    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-@functools.lru_cache(maxsize=1000)  # the same few stand in every resource of a record
-def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
-    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
-    if base and reference.startswith(base + "/"):
-        reference = reference[len(base) + 1:]
-    match = pattern.fullmatch(reference)
-    return match[1] if match else None
-
-
-def reference_of(element: Any) -> str:
-    """The text of a FHIR Reference, "" if there is none."""
-    text = element.get("reference") if isinstance(element, dict) else None
-    return text if isinstance(text, str) else ""
+    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
+    opens nothing: what was filed under a linked Patient needs a token for that one.
+    """
+    named = _named_patients(resource, base)
+    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
+        named = {NOBODY}
+    for inner in as_list(resource.get("contained")):
+        named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
+    return named.pop() if len(named) == 1 else None
 
 
 # The categories of the consent page, in its order: what it is called there, and the types it covers.
@@ -1714,98 +1541,7 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-class Access:
-    """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
-    def __init__(self, scope: str | None, patient_id: str | None = None,
-                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
-                 fhir_user: str = "", version: str = "r4"):
-        self.scope = scope                    # None: everything, as /api/open-fhir shows it
-        self.patient_id = patient_id          # whose record patient/ scopes open
-        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
-        self.labels = labels                  # the categories approved; empty: not limited
-        self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
-        self.version = version                # of FHIR, for what ?param=value means
-        self.scopes = resource_scopes(scope or "")
-        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
-
-    def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
-        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
-
-        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
-        categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
-        """
-        return (self.scope is None or any(one.type in ("*", type_name) and letter in one.letters for one in self.scopes)
-                or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
-
-    @property
-    def narrowed(self) -> bool:
-        """Whether categories or ?param=value leave something out that the scope's types would show.
-
-        A count of what was found would tell how much that is, so Bundle.total must not be sent then.
-        """
-        return bool(self.labels) or any(one.constraints for one in self.scopes)
-
-    def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
-        """The patients whose resources of a type may be seen; None: everybody's."""
-        if self.scope is None:
-            return None
-        reaches = [reach for reach, _ in self._openings(type_name, letter)]
-        return None if None in reaches else frozenset().union(*filter(None, reaches))
-
-    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
-        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
-        its ?param=value."""
-        known = self._known.get((type_name, letters))
-        if known is None:
-            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
-            known = self._known[type_name, letters] = [
-                (reach.get(one.context), one.constraints) for one in self.scopes
-                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
-        return known
-
-    def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
-        """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
-
-        letters: how it is reached: r, s, or both for an operation that does both. base: see `owner`.
-        """
-        if self.scope is None:
-            return True
-        type_name = resource.get("resourceType", "")
-        if letters == "r" and f"{type_name}/{resource.get('id')}" == self.fhir_user:
-            return True
-        whose = owner(resource, base)
-        if whose is None:
-            return False
-        for reach, constraints in self._openings(type_name, letters):
-            # each alone: the ?param=value of one go together, several scopes add up
-            if ((whose == NOBODY or reach is None or whose in reach)
-                    and (not constraints or resource_matches(resource, self.version, constraints))):
-                break
-        else:
-            return False
-        # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
-        return whose == NOBODY or not self.labels or self.labels.issuperset(categories(resource))
-
-    def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
-        """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
-
-        A Binary mostly doesn't say whose it is. Then `is_pointed_to` is asked whether its id is among those that
-        `binaries_in` finds in the patient's own. Who may see everybody's records without limits may see every Binary.
-        """
-        if self.may_see(binary, "r", base):
-            return True
-        if not self.allows("Binary", "r") or _named_patients(binary, base) - {None}:
-            return False
-        if self.patients("Binary", "r") is None and not self.narrowed:
-            return True
-        return is_pointed_to(binary["id"])
-
-    def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
-        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
-        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
-                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
-        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
-
+# ######################################################################## 8 search
 
 # What can be searched: types | kind | parameters. Versions after a type or a parameter are those that have it; none: all.
 # The names are those of each version's registry (Coverage's `patient` in STU3 is ours). A parameter looks into the
@@ -1994,41 +1730,6 @@ def referring(type_name: str, version: str) -> list[tuple[str, str]]:
     return [(source, name) for source, known in search_table(version).items() for name, parameter in known.items()
             if (parameter.kind == "owner" and type_name == "Patient")
             or (parameter.kind == "reference" and name in REFERENCES.get(type_name, "").split())]
-
-
-def elements(resource: Any, path: str) -> list[Any]:
-    """All values at a dotted path, through lists."""
-    found = [resource]
-    for name in path.split("."):
-        found = [item for value in found if isinstance(value, dict) and name in value
-                 for item in (value[name] if isinstance(value[name], list) else (value[name],))]
-    return found
-
-
-def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
-    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
-    found: list[tuple[str, str]] = []
-    for value in values:
-        if isinstance(value, dict):
-            for one in value["coding"] if isinstance(value.get("coding"), list) else (value,):
-                code = one.get("code", one.get("value")) if isinstance(one, dict) else None
-                if isinstance(code, str):
-                    found.append((str(one.get("system", "")), code))
-        elif isinstance(value, bool):
-            found.append(("", "true" if value else "false"))
-        elif isinstance(value, str):
-            found.append(("", value))
-    return found
-
-
-def strings_of(values: Iterable[Any]) -> Iterator[str]:
-    """The text in strings, and in the parts of HumanNames and Addresses."""
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state", "postalCode",
-                     "country") if isinstance(value, dict) else ():
-            yield from (text for text in elements(value, part) if isinstance(text, str))
 
 
 def fold(text: str) -> str:
@@ -2289,6 +1990,38 @@ class Query(NamedTuple):
                 if one.parameter.kind == "owner" or (self.type == "Patient" and one.parameter.kind == "id")}
 
 
+def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
+    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
+    source, parameter, target = (*text.split(":", 2), "", "")[:3]
+    reverse = name == "_revinclude"
+    possible = referring(type_name, version) if reverse else [
+        (type_name, one) for one, known in search_table(version)[type_name].items() if known.type == "reference"]
+    if (source, parameter) not in possible or (reverse and target not in ("", type_name)):
+        raise FhirError("value", f"{name}={text}: not possible for {type_name}; possible are "
+                        + (", ".join(sorted(map(":".join, possible))) or "none"))
+    return Include(reverse, source, parameter, target)
+
+
+def page_mark(keys: Sequence[Any]) -> str:
+    """Where a page ended, for the link to the next: the sort keys and number of its last entry.
+
+    Not how many entries came before: what is loaded meanwhile would then shift entries over the pages' edges.
+    """
+    return base64url(json.dumps(keys).encode())
+
+
+def _parse_page(text: str) -> tuple[Any, ...]:
+    """What page_mark wrote."""
+    try:
+        keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
+        json.dumps(keys, ensure_ascii=False).encode()  # fails, as does the comparison, for what SQLite can't take
+        if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
+            return tuple(keys)
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise FhirError("value", f"_page={text}: not a link of this server")
+
+
 def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
                 lenient: bool = False) -> Query:
     """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
@@ -2328,37 +2061,102 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
                  tuple(filter(None, chosen["_elements"].split(","))), _parse_page(chosen["_page"]), tuple(effective))
 
 
-def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
-    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
-    source, parameter, target = (*text.split(":", 2), "", "")[:3]
-    reverse = name == "_revinclude"
-    possible = referring(type_name, version) if reverse else [
-        (type_name, one) for one, known in search_table(version)[type_name].items() if known.type == "reference"]
-    if (source, parameter) not in possible or (reverse and target not in ("", type_name)):
-        raise FhirError("value", f"{name}={text}: not possible for {type_name}; possible are "
-                        + (", ".join(sorted(map(":".join, possible))) or "none"))
-    return Include(reverse, source, parameter, target)
+# ######################################################################## 9 access
+
+class Access:
+    """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
+    def __init__(self, scope: str | None, patient_id: str | None = None,
+                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
+                 fhir_user: str = "", version: str = "r4"):
+        self.scope = scope                    # None: everything, as /api/open-fhir shows it
+        self.patient_id = patient_id          # whose record patient/ scopes open
+        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
+        self.labels = labels                  # the categories approved; empty: not limited
+        self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
+        self.version = version                # of FHIR, for what ?param=value means
+        self.scopes = resource_scopes(scope or "")
+        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
+
+    def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
+        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
+
+        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
+        categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
+        """
+        return (self.scope is None or any(one.type in ("*", type_name) and letter in one.letters for one in self.scopes)
+                or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether categories or ?param=value leave something out that the scope's types would show.
+
+        A count of what was found would tell how much that is, so Bundle.total must not be sent then.
+        """
+        return bool(self.labels) or any(one.constraints for one in self.scopes)
+
+    def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
+        """The patients whose resources of a type may be seen; None: everybody's."""
+        if self.scope is None:
+            return None
+        reaches = [reach for reach, _ in self._openings(type_name, letter)]
+        return None if None in reaches else frozenset().union(*filter(None, reaches))
+
+    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
+        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
+        its ?param=value."""
+        known = self._known.get((type_name, letters))
+        if known is None:
+            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
+            known = self._known[type_name, letters] = [
+                (reach.get(one.context), one.constraints) for one in self.scopes
+                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
+        return known
+
+    def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
+        """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
+
+        letters: how it is reached: r, s, or both for an operation that does both. base: see `owner`.
+        """
+        if self.scope is None:
+            return True
+        type_name = resource.get("resourceType", "")
+        if letters == "r" and f"{type_name}/{resource.get('id')}" == self.fhir_user:
+            return True
+        whose = owner(resource, base)
+        if whose is None:
+            return False
+        for reach, constraints in self._openings(type_name, letters):
+            # each alone: the ?param=value of one go together, several scopes add up
+            if ((whose == NOBODY or reach is None or whose in reach)
+                    and (not constraints or resource_matches(resource, self.version, constraints))):
+                break
+        else:
+            return False
+        # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
+        return whose == NOBODY or not self.labels or self.labels.issuperset(categories(resource))
+
+    def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
+        """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
+
+        A Binary mostly doesn't say whose it is. Then `is_pointed_to` is asked whether its id is among those that
+        `binaries_in` finds in the patient's own. Who may see everybody's records without limits may see every Binary.
+        """
+        if self.may_see(binary, "r", base):
+            return True
+        if not self.allows("Binary", "r") or _named_patients(binary, base) - {None}:
+            return False
+        if self.patients("Binary", "r") is None and not self.narrowed:
+            return True
+        return is_pointed_to(binary["id"])
+
+    def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
+        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
+        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
+                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
+        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
 
 
-def page_mark(keys: Sequence[Any]) -> str:
-    """Where a page ended, for the link to the next: the sort keys and number of its last entry.
-
-    Not how many entries came before: what is loaded meanwhile would then shift entries over the pages' edges.
-    """
-    return base64url(json.dumps(keys).encode())
-
-
-def _parse_page(text: str) -> tuple[Any, ...]:
-    """What page_mark wrote."""
-    try:
-        keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
-        json.dumps(keys, ensure_ascii=False).encode()  # fails, as does the comparison, for what SQLite can't take
-        if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
-            return tuple(keys)
-    except (ValueError, TypeError, RecursionError):
-        pass
-    raise FhirError("value", f"_page={text}: not a link of this server")
-
+# ######################################################################## 10 embedded records
 
 def access_condition(access: Access, type_name: str) -> Condition:
     """What SQL can do of `access.may_see`: keep to the patients. May_see has the last word on every resource."""
@@ -2484,11 +2282,10 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
                     search_values(resource, version), set(_OPEN_IN_JSON.findall(text)), given)
 
 
-def _write(database: sqlite3.Connection, number: int, one: Prepared) -> None:
-    """Put a resource where `number` says, in place of what is there."""
-    _erase(database, number)
-    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *one.row))
-    _index(database, [(number, one)])
+def _erase(database: sqlite3.Connection, number: int) -> None:
+    """Take a resource out, with all that leads to it."""
+    for name in ("resources", "search_values", "unresolved"):
+        database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
 
 
 def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]) -> None:
@@ -2499,10 +2296,11 @@ def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]
         (number, reference) for number, one in written for reference in one.unresolved])
 
 
-def _erase(database: sqlite3.Connection, number: int) -> None:
-    """Take a resource out, with all that leads to it."""
-    for name in ("resources", "search_values", "unresolved"):
-        database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
+def _write(database: sqlite3.Connection, number: int, one: Prepared) -> None:
+    """Put a resource where `number` says, in place of what is there."""
+    _erase(database, number)
+    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *one.row))
+    _index(database, [(number, one)])
 
 
 def document_text(document: Json) -> bytes:
@@ -2533,6 +2331,22 @@ def parse_document(data: bytes) -> Document:
     return value, pointers
 
 
+def _identified(resource: Any, entry: Json, where: str) -> Json:
+    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its
+    content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
+    if not isinstance(resource, dict) or not isinstance(resource.get("resourceType"), str):
+        raise PortalError("invalid_request", f"{where}not a FHIR resource: expected an object with a resourceType")
+    key = resource.get("id")
+    for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")] if key is None else ():
+        match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
+        key = key or (match and match[1])
+    if key is None:
+        key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
+    if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
+        raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
+    return {**resource, "id": key} if resource.get("id") is None else resource
+
+
 def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
     """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
 
@@ -2556,22 +2370,6 @@ def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | No
             if isinstance(entry.get("fullUrl"), str):
                 names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
     return found, names
-
-
-def _identified(resource: Any, entry: Json, where: str) -> Json:
-    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its
-    content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
-    if not isinstance(resource, dict) or not isinstance(resource.get("resourceType"), str):
-        raise PortalError("invalid_request", f"{where}not a FHIR resource: expected an object with a resourceType")
-    key = resource.get("id")
-    for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")] if key is None else ():
-        match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
-        key = key or (match and match[1])
-    if key is None:
-        key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
-    if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
-        raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return {**resource, "id": key} if resource.get("id") is None else resource
 
 
 def display_name(patient: Json) -> str:
@@ -3025,7 +2823,768 @@ class Records:
                     yield found
 
 
-# ######################################################################## 8 the portal
+# ######################################################################## 11 messages
+
+MAX_HEAD = 64 << 10          # bytes of a first line and headers
+_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
+_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+
+
+class BadRequest(Exception):
+    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would begin."""
+    def __init__(self, status: int, description: str):
+        super().__init__(description)
+        self.status = status
+
+
+def too_large(most: int) -> BadRequest:
+    """413 that tells the limit."""
+    return BadRequest(413, f"the body is longer than {most} bytes")
+
+
+class SocketReader(io.RawIOBase):
+    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
+    def __init__(self, connection: socket.socket):
+        self.connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
+        try:
+            if left > 0:
+                self.connection.settimeout(left)
+                return self.connection.recv_into(buffer)
+        except OSError:
+            if time.monotonic() < self.deadline:
+                raise
+        raise BadRequest(408, "the request took too long to arrive")
+
+
+def parse_headers(lines: bytes) -> dict[str, str]:
+    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
+    if not _HEADER_LINES.fullmatch(lines):
+        raise BadRequest(400, "a header line is malformed")
+    headers: dict[str, str] = {}
+    for line in lines.decode("latin-1").split("\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t\r")
+        if name in headers:
+            if name in _ONCE:
+                raise BadRequest(400, f"the header {name} is given twice")
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    return headers
+
+
+def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
+    """The header lines up to the empty one."""
+    lines: list[bytes] = []
+    while True:
+        line = stream.readline(most + 1)
+        most -= len(line)
+        if most < 0:
+            raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
+        if line in (b"\r\n", b"\n"):
+            return parse_headers(b"".join(lines))
+        if not line:
+            raise BadRequest(400, "the message ends within its header")
+        lines.append(line)
+
+
+def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
+    """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
+    body = bytearray()
+    while True:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", stream.readline(1024))
+        if not match:
+            raise BadRequest(400, "a chunk's size is malformed")
+        size = int(match[1], 16)
+        if size == 0:
+            read_headers(stream, MAX_HEAD)
+            return bytes(body)
+        if len(body) + size > most:
+            raise too_large(most)
+        chunk = stream.read(size + 2)
+        if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
+            raise BadRequest(400, "a chunk is not as long as it says")
+        body += chunk[:-2]
+
+
+MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json(data: bytes) -> Json:
+    """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
+    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except RecursionError:
+        raise PortalError("invalid_request", too_deep)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        raise PortalError("invalid_request", f"the body is not JSON: {error}")
+    if not isinstance(value, dict):
+        raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise PortalError("invalid_request", too_deep)
+    return value
+
+
+# ######################################################################## 12 a FHIR server behind
+
+MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
+MAX_INTERIM = 100            # 1xx answers before the answer
+MAX_LINKS = 1000             # paging links that one authorization may hold
+PAGE_SECONDS = 3600
+MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
+
+
+class Answer(NamedTuple):
+    """What the FHIR server answered."""
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: bytes
+    url: str                 # asked last, after redirects
+
+
+class StaleConnection(Exception):
+    """A kept-alive connection that the FHIR server closed before it saw the request."""
+
+
+def unpacked(body: bytes, coding: str) -> bytes:
+    """A body without its gzip; never more than MAX_ANSWER bytes of it."""
+    if coding == "identity":
+        return body
+    if coding not in ("gzip", "x-gzip"):
+        raise BadRequest(400, "its Content-Encoding was not asked for")
+    unpack = zlib.decompressobj(31)  # 31: with gzip's header
+    try:
+        body = unpack.decompress(body, MAX_ANSWER + 1)
+    except zlib.error:
+        raise BadRequest(400, "its gzip is broken")
+    if len(body) > MAX_ANSWER:
+        raise too_large(MAX_ANSWER)
+    if not unpack.eof or unpack.unused_data:
+        raise BadRequest(400, "its gzip is broken")
+    return body
+
+
+class Connection:
+    """A connection to the FHIR server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
+    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    def __init__(self, https: bool, host: str, port: int, deadline: float):
+        self.socket = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.001))
+        try:
+            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if https:
+                import ssl  # takes long to import, and few need it
+                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host)
+        except BaseException:
+            self.socket.close()
+            raise
+        self.reader = SocketReader(self.socket)
+        self.stream = io.BufferedReader(self.reader, 64 << 10)
+        self.used = self.reusable = False
+
+    def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
+        """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
+        self.reader.deadline, self.reusable = deadline, False
+        try:
+            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
+            self.socket.sendall(message)
+            alive = self.stream.peek(1)
+        except ConnectionError:
+            alive = b""
+        if not alive:
+            raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
+        self.used = True
+        for _ in range(MAX_INTERIM + 1):
+            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
+            if not match:
+                raise BadRequest(400, "its first line is not HTTP")
+            status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
+            if status >= 200:  # 1xx: the answer is still to come
+                break
+        else:
+            raise BadRequest(400, f"it has no end of interim answers ({status})")
+        keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if status in (204, 304):
+            body = b""
+        elif coding is not None:
+            if coding.lower() != "chunked" or length is not None:
+                raise BadRequest(400, "it is not clear where the body ends")
+            body = read_chunks(self.stream, MAX_ANSWER)
+        elif length is None:  # up to the end of the connection
+            body, keep = self.stream.read(MAX_ANSWER + 1), False
+        elif not length.isdecimal() or len(length) > 18:
+            raise BadRequest(400, "its Content-Length is no number")
+        elif int(length) > MAX_ANSWER:
+            raise too_large(MAX_ANSWER)
+        else:
+            body = self.stream.read(int(length))
+            if len(body) < int(length):
+                raise BadRequest(400, "the connection broke off within the body")
+        if len(body) > MAX_ANSWER:
+            raise too_large(MAX_ANSWER)
+        self.reusable = keep
+        return Answer(status, headers, unpacked(body, headers.get("content-encoding", "identity").lower()), url)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.socket.close()
+
+
+def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
+    """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
+    code = {400: "invalid", 404: "not-found", 410: "deleted", 429: "throttled", 503: "transient", 504: "timeout"}
+    return FhirError(code.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
+                     headers)
+
+
+_COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
+_ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
+_SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+
+
+def _step(text: str, at: int, expected: str) -> tuple[str, int]:
+    """Past one of JSON's structural characters; ValueError if it isn't one of those expected."""
+    match = _SEPARATOR.match(text, at)
+    if not match or match[1] not in expected:
+        raise ValueError(f"expected {expected}")
+    return match[1], match.end()
+
+
+def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
+    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to be sent
+    on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept, which is faster
+    than having them all in memory. ValueError if it is no JSON object."""
+    own: Json = {}
+    mark, at = _step(text, 0, "{")
+    while mark != "}":
+        if not text.startswith('"', at):
+            raise ValueError("expected a member's name")
+        name, at = _decode(text, at)
+        at = _step(text, at, ":")[1]
+        if name == "entry":
+            mark, at = _step(text, at, "[")
+            if text.startswith("]", at):
+                mark, at = "]", at + 1
+            while mark != "]":
+                value, end = _decode(text, at)
+                take(value, text[at:end])
+                mark, at = _step(text, end, ",]")
+        else:
+            own[name], at = _decode(text, at)
+        mark, at = _step(text, at, ",}")
+    if at < len(text):
+        raise ValueError("text after the end")
+    return own
+
+
+class Upstream:
+    """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
+
+    The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's server on
+    loopback would be looked for at a company's proxy.
+    """
+    def __init__(self, settings: Settings):
+        import urllib.request  # takes long to import, and few need it
+        self.base, self.seconds = settings.fhir_server or "", settings.fhir_timeout
+        parts = urlsplit(self.base)
+        self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
+        self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
+        # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
+        self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
+            f"Host: {parts.netloc}",
+            "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
+            f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
+        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.names: list[str] = []                           # bases that the server says are its own
+        self.forget()
+        self._spell(parts.hostname or "", parts.port)
+        self._idle: list[Connection] = []
+        send = self._send
+
+        class KeepAlive(urllib.request.BaseHandler):
+            """Opens addresses over connections that are kept."""
+            def http_open(self, request: Any) -> Answer:
+                """What the opener calls."""
+                return send(request)
+            https_open = http_open
+
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(KeepAlive())
+        self._request, self._open = urllib.request.Request, opener.open
+
+    def forget(self) -> None:
+        """Forget what was found out of the records and of the server's names and version."""
+        self.binaries.clear()
+        self.names.clear()
+        self.version = ("", 0.0)                         # see fhir_version; until when it holds
+        self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _send(self, request: Any) -> Answer:
+        """Answer a urllib request over an idle connection, or over a new one.
+
+        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
+        """
+        deadline, body = time.monotonic() + request.timeout, request.data or b""
+        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
+            f"{name}: {value}\r\n" for name, value in request.headers.items())
+        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
+        message = head.encode("latin-1", "replace") + body
+        try:
+            return self._exchange(self._idle.pop(), message, request.full_url, deadline)
+        except (IndexError, StaleConnection):
+            return self._exchange(Connection(self.https, self.host, self.port, deadline), message, request.full_url,
+                                  deadline)
+
+    def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
+        """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it out."""
+        try:
+            return connection.exchange(message, url, deadline)
+        finally:
+            if connection.reusable and len(self._idle) < 64:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
+        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        if form is not None:
+            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
+        deadline = time.monotonic() + self.seconds
+        try:
+            for _ in range(5):
+                answer: Answer = self._open(self._request(url, form, headers), timeout=deadline - time.monotonic())
+                if answer.status not in (301, 302, 303, 307, 308):
+                    return answer
+                url, form = self.inside(answer.headers.get("location", ""), url) or "", None
+                if not url:
+                    raise refused("redirects to an address that is not its own")
+            raise refused("redirects in circles")
+        except BadRequest as error:
+            if error.status == 408:
+                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            raise refused(f"sent an answer that can't be read: {error}")
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            raise refused(f"can't be reached, or broke off ({type(error).__name__})")
+
+    def inside(self, url: str, seen_at: str) -> str | None:
+        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
+
+        Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
+        is put in its place.
+        """
+        try:
+            url = urljoin(seen_at, url)
+            url.encode()  # fails for half a surrogate pair
+            scheme, _, path, query, _ = urlsplit(url)
+        except ValueError:
+            return None
+        for base in (self.base, *self.names):
+            if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
+                path = self.path + re.split("[?#]", url[len(base):])[0]
+        if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
+                or re.search(r"/\.|%2e|%2f|%5c|//|\\", path, re.IGNORECASE)):
+            return None
+        safe = "!$%&'()*+,/:;=?@[]~|"
+        return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
+
+    def _spell(self, host: str, port: int | None) -> None:
+        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
+        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
+        names = {re.escape(f"[{host}]" if ":" in host else host)}
+        if is_loopback(host):
+            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
+        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+        if not is_loopback(host):  # the name alone tells too much
+            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
+        else:
+            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
+        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
+        self._traces = re.compile(trace)
+
+    def rewritten(self, body: bytes, ours: str) -> str:
+        """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
+
+        What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only attachments'
+        base64 is not looked into.
+        """
+        text = body.decode("utf-8")
+        if "\0" in text or "\1" in text:
+            raise ValueError("a control character")
+        if _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
+            text = json.dumps(json.loads(text))
+        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
+        # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
+        for end in '/?"' if self.base in text else "":
+            text = text.replace(self.base + end, "\0" + end)
+        if self._hinted(text):
+            text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
+            if self._hinted(text):
+                text = self._traces.sub("fhir-server.invalid", text)
+        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
+
+    def _hinted(self, text: str) -> bool:
+        """Whether something of the FHIR server's address may be in a text."""
+        lower = text.lower()
+        for hint in self._hints:  # any() would take twice as long
+            if hint in lower:
+                return True
+        return False
+
+    def check(self, answer: Answer) -> None:
+        """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients wait)."""
+        status = answer.status
+        if status in (429, 503):
+            wait = answer.headers.get("retry-after")
+            raise refused("is busy", status, [("Retry-After", wait)] if wait else [])
+        if status in (404, 410):
+            raise refused("has no such resource" if status == 404 else "deleted this resource", status)
+        if status in (400, 422):
+            raise refused(f"does not accept this request ({status})", 400)
+        if status in (401, 403):
+            raise refused(f"does not let this portal in ({status}); --fhir-header can give it credentials")
+        if status != 200:
+            raise refused(f"answered with status {status}")
+
+    def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
+        """The resource in an answer, and its text, with our addresses."""
+        self.check(answer)
+        try:
+            text = self.rewritten(answer.body, ours)
+            value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+            if not isinstance(value, dict) or not isinstance(value.get("resourceType"), str) or text[end:].strip():
+                raise ValueError("no resource")
+        except (ValueError, RecursionError):
+            raise refused("answered with what is no FHIR JSON")
+        return value, text
+
+    def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
+        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our addresses."""
+        self.check(answer)
+        try:
+            own = split_bundle(self.rewritten(answer.body, ours), take)
+        except (ValueError, RecursionError):
+            raise refused("answered with what is no FHIR JSON")
+        if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
+            raise refused("answered a search with what is no Bundle of results")
+        self._learn(own, answer.url, ours)
+        return own
+
+    def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
+        """The own members of the Bundle in an answer, and the resources in it."""
+        found: list[Any] = []
+        own = self.bundle(answer, ours, lambda entry, text: found.extend(elements(entry, "resource")))
+        return own, [one for one in found if isinstance(one, dict)]
+
+    def _learn(self, own: Json, asked: str, ours: str) -> None:
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
+        that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        path = urlsplit(asked).path[len(self.path):]
+        for link in elements(own, "link"):
+            if path and isinstance(link, dict) and link.get("relation") == "self":
+                url = str(link.get("url")).partition("?")[0]
+                name = url[:-len(path)]
+                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
+                        and name not in (ours, *self.names)):
+                    self.names.append(name)
+
+    def disguised(self, text: str, ours: str) -> str:
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
+        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        for name in self.names:
+            for end in '/?"':
+                text = text.replace(name + end, ours + end)
+        return text
+
+    def statement(self, now: float) -> Json:
+        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
+        found, until = self._statement
+        if now >= until:
+            found = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
+            if found["resourceType"] not in ("CapabilityStatement", "Conformance"):
+                raise refused("has no CapabilityStatement")
+            self._statement = found, now + 300
+        return found
+
+
+def fhir_version(portal: Portal) -> str:
+    """The version of FHIR that the records are in: r4, stu3 or dstu2.
+
+    The FHIR server's is read from its metadata. A read must not depend on that: where it fails, R4 is assumed.
+    """
+    if not portal.upstream:
+        return portal.settings.fhir_version
+    now, (version, until) = portal.clock.now(), portal.upstream.version
+    if now >= until:
+        try:
+            text = str(portal.upstream.statement(now).get("fhirVersion"))
+            version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
+        except FhirError as error:
+            portal.log(f"warning: the FHIR server's version can't be read, R4 is assumed: {error.description}")
+            version, until = "r4", now + 60
+        portal.upstream.version = version, until
+    return version
+
+
+def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
+    """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
+    assert portal.upstream
+    query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
+    _, found = portal.upstream.resources(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")
+    return [(one["id"], display_name(one)) for one in found if one.get("resourceType") == "Patient" and id_of(one)]
+
+
+def upstream_patient(portal: Portal, patient_id: str) -> str | None:
+    """The name of a patient of the FHIR server, None where there is none of that id."""
+    assert portal.upstream
+    answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
+    return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
+
+
+# ######################################################################## 13 signing
+
+# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
+# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
+# many tells something about the key: a production server leaves this to a library.
+
+def base64url_bytes(text: str) -> bytes:
+    """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64url(data) != text:
+        raise ValueError(f"{text[:20]!r} is not base64url without padding")
+    return data
+
+
+def _jwk_number(jwk: Json, name: str) -> int:
+    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
+    text = jwk.get(name)
+    return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
+
+
+def _jwk_text(number: int) -> str:
+    """A number as a JWK holds it."""
+    return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+
+
+RSA_EXPONENT = 65537
+RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
+    "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
+    "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
+
+
+def thumbprint(jwk: Json) -> str:
+    """A name for a key that follows from the key itself (RFC 7638)."""
+    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
+    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
+    return base64url(hashlib.sha256(text.encode("ascii")).digest())
+
+
+class RsaKey(NamedTuple):
+    """A private RSA key: two primes, known to nobody else (RFC 8017 section 3.2)."""
+    p: int
+    q: int
+
+    def public_jwk(self) -> Json:
+        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
+        jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
+        return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
+
+
+def is_prime(number: int) -> bool:
+    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
+    halvings = ((number - 1) & (1 - number)).bit_length() - 1
+    for _ in range(5):
+        power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(halvings - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def new_rsa_key(bits: int = 2048) -> RsaKey:
+    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
+    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
+
+    def prime() -> int:
+        while True:
+            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
+            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
+                return number
+    key = RsaKey(prime(), prime())
+    return key if key.p != key.q else new_rsa_key(bits)
+
+
+def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
+    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
+    make, name = RSA_HASHES[algorithm]
+    end = b"\0" + name + make(message).digest()
+    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
+
+
+def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
+    """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
+    length = ((key.p * key.q).bit_length() + 7) // 8
+    padded = _padded_hash(algorithm, message, length)
+    by_p = pow(padded, pow(RSA_EXPONENT, -1, key.p - 1), key.p)
+    by_q = pow(padded, pow(RSA_EXPONENT, -1, key.q - 1), key.q)
+    return (by_q + (by_p - by_q) * pow(key.q, -1, key.p) % key.p * key.q).to_bytes(length, "big")
+
+
+def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
+    modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
+    if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
+        raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
+    length, number = (modulus.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    return (len(signature) == length and number < modulus
+            and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
+
+
+# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
+P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
+P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
+P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
+P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
+          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
+Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
+
+
+def _double(point: Point) -> Point:
+    """A point added to itself (Cohen, Miyaji and Ono 1998, for a = -3)."""
+    x, y, z = point
+    square, zz = y * y % P384_P, z * z % P384_P
+    slope, mean = 3 * (x - zz) * (x + zz), 4 * x * square
+    x3 = (slope * slope - 2 * mean) % P384_P
+    return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
+
+
+def _add(one: Point, other: Point) -> Point:
+    """The sum of two points."""
+    (x1, y1, z1), (x2, y2, z2) = one, other
+    if not z1 or not z2:
+        return other if not z1 else one
+    zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
+    u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
+    width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
+    if not width:
+        return (1, 1, 0) if height else _double(one)
+    cube = width * width % P384_P
+    mean, cube = u1 * cube % P384_P, cube * width % P384_P
+    x3 = (height * height - cube - 2 * mean) % P384_P
+    return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
+
+
+def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
+    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
+
+    ValueError for a key that is not a point of P-384.
+    """
+    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
+    x, y, _ = key
+    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
+        raise ValueError("expected a point of the curve P-384 as x and y")
+    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
+    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
+        return False
+    inverse = pow(s, -1, P384_N)
+    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
+    u2 = r * inverse % P384_N
+    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
+    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
+    for bit in range(383, -1, -1):
+        total = _double(total)
+        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
+        if which:
+            total = _add(total, sums[which])
+    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
+
+
+KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
+
+
+def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
+    if algorithm == "ES384":
+        return es384_verify(jwk, message, signature)
+    return rsa_verify(jwk, algorithm, message, signature)
+
+
+def key_set(value: Any) -> list[Json]:
+    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError, with words, where an app should mend its set."""
+    keys = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+        raise ValueError('expected a JSON object with "keys", an array of objects')
+    for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
+        if any(name in key for key in keys):
+            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make new keys")
+    names = [json.dumps([key.get("kty"), key.get("kid")]) for key in keys]
+    if len(set(names)) < len(names):
+        raise ValueError("two keys have the same kty and kid")
+    return keys
+
+
+def sign_jwt(key: RsaKey, claims: Json) -> str:
+    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
+    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
+    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
+    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
+
+
+class Jwt(NamedTuple):
+    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
+    header: Json
+    claims: Json
+    signed: bytes
+    signature: bytes
+
+
+def read_jwt(text: str) -> Jwt:
+    """Take a JWT apart; ValueError for what is none."""
+    parts = text.split(".")
+    try:
+        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
+        signature = base64url_bytes(parts[2])
+        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
+    except (ValueError, IndexError, RecursionError):
+        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
+    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
+        raise ValueError("expected a JWT whose header and claims are JSON objects")
+    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
+
+
+# ######################################################################## 14 the portal
 
 MAX_BODY = 1 << 20        # bytes of a request's body
 DEMO_USERS = (            # username, name, fhir_user, may open any record
@@ -3192,38 +3751,6 @@ class Seeds(NamedTuple):
     clients: dict[str, Client]
 
 
-def seeds(settings: Settings) -> Seeds:
-    """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
-    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
-    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
-                  list(DEMO_PATIENTS) if samples else [], {})
-    for client_id, secret, uri in DEMO_CLIENTS:
-        found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
-    demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
-                            "token_endpoint_auth_method": "none"})
-    found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
-    for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
-        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
-        if not match:
-            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
-        try:
-            client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
-        except PortalError as error:
-            raise StartError(f"{option}: {error.description}")
-        earlier = found.clients.get(client.client_id)
-        if earlier:
-            if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"{option}: it was given with another secret before")
-            client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
-                *earlier.metadata["redirect_uris"], match[3]]})
-        found.clients[client.client_id] = client
-    if settings.fixtures is not None:
-        add_fixtures(found, settings.fixtures)
-    return found
-
-
 # The members of --fixtures: name -> type; those of clients are client metadata.
 FIXTURES: Json = {"users": list, "clients": list}
 FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
@@ -3280,6 +3807,38 @@ def add_fixtures(found: Seeds, source: str | Json) -> None:
             found.clients[client.client_id] = client
         except PortalError as error:
             raise StartError(f"{where}: clients[{number}]: {error.description}")
+
+
+def seeds(settings: Settings) -> Seeds:
+    """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
+    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
+                  list(DEMO_PATIENTS) if samples else [], {})
+    for client_id, secret, uri in DEMO_CLIENTS:
+        found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
+    demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
+                            "token_endpoint_auth_method": "none"})
+    found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
+    for text in settings.client:
+        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
+        if not match:
+            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+        try:
+            client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
+        except PortalError as error:
+            raise StartError(f"{option}: {error.description}")
+        earlier = found.clients.get(client.client_id)
+        if earlier:
+            if client.secret_hash not in (None, earlier.secret_hash):
+                raise StartError(f"{option}: it was given with another secret before")
+            client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
+                *earlier.metadata["redirect_uris"], match[3]]})
+        found.clients[client.client_id] = client
+    if settings.fixtures is not None:
+        add_fixtures(found, settings.fixtures)
+    return found
 
 
 class Fault(NamedTuple):
@@ -3589,33 +4148,13 @@ class Request:
         return found[1] if found else ""
 
 
-MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def parse_json(data: bytes) -> Json:
-    """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
-    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except RecursionError:
-        raise PortalError("invalid_request", too_deep)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        raise PortalError("invalid_request", f"the body is not JSON: {error}")
-    if not isinstance(value, dict):
-        raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
-                 if isinstance(inner, (dict, list))]
-    if level:
-        raise PortalError("invalid_request", too_deep)
-    return value
+def check_host(portal: Portal, request: Request) -> None:
+    """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
+    settings = portal.settings
+    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
+    if trusting and not portal.is_ours(request.host):
+        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
+                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
 
 
 class Response:
@@ -3713,10 +4252,19 @@ def route(rule: str, spec: str, cors: bool = False, kind: str = "oauth",
     return declare
 
 
-# ######################################################################## 9 pages
+# ######################################################################## 15 pages
 
 class Markup(str):
     """Text that is HTML already. All other text is escaped when it enters a page."""
+
+
+def escaped(child: Any) -> str:
+    """A child of an element: markup as it is, a list one by one, None not at all, everything else escaped."""
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, (list, tuple)):
+        return "".join(map(escaped, child))
+    return "" if child is None else html.escape(str(child))
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
@@ -3732,15 +4280,6 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     if name in ("input", "br", "hr", "meta", "link"):
         return Markup(start)
     return Markup(start + "".join(map(escaped, children)) + f"</{name}>")
-
-
-def escaped(child: Any) -> str:
-    """A child of an element: markup as it is, a list one by one, None not at all, everything else escaped."""
-    if isinstance(child, Markup):
-        return child
-    if isinstance(child, (list, tuple)):
-        return "".join(map(escaped, child))
-    return "" if child is None else html.escape(str(child))
 
 
 # Where the texts can be read, besides the RFCs.
@@ -3876,7 +4415,7 @@ def error_page(portal: Portal, error: PortalError, request: Request, found: Rout
                 tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
 
 
-# ######################################################################## 10 discovery
+# ######################################################################## 16 discovery
 
 def addresses(base: str, browser_base: str) -> dict[str, str]:
     """The endpoints, absolute. One source for every document that names them, so that all agree."""
@@ -3983,7 +4522,7 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
     return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
 
 
-# ######################################################################## 11 clients
+# ######################################################################## 17 clients
 
 def register_client(portal: Portal, metadata: Json) -> Json:
     """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
@@ -4024,21 +4563,9 @@ def basic_credentials(request: Request) -> tuple[str, str] | None:
     return client_id, secret
 
 
-def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
-    """Which client asks, proven: HTTP Basic, secret in the form, signed assertion, or, for a public client, the id
-    alone. RFC 6749 section 2.3: one method in a request, never two."""
-    basic, posted = basic_credentials(request), form.get("client_secret")
-    asserted = form.get("client_assertion") or form.get("client_assertion_type")
-    if bool(basic) + bool(posted) + bool(asserted) > 1:
-        raise PortalError("invalid_request", "client authentication is given twice; expected one of the Authorization "
-                          "header, client_secret and client_assertion")
-    if asserted:
-        client = client_of_assertion(portal, request, form)
-    else:
-        client = client_of_secret(portal, form, basic or (form.get("client_id"), posted))
-    request.client_id = client.client_id
-    request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
-    return client
+def decode_plus(text: str) -> str:
+    """Form decoding of a single value."""
+    return unquote(text.replace("+", " "))
 
 
 def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Client:
@@ -4062,6 +4589,97 @@ def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Cl
     raise invalid_client(f"client {given[0]!r}: " + (
         "a public client has no secret" if found.auth_method == "none" else
         "the secret is missing or wrong" if found.secret_hash else "it registered for private_key_jwt"))
+
+
+def hang_up(connection: socket.socket) -> None:
+    """End a connection from another thread: who reads from it is woken."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def connect_to_first(addresses: Sequence[Any], seconds: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            connection = socket.create_connection(address, seconds / len(addresses))
+            connection.settimeout(seconds)
+            return connection
+    raise OSError("no address takes a connection")
+
+
+def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
+    """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
+
+    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
+    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
+    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
+    """
+    import http.client  # these take long to import, and few need them
+    import ipaddress
+    parts = urlsplit(url)
+    secure = parts.scheme.lower() == "https"
+    connection = http.client.HTTPConnection(parts.netloc)
+    timer = threading.Timer(seconds, lambda: hang_up(connection.sock))  # however slowly it drips
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
+            raise OSError("not public")
+        connection.sock = connect_to_first([one[4][:2] for one in found], seconds)
+        timer.start()
+        if secure:
+            import ssl
+            connection.sock = ssl.create_default_context().wrap_socket(
+                connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
+            connection.sock.do_handshake()
+        connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
+                           headers={"Host": parts.netloc, "Accept": "application/json"})
+        answer = connection.getresponse()
+        body = answer.read(most + 1)
+        if answer.status != 200 or len(body) > most:
+            raise OSError(f"it answered {answer.status} with {len(body)} bytes")
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
+                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
+    finally:
+        timer.cancel()
+        connection.close()
+    control = answer.headers.get("Cache-Control", "").lower()
+    age = re.search(r"\bmax-age=(\d{1,9})\b", control)
+    return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
+
+
+def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
+    """A client's keys: registered, or fetched and kept as long as its Cache-Control says; `fresh`: not the kept ones."""
+    if "jwks" in client.metadata:
+        return key_set(client.metadata["jwks"])
+    url, now = client.metadata["jwks_uri"], portal.clock.now()
+    until, keys = portal.key_sets.get(url, (0.0, []))
+    if fresh or until <= now:
+        # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
+        text, lifetime = fetch(url, public_only=client.registered_itself and not portal.settings.serves_debug)
+        keys = key_set(json.loads(text))
+        portal.key_sets[url] = (now + lifetime, keys)
+    return keys
+
+
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
+    is none, or no way to get it."""
+    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
+        keys = client_keys(portal, client, fresh)
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
+        if found or "jwks" in client.metadata:
+            break
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
+                         f"say so, use sig and alg {algorithm}; expected one")
+    return found[0]
+
+
+def is_moment(value: Any) -> bool:
+    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
@@ -4126,103 +4744,24 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
     return client
 
 
-def is_moment(value: Any) -> bool:
-    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
+def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
+    """Which client asks, proven: HTTP Basic, secret in the form, signed assertion, or, for a public client, the id
+    alone. RFC 6749 section 2.3: one method in a request, never two."""
+    basic, posted = basic_credentials(request), form.get("client_secret")
+    asserted = form.get("client_assertion") or form.get("client_assertion_type")
+    if bool(basic) + bool(posted) + bool(asserted) > 1:
+        raise PortalError("invalid_request", "client authentication is given twice; expected one of the Authorization "
+                          "header, client_secret and client_assertion")
+    if asserted:
+        client = client_of_assertion(portal, request, form)
+    else:
+        client = client_of_secret(portal, form, basic or (form.get("client_id"), posted))
+    request.client_id = client.client_id
+    request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
+    return client
 
 
-def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
-    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
-    is none, or no way to get it."""
-    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
-        keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
-                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
-        if found or "jwks" in client.metadata:
-            break
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
-                         f"say so, use sig and alg {algorithm}; expected one")
-    return found[0]
-
-
-def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
-    """A client's keys: registered, or fetched and kept as long as its Cache-Control says; `fresh`: not the kept ones."""
-    if "jwks" in client.metadata:
-        return key_set(client.metadata["jwks"])
-    url, now = client.metadata["jwks_uri"], portal.clock.now()
-    until, keys = portal.key_sets.get(url, (0.0, []))
-    if fresh or until <= now:
-        # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
-        text, lifetime = fetch(url, public_only=client.registered_itself and not portal.settings.serves_debug)
-        keys = key_set(json.loads(text))
-        portal.key_sets[url] = (now + lifetime, keys)
-    return keys
-
-
-def hang_up(connection: socket.socket) -> None:
-    """End a connection from another thread: who reads from it is woken."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def connect_to_first(addresses: Sequence[Any], seconds: float) -> socket.socket:
-    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
-    for address in addresses:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection(address, seconds / len(addresses))
-            connection.settimeout(seconds)
-            return connection
-    raise OSError("no address takes a connection")
-
-
-def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
-    """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
-
-    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
-    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
-    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
-    """
-    import http.client  # these take long to import, and few need them
-    import ipaddress
-    parts = urlsplit(url)
-    secure = parts.scheme.lower() == "https"
-    connection = http.client.HTTPConnection(parts.netloc)
-    timer = threading.Timer(seconds, lambda: hang_up(connection.sock))  # however slowly it drips
-    try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
-        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
-            raise OSError("not public")
-        connection.sock = connect_to_first([one[4][:2] for one in found], seconds)
-        timer.start()
-        if secure:
-            import ssl
-            connection.sock = ssl.create_default_context().wrap_socket(
-                connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
-            connection.sock.do_handshake()
-        connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
-                           headers={"Host": parts.netloc, "Accept": "application/json"})
-        answer = connection.getresponse()
-        body = answer.read(most + 1)
-        if answer.status != 200 or len(body) > most:
-            raise OSError(f"it answered {answer.status} with {len(body)} bytes")
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
-        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
-                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
-    finally:
-        timer.cancel()
-        connection.close()
-    control = answer.headers.get("Cache-Control", "").lower()
-    age = re.search(r"\bmax-age=(\d{1,9})\b", control)
-    return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
-
-
-def decode_plus(text: str) -> str:
-    """Form decoding of a single value."""
-    return unquote(text.replace("+", " "))
-
-
-# ######################################################################## 12 sign-in
+# ######################################################################## 18 sign-in
 
 SESSION_SECONDS = 1800
 
@@ -4304,6 +4843,14 @@ def local_path(text: str) -> str:
     return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
 
 
+def accounts(portal: Portal) -> Markup:
+    """Who can sign in, and how."""
+    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    return tag("section", tag("h2", "Test accounts"),
+               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
+               tag("p", "Everybody's password is ", tag("code", DEMO_PASSWORD), "."), class_="card")
+
+
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
     """The form; with a cookie for a browser that has none, for its form token to hang on."""
     session_id = browser_session(portal, request) or new_session_id()
@@ -4318,14 +4865,6 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
                method="post", action=f"{portal.browser_base(request)}/login", class_="card")
     return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
                 accounts(portal), status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
-
-
-def accounts(portal: Portal) -> Markup:
-    """Who can sign in, and how."""
-    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
-    return tag("section", tag("h2", "Test accounts"),
-               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
-               tag("p", "Everybody's password is ", tag("code", DEMO_PASSWORD), "."), class_="card")
 
 
 @route("GET,POST /login", "S4S", kind="page")
@@ -4364,7 +4903,7 @@ def to_sign_in(portal: Portal, request: Request, back: str = "", username: str =
     return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
 
 
-# ######################################################################## 13 authorization
+# ######################################################################## 19 authorization
 
 PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # how long each is good
 
@@ -4391,6 +4930,11 @@ def check_client(asked: Authorization) -> None:
     asked.request.client_id = client.client_id
 
 
+def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
+    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
+    return [portal.browser_base(request) + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
+
+
 def check_redirect_uri(asked: Authorization) -> None:
     """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
 
@@ -4405,11 +4949,6 @@ def check_redirect_uri(asked: Authorization) -> None:
                           f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
     asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
-
-
-def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
-    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
-    return [portal.browser_base(request) + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
 
 
 def check_state(asked: Authorization) -> None:
@@ -4651,32 +5190,6 @@ def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
         raise PageError("invalid_request", "This request is not open any more: it was answered, or waited too long. "
                         "Go back to the app and start again.")
     return client, json.loads(row["details"])
-
-
-@route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
-def consent(portal: Portal, request: Request) -> Response:
-    """The user's part: whose record, what of it, until when, yes or no."""
-    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    request_id = fields.get("request")
-    client, details = pending_request(portal, request_id)
-    request.client_id = client.client_id
-    user = session_user(portal, request)
-    if not user or user["started"] < details["signed_in_since"]:
-        return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",
-                          details["launch"].get("username") or details["login_hint"])
-    decision = fields.get("decision") if request.method == "POST" else ""
-    if decision == "deny":
-        return redirect(decide(portal, request_id, None))
-    patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
-    if patient_id == TO_CHOOSE:
-        text = fields.get("q")
-        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
-    if decision != "approve":
-        return consent_page(portal, request, user, client, details, request_id, patient_id)
-    labels = [value for name, value in request.form() if name == "security_labels"]
-    return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
-        fields.get("encounter_id"), user["started"])))
 
 
 TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
@@ -4950,6 +5463,38 @@ def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
     return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
 
 
+@route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
+def consent(portal: Portal, request: Request) -> Response:
+    """The user's part: whose record, what of it, until when, yes or no."""
+    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
+    request_id = fields.get("request")
+    client, details = pending_request(portal, request_id)
+    request.client_id = client.client_id
+    user = session_user(portal, request)
+    if not user or user["started"] < details["signed_in_since"]:
+        return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",
+                          details["launch"].get("username") or details["login_hint"])
+    decision = fields.get("decision") if request.method == "POST" else ""
+    if decision == "deny":
+        return redirect(decide(portal, request_id, None))
+    patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
+    if patient_id == TO_CHOOSE:
+        text = fields.get("q")
+        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
+    if decision != "approve":
+        return consent_page(portal, request, user, client, details, request_id, patient_id)
+    labels = [value for name, value in request.form() if name == "security_labels"]
+    return redirect(decide(portal, request_id, new_grant(
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
+        fields.get("encounter_id"), user["started"])))
+
+
+def sign_out(portal: Portal, request: Request) -> Markup:
+    """The button to sign out."""
+    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
+               method="post", action=f"{portal.browser_base(request)}/logout")
+
+
 @route("GET /apps", "S4S", kind="page")
 def apps(portal: Portal, request: Request) -> Response:
     """What the user shares, with whom, until when, and a button to stop it. `?stop=` asks once more."""
@@ -5005,12 +5550,6 @@ def apps(portal: Portal, request: Request) -> Response:
                 sign_out(portal, request), username=user["name"])
 
 
-def sign_out(portal: Portal, request: Request) -> Markup:
-    """The button to sign out."""
-    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
-               method="post", action=f"{portal.browser_base(request)}/logout")
-
-
 @route("POST /revoke/{}", "S4S", kind="page")
 def stop_sharing(portal: Portal, request: Request) -> Response:
     """End every authorization that this user gave one app for one patient. Another user's is not found."""
@@ -5027,7 +5566,7 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
     return redirect(portal.browser_base(request) + "/apps")
 
 
-# ######################################################################## 13b launch
+# ######################################################################## 20 launch
 
 LAUNCH_SECONDS = 300
 
@@ -5141,9 +5680,71 @@ def launch_page(portal: Portal, request: Request) -> Response:
         cookies=[set_cookie(portal, request, session_id)])
 
 
-# ######################################################################## 14 tokens
+# ######################################################################## 21 identity
+
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
+
+
+def claims_of(portal: Portal, row: Row) -> Json:
+    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know it,
+    `fhirUser`, the resource that stands for the user, which with another person's record is not the patient (SMART,
+    "Scopes for requesting identity data")."""
+    words = row["token_scope"].split()
+    if "openid" not in words:
+        return {}
+    claims = {"sub": row["username"]}
+    who = portal.fhir_user(row["username"], row["patient_id"])
+    if who and may_know_who(row):
+        claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
+    return claims
+
+
+def signing_key(portal: Portal) -> RsaKey:
+    """The key that signs id_tokens: made when first needed, then kept with the state."""
+    sql = "SELECT p, q FROM keys"
+    row = portal.state.row(sql)
+    if not row:
+        with portal.key_lock:  # not the database's, since this takes half a second
+            if not portal.state.row(sql):
+                key = new_rsa_key()
+                with portal.state.transaction() as database:  # another process may have been first
+                    database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
+                                     (f"{key.p:x}", f"{key.q:x}"))
+        row = portal.state.row(sql)
+    assert row
+    return RsaKey(int(row["p"], 16), int(row["q"], 16))
+
+
+def id_token(portal: Portal, grant: Row) -> str:
+    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2); of a code's row."""
+    now = int(portal.clock.now())
+    claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
+              **claims_of(portal, grant)}
+    if grant["signed_in"] is not None:
+        claims["auth_time"] = int(grant["signed_in"])
+    if grant["nonce"]:
+        claims["nonce"] = grant["nonce"]
+    return sign_jwt(signing_key(portal), claims)
+
+
+@route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
+def jwks(portal: Portal, request: Request) -> Response:
+    """The public half of the key that signs id_tokens, for apps to verify them with."""
+    return json_response({"keys": [signing_key(portal).public_jwk()]})
+
+
+# ######################################################################## 22 tokens
 
 DEBUG_APPROVAL_SECONDS = 7 * DAY
+
+
+def launch_context(grant: Row) -> Json:
+    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
+    arrives with your access_token")."""
+    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
+    return {**patient, **json.loads(grant["context"])}
 
 
 def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
@@ -5157,13 +5758,6 @@ def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: floa
     if refresh_token:
         answer["refresh_token"] = refresh_token
     return answer
-
-
-def launch_context(grant: Row) -> Json:
-    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
-    arrives with your access_token")."""
-    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
-    return {**patient, **json.loads(grant["context"])}
 
 
 def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
@@ -5387,61 +5981,6 @@ def revoke(portal: Portal, request: Request) -> Response:
     return json_response({})
 
 
-# ######################################################################## 14b identity
-
-def claims_of(portal: Portal, row: Row) -> Json:
-    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know it,
-    `fhirUser`, the resource that stands for the user, which with another person's record is not the patient (SMART,
-    "Scopes for requesting identity data")."""
-    words = row["token_scope"].split()
-    if "openid" not in words:
-        return {}
-    claims = {"sub": row["username"]}
-    who = portal.fhir_user(row["username"], row["patient_id"])
-    if who and may_know_who(row):
-        claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
-    return claims
-
-
-def may_know_who(row: Row) -> bool:
-    """Whether a token says more of its user than an opaque id."""
-    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
-
-
-def signing_key(portal: Portal) -> RsaKey:
-    """The key that signs id_tokens: made when first needed, then kept with the state."""
-    sql = "SELECT p, q FROM keys"
-    row = portal.state.row(sql)
-    if not row:
-        with portal.key_lock:  # not the database's, since this takes half a second
-            if not portal.state.row(sql):
-                key = new_rsa_key()
-                with portal.state.transaction() as database:  # another process may have been first
-                    database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
-                                     (f"{key.p:x}", f"{key.q:x}"))
-        row = portal.state.row(sql)
-    assert row
-    return RsaKey(int(row["p"], 16), int(row["q"], 16))
-
-
-def id_token(portal: Portal, grant: Row) -> str:
-    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2); of a code's row."""
-    now = int(portal.clock.now())
-    claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
-              **claims_of(portal, grant)}
-    if grant["signed_in"] is not None:
-        claims["auth_time"] = int(grant["signed_in"])
-    if grant["nonce"]:
-        claims["nonce"] = grant["nonce"]
-    return sign_jwt(signing_key(portal), claims)
-
-
-@route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
-def jwks(portal: Portal, request: Request) -> Response:
-    """The public half of the key that signs id_tokens, for apps to verify them with."""
-    return json_response({"keys": [signing_key(portal).public_jwk()]})
-
-
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
     """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
@@ -5453,506 +5992,183 @@ def userinfo(portal: Portal, request: Request) -> Response:
     return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
 
 
-# ######################################################################## 15 forwarding
+# ######################################################################## 23 reading
+
+def access_of(portal: Portal, row: Row) -> Access:
+    """What an access token lets its bearer see."""
+    scope = row["token_scope"]
+    user = portal.user(row["username"]) if "user/" in scope else None
+    return Access(
+        scope, row["patient_id"],
+        None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
+        frozenset(json.loads(row["security_labels"]) if row["security_labels"] != "[]" else ()),
+        "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
+        fhir_version(portal) if "?" in scope else "r4")
+
+
+def outcome(error: PortalError) -> Json:
+    """An error as FHIR says it."""
+    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
+    return {"resourceType": "OperationOutcome", "issue": [
+        {"severity": "error", "code": code, "diagnostics": error.description}]}
+
+
+def check_patients(access: Access, query: Query) -> None:
+    """A search that names another patient is refused in words, rather than found empty."""
+    allowed = access.patients(query.type, "s")
+    others = query.patients() - (allowed or set())
+    if allowed is not None and others:
+        raise FhirError("forbidden", f"{', '.join(sorted(others))}: the token is not for this patient's record", 403)
+
+
+def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
+    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
+    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
+    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
+    return {name: meta if name == "meta" else value for name, value in resource.items()
+            if name in ("resourceType", "id", "meta", *names)}
+
+
+def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
+                    base: str, version: str, names: Sequence[str] = ()) -> Response:
+    """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
+    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
+        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=quote, safe=",:/")}
+        for relation, rest in links]}
+    if page.total is None:
+        del head["total"]
+    start = '{"fullUrl":' + json.dumps(base)[:-1]
+    entries = [
+        f'{start}/{one.name}","resource":'
+        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
+        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
+    text = json.dumps(head)
+    return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
+                         version=version)
+
+
+def search(portal: Portal, request: Request, access: Access, type_name: str, base: str) -> Response:
+    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search)."""
+    version = portal.settings.fhir_version
+    pairs = request.pairs() + (request.form() if request.body else [])
+    query = parse_query(version, type_name, [(name, value) for name, value in pairs if value], base,
+                        "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
+    check_patients(access, query)
+    page = portal.records.search(query, access)
+    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
+                 "category")
+    rest = [(name, value) for name, value in query.parameters if name != "_page"]
+    links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
+    if page.next:
+        links.append(("next", [*rest, ("_page", page.next)]))
+    return bundle_response(request, page, links, f"{base}/{type_name}", base, version, query.elements)
+
+
+def everything(portal: Portal, request: Request, access: Access, patient: Found, base: str) -> Response:
+    """A page of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
+    for name, _ in request.pairs():
+        if name not in ("_count", "_page", "_format", "_pretty"):
+            raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
+    query = parse_query(portal.settings.fhir_version, "Patient", [("_count", "1000"), *request.pairs()])
+    page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
+    rest = [(name, value) for name, value in request.pairs() if name != "_page"]
+    return bundle_response(request, page, [("self", request.pairs())] + [
+        ("next", [*rest, ("_page", page.next)])] * bool(page.next),
+        f"{base}/Patient/{patient.resource['id']}/$everything", base, portal.settings.fhir_version)
+
+
+def visible(portal: Portal, access: Access, type_name: str, resource_id: str) -> Found:
+    """One resource: fetched, then judged. A Binary mostly doesn't say whose it is; what points to it decides."""
+    found = portal.records.find(type_name, resource_id)
+    if not found:
+        raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
+    if type_name == "Binary":
+        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
+    else:
+        seen = access.may_see(found.resource, "r")
+    if not seen:
+        raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
+                        "category that was not approved", 403)
+    return found
+
+
+def is_unchanged(request: Request, tag: str, updated: float) -> bool:
+    """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
+    known = request.headers.get("if-none-match")
+    if known is not None:
+        return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
+    try:
+        since = email.utils.parsedate_to_datetime(request.headers.get("if-modified-since", ""))
+        return updated < since.timestamp() + 1
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return False
+
+
+def read(portal: Portal, request: Request, access: Access, found: Found) -> Response:
+    """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
+    resource, tag = found.resource, f'"{found.resource["meta"]["versionId"]}"'
+    updated = date_range(resource["meta"]["lastUpdated"])[0]
+    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(updated))]
+    if is_unchanged(request, tag, updated):
+        return Response(304, headers=headers)
+    kind = str(resource.get("contentType", "")) if resource["resourceType"] == "Binary" else ""
+    if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
+        try:
+            content = base64.b64decode(str(resource.get("data", resource.get("content", ""))))
+            # sandbox: content that somebody loaded must not run as a page of this portal
+            return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
+        except (TypeError, ValueError):
+            pass
+    return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
+
+
+def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
+    """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
+    type_name, *rest = [unquote(part) for part in request.rest.split("/")]
+    served = search_table(portal.settings.fhir_version)
+    if type_name not in served:
+        raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
+                        + ", ".join(sorted(served)), 404)
+    searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
+    if request.method == "POST" and (rest != ["_search"] or not searching):
+        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
+    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
+        raise too_little_scope(type_name, "s" if searching else "r")
+    if searching:
+        return search(portal, request, access, type_name, base)
+    if not rest or not FHIR_ID.fullmatch(rest[0]):
+        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
+    found = visible(portal, access, type_name, rest[0])
+    if len(rest) == 1 or rest[1:] == ["_history", found.resource["meta"]["versionId"]]:
+        return read(portal, request, access, found)
+    if rest[1:] == ["$everything"] and type_name == "Patient":
+        return everything(portal, request, access, found, base)
+    if rest[1] == "_history":
+        raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
+    if rest[1].startswith("$"):
+        raise FhirError("forbidden", f"{rest[1]}: the only operation here is Patient/[id]/$everything", 403)
+    raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
+
+
+# ######################################################################## 24 forwarding
 
 # With --fhir-server the records are another server's. It is not trusted to filter: it may ignore every parameter and
 # answer each search with everybody's records. So each answer is read whole, every resource in it judged by `Access`,
 # and only then sent on: as the text it came in, less what may not be seen, with this portal's addresses in it.
 # It is trusted to label: a resource that says it is Daniel's is taken for Daniel's.
 
-MAX_HEAD = 64 << 10          # bytes of a first line and headers
-MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
-MAX_INTERIM = 100            # 1xx answers before the answer
-MAX_LINKS = 1000             # paging links that one authorization may hold
-PAGE_SECONDS = 3600
-MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
-_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
-_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
+# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could look
+# into other records and tell by what is found what stands there (_has, _filter, _query, _type, _list, _content ...).
+FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude",
+             "_total")
+# These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
+NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 
 
-class BadRequest(Exception):
-    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would begin."""
-    def __init__(self, status: int, description: str):
-        super().__init__(description)
-        self.status = status
-
-
-def too_large(most: int) -> BadRequest:
-    """413 that tells the limit."""
-    return BadRequest(413, f"the body is longer than {most} bytes")
-
-
-class SocketReader(io.RawIOBase):
-    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
-    def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, 0.0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
-        try:
-            if left > 0:
-                self.connection.settimeout(left)
-                return self.connection.recv_into(buffer)
-        except OSError:
-            if time.monotonic() < self.deadline:
-                raise
-        raise BadRequest(408, "the request took too long to arrive")
-
-
-def parse_headers(lines: bytes) -> dict[str, str]:
-    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
-    if not _HEADER_LINES.fullmatch(lines):
-        raise BadRequest(400, "a header line is malformed")
-    headers: dict[str, str] = {}
-    for line in lines.decode("latin-1").split("\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t\r")
-        if name in headers:
-            if name in _ONCE:
-                raise BadRequest(400, f"the header {name} is given twice")
-            value = headers[name] + ("; " if name == "cookie" else ", ") + value
-        headers[name] = value
-    return headers
-
-
-def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
-    """The header lines up to the empty one."""
-    lines: list[bytes] = []
-    while True:
-        line = stream.readline(most + 1)
-        most -= len(line)
-        if most < 0:
-            raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
-        if line in (b"\r\n", b"\n"):
-            return parse_headers(b"".join(lines))
-        if not line:
-            raise BadRequest(400, "the message ends within its header")
-        lines.append(line)
-
-
-def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
-    """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
-    body = bytearray()
-    while True:
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", stream.readline(1024))
-        if not match:
-            raise BadRequest(400, "a chunk's size is malformed")
-        size = int(match[1], 16)
-        if size == 0:
-            read_headers(stream, MAX_HEAD)
-            return bytes(body)
-        if len(body) + size > most:
-            raise too_large(most)
-        chunk = stream.read(size + 2)
-        if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
-            raise BadRequest(400, "a chunk is not as long as it says")
-        body += chunk[:-2]
-
-
-class Answer(NamedTuple):
-    """What the FHIR server answered."""
-    status: int
-    headers: dict[str, str]  # names in lower case
-    body: bytes
-    url: str                 # asked last, after redirects
-
-
-class StaleConnection(Exception):
-    """A kept-alive connection that the FHIR server closed before it saw the request."""
-
-
-class Connection:
-    """A connection to the FHIR server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
-    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
-    def __init__(self, https: bool, host: str, port: int, deadline: float):
-        self.socket = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.001))
-        try:
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if https:
-                import ssl  # takes long to import, and few need it
-                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host)
-        except BaseException:
-            self.socket.close()
-            raise
-        self.reader = SocketReader(self.socket)
-        self.stream = io.BufferedReader(self.reader, 64 << 10)
-        self.used = self.reusable = False
-
-    def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
-        """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
-        self.reader.deadline, self.reusable = deadline, False
-        try:
-            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
-            self.socket.sendall(message)
-            alive = self.stream.peek(1)
-        except ConnectionError:
-            alive = b""
-        if not alive:
-            raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
-        self.used = True
-        for _ in range(MAX_INTERIM + 1):
-            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
-            if not match:
-                raise BadRequest(400, "its first line is not HTTP")
-            status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
-            if status >= 200:  # 1xx: the answer is still to come
-                break
-        else:
-            raise BadRequest(400, f"it has no end of interim answers ({status})")
-        keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if status in (204, 304):
-            body = b""
-        elif coding is not None:
-            if coding.lower() != "chunked" or length is not None:
-                raise BadRequest(400, "it is not clear where the body ends")
-            body = read_chunks(self.stream, MAX_ANSWER)
-        elif length is None:  # up to the end of the connection
-            body, keep = self.stream.read(MAX_ANSWER + 1), False
-        elif not length.isdecimal() or len(length) > 18:
-            raise BadRequest(400, "its Content-Length is no number")
-        elif int(length) > MAX_ANSWER:
-            raise too_large(MAX_ANSWER)
-        else:
-            body = self.stream.read(int(length))
-            if len(body) < int(length):
-                raise BadRequest(400, "the connection broke off within the body")
-        if len(body) > MAX_ANSWER:
-            raise too_large(MAX_ANSWER)
-        self.reusable = keep
-        return Answer(status, headers, unpacked(body, headers.get("content-encoding", "identity").lower()), url)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.socket.close()
-
-
-def unpacked(body: bytes, coding: str) -> bytes:
-    """A body without its gzip; never more than MAX_ANSWER bytes of it."""
-    if coding == "identity":
-        return body
-    if coding not in ("gzip", "x-gzip"):
-        raise BadRequest(400, "its Content-Encoding was not asked for")
-    unpack = zlib.decompressobj(31)  # 31: with gzip's header
-    try:
-        body = unpack.decompress(body, MAX_ANSWER + 1)
-    except zlib.error:
-        raise BadRequest(400, "its gzip is broken")
-    if len(body) > MAX_ANSWER:
-        raise too_large(MAX_ANSWER)
-    if not unpack.eof or unpack.unused_data:
-        raise BadRequest(400, "its gzip is broken")
-    return body
-
-
-def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
-    """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
-    code = {400: "invalid", 404: "not-found", 410: "deleted", 429: "throttled", 503: "transient", 504: "timeout"}
-    return FhirError(code.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
-                     headers)
-
-
-_COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
-_ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
-_SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
-
-
-def _step(text: str, at: int, expected: str) -> tuple[str, int]:
-    """Past one of JSON's structural characters; ValueError if it isn't one of those expected."""
-    match = _SEPARATOR.match(text, at)
-    if not match or match[1] not in expected:
-        raise ValueError(f"expected {expected}")
-    return match[1], match.end()
-
-
-def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
-    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to be sent
-    on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept, which is faster
-    than having them all in memory. ValueError if it is no JSON object."""
-    own: Json = {}
-    mark, at = _step(text, 0, "{")
-    while mark != "}":
-        if not text.startswith('"', at):
-            raise ValueError("expected a member's name")
-        name, at = _decode(text, at)
-        at = _step(text, at, ":")[1]
-        if name == "entry":
-            mark, at = _step(text, at, "[")
-            if text.startswith("]", at):
-                mark, at = "]", at + 1
-            while mark != "]":
-                value, end = _decode(text, at)
-                take(value, text[at:end])
-                mark, at = _step(text, end, ",]")
-        else:
-            own[name], at = _decode(text, at)
-        mark, at = _step(text, at, ",}")
-    if at < len(text):
-        raise ValueError("text after the end")
-    return own
-
-
-class Upstream:
-    """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
-
-    The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's server on
-    loopback would be looked for at a company's proxy.
-    """
-    def __init__(self, settings: Settings):
-        import urllib.request  # takes long to import, and few need it
-        self.base, self.seconds = settings.fhir_server or "", settings.fhir_timeout
-        parts = urlsplit(self.base)
-        self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
-        self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
-        # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
-        self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
-            f"Host: {parts.netloc}",
-            "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
-            f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
-        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
-        self.names: list[str] = []                           # bases that the server says are its own
-        self.forget()
-        self._spell(parts.hostname or "", parts.port)
-        self._idle: list[Connection] = []
-        send = self._send
-
-        class KeepAlive(urllib.request.BaseHandler):
-            """Opens addresses over connections that are kept."""
-            def http_open(self, request: Any) -> Answer:
-                """What the opener calls."""
-                return send(request)
-            https_open = http_open
-
-        opener = urllib.request.OpenerDirector()
-        opener.add_handler(KeepAlive())
-        self._request, self._open = urllib.request.Request, opener.open
-
-    def forget(self) -> None:
-        """Forget what was found out of the records and of the server's names and version."""
-        self.binaries.clear()
-        self.names.clear()
-        self.version = ("", 0.0)                         # see fhir_version; until when it holds
-        self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
-
-    def close(self) -> None:
-        """Close the idle connections."""
-        while self._idle:
-            self._idle.pop().close()
-
-    def _send(self, request: Any) -> Answer:
-        """Answer a urllib request over an idle connection, or over a new one.
-
-        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
-        """
-        deadline, body = time.monotonic() + request.timeout, request.data or b""
-        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
-            f"{name}: {value}\r\n" for name, value in request.headers.items())
-        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
-        message = head.encode("latin-1", "replace") + body
-        try:
-            return self._exchange(self._idle.pop(), message, request.full_url, deadline)
-        except (IndexError, StaleConnection):
-            return self._exchange(Connection(self.https, self.host, self.port, deadline), message, request.full_url,
-                                  deadline)
-
-    def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
-        """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it out."""
-        try:
-            return connection.exchange(message, url, deadline)
-        finally:
-            if connection.reusable and len(self._idle) < 64:
-                self._idle.append(connection)
-            else:
-                connection.close()
-
-    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
-        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
-        if form is not None:
-            headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
-        deadline = time.monotonic() + self.seconds
-        try:
-            for _ in range(5):
-                answer: Answer = self._open(self._request(url, form, headers), timeout=deadline - time.monotonic())
-                if answer.status not in (301, 302, 303, 307, 308):
-                    return answer
-                url, form = self.inside(answer.headers.get("location", ""), url) or "", None
-                if not url:
-                    raise refused("redirects to an address that is not its own")
-            raise refused("redirects in circles")
-        except BadRequest as error:
-            if error.status == 408:
-                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
-            raise refused(f"sent an answer that can't be read: {error}")
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
-            raise refused(f"can't be reached, or broke off ({type(error).__name__})")
-
-    def inside(self, url: str, seen_at: str) -> str | None:
-        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
-
-        Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
-        is put in its place.
-        """
-        try:
-            url = urljoin(seen_at, url)
-            url.encode()  # fails for half a surrogate pair
-            scheme, _, path, query, _ = urlsplit(url)
-        except ValueError:
-            return None
-        for base in (self.base, *self.names):
-            if url.startswith(base) and url[len(base):len(base) + 1] in ("", "/", "?"):
-                path = self.path + re.split("[?#]", url[len(base):])[0]
-        if (scheme not in ("http", "https") or not (path + "/").startswith(self.path + "/")
-                or re.search(r"/\.|%2e|%2f|%5c|//|\\", path, re.IGNORECASE)):
-            return None
-        safe = "!$%&'()*+,/:;=?@[]~|"
-        return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
-
-    def _spell(self, host: str, port: int | None) -> None:
-        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
-        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
-        names = {re.escape(f"[{host}]" if ":" in host else host)}
-        if is_loopback(host):
-            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
-        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
-        if not is_loopback(host):  # the name alone tells too much
-            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
-        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
-            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
-        else:
-            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
-        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
-        self._traces = re.compile(trace)
-
-    def rewritten(self, body: bytes, ours: str) -> str:
-        """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
-
-        What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only attachments'
-        base64 is not looked into.
-        """
-        text = body.decode("utf-8")
-        if "\0" in text or "\1" in text:
-            raise ValueError("a control character")
-        if _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
-            text = json.dumps(json.loads(text))
-        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
-        # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
-        for end in '/?"' if self.base in text else "":
-            text = text.replace(self.base + end, "\0" + end)
-        if self._hinted(text):
-            text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
-            if self._hinted(text):
-                text = self._traces.sub("fhir-server.invalid", text)
-        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
-
-    def _hinted(self, text: str) -> bool:
-        """Whether something of the FHIR server's address may be in a text."""
-        lower = text.lower()
-        for hint in self._hints:  # any() would take twice as long
-            if hint in lower:
-                return True
-        return False
-
-    def check(self, answer: Answer) -> None:
-        """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients wait)."""
-        status = answer.status
-        if status in (429, 503):
-            wait = answer.headers.get("retry-after")
-            raise refused("is busy", status, [("Retry-After", wait)] if wait else [])
-        if status in (404, 410):
-            raise refused("has no such resource" if status == 404 else "deleted this resource", status)
-        if status in (400, 422):
-            raise refused(f"does not accept this request ({status})", 400)
-        if status in (401, 403):
-            raise refused(f"does not let this portal in ({status}); --fhir-header can give it credentials")
-        if status != 200:
-            raise refused(f"answered with status {status}")
-
-    def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
-        """The resource in an answer, and its text, with our addresses."""
-        self.check(answer)
-        try:
-            text = self.rewritten(answer.body, ours)
-            value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
-            if not isinstance(value, dict) or not isinstance(value.get("resourceType"), str) or text[end:].strip():
-                raise ValueError("no resource")
-        except (ValueError, RecursionError):
-            raise refused("answered with what is no FHIR JSON")
-        return value, text
-
-    def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
-        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our addresses."""
-        self.check(answer)
-        try:
-            own = split_bundle(self.rewritten(answer.body, ours), take)
-        except (ValueError, RecursionError):
-            raise refused("answered with what is no FHIR JSON")
-        if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
-            raise refused("answered a search with what is no Bundle of results")
-        self._learn(own, answer.url, ours)
-        return own
-
-    def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
-        """The own members of the Bundle in an answer, and the resources in it."""
-        found: list[Any] = []
-        own = self.bundle(answer, ours, lambda entry, text: found.extend(elements(entry, "resource")))
-        return own, [one for one in found if isinstance(one, dict)]
-
-    def _learn(self, own: Json, asked: str, ours: str) -> None:
-        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
-        that was asked for. No resource can teach one: whoever wrote it might name another server."""
-        path = urlsplit(asked).path[len(self.path):]
-        for link in elements(own, "link"):
-            if path and isinstance(link, dict) and link.get("relation") == "self":
-                url = str(link.get("url")).partition("?")[0]
-                name = url[:-len(path)]
-                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
-                        and name not in (ours, *self.names)):
-                    self.names.append(name)
-
-    def disguised(self, text: str, ours: str) -> str:
-        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
-        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
-        for name in self.names:
-            for end in '/?"':
-                text = text.replace(name + end, ours + end)
-        return text
-
-    def statement(self, now: float) -> Json:
-        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
-        found, until = self._statement
-        if now >= until:
-            found = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
-            if found["resourceType"] not in ("CapabilityStatement", "Conformance"):
-                raise refused("has no CapabilityStatement")
-            self._statement = found, now + 300
-        return found
-
-
-def fhir_version(portal: Portal) -> str:
-    """The version of FHIR that the records are in: r4, stu3 or dstu2.
-
-    The FHIR server's is read from its metadata. A read must not depend on that: where it fails, R4 is assumed.
-    """
-    if not portal.upstream:
-        return portal.settings.fhir_version
-    now, (version, until) = portal.clock.now(), portal.upstream.version
-    if now >= until:
-        try:
-            text = str(portal.upstream.statement(now).get("fhirVersion"))
-            version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
-        except FhirError as error:
-            portal.log(f"warning: the FHIR server's version can't be read, R4 is assumed: {error.description}")
-            version, until = "r4", now + 60
-        portal.upstream.version = version, until
-    return version
+def may_be_forwarded(name: str) -> bool:
+    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient= or
+    SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
+    return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
 
 
 def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json:
@@ -5975,21 +6191,9 @@ def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json
     return ours
 
 
-# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could look
-# into other records and tell by what is found what stands there (_has, _filter, _query, _type, _list, _content ...).
-FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude",
-             "_total")
-# These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
-NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
 OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
 PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
-
-
-def may_be_forwarded(name: str) -> bool:
-    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient= or
-    SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
-    return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
 
 
 def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]], base: str) -> list[tuple[str, str]]:
@@ -6318,180 +6522,8 @@ class Forwarding:
 
 # The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
 
-def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
-    """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
-    assert portal.upstream
-    query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
-    _, found = portal.upstream.resources(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")
-    return [(one["id"], display_name(one)) for one in found if one.get("resourceType") == "Patient" and id_of(one)]
 
-
-def upstream_patient(portal: Portal, patient_id: str) -> str | None:
-    """The name of a patient of the FHIR server, None where there is none of that id."""
-    assert portal.upstream
-    answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
-    return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
-
-
-# ######################################################################## 16 the FHIR API
-
-
-
-def access_of(portal: Portal, row: Row) -> Access:
-    """What an access token lets its bearer see."""
-    scope = row["token_scope"]
-    user = portal.user(row["username"]) if "user/" in scope else None
-    return Access(
-        scope, row["patient_id"],
-        None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
-        frozenset(json.loads(row["security_labels"]) if row["security_labels"] != "[]" else ()),
-        "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
-        fhir_version(portal) if "?" in scope else "r4")
-
-
-def outcome(error: PortalError) -> Json:
-    """An error as FHIR says it."""
-    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
-    return {"resourceType": "OperationOutcome", "issue": [
-        {"severity": "error", "code": code, "diagnostics": error.description}]}
-
-
-def check_patients(access: Access, query: Query) -> None:
-    """A search that names another patient is refused in words, rather than found empty."""
-    allowed = access.patients(query.type, "s")
-    others = query.patients() - (allowed or set())
-    if allowed is not None and others:
-        raise FhirError("forbidden", f"{', '.join(sorted(others))}: the token is not for this patient's record", 403)
-
-
-def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
-    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
-    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
-    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
-    return {name: meta if name == "meta" else value for name, value in resource.items()
-            if name in ("resourceType", "id", "meta", *names)}
-
-
-def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
-                    base: str, version: str, names: Sequence[str] = ()) -> Response:
-    """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
-    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
-        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=quote, safe=",:/")}
-        for relation, rest in links]}
-    if page.total is None:
-        del head["total"]
-    start = '{"fullUrl":' + json.dumps(base)[:-1]
-    entries = [
-        f'{start}/{one.name}","resource":'
-        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
-        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
-    text = json.dumps(head)
-    return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
-                         version=version)
-
-
-def search(portal: Portal, request: Request, access: Access, type_name: str, base: str) -> Response:
-    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search)."""
-    version = portal.settings.fhir_version
-    pairs = request.pairs() + (request.form() if request.body else [])
-    query = parse_query(version, type_name, [(name, value) for name, value in pairs if value], base,
-                        "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
-    check_patients(access, query)
-    page = portal.records.search(query, access)
-    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
-                 "category")
-    rest = [(name, value) for name, value in query.parameters if name != "_page"]
-    links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
-    if page.next:
-        links.append(("next", [*rest, ("_page", page.next)]))
-    return bundle_response(request, page, links, f"{base}/{type_name}", base, version, query.elements)
-
-
-def everything(portal: Portal, request: Request, access: Access, patient: Found, base: str) -> Response:
-    """A page of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
-    for name, _ in request.pairs():
-        if name not in ("_count", "_page", "_format", "_pretty"):
-            raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
-    query = parse_query(portal.settings.fhir_version, "Patient", [("_count", "1000"), *request.pairs()])
-    page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
-    rest = [(name, value) for name, value in request.pairs() if name != "_page"]
-    return bundle_response(request, page, [("self", request.pairs())] + [
-        ("next", [*rest, ("_page", page.next)])] * bool(page.next),
-        f"{base}/Patient/{patient.resource['id']}/$everything", base, portal.settings.fhir_version)
-
-
-def visible(portal: Portal, access: Access, type_name: str, resource_id: str) -> Found:
-    """One resource: fetched, then judged. A Binary mostly doesn't say whose it is; what points to it decides."""
-    found = portal.records.find(type_name, resource_id)
-    if not found:
-        raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-    if type_name == "Binary":
-        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
-    else:
-        seen = access.may_see(found.resource, "r")
-    if not seen:
-        raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
-                        "category that was not approved", 403)
-    return found
-
-
-def is_unchanged(request: Request, tag: str, updated: float) -> bool:
-    """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
-    known = request.headers.get("if-none-match")
-    if known is not None:
-        return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
-    try:
-        since = email.utils.parsedate_to_datetime(request.headers.get("if-modified-since", ""))
-        return updated < since.timestamp() + 1
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return False
-
-
-def read(portal: Portal, request: Request, access: Access, found: Found) -> Response:
-    """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
-    resource, tag = found.resource, f'"{found.resource["meta"]["versionId"]}"'
-    updated = date_range(resource["meta"]["lastUpdated"])[0]
-    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(updated))]
-    if is_unchanged(request, tag, updated):
-        return Response(304, headers=headers)
-    kind = str(resource.get("contentType", "")) if resource["resourceType"] == "Binary" else ""
-    if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
-        try:
-            content = base64.b64decode(str(resource.get("data", resource.get("content", ""))))
-            # sandbox: content that somebody loaded must not run as a page of this portal
-            return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
-        except (TypeError, ValueError):
-            pass
-    return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
-
-
-def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
-    """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
-    type_name, *rest = [unquote(part) for part in request.rest.split("/")]
-    served = search_table(portal.settings.fhir_version)
-    if type_name not in served:
-        raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
-                        + ", ".join(sorted(served)), 404)
-    searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
-    if request.method == "POST" and (rest != ["_search"] or not searching):
-        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
-        raise too_little_scope(type_name, "s" if searching else "r")
-    if searching:
-        return search(portal, request, access, type_name, base)
-    if not rest or not FHIR_ID.fullmatch(rest[0]):
-        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
-    found = visible(portal, access, type_name, rest[0])
-    if len(rest) == 1 or rest[1:] == ["_history", found.resource["meta"]["versionId"]]:
-        return read(portal, request, access, found)
-    if rest[1:] == ["$everything"] and type_name == "Patient":
-        return everything(portal, request, access, found, base)
-    if rest[1] == "_history":
-        raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
-    if rest[1].startswith("$"):
-        raise FhirError("forbidden", f"{rest[1]}: the only operation here is Patient/[id]/$everything", 403)
-    raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
-
+# ######################################################################## 25 the FHIR API
 
 @route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
@@ -6544,7 +6576,7 @@ def me(portal: Portal, request: Request) -> Response:
              "approval_expires": http_date(one["approval_expires"])} for one in rows]})
 
 
-# ######################################################################## 17 start page
+# ######################################################################## 26 start page
 
 @route("GET /health", "for monitors", cors=True)
 def health(portal: Portal, request: Request) -> Response:
@@ -6631,7 +6663,7 @@ def start_page(portal: Portal, request: Request) -> Response:
         username=user["name"] if user else "")
 
 
-# ######################################################################## 17b demo app
+# ######################################################################## 27 demo app
 
 # A SMART app such as others write: a public client, which this server treats like any other. Its script is the example
 # to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in the order in which they happen.
@@ -6989,7 +7021,7 @@ def demo_page(portal: Portal, request: Request) -> Response:
         style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
-# ######################################################################## 18 test controls
+# ######################################################################## 28 test controls
 
 # Each control is one function with two doors: a method of `Server`, and a path under /oauth/debug/ whose JSON members
 # have the parameters' names. Their first argument is the portal; all others are named.
@@ -6997,24 +7029,6 @@ Control = TypeVar("Control", bound=Callable[..., Any])
 CONTROLS: dict[str, Callable[..., Any]] = {}
 MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
-
-
-def control(path: str, answer: Callable[[Any], Any], whole: str = "", **aliases: str) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `whole` is the
-    parameter that the body is as a whole; `aliases` are other names of members."""
-    def declare(function: Control) -> Control:
-        CONTROLS[function.__name__] = function
-
-        def over_http(portal: Portal, request: Request) -> Response:
-            only_with_debug(portal)
-            body = request.json()
-            members = {whole: body} if whole else {aliases.get(name, name): value for name, value in body.items()}
-            return json_response(answer(call_with_members(portal, function, members)))
-        over_http.__doc__ = function.__doc__
-        over_http.__name__ = f"debug_{function.__name__}"
-        route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
-        return function
-    return declare
 
 
 def only_with_debug(portal: Portal) -> None:
@@ -7039,6 +7053,24 @@ def call_with_members(portal: Portal, function: Callable[..., Any], members: Jso
         if name not in members and name not in (function.__kwdefaults__ or {}):
             raise PortalError("invalid_request", f"{name} is missing")
     return function(portal, **members)
+
+
+def control(path: str, answer: Callable[[Any], Any], whole: str = "", **aliases: str) -> Callable[[Control], Control]:
+    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `whole` is the
+    parameter that the body is as a whole; `aliases` are other names of members."""
+    def declare(function: Control) -> Control:
+        CONTROLS[function.__name__] = function
+
+        def over_http(portal: Portal, request: Request) -> Response:
+            only_with_debug(portal)
+            body = request.json()
+            members = {whole: body} if whole else {aliases.get(name, name): value for name, value in body.items()}
+            return json_response(answer(call_with_members(portal, function, members)))
+        over_http.__doc__ = function.__doc__
+        over_http.__name__ = f"debug_{function.__name__}"
+        route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
+        return function
+    return declare
 
 
 def need_text(name: str, value: Any) -> str:
@@ -7332,7 +7364,7 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     return json_response({"requests": [one.redacted() for one in recorded_requests(portal)]})
 
 
-# ######################################################################## 19 HTTP
+# ######################################################################## 29 HTTP
 
 ALLOWED_ORIGIN = [
     ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
@@ -7360,15 +7392,6 @@ def find_route(request: Request) -> Route | None:
     return None
 
 
-def check_host(portal: Portal, request: Request) -> None:
-    """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
-    settings = portal.settings
-    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
-    if trusting and not portal.is_ours(request.host):
-        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
-                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
-
-
 def check_same_origin(request: Request) -> None:
     """Debug endpoints obey no other web page: a browser names the page that sends, or how far away it is."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
@@ -7389,6 +7412,11 @@ def error_response(portal: Portal, kind: str, error: PortalError, request: Reque
         response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
     response.headers += error.headers
     return response
+
+
+def allowed_methods(found: Route) -> str:
+    """A route's methods, as the Allow header lists them."""
+    return ", ".join([*found.methods, *(["HEAD"] if "GET" in found.methods else []), "OPTIONS"])
 
 
 def answer(portal: Portal, request: Request, found: Route | None) -> Response:
@@ -7425,11 +7453,6 @@ def answer(portal: Portal, request: Request, found: Route | None) -> Response:
         return error_response(portal, kind, bug, request, found)
 
 
-def allowed_methods(found: Route) -> str:
-    """A route's methods, as the Allow header lists them."""
-    return ", ".join([*found.methods, *(["HEAD"] if "GET" in found.methods else []), "OPTIONS"])
-
-
 def dispatch(portal: Portal, request: Request) -> Response:
     """Answer a request: the whole server without its sockets. ConnectionAbortedError where a test ordered a drop."""
     found = find_route(request)
@@ -7449,6 +7472,7 @@ def dispatch(portal: Portal, request: Request) -> Response:
 _REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -7596,9 +7620,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             for _ in range(1024):
                 if not self.lines.read1(64 << 10):
                     break
-
-
-REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
 class Listener(http.server.HTTPServer):
@@ -7765,7 +7786,13 @@ class Listener(http.server.HTTPServer):
         self._woken.close()
 
 
-# ######################################################################## 20 server
+# ######################################################################## 30 server
+
+def write_log(line: str) -> None:
+    """A line of the log, on standard error, in one write so that threads don't mix theirs."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
 
 class Server:
     """A running portal: what a test starts, talks to and stops.
@@ -7901,13 +7928,7 @@ class Server:
         self.portal.reset()
 
 
-def write_log(line: str) -> None:
-    """A line of the log, on standard error, in one write so that threads don't mix theirs."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
-# ######################################################################## 21 command line
+# ######################################################################## 31 command line
 
 ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_NAME": "name",
                "ENABLE_UNSECURE_FHIR": "open_fhir"}

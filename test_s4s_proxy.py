@@ -3988,6 +3988,34 @@ class Repository(unittest.TestCase):
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
 
+    source = (HERE / "s4s_proxy.py").read_text(encoding="utf-8")
+
+    def test_the_map_is_that_of_the_file(self) -> None:
+        banners = re.findall(r"^# #{72} (\d+) (.+)$", self.source, re.MULTILINE)
+        self.assertEqual([int(number) for number, _ in banners], list(range(1, len(banners) + 1)))
+        mapped = s4s.__doc__.partition("Map of the file")[2].partition("Follow one request")[0]
+        self.assertEqual(re.findall(r"^ +(\d+)  (\S+(?: \S+)*)", mapped, re.MULTILINE), banners)
+
+    def test_the_ten_stops_of_a_request_are_there_in_their_order(self) -> None:
+        stops = s4s.__doc__.partition("Follow one request")[2].partition("Legend")[0]
+        names = re.findall(r"^ +\d+  (\S+)", stops, re.MULTILINE)
+        self.assertEqual(len(names), 10)
+        for name in names:
+            found: Any = s4s
+            for part in name.split("."):
+                found = getattr(found, part)
+            self.assertTrue(callable(found), name)
+
+    def test_each_part_uses_only_what_stands_above_it(self) -> None:
+        module = ast.parse(self.source)
+        places = {node.name: node.lineno for node in module.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        for node in module.body:
+            annotations = {id(inner) for one in ast.walk(node) for name in ("annotation", "returns")
+                           for inner in ast.walk(getattr(one, name, None) or ast.Pass())}
+            for one in ast.walk(node):
+                if isinstance(one, ast.Call) and isinstance(one.func, ast.Name) and id(one) not in annotations:
+                    self.assertLessEqual(places.get(one.func.id, 0), node.end_lineno or 0, one.func.id)
+
     def test_only_the_standard_library_is_imported(self) -> None:
         if not hasattr(sys, "stdlib_module_names"):
             self.skipTest("needs Python 3.10")
