@@ -55,7 +55,7 @@ Follow one request. An app sends the browser to /oauth/authorize; ten stops late
      4  login                  who is at the browser
      5  consent                whose record, what of it, until when, yes or no
      6  decide                 a grant is written down; the browser carries a code back to the app
-     7  token                  the app comes by itself now, and says who it is
+     7  token_endpoint         the app comes by itself now, and says who it is
      8  exchange_code          code and verifier become an access token, once
      9  fhir                   the app shows the token to the FHIR API
     10  Access.may_see         every resource is judged before a byte of it leaves
@@ -5879,7 +5879,7 @@ GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
 
 
 @route("POST /oauth/token", "RFC 6749 section 3.2", cors=True, fault="token")
-def token(portal: Portal, request: Request) -> Response:
+def token_endpoint(portal: Portal, request: Request) -> Response:
     """Tokens for a code, for a refresh token, or for a backend service (RFC 6749 section 3.2)."""
     form = Fields(request.form())
     if form.repeated:
@@ -7419,7 +7419,7 @@ def allowed_methods(found: Route) -> str:
     return ", ".join([*found.methods, *(["HEAD"] if "GET" in found.methods else []), "OPTIONS"])
 
 
-def answer(portal: Portal, request: Request, found: Route | None) -> Response:
+def respond(portal: Portal, request: Request, found: Route | None) -> Response:
     """The response to a request, errors included."""
     kind = found.kind if found else next(
         (kind for prefix, kind in _NOWHERE.items() if request.path.startswith(prefix)), "page")
@@ -7458,7 +7458,7 @@ def dispatch(portal: Portal, request: Request) -> Response:
     found = find_route(request)
     response = None
     try:
-        response = answer(portal, request, found)
+        response = respond(portal, request, found)
     finally:
         if not request.path.startswith("/oauth/debug/"):
             portal.recorded.append((request, response.status if response else 0))
