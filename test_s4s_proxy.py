@@ -1700,6 +1700,8 @@ class Searching(RecordsTest):
                 got = {one["resource"]["code"]["coding"][0]["code"] for one in self.open(
                     "Observation?" + urlencode({"code": value, "_count": "1000"})).json.get("entry", [])}
                 self.assertEqual(len(got), found)
+        self.portal.portal.records.load({"resourceType": "Patient", "id": "odd", "identifier": [{"value": "a\\,b|c"}]})
+        self.assertEqual(self.ids("Patient?" + urlencode({"identifier": "a\\\\\\,b\\|c"})), ["odd"])
         self.assertEqual(len(self.ids("Patient?identifier=http://hospital.smarthealthit.org%7C")), 3)
         self.assertEqual(self.ids("Patient?gender=|female"), [AMY])
 
@@ -1959,6 +1961,15 @@ class Reading(RecordsTest):
         self.assertEqual(self.fhir(f"Patient/{DANIEL}/$everything", token).status, 403)
         self.assertEqual(self.open("Patient/nobody/$everything").status, 404)
 
+    def test_everything_of_one_patient_leaves_out_what_it_refers_to_of_another(self) -> None:
+        load = self.portal.portal.records.load
+        load({"resourceType": "Device", "id": "hers", "patient": {"reference": f"Patient/{AMY}"}})
+        load({"resourceType": "Device", "id": "nobodys"})
+        load({"resourceType": "Observation", "subject": {"reference": f"Patient/{DANIEL}"}, "device": {
+            "reference": "Device/hers"}, "focus": [{"reference": "Device/nobodys"}]})
+        got = {one["resource"]["id"] for one in self.open(f"Patient/{DANIEL}/$everything").json["entry"]}
+        self.assertEqual(got & {"hers", "nobodys"}, {"nobodys"})
+
     def test_everything_comes_in_pages(self) -> None:
         whole = [one["resource"]["id"] for one in self.open(f"Patient/{AMY}/$everything").json["entry"]
                  if one["search"]["mode"] == "match"]
@@ -1972,7 +1983,8 @@ class Reading(RecordsTest):
         self.assertEqual(seen, whole)
 
     def test_everything_shows_only_what_the_scope_lets_read_and_search(self) -> None:
-        token = self.portal.issue_token(scope="patient/Patient.rs patient/Condition.rs patient/Observation.r")
+        scope = "patient/Patient.rs patient/Condition.rs patient/Observation.r patient/Organization.r"
+        token = self.portal.issue_token(scope=scope)
         got = self.fhir(f"Patient/{DANIEL}/$everything", token).json["entry"]
         self.assertEqual({one["resource"]["resourceType"] for one in got}, {"Patient", "Condition"})
 
@@ -2167,7 +2179,7 @@ class LoadingRecords(unittest.TestCase):
     def test_what_was_loaded_before_a_bad_file_stays(self) -> None:
         db = str(self.folder / "state.db")
         with self.assertRaises(s4s.StartError):
-            self.records(self.patient("a"), self.bundle({"resource": self.patient("b")}, {"resource": {}}), db=db)
+            self.records(self.patient("a"), self.file("b.ndjson", json.dumps(self.patient("b")) + "\n{}"), db=db)
         self.assertEqual(self.records(db=db).patients(), [("a", "A")])
 
     def test_data_of_another_version_is_noticed(self) -> None:
