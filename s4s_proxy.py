@@ -7821,8 +7821,6 @@ class Server:
             raise
         portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
         portal.log = write_log
-        for warning in portal.records.warnings:
-            portal.log(f"warning: {warning}")
         self.portal = portal
         self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
         self._thread.start()
