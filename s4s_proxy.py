@@ -536,7 +536,9 @@ PRAGMA synchronous = NORMAL;                      -- what a power cut takes can 
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
     patient_id TEXT NOT NULL,                     -- whose compartment it is in; '' nobody's, '?' can't be told
-    updated REAL NOT NULL, json TEXT NOT NULL, UNIQUE (type, id));
+    labels TEXT NOT NULL,                         -- its data categories, with spaces between
+    updated REAL NOT NULL, version TEXT NOT NULL, -- meta.lastUpdated as Unix time, meta.versionId
+    json TEXT NOT NULL, UNIQUE (type, id));
 CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
 
 -- One row for each value of each search parameter: a token has system and value; a reference its id as value, its type
@@ -2119,21 +2121,24 @@ class Access:
         """
         if self.scope is None:
             return True
-        type_name = resource.get("resourceType", "")
-        if letters == "r" and f"{type_name}/{resource.get('id')}" == self.fhir_user:
+        return self.judge(resource.get("resourceType", ""), resource.get("id"), letters, owner(resource, base),
+                          categories(resource) if self.labels else (), lambda: resource)
+
+    def judge(self, type_name: str, resource_id: Any, letters: str, whose: str | None, labels: Iterable[str],
+              resource: Callable[[], Json]) -> bool:
+        """The judgement, of what is known of a resource already: its owner and categories. The resource itself is only
+        asked for where ?param=value must be looked up in it."""
+        if self.scope is None or (letters == "r" and f"{type_name}/{resource_id}" == self.fhir_user):
             return True
-        whose = owner(resource, base)
         if whose is None:
             return False
         for reach, constraints in self._openings(type_name, letters):
             # each alone: the ?param=value of one go together, several scopes add up
             if ((whose == NOBODY or reach is None or whose in reach)
-                    and (not constraints or resource_matches(resource, self.version, constraints))):
-                break
-        else:
-            return False
-        # A resource of two categories needs both: the patient who left out laboratory results meant all of them.
-        return whose == NOBODY or not self.labels or self.labels.issuperset(categories(resource))
+                    and (not constraints or resource_matches(resource(), self.version, constraints))):
+                # A resource of two categories needs both: who left out laboratory results meant all of them.
+                return whose == NOBODY or not self.labels or self.labels.issuperset(labels)
+        return False
 
     def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
         """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
@@ -2178,14 +2183,20 @@ def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition
 
 
 class Found:
-    """A resource as it lies in the database (number, type, id, json): the text, to be sent; parsed, to be judged."""
+    """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks into it."""
     def __init__(self, row: Row):
-        self.number, self.text, self.name = row["number"], row["json"], f"{row['type']}/{row['id']}"
+        self.row, self.number, self.text, self.name = row, row["number"], row["json"], f"{row['type']}/{row['id']}"
         self._resource: Json | None = None
+
+    def may_be_seen(self, access: Access, letters: str) -> bool:
+        """What `access.may_see` says; owner and categories were noted when the resource was written."""
+        row = self.row
+        return access.judge(row["type"], row["id"], letters, None if row["patient_id"] == "?" else row["patient_id"],
+                            row["labels"].split(), lambda: self.resource)
 
     @property
     def resource(self) -> Json:
-        """The resource. What is open to everybody is sent without a look."""
+        """The resource, parsed."""
         if self._resource is None:
             self._resource = json.loads(self.text)
         return self._resource
@@ -2253,7 +2264,7 @@ _OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|[A-Z][A-Za-z]+\?)[^"]+)"')
 class Prepared(NamedTuple):
     """A resource ready to be written: all that takes time is done, and no lock was held."""
     resource: Json
-    row: tuple[str, str, str, float, str]  # type, id, patient_id, updated, json
+    row: tuple[Any, ...]                   # as the table resources has it, less the number
     values: set[SearchValue]
     unresolved: set[str]                   # references that are no Type/id yet
     given: Json                            # its meta, as it came
@@ -2278,8 +2289,9 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     except (ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"can't be written as JSON: {error}")
     whose = owner(resource)
-    return Prepared(resource, (resource["resourceType"], resource["id"], "?" if whose is None else whose, updated, text),
-                    search_values(resource, version), set(_OPEN_IN_JSON.findall(text)), given)
+    row = (resource["resourceType"], resource["id"], "?" if whose is None else whose, " ".join(categories(resource)),
+           updated, meta["versionId"], text)
+    return Prepared(resource, row, search_values(resource, version), set(_OPEN_IN_JSON.findall(text)), given)
 
 
 def _erase(database: sqlite3.Connection, number: int) -> None:
@@ -2299,7 +2311,7 @@ def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]
 def _write(database: sqlite3.Connection, number: int, one: Prepared) -> None:
     """Put a resource where `number` says, in place of what is there."""
     _erase(database, number)
-    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?)", (number, *one.row))
+    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (number, *one.row))
     _index(database, [(number, one)])
 
 
@@ -2590,7 +2602,7 @@ class Records:
         """Write resources, many at once. later: after the start, so that reset takes them back."""
         written: list[tuple[int, Prepared]] = []
         for new in resources:
-            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?)", new.row)
+            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
             if added.rowcount:
                 written.append((int(added.lastrowid or 0), new))
                 if later:
@@ -2730,7 +2742,7 @@ class Records:
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
-        page, dropped = self._page(Condition(f"SELECT r.number, r.type, r.id, r.json{columns} FROM resources r WHERE {where.sql}",
+        page, dropped = self._page(Condition(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
         whole, total = query.limit and not page.next and not query.after, None  # whole: all matches are on this page
         if query.total and not dropped and not access.narrowed:
@@ -2746,8 +2758,8 @@ class Records:
                              [("number", False)], count, after, access, "rs")
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
                              if end[0] in SHARED_TYPES or end[0] == "Device")
-        others = [one for one in (self.find(*end) for end in ends) if one and owner(one.resource) == NOBODY]
-        return page._replace(included=[one for one in others if access.may_see(one.resource, "rs")])
+        others = [one for one in (self.find(*end) for end in ends) if one and one.row["patient_id"] == NOBODY]
+        return page._replace(included=[one for one in others if one.may_be_seen(access, "rs")])
 
     def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
               access: Access, letters: str) -> tuple[Page, bool]:
@@ -2767,7 +2779,7 @@ class Records:
                                        *select.values, *beyond.values, wanted)
             for row in rows:
                 one = Found(row)
-                if access.scope is None or access.may_see(one.resource, letters):
+                if one.may_be_seen(access, letters):
                     found.append((one, row))
                 else:
                     dropped = True
@@ -2791,7 +2803,7 @@ class Records:
         for include in query.includes:
             for match in matches:
                 for one in self._follow(include, query.type, match):
-                    if one.number not in seen and access.may_see(one.resource, "s"):
+                    if one.number not in seen and one.may_be_seen(access, "s"):
                         seen.add(one.number)
                         found.append(one)
                 if len(found) > MAX_INCLUDED:
@@ -6085,7 +6097,7 @@ def visible(portal: Portal, access: Access, type_name: str, resource_id: str) ->
     if type_name == "Binary":
         seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
     else:
-        seen = access.may_see(found.resource, "r")
+        seen = found.may_be_seen(access, "r")
     if not seen:
         raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
                         "category that was not approved", 403)
@@ -6106,12 +6118,12 @@ def is_unchanged(request: Request, tag: str, updated: float) -> bool:
 
 def read(portal: Portal, request: Request, access: Access, found: Found) -> Response:
     """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
-    resource, tag = found.resource, f'"{found.resource["meta"]["versionId"]}"'
-    updated = date_range(resource["meta"]["lastUpdated"])[0]
+    tag, updated = f'"{found.row["version"]}"', found.row["updated"]
     headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(updated))]
     if is_unchanged(request, tag, updated):
         return Response(304, headers=headers)
-    kind = str(resource.get("contentType", "")) if resource["resourceType"] == "Binary" else ""
+    resource = found.resource if found.row["type"] == "Binary" else {}
+    kind = str(resource.get("contentType", ""))
     if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
         try:
             content = base64.b64decode(str(resource.get("data", resource.get("content", ""))))
@@ -6139,7 +6151,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     if not rest or not FHIR_ID.fullmatch(rest[0]):
         raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
     found = visible(portal, access, type_name, rest[0])
-    if len(rest) == 1 or rest[1:] == ["_history", found.resource["meta"]["versionId"]]:
+    if len(rest) == 1 or rest[1:] == ["_history", found.row["version"]]:
         return read(portal, request, access, found)
     if rest[1:] == ["$everything"] and type_name == "Patient":
         return everything(portal, request, access, found, base)
