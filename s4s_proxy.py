@@ -2892,6 +2892,9 @@ def parse_headers(lines: bytes) -> dict[str, str]:
 
 def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
     """The header lines up to the empty one."""
+    end = stream.peek().find(b"\r\n\r\n")  # mostly all of them are here already
+    if 0 <= end <= most - 4:
+        return parse_headers(stream.read(end + 4)[:-2])
     lines: list[bytes] = []
     while True:
         line = stream.readline(most + 1)
@@ -4094,19 +4097,26 @@ class Fields:
         return value
 
 
+def decode_plus(text: str, errors: str = "replace") -> str:
+    """Form decoding of a single name or value."""
+    return unquote(text.replace("+", " "), errors=errors) if "%" in text or "+" in text else text
+
+
 def decode_pairs(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
     if not text:
         return []
     if re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
+    if text.count("&") >= 1000:
+        raise PortalError("invalid_request", "more than 1000 parameters")
     try:
-        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=1000)
+        pairs = [(decode_plus(name, "strict"), decode_plus(value, "strict"))
+                 for name, _, value in (part.partition("=") for part in text.split("&") if part)]
     except ValueError as error:
         raise PortalError("invalid_request", f"parameters can't be decoded: {error}")
-    for name, value in pairs:
-        if "\0" in name or "\0" in value:
-            raise PortalError("invalid_request", f"{name!r}: a NUL character")
+    if "%00" in text or "\0" in text:
+        raise PortalError("invalid_request", "a NUL character in a parameter")
     return pairs
 
 
@@ -4208,11 +4218,16 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
                      [challenge(error="insufficient_scope", scope=needed)])
 
 
-def accepted_types(request: Request) -> list[str]:
+@functools.lru_cache(maxsize=500)
+def media_types(text: str) -> tuple[str, ...]:
+    """The media types in an Accept header, less those that it refuses (q=0)."""
+    return tuple(part.partition(";")[0].strip().lower() for part in text.split(",")
+                 if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part))
+
+
+def accepted_types(request: Request) -> tuple[str, ...]:
     """The media types that a request takes: by _format, which browsers can set, else by Accept."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*"
-    return [part.partition(";")[0].strip().lower() for part in wanted.split(",")
-            if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part)]
+    return media_types(dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*")
 
 
 def fhir_type(request: Request, version: str = "r4") -> str:
@@ -4220,7 +4235,7 @@ def fhir_type(request: Request, version: str = "r4") -> str:
     accepted = accepted_types(request)
     if not _ANY_JSON.intersection(accepted):
         raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
-    return "application/json" if accepted == ["application/json"] else FHIR_TYPES.get(version, FHIR_TYPE)
+    return "application/json" if accepted == ("application/json",) else FHIR_TYPES.get(version, FHIR_TYPE)
 
 
 def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
@@ -4573,11 +4588,6 @@ def basic_credentials(request: Request) -> tuple[str, str] | None:
     if not colon:
         raise invalid_client("the Basic credentials have no colon between client_id and client_secret")
     return client_id, secret
-
-
-def decode_plus(text: str) -> str:
-    """Form decoding of a single value."""
-    return unquote(text.replace("+", " "))
 
 
 def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Client:
@@ -7564,7 +7574,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
-        absolute = re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
+        absolute = target[0] != "/" and re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
         if absolute:
             headers["host"] = absolute[1]
             target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
@@ -7608,8 +7618,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = response.body
         head = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n",
                 f"Date: {self.server.date()}\r\n"]
-        # Whatever a value is made of, it stays one line: no one adds headers of their own.
-        head += [f"{name}: {_CONTROL.sub('?', value)}\r\n" for name, value in response.headers]
+        lines = "\0".join([f"{name}: {value}" for name, value in response.headers])
+        if len(_CONTROL.findall(lines)) >= len(response.headers):
+            # Whatever a value is made of, it stays one line: no one adds headers of their own.
+            lines = "\0".join([f"{name}: {_CONTROL.sub('?', value)}" for name, value in response.headers])
+        head += [lines.replace("\0", "\r\n"), "\r\n"] if lines else []
         if response.status not in (204, 304):
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
