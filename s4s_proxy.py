@@ -244,6 +244,12 @@ class Settings:
         for url in self.base_url:
             if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
                 raise StartError(f"--base-url {url}: give an absolute http or https address")
+        if self.keyfile and not self.certfile:
+            raise StartError("--keyfile is given without --certfile")
+        if self.quiet and self.verbose:
+            raise StartError("--quiet and --verbose exclude each other")
+        if self.data and self.fhir_server:
+            raise StartError("--data and --fhir-server exclude each other: load the data into that server")
         self._check_fhir_server()
 
     def _check_fhir_server(self) -> None:
@@ -3062,10 +3068,14 @@ class Connection:
         self.socket.close()
 
 
+# FHIR's issue-type value set, where a status says nothing more particular.
+ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted", 429: "throttled",
+               503: "transient", 504: "timeout"}
+
+
 def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
     """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
-    code = {400: "invalid", 404: "not-found", 410: "deleted", 429: "throttled", 503: "transient", 504: "timeout"}
-    return FhirError(code.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
+    return FhirError(ISSUE_CODES.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
                      headers)
 
 
@@ -4028,7 +4038,9 @@ class Portal:
             raise ConnectionAbortedError
         if fault.status:
             headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
-            if fault.status == 401:
+            if fault.error == "invalid_client":
+                headers.append(challenge("Basic"))
+            elif fault.status == 401 or fault.error == "insufficient_scope":
                 headers.append(challenge(error=fault.error or "invalid_token"))
             kind = PortalError if fault.error else PageError
             raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
@@ -4286,12 +4298,12 @@ class Markup(str):
 
 
 def escaped(child: Any) -> str:
-    """A child of an element: markup as it is, a list one by one, None not at all, everything else escaped."""
+    """A child of an element: markup as it is, a list one by one, None and False not at all, everything else escaped."""
     if isinstance(child, Markup):
         return child
     if isinstance(child, (list, tuple)):
         return "".join(map(escaped, child))
-    return "" if child is None else html.escape(str(child))
+    return "" if child is None or child is False else html.escape(str(child))
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
@@ -4865,12 +4877,19 @@ def local_path(text: str) -> str:
     return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
 
 
+def account_names(portal: Portal) -> str:
+    """Who can sign in, in a line."""
+    names = [row["username"] for row in portal.state.rows("SELECT username FROM users ORDER BY rowid LIMIT 20")]
+    return f"{', '.join(names)}, and every loaded patient's id; password {DEMO_PASSWORD} unless --fixtures says another"
+
+
 def accounts(portal: Portal) -> Markup:
     """Who can sign in, and how."""
     rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
     return tag("section", tag("h2", "Test accounts"),
                facts(*((row["name"], tag("code", row["username"])) for row in rows)),
-               tag("p", "Everybody's password is ", tag("code", DEMO_PASSWORD), "."), class_="card")
+               tag("p", "Their password is ", tag("code", DEMO_PASSWORD), ", unless fixtures gave them another. Every patient "
+                   "who was loaded signs in by id, with the same password."), class_="card")
 
 
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
@@ -5037,11 +5056,12 @@ def check_pkce(asked: Authorization) -> None:
 
 
 def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
-    """`negotiate_scope`, and each ?param=value is a search parameter of the records' version, with a value it takes.
+    """`negotiate_scope`, less the types that are never served, and each ?param=value is a search parameter of the records' version, with a value it takes.
 
     Any other would find nothing, and would put words of the app's choice before the person who decides.
     """
-    scope = negotiate_scope(asked, registered, contexts)
+    scope = " ".join(word for word in negotiate_scope(asked, registered, contexts).split()
+                     if all(one.type in ("*", *SHARED_TYPES, *OWNER_ELEMENTS) for one in resource_scopes(word)))
     for one in resource_scopes(scope):
         for name, value in one.constraints:
             version = fhir_version(portal)
@@ -5198,9 +5218,12 @@ def end_of_day(date: str) -> float:
     return calendar.timegm(datetime.date.fromisoformat(date).timetuple()) + DAY - 1.0
 
 
-def day_of(seconds: float) -> str:
-    """A Unix time's day, UTC."""
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+def day_of(seconds: float, years: int = 0) -> str:
+    """A Unix time's day, UTC, or the same day some years later."""
+    year, month, day = time.gmtime(seconds)[:3]
+    if (month, day) == (2, 29) and not calendar.isleap(year + years):
+        day = 28
+    return f"{year + years:04}-{month:02}-{day:02}"
 
 
 def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
@@ -5399,7 +5422,7 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
                  if encounters else None,
                  tag("label", "Until the end of", tag(
                      "input", type="date", name="approval_expires", required=True, min=day_of(now),
-                     max=day_of(now + 730 * DAY), value=day_of(now + 365 * DAY))),
+                     max=day_of(now, 2), value=day_of(now, 1))),
                  tag("p", "You can stop sharing before that day, at any time, under ", tag("a", "Apps you share with", href=(
                      f"{link_root(portal)}/apps")), ". What the app has fetched by then, it keeps."),
                  tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse, back),
@@ -5440,7 +5463,7 @@ def new_grant(portal: Portal, client: Client, username: str, patient: str | None
         expires = end_of_day(until)
     except ValueError:
         raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
-    if not now < expires <= end_of_day(day_of(now + 730 * DAY)):
+    if not now < expires <= end_of_day(day_of(now, 2)):
         raise PageError("invalid_request", f"The end date {until} is not from today to two years from now.")
     context = {**details["launch"].get("context", {})}
     if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
@@ -6030,7 +6053,8 @@ def access_of(portal: Portal, row: Row) -> Access:
 
 def outcome(error: PortalError) -> Json:
     """An error as FHIR says it."""
-    code = error.error if isinstance(error, FhirError) else "login" if error.status == 401 else "invalid"
+    other = "exception" if error.status >= 500 else "invalid"
+    code = error.error if isinstance(error, FhirError) else ISSUE_CODES.get(error.status, other)
     return {"resourceType": "OperationOutcome", "issue": [
         {"severity": "error", "code": code, "diagnostics": error.description}]}
 
@@ -6069,10 +6093,14 @@ def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Seq
                          version=version)
 
 
-def search(portal: Portal, request: Request, access: Access, type_name: str, base: str) -> Response:
-    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search)."""
+def search(portal: Portal, request: Request, access: Access, type_name: str, base: str,
+           pin: Sequence[tuple[str, str]] = ()) -> Response:
+    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search).
+
+    pin: parameters that the path stands for.
+    """
     version = portal.settings.fhir_version
-    pairs = request.pairs() + (request.form() if request.body else [])
+    pairs = [*pin, *request.pairs(), *(request.form() if request.body else [])]
     query = parse_query(version, type_name, [(name, value) for name, value in pairs if value], base,
                         "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
@@ -6148,12 +6176,19 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
     type_name, *rest = [unquote(part) for part in request.rest.split("/")]
     served = search_table(portal.settings.fhir_version)
+    operation = next((part for part in (type_name, *rest) if part.startswith("$")), "")
+    if operation and ([type_name, *rest[1:]] != ["Patient", "$everything"] or request.method == "POST"):
+        raise FhirError("forbidden", f"{operation}: the only operation here is Patient/[id]/$everything", 403)
+    if request.method == "POST" and rest != ["_search"]:
+        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
     if type_name not in served:
         raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
                         + ", ".join(sorted(served)), 404)
     searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
-    if request.method == "POST" and (rest != ["_search"] or not searching):
-        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
+    if len(rest) == 2 and type_name == "Patient" and rest[1] in served:  # a compartment's path is a search (FHIR, search)
+        pin = [(name, rest[0]) for name, one in served[rest[1]].items() if one.kind == "owner"][:1]
+        if pin and access.allows(rest[1], "s"):
+            return search(portal, request, access, rest[1], base, pin)
     if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
         raise too_little_scope(type_name, "s" if searching else "r")
     if searching:
@@ -6167,8 +6202,6 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
         return everything(portal, request, access, found, base)
     if rest[1] == "_history":
         raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
-    if rest[1].startswith("$"):
-        raise FhirError("forbidden", f"{rest[1]}: the only operation here is Patient/[id]/$everything", 403)
     raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
 
 
@@ -6611,7 +6644,7 @@ KINDS = {  # of routes, in the start page's order
     "fhir": "FHIR, for apps", "debug": "Test controls, open to anyone"}
 TRY = {  # where to try what a plain link can't show
     "/oauth/authorize": "/demo", "/oauth/consent": "/demo", "/oauth/token": "/demo", "/oauth/revoke": "/demo",
-    "/api/fhir/{}": "/api/fhir/Patient/smart-1288992", "/api/open-fhir/{}": "/api/open-fhir/Patient?_pretty=true"}
+    "/api/fhir/{}": "/demo", "/api/open-fhir/{}": "/api/open-fhir/Patient?_pretty=true"}
 
 
 def is_served(portal: Portal, one: Route) -> bool:
@@ -6639,10 +6672,12 @@ def first_steps(portal: Portal, base: str) -> str:
     """Commands for a shell: a token, and a record read with it; discovery where nobody may ask for tokens."""
     if not portal.settings.serves_debug:
         return f"curl -s {base}/api/fhir/.well-known/smart-configuration"
+    row = portal.state.row("SELECT username, patient_id FROM patients ORDER BY username <> 'daniel-adams', is_user DESC")
+    username, patient_id = row or ("PATIENT_ID", "PATIENT_ID")  # who was loaded signs in by id
     return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
-            "  -d '{\"client_id\": \"test-suite\", \"username\": \"daniel-adams\"}' |\n"
+            f"  -d '{{\"client_id\": \"test-suite\", \"username\": \"{username}\", \"patient_id\": \"{patient_id}\"}}' |\n"
             "  sed 's/.*\"access_token\": *\"\\([^\"]*\\)\".*/\\1/')\n"
-            f'curl -s "{base}/api/fhir/Patient/smart-1288992?_pretty=true" -H "Authorization: Bearer $token"')
+            f'curl -s "{base}/api/fhir/Patient/{patient_id}?_pretty=true" -H "Authorization: Bearer $token"')
 
 
 def home(portal: Portal, request: Request, user: Row) -> Markup:
@@ -7167,9 +7202,10 @@ def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | N
                                                                                      approval_expires)
     need_moment("access_lifetime", now + lifetime)
     nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
-    grant = Grant(new_token(), client.client_id, user["username"],
-                  None if nobodys else users_patient(portal, username, patient_id),
-                  granted, need_moment("approval_expires", until), portal.public_url())
+    patient = None if nobodys else users_patient(portal, username, patient_id)
+    if not patient and needs_patient(granted):
+        raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
+    grant = Grant(new_token(), client.client_id, user["username"], patient, granted, need_moment("approval_expires", until), portal.public_url())
     with portal.state.transaction() as database:
         row = store_grant(database, grant, now)
         return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
@@ -7233,7 +7269,7 @@ def approve(portal: Portal, *, url: str, username: str, patient_id: str | None =
     if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
         raise PortalError("invalid_request", "security_labels: expected an array of strings")
     now = portal.clock.now()
-    until = day_of(now + 365 * DAY) if approval_expires is None else need_text("approval_expires", approval_expires)
+    until = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
     visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
     return decide(portal, request_id, new_grant(
         portal, client, user["username"], patient, details, labels, until, visit, now))
@@ -7273,6 +7309,8 @@ def load(portal: Portal, *, resource: Json) -> int:
 def debug_reset(portal: Portal, request: Request) -> Response:
     """Back to the start."""
     only_with_debug(portal)
+    if request.body and request.json():
+        raise PortalError("invalid_request", f"{next(iter(request.json()))}: unknown; reset takes nothing")
     portal.reset()
     return Response(204)
 
@@ -7989,6 +8027,10 @@ def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
             if name == "open_fhir" and text.lower() not in ("true", "false"):
                 raise StartError(f"{variable}={text}: expected True or False")
             found[name] = text.lower() == "true" if name == "open_fhir" else text
+            try:
+                Settings(**{name: found[name]})
+            except StartError as error:
+                raise StartError(f"{variable}={text}: {error}")
     return found
 
 
@@ -8000,7 +8042,7 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
     lines = [
         f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
         f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
-        f"  accounts     {', '.join(name for name, *_ in DEMO_USERS)}; password {DEMO_PASSWORD}",
+        f"  accounts     {account_names(server.portal)}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}"]
     lines += [f"  environment  {name} took effect" for name in from_environment]
     lines += [f"  data         {warning}" for warning in server.portal.records.warnings]
@@ -8012,8 +8054,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Gives the exit status: 0, or 1 where it can't start. A bad option ends in argparse's SystemExit(2).
     """
-    chosen = vars(build_parser().parse_args(argv))
-    stop = threading.Event()
+    parser, stop = build_parser(), threading.Event()
+    chosen = vars(parser.parse_args(argv))
+    try:
+        Settings(**chosen)
+    except StartError as error:
+        parser.error(str(error))
     try:
         environment = settings_from_environment(chosen)
         server = Server(**{"port": OPTIONS["port"].default, "quiet": False, **environment, **chosen}).start()
