@@ -569,6 +569,16 @@ Row = sqlite3.Row
 MAX_KNOWN = 5000  # rows that a Store remembers
 
 
+@functools.cache
+def empty_database(schema: str) -> sqlite3.Connection:
+    """A database in memory with the tables of a schema, made once in a process. Servers copy it, which takes a
+    twentieth of the time that SQLite needs to read a schema."""
+    connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    atexit.register(connection.close)
+    connection.executescript(schema)
+    return connection
+
+
 class Store:
     """A SQLite database that many threads share: one connection, one lock.
 
@@ -588,7 +598,9 @@ class Store:
             if path:
                 self.connection.execute("PRAGMA journal_mode = WAL")    # readers and a second process don't wait
                 self.connection.execute("PRAGMA synchronous = NORMAL")  # what is committed outlives the process
-            self.connection.executescript(schema)
+                self.connection.executescript(schema)
+            else:
+                empty_database(schema).backup(self.connection)
         except sqlite3.Error as error:
             raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
         self._lock = threading.RLock()
