@@ -248,7 +248,7 @@ class Settings:
             raise StartError("--keyfile is given without --certfile")
         if self.quiet and self.verbose:
             raise StartError("--quiet and --verbose exclude each other")
-        if self.data and self.fhir_server:
+        if self.fhir_server and any(one != "none" for one in self.data):
             raise StartError("--data and --fhir-server exclude each other: load the data into that server")
         self._check_fhir_server()
 
