@@ -4287,6 +4287,7 @@ def benchmark() -> None:
             got = rate(portal.url, look)[0]
             show(f"introspections with {count:,} live tokens", f"{got:,.0f} /s", f"{got / floors[8]:.2f} x")
     benchmark_forwarding(show)
+    benchmark_loading(show)
 
 
 @contextlib.contextmanager
@@ -4316,6 +4317,31 @@ def benchmark_forwarding(show: Callable[..., None]) -> None:
                 got, megabytes = rate(portal.url, raw("GET", f"/api/fhir/{path}", token), connections)
                 show(f"forwarded {what}, {connections} connections", f"{got:,.0f} /s, {megabytes:.0f} MB/s",
                      f"{got / floor:.2f} x")
+
+
+def benchmark_loading(show: Callable[..., None], resources: int = 100_000) -> None:
+    """Loading a folder of Bundles, and a patient's own search in a store that has grown."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = 0
+        for number in range(resources // 1000):
+            patients = [f"p{number}-{place}" for place in range(10)]
+            found: list[Any] = [{"resourceType": "Patient", "id": one, "name": [{"text": one}]} for one in patients]
+            found += [observation(f"{one}-{place}", one, category=[{"coding": [{"code": "laboratory"}]}],
+                                  effectiveDateTime="2020-02-02", valueQuantity={"value": place, "unit": "mg/dL"},
+                                  note=[{"text": "x" * 300}]) for one in patients for place in range(99)]
+            text = json.dumps({"resourceType": "Bundle", "type": "collection", "entry": [{"resource": one} for one in found]})
+            Path(folder, f"{number}.json").write_text(text)
+            size += len(text)
+        started = time.perf_counter()
+        with s4s.Server() as small, contextlib.redirect_stderr(io.StringIO()), s4s.Server(data=folder) as large:
+            show("loading resources of 700 bytes, in memory", f"{size / (time.perf_counter() - started) / 1e6:.0f} MB/s")
+            rates = []
+            for portal in (small, large):
+                token = portal.issue_token(scope="patient/*.rs")["access_token"]
+                path = f"/api/fhir/Observation?category=laboratory&patient={DANIEL}"
+                rates.append(rate(portal.url, raw("GET", path, token), 1)[0])
+            show(f"a patient's laboratory results among {resources:,} resources", f"{rates[1]:,.0f} /s",
+                 f"{rates[0] / rates[1]:.2f} x the time among the samples")
 
 
 def connection_post(portal: s4s.Server, app: App, form: dict[str, str]) -> int:
