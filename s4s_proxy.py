@@ -6197,9 +6197,12 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
         raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
                         + ", ".join(sorted(served)), 404)
     searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
-    if len(rest) == 2 and type_name == "Patient" and rest[1] in served:  # a compartment's path is a search (FHIR, search)
+    if len(rest) == 2 and type_name == "Patient" and rest[1] in served and FHIR_ID.fullmatch(rest[0]):
+        # The path of a compartment is a search in it (FHIR search, "Compartments").
         pin = [(name, rest[0]) for name, one in served[rest[1]].items() if one.kind == "owner"][:1]
-        if pin and access.allows(rest[1], "s"):
+        if pin and not access.allows(rest[1], "s"):
+            raise too_little_scope(rest[1], "s")
+        if pin:
             return search(portal, request, access, rest[1], base, pin)
     if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
         raise too_little_scope(type_name, "s" if searching else "r")

@@ -1106,7 +1106,12 @@ class FhirApi(PortalTest):
         token = self.portal.issue_token(scope="patient/*.rs")
         got = self.fhir(f"Patient/{DANIEL}/Condition?code=48167000", token).json
         self.assertEqual([entry["resource"]["id"] for entry in got["entry"]], ["smart-Condition-14"])
-        self.assertEqual(self.fhir(f"Patient/{AMY}/Condition", token).status, 403)
+        for path, status in ((f"Patient/{AMY}/Condition", 403), (f"Patient/{DANIEL},{AMY}/Condition", 404),
+                             (f"Patient/{DANIEL}/Condition?patient={AMY}", 403), ("Patient//Condition", 404),
+                             (f"Patient/Patient%2F{AMY}/Condition", 404)):
+            self.assertEqual(self.fhir(path, token).status, status, path)
+        narrow = self.portal.issue_token(scope="patient/Patient.rs")
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}/Condition", narrow).status, 403)
 
     def test_operations_and_batches_are_refused(self) -> None:
         token = self.portal.issue_token(scope="patient/*.rs")
