@@ -2873,23 +2873,72 @@ def too_large(most: int) -> BadRequest:
 
 
 class SocketReader(io.RawIOBase):
-    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408."""
+    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408. A `Watch` must know it.
+
+    The deadline is in real time: a test that moves the portal's clock cuts nobody off. Until one is set there is none.
+    """
     def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, 0.0
+        self.connection, self.deadline = connection, math.inf
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()  # real time: a test that moves the portal's clock cuts nobody off
-        try:
-            if left > 0:
-                self.connection.settimeout(left)
-                return self.connection.recv_into(buffer)
-        except OSError:
-            if time.monotonic() < self.deadline:
-                raise
+        if time.monotonic() < self.deadline:
+            try:
+                size = self.connection.recv_into(buffer)
+            except OSError:
+                size = 0
+                if time.monotonic() < self.deadline:
+                    raise
+            if size or time.monotonic() < self.deadline:
+                return size
         raise BadRequest(408, "the request took too long to arrive")
+
+    def shut(self, how: int) -> None:
+        """Wake whoever reads (SHUT_RD), or writes too (SHUT_RDWR): there is no more to come."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.connection, how)  # not SSLSocket's, which takes the session from who is in it
+            if sys.platform == "win32":
+                self.connection.close()  # there, nothing else wakes a thread
+
+
+class Watch:
+    """Ends reads and writes that take too long, with one thread that looks at all connections a few times a second.
+
+    Timeouts of the sockets themselves would cost a quarter of the speed: Python then waits for a socket first and reads
+    it after, lets other threads run at either, and has to be told how long anew each time. So our sockets just block.
+    """
+    seconds = 0.2
+
+    def __init__(self) -> None:
+        self.readers: set[SocketReader] = set()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, reader: SocketReader) -> None:
+        """Watch over a reader; it is taken out of `readers` by whoever closes it."""
+        with self._lock:
+            self.readers.add(reader)
+            if not self._thread:
+                thread = threading.Thread(target=self._run, name="s4s watch", daemon=True)
+                with contextlib.suppress(RuntimeError):  # the system gives no more threads; the next connection asks again
+                    thread.start()
+                    self._thread = thread
+
+    def _run(self) -> None:
+        while not self._closed.wait(self.seconds):
+            now = time.monotonic()
+            for reader in self.readers.copy():
+                if reader.deadline < now:  # who reads wakes by this, and answers; who does not was writing
+                    reader.shut(socket.SHUT_RD if now < reader.deadline + 1 else socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Stop watching; safe to call twice."""
+        self._closed.set()
+        if self._thread:
+            self._thread.join()
 
 
 def parse_headers(lines: bytes) -> dict[str, str]:
@@ -3017,17 +3066,19 @@ def unpacked(body: bytes, coding: str) -> bytes:
 class Connection:
     """A connection to the FHIR server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
     http.client's use of email.parser takes longer than all the rest of a forwarded read."""
-    def __init__(self, https: bool, host: str, port: int, deadline: float):
+    def __init__(self, https: bool, host: str, port: int, deadline: float, watch: Watch):
         self.socket = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.001))
         try:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if https:
                 import ssl  # takes long to import, and few need it
                 self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host)
+            self.socket.settimeout(None)
         except BaseException:
             self.socket.close()
             raise
-        self.reader = SocketReader(self.socket)
+        self.reader, self.watch = SocketReader(self.socket), watch
+        watch.add(self.reader)
         self.stream = io.BufferedReader(self.reader, 64 << 10)
         self.used = self.reusable = False
 
@@ -3035,7 +3086,6 @@ class Connection:
         """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
         self.reader.deadline, self.reusable = deadline, False
         try:
-            self.socket.settimeout(max(deadline - time.monotonic(), 0.001))
             self.socket.sendall(message)
             alive = self.stream.peek(1)
         except ConnectionError:
@@ -3072,11 +3122,12 @@ class Connection:
                 raise BadRequest(400, "the connection broke off within the body")
         if len(body) > MAX_ANSWER:
             raise too_large(MAX_ANSWER)
-        self.reusable = keep
+        self.reader.deadline, self.reusable = math.inf, keep
         return Answer(status, headers, unpacked(body, headers.get("content-encoding", "identity").lower()), url)
 
     def close(self) -> None:
         """Close the connection."""
+        self.watch.readers.discard(self.reader)
         self.socket.close()
 
 
@@ -3138,9 +3189,9 @@ class Upstream:
     The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's server on
     loopback would be looked for at a company's proxy.
     """
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, watch: Watch):
         import urllib.request  # takes long to import, and few need it
-        self.base, self.seconds = settings.fhir_server or "", settings.fhir_timeout
+        self.base, self.seconds, self.watch = settings.fhir_server or "", settings.fhir_timeout, watch
         parts = urlsplit(self.base)
         self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
@@ -3192,8 +3243,8 @@ class Upstream:
         try:
             return self._exchange(self._idle.pop(), message, request.full_url, deadline)
         except (IndexError, StaleConnection):
-            return self._exchange(Connection(self.https, self.host, self.port, deadline), message, request.full_url,
-                                  deadline)
+            return self._exchange(Connection(self.https, self.host, self.port, deadline, self.watch), message,
+                                  request.full_url, deadline)
 
     def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
         """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it out."""
@@ -3219,13 +3270,11 @@ class Upstream:
                 if not url:
                     raise refused("redirects to an address that is not its own")
             raise refused("redirects in circles")
-        except BadRequest as error:
-            if error.status == 408:
-                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
-            raise refused(f"sent an answer that can't be read: {error}")
-        except OSError as error:
+        except (BadRequest, OSError) as error:
             if time.monotonic() >= deadline:
                 raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            if isinstance(error, BadRequest):
+                raise refused(f"sent an answer that can't be read: {error}")
             raise refused(f"can't be reached, or broke off ({type(error).__name__})")
 
     def inside(self, url: str, seen_at: str) -> str | None:
@@ -3940,11 +3989,12 @@ class Portal:
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
+        self.watch = Watch()                    # over all connections, to apps and to the FHIR server
         self.faults = Faults()
         self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
-        self.upstream = Upstream(settings) if settings.fhir_server else None  # the FHIR server behind: section 15
+        self.upstream = Upstream(settings, self.watch) if settings.fhir_server else None  # the FHIR server behind: section 15
         try:
             with self.state.transaction() as database:
                 self._seed(database)
@@ -3977,7 +4027,8 @@ class Portal:
             self._seed(database)
 
     def close(self) -> None:
-        """Close the databases."""
+        """Close the databases and what else is open."""
+        self.watch.close()
         self.state.close()
         self.records.store.close()
         if self.upstream:
@@ -7561,11 +7612,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.reader = SocketReader(self.connection)
         self.lines = io.BufferedReader(self.reader, 16 << 10)
+        self.server.portal.watch.add(self.reader)
+
+    def finish(self) -> None:
+        self.server.portal.watch.readers.discard(self.reader)
+        super().finish()
 
     def handle(self) -> None:
         """Requests, one after the other, until somebody closes."""
         self.close_connection = False
         try:
+            if self.server.scheme == "https":
+                self.reader.deadline = time.monotonic() + self.server.head_seconds
+                self.connection.do_handshake()  # type: ignore[attr-defined]
             while not self.close_connection:
                 self.handle_one_request()
         except ConnectionAbortedError:  # a test ordered a drop
@@ -7593,13 +7652,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The next request; None when the client is done. Between two requests the connection may be stopped."""
         server = self.server
         self.reader.deadline = time.monotonic() + server.idle_seconds
+        server.waiting.add(self.reader)
         try:
-            if not server.may_wait(self.connection) or not self.lines.peek(1):
+            if server.stopping or not self.lines.peek(1):
                 return None
         except BadRequest:
             return None  # idle for long: nothing to complain of
         finally:
-            server.busy(self.connection)
+            server.waiting.discard(self.reader)
         self.reader.deadline = time.monotonic() + server.head_seconds
         line = self.lines.readline(MAX_HEAD + 1)
         if line in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: one empty line before a request is forgiven
@@ -7679,7 +7739,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if response.status not in (204, 304):
             head.append(f"Content-Length: {len(body)}\r\n")
         head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
-        self.connection.settimeout(self.server.body_seconds)
+        self.reader.deadline = time.monotonic() + self.server.body_seconds
         self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
 
     def refuse(self, error: BadRequest) -> None:
@@ -7712,8 +7772,7 @@ class Listener(http.server.HTTPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
-        self._waiting: set[socket.socket] = set()    # connections between two requests
-        self._open: set[socket.socket] = set()
+        self.waiting: set[SocketReader] = set()      # connections between two requests: those may be ended
         self._arrived: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self._idle = 0                               # threads that no arrived connection is meant for
         self._date = (0, "")
@@ -7785,7 +7844,6 @@ class Listener(http.server.HTTPServer):
                     connection.close()
                     return
                 self._threads.add(thread)
-            self._open.add(connection)
             self._arrived.put(connection)
 
     def _work(self) -> None:
@@ -7803,59 +7861,35 @@ class Listener(http.server.HTTPServer):
 
     def _serve(self, connection: socket.socket) -> None:
         """One connection, from its handshake to its end."""
-        served = connection
         try:
             if self._context:
-                connection.settimeout(self.head_seconds)
-                served = self._context.wrap_socket(connection, server_side=True)
-                with self._lock:
-                    self._open.add(served)
-            Handler(served, ("", 0), self)
+                connection = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            Handler(connection, ("", 0), self)
         except (OSError, ValueError):
-            pass  # a handshake that failed, a client that went away
+            pass  # a client that went away
         except Exception as error:  # noqa: BLE001
             self.portal.log_bug("a connection", error)
         finally:
-            with self._lock:
-                self._open -= {connection, served}
-            for one in (served, connection):
-                one.close()
-
-    def may_wait(self, connection: socket.socket) -> bool:
-        """Whether a connection may wait for a further request; from now on it may be stopped."""
-        with self._lock:
-            self._waiting.add(connection)
-            return not self.stopping
-
-    def busy(self, connection: socket.socket) -> None:
-        """A request has come: it is finished, whatever happens."""
-        with self._lock:
-            self._waiting.discard(connection)
+            connection.close()
 
     def stop(self) -> None:
         """Stop accepting, let requests in flight finish, for 2 seconds at most, close everything."""
         with self._lock:
             self.stopping = True
-            threads, waiting = list(self._threads), list(self._waiting)
+            threads = list(self._threads)
         self._wake.send(b"x")
         self.portal.stopping.set()
         for _ in threads:
             self._arrived.put(None)
-        self._shut(waiting)
+        for reader in self.waiting.copy():  # whoever is about to wait sees `stopping`: see Handler.read_request
+            reader.shut(socket.SHUT_RDWR)
         deadline = time.monotonic() + self.stop_seconds
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        with self._lock:
-            late = list(self._open)
-        self._shut(late)
+        for reader in self.portal.watch.readers.copy():
+            reader.shut(socket.SHUT_RDWR)
         for thread in threads:
             thread.join(1)
-
-    @staticmethod
-    def _shut(connections: Iterable[socket.socket]) -> None:
-        for connection in connections:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
     def server_close(self) -> None:
         """Close the listening socket and the wake sockets."""

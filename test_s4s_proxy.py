@@ -3525,7 +3525,7 @@ class NoAddressGetsOut(ForwardingTest):
                 ("http://localhost/r4", "http://localhost:8080/r4/", "http://localhost:8080/r4/"),
                 ("http://localhost/r4", "http://localhost/admin", "http://fhir-server.invalid/admin")):
             with self.subTest(theirs):
-                upstream = s4s.Upstream(s4s.Settings(fhir_server=base))
+                upstream = s4s.Upstream(s4s.Settings(fhir_server=base), s4s.Watch())
                 self.assertEqual(upstream.rewritten(f'"{theirs}"'.encode(), ours), f'"{expected}"')
 
     def test_a_name_that_only_looks_alike_stays(self) -> None:
@@ -3871,7 +3871,7 @@ class Transport(ForwardingTest):
         self.assertEqual(headers["x-api-key"], "swordfish")
         self.assertIn("application/json+fhir", headers["accept"])
         for url, coding in ((self.behind.url, "identity"), ("https://fhir.example", "gzip")):
-            self.assertIn(f"\nAccept-Encoding: {coding}\r", s4s.Upstream(s4s.Settings(fhir_server=url)).headers)
+            self.assertIn(f"\nAccept-Encoding: {coding}\r", s4s.Upstream(s4s.Settings(fhir_server=url), s4s.Watch()).headers)
 
     def test_what_comes_back(self) -> None:
         self.script("Observation/mine", observation("mine"), 200, {
@@ -4063,7 +4063,7 @@ class Repository(unittest.TestCase):
 
     def test_every_public_class_and_function_has_a_docstring(self) -> None:
         module = ast.parse((HERE / "s4s_proxy.py").read_text(encoding="utf-8"))
-        overriding = ("setup", "readable", "readinto")  # of the standard library's classes, which says what they do
+        overriding = ("setup", "finish", "readable", "readinto")  # of the standard library's classes, which says what they do
         for node in [*module.body, *(one for kind in module.body if isinstance(kind, ast.ClassDef) for one in kind.body)]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
@@ -5590,9 +5590,9 @@ class SlowClients(RawTest):
             with contextlib.suppress(OSError):  # the server stops reading when its answers are not read
                 connection.sendall(self.request("GET /api/open-fhir/Observation?_count=1000", close=False) * 2000)
             started = time.monotonic()
-            while listener._open and time.monotonic() - started < 5:
+            while listener.portal.watch.readers and time.monotonic() - started < 5:
                 self.still_works()
-            self.assertFalse(listener._open)
+            self.assertFalse(listener.portal.watch.readers)
 
     def test_a_header_may_be_long_but_not_longer_than_64_kib(self) -> None:
         for length, status in ((60_000, 200), (66_000, 431)):
