@@ -666,7 +666,8 @@ class Clock:
         expired, and a used assertion stays used."""
         with self._lock:
             system = time.time()
-            self.offset += max(0.0, self._system - system)
+            if system < self._system:
+                self.offset += self._system - system
             self._system = system
             return system + self.offset
 
@@ -681,6 +682,7 @@ LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can
 LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: years ahead are promised
 
 
+@functools.lru_cache(maxsize=1000)
 def http_date(seconds: float) -> str:
     """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
     return email.utils.formatdate(int(seconds), usegmt=True)
@@ -2103,7 +2105,7 @@ class Access:
         A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
         categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
         """
-        return (self.scope is None or any(one.type in ("*", type_name) and letter in one.letters for one in self.scopes)
+        return (self.scope is None or bool(self._openings(type_name, letter))
                 or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
 
     @property
@@ -2941,7 +2943,8 @@ class Watch:
             self._thread.join()
 
 
-def parse_headers(lines: bytes) -> dict[str, str]:
+@functools.lru_cache(maxsize=100)  # a client sends the same lines again and again
+def parse_headers(lines: bytes) -> Mapping[str, str]:
     """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
     if not _HEADER_LINES.fullmatch(lines):
         raise BadRequest(400, "a header line is malformed")
@@ -2961,7 +2964,7 @@ def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
     """The header lines up to the empty one."""
     end = stream.peek().find(b"\r\n\r\n")  # mostly all of them are here already
     if 0 <= end <= most - 4:
-        return parse_headers(stream.read(end + 4)[:-2])
+        return dict(parse_headers(stream.read(end + 4)[:-2]))
     lines: list[bytes] = []
     while True:
         line = stream.readline(most + 1)
@@ -2969,7 +2972,7 @@ def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
         if most < 0:
             raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
         if line in (b"\r\n", b"\n"):
-            return parse_headers(b"".join(lines))
+            return dict(parse_headers(b"".join(lines)))
         if not line:
             raise BadRequest(400, "the message ends within its header")
         lines.append(line)
@@ -4181,7 +4184,7 @@ def decode_pairs(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
     if not text:
         return []
-    if re.search(r"%(?![0-9A-Fa-f]{2})", text):
+    if "%" in text and re.search(r"%(?![0-9A-Fa-f]{2})", text):
         raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
     if text.count("&") >= 1000:
         raise PortalError("invalid_request", "more than 1000 parameters")
@@ -5852,7 +5855,7 @@ def launch_context(grant: Row) -> Json:
     """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
     arrives with your access_token")."""
     patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
-    return {**patient, **json.loads(grant["context"])}
+    return {**patient, **(json.loads(grant["context"]) if grant["context"] != "{}" else {})}
 
 
 def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
@@ -6102,11 +6105,14 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 # ######################################################################## 23 reading
 
+_access = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers what it found out
+
+
 def access_of(portal: Portal, row: Row) -> Access:
     """What an access token lets its bearer see."""
     scope = row["token_scope"]
     user = portal.user(row["username"]) if "user/" in scope else None
-    return Access(
+    return _access(
         scope, row["patient_id"],
         None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
         frozenset(json.loads(row["security_labels"]) if row["security_labels"] != "[]" else ()),
@@ -6207,12 +6213,11 @@ def visible(portal: Portal, access: Access, type_name: str, resource_id: str) ->
 
 def is_unchanged(request: Request, tag: str, updated: float) -> bool:
     """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
-    known = request.headers.get("if-none-match")
+    known, since = request.headers.get("if-none-match"), request.headers.get("if-modified-since")
     if known is not None:
         return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
     try:
-        since = email.utils.parsedate_to_datetime(request.headers.get("if-modified-since", ""))
-        return updated < since.timestamp() + 1
+        return since is not None and updated < email.utils.parsedate_to_datetime(since).timestamp() + 1
     except (TypeError, ValueError, IndexError, OverflowError):
         return False
 
@@ -6223,15 +6228,13 @@ def read(portal: Portal, request: Request, access: Access, found: Found) -> Resp
     headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(updated))]
     if is_unchanged(request, tag, updated):
         return Response(304, headers=headers)
-    resource = found.resource if found.row["type"] == "Binary" else {}
-    kind = str(resource.get("contentType", ""))
-    if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
-        try:
-            content = base64.b64decode(str(resource.get("data", resource.get("content", ""))))
-            # sandbox: content that somebody loaded must not run as a page of this portal
-            return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
-        except (TypeError, ValueError):
-            pass
+    if found.row["type"] == "Binary":
+        kind = str(found.resource.get("contentType", ""))
+        if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
+            with contextlib.suppress(TypeError, ValueError):  # it is not base64
+                content = base64.b64decode(str(found.resource.get("data", found.resource.get("content", ""))))
+                # sandbox: content that somebody loaded must not run as a page of this portal
+                return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
     return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
 
 
@@ -7595,7 +7598,7 @@ def dispatch(portal: Portal, request: Request) -> Response:
     return response
 
 
-_REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/(\d)\.(\d)\r?\n")
+_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/([0-9])\.([0-9])\r?\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -7624,7 +7627,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             if self.server.scheme == "https":
                 self.reader.deadline = time.monotonic() + self.server.head_seconds
-                self.connection.do_handshake()  # type: ignore[attr-defined]
+                self.connection.do_handshake()
             while not self.close_connection:
                 self.handle_one_request()
         except ConnectionAbortedError:  # a test ordered a drop
@@ -7664,20 +7667,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         line = self.lines.readline(MAX_HEAD + 1)
         if line in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: one empty line before a request is forgiven
             line = self.lines.readline(MAX_HEAD + 1)
-        match = _REQUEST_LINE.fullmatch(line)
+        match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
         if not match:
             if len(line) > MAX_HEAD:
                 raise BadRequest(414, f"the request line is longer than {MAX_HEAD} bytes")
             raise BadRequest(400, "expected a request line such as GET / HTTP/1.1")
-        if match[3] != b"1":
+        method, target, major, minor = match.groups()
+        if major != "1":
             raise BadRequest(505, "expected HTTP/1.1 or HTTP/1.0")
         headers = read_headers(self.lines, MAX_HEAD - len(line))
-        self.close_connection = match[4] == b"0" or "close" in headers.get("connection", "").lower()
-        method, target = match[1].decode(), match[2].decode()
-        request = Request(method, self.own_target(method, target, headers, match[4] == b"0"), headers,
-                          scheme=server.scheme)
-        if match[4] == b"0":
+        self.close_connection = minor == "0" or "close" in headers.get("connection", "").lower()
+        if minor == "0":
             headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
+            headers.setdefault("host", urlsplit(server.portal.address).netloc)
+        request = Request(method, self.own_target(method, target, headers), headers, scheme=server.scheme)
         try:
             request.body = self.read_body(request, headers)
         except BadRequest as error:  # it is known who asks for what: so it is answered in the endpoint's own shape
@@ -7685,19 +7688,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         return request
 
-    def own_target(self, method: str, target: str, headers: dict[str, str], old: bool) -> str:
+    @staticmethod
+    def own_target(method: str, target: str, headers: dict[str, str]) -> str:
         """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
-        absolute = target[0] != "/" and re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
-        if absolute:
-            headers["host"] = absolute[1]
-            target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
-        elif target == "*" and method == "OPTIONS":
-            target = "/"
-        if not target.startswith("/") or "#" in target:
+        if target[0] != "/":
+            absolute = re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
+            if absolute:
+                headers["host"] = absolute[1]
+                target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+            elif target == "*" and method == "OPTIONS":
+                target = "/"
+        if target[0] != "/" or "#" in target:
             raise BadRequest(400, "expected a request target that starts with /")
-        if "host" not in headers and not old:
+        if "host" not in headers:
             raise BadRequest(400, "the Host header is missing")
-        if not _HOST.fullmatch(headers.setdefault("host", urlsplit(self.server.portal.address).netloc)):
+        if not _HOST.fullmatch(headers["host"]):
             raise BadRequest(400, "the Host header is malformed")
         return target
 
@@ -7705,17 +7710,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The body as announced: by length or in chunks, never both, or two servers in a row may disagree on where
         it ends (RFC 9112 section 6.3)."""
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if coding is None and length is None:
+            return b""
         most = MAX_LOAD if request.path == "/oauth/debug/load" and self.server.portal.settings.serves_debug else MAX_BODY
         if coding is not None and length is not None:
             raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
-        if length is not None and not re.fullmatch(r"\d{1,18}", length):
+        if length is not None and not (length.isdecimal() and len(length) <= 18):
             raise BadRequest(400, "Content-Length: expected a number of bytes")
         if length is not None and int(length) > most:
             raise too_large(most)
         if coding is not None and coding.lower() != "chunked":
             raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
-        if not length and coding is None:
-            return b""
         if headers.get("expect", "").lower() == "100-continue":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.reader.deadline = time.monotonic() + self.server.body_seconds
@@ -7729,18 +7734,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.server.stopping:
             self.close_connection = True
         body = response.body
-        head = [f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n",
-                f"Date: {self.server.date()}\r\n"]
-        lines = "\0".join([f"{name}: {value}" for name, value in response.headers])
-        if len(_CONTROL.findall(lines)) >= len(response.headers):
-            # Whatever a value is made of, it stays one line: no one adds headers of their own.
-            lines = "\0".join([f"{name}: {_CONTROL.sub('?', value)}" for name, value in response.headers])
-        head += [lines.replace("\0", "\r\n"), "\r\n"] if lines else []
+        headers = [("Date", http_date(int(self.server.portal.clock.now()))), *response.headers]
         if response.status not in (204, 304):
-            head.append(f"Content-Length: {len(body)}\r\n")
-        head.append("Connection: close\r\n\r\n" if self.close_connection else "\r\n")
+            headers.append(("Content-Length", str(len(body))))
+        if self.close_connection:
+            headers.append(("Connection", "close"))
+        if not "".join([value for _, value in headers]).isprintable():
+            # Whatever a value is made of, it stays one line: no one adds headers of their own.
+            headers = [(name, _CONTROL.sub("?", value)) for name, value in headers]
+        head = "".join([f"{name}: {value}\r\n" for name, value in headers])
         self.reader.deadline = time.monotonic() + self.server.body_seconds
-        self.connection.sendall("".join(head).encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
+        first = f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n"
+        self.connection.sendall(f"{first}{head}\r\n".encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
 
     def refuse(self, error: BadRequest) -> None:
         """Answer a request whose head can't be read."""
@@ -7775,7 +7780,6 @@ class Listener(http.server.HTTPServer):
         self.waiting: set[SocketReader] = set()      # connections between two requests: those may be ended
         self._arrived: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
         self._idle = 0                               # threads that no arrived connection is meant for
-        self._date = (0, "")
         self._context: Any = None
         self._wake, self._woken = socket.socketpair()
         if portal.settings.certfile:
@@ -7797,13 +7801,6 @@ class Listener(http.server.HTTPServer):
         """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
-    def date(self) -> str:
-        """The Date header, made once a second."""
-        second = int(self.portal.clock.now())
-        if self._date[0] != second:
-            self._date = (second, http_date(second))
-        return self._date[1]
 
     def log_request(self, request: Request, status: int, seconds: float) -> None:
         """A line a request, of nothing that could be a secret: no query, no header, no body."""
