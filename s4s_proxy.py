@@ -566,7 +566,7 @@ CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
 CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 Row = sqlite3.Row
-MAX_KNOWN = 5000  # rows that a Store remembers
+MAX_KNOWN, MAX_KNOWN_OF_ONE = 5000, 50  # rows that a Store remembers, in all and of one query
 
 
 @functools.cache
@@ -589,7 +589,8 @@ class Store:
     """
     def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
-        self._known: dict[tuple[Any, ...], Row | None] = {}
+        self._known: dict[tuple[Any, ...], list[Row]] = {}
+        self._known_rows = 0
         self._remembers = path is None
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
@@ -605,29 +606,30 @@ class Store:
             raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
         self._lock = threading.RLock()
 
-    def rows(self, sql: str, *values: Any) -> list[Row]:
+    def rows(self, sql: str, *values: Any) -> Sequence[Row]:
         """All rows of a query."""
-        with self._lock:
-            return self.connection.execute(sql, values).fetchall()
-
-    def row(self, sql: str, *values: Any) -> Row | None:
-        """The first row of a query, or None."""
         key = (sql, *values)
         try:
             return self._known[key]
         except KeyError:
             pass
         with self._lock:
-            found: Row | None = self.connection.execute(sql, values).fetchone()
-            if self._remembers and not self.connection.in_transaction:
-                if len(self._known) >= MAX_KNOWN:
+            found = self.connection.execute(sql, values).fetchall()
+            if self._remembers and len(found) <= MAX_KNOWN_OF_ONE and not self.connection.in_transaction:
+                if self._known_rows >= MAX_KNOWN:
                     self.changed()
+                self._known_rows += len(found) + 1
                 self._known[key] = found
             return found
 
+    def row(self, sql: str, *values: Any) -> Row | None:
+        """The first row of a query, or None."""
+        found = self.rows(sql, *values)
+        return found[0] if found else None
+
     def changed(self) -> None:
         """Forget the rows looked up: something else is written now, or may be."""
-        self._known = {}
+        self._known, self._known_rows = {}, 0
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -1946,6 +1948,7 @@ def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> 
                *([Comparison("system", "=", wanted)] if wanted and kind == "reference" else []))
 
 
+@functools.lru_cache(maxsize=1000)
 def parse_constraint(version: str, type_name: str, name: str, text: str, base: str = "") -> Constraint:
     """A search parameter and its values. `base` is what this server's own absolute references begin with.
 
@@ -2044,7 +2047,8 @@ def _parse_page(text: str) -> tuple[Any, ...]:
     raise FhirError("value", f"_page={text}: not a link of this server")
 
 
-def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
+@functools.lru_cache(maxsize=100)
+def parse_query(version: str, type_name: str, parameters: tuple[tuple[str, str], ...], base: str = "",
                 lenient: bool = False) -> Query:
     """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
     known = search_table(version)[type_name]
@@ -2192,6 +2196,18 @@ def access_condition(access: Access, type_name: str) -> Condition:
     return Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
 
 
+@functools.lru_cache(maxsize=1000)
+def search_condition(query: Query, access: Access) -> Condition:
+    """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
+    starts from the values searched for (the plus keeps it from going through the whole type)."""
+    pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not None or any(
+        one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
+    parts = [one.condition(pinned) for one in query.constraints]
+    plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
+    parts = [Condition(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
+    return Condition(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
+
+
 def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition:
     """That a row comes after another in an order. The first half of it is what an index can use."""
     (name, falling), value = keys[0], after[0]
@@ -2205,14 +2221,15 @@ def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition
 class Found:
     """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks into it."""
     def __init__(self, row: Row):
-        self.row, self.number, self.text, self.name = row, row["number"], row["json"], f"{row['type']}/{row['id']}"
+        self.number, self.type, self.id, whose, self.labels, self.updated, self.version, self.text = row[:8]
+        self.patient_id = None if whose == "?" else whose
+        self.row, self.name = row, f"{self.type}/{self.id}"
         self._resource: Json | None = None
 
     def may_be_seen(self, access: Access, letters: str) -> bool:
         """What `access.may_see` says; owner and categories were noted when the resource was written."""
-        row = self.row
-        return access.judge(row["type"], row["id"], letters, None if row["patient_id"] == "?" else row["patient_id"],
-                            row["labels"].split(), lambda: self.resource)
+        return access.judge(self.type, self.id, letters, self.patient_id, self.labels.split() if access.labels else (),
+                            lambda: self.resource)
 
     @property
     def resource(self) -> Json:
@@ -2683,13 +2700,14 @@ class Records:
             return self._identified[reference]
         if reference not in names and self._indexed:
             type_name, conditional, search = reference.partition("?")
-            served, rows = search_table(self.version), []
+            served = search_table(self.version)
+            rows: Sequence[Row] = ()
             if reference.startswith("urn:"):
                 rows = self.store.rows(f"SELECT type, id FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
                                        "AND id = ?", *served, reference.rpartition(":")[2])
             elif conditional and type_name in served:
                 with contextlib.suppress(FhirError, ValueError):
-                    where = self._where(parse_query(self.version, type_name, parse_qsl(search)), Access(None))
+                    where = search_condition(parse_query(self.version, type_name, tuple(parse_qsl(search))), Access(None))
                     rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
         return names.get(reference)
@@ -2710,7 +2728,7 @@ class Records:
 
     def reset(self) -> None:
         """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
-        if not self.store.row("SELECT 1 FROM before_load"):
+        if not self.store.row("SELECT 1 FROM before_load LIMIT 1"):
             return
         with self.store.transaction() as database:
             for number, text in database.execute("SELECT number, json FROM before_load").fetchall():
@@ -2745,19 +2763,9 @@ class Records:
             "SELECT json FROM resources WHERE number IN (SELECT number FROM search_values "
             "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)]
 
-    def _where(self, query: Query, access: Access) -> Condition:
-        """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
-        starts from the values searched for (the plus keeps it from going through the whole type)."""
-        pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not None or any(
-            one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
-        parts = [one.condition(pinned) for one in query.constraints]
-        plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
-        parts = [Condition(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
-        return Condition(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
-
     def search(self, query: Query, access: Access) -> Page:
         """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
-        store, where = self._filled(), self._where(query, access)
+        store, where = self._filled(), search_condition(query, access)
         sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
@@ -2778,7 +2786,7 @@ class Records:
                              [("number", False)], count, after, access, "rs")
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
                              if end[0] in SHARED_TYPES or end[0] == "Device")
-        others = [one for one in (self.find(*end) for end in ends) if one and one.row["patient_id"] == NOBODY]
+        others = [one for one in (self.find(*end) for end in ends) if one and one.patient_id == NOBODY]
         return page._replace(included=[one for one in others if one.may_be_seen(access, "rs")])
 
     def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
@@ -2790,23 +2798,20 @@ class Records:
         if len(after) not in (0, len(keys)):
             raise FhirError("value", "_page: not a link of this search")
         order = ", ".join(name + " DESC" * falling for name, falling in keys)
-        found: list[tuple[Found, Row]] = []
+        found: list[Found] = []
         dropped, more = False, count > 0
         while more and len(found) <= count:  # until the page is full and one more is seen
             beyond = _beyond(keys, after) if after else Condition("1")
             wanted = 500 if dropped else count + 1
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
                                        *select.values, *beyond.values, wanted)
-            for row in rows:
-                one = Found(row)
-                if one.may_be_seen(access, letters):
-                    found.append((one, row))
-                else:
-                    dropped = True
+            seen = [one for one in map(Found, rows) if one.may_be_seen(access, letters)]
+            found += seen
+            dropped = dropped or len(seen) < len(rows)
             more = len(rows) == wanted
             after = [rows[-1][name] for name, _ in keys] if rows else []
-        following = page_mark([found[count - 1][1][name] for name, _ in keys]) if len(found) > count > 0 else ""
-        return Page([one for one, _ in found[:count]], [], following, None), dropped
+        following = page_mark([found[count - 1].row[name] for name, _ in keys]) if len(found) > count > 0 else ""
+        return Page(found[:count], [], following, None), dropped
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. Who has none comes last."""
@@ -4207,6 +4212,7 @@ class Request:
         self.host = headers.get("host", "")
         self.rest = ""
         self.client_id = self.username = ""     # found out on the way, for the log
+        self._pairs: list[tuple[str, str]] | None = None
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
         self.broken: PortalError | None = None  # why the body could not be read
 
@@ -4216,7 +4222,9 @@ class Request:
 
     def pairs(self) -> list[tuple[str, str]]:
         """The query's parameters, in order."""
-        return decode_pairs(self.query)
+        if self._pairs is None:
+            self._pairs = decode_pairs(self.query)
+        return self._pairs
 
     @property
     def media_type(self) -> str:
@@ -4980,7 +4988,7 @@ def login(portal: Portal, request: Request) -> Response:
     if request.method != "POST":
         fields = Fields(request.pairs())
         # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
-        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid")
+        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid LIMIT 1")
         return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
                             local_path(fields.get("next")))
     form = guarded_form(portal, request)
@@ -5272,7 +5280,7 @@ def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
         found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1]
                  if owner(one, base) == patient_id and one.get("resourceType") == "Encounter" and id_of(one)]
     else:
-        query = parse_query(portal.records.version, "Encounter", [("patient", patient_id), ("_count", "100")])
+        query = parse_query(portal.records.version, "Encounter", (("patient", patient_id), ("_count", "100")))
         found = [one.resource for one in portal.records.search(query, Access(None)).matches]
     found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
     return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
@@ -6144,11 +6152,14 @@ def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
             if name in ("resourceType", "id", "meta", *names)}
 
 
+_quote = functools.lru_cache(maxsize=1000)(quote)  # the same few names and values stand in most searches
+
+
 def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
                     base: str, version: str, names: Sequence[str] = ()) -> Response:
     """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
     head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
-        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=quote, safe=",:/")}
+        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=_quote, safe=",:/")}
         for relation, rest in links]}
     if page.total is None:
         del head["total"]
@@ -6170,7 +6181,7 @@ def search(portal: Portal, request: Request, access: Access, type_name: str, bas
     """
     version = portal.settings.fhir_version
     pairs = [*pin, *request.pairs(), *(request.form() if request.body else [])]
-    query = parse_query(version, type_name, [(name, value) for name, value in pairs if value], base,
+    query = parse_query(version, type_name, tuple((name, value) for name, value in pairs if value), base,
                         "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
     page = portal.records.search(query, access)
@@ -6188,7 +6199,7 @@ def everything(portal: Portal, request: Request, access: Access, patient: Found,
     for name, _ in request.pairs():
         if name not in ("_count", "_page", "_format", "_pretty"):
             raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
-    query = parse_query(portal.settings.fhir_version, "Patient", [("_count", "1000"), *request.pairs()])
+    query = parse_query(portal.settings.fhir_version, "Patient", (("_count", "1000"), *request.pairs()))
     page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
     rest = [(name, value) for name, value in request.pairs() if name != "_page"]
     return bundle_response(request, page, [("self", request.pairs())] + [
@@ -6224,11 +6235,11 @@ def is_unchanged(request: Request, tag: str, updated: float) -> bool:
 
 def read(portal: Portal, request: Request, access: Access, found: Found) -> Response:
     """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
-    tag, updated = f'"{found.row["version"]}"', found.row["updated"]
-    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(updated))]
-    if is_unchanged(request, tag, updated):
+    tag = f'"{found.version}"'
+    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(found.updated))]
+    if is_unchanged(request, tag, found.updated):
         return Response(304, headers=headers)
-    if found.row["type"] == "Binary":
+    if found.type == "Binary":
         kind = str(found.resource.get("contentType", ""))
         if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
             with contextlib.suppress(TypeError, ValueError):  # it is not base64
@@ -6265,7 +6276,7 @@ def serve_records(portal: Portal, request: Request, access: Access, base: str) -
     if not rest or not FHIR_ID.fullmatch(rest[0]):
         raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
     found = visible(portal, access, type_name, rest[0])
-    if len(rest) == 1 or rest[1:] == ["_history", found.row["version"]]:
+    if len(rest) == 1 or rest[1:] == ["_history", found.version]:
         return read(portal, request, access, found)
     if rest[1:] == ["$everything"] and type_name == "Patient":
         return everything(portal, request, access, found, base)
@@ -6741,7 +6752,7 @@ def first_steps(portal: Portal, base: str) -> str:
     """Commands for a shell: a token, and a record read with it; discovery where nobody may ask for tokens."""
     if not portal.settings.serves_debug:
         return f"curl -s {base}/api/fhir/.well-known/smart-configuration"
-    row = portal.state.row("SELECT username, patient_id FROM patients ORDER BY username <> 'daniel-adams', is_user DESC")
+    row = portal.state.row("SELECT username, patient_id FROM patients ORDER BY username <> 'daniel-adams', is_user DESC LIMIT 1")
     username, patient_id = row or ("PATIENT_ID", "PATIENT_ID")  # who was loaded signs in by id
     return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
             f"  -d '{{\"client_id\": \"test-suite\", \"username\": \"{username}\", \"patient_id\": \"{patient_id}\"}}' |\n"
@@ -7290,7 +7301,7 @@ def debug_introspect(portal: Portal, request: Request) -> Response:
         return json_response({"active": False})
     access, other = row, row
     if row["kind"] == "refresh":
-        access = portal.state.row("SELECT * FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC", value) or row
+        access = portal.state.row("SELECT * FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC LIMIT 1", value) or row
     else:
         other = portal.state.row("SELECT * FROM tokens WHERE token = ?", row["refresh_token"]) or row
     return json_response({

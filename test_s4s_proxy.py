@@ -1834,7 +1834,7 @@ class Searching(RecordsTest):
                     pairs += [(name + ":missing", "true")] if parameter.kind in ("token", "date", "string", "reference") else []
                     for pair in pairs:
                         with self.subTest(version=version, type=type_name, pair=pair):
-                            query = s4s.parse_query(version, type_name, [pair, ("_count", "1000")])
+                            query = s4s.parse_query(version, type_name, (pair, ("_count", "1000")))
                             found = records.search(query, s4s.Access(None)).matches
                             self.assertEqual({one.resource["id"] for one in found}, {
                                 one["id"] for one in resources if s4s.resource_matches(one, version, [pair])})
@@ -2091,7 +2091,7 @@ class Reading(RecordsTest):
                     parameters = [(known["name"], "2008") for known in one.get("searchParam", [])]
                     parameters += [("_include", value) for value in one.get("searchInclude", [])]
                     parameters += [("_revinclude", value) for value in one.get("searchRevInclude", [])]
-                    s4s.parse_query(version, one["type"], parameters)  # none is refused
+                    s4s.parse_query(version, one["type"], tuple(parameters))  # none is refused
                     if parameters:
                         self.assertEqual(ask(f"{portal.open_fhir_url}/{one['type']}?{urlencode(parameters)}").status, 200)
                 self.assertNotIn("search-type", json.dumps([one for one in got["rest"][0]["resource"] if one["type"] == "Binary"]))
@@ -2177,7 +2177,7 @@ class LoadingRecords(unittest.TestCase):
                 found = records.read("Encounter", "v") or {}
                 self.assertEqual(found["participant"][0]["individual"]["reference"], "Practitioner/p")
                 self.assertEqual(found["subject"]["reference"], "Patient/who")
-                query = s4s.parse_query("r4", "Encounter", [("patient", "who"), ("participant", "p")])
+                query = s4s.parse_query("r4", "Encounter", (("patient", "who"), ("participant", "p")))
                 self.assertEqual(len(records.search(query, s4s.Access(None)).matches), 1)
                 self.assertEqual(records.warnings, [])
 
@@ -2338,7 +2338,7 @@ class LoadingRecords(unittest.TestCase):
         threads = [threading.Thread(target=load) for _ in range(4)]
         for thread in threads:
             thread.start()
-        query = s4s.parse_query("r4", "Patient", [("_count", "0")])
+        query = s4s.parse_query("r4", "Patient", (("_count", "0"),))
         while any(thread.is_alive() for thread in threads):
             self.assertIn(records.search(query, s4s.Access(None)).total, (3, 303))
         self.assertEqual(failures, [])
@@ -2356,8 +2356,8 @@ class LoadingRecords(unittest.TestCase):
     def test_a_patients_search_uses_the_index_of_the_patients(self) -> None:
         records = s4s.Records(s4s.Settings(), s4s.Clock())
         self.addCleanup(records.store.close)
-        query = s4s.parse_query("r4", "Observation", [("category", "laboratory"), ("patient", DANIEL)])
-        where = records._where(query, s4s.Access("patient/*.rs", DANIEL))
+        query = s4s.parse_query("r4", "Observation", (("category", "laboratory"), ("patient", DANIEL)))
+        where = s4s.search_condition(query, s4s.Access("patient/*.rs", DANIEL))
         plan = "\n".join(row["detail"] for row in records._filled().rows(
             f"EXPLAIN QUERY PLAN SELECT r.json FROM resources r WHERE {where.sql}", *where.values))
         self.assertIn("resources_by_patient (type=? AND patient_id=?)", plan)
@@ -3383,7 +3383,7 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
             portal.load(self.behind.bundle({"resourceType": "Patient", "id": ME}, *self.found))
             access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
             for limit, number in ((1, 1), (2, 1), (0, 0)):
-                query = s4s.parse_query("r4", "Observation", [("_count", str(limit))])
+                query = s4s.parse_query("r4", "Observation", (("_count", str(limit)),))
                 page = portal.portal.records.search(query, access)
                 self.assertEqual((len(page.matches), page.next, page.total), (number, "", None))
 
