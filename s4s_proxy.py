@@ -3191,6 +3191,18 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
     return own
 
 
+class Question:
+    """A request as urllib's opener takes it. urllib's own would take an address apart that is known to be one, which
+    costs a tenth of a forwarded read."""
+    def __init__(self, url: str, origin: str, data: bytes | None, headers: Mapping[str, str]):
+        self.full_url, self.type, self.selector = url, origin.partition(":")[0], url[len(origin):]
+        self.data, self.headers, self.timeout = data, headers, 0.0
+
+    def get_method(self) -> str:
+        """What the opener calls."""
+        return "GET" if self.data is None else "POST"
+
+
 class Upstream:
     """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
 
@@ -3217,14 +3229,14 @@ class Upstream:
 
         class KeepAlive(urllib.request.BaseHandler):
             """Opens addresses over connections that are kept."""
-            def http_open(self, request: Any) -> Answer:
+            def http_open(self, request: Question) -> Answer:
                 """What the opener calls."""
                 return send(request)
             https_open = http_open
 
         opener = urllib.request.OpenerDirector()
         opener.add_handler(KeepAlive())
-        self._request, self._open = urllib.request.Request, opener.open
+        self._open: Callable[..., Answer] = opener.open
 
     def forget(self) -> None:
         """Forget what was found out of the records and of the server's names and version."""
@@ -3238,8 +3250,8 @@ class Upstream:
         while self._idle:
             self._idle.pop().close()
 
-    def _send(self, request: Any) -> Answer:
-        """Answer a urllib request over an idle connection, or over a new one.
+    def _send(self, request: Question) -> Answer:
+        """Answer a request over an idle connection, or over a new one.
 
         All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
         """
@@ -3271,7 +3283,7 @@ class Upstream:
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
-                answer: Answer = self._open(self._request(url, form, headers), timeout=deadline - time.monotonic())
+                answer = self._open(Question(url, self.origin, form, headers), timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
                 url, form = self.inside(answer.headers.get("location", ""), url) or "", None
