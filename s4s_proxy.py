@@ -3331,7 +3331,7 @@ class Upstream:
         elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
             trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
         else:
-            trace, self._hints = before + where, {f":{port}", f"%3a{port}"}
+            trace, self._hints = before + where, {str(port)}
         self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
         self._traces = re.compile(trace)
 
@@ -3344,7 +3344,7 @@ class Upstream:
         text = body.decode("utf-8")
         if "\0" in text or "\1" in text:
             raise ValueError("a control character")
-        if _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
+        if "\\" in text and _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
         # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
@@ -3354,11 +3354,13 @@ class Upstream:
             text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
             if self._hinted(text):
                 text = self._traces.sub("fhir-server.invalid", text)
-        return text.replace("\0", ours).replace("\1", quote(ours, safe="") if "\1" in text else "")
+        if "\0" in text or "\1" in text:
+            text = text.replace("\0", ours).replace("\1", quote(ours, safe=""))
+        return text
 
     def _hinted(self, text: str) -> bool:
         """Whether something of the FHIR server's address may be in a text."""
-        lower = text.lower()
+        lower = text if all(map(str.isdecimal, self._hints)) else text.lower()
         for hint in self._hints:  # any() would take twice as long
             if hint in lower:
                 return True
@@ -7768,7 +7770,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = "".join([f"{name}: {value}\r\n" for name, value in headers])
         self.reader.deadline = time.monotonic() + self.server.body_seconds
         first = f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n"
-        self.connection.sendall(f"{first}{head}\r\n".encode("latin-1", "replace") + (b"" if method == "HEAD" else body))
+        data, body = f"{first}{head}\r\n".encode("latin-1", "replace"), b"" if method == "HEAD" else body
+        if len(body) < 64 << 10:
+            self.connection.sendall(data + body)
+        else:  # to put them together would take longer than to send them apart
+            self.connection.sendall(data)
+            self.connection.sendall(body)
 
     def refuse(self, error: BadRequest) -> None:
         """Answer a request whose head can't be read."""

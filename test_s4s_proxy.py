@@ -4303,15 +4303,17 @@ def bare_process(body: bytes) -> Iterator[str]:
         assert process.stdin and process.stdout
         process.stdin.write(body)
         process.stdin.close()
-        yield process.stdout.readline().decode().strip()
-        process.terminate()
+        try:
+            yield process.stdout.readline().decode().strip()
+        finally:
+            process.terminate()
 
 
 def benchmark_forwarding(show: Callable[..., None]) -> None:
     """The same in front of a FHIR server, which is a bare handler."""
     for what, parts, padding in (("reads (2 kB)", 0, 1850), ("searches (1 MB, 100 entries)", 100, 9800),
                                  ("searches (1 MB, 1,400 entries)", 1400, 550)):
-        record = observation("mine", note=[{"text": "x" * padding}])
+        record = observation("mine", note=[{"text": ("Taken twice, 5 minutes apart; see above. " * 250)[:padding]}])
         bundle = {"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": record}] * parts}
         body = json.dumps(bundle if parts else record).encode()
         with bare_process(body) as bare, s4s.Server(fhir_server=bare) as portal:
