@@ -2637,19 +2637,20 @@ class Records:
 
     def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
         """Write resources, many at once. later: after the start, so that reset takes them back."""
-        written: list[tuple[int, Prepared]] = []
-        for new in resources:
-            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
-            if added.rowcount:
-                written.append((int(added.lastrowid or 0), new))
-                if later:
-                    database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
-            if not added.rowcount or len(written) == 100:
-                _index(database, written)
-                written.clear()
-            if not added.rowcount:
-                self._renew(database, new, later)
-        _index(database, written)
+        resources, written = iter(resources), []
+        while batch := list(itertools.islice(resources, 500)):
+            for new in batch:
+                added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
+                if added.rowcount:
+                    written.append((int(added.lastrowid or 0), new))
+                    if later:
+                        database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
+                else:
+                    _index(database, written)
+                    written.clear()
+                    self._renew(database, new, later)
+            _index(database, written)
+            written.clear()
 
     def _renew(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
