@@ -3054,42 +3054,59 @@ class StaleConnection(Exception):
     """A kept-alive connection that the FHIR server closed before it saw the request."""
 
 
-def unpacked(body: bytes, coding: str) -> bytes:
-    """A body without its gzip; never more than MAX_ANSWER bytes of it."""
+def unpacked(body: bytes, coding: str, most: int) -> bytes:
+    """A body without its gzip; never more than so many bytes of it."""
     if coding == "identity":
         return body
     if coding not in ("gzip", "x-gzip"):
         raise BadRequest(400, "its Content-Encoding was not asked for")
     unpack = zlib.decompressobj(31)  # 31: with gzip's header
     try:
-        body = unpack.decompress(body, MAX_ANSWER + 1)
+        body = unpack.decompress(body, most + 1)
     except zlib.error:
         raise BadRequest(400, "its gzip is broken")
-    if len(body) > MAX_ANSWER:
-        raise too_large(MAX_ANSWER)
+    if len(body) > most:
+        raise too_large(most)
     if not unpack.eof or unpack.unused_data:
         raise BadRequest(400, "its gzip is broken")
     return body
 
 
-class Connection:
-    """A connection to the FHIR server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
-    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
-    def __init__(self, https: bool, host: str, port: int, deadline: float, watch: Watch):
-        self.socket = socket.create_connection((host, port), max(deadline - time.monotonic(), 0.001))
+def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
+    failure = OSError("no address")
+    for address in addresses:
         try:
+            return socket.create_connection(address, max(seconds / len(addresses), 0.001))
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+class Connection:
+    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
+    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    def __init__(self, https: bool, host: str, addresses: Sequence[tuple[str, int]], deadline: float, watch: Watch,
+                 most: int):
+        """Connect to an address of `host`. No answer may be longer than `most` bytes."""
+        self.socket, self.watch, self.most = connect_to_first(addresses, deadline - time.monotonic()), watch, most
+        self.reader = SocketReader(self.socket)
+        self.stream = io.BufferedReader(self.reader, 64 << 10)
+        self.used = self.reusable = False
+        self.reader.deadline = deadline
+        watch.add(self.reader)
+        try:
+            self.socket.settimeout(None)
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if https:
                 import ssl  # takes long to import, and few need it
-                self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host)
-            self.socket.settimeout(None)
+                secure = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host,
+                                                                  do_handshake_on_connect=False)
+                self.socket = self.reader.connection = secure
+                secure.do_handshake()
         except BaseException:
-            self.socket.close()
+            self.close()
             raise
-        self.reader, self.watch = SocketReader(self.socket), watch
-        watch.add(self.reader)
-        self.stream = io.BufferedReader(self.reader, 64 << 10)
-        self.used = self.reusable = False
 
     def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
         """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
@@ -3118,21 +3135,22 @@ class Connection:
         elif coding is not None:
             if coding.lower() != "chunked" or length is not None:
                 raise BadRequest(400, "it is not clear where the body ends")
-            body = read_chunks(self.stream, MAX_ANSWER)
+            body = read_chunks(self.stream, self.most)
         elif length is None:  # up to the end of the connection
-            body, keep = self.stream.read(MAX_ANSWER + 1), False
+            body, keep = self.stream.read(self.most + 1), False
         elif not length.isdecimal() or len(length) > 18:
             raise BadRequest(400, "its Content-Length is no number")
-        elif int(length) > MAX_ANSWER:
-            raise too_large(MAX_ANSWER)
+        elif int(length) > self.most:
+            raise too_large(self.most)
         else:
             body = self.stream.read(int(length))
             if len(body) < int(length):
                 raise BadRequest(400, "the connection broke off within the body")
-        if len(body) > MAX_ANSWER:
-            raise too_large(MAX_ANSWER)
+        if len(body) > self.most:
+            raise too_large(self.most)
         self.reader.deadline, self.reusable = math.inf, keep
-        return Answer(status, headers, unpacked(body, headers.get("content-encoding", "identity").lower()), url)
+        body = unpacked(body, headers.get("content-encoding", "identity").lower(), self.most)
+        return Answer(status, headers, body, url)
 
     def close(self) -> None:
         """Close the connection."""
@@ -3264,8 +3282,8 @@ class Upstream:
         try:
             return self._exchange(self._idle.pop(), message, request.full_url, deadline)
         except (IndexError, StaleConnection):
-            return self._exchange(Connection(self.https, self.host, self.port, deadline, self.watch), message,
-                                  request.full_url, deadline)
+            fresh = Connection(self.https, self.host, [(self.host, self.port)], deadline, self.watch, MAX_ANSWER)
+            return self._exchange(fresh, message, request.full_url, deadline)
 
     def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
         """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it out."""
@@ -4714,61 +4732,36 @@ def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Cl
         "the secret is missing or wrong" if found.secret_hash else "it registered for private_key_jwt"))
 
 
-def hang_up(connection: socket.socket) -> None:
-    """End a connection from another thread: who reads from it is woken."""
-    with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
-
-
-def connect_to_first(addresses: Sequence[Any], seconds: float) -> socket.socket:
-    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
-    for address in addresses:
-        with contextlib.suppress(OSError):
-            connection = socket.create_connection(address, seconds / len(addresses))
-            connection.settimeout(seconds)
-            return connection
-    raise OSError("no address takes a connection")
-
-
-def fetch(url: str, public_only: bool, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
+def fetch(url: str, public_only: bool, watch: Watch, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
 
     At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
     internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
     the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
     """
-    import http.client  # these take long to import, and few need them
-    import ipaddress
-    parts = urlsplit(url)
-    secure = parts.scheme.lower() == "https"
-    connection = http.client.HTTPConnection(parts.netloc)
-    timer = threading.Timer(seconds, lambda: hang_up(connection.sock))  # however slowly it drips
+    import ipaddress  # takes long to import, and few need it
+    parts, deadline = urlsplit(url), time.monotonic() + seconds
+    secure, host = parts.scheme.lower() == "https", parts.hostname or ""
+    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
     try:
-        found = socket.getaddrinfo(parts.hostname, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        message = (f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
+                   "Connection: close\r\n\r\n").encode("ascii")
+        found = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
         if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
             raise OSError("not public")
-        connection.sock = connect_to_first([one[4][:2] for one in found], seconds)
-        timer.start()
-        if secure:
-            import ssl
-            connection.sock = ssl.create_default_context().wrap_socket(
-                connection.sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
-            connection.sock.do_handshake()
-        connection.request("GET", (parts.path or "/") + ("?" + parts.query if parts.query else ""),
-                           headers={"Host": parts.netloc, "Accept": "application/json"})
-        answer = connection.getresponse()
-        body = answer.read(most + 1)
-        if answer.status != 200 or len(body) > most:
-            raise OSError(f"it answered {answer.status} with {len(body)} bytes")
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        connection = Connection(secure, host, [(str(one[4][0]), int(one[4][1])) for one in found], deadline, watch, most)
+        try:
+            answer = connection.exchange(message, url, deadline)
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise OSError(f"it answered {answer.status}")
+    except (OSError, BadRequest, UnicodeError) as error:
         raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
                          f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
-    finally:
-        timer.cancel()
-        connection.close()
-    control = answer.headers.get("Cache-Control", "").lower()
+    control = answer.headers.get("cache-control", "").lower()
     age = re.search(r"\bmax-age=(\d{1,9})\b", control)
-    return body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
+    return answer.body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
 
 
 def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
@@ -4779,7 +4772,8 @@ def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
     until, keys = portal.key_sets.get(url, (0.0, []))
     if fresh or until <= now:
         # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
-        text, lifetime = fetch(url, public_only=client.registered_itself and not portal.settings.serves_debug)
+        stranger = client.registered_itself and not portal.settings.serves_debug
+        text, lifetime = fetch(url, stranger, portal.watch)
         keys = key_set(json.loads(text))
         portal.key_sets[url] = (now + lifetime, keys)
     return keys

@@ -3762,6 +3762,7 @@ class Faults(ForwardingTest):
                     ("bomb", {"Content-Encoding": "gzip"}, gzip.compress(large))):
                 with self.subTest(name):
                     self.script("Observation/mine", body, 200, headers)
+                    self.portal.portal.upstream.close()  # type: ignore[union-attr]  # connections keep the limit of before
                     self.assert_refused("Observation/mine", 502)
 
     def test_broken_gzip_is_502(self) -> None:
@@ -4968,7 +4969,7 @@ class KeysByUrl(PortalTest):
 
     def test_a_fetch_that_drips_is_cut_off(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as quiet, self.assertRaises(ValueError):
-            s4s.fetch(f"http://127.0.0.1:{quiet.getsockname()[1]}/", False, seconds=0.05)
+            s4s.fetch(f"http://127.0.0.1:{quiet.getsockname()[1]}/", False, self.portal.portal.watch, seconds=0.05)
 
 
 class BackendServices(PortalTest):
@@ -6330,8 +6331,10 @@ class Exposed(unittest.TestCase):
                     self.assertEqual(got.status, status)
 
     def fetch(self, url: str, public_only: bool = True) -> str:
+        watch = s4s.Watch()
+        self.addCleanup(watch.close)
         with self.assertRaises(ValueError) as caught:
-            s4s.fetch(url, public_only, seconds=0.5)
+            s4s.fetch(url, public_only, watch, seconds=0.5)
         return str(caught.exception).replace(url, "URL")
 
     def test_a_stranger_learns_nothing_of_the_neighbours_ports(self) -> None:
@@ -6355,7 +6358,7 @@ class Exposed(unittest.TestCase):
         self.assertEqual((looked_up, to.call_args[0][0]), (["rebound.example"], ("8.8.8.8", 80)))
 
     def test_without_a_stranger_the_reason_is_told(self) -> None:
-        self.assertIn("no address takes a connection", self.fetch("http://127.0.0.1:1/", False))
+        self.assertIn("ConnectionRefusedError", self.fetch("http://127.0.0.1:1/", False))
 
 
 class WhoAsks(PortalTest):
