@@ -3770,7 +3770,7 @@ def is_web_url(uri: Any) -> bool:
 # RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
 # apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
 # themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
-ACTED_UPON = re.compile(
+ACTED_UPON = (
     r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
     r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
     r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
@@ -3783,7 +3783,7 @@ def is_redirect_uri(uri: Any) -> bool:
     if not isinstance(uri, str) or "#" in uri:
         return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and not ACTED_UPON.fullmatch(private[1].lower()))
+    return is_web_url(uri) or bool(private and not re.fullmatch(ACTED_UPON, private[1].lower()))
 
 
 def without_loopback_port(uri: str) -> str:
@@ -7663,7 +7663,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if request is None:
             self.close_connection = True
             return
-        started = time.perf_counter()
+        self.reader.deadline, started = math.inf, time.perf_counter()  # the rest is in our hands
         response = dispatch(self.server.portal, request)
         # First the log, so that who has the answer finds the story of it there.
         self.server.log_request(request, response.status, time.perf_counter() - started)

@@ -5586,6 +5586,18 @@ class SlowClients(RawTest):
                     got = connection.recv(1000)
         self.assertIn(b"408", got)
 
+    def test_an_answer_may_take_longer_than_a_request(self) -> None:
+        self.limits(head_seconds=0.1, body_seconds=0.1)
+        self.portal.fail("token", delay=0.5, status=503)
+        connection = http.client.HTTPConnection(self.portal.host, self.portal.port, timeout=10)
+        self.addCleanup(connection.close)
+        connection.connect()
+        kept = connection.sock
+        for path, status in (("/oauth/token", 503), ("/oauth/revoke", 401)):
+            connection.request("POST", path, "token=x", {"Content-Type": "application/x-www-form-urlencoded"})
+            answer = connection.getresponse()
+            self.assertEqual((answer.status, connection.sock), (status, kept), answer.read())
+
     def test_an_idle_connection_is_closed_without_words(self) -> None:
         self.limits(idle_seconds=0.2)
         self.assertEqual(self.talk(b""), [])
