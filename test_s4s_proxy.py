@@ -17,6 +17,7 @@ import http.client
 import http.server
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -1454,8 +1455,8 @@ class Https(unittest.TestCase):
             subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert,
                             "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
                            check=True, capture_output=True)
-            with s4s.Server(certfile=cert, keyfile=key) as portal, socket.create_connection(
-                    (portal.host, portal.port)):  # one that never says a word
+            with mock.patch.object(s4s.Listener, "head_seconds", 0.5), s4s.Server(certfile=cert, keyfile=key) as portal, \
+                    socket.create_connection((portal.host, portal.port), 10) as silent:  # it never says a word
                 self.assertTrue(portal.url.startswith("https://"))
                 context = ssl.create_default_context(cafile=cert)
                 connection = http.client.HTTPSConnection("localhost", portal.port, context=context, timeout=30)
@@ -1467,10 +1468,43 @@ class Https(unittest.TestCase):
                     connection.request("GET", "/api/fhir/.well-known/smart-configuration")
                     found = json.load(connection.getresponse())
                 self.assertEqual(found["token_endpoint"], f"https://localhost:{portal.port}/oauth/token")
+                self.assertLess(len(silent.makefile("rb").read()), 100, "up to the end: at most TLS's own goodbye")
 
     def test_a_certificate_that_can_not_be_read_is_said(self) -> None:
         with self.assertRaisesRegex(s4s.StartError, "--certfile /nonexistent"):
             s4s.Server(certfile="/nonexistent").start()
+
+
+class Stores(unittest.TestCase):
+    """The tables, and what is remembered of them."""
+
+    def test_what_was_looked_up_is_remembered_until_something_is_written(self) -> None:
+        store = s4s.Store(None, "CREATE TABLE t (a INTEGER)")
+        self.addCleanup(store.close)
+        self.assertIsNone(store.row("SELECT a FROM t"))
+        for number in range(s4s.MAX_KNOWN_OF_ONE + 1):
+            with store.transaction() as database:
+                database.execute("INSERT INTO t VALUES (?)", (number,))
+            found = store.rows("SELECT a FROM t")
+            self.assertEqual([row["a"] for row in found], list(range(number + 1)))
+            self.assertEqual(store.rows("SELECT a FROM t") is found, number + 1 <= s4s.MAX_KNOWN_OF_ONE)
+
+    def test_what_is_remembered_is_bounded(self) -> None:
+        store = s4s.Store(None, "CREATE TABLE t (a INTEGER)")
+        self.addCleanup(store.close)
+        for number in range(s4s.MAX_KNOWN + 10):
+            store.row("SELECT ?", number)
+            self.assertLessEqual(len(store._known), s4s.MAX_KNOWN)
+
+    def test_what_another_process_writes_is_seen_at_once(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            one, other = (s4s.Store(os.path.join(folder, "db"), "CREATE TABLE IF NOT EXISTS t (a INTEGER)") for _ in "12")
+            self.assertEqual(len(one.rows("SELECT a FROM t")), 0)
+            with other.transaction() as database:
+                database.execute("INSERT INTO t VALUES (1)")
+            self.assertEqual(len(one.rows("SELECT a FROM t")), 1)
+            one.close()
+            other.close()
 
 
 class Verbose(unittest.TestCase):
@@ -3834,6 +3868,9 @@ class Transport(ForwardingTest):
         for _ in range(5):
             self.read("Observation/mine")
         self.assertEqual(self.behind.connections, before)
+        upstream = self.portal.portal.upstream
+        assert upstream
+        self.assertEqual([one.reader.deadline for one in upstream._idle], [math.inf], "nobody cuts off one that is kept")
 
     def test_a_connection_closed_in_between_is_no_trouble(self) -> None:
         closing = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(json.dumps(observation("mine")))
