@@ -1388,13 +1388,17 @@ def sample_resources(version: str) -> Iterator[Json]:
 
 # ######################################################################## 7 the record
 
-def elements(resource: Any, path: str) -> list[Any]:
-    """All values at a dotted path, through lists."""
-    found = [resource]
+def within(values: list[Any], path: str) -> list[Any]:
+    """All that stands at a dotted path in values, through lists."""
     for name in path.split("."):
-        found = [item for value in found if isinstance(value, dict) and name in value
-                 for item in (value[name] if isinstance(value[name], list) else (value[name],))]
-    return found
+        values = [item for value in values if isinstance(value, dict) and name in value
+                  for item in (value[name] if isinstance(value[name], list) else (value[name],))]
+    return values
+
+
+def elements(resource: Any, path: str) -> list[Any]:
+    """All values at a dotted path of a resource."""
+    return within([resource], path)
 
 
 def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
@@ -1402,7 +1406,8 @@ def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for value in values:
         if isinstance(value, dict):
-            for one in value["coding"] if isinstance(value.get("coding"), list) else (value,):
+            codings = value.get("coding")
+            for one in codings if isinstance(codings, list) else (value,):
                 code = one.get("code", one.get("value")) if isinstance(one, dict) else None
                 if isinstance(code, str):
                     found.append((str(one.get("system", "")), code))
@@ -1833,11 +1838,9 @@ def search_values(resource: Json, version: str) -> set[SearchValue]:
     """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
     looked_into, found = _looked_into(version)[resource["resourceType"]], set()
     for element, value in resource.items():
-        if element in looked_into:
+        for name, kind, path in looked_into.get(element, ()):
             inside = value if isinstance(value, list) else [value]
-            for name, kind, path in looked_into[element]:
-                found.update(values_of(name, kind, [
-                    deeper for one in inside for deeper in elements(one, path)] if path else inside))
+            found.update(values_of(name, kind, within(inside, path) if path else inside))
     # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
     if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
         for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
@@ -2907,8 +2910,8 @@ class SocketReader(io.RawIOBase):
         """Wake whoever reads (SHUT_RD), or writes too (SHUT_RDWR): there is no more to come."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.connection, how)  # not SSLSocket's, which takes the session from who is in it
-            if sys.platform == "win32":
-                self.connection.close()  # there, nothing else wakes a thread
+            if sys.platform == "win32":  # there, only closing wakes a thread (cpython issue 91913)
+                socket.close(self.connection.detach())
 
 
 class Watch:

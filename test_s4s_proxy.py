@@ -5635,6 +5635,12 @@ class SlowClients(RawTest):
             answer = connection.getresponse()
             self.assertEqual((answer.status, connection.sock), (status, kept), answer.read())
 
+    def test_windows_wakes_a_reader_by_closing(self) -> None:
+        self.limits(head_seconds=0.2)
+        with mock.patch.object(sys, "platform", "win32"):
+            self.assertIn([one.status for one in self.talk(b"GET / HT")], ([], [408]))  # whichever thread is faster
+        self.still_works()
+
     def test_an_idle_connection_is_closed_without_words(self) -> None:
         self.limits(idle_seconds=0.2)
         self.assertEqual(self.talk(b""), [])
