@@ -615,7 +615,8 @@ class Store:
             pass
         with self._lock:
             found = self.connection.execute(sql, values).fetchall()
-            if self._remembers and len(found) <= MAX_KNOWN_OF_ONE and not self.connection.in_transaction:
+            if (self._remembers and len(found) <= MAX_KNOWN_OF_ONE and not self.connection.in_transaction
+                    and sum(map(len, map(str, values))) < 1000):  # nobody fills the memory by asking for long names
                 if self._known_rows >= MAX_KNOWN:
                     self.changed()
                 self._known_rows += len(found) + 1
@@ -1951,7 +1952,7 @@ def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> 
                *([Comparison("system", "=", wanted)] if wanted and kind == "reference" else []))
 
 
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(maxsize=100)
 def parse_constraint(version: str, type_name: str, name: str, text: str, base: str = "") -> Constraint:
     """A search parameter and its values. `base` is what this server's own absolute references begin with.
 
@@ -2199,7 +2200,7 @@ def access_condition(access: Access, type_name: str) -> Condition:
     return Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
 
 
-@functools.lru_cache(maxsize=1000)
+@functools.lru_cache(maxsize=100)
 def search_condition(query: Query, access: Access) -> Condition:
     """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
     starts from the values searched for (the plus keeps it from going through the whole type)."""
@@ -4038,7 +4039,7 @@ class Portal:
         self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
-        self.upstream = Upstream(settings, self.watch) if settings.fhir_server else None  # the FHIR server behind: section 15
+        self.upstream = Upstream(settings, self.watch) if settings.fhir_server else None  # section 12
         try:
             with self.state.transaction() as database:
                 self._seed(database)
@@ -4340,7 +4341,7 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
                      [challenge(error="insufficient_scope", scope=needed)])
 
 
-@functools.lru_cache(maxsize=500)
+@functools.lru_cache(maxsize=100)
 def media_types(text: str) -> tuple[str, ...]:
     """The media types in an Accept header, less those that it refuses (q=0)."""
     return tuple(part.partition(";")[0].strip().lower() for part in text.split(",")
@@ -6164,7 +6165,7 @@ def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
             if name in ("resourceType", "id", "meta", *names)}
 
 
-_quote = functools.lru_cache(maxsize=1000)(quote)  # the same few names and values stand in most searches
+_quote = functools.lru_cache(maxsize=200)(quote)  # the same few names and values stand in most searches
 
 
 def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
@@ -7753,7 +7754,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return body
 
     def send(self, method: str, response: Response) -> None:
-        """Write a response in one piece."""
+        """Write a response."""
         if self.server.stopping:
             self.close_connection = True
         body = response.body
