@@ -126,7 +126,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
@@ -183,7 +183,23 @@ class FhirError(PortalError):
 
 # ######################################################################## 2 settings
 
-@functools.lru_cache(maxsize=1000)
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
+    """functools.lru_cache for a function of texts that anybody may send: what is long is not kept, or a stranger could
+    fill the memory."""
+    def decorate(function: AnyFunction) -> AnyFunction:
+        kept = functools.lru_cache(count)(function)
+
+        @functools.wraps(function)
+        def call(text: Any, *others: Any) -> Any:
+            return (kept if len(text) < 2000 else function)(text, *others)
+        return cast(AnyFunction, call)
+    return decorate
+
+
+@remembered(1000)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
     host = host.strip("[]").lower()
@@ -376,7 +392,7 @@ class ResourceScope(NamedTuple):
                             for same, narrower in other.constraints) for name, value in self.constraints))
 
 
-@functools.lru_cache(1024)
+@remembered(1000)
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
@@ -389,7 +405,7 @@ def parse_scope(word: str) -> ResourceScope | None:
                          tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
 
 
-@functools.lru_cache(maxsize=1000)
+@remembered(1000)
 def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
     """The resource scopes within a scope string."""
     return tuple(parsed for parsed in map(parse_scope, scope.split()) if parsed)
@@ -566,7 +582,7 @@ CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
 CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 Row = sqlite3.Row
-MAX_KNOWN, MAX_KNOWN_OF_ONE = 5000, 50  # rows that a Store remembers, in all and of one query
+MAX_KNOWN, MAX_KNOWN_OF_ONE = 5_000_000, 100_000  # characters that a Store remembers, in all and of one query
 
 
 @functools.cache
@@ -590,7 +606,7 @@ class Store:
     def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
         self._known: dict[tuple[Any, ...], list[Row]] = {}
-        self._known_rows = 0
+        self._known_size = 0
         self._remembers = path is None
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
@@ -615,12 +631,13 @@ class Store:
             pass
         with self._lock:
             found = self.connection.execute(sql, values).fetchall()
-            if (self._remembers and len(found) <= MAX_KNOWN_OF_ONE and not self.connection.in_transaction
-                    and sum(map(len, map(str, values))) < 1000):  # nobody fills the memory by asking for long names
-                if self._known_rows >= MAX_KNOWN:
-                    self.changed()
-                self._known_rows += len(found) + 1
-                self._known[key] = found
+            if self._remembers and not self.connection.in_transaction:
+                size = 500 + sum(len(value) for row in (values, *found) for value in row if isinstance(value, str))
+                if size <= MAX_KNOWN_OF_ONE:
+                    if self._known_size >= MAX_KNOWN:
+                        self.changed()
+                    self._known_size += size
+                    self._known[key] = found
             return found
 
     def row(self, sql: str, *values: Any) -> Row | None:
@@ -630,7 +647,7 @@ class Store:
 
     def changed(self) -> None:
         """Forget the rows looked up: something else is written now, or may be."""
-        self._known, self._known_rows = {}, 0
+        self._known, self._known_size = {}, 0
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -1482,7 +1499,7 @@ def id_of(resource: Json) -> str | None:
     return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
 
 
-@functools.lru_cache(maxsize=1000)  # the same few stand in every resource of a record
+@remembered(1000)  # the same few stand in every resource of a record
 def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
     """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
     if base and reference.startswith(base + "/"):
@@ -1952,7 +1969,6 @@ def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> 
                *([Comparison("system", "=", wanted)] if wanted and kind == "reference" else []))
 
 
-@functools.lru_cache(maxsize=100)
 def parse_constraint(version: str, type_name: str, name: str, text: str, base: str = "") -> Constraint:
     """A search parameter and its values. `base` is what this server's own absolute references begin with.
 
@@ -2051,8 +2067,12 @@ def _parse_page(text: str) -> tuple[Any, ...]:
     raise FhirError("value", f"_page={text}: not a link of this server")
 
 
-@functools.lru_cache(maxsize=100)
-def parse_query(version: str, type_name: str, parameters: tuple[tuple[str, str], ...], base: str = "",
+def are_short(parameters: Sequence[tuple[str, str]]) -> bool:
+    """Whether search parameters are short enough to remember what became of them: see `remembered`."""
+    return sum(len(name) + len(text) for name, text in parameters) < 2000
+
+
+def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
                 lenient: bool = False) -> Query:
     """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
     known = search_table(version)[type_name]
@@ -2089,6 +2109,9 @@ def parse_query(version: str, type_name: str, parameters: tuple[tuple[str, str],
     limit = 0 if chosen["_summary"] == "count" else min(int(chosen["_count"]), 1000)
     return Query(type_name, tuple(constraints), tuple(sort.items()), tuple(includes), limit, chosen["_total"] != "none",
                  tuple(filter(None, chosen["_elements"].split(","))), _parse_page(chosen["_page"]), tuple(effective))
+
+
+parsed_query = functools.lru_cache(maxsize=100)(parse_query)  # for short ones
 
 
 # ######################################################################## 9 access
@@ -2200,7 +2223,6 @@ def access_condition(access: Access, type_name: str) -> Condition:
     return Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
 
 
-@functools.lru_cache(maxsize=100)
 def search_condition(query: Query, access: Access) -> Condition:
     """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
     starts from the values searched for (the plus keeps it from going through the whole type)."""
@@ -2210,6 +2232,9 @@ def search_condition(query: Query, access: Access) -> Condition:
     plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
     parts = [Condition(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
     return Condition(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
+
+
+_known_condition = functools.lru_cache(maxsize=100)(search_condition)  # for short ones
 
 
 def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition:
@@ -2641,20 +2666,19 @@ class Records:
 
     def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
         """Write resources, many at once. later: after the start, so that reset takes them back."""
-        resources, written = iter(resources), []
-        while batch := list(itertools.islice(resources, 500)):
-            for new in batch:
-                added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
-                if added.rowcount:
-                    written.append((int(added.lastrowid or 0), new))
-                    if later:
-                        database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
-                else:
-                    _index(database, written)
-                    written.clear()
-                    self._renew(database, new, later)
-            _index(database, written)
-            written.clear()
+        written: list[tuple[int, Prepared]] = []
+        for new in resources:
+            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
+            if added.rowcount:
+                written.append((int(added.lastrowid or 0), new))
+                if later:
+                    database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
+            if not added.rowcount or len(written) == 100:
+                _index(database, written)
+                written.clear()
+            if not added.rowcount:
+                self._renew(database, new, later)
+        _index(database, written)
 
     def _renew(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
@@ -2770,7 +2794,8 @@ class Records:
 
     def search(self, query: Query, access: Access) -> Page:
         """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
-        store, where = self._filled(), search_condition(query, access)
+        where = (_known_condition if are_short(query.parameters) else search_condition)(query, access)
+        store = self._filled()
         sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
@@ -2925,6 +2950,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.readers: set[SocketReader] = set()
+        self.ended = False
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -2938,6 +2964,15 @@ class Watch:
                 with contextlib.suppress(RuntimeError):  # the system gives no more threads; the next connection asks again
                     thread.start()
                     self._thread = thread
+            if self.ended:
+                reader.shut(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Shut all connections, those to come too."""
+        with self._lock:
+            self.ended = True
+            for reader in self.readers.copy():
+                reader.shut(socket.SHUT_RDWR)
 
     def _run(self) -> None:
         while not self._closed.wait(self.seconds):
@@ -2953,7 +2988,7 @@ class Watch:
             self._thread.join()
 
 
-@functools.lru_cache(maxsize=100)  # a client sends the same lines again and again
+@remembered(100)  # a client sends the same lines again and again
 def parse_headers(lines: bytes) -> Mapping[str, str]:
     """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
     if not _HEADER_LINES.fullmatch(lines):
@@ -3218,7 +3253,8 @@ class Question:
     """A request as urllib's opener takes it. urllib's own would take an address apart that is known to be one, which
     costs a tenth of a forwarded read."""
     def __init__(self, url: str, origin: str, data: bytes | None, headers: Mapping[str, str]):
-        self.full_url, self.type, self.selector = url, origin.partition(":")[0], url[len(origin):]
+        path = url[len(origin):]
+        self.full_url, self.type, self.selector = url, origin.partition(":")[0], "/" * (path[:1] != "/") + path
         self.data, self.headers, self.timeout = data, headers, 0.0
 
     def get_method(self) -> str:
@@ -4341,7 +4377,7 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
                      [challenge(error="insufficient_scope", scope=needed)])
 
 
-@functools.lru_cache(maxsize=100)
+@remembered(100)
 def media_types(text: str) -> tuple[str, ...]:
     """The media types in an Accept header, less those that it refuses (q=0)."""
     return tuple(part.partition(";")[0].strip().lower() for part in text.split(",")
@@ -6165,7 +6201,7 @@ def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
             if name in ("resourceType", "id", "meta", *names)}
 
 
-_quote = functools.lru_cache(maxsize=200)(quote)  # the same few names and values stand in most searches
+_quote = remembered(1000)(quote)  # the same few names and values stand in most searches
 
 
 def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
@@ -6193,9 +6229,10 @@ def search(portal: Portal, request: Request, access: Access, type_name: str, bas
     pin: parameters that the path stands for.
     """
     version = portal.settings.fhir_version
-    pairs = [*pin, *request.pairs(), *(request.form() if request.body else [])]
-    query = parse_query(version, type_name, tuple((name, value) for name, value in pairs if value), base,
-                        "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
+    given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
+    pairs = tuple((name, value) for name, value in given if value)
+    query = (parsed_query if are_short(pairs) else parse_query)(
+        version, type_name, pairs, base, "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
     check_patients(access, query)
     page = portal.records.search(query, access)
     request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
@@ -6704,8 +6741,8 @@ def open_fhir(portal: Portal, request: Request) -> Response:
         raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
     base = portal.base(request) + "/api/open-fhir"
     if portal.upstream:
-        return Forwarding(portal, request, Access(None), base, "").answer()
-    return serve_records(portal, request, Access(None), base)
+        return Forwarding(portal, request, _access(None), base, "").answer()
+    return serve_records(portal, request, _access(None), base)
 
 
 @route("GET /api/me", "S4S", cors=True, kind="fhir")
@@ -7815,6 +7852,8 @@ class Listener(http.server.HTTPServer):
             import ssl  # takes long to import, and few need it
             try:
                 self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+                # A reader that `Watch` wakes is at the end, as without TLS, and may still answer (Python 3.10 has it).
+                self._context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
                 self._context.load_cert_chain(portal.settings.certfile, portal.settings.keyfile)
             except (OSError, ssl.SSLError) as error:
                 self._wake.close()
@@ -7887,6 +7926,7 @@ class Listener(http.server.HTTPServer):
 
     def _serve(self, connection: socket.socket) -> None:
         """One connection, from its handshake to its end."""
+        connection.settimeout(None)
         try:
             if self._context:
                 connection = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
@@ -7912,14 +7952,18 @@ class Listener(http.server.HTTPServer):
         deadline = time.monotonic() + self.stop_seconds
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        for reader in self.portal.watch.readers.copy():
-            reader.shut(socket.SHUT_RDWR)
+        self.portal.watch.end()
         for thread in threads:
             thread.join(1)
 
     def server_close(self) -> None:
-        """Close the listening socket and the wake sockets."""
+        """Close the listening socket, the wake sockets, and connections that no thread has taken up."""
         super().server_close()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                connection = self._arrived.get_nowait()
+                if connection:
+                    connection.close()
         self._wake.close()
         self._woken.close()
 
