@@ -7667,8 +7667,8 @@ REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
-    email.parser takes longer than all that the portal does; and writes each answer at once: header and body in two
-    writes would cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed acknowledgement)."""
+    email.parser takes longer than all that the portal does; and writes an answer at once: header and body in two
+    writes could cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed acknowledgement)."""
     server: Listener
     disable_nagle_algorithm = True
 
@@ -7809,7 +7809,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data, body = f"{first}{head}\r\n".encode("latin-1", "replace"), b"" if method == "HEAD" else body
         if len(body) < 64 << 10:
             self.connection.sendall(data + body)
-        else:  # to put them together would take longer than to send them apart
+        else:  # to put them together would take longer; and nothing waits, with Nagle's algorithm off
             self.connection.sendall(data)
             self.connection.sendall(body)
 
