@@ -1426,9 +1426,10 @@ def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
         if isinstance(value, dict):
             codings = value.get("coding")
             for one in codings if isinstance(codings, list) else (value,):
-                code = one.get("code", one.get("value")) if isinstance(one, dict) else None
-                if isinstance(code, str):
-                    found.append((str(one.get("system", "")), code))
+                if isinstance(one, dict):
+                    code = one["code"] if "code" in one else one.get("value")
+                    if isinstance(code, str):
+                        found.append((str(one.get("system", "")), code))
         elif isinstance(value, bool):
             found.append(("", "true" if value else "false"))
         elif isinstance(value, str):
