@@ -2917,6 +2917,7 @@ class SocketReader(io.RawIOBase):
     """
     def __init__(self, connection: socket.socket):
         self.connection, self.deadline = connection, math.inf
+        self._woken = 0.0, 0.0  # for which deadline, and when
 
     def readable(self) -> bool:
         return True
@@ -2932,6 +2933,15 @@ class SocketReader(io.RawIOBase):
             if size or time.monotonic() < self.deadline:
                 return size
         raise BadRequest(408, "the request took too long to arrive")
+
+    def is_late(self, now: float) -> None:
+        """The deadline has passed. Who reads wakes, and may answer; who has not woken in a second was writing."""
+        deadline, since = self._woken
+        if deadline != self.deadline:
+            self._woken = self.deadline, now
+            self.shut(socket.SHUT_RD)
+        elif now > since + 1:
+            self.shut(socket.SHUT_RDWR)
 
     def shut(self, how: int) -> None:
         """Wake whoever reads (SHUT_RD), or writes too (SHUT_RDWR): there is no more to come."""
@@ -2979,8 +2989,8 @@ class Watch:
         while not self._closed.wait(self.seconds):
             now = time.monotonic()
             for reader in self.readers.copy():
-                if reader.deadline < now:  # who reads wakes by this, and answers; who does not was writing
-                    reader.shut(socket.SHUT_RD if now < reader.deadline + 1 else socket.SHUT_RDWR)
+                if reader.deadline < now:
+                    reader.is_late(now)
 
     def close(self) -> None:
         """Stop watching; safe to call twice."""

@@ -5655,6 +5655,20 @@ class SlowClients(RawTest):
             connection.sendall(b"Host: localhost\r\n\r\n")
             self.assertIn(b" 200 ", connection.recv(100))
 
+    def test_a_watch_that_comes_late_still_lets_the_reader_answer(self) -> None:
+        one, other = socket.socketpair()
+        self.addCleanup(other.close)
+        self.addCleanup(one.close)
+        other.settimeout(10)
+        reader = s4s.SocketReader(one)
+        reader.deadline = time.monotonic() - 1000  # as after a night's sleep
+        for later in (0, 0.5):
+            reader.is_late(time.monotonic() + later)
+            one.sendall(b"x")
+            self.assertEqual(other.recv(1), b"x")
+        reader.is_late(time.monotonic() + 2)
+        self.assertEqual(other.recv(1), b"")
+
     def test_a_connection_made_while_the_server_stops_is_shut(self) -> None:
         watch, (one, other) = s4s.Watch(), socket.socketpair()
         self.addCleanup(other.close)
