@@ -3166,6 +3166,8 @@ class Connection:
             alive = self.stream.peek(1)
         except ConnectionError:
             alive = b""
+        if not alive and time.monotonic() >= deadline:
+            raise BadRequest(408, "it takes too long to read the request")
         if not alive:
             raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
         self.used = True
@@ -3360,11 +3362,13 @@ class Upstream:
                 if not url:
                     raise refused("redirects to an address that is not its own")
             raise refused("redirects in circles")
-        except (BadRequest, OSError) as error:
+        except BadRequest as error:
+            if error.status == 408:
+                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+            raise refused(f"sent an answer that can't be read: {error}")
+        except OSError as error:
             if time.monotonic() >= deadline:
                 raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
-            if isinstance(error, BadRequest):
-                raise refused(f"sent an answer that can't be read: {error}")
             raise refused(f"can't be reached, or broke off ({type(error).__name__})")
 
     def inside(self, url: str, seen_at: str) -> str | None:
