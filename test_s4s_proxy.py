@@ -3832,14 +3832,16 @@ class Faults(ForwardingTest):
                 self.assertEqual(self.status_while_dripping(slow, drip), 504)
 
     def test_floods_end(self) -> None:
-        for head, flood, status in ((b"", b"HTTP/1.1 100 Continue\r\n\r\n", 502),
-                                    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 504)):
+        for head, flood, seconds, status in (
+                (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 10, 502),
+                (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 0.1, 504)):
             with self.subTest(status), socket.create_server(("127.0.0.1", 0)) as quick:
-                self.assertEqual(self.status_while_dripping(quick, head + flood, flood * 1000, 0), status)
+                self.assertEqual(self.status_while_dripping(quick, head + flood, flood * 1000, 0, seconds), status)
 
-    def status_while_dripping(self, slow: socket.socket, drip: bytes, then: bytes = b"x", wait: float = 0.02) -> int:
+    def status_while_dripping(self, slow: socket.socket, drip: bytes, then: bytes = b"x", wait: float = 0.02,
+                              seconds: float = 0.1) -> int:
         """What the portal answers in front of a server that sends `drip`, then a byte every now and then."""
-        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=0.1,
+        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=seconds,
                                          open_fhir=True))
         self.addCleanup(portal.close)
         request = s4s.Request("GET", "/api/open-fhir/Patient/1", {"host": "127.0.0.1"})
