@@ -2934,7 +2934,7 @@ class SocketReader(io.RawIOBase):
                 return size
         raise BadRequest(408, "the request took too long to arrive")
 
-    def is_late(self, now: float) -> None:
+    def cut_off(self, now: float) -> None:
         """The deadline has passed. Who reads wakes, and may answer; who has not woken in a second was writing."""
         deadline, since = self._woken
         if deadline != self.deadline:
@@ -2990,7 +2990,7 @@ class Watch:
             now = time.monotonic()
             for reader in self.readers.copy():
                 if reader.deadline < now:
-                    reader.is_late(now)
+                    reader.cut_off(now)
 
     def close(self) -> None:
         """Stop watching; safe to call twice."""

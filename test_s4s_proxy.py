@@ -5665,10 +5665,20 @@ class SlowClients(RawTest):
         reader = s4s.SocketReader(one)
         reader.deadline = time.monotonic() - 1000  # as after a night's sleep
         for later in (0, 0.5):
-            reader.is_late(time.monotonic() + later)
+            reader.cut_off(time.monotonic() + later)
             one.sendall(b"x")
             self.assertEqual(other.recv(1), b"x")
-        reader.is_late(time.monotonic() + 2)
+        reader.cut_off(time.monotonic() + 2)
+        self.assertEqual(other.recv(1), b"")
+
+    def test_a_connection_that_no_thread_took_up_is_closed_with_the_server(self) -> None:
+        with s4s.Server() as portal:
+            one, other = socket.socketpair()
+            self.addCleanup(other.close)
+            other.settimeout(10)
+            listener: Any = portal._listener
+            listener.stop()
+            listener._arrived.put(one)
         self.assertEqual(other.recv(1), b"")
 
     def test_a_connection_made_while_the_server_stops_is_shut(self) -> None:
@@ -5719,6 +5729,31 @@ class SlowClients(RawTest):
                     self.assertRaises((OSError, http.client.HTTPException)):
                 ask(portal.url + "/health")
             self.assertEqual(ask(portal.url + "/health").status, 200)
+
+
+class RememberedLines(RawTest):
+    """Header lines that came before are not parsed again, and bring nothing over from the request they came with."""
+
+    def test_a_host_made_up_for_http_1_0_is_not_there_for_http_1_1(self) -> None:
+        for version, status in (("1.0", 200), ("1.1", 400)):
+            got = self.talk(f"GET /health HTTP/{version}\r\nX-Same: 1\r\n\r\n".encode(), end=True)
+            self.assertEqual([one.status for one in got], [status], version)
+
+    def test_an_absolute_targets_host_stays_with_its_request(self) -> None:
+        for target, status in (("http://evil.example/health", 421), ("/health", 200)):
+            got = self.talk(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            self.assertEqual([one.status for one in got], [status], target)
+
+    def test_long_texts_are_not_kept(self) -> None:
+        asked: list[str] = []
+
+        @s4s.remembered(10)
+        def length(text: str) -> int:
+            asked.append(text)
+            return len(text)
+        for text in ("x", "x", "x" * 2000, "x" * 2000):
+            self.assertEqual(length(text), len(text))
+        self.assertEqual([len(text) for text in asked], [1, 2000, 2000])
 
 
 class Framing(RawTest):
