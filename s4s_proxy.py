@@ -13,52 +13,56 @@ and nothing besides. In a test:
 NEVER put real people's data behind it. Anybody who can reach it can sign in: the passwords are on
 its first page, and its debug endpoints hand out tokens to whoever asks.
 
-Map of the file. Each part uses only what stands above it; `grep '^# ####'` lists them.
+Map of the file; `grep '^# ####'` lists its sections.
 
-    1  errors                what a client is told, and in which shape
-    2  settings              everything that can be chosen, once for keyword and command line
-    3  secrets               random values, hashes, PKCE
-    4  scopes                what an app may ask for, and what a scope allows
-    5  state                 the tables, and the clock
-    6  sample data           rows of facts about three people, and a builder for each FHIR type
-    7  the record            whose a resource is, and of which category
-    8  search                what FHIR's search parameters find
-    9  access                the one place that judges what a request may see
-   10  embedded records      loading, reading and searching in SQLite
-   11  messages              HTTP and JSON as strangers send them
-   12  a FHIR server behind  another server's records; no address of it gets out
-   13  signing               JSON Web Tokens and the arithmetic under them; may be left for later
-   14  the portal            settings, state and records together; requests, answers, routes
-   15  pages                 HTML that escapes by default
-   16  discovery             how an app finds the endpoints
-   17  clients               registration and authentication of apps
-   18  sign-in               who is at the browser
-   19  authorization         the request, whose record, consent, the code
-   20  launch                how a health record starts an app
-   21  identity              who signed in, told to the app
-   22  tokens                exchange, refresh, introspection, revocation
-   23  reading               the FHIR API's answers from the embedded records
-   24  forwarding            the same from the FHIR server behind
-   25  the FHIR API          the record behind a token
-   26  start page            what this is, for who opens it in a browser
-   27  demo app              a SMART app in one page of JavaScript
-   28  test controls         what a test may do that an app may not
-   29  HTTP                  sockets; nothing above knows of them
-   30  server                the fixture that tests use
-   31  command line
+Part One, the protocol, in the order in which a request meets it:
 
-Follow one request. An app sends the browser to /oauth/authorize; ten stops later it reads a record.
+    1  errors                                  what a client is told, and in which shape
+    2  secrets, PKCE                           random values, hashes
+    3  scopes                                  what an app may ask for, and what a scope allows
+    4  the tables and the clock                what is remembered, and until when
+    5  request, response, route                from bytes to an endpoint
+    6  clients with a secret, or with none     registration and authentication of apps
+    7  sign-in                                 who is at the browser
+    8  the authorization request               an ordered list of checks
+    9  consent, and the code                   whose record, what of it, until when
+   10  tokens                                  exchange, refresh, introspection, revocation
+   11  the record's boundary                   whose a resource is, and who may see it
+   12  discovery                               how an app finds the endpoints
+   13  launch by a health record               the other way to start an app
+   14  identity                                who signed in, told to the app
+   15  keys instead of secrets, backend services
+   16  granular scopes                         ?param=value
 
-     1  Handler.read_request   bytes become a Request; `dispatch` finds the endpoint for it
+Part Two, the records:
+
+   17  search                                  what FHIR's search parameters find
+   18  embedded records                        loading, reading and searching in SQLite
+   19  a FHIR server behind                    another server's records; no address of it gets out
+   20  sample data                             rows of facts about three people
+
+Part Three, the machinery:
+
+   21  messages and JSON                       as strangers send them
+   22  signing                                 JSON Web Tokens and the arithmetic under them
+   23  pages                                   HTML that escapes by default
+   24  demo app                                a SMART app in one page of JavaScript
+   25  settings, seeds, the portal             what is there from the start
+   26  test controls and Server                what a test may do that an app may not
+   27  HTTP                                    sockets; nothing above knows of them
+   28  command line
+
+Follow one request. An app sends the browser to /oauth/authorize; nine stops later it reads a record.
+
+     1  dispatch               a Request finds its endpoint
      2  authorize              the app's question, brought by the browser
      3  begin_authorization    an ordered list of checks; who fails one sees a page, or the app is told
-     4  login                  who is at the browser
-     5  consent                whose record, what of it, until when, yes or no
-     6  decide                 a grant is written down; the browser carries a code back to the app
-     7  token_endpoint         the app comes by itself now, and says who it is
-     8  exchange_code          code and verifier become an access token, once
-     9  fhir                   the app shows the token to the FHIR API
-    10  Access.may_see         every resource is judged before a byte of it leaves
+     4  consent                whose record, what of it, until when, yes or no
+     5  decide                 a grant is written down; the browser carries a code back to the app
+     6  token_endpoint         the app comes by itself now, and says who it is
+     7  exchange_code          code and verifier become an access token, once
+     8  fhir                   the app shows the token to the FHIR API
+     9  Access.may_see         every resource is judged before a byte of it leaves
 
 Legend: the field's own names.
 
@@ -92,7 +96,6 @@ Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Ap
 Copyright 2015 Boston Children's Hospital.
 """
 from __future__ import annotations
-
 import argparse
 import atexit
 import base64
@@ -135,8 +138,27 @@ __all__ = ["PortalError", "Server", "StartError", "__version__"]
 Json = dict[str, Any]  # a JSON object; FHIR resources are such
 FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people call them, and how FHIR does
 
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
+    """functools.lru_cache for a function of texts that anybody may send: what is long is not kept, or a stranger could
+    fill the memory."""
+    def decorate(function: AnyFunction) -> AnyFunction:
+        kept = functools.lru_cache(count)(function)
+
+        @functools.wraps(function)
+        def call(text: Any, *others: Any) -> Any:
+            return (kept if len(text) < 2000 else function)(text, *others)
+        return cast(AnyFunction, call)
+    return decorate
+
+
+# ======================================================================== Part One: the protocol
+
 
 # ######################################################################## 1 errors
+
 
 class StartError(Exception):
     """The server can't start; the message says why and how to mend it, in one line."""
@@ -181,134 +203,8 @@ class FhirError(PortalError):
     """An error of the FHIR API: an OperationOutcome, whose issue code `error` is of FHIR's issue-type value set."""
 
 
-# ######################################################################## 2 settings
+# ######################################################################## 2 secrets, PKCE
 
-AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
-
-
-def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
-    """functools.lru_cache for a function of texts that anybody may send: what is long is not kept, or a stranger could
-    fill the memory."""
-    def decorate(function: AnyFunction) -> AnyFunction:
-        kept = functools.lru_cache(count)(function)
-
-        @functools.wraps(function)
-        def call(text: Any, *others: Any) -> Any:
-            return (kept if len(text) < 2000 else function)(text, *others)
-        return cast(AnyFunction, call)
-    return decorate
-
-
-@remembered(1000)
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this very machine."""
-    host = host.strip("[]").lower()
-    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
-
-
-class Option(NamedTuple):
-    """A setting's default, and how --help shows it."""
-    default: Any
-    text: str
-    placeholder: str = ""
-
-
-def _option(default: Any, text: str, placeholder: str = "") -> Any:
-    """An Option, where a class's attribute gets its value: see `Settings`."""
-    return Option(default, text, placeholder)
-
-
-class Settings:
-    """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
-
-    A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
-    """
-    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
-    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
-    base_url: list[str] = _option([], "the public address, if not the one that each request names; repeatable", "URL")
-    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
-    fhir_server: str | None = _option(None, "forward FHIR requests to this server (default: the embedded records)", "URL")
-    fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
-    fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
-    fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
-    data: list[Any] = _option([], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, "
-                              "or a folder; none leaves the sample patients out; repeatable", "PATH")
-    fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
-    client: list[str] = _option([], "a client known from the start; without a secret it is public; repeatable",
-                                "ID[:SECRET]=REDIRECT_URI")
-    db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
-    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
-    debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
-    certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
-    keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
-    quiet: bool = _option(False, "no request log")
-    verbose: bool = _option(False, "explain each decision in the request log")
-
-    def __init__(self, **chosen: Any) -> None:
-        for name in chosen:
-            if name not in OPTIONS:
-                raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
-        for name, option in OPTIONS.items():
-            value = chosen.get(name, option.default)
-            if isinstance(option.default, list):
-                value = list(value) if isinstance(value, (list, tuple, set)) else [value]
-            setattr(self, name, value)
-        if self.fhir_version not in FHIR_VERSIONS:
-            raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
-        self.base_url = [url.rstrip("/") for url in self.base_url]
-        for url in self.base_url:
-            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-                raise StartError(f"--base-url {url}: give an absolute http or https address")
-        if self.keyfile and not self.certfile:
-            raise StartError("--keyfile is given without --certfile")
-        if self.quiet and self.verbose:
-            raise StartError("--quiet and --verbose exclude each other")
-        if self.fhir_server and any(one != "none" for one in self.data):
-            raise StartError("--data and --fhir-server exclude each other: load the data into that server")
-        self._check_fhir_server()
-
-    def _check_fhir_server(self) -> None:
-        """What concerns the FHIR server behind: an address requests can be put below, headers that don't disturb."""
-        if self.fhir_server is not None:
-            self.fhir_server = str(self.fhir_server).rstrip("/")
-            match = re.fullmatch(r"(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?",
-                                 self.fhir_server, re.IGNORECASE)
-            if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
-                raise StartError(f"--fhir-server {self.fhir_server}: give the address of its FHIR base, http or https, "
-                                 "without user, query or fragment")
-            self.fhir_server = match[1].lower() + (match[3] or "")
-        for header in self.fhir_header:
-            match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([!-~][ -~]*)", header)
-            if not match or match[1].lower() in ("accept", "accept-encoding", "connection", "content-length", "expect",
-                                                 "host", "te", "transfer-encoding", "upgrade"):
-                # The value may be a secret: it is not repeated.
-                raise StartError(f"--fhir-header {header.partition(':')[0]}: expected \"Name: value\", and not a "
-                                 "name that HTTP itself needs")
-        if not isinstance(self.fhir_timeout, (int, float)) or not 0 < self.fhir_timeout <= 3600:
-            raise StartError(f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
-
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can reach the server. What is open to anyone is on only then, unless told."""
-        return is_loopback(self.host)
-
-    @property
-    def serves_open_fhir(self) -> bool:
-        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
-        --fhir-header open to this portal is not opened to everybody unless told."""
-        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
-
-    @property
-    def serves_debug(self) -> bool:
-        """Whether anyone may ask the test controls for tokens."""
-        return self.local if self.debug is None else self.debug
-
-
-OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
-
-
-# ######################################################################## 3 secrets
 
 def base64url(data: bytes) -> str:
     """Bytes in the alphabet that URLs leave alone, without padding (RFC 7515 section 2)."""
@@ -350,13 +246,7 @@ def hash_password(password: str, salt: str) -> str:
     return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "replace"), salt.encode(), 200_000).hex()
 
 
-# The demo accounts' common password is no secret, so its hash may stand here: no start waits for hash_password.
-DEMO_PASSWORD = "demo-password"
-DEMO_SALT = "s4s-demo"
-DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
-
-
-# ######################################################################## 4 scopes
+# ######################################################################## 3 scopes
 
 LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}  # SMART 1 suffixes in SMART 2 letters
 GRANTABLE_LETTERS = "rs"  # read and search are all this server grants
@@ -371,9 +261,6 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
 SCOPE_SYNTAX = re.compile(r"(?= *[^ ])[!#-\[\]-~ ]{1,8192}")  # RFC 6749 section 3.3, but not without end
 _RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
                              r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
-# No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
-_CONSTRAINT = re.compile(r"(?!_filter=)([A-Za-z_][A-Za-z0-9_-]*)=([^&]+)")
-_COMMA = re.compile(r"(?<!\\),")  # between alternatives; one after a backslash belongs to the value (FHIR search)
 
 
 class ResourceScope(NamedTuple):
@@ -469,7 +356,7 @@ def describe_scope(word: str) -> str:
     return f"{' and '.join(verbs)} {what} in {'the record' if parsed.context == 'patient' else 'every record you may open'}"
 
 
-# ######################################################################## 5 state
+# ######################################################################## 4 the tables and the clock
 
 STATE_SCHEMA = """
 -- Who may sign in. fhir_user is the resource that stands for this person.
@@ -550,36 +437,6 @@ CREATE TABLE IF NOT EXISTS pages (
     path TEXT NOT NULL, url TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS pages_by_grant ON pages (grant_id);
 CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
-"""
-RECORD_SCHEMA = """
--- The health records: FHIR resources as JSON, and what they can be searched by.
-PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
-PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
-CREATE TABLE IF NOT EXISTS resources (
-    number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
-    patient_id TEXT NOT NULL,                     -- whose compartment it is in; '' nobody's, '?' can't be told
-    labels TEXT NOT NULL,                         -- its data categories, with spaces between
-    updated REAL NOT NULL, version TEXT NOT NULL, -- meta.lastUpdated as Unix time, meta.versionId
-    json TEXT NOT NULL, UNIQUE (type, id));
-CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
-
--- One row for each value of each search parameter: a token has system and value; a reference its id as value, its type
--- as system; a string what it is compared as, and itself as system; a date the span it may mean, in Unix seconds.
-CREATE TABLE IF NOT EXISTS search_values (
-    number INTEGER NOT NULL, parameter TEXT NOT NULL, value TEXT NOT NULL, system TEXT NOT NULL,
-    first REAL NOT NULL, last REAL NOT NULL,
-    PRIMARY KEY (number, parameter, value, system, first, last)) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS search_by_value ON search_values (parameter, value);
-
--- References that wait for what they mean to be loaded: Practitioner?identifier=..., urn:uuid:...
-CREATE TABLE IF NOT EXISTS unresolved (
-    number INTEGER NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (number, reference)) WITHOUT ROWID;
-
--- What reset brings back: the JSON before a load replaced it; NULL: it was not there.
-CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
-
--- version: of FHIR; samples: they are in.
-CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 Row = sqlite3.Row
 MAX_KNOWN, MAX_KNOWN_OF_ONE = 5_000_000, 100_000  # characters that a Store remembers, in all and of one query
@@ -708,755 +565,1479 @@ def http_date(seconds: float) -> str:
     return email.utils.formatdate(int(seconds), usegmt=True)
 
 
-# ######################################################################## 6 sample data
-
-# The facts: a row a line, columns between bars. From the SMART sample patients, with units in UCUM and two codes put
-# right that are no concepts of SNOMED CT now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and
-# Joseph's vaccines, the dates of smoking status, doses taken in the clinic, and all from MORE_LABS down.
-
-# patient | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
-PATIENTS = """\
-smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
-smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 \
-    | 2106-3 | White
-smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
-    | 2054-5 | Black or African American
-"""
-# id | patient | since | SNOMED CT | name
-PROBLEMS = """\
-14 | Daniel | 2005-05-22 | 48167000 | Amnesia
-15 | Daniel | 2007-07-11 | 1201005 | Benign essential hypertension
-16 | Daniel | 2007-07-11 | 396275006 | Osteoarthritis
-17 | Daniel | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
-18 | Daniel | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
-19 | Daniel | 2008-04-20 | 38341003 | Essential hypertension
-20 | Daniel | 2008-07-10 | 427359005 | Disorder of lung
-21 | Daniel | 2008-08-08 | 26929004 | Alzheimer's disease
-22 | Daniel | 2008-08-08 | 191519005 | Dementia associated with another disease
-23 | Daniel | 2008-08-08 | 185903001 | Needs influenza immunization
-119 | Amy | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
-120 | Amy | 2007-12-19 | 267024001 | Abnormal weight loss
-121 | Amy | 2007-12-19 | 310249008 | Follow-up encounter
-122 | Amy | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
-123 | Amy | 2008-06-29 | 185903001 | Needs influenza immunization
-448 | Joseph | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
-449 | Joseph | 2004-06-15 | 54150009 | Acute upper respiratory infection
-450 | Joseph | 2004-07-13 | 65363002 | Otitis media
-451 | Joseph | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
-452 | Joseph | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
-453 | Joseph | 2004-12-07 | 62315008 | Diarrhea
-454 | Joseph | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
-455 | Joseph | 2004-12-07 | 34095006 | Hypovolemia
-456 | Joseph | 2004-12-07 | 233604007 | Pneumonia
-457 | Joseph | 2004-12-08 | 422400008 | Vomiting
-458 | Joseph | 2005-02-22 | 81564005 | Chronic serous otitis media
-459 | Joseph | 2007-06-20 | 35183001 | Acute secretory otitis media
-601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency
-"""
-# id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
-ALLERGIES = """\
-19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
-20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
-28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
-"""
-# id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
-MEDICATIONS = """\
-101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
-102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 {bottle} | 10 \
-    | 7 mL | 2
-103 | Joseph | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension \
-    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
-104 | Joseph | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days \
-    | 1 {bottle} | 3 | 15 mL | 1
-105 | Joseph | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 {bottle} \
-    | 10 | 7 mL | 2
-106 | Joseph | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] \
-    | 4 gtt in ear bid x7 days | 1 {bottle} | 7 | 4 [drp] | 3
-107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 {bottle} | 10 \
-    | 10 mL | 2
-108 | Joseph | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] \
-    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
-139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
-140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 {tablet} | 90 | 1 {tablet} | 2
-141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 {tablet} | 90 | 1 {tablet} | 1
-142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
-143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 {tablet} | 90 \
-    | 1 {tablet} | 1
-"""
-# first id, then one more each | id of the medication | days | quantity | dates of handing over. SMART's four fills of
-# amlodipine, which it has no prescription for, are left out.
-FILLS = """\
-5 | 143 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06
-9 | 142 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
-14 | 139 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
-19 | 140 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
-23 | 141 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
-187 | 101 | 30 |  | 2008-04-05 2008-05-09
-1227 | 105 | 10 | 60 mL | 2005-01-28
-1228 | 105 | 7 | 60 mL | 2005-03-11
-1229 | 102 | 7 | 75 mL | 2004-07-13
-1230 | 106 | 7 | 7 mL | 2005-03-11
-1231 | 104 | 5 | 15 mL | 2005-01-18
-1232 | 107 | 10 |  | 2007-06-06 2007-08-14
-1234 | 108 | 10 |  | 2007-08-28 2007-10-18
-1236 | 103 | 10 | 75 mL | 2005-01-04
-1237 | 103 | 10 | 125 mL | 2005-02-07
-"""
-# id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
-IMMUNIZATIONS = """\
-1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
-2 | Amy | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation | 
-3 | Amy | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation | 
-4 | Amy | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine | 
-5 | Daniel | 2008-10-14 | 141 | Influenza, seasonal, injectable | 
-6 | Daniel | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent | 
-7 | Daniel | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use | 
-8 | Joseph | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine | 
-9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
-10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
-"""
-# id | patient | date | SNOMED CT | name
-SMOKING = """\
-21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
-5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
-6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker
-"""
-# id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | oxygen: Daniel Adams's
-VISITS = """\
-828 | 1997-04-30 | 75 | 20 | 37.0 | 97.5 | 165.1 | 35.8 | 87 | 75 | 100
-829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 107 | 67 | 100
-830 | 1997-05-07 | 43 | 20 | 37.0 | 99.0 | 165.1 | 36.4 | 68 | 43 | 100
-831 | 1999-12-20 | 53 | 19 | 37.1 | 96.9 | 165.6 | 35.4 | 83 | 53 | 100
-832 | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 128 | 81 | 100
-833 | 2001-01-19 | 69 | 20 | 37.1 | 95.0 | 165.9 | 34.6 | 110 | 69 | 100
-834 | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 63 | 100
-835 | 2001-01-25 | 80 | 20 | 37.1 | 94.3 | 165.9 | 34.3 | 129 | 80 | 100
-836 | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 133 | 82 | 100
-837 | 2001-11-01 | 85 | 20 | 37.1 | 99.8 | 165.9 | 36.3 | 138 | 85 | 100
-838 | 2001-11-02 | 54 | 20 | 37.1 | 94.6 | 165.9 | 34.4 | 85 | 54 | 100
-839 | 2001-11-05 | 82 | 20 | 37.1 | 94.1 | 165.9 | 34.2 | 133 | 82 | 100
-840 | 2005-02-09 | 66 | 22 | 36.9 | 90.4 | 166.6 | 32.6 | 109 | 66 | 100
-841 | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 97 | 58 | 100
-842 | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 60 | 35 | 100
-843 | 2005-02-24 | 78 | 22 | 36.9 | 91.6 | 166.6 | 33 | 128 | 78 | 100
-844 | 2005-02-25 | 66 | 22 | 36.9 | 92.4 | 166.6 | 33.3 | 109 | 66 | 100
-845 | 2009-04-07 | 29 | 20 | 36.9 | 90.3 | 163.3 | 33.9 | 48 | 29 | 100
-846 | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 120 | 72 | 100
-847 | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 125 | 75 | 100
-848 | 2009-04-23 | 38 | 20 | 36.9 | 86.5 | 163.1 | 32.5 | 63 | 38 | 100
-849 | 2009-04-24 | 63 | 20 | 36.9 | 89.8 | 163.1 | 33.7 | 105 | 63 | 100
-850 | 2009-04-27 | 43 | 20 | 36.9 | 86.4 | 163.3 | 32.4 | 71 | 43 | 100
-851 | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 132 | 79 | 100
-852 | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 120 | 72 | 100
-853 | 2009-10-30 | 25 | 20 | 36.9 | 91.7 | 163.1 | 34.5 | 40 | 25 | 100
-854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
-"""
-# id | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's of 2008-07-10
-LABS = """\
-67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
-68 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
-69 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
-70 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
-71 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
-72 | 5802-4 | Nitrite Ur Ql Strip | Negative |  |  | 
-73 | 13457-7 | LDLc SerPl Calc-mCnc | 89 | 0 | 100 | mg/dL
-74 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
-75 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
-76 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
-77 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
-78 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
-79 | 770-8 | Neutrophils NFr Bld Auto | 59 | 50 | 75 | %
-80 | 11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
-81 | 5767-9 | Appearance Ur | Clear |  |  | 
-82 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 1
-83 | 5803-2 | pH Ur Strip | 6 | 5 | 8 | [pH]
-84 | 5804-0 | Prot Ur Strip-mCnc | 10 |  |  | mg/dL
-85 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
-86 | 26515-7 | Platelet # Bld | 190 | 150 | 450 | 10*3/uL
-87 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
-88 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
-89 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
-90 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
-91 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
-92 | 1751-7 | Albumin SerPl-mCnc | 4 | 3.5 | 5 | g/dL
-93 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
-94 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
-95 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
-96 | 2160-0 | Creat SerPl-mCnc | 1.4 | 0.8 | 1.4 | mg/dL
-97 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
-98 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
-99 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
-100 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
-101 | 26478-8 | Lymphocytes NFr Bld | 28 | 18 | 42 | %
-102 | 26485-3 | Monocytes NFr Bld | 11 | 2 | 11 | %
-103 | 26450-7 | Eosinophil NFr Bld | 1 | 0 | 3 | %
-104 | 30180-4 | Basophils NFr Bld | 1 | 0 | 2 | %
-105 | 718-7 | Hgb Bld-mCnc | 12.8 | 14 | 18 | g/dL
-106 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
-107 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
-108 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
-109 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
-110 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
-111 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
-112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L
-"""
-# visit | date | values of the tests of LABS whose LOINC stands here: made up (as all below), to be drawn over time
-MORE_LABS = """\
-visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
-836 | 2001-10-31 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
-842 | 2005-02-23 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
-851 | 2009-04-28 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
-852 | 2009-10-29 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
-854 | 2009-12-01 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52
-"""
-# id | visit | date | SNOMED CT | name
-PROCEDURES = """\
-1 | 834 | 2001-01-24 | 73761001 | Colonoscopy
-2 | 841 | 2005-02-10 | 399208008 | Plain X-ray of chest
-3 | 846 | 2009-04-08 | 816077007 | Magnetic resonance imaging of brain
-"""
-# id | visit | date | DICOM modality | description | study UID
-IMAGES = """\
-1 | 841 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
-2 | 846 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
-"""
-# id | visit | date | LOINC | type | content type | text; the PDF goes on with the problems and medicines
-DOCUMENTS = """\
-1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
-2 | 854 | 2009-12-01 | 11506-3 | Progress note | text/plain \
-    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
-"""
-# id | visit | date | date of the bill | billed | paid, in USD
-BILLS = """\
-1 | 847 | 2009-04-14 | 2009-04-20 | 145.00 | 116.00
-2 | 851 | 2009-04-28 | 2009-05-04 | 145.00 | 116.00
-3 | 854 | 2009-12-01 | 2009-12-08 | 180.00 | 144.00
-"""
-LOINC, SNOMED, RXNORM = "http://loinc.org", "http://snomed.info/sct", "http://www.nlm.nih.gov/research/umls/rxnorm"
-CVX, UCUM, NDFRT = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://hl7.org/fhir/ndfrt"
-HL7, IHE = "http://terminology.hl7.org/CodeSystem/", "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
-DICOM, CDC_RACE = "http://dicom.nema.org/resources/ontology/DCM", "urn:oid:2.16.840.1.113883.6.238"
-US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
-PEOPLE = {"Amy": "smart-1032702", "Joseph": "smart-1081332", "Daniel": "smart-1288992"}
-DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
-CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
-INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}
-VITAL_SIGNS = (  # LOINC, name, unit (UCUM), in the order of VISITS; the blood pressure stands before the last
-    ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"), ("8310-5", "Body temperature", "Cel"),
-    ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"), ("39156-5", "Body mass index (BMI)", "kg/m2"),
-    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"))
-
-
-def table(text: str) -> list[list[str]]:
-    """The rows and columns of one of the tables above."""
-    return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
-
-
-def new(type_name: str, key: str, **elements: Any) -> Json:
-    """A resource with its id; an element that is None is left out."""
-    present = {name: value for name, value in elements.items() if value is not None}
-    return {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **present}
-
-
-def refer(type_name: str, key: str) -> Json:
-    """A reference to what `new` makes."""
-    return {"reference": f"{type_name}/smart-{type_name}-{key}"}
-
-
-def person(given: str) -> Json:
-    """A reference to one of the patients, by the name that the tables use."""
-    return {"reference": f"Patient/{PEOPLE[given]}"}
-
-
-def coding(system: str, code: str, display: str = "") -> Json:
-    """A FHIR Coding."""
-    return {"system": system, "code": code, "display": display} if display else {"system": system, "code": code}
-
-
-def concept(system: str, code: str, display: str = "") -> Json:
-    """A FHIR CodeableConcept of one coding."""
-    text = {"text": display} if display else {}
-    return {"coding": [coding(system, code, display)], **text}
-
-
-def quantity(text: str) -> Json:
-    """A FHIR Quantity from a number and a UCUM unit, such as "99 mg/dL". The unit 1 is not shown to people."""
-    number, unit = text.split()
-    value = float(number)
-    shown = {"unit": unit} if unit != "1" else {}
-    return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
-
-
-def dollars(amount: str) -> Json:
-    """An amount of money."""
-    return {"value": float(amount), "currency": "USD"}
-
-
-def noon(date: str) -> str:
-    """A moment on a day, for elements that must be one."""
-    return f"{date}T12:00:00Z"
-
-
-# The builders: a row's columns go in, resources of FHIR R4 come out, as US Core profiles them.
-
-
-def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str, city: str,
-                  zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
-    """A Patient with US Core's race, ethnicity and birth sex."""
-    groups = [("race", race, race_text)] if race else []
-    groups.append(("ethnicity", "2186-5", "Not Hispanic or Latino"))
-    yield {
-        "resourceType": "Patient", "id": pid, "active": True, "gender": gender, "birthDate": born,
-        "extension": [*({"url": US_CORE + name, "extension": [
-            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
-            {"url": "text", "valueString": text}]} for name, code, text in groups),
-            {"url": US_CORE + "birthsex", "valueCode": gender[0].upper()}],
-        "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
-                        "system": "http://hospital.smarthealthit.org", "value": pid[len("smart-"):]}],
-        "name": [{"use": "official", "family": family, "given": [given, initial], "text": f"{given} {family}"}],
-        "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
-                    {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
-        "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK", "postalCode": zip_code,
-                     "country": "USA"}],
-        "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
-        "managingOrganization": CLINIC}
-
-
-def build_problem(key: str, given: str, since: str, code: str, name: str) -> Iterator[Json]:
-    """A Condition on the problem list."""
-    yield new("Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
-              verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
-              category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
-              code=concept(SNOMED, code, name), subject=person(given), onsetDateTime=since, recordedDate=since)
-
-
-def build_allergy(key: str, given: str, since: str, code: str, drug_class: str, name: str, reaction: str,
-                  reaction_name: str, severity: str) -> Iterator[Json]:
-    """An AllergyIntolerance, or the statement that none is known."""
-    what = concept(SNOMED, code, name)
-    if drug_class:
-        what["coding"].append(coding(NDFRT, drug_class, name))
-    known: Json = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
-        {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]} if reaction else {}
-    yield new("AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
-              verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
-              code=what, patient=person(given), recordedDate=since, **known)
-
-
-def course(days: str) -> str:
-    """The status of a medicine: what is given for less than a month is over, the rest goes on."""
-    return "active" if int(days) >= 30 else "completed"
-
-
-def build_prescription(key: str, given: str, written: str, code: str, name: str, directions: str, dispensed: str,
-                       days: str, dose: str, times: str) -> Iterator[Json]:
-    """A MedicationRequest."""
-    yield new("MedicationRequest", key, status=course(days), intent="order", subject=person(given), requester=DOCTOR,
-              medicationCodeableConcept=concept(RXNORM, code, name), authoredOn=written, dosageInstruction=[{
-                  "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
-                  "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
-              dispenseRequest={"quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
-
-
-def build_statement(key: str, given: str, written: str, code: str, name: str, _directions: str, _dispensed: str,
-                    days: str, *_: str) -> Iterator[Json]:
-    """A MedicationStatement: that the patient takes what was prescribed."""
-    yield new("MedicationStatement", key, status=course(days), subject=person(given), dateAsserted=written,
-              medicationCodeableConcept=concept(RXNORM, code, name), effectivePeriod={"start": written},
-              basedOn=[refer("MedicationRequest", key)])
-
-
-def build_administration(key: str, given: str, written: str, code: str, name: str, directions: str, _dispensed: str,
-                         _days: str, dose: str, *_: str) -> Iterator[Json]:
-    """A MedicationAdministration: the first dose, taken in the clinic (made up)."""
-    yield new("MedicationAdministration", key, status="completed", subject=person(given), effectiveDateTime=written,
-              medicationCodeableConcept=concept(RXNORM, code, name), request=refer("MedicationRequest", key),
-              dosage={"text": directions, "dose": quantity(dose)})
-
-
-def build_fills(first: str, prescription: str, days: str, amount: str, dates: str) -> Iterator[Json]:
-    """A MedicationDispense for each time that a prescription was filled."""
-    given, code, name = next((row[1], *row[3:5]) for row in table(MEDICATIONS) if row[0] == prescription)
-    for key, date in enumerate(dates.split(), int(first)):
-        yield new("MedicationDispense", str(key), status="completed", subject=person(given), whenHandedOver=date,
-                  medicationCodeableConcept=concept(RXNORM, code, name), daysSupply=quantity(f"{days} d"),
-                  authorizingPrescription=[refer("MedicationRequest", prescription)],
-                  quantity=quantity(amount) if amount else None)
-
-
-def build_immunization(key: str, given: str, date: str, code: str, name: str, reason: str) -> Iterator[Json]:
-    """An Immunization, given or refused."""
-    yield new("Immunization", key, status="not-done" if reason else "completed", vaccineCode=concept(CVX, code, name),
-              patient=person(given), occurrenceDateTime=date, primarySource=True,
-              statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
-
-
-def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
-    """An Observation of a category, with whatever holds its value."""
-    return new("Observation", key, status="final", category=[concept(HL7 + "observation-category", category)],
-               code=code, subject=person(given), effectiveDateTime=date, **value)
-
-
-def build_smoking(key: str, given: str, date: str, code: str, name: str) -> Iterator[Json]:
-    """The smoking status."""
-    what = concept(LOINC, "72166-2", "Tobacco smoking status")
-    yield observation(f"{key}-smoking", given, date, "social-history", what, issued=noon(date),
-                      valueCodeableConcept=concept(SNOMED, code, name))
-
-
-def build_visit(key: str, date: str, *values: str) -> Iterator[Json]:
-    """An Encounter, and an Observation for each vital sign."""
-    visit = refer("Encounter", key)
-    *signs, systolic, diastolic, oxygen = values
-    yield new("Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
-              type=[concept(SNOMED, "185349003", "Encounter for check up")], subject=person("Daniel"),
-              period={"start": date, "end": date}, participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
-    for value, (code, name, unit) in zip([*signs, oxygen], VITAL_SIGNS):
-        what = concept(LOINC, code, name)
-        if code == "59408-5":  # R4's vital signs want the code of any way to measure it beside that of the oximeter
-            what["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
-        yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", what, encounter=visit,
-                          valueQuantity=quantity(f"{value} {unit}"))
-    pressures = ("8480-6", "Systolic blood pressure", systolic), ("8462-4", "Diastolic blood pressure", diastolic)
-    yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"),
-                      encounter=visit, component=[{"code": concept(LOINC, code, name),
-                                                   "valueQuantity": quantity(f"{value} mm[Hg]")}
-                                                  for code, name, value in pressures])
-
-
-def build_report(key: str, date: str, results: Sequence[Json], visit: Json | None) -> Iterator[Json]:
-    """Laboratory results of one day, and the DiagnosticReport that gathers them."""
-    yield from results
-    yield new("DiagnosticReport", key, status="final", category=[
-        concept(HL7 + "v2-0074", "LAB", "Laboratory"), concept(HL7 + "observation-category", "laboratory")],
-        code=concept(LOINC, "11502-2", "Laboratory report"), subject=person("Daniel"), encounter=visit,
-        effectiveDateTime=date, issued=noon(date), performer=[CLINIC],
-        result=[{"reference": f"Observation/{one['id']}"} for one in results])
-
-
-def build_labs() -> Iterator[Json]:
-    """All laboratory results, in one report for each day; a word where a result is not a number."""
-    tests = {row[1]: row for row in table(LABS)}
-
-    def result(key: str, date: str, loinc: str, value: str, visit: Json | None = None) -> Json:
-        """The Observation of one test."""
-        _, _, name, _, low, high, unit = tests[loinc]
-        what = {"valueQuantity": quantity(f"{value} {unit}")} if unit else {"valueCodeableConcept": {"text": value}}
-        normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
-        return observation(key, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=visit,
-                           referenceRange=normal, **what)
-
-    date = "2008-07-10"
-    yield from build_report("1", date, [result(f"{row[0]}-lab", date, row[1], row[3]) for row in tests.values()], None)
-    header, *rows = table(MORE_LABS)
-    for key, date, *values in rows:
-        visit = refer("Encounter", key)
-        results = [result(f"{key}-{loinc}", date, loinc, value, visit) for loinc, value in zip(header[2:], values)]
-        yield from build_report(key, date, results, visit)
-
-
-def build_procedure(key: str, visit: str, date: str, code: str, name: str) -> Iterator[Json]:
-    """A Procedure."""
-    yield new("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=person("Daniel"),
-              encounter=refer("Encounter", visit), performedDateTime=date)
-
-
-def build_image(key: str, visit: str, date: str, modality: str, description: str, uid: str) -> Iterator[Json]:
-    """An ImagingStudy of one series; its Endpoint says where the pictures are."""
-    kind = coding(DICOM, modality)
-    yield new("ImagingStudy", key, status="available", subject=person("Daniel"), encounter=refer("Encounter", visit),
-              identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=date, modality=[kind],
-              numberOfSeries=1, numberOfInstances=1, description=description,
-              endpoint=[{"reference": "Endpoint/smart-imaging"}],
-              series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
-
-
-def pdf(text: str) -> bytes:
-    """Lines of ASCII text as a PDF of one page: header, objects, where each begins, trailer (ISO 32000-1, 7.5)."""
-    lines = re.sub(r"([\\()])", r"\\\1", text).splitlines()
-    drawing = "BT /F1 10 Tf 14 TL 54 750 Td\n" + "".join(f"({line}) '\n" for line in lines) + "ET"
-    objects = ("<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
-               "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources 6 0 R >>",
-               f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream",
-               "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>", "<< /Font << /F1 5 0 R >> >>")
-    body, places = "%PDF-1.4\n", "0000000000 65535 f \n"
-    for number, content in enumerate(objects, 1):
-        places += f"{len(body):010} 00000 n \n"
-        body += f"{number} 0 obj\n{content}\nendobj\n"
-    size = len(objects) + 1
-    return (f"{body}xref\n0 {size}\n{places}trailer\n<< /Size {size} /Root 1 0 R >>\n"
-            f"startxref\n{len(body)}\n%%EOF\n").encode("ascii")
-
-
-def build_document(key: str, visit: str, date: str, code: str, name: str, content_type: str,
-                   text: str) -> Iterator[Json]:
-    """A DocumentReference, and the Binary that holds the document."""
-    data = text.encode()
-    if content_type == "application/pdf":
-        data = pdf("\n".join([name, "", text, "", "Problems"]
-                             + [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
-                             + ["", "Medicines"]
-                             + [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]))
-    yield new("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
-              securityContext=person("Daniel"))
-    number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
-    yield new("DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
-              type=concept(LOINC, code, name), subject=person("Daniel"), date=noon(date), author=[DOCTOR],
-              category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
-                                "clinical-note", "Clinical Note")],
-              content=[{"attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
-                                       "title": name, "size": len(data), "creation": noon(date)},
-                        "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
-              context={"encounter": [refer("Encounter", visit)]})
-
-
-def build_bill(key: str, visit: str, date: str, billed_on: str, billed: str, paid: str) -> Iterator[Json]:
-    """An ExplanationOfBenefit: what the insurance paid for a visit."""
-    totals = [{"category": concept(HL7 + "adjudication", category), "amount": dollars(amount)}
-              for category, amount in (("submitted", billed), ("benefit", paid))]
-    yield new("ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
-              use="claim", patient=person("Daniel"), created=billed_on, insurer=INSURER, provider=DOCTOR,
-              outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
-              item=[{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
-                     "servicedDate": date, "net": dollars(billed), "encounter": [refer("Encounter", visit)]}])
-
-
-def build_others() -> Iterator[Json]:
-    """Daniel's insurance, Daniel as his daughter's representative, and what belongs to nobody."""
-    yield new("Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
-              subscriberId="S4S-1288992", beneficiary=person("Daniel"), payor=[INSURER], period={"start": "2008-01-01"},
-              relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [
-                  {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}]})
-    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
-           "patient": person("Amy"), "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
-           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
-    yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
-           "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
-           "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
-    for key, kind, named in (("clinic", "prov", CLINIC), ("insurer", "pay", INSURER)):
-        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": named["display"],
-               "type": [concept(HL7 + "organization-type", kind)]}
-    yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
-           "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
-           "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
-
-
-# The versions. The builders make R4; here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
-# A change: the types it is about, an element (a dotted path goes through lists), what the earlier version calls it
-# (nothing: it is not there), and how its value differs. Without an element, one is made from the whole resource.
-Change = tuple[str, str, str, Callable[[Any], Any]]
-
-
-def same(value: Any) -> Any:
-    """The value as it is."""
-    return value
-
-
-def first(values: Any) -> Any:
-    """The one that a list became, where more than one was not foreseen."""
-    return values[0]
-
-
-def listed(value: Any) -> Any:
-    """A list, where more than one was foreseen."""
-    return [value]
-
-
-def code_of(value: Any) -> Any:
-    """The code that a CodeableConcept was."""
-    return value["coding"][0]["code"]
-
-
-def iso_4217(money: Any) -> Any:
-    """An amount of money, when it was a Quantity whose unit is a currency."""
-    return {"value": money["value"], "system": "urn:iso:std:iso:4217", "code": money["currency"]}
-
-
-class Version(NamedTuple):
-    """How a version of FHIR differs from the one after it."""
-    missing: str                              # types it does not have, or not so that they could be used here
-    addresses: Sequence[tuple[str, str]]      # texts that are others in it: addresses of code systems, names of types
-    changes: Sequence[Change]
-
-
-STU3 = Version("", (
-    (HL7 + "v2-", "http://hl7.org/fhir/v2/"), (HL7 + "v3-", "http://hl7.org/fhir/v3/"),
-    (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"),
-    (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"), (HL7, "http://hl7.org/fhir/"),
-), (
-    ("AllergyIntolerance Condition", "clinicalStatus", "clinicalStatus", code_of),
-    ("AllergyIntolerance Condition", "verificationStatus", "verificationStatus", code_of),
-    ("AllergyIntolerance Condition", "recordedDate", "assertedDate", same),
-    ("Binary", "data", "content", same),
-    ("Coverage", "class", "grouping", lambda them: {"plan": them[0]["value"], "planDisplay": them[0]["name"]}),
-    ("DiagnosticReport", "category", "category", first),
-    ("DiagnosticReport", "performer", "performer", lambda them: [{"actor": one} for one in them]),
-    ("DiagnosticReport ImagingStudy Observation Procedure", "encounter", "context", same),
-    ("DocumentReference", "category", "", same),
-    ("DocumentReference", "context.encounter", "encounter", first),
-    ("DocumentReference", "date", "created indexed", same),
-    ("ExplanationOfBenefit", "use", "", same),
-    ("ExplanationOfBenefit", "insurance", "insurance", lambda them: {"coverage": them[0]["coverage"]}),
-    ("ExplanationOfBenefit", "item.net", "net", iso_4217),
-    ("ExplanationOfBenefit", "item.productOrService", "service", same),
-    ("ExplanationOfBenefit", "outcome", "outcome",
-     lambda code: concept("http://hl7.org/fhir/remittance-outcome", code)),
-    ("ExplanationOfBenefit", "", "totalCost", lambda it: iso_4217(it["total"][0]["amount"])),
-    ("ExplanationOfBenefit", "total", "totalBenefit", lambda them: iso_4217(them[1]["amount"])),
-    ("ImagingStudy", "identifier", "uid", lambda them: them[0]["value"]),
-    ("ImagingStudy", "status", "availability", lambda _: "ONLINE"),
-    ("ImagingStudy", "modality", "modalityList", same),
-    ("ImagingStudy", "series.uid", "uid", lambda uid: f"urn:oid:{uid}"),
-    ("ImagingStudy", "subject", "patient", same),
-    ("Immunization", "occurrenceDateTime", "date", same),
-    ("Immunization", "", "notGiven", lambda it: it["status"] == "not-done"),
-    ("Immunization", "status", "status", lambda _: "completed"),
-    ("Immunization", "statusReason", "explanation", lambda reason: {"reasonNotGiven": [reason]}),
-    ("MedicationAdministration", "request", "prescription", same),
-    ("MedicationRequest", "dosageInstruction.doseAndRate", "doseQuantity", lambda them: them[0]["doseQuantity"]),
-    ("MedicationRequest", "requester", "requester", lambda doctor: {"agent": doctor}),
-    ("MedicationStatement", "", "taken", lambda _: "y"),
-    ("RelatedPerson", "relationship", "relationship", first),
-))
-DSTU2 = Version("Coverage Endpoint ExplanationOfBenefit", (
-    (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"), (DICOM, "http://nema.org/dicom/dicm"),
-    ("MedicationRequest", "MedicationOrder"),
-), (
-    ("AllergyIntolerance", "assertedDate", "recordedDate", same),
-    ("AllergyIntolerance", "category", "category", first),
-    ("AllergyIntolerance", "clinicalStatus", "status", same),
-    ("AllergyIntolerance", "code", "substance", same),
-    ("AllergyIntolerance", "criticality", "criticality", lambda _: "CRITL"),
-    ("AllergyIntolerance", "verificationStatus", "", same),
-    ("Binary", "securityContext", "", same),
-    ("Condition", "assertedDate", "dateRecorded", same),
-    ("Condition", "category", "category", lambda _: concept("http://argonaut.hl7.org", "problem", "Problem")),
-    ("Condition Encounter MedicationAdministration MedicationDispense MedicationOrder MedicationStatement",
-     "subject", "patient", same),
-    ("DiagnosticReport", "performer", "performer", lambda them: them[0]["actor"]),
-    ("DiagnosticReport Observation Procedure", "context", "encounter", same),
-    ("DocumentReference", "content.format", "format", listed),
-    ("Encounter", "class", "class", lambda _: "ambulatory"),
-    ("ImagingStudy", "context", "", same),
-    ("ImagingStudy", "endpoint", "", same),
-    ("Immunization", "notGiven", "wasNotGiven", same),
-    ("Immunization", "primarySource", "reported", lambda primary: not primary),
-    ("MedicationAdministration", "dosage.dose", "quantity", same),
-    ("MedicationAdministration", "effectiveDateTime", "effectiveTimeDateTime", same),
-    ("MedicationOrder", "authoredOn", "dateWritten", same),
-    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnit", "periodUnits", same),
-    ("MedicationOrder", "intent", "", same),
-    ("MedicationOrder", "requester", "prescriber", lambda requester: requester["agent"]),
-    ("MedicationStatement", "basedOn", "supportingInformation", same),
-    ("MedicationStatement", "taken", "", same),
-    ("Observation", "category", "category", first),
-    ("Organization", "type", "type", first),
-    ("Patient", "extension.extension.valueCoding", "valueCoding", lambda group: {
-        **group, "system": "http://hl7.org/fhir/v3/" + ("Ethnicity" if group["code"] == "2186-5" else "Race")}),
-    ("Patient Practitioner RelatedPerson", "name.family", "family", listed),
-    ("Practitioner RelatedPerson", "name", "name", first),
-    ("RelatedPerson", "active", "", same),
-))
-VERSIONS: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
-
-
-def holders(found: list[Json], names: Sequence[str]) -> list[Json]:
-    """The objects that a path leads to from others."""
-    for name in names:
-        inner = [one[name] for one in found if name in one]
-        found = [one for value in inner for one in (value if isinstance(value, list) else [value])]
-    return found
-
-
-def adapt(resources: Sequence[Json], version: Version) -> list[Json]:
-    """Resources of the next version as `version` has them."""
-    text = json.dumps([one for one in resources if one["resourceType"] not in version.missing.split()])
-    for later, earlier in version.addresses:
-        text = text.replace(later, earlier)
-    adapted: list[Json] = json.loads(text)
-    of_type: dict[str, list[Json]] = {}
-    for one in adapted:
-        of_type.setdefault(one["resourceType"], []).append(one)
-    for types, path, names, convert in version.changes:
-        *outer, element = path.split(".")
-        for holder in holders([one for name in types.split() for one in of_type[name]], outer):
-            if not element or element in holder:
-                value = convert(holder.pop(element) if element else holder)
-                holder.update((name, value) for name in names.split())
-    return adapted
-
-
-def sample_resources(version: str) -> Iterator[Json]:
-    """The sample records in a version of FHIR (a key of VERSIONS), last changed at times spread over 2016 to 2018."""
-    builders: Sequence[tuple[str, Callable[..., Iterator[Json]]]] = (
-        (PATIENTS, build_patient), (PROBLEMS, build_problem), (ALLERGIES, build_allergy),
-        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (MEDICATIONS, build_administration),
-        (FILLS, build_fills), (IMMUNIZATIONS, build_immunization), (SMOKING, build_smoking), (VISITS, build_visit),
-        (PROCEDURES, build_procedure), (IMAGES, build_image), (DOCUMENTS, build_document), (BILLS, build_bill))
-    built = [one for text, build in builders for row in table(text) for one in build(*row)]
-    built += [*build_labs(), *build_others()]
-    start = datetime.datetime(2016, 1, 1)
-    for place, one in enumerate(built):
-        moment = start + datetime.timedelta(days=place * 3 % 1000)
-        one["meta"] = {"versionId": "1", "lastUpdated": noon(moment.strftime("%Y-%m-%d"))}
-    for step in VERSIONS[version]:
-        built = adapt(built, step)
-    yield from built
-
-
-# ######################################################################## 7 the record
-
-def within(values: list[Any], path: str) -> list[Any]:
-    """All that stands at a dotted path in values, through lists."""
-    for name in path.split("."):
-        values = [item for value in values if isinstance(value, dict) and name in value
-                  for item in (value[name] if isinstance(value[name], list) else (value[name],))]
-    return values
-
-
-def elements(resource: Any, path: str) -> list[Any]:
-    """All values at a dotted path of a resource."""
-    return within([resource], path)
-
-
-def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
-    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
-    found: list[tuple[str, str]] = []
-    for value in values:
-        if isinstance(value, dict):
-            codings = value.get("coding")
-            for one in codings if isinstance(codings, list) else (value,):
-                if isinstance(one, dict):
-                    code = one["code"] if "code" in one else one.get("value")
-                    if isinstance(code, str):
-                        found.append((str(one.get("system", "")), code))
-        elif isinstance(value, bool):
-            found.append(("", "true" if value else "false"))
-        elif isinstance(value, str):
-            found.append(("", value))
-    return found
-
-
-def strings_of(values: Iterable[Any]) -> Iterator[str]:
-    """The text in strings, and in the parts of HumanNames and Addresses."""
-    for value in values:
-        if isinstance(value, str):
-            yield value
-        for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state", "postalCode",
-                     "country") if isinstance(value, dict) else ():
-            yield from (text for text in elements(value, part) if isinstance(text, str))
-
-
-def as_list(value: Any) -> list[Any]:
-    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def reference_of(element: Any) -> str:
-    """The text of a FHIR Reference, "" if there is none."""
-    text = element.get("reference") if isinstance(element, dict) else None
-    return text if isinstance(text, str) else ""
+# ######################################################################## 5 request, response, route
+
+
+def decode_plus(text: str, errors: str = "replace") -> str:
+    """Form decoding of a single name or value."""
+    return unquote(text.replace("+", " "), errors=errors) if "%" in text or "+" in text else text
+
+
+def decode_pairs(text: str) -> list[tuple[str, str]]:
+    """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
+    if not text:
+        return []
+    if "%" in text and re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
+    if text.count("&") >= 1000:
+        raise PortalError("invalid_request", "more than 1000 parameters")
+    try:
+        pairs = [(decode_plus(name, "strict"), decode_plus(value, "strict"))
+                 for name, _, value in (part.partition("=") for part in text.split("&") if part)]
+    except ValueError as error:
+        raise PortalError("invalid_request", f"parameters can't be decoded: {error}")
+    if "%00" in text or "\0" in text:
+        raise PortalError("invalid_request", "a NUL character in a parameter")
+    return pairs
+
+
+class Fields:
+    """The parameters of a query or a form. Each at most once (RFC 6749 section 3.1), empty the same as absent."""
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
+        self.values: dict[str, str] = {}
+        self.repeated: list[str] = []
+        for name, value in pairs:
+            if name in self.values:
+                self.repeated.append(name)
+            self.values[name] = value
+
+    def get(self, name: str, default: str = "") -> str:
+        """A parameter's value, or the default."""
+        if name in self.repeated:
+            raise PortalError("invalid_request", f"{name} is given more than once")
+        return self.values.get(name) or default
+
+    def need(self, name: str) -> str:
+        """A parameter that must be there."""
+        value = self.get(name)
+        if not value:
+            raise PortalError("invalid_request", f"{name} is missing")
+        return value
+
+
+class Request:
+    """What came in. `headers` has lower-case names; `scheme` is http or https; `rest` is what a route's {} matched."""
+    def __init__(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"", scheme: str = "http"):
+        path, _, self.query = target.partition("?")
+        self.method, self.raw_path, self.headers, self.body, self.scheme = method, path, headers, body, scheme
+        self.path = path.rstrip("/") or "/"     # a trailing slash is ignored
+        self.host = headers.get("host", "")
+        self.rest = ""
+        self.client_id = self.username = ""     # found out on the way, for the log
+        self._pairs: list[tuple[str, str]] | None = None
+        self.notes: list[str] = []              # what was decided on the way and why, for --verbose
+        self.broken: PortalError | None = None  # why the body could not be read
+
+    def note(self, text: str) -> None:
+        """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
+        self.notes.append(text)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """The query's parameters, in order."""
+        if self._pairs is None:
+            self._pairs = decode_pairs(self.query)
+        return self._pairs
+
+    @property
+    def media_type(self) -> str:
+        """The body's type, without parameters."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    def form(self) -> list[tuple[str, str]]:
+        """The body's parameters: application/x-www-form-urlencoded in UTF-8 (RFC 6749 appendix B)."""
+        if self.media_type != "application/x-www-form-urlencoded":
+            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
+                              "application/x-www-form-urlencoded", 415)
+        try:
+            return decode_pairs(self.body.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise PortalError("invalid_request", "the body is not UTF-8")
+
+    def json(self) -> Json:
+        """The body as a JSON object."""
+        if not re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type):
+            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
+                              "application/json", 415)
+        return parse_json(self.body)
+
+    def cookie(self, name: str) -> str:
+        """A cookie's value, or "". """
+        # Not http.cookies: it drops all cookies for one that it dislikes (localhost's come from every port), takes
+        # time that grows with the square, and decodes line breaks, which would get into Set-Cookie.
+        found = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
+        return found[1] if found else ""
 
+
+class Response:
+    """What goes out."""
+    def __init__(self, status: int, body: bytes = b"", content_type: str = "",
+                 headers: Sequence[tuple[str, str]] = ()):
+        self.status, self.body = status, body
+        self.headers = [("Content-Type", content_type)] if content_type else []
+        self.headers += headers
+
+
+def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
+    """JSON that no cache may keep: what OAuth's endpoints answer (RFC 6749 section 5.1)."""
+    return Response(status, json.dumps(value).encode("ascii"), "application/json",
+                    [("Cache-Control", "no-store"), ("Pragma", "no-cache"), *headers])
+
+
+def redirect(url: str, cookies: Sequence[str] = ()) -> Response:
+    """See other: the browser goes there with GET (RFC 9110 section 15.4.4)."""
+    return Response(303, headers=[("Location", url), ("Cache-Control", "no-store"),
+                                  *(("Set-Cookie", cookie) for cookie in cookies)])
+
+
+def with_query(url: str, **parameters: str) -> str:
+    """A URL with parameters added, its own query kept (RFC 6749 section 3.1.2)."""
+    return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
+
+
+Endpoint = Callable[["Portal", Request], Response]
+
+
+class Route(NamedTuple):
+    """One endpoint: methods, path (`{}` stands for the rest), the text it implements, whether browsers of any origin
+    may read it, what kind of thing it is (oauth, fhir, page or debug; errors are shaped by that), and the name by
+    which a test makes it fail."""
+    methods: tuple[str, ...]
+    path: str
+    spec: str
+    cors: bool
+    kind: str
+    fault: str
+    endpoint: Endpoint
+
+
+ROUTES: list[Route] = []
+
+
+def route(rule: str, spec: str, cors: bool = False, kind: str = "oauth",
+          fault: str = "") -> Callable[[Endpoint], Endpoint]:
+    """Declare the endpoint that serves `rule`, such as "GET,POST /login"."""
+    methods, path = rule.split(" ")
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        ROUTES.append(Route(tuple(methods.split(",")), path, spec, cors, kind, fault, endpoint))
+        return endpoint
+    return declare
+
+
+@remembered(1000)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this very machine."""
+    host = host.strip("[]").lower()
+    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def same_address(one: str, other: str) -> bool:
+    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
+    def plain(url: str) -> str:
+        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
+    return plain(one) == plain(other)
+
+
+def check_host(portal: Portal, request: Request) -> None:
+    """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
+    settings = portal.settings
+    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
+    if trusting and not portal.is_ours(request.host):
+        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
+                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
+
+
+def check_same_origin(request: Request) -> None:
+    """Debug endpoints obey no other web page: a browser names the page that sends, or how far away it is."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+    if (origin and origin != f"{request.scheme}://{request.host}") or site not in ("same-origin", "none"):
+        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take no requests "
+                          "from other sites", 403)
+
+
+ALLOWED_ORIGIN = [
+    ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
+    ("Access-Control-Expose-Headers", "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
+PREFLIGHT = [
+    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+    # A wildcard would not cover Authorization (Fetch standard).
+    ("Access-Control-Allow-Headers", ("Authorization, Accept, Content-Type, Prefer, If-Match, If-None-Match, "
+                                      "If-Modified-Since, If-None-Exist")),
+    ("Access-Control-Max-Age", "600")]
+_NOWHERE = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}  # how to say that nothing is there
+
+
+@functools.cache
+def _routes_by_path() -> tuple[dict[str, Route], list[tuple[str, Route]]]:
+    """The routes whose path is fixed, by it, and the others with what their path begins with."""
+    return ({one.path: one for one in ROUTES if not one.path.endswith("{}")},
+            [(one.path[:-2], one) for one in ROUTES if one.path.endswith("{}")])
+
+
+def find_route(request: Request) -> Route | None:
+    """The route of a request's path; what its {} matched is request.rest."""
+    exact, prefixes = _routes_by_path()
+    found = exact.get(request.path)
+    if found:
+        return found
+    for prefix, candidate in prefixes:
+        if request.path.startswith(prefix) or request.path == prefix[:-1]:
+            request.rest = request.path[len(prefix):]
+            return candidate
+    return None
+
+
+def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
+    """An error in the shape that this kind of endpoint's clients parse."""
+    request.note(f"refused: {error}")
+    if kind == "page":
+        response = error_page(portal, error, request, found)
+    elif kind == "fhir":
+        response = Response(error.status, json.dumps(outcome(error)).encode(),
+                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
+    else:
+        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
+    response.headers += error.headers
+    return response
+
+
+def allowed_methods(found: Route) -> str:
+    """A route's methods, as the Allow header lists them."""
+    return ", ".join([*found.methods, *(["HEAD"] if "GET" in found.methods else []), "OPTIONS"])
+
+
+def dispatch(portal: Portal, request: Request) -> Response:
+    """Answer a request: the whole server without its sockets. ConnectionAbortedError where a test ordered a drop."""
+    found = find_route(request)
+    response = None
+    try:
+        response = respond(portal, request, found)
+    finally:
+        if not request.path.startswith("/oauth/debug/"):
+            portal.recorded.append((request, response.status if response else 0))
+            request.body = request.body[:MAX_RECORDED_BODY]
+    if found and found.cors:
+        response.headers += ALLOWED_ORIGIN
+    response.headers.append(("X-Content-Type-Options", "nosniff"))
+    return response
+
+
+def respond(portal: Portal, request: Request, found: Route | None) -> Response:
+    """The response to a request, errors included."""
+    kind = found.kind if found else next(
+        (kind for prefix, kind in _NOWHERE.items() if request.path.startswith(prefix)), "page")
+    try:
+        check_host(portal, request)
+        if not found:
+            raise PortalError("not_found", f"there is nothing at {request.path}", 404)
+        if request.method == "OPTIONS":
+            return Response(204, headers=[("Allow", allowed_methods(found)), *(PREFLIGHT if found.cors else [])])
+        if (("GET" if request.method == "HEAD" else request.method) not in found.methods):
+            raise PortalError("invalid_request", f"{request.method} is not possible here; "
+                              f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
+        if found.kind == "debug":
+            check_same_origin(request)
+        if request.broken and request.method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
+            raise request.broken
+        if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
+            portal.meet_fault(found.fault)
+        return found.endpoint(portal, request)
+    except ConnectionAbortedError:
+        raise
+    except PortalError as error:
+        return error_response(portal, kind, error, request, found)
+    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
+        portal.log(f"DATABASE {error} in {request.method} {request.path}")
+        full = PortalError("temporarily_unavailable", f"the database says: {error}; nothing was changed", 503)
+        return error_response(portal, kind, full, request, found)
+    except Exception as error:  # noqa: BLE001
+        portal.log_bug(f"{request.method} {request.path}", error)
+        bug = PortalError("server_error", "this server has a bug; its log says where", 500)
+        return error_response(portal, kind, bug, request, found)
+
+
+@route("GET /health", "for monitors", cors=True)
+def health(portal: Portal, request: Request) -> Response:
+    """Whether the server is up, and its version."""
+    return json_response({"status": "ok", "version": __version__})
+
+
+# ######################################################################## 6 clients with a secret, or with none
+
+DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_access"
+
+
+class Client(NamedTuple):
+    """An app, as registered."""
+    client_id: str
+    secret_hash: str | None          # None: a public client, which can keep no secret, or one that has keys
+    metadata: Json                   # RFC 7591 section 2, as `client_metadata` has checked it
+    registered_itself: bool = False  # by /oauth/register, and not by who runs this server
+
+    @property
+    def name(self) -> str:
+        """What people are shown."""
+        return str(self.metadata.get("client_name") or self.client_id)
+
+    @property
+    def scope(self) -> str:
+        """What the client registered for; the most it can get."""
+        return str(self.metadata["scope"])
+
+    @property
+    def auth_method(self) -> str:
+        """How the client proves who it is; none: it is public."""
+        return str(self.metadata["token_endpoint_auth_method"])
+
+    def may_use(self, grant_type: str) -> bool:
+        """Whether the client registered for a grant type."""
+        return grant_type in self.metadata["grant_types"]
+
+
+def is_web_url(uri: Any) -> bool:
+    """Whether something is an absolute http or https URL, without user and password."""
+    if not isinstance(uri, str) or not re.fullmatch(r"(?i:https?)://[!-\[\]-~]+", uri):
+        return False
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:
+        return False
+
+
+# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
+# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
+# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = (
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
+    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
+    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
+    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
+
+
+def is_redirect_uri(uri: Any) -> bool:
+    """Whether a URI may be registered to send browsers to: http, https or an app's private scheme, without fragment
+    (RFC 6749 section 3.1.2, RFC 8252 section 7.1)."""
+    if not isinstance(uri, str) or "#" in uri:
+        return False
+    private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
+    return is_web_url(uri) or bool(private and not re.fullmatch(ACTED_UPON, private[1].lower()))
+
+
+def without_loopback_port(uri: str) -> str:
+    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
+    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
+
+
+# What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
+# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
+# would take it for a promise.
+METADATA_STRINGS = frozenset((
+    "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
+    "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
+METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
+METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
+                            "security_labels"))
+METADATA_CHOICES: dict[str, Sequence[str]] = {
+    "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
+    "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
+    "token_endpoint_auth_signing_alg": ("RS384", "ES384"), "id_token_signed_response_alg": ("RS256",),
+    "subject_type": ("public",)}
+
+
+def client_metadata(metadata: Json) -> Json:
+    """Client metadata, checked, its defaults filled in; PortalError that names the member where it can't be
+    (RFC 7591 section 3.2.2)."""
+    def refuse(name: str, expected: str) -> PortalError:
+        error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
+        return PortalError(error, f"{name}: expected {expected}, got "
+                           f"{json.dumps(metadata.get(name), default=str)[:200]}")
+    registered: Json = {}
+    for name, value in metadata.items():
+        member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
+        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
+            registered[name] = value
+        if member in METADATA_STRINGS and not isinstance(value, str):
+            raise refuse(name, "a string")
+        if member in METADATA_LISTS and not (isinstance(value, list)
+                                             and all(isinstance(one, str) and one for one in value)):
+            raise refuse(name, "an array of strings")
+        if member in METADATA_URLS and not is_web_url(value):
+            raise refuse(name, "an absolute http or https URL")
+        known = (*CATEGORIES, *OLD_CATEGORIES) if name == "security_labels" else METADATA_CHOICES.get(name)
+        if known and not set([value] if isinstance(value, str) else value) <= set(known):
+            raise refuse(name, f"only {', '.join(known)}")
+    kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
+            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
+    asks_users = "authorization_code" in kept["grant_types"]
+    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
+        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
+    if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
+        raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
+    if not all(map(is_web_url, kept.get("launch_uris", []))):
+        raise refuse("launch_uris", "absolute http or https URLs")
+    if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
+        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters "
+                     "at most")
+    if "jwks" in kept and "jwks_uri" in kept:
+        raise refuse("jwks_uri", "not to stand beside jwks")
+    if "jwks" in kept:
+        try:
+            for key in key_set(kept["jwks"]):
+                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
+                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
+                        verify(key, algorithm, b"", b"")
+        except ValueError as error:
+            raise PortalError("invalid_client_metadata", f"jwks: {error}")
+    if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
+        raise PortalError("invalid_client_metadata", "private_key_jwt needs jwks or jwks_uri")
+    return kept
+
+
+@route("POST /oauth/register", "RFC 7591 section 3", cors=True, fault="register")
+def register(portal: Portal, request: Request) -> Response:
+    """Register an app (RFC 7591 section 3.1): JSON in, id and secret out."""
+    return json_response(register_client(portal, request.json()), 201)
+
+
+def register_client(portal: Portal, metadata: Json) -> Json:
+    """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
+    kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
+    kept["client_name"] = kept.get("client_name") or client_id
+    secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
+    with portal.state.transaction() as database:
+        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
+                         (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
+    answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
+    if secret:
+        answer.update(client_secret=secret, client_secret_expires_at=0)
+    return answer
+
+
+def invalid_client(description: str) -> PortalError:
+    """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
+    return PortalError("invalid_client", description, 401, [challenge("Basic")])
+
+
+def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
+    """Which client asks, proven: HTTP Basic, secret in the form, signed assertion, or, for a public client, the id
+    alone. RFC 6749 section 2.3: one method in a request, never two."""
+    basic, posted = basic_credentials(request), form.get("client_secret")
+    asserted = form.get("client_assertion") or form.get("client_assertion_type")
+    if bool(basic) + bool(posted) + bool(asserted) > 1:
+        raise PortalError("invalid_request", "client authentication is given twice; expected one of the Authorization "
+                          "header, client_secret and client_assertion")
+    if asserted:
+        client = client_of_assertion(portal, request, form)
+    else:
+        client = client_of_secret(portal, form, basic or (form.get("client_id"), posted))
+    request.client_id = client.client_id
+    request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
+    return client
+
+
+def basic_credentials(request: Request) -> tuple[str, str] | None:
+    """Client id and secret of HTTP Basic, as they came; None without such a header."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        client_id, colon, secret = base64.b64decode(value.strip(), validate=True).decode("utf-8").partition(":")
+    except (binascii.Error, ValueError):
+        raise invalid_client("the Basic credentials are not base64 of client_id:client_secret")
+    if not colon:
+        raise invalid_client("the Basic credentials have no colon between client_id and client_secret")
+    return client_id, secret
+
+
+def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Client:
+    """The client of an id and a secret, or of an id without one; else PortalError 401."""
+    # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
+    pairs = [given, (decode_plus(given[0]), decode_plus(given[1]))]
+    if form.get("client_id", given[0]) not in (pairs[0][0], pairs[1][0]):
+        raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
+    for client_id, secret in pairs:
+        client = portal.client(client_id)
+        if client and client.secret_hash and secret and same_secret(hash_secret(secret), client.secret_hash):
+            return client
+        if client and client.auth_method == "none" and not secret:
+            return client
+    if not given[0]:
+        raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
+                             "client_assertion, or a public client's client_id")
+    found = next(filter(None, (portal.client(client_id) for client_id, _ in pairs)), None)
+    if not found:
+        raise invalid_client(f"client_id {given[0]!r} is not registered here")
+    raise invalid_client(f"client {given[0]!r}: " + (
+        "a public client has no secret" if found.auth_method == "none" else
+        "the secret is missing or wrong" if found.secret_hash else "it registered for private_key_jwt"))
+
+
+# ######################################################################## 7 sign-in
+
+SESSION_SECONDS = 1800
+
+
+def cookie_name(portal: Portal) -> str:
+    """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
+    return f"s4s_session_{portal.address.rpartition(':')[2]}"
+
+
+def set_cookie(portal: Portal, request: Request, value: str) -> str:
+    """A Set-Cookie value that scripts can't read and other sites' forms don't send."""
+    secure = "; Secure" if portal.browser_base(request).startswith("https:") else ""
+    return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
+
+
+def browser_session(portal: Portal, request: Request) -> str:
+    """The session id that this browser's cookie holds, "" if none: a value that `new_session_id` can't have drawn was
+    planted, and comes back in no header and no page."""
+    value = request.cookie(cookie_name(portal))
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
+
+
+def new_session_id() -> str:
+    """A session's id: 192 random bits."""
+    return secrets.token_urlsafe(24)
+
+
+def form_token(session_id: str) -> str:
+    """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
+    return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
+
+
+def session_user(portal: Portal, request: Request) -> Row | None:
+    """The user signed in at this browser, or None."""
+    session_id = browser_session(portal, request)
+    user = session_id and portal.state.row(
+        "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
+        session_id, portal.clock.now())
+    if user:
+        request.username = user["username"]
+    return user or None
+
+
+def guarded_form(portal: Portal, request: Request) -> Fields:
+    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF).
+
+    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows; then the
+    browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
+    """
+    form = Fields(request.form())
+    session_id = browser_session(portal, request)
+    if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
+        raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
+                        "are off. Go back to the start page and try again.", 403)
+    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        raise PageError("forbidden", "This form stood on another site (Sec-Fetch-Site). Go back to the start page and "
+                        "try again.", 403)
+    return form
+
+
+def local_path(text: str) -> str:
+    """Where to go after signing in: a path of this server, nothing else, or a link could lead anywhere."""
+    return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
+
+
+@route("GET,POST /login", "S4S", kind="page")
+def login(portal: Portal, request: Request) -> Response:
+    """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
+    if request.method != "POST":
+        fields = Fields(request.pairs())
+        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
+        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid LIMIT 1")
+        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
+                            local_path(fields.get("next")))
+    form = guarded_form(portal, request)
+    username, next_path = form.get("username"), local_path(form.get("next"))
+    user = portal.user(username)
+    kept_hash, salt = (user["password_hash"], user["password_salt"]) if user else ("", DEMO_SALT)
+    # An unknown user costs the same time as a wrong password, and gets the same words.
+    if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
+        return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
+    return redirect(portal.browser_base(request) + next_path,
+                    [set_cookie(portal, request, start_session(portal, username, browser_session(portal, request)))])
+
+
+def start_session(portal: Portal, username: str, earlier: str) -> str:
+    """Sign a user in; gives the new session's id. The browser's earlier session ends."""
+    session_id, now = new_session_id(), portal.clock.now()
+    with portal.state.transaction() as database:
+        forget_expired(database, "sessions", now)
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
+        database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
+    return session_id
+
+
+@route("POST /logout", "S4S", kind="page")
+def logout(portal: Portal, request: Request) -> Response:
+    """Sign out: the session ends on the server, whatever becomes of the cookie."""
+    guarded_form(portal, request)
+    with portal.state.transaction() as database:
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
+    return redirect(portal.browser_base(request) + "/")
+
+
+def to_sign_in(portal: Portal, request: Request, back: str = "", username: str = "") -> Response:
+    """Send the browser to sign in and then back, to this very page if no other is named; `username` is filled in."""
+    back = back or request.path + ("?" + request.query if request.query else "")
+    hint = {"username": username} if username else {}
+    return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
+
+
+# ######################################################################## 8 the authorization request
+
+PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # how long each is good
+
+
+@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page", fault="authorize")
+def authorize(portal: Portal, request: Request) -> Response:
+    """An app asks for a user's permission: check the request, remember it, send the browser on to the user's part."""
+    asked = Fields(request.form() if request.method == "POST" else request.pairs())
+    try:
+        request_id = begin_authorization(portal, request, asked)
+    except RedirectError as error:
+        return redirect(error.url)
+    return redirect(f"{portal.browser_base(request)}/oauth/consent?request={request_id}")
+
+
+def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str:
+    """Check an authorization request and remember it; gives the id by which the consent page knows it.
+
+    A failed check is a PortalError for the person at the browser, or a RedirectError for the app.
+    """
+    asked = Authorization(portal, request, fields)
+    for check in PAGE_CHECKS:
+        check(asked)
+    try:
+        portal.meet_fault("authorize")
+        for check in REDIRECT_CHECKS:
+            check(asked)
+    except PageError:
+        raise
+    except PortalError as error:
+        request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
+        raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
+                                               error=error.error, error_description=error.error_description))
+    request_id, now = new_token(), portal.clock.now()
+    details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
+               "signed_in_since": asked.signed_in_since,
+               **{name: fields.get(name) for name in ("state", "code_challenge", "nonce", "login_hint")}}
+    with portal.state.transaction() as database:
+        forget_expired(database, "pending", now)
+        database.execute("INSERT INTO pending VALUES (?, ?, ?, ?)",
+                         (request_id, asked.client.client_id, json.dumps(details), now + PENDING_SECONDS))
+    return request_id
+
+
+class Authorization:
+    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
+    def __init__(self, portal: Portal, request: Request, fields: Fields):
+        self.portal, self.request, self.fields = portal, request, fields
+        self.client: Client                           # check_client
+        self.redirect_uri = ""                        # check_redirect_uri
+        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
+        self.scope = ""                               # check_scope: what can be granted
+        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
+        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
+
+
+def check_client(asked: Authorization) -> None:
+    """Which app asks. Not yet a reason to send the browser anywhere."""
+    client = asked.portal.client(asked.fields.need("client_id"))
+    if not client:
+        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here: "
+                          "register at /oauth/register (RFC 7591 section 3), or start this server with --client")
+    asked.client = client
+    asked.request.client_id = client.client_id
+
+
+def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
+    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
+    return [portal.browser_base(request) + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
+
+
+def check_redirect_uri(asked: Authorization) -> None:
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+
+    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
+    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
+    """
+    uri = asked.fields.need("redirect_uri")
+    registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
+    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
+    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
+        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
+                          f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
+    asked.redirect_uri = uri
+    asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
+
+
+def check_audience(asked: Authorization) -> None:
+    """The FHIR server the app means must be this one: else a false server could fetch tokens for the true one (SMART).
+
+    The issuer is the name that the app knows this server by. `resource` is RFC 8707's word for aud.
+    """
+    known = asked.portal.settings.base_url
+    name = next((name for name in ("aud", "resource") if asked.fields.get(name)), "")
+    if not name:
+        if asked.portal.settings.strict:
+            raise PortalError("invalid_request", "aud is missing (SMART)")
+        return  # S4S's apps may leave it out
+    audience = asked.fields.get(name).rstrip("/")
+    for base in known or [asked.portal.base(asked.request)]:
+        if same_address(audience, base + "/api/fhir"):
+            # Without base URLs, every document told the app the name that it used itself.
+            asked.issuer = base if known else audience[:-len("/api/fhir")]
+            asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
+            return
+    raise PortalError("invalid_target" if name == "resource" else "invalid_request",
+                      f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir")
+
+
+def check_repeats(asked: Authorization) -> None:
+    """No parameter twice (RFC 6749 section 3.1)."""
+    if asked.fields.repeated:
+        raise PortalError("invalid_request", f"{asked.fields.repeated[0]} is given more than once")
+
+
+def check_state(asked: Authorization) -> None:
+    """SMART demands state from every app: it is how the app knows that it asked (RFC 6749 section 10.12)."""
+    asked.fields.need("state")
+
+
+def check_response_type(asked: Authorization) -> None:
+    """Only the code flow, and only the answer in the query; from a client that registered for it."""
+    if asked.fields.need("response_type") != "code":
+        raise PortalError("unsupported_response_type",
+                          f"response_type is {asked.fields.get('response_type')!r}; expected code")
+    if asked.fields.get("response_mode", "query") != "query":
+        raise PortalError("invalid_request", f"response_mode is {asked.fields.get('response_mode')!r}; expected query")
+    if not asked.client.may_use("authorization_code"):
+        raise PortalError("unauthorized_client", f"client {asked.client.client_id!r} did not register for "
+                          "authorization_code")
+
+
+def check_pkce(asked: Authorization) -> None:
+    """A challenge from every public client: without a secret, it is all that ties the code to the app (RFC 7636)."""
+    challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
+    if not challenge:
+        if asked.client.auth_method == "none" or asked.portal.settings.strict:
+            raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
+        if method:
+            raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
+        asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
+        return
+    if method != "S256":
+        raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
+                          "expected S256")
+    if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
+        raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
+    asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
+
+
+def check_scope(asked: Authorization) -> None:
+    """What of the scope can be granted; if nothing of it, say so."""
+    wanted = asked.fields.need("scope")
+    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
+    if not asked.client.may_use("refresh_token"):
+        asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
+    if not asked.scope:
+        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; the client registered "
+                          f"for {asked.client.scope!r}")
+    asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
+
+
+def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, less the types that are never served, and each ?param=value is a search parameter of the records' version, with a value it takes.
+
+    Any other would find nothing, and would put words of the app's choice before the person who decides.
+    """
+    scope = " ".join(word for word in negotiate_scope(asked, registered, contexts).split()
+                     if all(one.type in ("*", *SHARED_TYPES, *OWNER_ELEMENTS) for one in resource_scopes(word)))
+    for one in resource_scopes(scope):
+        for name, value in one.constraints:
+            version = fhir_version(portal)
+            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
+                with contextlib.suppress(FhirError):
+                    parse_term(version, type_name, name, value)
+                    break
+            else:
+                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
+                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
+    return scope
+
+
+def check_openid(asked: Authorization) -> None:
+    """What OpenID Connect adds (Core section 3.1.2): prompt and max_age. Request objects are not supported."""
+    for name in ("request", "request_uri", "registration"):
+        if asked.fields.get(name):
+            raise PortalError(f"{name}_not_supported", f"{name} is not supported: give plain parameters")
+    now, age, prompts = asked.portal.clock.now(), asked.fields.get("max_age"), asked.fields.get("prompt").split()
+    if age and not re.fullmatch(r"\d{1,9}", age):
+        raise PortalError("invalid_request", f"max_age is {age!r}; expected a number of seconds")
+    if age or "login" in prompts:
+        asked.signed_in_since = now - (0 if "login" in prompts else int(age))
+    if "none" in prompts:
+        if len(prompts) > 1:
+            raise PortalError("invalid_request", "prompt: none stands alone")
+        user = session_user(asked.portal, asked.request)
+        if not user or user["started"] < asked.signed_in_since:
+            raise PortalError("login_required", "prompt is none, but nobody is signed in")
+        raise PortalError("consent_required", "prompt is none, but every authorization here asks the user")
+
+
+def check_launch(asked: Authorization) -> None:
+    """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
+
+    Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may stand only
+    beside launch/patient, in an app that can be launched either way.
+    """
+    handle, words = asked.fields.get("launch"), asked.scope.split()
+    if "launch" not in words:
+        return
+    if not handle:
+        if "launch/patient" not in words:
+            raise PortalError("invalid_request", "launch is missing: the scope launch is for an app that the EHR "
+                              "launched; one that starts by itself asks for launch/patient")
+        return
+    client_id, now = asked.client.client_id, asked.portal.clock.now()
+    with asked.portal.state.transaction() as database:
+        if not database.execute("UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? AND "
+                                "coalesce(client_id, ?) = ?", (client_id, handle, now, client_id, client_id)).rowcount:
+            raise PortalError("invalid_request", "launch: this handle is unknown, has expired, was used before, or is "
+                              "for another app")
+        row = database.execute("SELECT * FROM launches WHERE launch = ?", (handle,)).fetchone()
+    asked.launch = {"handle": handle, "username": row["username"], "patient_id": row["patient_id"],
+                    "context": json.loads(row["context"])}
+    asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
+
+
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
+# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
+# only one that changes anything.
+#
+# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
+# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
+# before anybody signs in.
+PAGE_CHECKS = (check_client, check_redirect_uri)
+REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
+                   check_openid, check_launch)
+
+
+def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
+    """The app's redirect URI with an answer: `state` as it came, `iss` so that the app knows who answers (RFC 9207)."""
+    return with_query(redirect_uri, **parameters, **({"state": state} if state else {}), iss=issuer)
+
+
+# ######################################################################## 9 consent, and the code
+
+
+@route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
+def consent(portal: Portal, request: Request) -> Response:
+    """The user's part: whose record, what of it, until when, yes or no."""
+    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
+    request_id = fields.get("request")
+    client, details = pending_request(portal, request_id)
+    request.client_id = client.client_id
+    user = session_user(portal, request)
+    if not user or user["started"] < details["signed_in_since"]:
+        return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",
+                          details["launch"].get("username") or details["login_hint"])
+    decision = fields.get("decision") if request.method == "POST" else ""
+    if decision == "deny":
+        return redirect(decide(portal, request_id, None))
+    patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
+    if patient_id == TO_CHOOSE:
+        text = fields.get("q")
+        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
+    if decision != "approve":
+        return consent_page(portal, request, user, client, details, request_id, patient_id)
+    labels = [value for name, value in request.form() if name == "security_labels"]
+    return redirect(decide(portal, request_id, new_grant(
+        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
+        fields.get("encounter_id"), user["started"])))
+
+
+def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
+    """A remembered authorization request: its client and its details."""
+    row = portal.state.row("SELECT * FROM pending WHERE request_id = ? AND expires > ?",
+                           request_id, portal.clock.now())
+    client = portal.client(row["client_id"]) if row else None
+    if not row or not client:
+        raise PageError("invalid_request", "This request is not open any more: it was answered, or waited too long. "
+                        "Go back to the app and start again.")
+    return client, json.loads(row["details"])
+
+
+TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
+
+
+def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
+    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
+
+    PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
+    signs nobody in, since whoever sees the link has it.
+    """
+    wanted, fixed = details["launch"].get("username"), details["launch"].get("patient_id")
+    if wanted not in (None, username):
+        raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
+                        "out, then launch the app again.", 403)
+    if fixed and chosen not in (TO_CHOOSE, fixed):
+        raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
+    patient_id, user = fixed or chosen, portal.user(username)
+    if not patient_id:
+        needed = needs_patient(details["scope"])
+        if user and user["any_patient"]:
+            return TO_CHOOSE if needed else None
+        patients = portal.patients_of(username)
+        if needed and len(patients) != 1:
+            return TO_CHOOSE
+        if not patients:
+            return None
+        patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
+    if portal.patient_name(username, patient_id) is None:
+        raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
+    with contextlib.suppress(FhirError):  # a FHIR server that is down will be noticed when the app reads
+        if portal.upstream and upstream_patient(portal, patient_id) is None:
+            raise PageError("not_found", f"The FHIR server behind this portal has no Patient/{patient_id}.", 404)
+    return str(patient_id)
+
+
+def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
+    """The categories that a scope reaches; a client's security_labels narrow them."""
+    access = Access(scope, "any", frozenset(["any"]))
+    wanted = client.metadata.get("security_labels")
+    return [label for label, (_, types) in CATEGORIES.items()
+            if any(access.allows(name, letter) for name in types for letter in GRANTABLE_LETTERS)
+            and (not wanted or label in [OLD_CATEGORIES.get(one, one) for one in wanted])]
+
+
+def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
+    """A patient's visits, id -> in words, the newest first."""
+    if portal.upstream:
+        base = portal.upstream.base
+        url = f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1]
+                 if owner(one, base) == patient_id and one.get("resourceType") == "Encounter" and id_of(one)]
+    else:
+        query = parse_query(portal.records.version, "Encounter", (("patient", patient_id), ("_count", "100")))
+        found = [one.resource for one in portal.records.search(query, Access(None)).matches]
+    found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
+    return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
+            for one in found}
+
+
+def end_of_day(date: str) -> float:
+    """The last second of a day, UTC; ValueError for what is no date."""
+    return calendar.timegm(datetime.date.fromisoformat(date).timetuple()) + DAY - 1.0
+
+
+def day_of(seconds: float, years: int = 0) -> str:
+    """A Unix time's day, UTC, or the same day some years later."""
+    year, month, day = time.gmtime(seconds)[:3]
+    if (month, day) == (2, 29) and not calendar.isleap(year + years):
+        day = 28
+    return f"{year + years:04}-{month:02}-{day:02}"
+
+
+class Grant(NamedTuple):
+    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
+    grant_id: str
+    client_id: str
+    username: str | None
+    patient_id: str | None
+    scope: str
+    approval_expires: float
+    issuer: str
+    security_labels: str = "[]"
+    redirect_uri: str | None = None
+    code_challenge: str | None = None
+    nonce: str | None = None
+    signed_in: float | None = None
+    context: str = "{}"
+
+
+def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
+              until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
+    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
+    be."""
+    offered = offered_categories(portal, client, details["scope"])
+    labels = [OLD_CATEGORIES.get(label, label) for label in labels]
+    for label in labels:
+        if label not in offered:
+            raise PageError("invalid_request", f"{label!r} is not a category offered here.")
+    if offered and not labels:
+        raise PageError("invalid_request", "Nothing is checked: choose at least one category, or do not approve.")
+    now = portal.clock.now()
+    try:
+        expires = end_of_day(until)
+    except ValueError:
+        raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
+    if not now < expires <= end_of_day(day_of(now, 2)):
+        raise PageError("invalid_request", f"The end date {until} is not from today to two years from now.")
+    context = {**details["launch"].get("context", {})}
+    if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
+        encounters = encounters_of(portal, patient)
+        if encounters:
+            context["encounter"] = encounter_id or next(iter(encounters))
+        if encounter_id and encounter_id not in encounters:
+            raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
+    elif encounter_id not in ("", context.get("encounter")):
+        raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
+    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
+    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
+                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
+                 now if signed_in is None else signed_in, json.dumps(context))
+
+
+def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
+    """Write a grant down; gives its row."""
+    columns = {**grant._asdict(), "approved": now}
+    database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+                     tuple(columns.values()))
+    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+    return row
+
+
+def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
+    """Close a pending request: with a code for the grant, or with access_denied. Gives where the browser goes."""
+    details = pending_request(portal, request_id)[1]
+    code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
+    with portal.state.transaction() as database:
+        if not database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount:
+            raise PageError("invalid_request", "This request was answered already.")  # a double click
+        if handle and not database.execute("DELETE FROM launches WHERE launch = ?", (handle,)).rowcount and grant:
+            raise PageError("invalid_request", "This launch was used already. Launch the app again.")
+        if grant:
+            store_grant(database, grant, now)
+            forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
+            database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
+                             (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
+    answer = {"code": code} if grant else {"error": "access_denied", "error_description": "the user did not approve"}
+    return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
+
+
+@route("POST /revoke/{}", "S4S", kind="page")
+def stop_sharing(portal: Portal, request: Request) -> Response:
+    """End every authorization that this user gave one app for one patient. Another user's is not found."""
+    user = session_user(portal, request)
+    if not user:
+        return to_sign_in(portal, request)
+    guarded_form(portal, request)
+    grant = portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?", request.rest, user["username"])
+    if not grant:
+        raise PageError("not_found", "You gave no such permission.", 404)
+    with portal.state.transaction() as database:
+        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id IS ?",
+                         (grant["username"], grant["client_id"], grant["patient_id"]))
+    return redirect(portal.browser_base(request) + "/apps")
+
+
+# ######################################################################## 10 tokens
+
+GRANT_TYPES: dict[str, Callable[..., Json]] = {}
+AnyGrant = TypeVar("AnyGrant", bound=Callable[..., Json])
+
+
+def grant_type(name: str) -> Callable[[AnyGrant], AnyGrant]:
+    """Declare the function that answers the token endpoint for a grant type."""
+    def declare(function: AnyGrant) -> AnyGrant:
+        GRANT_TYPES[name] = function
+        return function
+    return declare
+
+
+@route("POST /oauth/token", "RFC 6749 section 3.2", cors=True, fault="token")
+def token_endpoint(portal: Portal, request: Request) -> Response:
+    """Tokens for a code, for a refresh token, or for a backend service (RFC 6749 section 3.2)."""
+    form = Fields(request.form())
+    if form.repeated:
+        raise PortalError("invalid_request", f"{form.repeated[0]} is given more than once")
+    grant_type = form.need("grant_type")
+    if grant_type not in GRANT_TYPES:
+        raise PortalError("unsupported_grant_type",
+                          f"grant_type {grant_type!r}: expected one of {', '.join(GRANT_TYPES)}")
+    if (grant_type == "refresh_token" and "authorization" not in request.headers
+            and not form.get("client_id") and not form.get("client_assertion")):
+        # A public client's refresh may leave client_id out: the token names it. A confidential one must prove itself.
+        row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
+        form.values["client_id"] = row["client_id"] if row else ""
+    client = authenticate_client(portal, request, form)
+    if not client.may_use(grant_type):
+        raise PortalError("unauthorized_client", f"client {client.client_id!r} did not register for {grant_type}")
+    return json_response(GRANT_TYPES[grant_type](portal, request, client, form))
+
+
+@grant_type("authorization_code")
+def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
+    """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
+    code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
+    now = portal.clock.now()
+    with spending(portal, client, "code", code) as (database, row):
+        check_code(row, redirect_uri, verifier)
+        offline = "offline_access" in row["scope"].split()
+        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
+    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
+                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
+    if "openid" in answer["scope"].split():
+        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
+    return answer
+
+
+@contextlib.contextmanager
+def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
+    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
+    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
+
+    A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
+    RFC 9700 section 4.14.2).
+    """
+    name = {"code": "code", "refresh": "refresh_token"}[kind]
+    with portal.state.transaction() as database:
+        row = database.execute(TOKEN_SQL, (value,)).fetchone()
+        if not row or row["kind"] != kind or row["client_id"] != client.client_id:
+            raise PortalError("invalid_grant", f"this {name} was not issued to this client")
+        if not row["spent"]:
+            if row["ended"] or row["expires"] <= portal.clock.now():
+                raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
+            yield database, row
+            database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
+            return
+        end_grant(database, row["grant_id"])
+    raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
+
+
+def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
+    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
+    its challenge (RFC 7636 section 4.6)."""
+    if redirect_uri != row["redirect_uri"]:
+        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
+    if not row["code_challenge"]:
+        if verifier:
+            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+        return
+    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
+        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
+    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
+        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+
+
+def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
+                 refresh_token: str | None, lifetime: float = ACCESS_SECONDS) -> Json:
+    """A new access token, as the token endpoint answers (RFC 6749 section 5.1). It never outlives the approval."""
+    token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
+    database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
+                     (token, grant["grant_id"], scope, now, expires, refresh_token))
+    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
+              **launch_context(grant)}
+    if refresh_token:
+        answer["refresh_token"] = refresh_token
+    return answer
+
+
+def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
+    """A new refresh token; it lasts as long as the approval."""
+    token = new_token()
+    database.execute("INSERT INTO tokens VALUES (?, 'refresh', ?, ?, ?, ?, 0, NULL)",
+                     (token, grant["grant_id"], grant["scope"], now, grant["approval_expires"]))
+    return token
+
+
+def launch_context(grant: Row) -> Json:
+    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
+    arrives with your access_token")."""
+    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
+    return {**patient, **(json.loads(grant["context"]) if grant["context"] != "{}" else {})}
+
+
+@grant_type("refresh_token")
+def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
+    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one.
+
+    A narrower scope is the new access token's alone; the refresh token keeps what was granted.
+    """
+    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
+    if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
+        raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
+    with spending(portal, client, "refresh", value) as (database, row):
+        for word in wanted.split():
+            if not scope_covers(row["scope"], word):
+                raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
+        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
+        if not scope:
+            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
+        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
+    request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
+    return answer
+
+
+def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
+    """End an authorization: every token of it is worthless from now on."""
+    database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
+
+
+# A token with all that is known of its grant. live: nothing has ended it yet but perhaps time.
+TOKEN_SQL = """SELECT tokens.token, tokens.kind, tokens.scope AS token_scope, tokens.issued, tokens.expires,
+    tokens.spent, tokens.refresh_token, NOT tokens.spent AND NOT grants.ended AS live, grants.*
+    FROM tokens JOIN grants USING (grant_id) WHERE token = ?"""
+
+
+def known_token(portal: Portal, value: str) -> Row | None:
+    """An access or refresh token's row, whatever its state; None for what was never one."""
+    row = portal.state.row(TOKEN_SQL, value)
+    return row if row and row["kind"] != "code" else None
+
+
+def is_active(portal: Portal, row: Row) -> bool:
+    """Whether a token is good now."""
+    return bool(row["live"]) and row["expires"] > portal.clock.now()
+
+
+def bearer_value(request: Request) -> str | None:
+    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    return value.strip() if scheme.lower() == "bearer" else None
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
+    one: an error code is for those who tried (RFC 6750 section 3.1)."""
+    value = bearer_value(request)
+    if value is None:
+        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
+    row = known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
+    request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
+                 "(RFC 6750 section 2.1)")
+    return row
+
+
+@route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
+def introspect(portal: Portal, request: Request) -> Response:
+    """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
+    the bearer of a token of the same authorization.
+
+    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
+    """
+    form = Fields(request.form())
+    row, expected = known_token(portal, form.need("token")), (
+        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
+    if bearer_value(request) is not None:
+        try:
+            asker = bearer(portal, request)
+        except PortalError as error:
+            raise PortalError("invalid_client", expected, 401, error.headers)
+        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
+            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
+    elif authenticate_client(portal, request, form).auth_method == "none":
+        raise invalid_client(f"a public client proves nothing by its id: {expected}")
+    if not row or not is_active(portal, row):
+        return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
+    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
+              "iat": int(row["issued"]), "iss": row["issuer"], **launch_context(row)}
+    if row["kind"] == "access":
+        answer["token_type"] = "Bearer"
+    if row["username"]:
+        answer.update(username=row["username"], **claims_of(portal, row))
+    return json_response(answer)
+
+
+@route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
+def revoke(portal: Portal, request: Request) -> Response:
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
+
+    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
+    """
+    form = Fields(request.form())
+    value = form.need("token")
+    client = authenticate_client(portal, request, form)
+    row = known_token(portal, value)
+    if row and row["client_id"] == client.client_id:
+        with portal.state.transaction() as database:
+            if row["kind"] == "refresh":
+                end_grant(database, row["grant_id"])
+            else:
+                database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
+    return json_response({})
+
+
+# ######################################################################## 11 the record's boundary
+
+
+@route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
+def fhir(portal: Portal, request: Request) -> Response:
+    """The record of the patient that the access token is for, and nothing else."""
+    row = bearer(portal, request)
+    if request.method not in ("GET", "HEAD", "POST"):
+        raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
+    access, base = access_of(portal, row), portal.base(request) + "/api/fhir"
+    if portal.upstream:
+        return Forwarding(portal, request, access, base, row["grant_id"]).answer()
+    return serve_records(portal, request, access, base)
+
+
+@route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
+def open_fhir(portal: Portal, request: Request) -> Response:
+    """All records, without a token: to look what there is."""
+    if not portal.settings.serves_open_fhir:
+        raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
+    if request.rest == "metadata":
+        statement = forwarded_statement if portal.upstream else capability_statement
+        return fhir_response(request, statement(portal, request, False), version=fhir_version(portal))
+    if request.method == "POST" and not request.rest.endswith("/_search"):
+        raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
+    base = portal.base(request) + "/api/open-fhir"
+    if portal.upstream:
+        return Forwarding(portal, request, _access(None), base, "").answer()
+    return serve_records(portal, request, _access(None), base)
+
+
+@route("GET /api/me", "S4S", cors=True, kind="fhir")
+def me(portal: Portal, request: Request) -> Response:
+    """The client of this token, and the tokens of the same user and client that are still good; never their values."""
+    row = bearer(portal, request)
+    now = portal.clock.now()
+    client = portal.client(row["client_id"])
+    rows = portal.state.rows(
+        "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
+        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
+        "AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
+    return json_response({
+        "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
+            {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
+             "approval_expires": http_date(one["approval_expires"])} for one in rows]})
+
+
+def access_of(portal: Portal, row: Row) -> Access:
+    """What an access token lets its bearer see."""
+    scope = row["token_scope"]
+    user = portal.user(row["username"]) if "user/" in scope else None
+    return _access(
+        scope, row["patient_id"],
+        None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
+        frozenset(json.loads(row["security_labels"]) if row["security_labels"] != "[]" else ()),
+        "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
+        fhir_version(portal) if "?" in scope else "r4")
+
+
+def too_little_scope(type_name: str, letter: str) -> FhirError:
+    """403 that names the scope it would take (RFC 6750 section 3.1)."""
+    needed = f"patient/{type_name}.{letter}"
+    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
+                     [challenge(error="insufficient_scope", scope=needed)])
+
+
+def outcome(error: PortalError) -> Json:
+    """An error as FHIR says it."""
+    other = "exception" if error.status >= 500 else "invalid"
+    code = error.error if isinstance(error, FhirError) else ISSUE_CODES.get(error.status, other)
+    return {"resourceType": "OperationOutcome", "issue": [
+        {"severity": "error", "code": code, "diagnostics": error.description}]}
+
+
+class Access:
+    """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
+    def __init__(self, scope: str | None, patient_id: str | None = None,
+                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
+                 fhir_user: str = "", version: str = "r4"):
+        self.scope = scope                    # None: everything, as /api/open-fhir shows it
+        self.patient_id = patient_id          # whose record patient/ scopes open
+        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
+        self.labels = labels                  # the categories approved; empty: not limited
+        self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
+        self.version = version                # of FHIR, for what ?param=value means
+        self.scopes = resource_scopes(scope or "")
+        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
+
+    def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
+        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
+
+        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
+        categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
+        """
+        return (self.scope is None or bool(self._openings(type_name, letter))
+                or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether categories or ?param=value leave something out that the scope's types would show.
+
+        A count of what was found would tell how much that is, so Bundle.total must not be sent then.
+        """
+        return bool(self.labels) or any(one.constraints for one in self.scopes)
+
+    def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
+        """The patients whose resources of a type may be seen; None: everybody's."""
+        if self.scope is None:
+            return None
+        reaches = [reach for reach, _ in self._openings(type_name, letter)]
+        return None if None in reaches else frozenset().union(*filter(None, reaches))
+
+    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
+        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
+        its ?param=value."""
+        known = self._known.get((type_name, letters))
+        if known is None:
+            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
+            known = self._known[type_name, letters] = [
+                (reach.get(one.context), one.constraints) for one in self.scopes
+                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
+        return known
+
+    def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
+        """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
+
+        letters: how it is reached: r, s, or both for an operation that does both. base: see `owner`.
+        """
+        if self.scope is None:
+            return True
+        return self.judge(resource.get("resourceType", ""), resource.get("id"), letters, owner(resource, base),
+                          categories(resource) if self.labels else (), lambda: resource)
+
+    def judge(self, type_name: str, resource_id: Any, letters: str, whose: str | None, labels: Iterable[str],
+              resource: Callable[[], Json]) -> bool:
+        """The judgement, of what is known of a resource already: its owner and categories. The resource itself is only
+        asked for where ?param=value must be looked up in it."""
+        if self.scope is None or (letters == "r" and f"{type_name}/{resource_id}" == self.fhir_user):
+            return True
+        if whose is None:
+            return False
+        for reach, constraints in self._openings(type_name, letters):
+            # each alone: the ?param=value of one go together, several scopes add up
+            if ((whose == NOBODY or reach is None or whose in reach)
+                    and (not constraints or resource_matches(resource(), self.version, constraints))):
+                # A resource of two categories needs both: who left out laboratory results meant all of them.
+                return whose == NOBODY or not self.labels or self.labels.issuperset(labels)
+        return False
+
+    def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
+        """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
+
+        A Binary mostly doesn't say whose it is. Then `is_pointed_to` is asked whether its id is among those that
+        `binaries_in` finds in the patient's own. Who may see everybody's records without limits may see every Binary.
+        """
+        if self.may_see(binary, "r", base):
+            return True
+        if not self.allows("Binary", "r") or _named_patients(binary, base) - {None}:
+            return False
+        if self.patients("Binary", "r") is None and not self.narrowed:
+            return True
+        return is_pointed_to(binary["id"])
+
+    def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
+        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
+        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
+                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
+        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
+
+
+_access = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers what it found out
 
 # How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2, STU3 and
 # R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father performed is Amy's
@@ -1494,19 +2075,23 @@ _NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Dev
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
-def id_of(resource: Json) -> str | None:
-    """A resource's id; None where it has none that FHIR allows."""
-    key = resource.get("id")
-    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
+def owner(resource: Json, base: str = "") -> str | None:
+    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told.
 
+    Where several patients are named, in several elements or in contained resources, they must be the same one: a
+    record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
+    it is, but it must be of a type that could. References may be relative, or absolute below `base`; those to a
+    version count, those by identifier alone or into the resource itself (#) can't be told.
 
-@remembered(1000)  # the same few stand in every resource of a record
-def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
-    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
-    if base and reference.startswith(base + "/"):
-        reference = reference[len(base) + 1:]
-    match = pattern.fullmatch(reference)
-    return match[1] if match else None
+    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
+    opens nothing: what was filed under a linked Patient needs a token for that one.
+    """
+    named = _named_patients(resource, base)
+    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
+        named = {NOBODY}
+    for inner in as_list(resource.get("contained")):
+        named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
+    return named.pop() if len(named) == 1 else None
 
 
 def _named_patients(resource: Json, base: str) -> set[str | None]:
@@ -1526,23 +2111,19 @@ def _named_patients(resource: Json, base: str) -> set[str | None]:
             for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
 
 
-def owner(resource: Json, base: str = "") -> str | None:
-    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told.
+@remembered(1000)  # the same few stand in every resource of a record
+def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
+    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
+    if base and reference.startswith(base + "/"):
+        reference = reference[len(base) + 1:]
+    match = pattern.fullmatch(reference)
+    return match[1] if match else None
 
-    Where several patients are named, in several elements or in contained resources, they must be the same one: a
-    record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
-    it is, but it must be of a type that could. References may be relative, or absolute below `base`; those to a
-    version count, those by identifier alone or into the resource itself (#) can't be told.
 
-    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
-    opens nothing: what was filed under a linked Patient needs a token for that one.
-    """
-    named = _named_patients(resource, base)
-    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
-        named = {NOBODY}
-    for inner in as_list(resource.get("contained")):
-        named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
-    return named.pop() if len(named) == 1 else None
+def id_of(resource: Json) -> str | None:
+    """A resource's id; None where it has none that FHIR allows."""
+    key = resource.get("id")
+    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
 
 
 # The categories of the consent page, in its order: what it is called there, and the types it covers.
@@ -1589,7 +2170,451 @@ def categories(resource: Json) -> list[str]:
     return found or ["other"]
 
 
-# ######################################################################## 8 search
+def within(values: list[Any], path: str) -> list[Any]:
+    """All that stands at a dotted path in values, through lists."""
+    for name in path.split("."):
+        values = [item for value in values if isinstance(value, dict) and name in value
+                  for item in (value[name] if isinstance(value[name], list) else (value[name],))]
+    return values
+
+
+def elements(resource: Any, path: str) -> list[Any]:
+    """All values at a dotted path of a resource."""
+    return within([resource], path)
+
+
+def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
+    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
+    found: list[tuple[str, str]] = []
+    for value in values:
+        if isinstance(value, dict):
+            codings = value.get("coding")
+            for one in codings if isinstance(codings, list) else (value,):
+                if isinstance(one, dict):
+                    code = one["code"] if "code" in one else one.get("value")
+                    if isinstance(code, str):
+                        found.append((str(one.get("system", "")), code))
+        elif isinstance(value, bool):
+            found.append(("", "true" if value else "false"))
+        elif isinstance(value, str):
+            found.append(("", value))
+    return found
+
+
+def as_list(value: Any) -> list[Any]:
+    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def reference_of(element: Any) -> str:
+    """The text of a FHIR Reference, "" if there is none."""
+    text = element.get("reference") if isinstance(element, dict) else None
+    return text if isinstance(text, str) else ""
+
+
+# ######################################################################## 12 discovery
+
+
+def addresses(base: str, browser_base: str) -> dict[str, str]:
+    """The endpoints, absolute. One source for every document that names them, so that all agree."""
+    return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
+            "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
+            "management_endpoint": f"{browser_base}/apps", "introspection_endpoint": f"{base}/oauth/introspect",
+            "revocation_endpoint": f"{base}/oauth/revoke", "userinfo_endpoint": f"{base}/oauth/userinfo",
+            "jwks_uri": f"{base}/oauth/jwks"}
+
+
+def server_metadata(portal: Portal, request: Request) -> Json:
+    """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
+    Discovery section 3. What a member says is what the code below does."""
+    methods, grants = METADATA_CHOICES["token_endpoint_auth_method"], METADATA_CHOICES["grant_types"]
+    return {
+        **addresses(portal.base(request), portal.browser_base(request)),
+        "scopes_supported": [*PLAIN_SCOPES, *(f"{context}/*.{suffix}" for context in ("patient", "user", "system")
+                                              for suffix in ("rs", "read"))],
+        "response_types_supported": ["code"], "response_modes_supported": ["query"],
+        "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
+        "token_endpoint_auth_methods_supported": list(methods),
+        "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
+        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
+        "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "revocation_endpoint_auth_methods_supported": list(methods),
+        "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
+        "authorization_response_iss_parameter_supported": True,
+        "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
+        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name"],
+        "request_parameter_supported": False, "request_uri_parameter_supported": False}
+
+
+@route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
+def oauth_configuration(portal: Portal, request: Request) -> Response:
+    """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
+    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
+    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
+    return json_response(server_metadata(portal, request))
+
+
+@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", cors=True, fault="discovery")
+def openid_configuration(portal: Portal, request: Request) -> Response:
+    """The same for OpenID Connect clients, which look for it here."""
+    return json_response(server_metadata(portal, request))
+
+
+CAPABILITIES = (  # SMART, "Capabilities": each is a promise
+    "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+    "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
+    "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
+    "permission-patient", "permission-user", "permission-v1", "permission-v2")
+
+
+@route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
+def smart_configuration(portal: Portal, request: Request) -> Response:
+    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance").
+
+    Two lists are shorter here: SMART has no word for refresh tokens and for public clients but in `capabilities`.
+    """
+    document = server_metadata(portal, request)
+    document["grant_types_supported"].remove("refresh_token")
+    document["token_endpoint_auth_methods_supported"].remove("none")
+    return json_response({**document, "capabilities": CAPABILITIES})
+
+
+# The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
+@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
+def fhir_metadata(portal: Portal, request: Request) -> Response:
+    """What the FHIR API can do, and where to get a token for it. Needs none itself."""
+    statement = forwarded_statement if portal.upstream else capability_statement
+    return fhir_response(request, statement(portal, request, True), version=fhir_version(portal))
+
+
+# ######################################################################## 13 launch by a health record
+
+LAUNCH_SECONDS = 300
+
+
+def check_fhir_context(value: Any) -> None:
+    """The member fhirContext: what else is open in the EHR (SMART, "fhirContext"). PortalError where it can't be."""
+    def need(good: object, expected: str) -> None:
+        if not good:
+            raise PortalError("invalid_request", f"fhir_context: expected {expected}")
+    need(isinstance(value, list), "an array of objects")
+    for item in value:
+        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys(),
+             "objects with a reference, a canonical or an identifier")
+        reference, role = item.get("reference", "Basic/1"), item.get("role", "launch")
+        need(isinstance(reference, str) and re.fullmatch(r"[A-Z][A-Za-z]+/[A-Za-z0-9.-]{1,64}", reference),
+             "a relative reference such as ImagingStudy/1")
+        need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role), "an absolute URI as role")
+        need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
+             "Patient and Encounter only with a role: the launch's own are patient_id and encounter_id")
+
+
+def create_launch(portal: Portal, base: str, *, client_id: str | None = None, launch_uri: str | None = None,
+                  username: str | None = None, patient_id: str | None = None, encounter_id: str | None = None,
+                  intent: str | None = None, need_patient_banner: bool = True,
+                  fhir_context: list[Json] | None = None) -> Json:
+    """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is in it.
+
+    The handle is for one app, once, within five minutes. It carries the choice of patient, not the right to see one:
+    who signs in must be the user named here, if one is, and may open the patient's record. PortalError names what
+    can't be.
+    """
+    def need(good: object, description: str) -> None:
+        if not good:
+            raise PortalError("invalid_request", description)
+    for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username), ("intent", intent),
+                        ("patient_id", patient_id), ("encounter_id", encounter_id)):
+        need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
+    client = portal.client(client_id) if client_id else None
+    need(client or not client_id, f"client_id: {client_id!r} is not registered here")
+    registered = [base + uri if uri.startswith("/") else uri
+                  for uri in (client.metadata.get("launch_uris", []) if client else [])]
+    uri = launch_uri or next(iter(registered), None)
+    need(uri, "launch_uri is missing, and the client registered no launch_uris" if client else
+         "give client_id or launch_uri")
+    need(is_web_url(uri) and uri in (registered or [uri]), f"launch_uri: {uri!r} is not " + (
+        f"one of the client's: {', '.join(registered)}" if registered else "an absolute http or https URL"))
+    need(username is None or portal.user(username), f"username: there is no user {username!r}")
+    need(patient_id is None or portal.patient_name(username or "clinician", patient_id),
+         f"patient_id: {patient_id!r} is not a patient " + (f"of {username!r}" if username else "known here"))
+    need(encounter_id is None or (patient_id and encounter_id in encounters_of(portal, patient_id)),
+         f"encounter_id: {encounter_id!r} is not a visit of the patient")
+    need(isinstance(need_patient_banner, bool), "need_patient_banner: expected true or false")
+    if fhir_context is not None:
+        check_fhir_context(fhir_context)
+    context = {"encounter": encounter_id, "intent": intent, "need_patient_banner": need_patient_banner,
+               "fhirContext": fhir_context}
+    handle, now = secrets.token_urlsafe(24), portal.clock.now()
+    with portal.state.transaction() as database:
+        forget_expired(database, "launches", now - PENDING_SECONDS)  # a user may still be deciding on one
+        database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)", (
+            handle, client_id, username, patient_id,
+            json.dumps({name: value for name, value in context.items() if value is not None}), now + LAUNCH_SECONDS))
+    iss = f"{base}/api/fhir"
+    return {"launch_url": with_query(str(uri), iss=iss, launch=handle), "launch": handle, "iss": iss}
+
+
+# ######################################################################## 14 identity
+
+
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
+
+
+def claims_of(portal: Portal, row: Row) -> Json:
+    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know it,
+    `fhirUser`, the resource that stands for the user, which with another person's record is not the patient (SMART,
+    "Scopes for requesting identity data")."""
+    words = row["token_scope"].split()
+    if "openid" not in words:
+        return {}
+    claims = {"sub": row["username"]}
+    who = portal.fhir_user(row["username"], row["patient_id"])
+    if who and may_know_who(row):
+        claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
+    return claims
+
+
+def signing_key(portal: Portal) -> RsaKey:
+    """The key that signs id_tokens: made when first needed, then kept with the state."""
+    sql = "SELECT p, q FROM keys"
+    row = portal.state.row(sql)
+    if not row:
+        with portal.key_lock:  # not the database's, since this takes half a second
+            if not portal.state.row(sql):
+                key = new_rsa_key()
+                with portal.state.transaction() as database:  # another process may have been first
+                    database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
+                                     (f"{key.p:x}", f"{key.q:x}"))
+        row = portal.state.row(sql)
+    assert row
+    return RsaKey(int(row["p"], 16), int(row["q"], 16))
+
+
+def id_token(portal: Portal, grant: Row) -> str:
+    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2); of a code's row."""
+    now = int(portal.clock.now())
+    claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
+              **claims_of(portal, grant)}
+    if grant["signed_in"] is not None:
+        claims["auth_time"] = int(grant["signed_in"])
+    if grant["nonce"]:
+        claims["nonce"] = grant["nonce"]
+    return sign_jwt(signing_key(portal), claims)
+
+
+@route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
+def jwks(portal: Portal, request: Request) -> Response:
+    """The public half of the key that signs id_tokens, for apps to verify them with."""
+    return json_response({"keys": [signing_key(portal).public_jwk()]})
+
+
+@route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
+def userinfo(portal: Portal, request: Request) -> Response:
+    """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
+    row = bearer(portal, request)
+    user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
+    if not user or not claims:
+        raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
+                          [challenge(error="insufficient_scope", scope="openid")])
+    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
+
+
+# ######################################################################## 15 keys instead of secrets, backend services
+
+
+def key_set(value: Any) -> list[Json]:
+    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError, with words, where an app should mend its set."""
+    keys = value.get("keys") if isinstance(value, dict) else None
+    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
+        raise ValueError('expected a JSON object with "keys", an array of objects')
+    for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
+        if any(name in key for key in keys):
+            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make new keys")
+    names = [json.dumps([key.get("kty"), key.get("kid")]) for key in keys]
+    if len(set(names)) < len(names):
+        raise ValueError("two keys have the same kty and kid")
+    return keys
+
+
+def fetch(url: str, public_only: bool, watch: Watch, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
+    """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
+
+    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
+    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
+    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
+    """
+    import ipaddress  # takes long to import, and few need it
+    parts, deadline = urlsplit(url), time.monotonic() + seconds
+    secure, host = parts.scheme.lower() == "https", parts.hostname or ""
+    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
+    try:
+        message = (f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
+                   "Connection: close\r\n\r\n").encode("ascii")
+        found = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
+            raise OSError("not public")
+        connection = Connection(secure, host, [(str(one[4][0]), int(one[4][1])) for one in found], deadline, watch, most)
+        try:
+            answer = connection.exchange(message, url, deadline)
+        finally:
+            connection.close()
+        if answer.status != 200:
+            raise OSError(f"it answered {answer.status}")
+    except (OSError, BadRequest, UnicodeError) as error:
+        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
+                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
+    control = answer.headers.get("cache-control", "").lower()
+    age = re.search(r"\bmax-age=(\d{1,9})\b", control)
+    return answer.body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
+
+
+def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
+    """A client's keys: registered, or fetched and kept as long as its Cache-Control says; `fresh`: not the kept ones."""
+    if "jwks" in client.metadata:
+        return key_set(client.metadata["jwks"])
+    url, now = client.metadata["jwks_uri"], portal.clock.now()
+    until, keys = portal.key_sets.get(url, (0.0, []))
+    if fresh or until <= now:
+        # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
+        stranger = client.registered_itself and not portal.settings.serves_debug
+        text, lifetime = fetch(url, stranger, portal.watch)
+        keys = key_set(json.loads(text))
+        portal.key_sets[url] = (now + lifetime, keys)
+    return keys
+
+
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
+    is none, or no way to get it."""
+    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
+        keys = client_keys(portal, client, fresh)
+        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
+        if found or "jwks" in client.metadata:
+            break
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
+                         f"say so, use sig and alg {algorithm}; expected one")
+    return found[0]
+
+
+def is_moment(value: Any) -> bool:
+    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
+
+
+ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion, and how far two clocks may differ
+
+
+def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
+    """The client whose signed assertion came (RFC 7523 section 3; SMART, "Client Authentication: Asymmetric").
+
+    Each way to fail has its own words, and the same error, invalid_client.
+    """
+    def need(good: object, description: str) -> None:
+        if not good:
+            raise invalid_client(f"client_assertion: {description}")
+    if form.get("client_assertion_type") != ASSERTION_TYPE:
+        raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
+    try:
+        jwt = read_jwt(form.get("client_assertion"))
+    except ValueError as error:
+        raise invalid_client(f"client_assertion: {error}")
+    header, claims, now = jwt.header, jwt.claims, portal.clock.now()
+    client_id = claims.get("iss")
+    client = portal.client(client_id) if isinstance(client_id, str) else None
+    if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
+        raise invalid_client("client_assertion: expected a registered client_id as both iss and sub, and as client_id "
+                             "if that is sent")
+    need(client.auth_method == "private_key_jwt", f"client {client_id!r} did not register for private_key_jwt")
+    algorithm, registered = header.get("alg"), client.metadata.get("token_endpoint_auth_signing_alg")
+    need(algorithm in ([registered] if registered else list(KEY_TYPES)),
+         f"alg is {algorithm!r}; expected {registered or ' or '.join(KEY_TYPES)}")
+    need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
+    need(isinstance(header.get("kid"), str), "the header has no kid")
+    need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
+    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
+         "section 4.1.11)")
+    try:
+        key = assertion_key(portal, client, header["kid"], str(algorithm))
+        need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
+    except (ValueError, RecursionError) as error:
+        raise invalid_client(f"client_assertion: {error}")
+    # From here on it is known to be the client who says all this.
+    audience = claims.get("aud")
+    # Without base URLs, the Host says who we are. Another server, for which this assertion was meant, could send it on
+    # under its own name.
+    need(portal.settings.base_url or portal.is_ours(request.host),
+         f"aud: {request.host!r} may be another server's name; start this one with --base-url")
+    ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
+    need(any(isinstance(one, str) and same_address(one, url) for url in ours
+             for one in (audience if isinstance(audience, list) else [audience])),
+         f"aud: expected {ours[1]} or {ours[0]}")
+    for name in ("exp", "nbf", "iat"):
+        need(is_moment(claims[name]) if name in claims else name != "exp", f"{name}: expected a Unix time")
+    need(claims["exp"] > now, "exp: it has expired")
+    need(claims["exp"] <= now + ASSERTION_SECONDS + LEEWAY_SECONDS, "exp: more than five minutes ahead")
+    need(max(claims.get("nbf", 0), claims.get("iat", 0)) <= now + LEEWAY_SECONDS, "nbf or iat is in the future")
+    jti = claims.get("jti")
+    need(isinstance(jti, str) and jti, "jti: expected a string that was never used before")
+    with portal.state.transaction() as database:  # of two that race with the same jti, one is first
+        forget_expired(database, "assertions", now)
+        need(database.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?, ?)",
+                              (client_id, jti, claims["exp"])).rowcount, "jti was used before")
+    return client
+
+
+BACKEND_SECONDS = 300
+
+
+@grant_type("client_credentials")
+def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
+    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one that proves
+    itself by its keys may, and no refresh token comes with it: it just asks again."""
+    if client.auth_method != "private_key_jwt":
+        raise PortalError("unauthorized_client", "client_credentials is for clients that registered for private_key_jwt")
+    if client.registered_itself and not portal.settings.serves_debug:
+        raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
+                          "scopes are for clients of --fixtures only")
+    wanted = form.need("scope")
+    scope = served_scope(portal, wanted, client.scope, ("system",))
+    if not scope:
+        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
+                          f"within {client.scope!r}")
+    now = portal.clock.now()
+    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
+    with portal.state.transaction() as database:
+        return issue_access(database, store_grant(database, grant, now), scope, now, None)
+
+
+# ######################################################################## 16 granular scopes
+
+# No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
+_CONSTRAINT = re.compile(r"(?!_filter=)([A-Za-z_][A-Za-z0-9_-]*)=([^&]+)")
+_COMMA = re.compile(r"(?<!\\),")  # between alternatives; one after a backslash belongs to the value (FHIR search)
+
+
+def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
+    """Whether a resource meets search parameters (name, value), as a search for them would find it.
+
+    False where a type isn't served, a parameter isn't known or a value is none: see `parse_term`.
+    """
+    type_name = resource.get("resourceType", "")
+    try:
+        return type_name in search_table(version) and all(
+            parse_term(version, type_name, name, text).met_by(resource) for name, text in constraints)
+    except FhirError:
+        return False
+
+
+# ======================================================================== Part Two: the records
+
+
+# ######################################################################## 17 search
 
 # What can be searched: types | kind | parameters. Versions after a type or a parameter are those that have it; none: all.
 # The names are those of each version's registry (Coverage's `patient` in STU3 is ours). A parameter looks into the
@@ -1780,6 +2805,16 @@ def referring(type_name: str, version: str) -> list[tuple[str, str]]:
             or (parameter.kind == "reference" and name in REFERENCES.get(type_name, "").split())]
 
 
+def strings_of(values: Iterable[Any]) -> Iterator[str]:
+    """The text in strings, and in the parts of HumanNames and Addresses."""
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state", "postalCode",
+                     "country") if isinstance(value, dict) else ():
+            yield from (text for text in elements(value, part) if isinstance(text, str))
+
+
 def fold(text: str) -> str:
     """Text as strings are compared: without case and accents (FHIR search, "string")."""
     if not text.isascii():
@@ -1868,14 +2903,14 @@ def search_values(resource: Json, version: str) -> set[SearchValue]:
     return found
 
 
-class Condition(NamedTuple):
+class Sql(NamedTuple):
     """A piece of SQL that a resource `r` must meet, and its values."""
     sql: str
     values: tuple[Any, ...] = ()
 
 
 class Comparison(NamedTuple):
-    """A column of search_values held against a value. SQL and Python read it alike: see `Constraint`."""
+    """A column of search_values held against a value. SQL and Python read it alike: see `SearchTerm`."""
     column: str
     operator: str
     value: str | float
@@ -1886,14 +2921,14 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 _PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
 
 
-class Constraint(NamedTuple):
+class SearchTerm(NamedTuple):
     """One search parameter with its values: what a resource must meet, in SQL or in Python."""
     name: str
     parameter: Parameter
     alternatives: tuple[tuple[Comparison, ...], ...]  # of which one must hold, whole: FHIR's comma
     negated: bool = False
 
-    def condition(self, pinned: bool) -> Condition:
+    def condition(self, pinned: bool) -> Sql:
         """As SQL. `pinned`: few resources are left to look at, so look at each; else start from the value."""
         own = _OWN_COLUMNS.get(self.parameter.kind)
         sql = " OR ".join(" AND ".join(
@@ -1901,11 +2936,11 @@ class Constraint(NamedTuple):
                 own[one.column] if own else one.column) for one in every) or "1" for every in self.alternatives)
         values = tuple(one.value for every in self.alternatives for one in every)
         if own:
-            return Condition(f"({sql})", values)
+            return Sql(f"({sql})", values)
         if pinned or self.negated:
-            return Condition(f"{'NOT ' * self.negated}EXISTS (SELECT 1 FROM search_values "
+            return Sql(f"{'NOT ' * self.negated}EXISTS (SELECT 1 FROM search_values "
                              f"WHERE number = r.number AND parameter = ? AND ({sql}))", (self.name, *values))
-        return Condition(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND ({sql}))",
+        return Sql(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND ({sql}))",
                          (self.name, *values))
 
     def met_by(self, resource: Json) -> bool:
@@ -1970,7 +3005,7 @@ def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> 
                *([Comparison("system", "=", wanted)] if wanted and kind == "reference" else []))
 
 
-def parse_constraint(version: str, type_name: str, name: str, text: str, base: str = "") -> Constraint:
+def parse_term(version: str, type_name: str, name: str, text: str, base: str = "") -> SearchTerm:
     """A search parameter and its values. `base` is what this server's own absolute references begin with.
 
     FhirError: not-supported where the parameter or its modifier isn't known, value where a value is none.
@@ -1991,23 +3026,10 @@ def parse_constraint(version: str, type_name: str, name: str, text: str, base: s
     if modifier == "missing":
         if text not in ("true", "false"):
             raise FhirError("value", f"{name}={text}: expected true or false")
-        return Constraint(bare, parameter, ((),), text == "true")
-    return Constraint(bare, parameter, tuple(
+        return SearchTerm(bare, parameter, ((),), text == "true")
+    return SearchTerm(bare, parameter, tuple(
         every for word in re.split(r"(?<!\\),", text.replace("\\\\", "\0"))
         for every in _alternatives(bare, parameter.kind, modifier, word, base)), modifier == "not")
-
-
-def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
-    """Whether a resource meets search parameters (name, value), as a search for them would find it.
-
-    False where a type isn't served, a parameter isn't known or a value is none: see `parse_constraint`.
-    """
-    type_name = resource.get("resourceType", "")
-    try:
-        return type_name in search_table(version) and all(
-            parse_constraint(version, type_name, name, text).met_by(resource) for name, text in constraints)
-    except FhirError:
-        return False
 
 
 class Include(NamedTuple):
@@ -2021,7 +3043,7 @@ class Include(NamedTuple):
 class Query(NamedTuple):
     """A search, understood: what to find and what to show of it."""
     type: str
-    constraints: tuple[Constraint, ...]
+    constraints: tuple[SearchTerm, ...]
     sort: tuple[tuple[str, bool], ...]       # parameter, falling
     includes: tuple[Include, ...]
     limit: int                               # matches on a page; 0: none, only the total
@@ -2077,7 +3099,7 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
                 lenient: bool = False) -> Query:
     """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
     known = search_table(version)[type_name]
-    constraints: list[Constraint] = []
+    constraints: list[SearchTerm] = []
     includes: dict[Include, None] = {}
     sort: dict[str, bool] = {}
     effective: list[tuple[str, str]] = []
@@ -2096,7 +3118,7 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
             elif name in chosen:
                 chosen[name] = text
             elif name not in ("_format", "_pretty"):
-                constraints.append(parse_constraint(version, type_name, name, text, base))
+                constraints.append(parse_term(version, type_name, name, text, base))
         except FhirError as error:
             if lenient and error.error == "not-supported":
                 continue  # FHIR search, "Handling Errors": Prefer: handling=lenient
@@ -2115,140 +3137,41 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
 parsed_query = functools.lru_cache(maxsize=100)(parse_query)  # for short ones
 
 
-# ######################################################################## 9 access
+# ######################################################################## 18 embedded records
 
-class Access:
-    """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
-    def __init__(self, scope: str | None, patient_id: str | None = None,
-                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
-                 fhir_user: str = "", version: str = "r4"):
-        self.scope = scope                    # None: everything, as /api/open-fhir shows it
-        self.patient_id = patient_id          # whose record patient/ scopes open
-        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
-        self.labels = labels                  # the categories approved; empty: not limited
-        self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
-        self.version = version                # of FHIR, for what ?param=value means
-        self.scopes = resource_scopes(scope or "")
-        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
+RECORD_SCHEMA = """
+-- The health records: FHIR resources as JSON, and what they can be searched by.
+PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
+PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
+CREATE TABLE IF NOT EXISTS resources (
+    number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
+    patient_id TEXT NOT NULL,                     -- whose compartment it is in; '' nobody's, '?' can't be told
+    labels TEXT NOT NULL,                         -- its data categories, with spaces between
+    updated REAL NOT NULL, version TEXT NOT NULL, -- meta.lastUpdated as Unix time, meta.versionId
+    json TEXT NOT NULL, UNIQUE (type, id));
+CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
 
-    def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
-        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
+-- One row for each value of each search parameter: a token has system and value; a reference its id as value, its type
+-- as system; a string what it is compared as, and itself as system; a date the span it may mean, in Unix seconds.
+CREATE TABLE IF NOT EXISTS search_values (
+    number INTEGER NOT NULL, parameter TEXT NOT NULL, value TEXT NOT NULL, system TEXT NOT NULL,
+    first REAL NOT NULL, last REAL NOT NULL,
+    PRIMARY KEY (number, parameter, value, system, first, last)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS search_by_value ON search_values (parameter, value);
 
-        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
-        categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
-        """
-        return (self.scope is None or bool(self._openings(type_name, letter))
-                or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
+-- References that wait for what they mean to be loaded: Practitioner?identifier=..., urn:uuid:...
+CREATE TABLE IF NOT EXISTS unresolved (
+    number INTEGER NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (number, reference)) WITHOUT ROWID;
 
-    @property
-    def narrowed(self) -> bool:
-        """Whether categories or ?param=value leave something out that the scope's types would show.
+-- What reset brings back: the JSON before a load replaced it; NULL: it was not there.
+CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
 
-        A count of what was found would tell how much that is, so Bundle.total must not be sent then.
-        """
-        return bool(self.labels) or any(one.constraints for one in self.scopes)
-
-    def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
-        """The patients whose resources of a type may be seen; None: everybody's."""
-        if self.scope is None:
-            return None
-        reaches = [reach for reach, _ in self._openings(type_name, letter)]
-        return None if None in reaches else frozenset().union(*filter(None, reaches))
-
-    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
-        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
-        its ?param=value."""
-        known = self._known.get((type_name, letters))
-        if known is None:
-            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
-            known = self._known[type_name, letters] = [
-                (reach.get(one.context), one.constraints) for one in self.scopes
-                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
-        return known
-
-    def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
-        """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
-
-        letters: how it is reached: r, s, or both for an operation that does both. base: see `owner`.
-        """
-        if self.scope is None:
-            return True
-        return self.judge(resource.get("resourceType", ""), resource.get("id"), letters, owner(resource, base),
-                          categories(resource) if self.labels else (), lambda: resource)
-
-    def judge(self, type_name: str, resource_id: Any, letters: str, whose: str | None, labels: Iterable[str],
-              resource: Callable[[], Json]) -> bool:
-        """The judgement, of what is known of a resource already: its owner and categories. The resource itself is only
-        asked for where ?param=value must be looked up in it."""
-        if self.scope is None or (letters == "r" and f"{type_name}/{resource_id}" == self.fhir_user):
-            return True
-        if whose is None:
-            return False
-        for reach, constraints in self._openings(type_name, letters):
-            # each alone: the ?param=value of one go together, several scopes add up
-            if ((whose == NOBODY or reach is None or whose in reach)
-                    and (not constraints or resource_matches(resource(), self.version, constraints))):
-                # A resource of two categories needs both: who left out laboratory results meant all of them.
-                return whose == NOBODY or not self.labels or self.labels.issuperset(labels)
-        return False
-
-    def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
-        """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
-
-        A Binary mostly doesn't say whose it is. Then `is_pointed_to` is asked whether its id is among those that
-        `binaries_in` finds in the patient's own. Who may see everybody's records without limits may see every Binary.
-        """
-        if self.may_see(binary, "r", base):
-            return True
-        if not self.allows("Binary", "r") or _named_patients(binary, base) - {None}:
-            return False
-        if self.patients("Binary", "r") is None and not self.narrowed:
-            return True
-        return is_pointed_to(binary["id"])
-
-    def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
-        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
-        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
-                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
-        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
+-- version: of FHIR; samples: they are in.
+CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
 
 
-# ######################################################################## 10 embedded records
-
-def access_condition(access: Access, type_name: str) -> Condition:
-    """What SQL can do of `access.may_see`: keep to the patients. May_see has the last word on every resource."""
-    patients = access.patients(type_name, "s")
-    if patients is None:
-        return Condition("1")
-    whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
-    return Condition(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
-
-
-def search_condition(query: Query, access: Access) -> Condition:
-    """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
-    starts from the values searched for (the plus keeps it from going through the whole type)."""
-    pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not None or any(
-        one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
-    parts = [one.condition(pinned) for one in query.constraints]
-    plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
-    parts = [Condition(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
-    return Condition(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
-
-
-_known_condition = functools.lru_cache(maxsize=100)(search_condition)  # for short ones
-
-
-def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Condition:
-    """That a row comes after another in an order. The first half of it is what an index can use."""
-    (name, falling), value = keys[0], after[0]
-    sign = "<" if falling else ">"
-    if len(keys) == 1:
-        return Condition(f"{name} {sign} ?", (value,))
-    rest = _beyond(keys[1:], after[1:])
-    return Condition(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
-
-
-class Found:
+class StoredResource:
     """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks into it."""
     def __init__(self, row: Row):
         self.number, self.type, self.id, whose, self.labels, self.updated, self.version, self.text = row[:8]
@@ -2271,10 +3194,233 @@ class Found:
 
 class Page(NamedTuple):
     """One page of a search."""
-    matches: list[Found]
-    included: list[Found]
+    matches: list[StoredResource]
+    included: list[StoredResource]
     next: str          # the mark of the page after, "" if there is none
     total: int | None  # how many match in all, where that may be told
+
+
+def access_condition(access: Access, type_name: str) -> Sql:
+    """What SQL can do of `access.may_see`: keep to the patients. May_see has the last word on every resource."""
+    patients = access.patients(type_name, "s")
+    if patients is None:
+        return Sql("1")
+    whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
+    return Sql(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
+
+
+def search_condition(query: Query, access: Access) -> Sql:
+    """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
+    starts from the values searched for (the plus keeps it from going through the whole type)."""
+    pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not None or any(
+        one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
+    parts = [one.condition(pinned) for one in query.constraints]
+    plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
+    parts = [Sql(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
+    return Sql(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
+
+
+_known_condition = functools.lru_cache(maxsize=100)(search_condition)  # for short ones
+
+
+def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Sql:
+    """That a row comes after another in an order. The first half of it is what an index can use."""
+    (name, falling), value = keys[0], after[0]
+    sign = "<" if falling else ">"
+    if len(keys) == 1:
+        return Sql(f"{name} {sign} ?", (value,))
+    rest = _beyond(keys[1:], after[1:])
+    return Sql(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
+
+
+def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
+    """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
+    type_name, *rest = [unquote(part) for part in request.rest.split("/")]
+    served = search_table(portal.settings.fhir_version)
+    operation = next((part for part in (type_name, *rest) if part.startswith("$")), "")
+    if operation and ([type_name, *rest[1:]] != ["Patient", "$everything"] or request.method == "POST"):
+        raise FhirError("forbidden", f"{operation}: the only operation here is Patient/[id]/$everything", 403)
+    if request.method == "POST" and rest != ["_search"]:
+        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
+    if type_name not in served:
+        raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
+                        + ", ".join(sorted(served)), 404)
+    searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
+    if len(rest) == 2 and type_name == "Patient" and rest[1] in served and FHIR_ID.fullmatch(rest[0]):
+        # The path of a compartment is a search in it (FHIR search, "Compartments").
+        pin = [(name, rest[0]) for name, one in served[rest[1]].items() if one.kind == "owner"][:1]
+        if pin and not access.allows(rest[1], "s"):
+            raise too_little_scope(rest[1], "s")
+        if pin:
+            return search(portal, request, access, rest[1], base, pin)
+    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
+        raise too_little_scope(type_name, "s" if searching else "r")
+    if searching:
+        return search(portal, request, access, type_name, base)
+    if not rest or not FHIR_ID.fullmatch(rest[0]):
+        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
+    found = visible(portal, access, type_name, rest[0])
+    if len(rest) == 1 or rest[1:] == ["_history", found.version]:
+        return read(portal, request, access, found)
+    if rest[1:] == ["$everything"] and type_name == "Patient":
+        return everything(portal, request, access, found, base)
+    if rest[1] == "_history":
+        raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
+    raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
+
+
+def visible(portal: Portal, access: Access, type_name: str, resource_id: str) -> StoredResource:
+    """One resource: fetched, then judged. A Binary mostly doesn't say whose it is; what points to it decides."""
+    found = portal.records.find(type_name, resource_id)
+    if not found:
+        raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
+    if type_name == "Binary":
+        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
+    else:
+        seen = found.may_be_seen(access, "r")
+    if not seen:
+        raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
+                        "category that was not approved", 403)
+    return found
+
+
+def read(portal: Portal, request: Request, access: Access, found: StoredResource) -> Response:
+    """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
+    tag = f'"{found.version}"'
+    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(found.updated))]
+    if is_unchanged(request, tag, found.updated):
+        return Response(304, headers=headers)
+    if found.type == "Binary":
+        kind = str(found.resource.get("contentType", ""))
+        if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
+            with contextlib.suppress(TypeError, ValueError):  # it is not base64
+                content = base64.b64decode(str(found.resource.get("data", found.resource.get("content", ""))))
+                # sandbox: content that somebody loaded must not run as a page of this portal
+                return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
+    return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
+
+
+def is_unchanged(request: Request, tag: str, updated: float) -> bool:
+    """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
+    known, since = request.headers.get("if-none-match"), request.headers.get("if-modified-since")
+    if known is not None:
+        return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
+    try:
+        return since is not None and updated < email.utils.parsedate_to_datetime(since).timestamp() + 1
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return False
+
+
+def search(portal: Portal, request: Request, access: Access, type_name: str, base: str,
+           pin: Sequence[tuple[str, str]] = ()) -> Response:
+    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search).
+
+    pin: parameters that the path stands for.
+    """
+    version = portal.settings.fhir_version
+    given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
+    pairs = tuple((name, value) for name, value in given if value)
+    query = (parsed_query if are_short(pairs) else parse_query)(
+        version, type_name, pairs, base, "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
+    check_patients(access, query)
+    page = portal.records.search(query, access)
+    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
+                 "category")
+    rest = [(name, value) for name, value in query.parameters if name != "_page"]
+    links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
+    if page.next:
+        links.append(("next", [*rest, ("_page", page.next)]))
+    return bundle_response(request, page, links, f"{base}/{type_name}", base, version, query.elements)
+
+
+def check_patients(access: Access, query: Query) -> None:
+    """A search that names another patient is refused in words, rather than found empty."""
+    allowed = access.patients(query.type, "s")
+    others = query.patients() - (allowed or set())
+    if allowed is not None and others:
+        raise FhirError("forbidden", f"{', '.join(sorted(others))}: the token is not for this patient's record", 403)
+
+
+def everything(portal: Portal, request: Request, access: Access, patient: StoredResource, base: str) -> Response:
+    """A page of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
+    for name, _ in request.pairs():
+        if name not in ("_count", "_page", "_format", "_pretty"):
+            raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
+    query = parse_query(portal.settings.fhir_version, "Patient", (("_count", "1000"), *request.pairs()))
+    page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
+    rest = [(name, value) for name, value in request.pairs() if name != "_page"]
+    return bundle_response(request, page, [("self", request.pairs())] + [
+        ("next", [*rest, ("_page", page.next)])] * bool(page.next),
+        f"{base}/Patient/{patient.resource['id']}/$everything", base, portal.settings.fhir_version)
+
+
+def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
+                    base: str, version: str, names: Sequence[str] = ()) -> Response:
+    """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
+    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
+        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=_quote, safe=",:/")}
+        for relation, rest in links]}
+    if page.total is None:
+        del head["total"]
+    start = '{"fullUrl":' + json.dumps(base)[:-1]
+    entries = [
+        f'{start}/{one.name}","resource":'
+        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
+        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
+    text = json.dumps(head)
+    return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
+                         version=version)
+
+
+_quote = remembered(1000)(quote)  # the same few names and values stand in most searches
+
+
+def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
+    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
+    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
+    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
+    return {name: meta if name == "meta" else value for name, value in resource.items()
+            if name in ("resourceType", "id", "meta", *names)}
+
+
+def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
+    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris).
+
+    A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
+    """
+    version, url = fhir_version(portal), f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    service = HL7 if version == "r4" else "http://hl7.org/fhir/"
+    operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
+    rest: Json = {"mode": "server", "resource": [
+        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]} if name == "Binary" else
+        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
+         "searchInclude": [f"{name}:{one}" for one in sorted(known) if known[one].type == "reference"],
+         "searchRevInclude": sorted(map(":".join, referring(name, version))),
+         "searchParam": [{"name": one, "type": known[one].type} for one in sorted(known)]}
+        for name, known in sorted(search_table(version).items())]}
+    for resource in rest["resource"]:  # FHIR: a list is not empty, it is absent
+        for name in [name for name, value in resource.items() if not value]:
+            del resource[name]
+        if version == "r4" and resource["type"] == "Patient":
+            resource["operation"] = [{"name": "everything", "definition": operation}]
+    if version != "r4":
+        rest["operation"] = [{"name": "everything", "definition": {"reference": operation}}]
+    if secured:
+        found = addresses(portal.base(request), portal.browser_base(request))
+        rest["security"] = {
+            "cors": True, "service": [concept(service + "restful-security-service", "SMART-on-FHIR")],
+            "extension": [{"url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris", "extension": [
+                {"url": short, "valueUri": found[name]} for short, name in (
+                    ("authorize", "authorization_endpoint"), ("token", "token_endpoint"),
+                    ("register", "registration_endpoint"), ("manage", "management_endpoint"),
+                    ("introspect", "introspection_endpoint"), ("revoke", "revocation_endpoint"))]}]}
+    statement = {
+        "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
+        "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
+        "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
+        "software": {"name": "s4s_proxy.py", "version": __version__},
+        "implementation": {"description": "A test server with made-up patients", "url": url}, "rest": [rest]}
+    return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
 
 
 # What shows of which version a resource is: versions that have it so | JSON type | elements, or types alone.
@@ -2706,7 +3852,7 @@ class Records:
         """Turn references that were open when their resource was written into Type/id, where that is known now."""
         names: dict[str, str | None] = {}
         waiting = database.execute("SELECT number, reference FROM unresolved").fetchall()
-        for number in dict.fromkeys(number for number, reference in waiting if self._meaning(reference, names)):
+        for number in dict.fromkeys(number for number, reference in waiting if self.resolve_reference(reference, names)):
             (text,) = database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
             resource, pointers = parse_document(text.encode())
             self._point(pointers, names)
@@ -2718,9 +3864,9 @@ class Records:
             for key in ("reference", "url"):
                 text = pointer.get(key)
                 if isinstance(text, str) and (text in names or text.startswith("urn:") or "?" in text):
-                    pointer[key] = self._meaning(text, names) or text
+                    pointer[key] = self.resolve_reference(text, names) or text
 
-    def _meaning(self, reference: str, names: dict[str, str | None]) -> str | None:
+    def resolve_reference(self, reference: str, names: dict[str, str | None]) -> str | None:
         """The Type/id that a reference means: by `names`, which also remembers, else by what was loaded.
 
         A conditional one (Practitioner?identifier=system|value) must have one match (FHIR, transaction); of a urn:uuid:
@@ -2767,10 +3913,10 @@ class Records:
                     _write(database, number, prepare(json.loads(text), self.version))
             database.execute("DELETE FROM before_load")
 
-    def find(self, type_name: str, resource_id: str) -> Found | None:
+    def find(self, type_name: str, resource_id: str) -> StoredResource | None:
         """One resource, or None."""
         row = self._filled().row("SELECT * FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
-        return Found(row) if row else None
+        return StoredResource(row) if row else None
 
     def read(self, type_name: str, resource_id: str) -> Json | None:
         """One resource, parsed, or None."""
@@ -2801,7 +3947,7 @@ class Records:
             ("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
-        page, dropped = self._page(Condition(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}",
+        page, dropped = self._page(Sql(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
         whole, total = query.limit and not page.next and not query.after, None  # whole: all matches are on this page
         if query.total and not dropped and not access.narrowed:
@@ -2812,7 +3958,7 @@ class Records:
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
         """A page of a patient's compartment, and what it refers to that belongs to nobody."""
         served = search_table(self.version)
-        page, _ = self._page(Condition(f"SELECT * FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
+        page, _ = self._page(Sql(f"SELECT * FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
                                        "AND patient_id = ?", (*served, patient_id)),
                              [("number", False)], count, after, access, "rs")
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
@@ -2820,7 +3966,7 @@ class Records:
         others = [one for one in (self.find(*end) for end in ends) if one and one.patient_id == NOBODY]
         return page._replace(included=[one for one in others if one.may_be_seen(access, "rs")])
 
-    def _page(self, select: Condition, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
+    def _page(self, select: Sql, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
               access: Access, letters: str) -> tuple[Page, bool]:
         """A page of what `select` finds, in the order of `keys`, and whether something was left out of it.
 
@@ -2829,14 +3975,14 @@ class Records:
         if len(after) not in (0, len(keys)):
             raise FhirError("value", "_page: not a link of this search")
         order = ", ".join(name + " DESC" * falling for name, falling in keys)
-        found: list[Found] = []
+        found: list[StoredResource] = []
         dropped, more = False, count > 0
         while more and len(found) <= count:  # until the page is full and one more is seen
-            beyond = _beyond(keys, after) if after else Condition("1")
+            beyond = _beyond(keys, after) if after else Sql("1")
             wanted = 500 if dropped else count + 1
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
                                        *select.values, *beyond.values, wanted)
-            seen = [one for one in map(Found, rows) if one.may_be_seen(access, letters)]
+            seen = [one for one in map(StoredResource, rows) if one.may_be_seen(access, letters)]
             found += seen
             dropped = dropped or len(seen) < len(rows)
             more = len(rows) == wanted
@@ -2853,7 +3999,7 @@ class Records:
         return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
                 f"WHERE number = r.number AND parameter = '{name}'), {'-1e308' if falling else 'char(1114111)'})")
 
-    def _included(self, query: Query, matches: Sequence[Found], access: Access) -> list[Found]:
+    def _included(self, query: Query, matches: Sequence[StoredResource], access: Access) -> list[StoredResource]:
         """What _include and _revinclude add to a page, each resource once, and only what may be seen itself."""
         seen, found = {one.number for one in matches}, []
         for include in query.includes:
@@ -2867,19 +4013,19 @@ class Records:
                                     "ask for fewer matches with _count")
         return found
 
-    def _follow(self, include: Include, type_name: str, match: Found) -> Iterator[Found]:
+    def _follow(self, include: Include, type_name: str, match: StoredResource) -> Iterator[StoredResource]:
         """The resources at the other end of a reference."""
         owned = search_table(self.version)[include.source][include.parameter].kind == "owner"
         if include.reverse:
             if owned:
-                condition = Condition("type = ? AND patient_id = ?", (include.source, match.resource["id"]))
+                condition = Sql("type = ? AND patient_id = ?", (include.source, match.resource["id"]))
             else:
-                condition = Condition("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
+                condition = Sql("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
                                       "AND value = ? AND system = ?)",
                                       (include.source, include.parameter, match.resource["id"], type_name))
             for row in self.store.rows(f"SELECT * FROM resources WHERE {condition.sql} LIMIT ?",
                                        *condition.values, MAX_INCLUDED + 1):
-                yield Found(row)
+                yield StoredResource(row)
         else:
             ends = [("Patient", owner(match.resource) or "")] if owned else [
                 (row["system"], row["value"]) for row in self.store.rows(
@@ -2891,198 +4037,7 @@ class Records:
                     yield found
 
 
-# ######################################################################## 11 messages
-
-MAX_HEAD = 64 << 10          # bytes of a first line and headers
-_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
-_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
-
-
-class BadRequest(Exception):
-    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would begin."""
-    def __init__(self, status: int, description: str):
-        super().__init__(description)
-        self.status = status
-
-
-def too_large(most: int) -> BadRequest:
-    """413 that tells the limit."""
-    return BadRequest(413, f"the body is longer than {most} bytes")
-
-
-class SocketReader(io.RawIOBase):
-    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408. A `Watch` must know it.
-
-    The deadline is in real time: a test that moves the portal's clock cuts nobody off. Until one is set there is none.
-    """
-    def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, math.inf
-        self._woken = 0.0, 0.0  # for which deadline, and when
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        if time.monotonic() < self.deadline:
-            try:
-                size = self.connection.recv_into(buffer)
-            except OSError:
-                size = 0
-                if time.monotonic() < self.deadline:
-                    raise
-            if size or time.monotonic() < self.deadline:
-                return size
-        raise BadRequest(408, "the request took too long to arrive")
-
-    def cut_off(self, now: float) -> None:
-        """The deadline has passed. Who reads wakes, and may answer; who has not woken in a second was writing."""
-        deadline, since = self._woken
-        if deadline != self.deadline:
-            self._woken = self.deadline, now
-            self.shut(socket.SHUT_RD)
-        elif now > since + 1:
-            self.shut(socket.SHUT_RDWR)
-
-    def shut(self, how: int) -> None:
-        """Wake whoever reads (SHUT_RD), or writes too (SHUT_RDWR): there is no more to come."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.connection, how)  # not SSLSocket's, which takes the session from who is in it
-            if sys.platform == "win32":  # there, only closing wakes a thread (cpython issue 91913)
-                socket.close(self.connection.detach())
-
-
-class Watch:
-    """Ends reads and writes that take too long, with one thread that looks at all connections a few times a second.
-
-    Timeouts of the sockets themselves would cost a quarter of the speed: Python then waits for a socket first and reads
-    it after, lets other threads run at either, and has to be told how long anew each time. So our sockets just block.
-    """
-    seconds = 0.2
-
-    def __init__(self) -> None:
-        self.readers: set[SocketReader] = set()
-        self.ended = False
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def add(self, reader: SocketReader) -> None:
-        """Watch over a reader; it is taken out of `readers` by whoever closes it."""
-        with self._lock:
-            self.readers.add(reader)
-            if not self._thread:
-                thread = threading.Thread(target=self._run, name="s4s watch", daemon=True)
-                with contextlib.suppress(RuntimeError):  # the system gives no more threads; the next connection asks again
-                    thread.start()
-                    self._thread = thread
-            if self.ended:
-                reader.shut(socket.SHUT_RDWR)
-
-    def end(self) -> None:
-        """Shut all connections, those to come too."""
-        with self._lock:
-            self.ended = True
-            for reader in self.readers.copy():
-                reader.shut(socket.SHUT_RDWR)
-
-    def _run(self) -> None:
-        while not self._closed.wait(self.seconds):
-            now = time.monotonic()
-            for reader in self.readers.copy():
-                if reader.deadline < now:
-                    reader.cut_off(now)
-
-    def close(self) -> None:
-        """Stop watching; safe to call twice."""
-        self._closed.set()
-        if self._thread:
-            self._thread.join()
-
-
-@remembered(100)  # a client sends the same lines again and again
-def parse_headers(lines: bytes) -> Mapping[str, str]:
-    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
-    if not _HEADER_LINES.fullmatch(lines):
-        raise BadRequest(400, "a header line is malformed")
-    headers: dict[str, str] = {}
-    for line in lines.decode("latin-1").split("\n")[:-1]:
-        name, _, value = line.partition(":")
-        name, value = name.lower(), value.strip(" \t\r")
-        if name in headers:
-            if name in _ONCE:
-                raise BadRequest(400, f"the header {name} is given twice")
-            value = headers[name] + ("; " if name == "cookie" else ", ") + value
-        headers[name] = value
-    return headers
-
-
-def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
-    """The header lines up to the empty one."""
-    end = stream.peek().find(b"\r\n\r\n")  # mostly all of them are here already
-    if 0 <= end <= most - 4:
-        return dict(parse_headers(stream.read(end + 4)[:-2]))
-    lines: list[bytes] = []
-    while True:
-        line = stream.readline(most + 1)
-        most -= len(line)
-        if most < 0:
-            raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
-        if line in (b"\r\n", b"\n"):
-            return dict(parse_headers(b"".join(lines)))
-        if not line:
-            raise BadRequest(400, "the message ends within its header")
-        lines.append(line)
-
-
-def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
-    """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
-    body = bytearray()
-    while True:
-        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", stream.readline(1024))
-        if not match:
-            raise BadRequest(400, "a chunk's size is malformed")
-        size = int(match[1], 16)
-        if size == 0:
-            read_headers(stream, MAX_HEAD)
-            return bytes(body)
-        if len(body) + size > most:
-            raise too_large(most)
-        chunk = stream.read(size + 2)
-        if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
-            raise BadRequest(400, "a chunk is not as long as it says")
-        body += chunk[:-2]
-
-
-MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
-
-
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def parse_json(data: bytes) -> Json:
-    """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
-    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
-    try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
-        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except RecursionError:
-        raise PortalError("invalid_request", too_deep)
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        raise PortalError("invalid_request", f"the body is not JSON: {error}")
-    if not isinstance(value, dict):
-        raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
-                 if isinstance(inner, (dict, list))]
-    if level:
-        raise PortalError("invalid_request", too_deep)
-    return value
-
-
-# ######################################################################## 12 a FHIR server behind
+# ######################################################################## 19 a FHIR server behind
 
 MAX_ANSWER = 64 << 20        # bytes of an answer, unpacked
 MAX_INTERIM = 100            # 1xx answers before the answer
@@ -3224,7 +4179,6 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:
@@ -3549,2808 +4503,6 @@ def upstream_patient(portal: Portal, patient_id: str) -> str | None:
     answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
     return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
 
-
-# ######################################################################## 13 signing
-
-# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
-# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
-# many tells something about the key: a production server leaves this to a library.
-
-def base64url_bytes(text: str) -> bytes:
-    """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
-    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    if base64url(data) != text:
-        raise ValueError(f"{text[:20]!r} is not base64url without padding")
-    return data
-
-
-def _jwk_number(jwk: Json, name: str) -> int:
-    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
-    text = jwk.get(name)
-    return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
-
-
-def _jwk_text(number: int) -> str:
-    """A number as a JWK holds it."""
-    return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
-
-
-RSA_EXPONENT = 65537
-RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
-    "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
-    "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
-
-
-def thumbprint(jwk: Json) -> str:
-    """A name for a key that follows from the key itself (RFC 7638)."""
-    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
-    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
-    return base64url(hashlib.sha256(text.encode("ascii")).digest())
-
-
-class RsaKey(NamedTuple):
-    """A private RSA key: two primes, known to nobody else (RFC 8017 section 3.2)."""
-    p: int
-    q: int
-
-    def public_jwk(self) -> Json:
-        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
-        jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
-        return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
-
-
-def is_prime(number: int) -> bool:
-    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
-    halvings = ((number - 1) & (1 - number)).bit_length() - 1
-    for _ in range(5):
-        power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
-        if power in (1, number - 1):
-            continue
-        for _ in range(halvings - 1):
-            power = power * power % number
-            if power == number - 1:
-                break
-        else:
-            return False
-    return True
-
-
-def new_rsa_key(bits: int = 2048) -> RsaKey:
-    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
-    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
-
-    def prime() -> int:
-        while True:
-            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
-            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
-                return number
-    key = RsaKey(prime(), prime())
-    return key if key.p != key.q else new_rsa_key(bits)
-
-
-def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
-    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
-    make, name = RSA_HASHES[algorithm]
-    end = b"\0" + name + make(message).digest()
-    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
-
-
-def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
-    """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
-    length = ((key.p * key.q).bit_length() + 7) // 8
-    padded = _padded_hash(algorithm, message, length)
-    by_p = pow(padded, pow(RSA_EXPONENT, -1, key.p - 1), key.p)
-    by_q = pow(padded, pow(RSA_EXPONENT, -1, key.q - 1), key.q)
-    return (by_q + (by_p - by_q) * pow(key.q, -1, key.p) % key.p * key.q).to_bytes(length, "big")
-
-
-def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
-    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
-    modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
-    if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
-        raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
-    length, number = (modulus.bit_length() + 7) // 8, int.from_bytes(signature, "big")
-    return (len(signature) == length and number < modulus
-            and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
-
-
-# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
-P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
-P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
-P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
-P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
-          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
-Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
-
-
-def _double(point: Point) -> Point:
-    """A point added to itself (Cohen, Miyaji and Ono 1998, for a = -3)."""
-    x, y, z = point
-    square, zz = y * y % P384_P, z * z % P384_P
-    slope, mean = 3 * (x - zz) * (x + zz), 4 * x * square
-    x3 = (slope * slope - 2 * mean) % P384_P
-    return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
-
-
-def _add(one: Point, other: Point) -> Point:
-    """The sum of two points."""
-    (x1, y1, z1), (x2, y2, z2) = one, other
-    if not z1 or not z2:
-        return other if not z1 else one
-    zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
-    u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
-    width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
-    if not width:
-        return (1, 1, 0) if height else _double(one)
-    cube = width * width % P384_P
-    mean, cube = u1 * cube % P384_P, cube * width % P384_P
-    x3 = (height * height - cube - 2 * mean) % P384_P
-    return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
-
-
-def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
-    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
-
-    ValueError for a key that is not a point of P-384.
-    """
-    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
-    x, y, _ = key
-    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
-        raise ValueError("expected a point of the curve P-384 as x and y")
-    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
-    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
-        return False
-    inverse = pow(s, -1, P384_N)
-    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
-    u2 = r * inverse % P384_N
-    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
-    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
-    for bit in range(383, -1, -1):
-        total = _double(total)
-        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
-        if which:
-            total = _add(total, sums[which])
-    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
-
-
-KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
-
-
-def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
-    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
-    if algorithm == "ES384":
-        return es384_verify(jwk, message, signature)
-    return rsa_verify(jwk, algorithm, message, signature)
-
-
-def key_set(value: Any) -> list[Json]:
-    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError, with words, where an app should mend its set."""
-    keys = value.get("keys") if isinstance(value, dict) else None
-    if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
-        raise ValueError('expected a JSON object with "keys", an array of objects')
-    for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
-        if any(name in key for key in keys):
-            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make new keys")
-    names = [json.dumps([key.get("kty"), key.get("kid")]) for key in keys]
-    if len(set(names)) < len(names):
-        raise ValueError("two keys have the same kty and kid")
-    return keys
-
-
-def sign_jwt(key: RsaKey, claims: Json) -> str:
-    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
-    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
-    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
-    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
-
-
-class Jwt(NamedTuple):
-    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
-    header: Json
-    claims: Json
-    signed: bytes
-    signature: bytes
-
-
-def read_jwt(text: str) -> Jwt:
-    """Take a JWT apart; ValueError for what is none."""
-    parts = text.split(".")
-    try:
-        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
-        signature = base64url_bytes(parts[2])
-        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
-    except (ValueError, IndexError, RecursionError):
-        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
-    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
-        raise ValueError("expected a JWT whose header and claims are JSON objects")
-    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
-
-
-# ######################################################################## 14 the portal
-
-MAX_BODY = 1 << 20        # bytes of a request's body
-DEMO_USERS = (            # username, name, fhir_user, may open any record
-    ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
-    ("joseph-ross", "Joseph Ross", "Patient/smart-1081332", False),
-    ("clinician", "Clara Clinician", "Practitioner/smart-clinician", True))
-DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user, who else the user is to the patient
-    ("daniel-adams", "smart-1288992", "Daniel Adams", True, None),
-    ("daniel-adams", "smart-1032702", "Amy Shaw", False, "RelatedPerson/daniel-adams-amy-shaw"),
-    ("joseph-ross", "smart-1081332", "Joseph Ross", True, None))
-DEMO_SCOPE = "launch/patient patient/*.read offline_access"
-DEMO_CLIENTS = (          # client_id, secret, redirect URI
-    ("test-suite", "demo-secret-s4s", "http://tests.dev.syncfor.science:9003/authorized/"),
-    ("api-test", "api-secret", "http://localhost:9001/authorized"))
-DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_access"
-
-
-class Client(NamedTuple):
-    """An app, as registered."""
-    client_id: str
-    secret_hash: str | None          # None: a public client, which can keep no secret, or one that has keys
-    metadata: Json                   # RFC 7591 section 2, as `client_metadata` has checked it
-    registered_itself: bool = False  # by /oauth/register, and not by who runs this server
-
-    @property
-    def name(self) -> str:
-        """What people are shown."""
-        return str(self.metadata.get("client_name") or self.client_id)
-
-    @property
-    def scope(self) -> str:
-        """What the client registered for; the most it can get."""
-        return str(self.metadata["scope"])
-
-    @property
-    def auth_method(self) -> str:
-        """How the client proves who it is; none: it is public."""
-        return str(self.metadata["token_endpoint_auth_method"])
-
-    def may_use(self, grant_type: str) -> bool:
-        """Whether the client registered for a grant type."""
-        return grant_type in self.metadata["grant_types"]
-
-
-def is_web_url(uri: Any) -> bool:
-    """Whether something is an absolute http or https URL, without user and password."""
-    if not isinstance(uri, str) or not re.fullmatch(r"(?i:https?)://[!-\[\]-~]+", uri):
-        return False
-    try:
-        parts = urlsplit(uri)
-        return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
-    except ValueError:
-        return False
-
-
-# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
-# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
-# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
-ACTED_UPON = (
-    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
-    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
-    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
-    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
-
-
-def is_redirect_uri(uri: Any) -> bool:
-    """Whether a URI may be registered to send browsers to: http, https or an app's private scheme, without fragment
-    (RFC 6749 section 3.1.2, RFC 8252 section 7.1)."""
-    if not isinstance(uri, str) or "#" in uri:
-        return False
-    private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and not re.fullmatch(ACTED_UPON, private[1].lower()))
-
-
-def without_loopback_port(uri: str) -> str:
-    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
-    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
-
-
-# What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
-# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
-# would take it for a promise.
-METADATA_STRINGS = frozenset((
-    "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
-    "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
-METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
-METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
-                            "security_labels"))
-METADATA_CHOICES: dict[str, Sequence[str]] = {
-    "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
-    "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
-    "token_endpoint_auth_signing_alg": tuple(KEY_TYPES), "id_token_signed_response_alg": ("RS256",),
-    "subject_type": ("public",), "security_labels": (*CATEGORIES, *OLD_CATEGORIES)}
-
-
-def client_metadata(metadata: Json) -> Json:
-    """Client metadata, checked, its defaults filled in; PortalError that names the member where it can't be
-    (RFC 7591 section 3.2.2)."""
-    def refuse(name: str, expected: str) -> PortalError:
-        error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
-        return PortalError(error, f"{name}: expected {expected}, got "
-                           f"{json.dumps(metadata.get(name), default=str)[:200]}")
-    registered: Json = {}
-    for name, value in metadata.items():
-        member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
-        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
-            registered[name] = value
-        if member in METADATA_STRINGS and not isinstance(value, str):
-            raise refuse(name, "a string")
-        if member in METADATA_LISTS and not (isinstance(value, list)
-                                             and all(isinstance(one, str) and one for one in value)):
-            raise refuse(name, "an array of strings")
-        if member in METADATA_URLS and not is_web_url(value):
-            raise refuse(name, "an absolute http or https URL")
-        known = METADATA_CHOICES.get(name)
-        if known and not set([value] if isinstance(value, str) else value) <= set(known):
-            raise refuse(name, f"only {', '.join(known)}")
-    kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
-            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
-    asks_users = "authorization_code" in kept["grant_types"]
-    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
-        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
-    if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
-        raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
-    if not all(map(is_web_url, kept.get("launch_uris", []))):
-        raise refuse("launch_uris", "absolute http or https URLs")
-    if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
-        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters "
-                     "at most")
-    if "jwks" in kept and "jwks_uri" in kept:
-        raise refuse("jwks_uri", "not to stand beside jwks")
-    if "jwks" in kept:
-        try:
-            for key in key_set(kept["jwks"]):
-                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
-                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
-                        verify(key, algorithm, b"", b"")
-        except ValueError as error:
-            raise PortalError("invalid_client_metadata", f"jwks: {error}")
-    if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
-        raise PortalError("invalid_client_metadata", "private_key_jwt needs jwks or jwks_uri")
-    return kept
-
-
-def seeded_client(client_id: Any, secret: Any, metadata: Json) -> Client:
-    """A client that is known from the start. Without a secret and without keys it is public."""
-    if not isinstance(client_id, str) or not re.fullmatch(r"[!-~]+", client_id):
-        raise PortalError("invalid_client_metadata", "client_id is missing or not a string of ASCII")
-    if secret is not None and (not isinstance(secret, str) or not secret):
-        raise PortalError("invalid_client_metadata", "client_secret: expected a string")
-    keys = {"jwks", "jwks_uri"} & metadata.keys()
-    method = "client_secret_basic" if secret else "private_key_jwt" if keys else "none"
-    kept = client_metadata({"token_endpoint_auth_method": method, **metadata})
-    if kept["token_endpoint_auth_method"].startswith("client_secret") != bool(secret):
-        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method is "
-                          f"{kept['token_endpoint_auth_method']}, {'but' if secret else 'without'} a client_secret")
-    return Client(client_id, hash_secret(secret) if secret else None, kept)
-
-
-class Seeds(NamedTuple):
-    """Who and what is there from the start, as rows of the tables users, patients and clients."""
-    users: list[tuple[Any, ...]]
-    patients: list[tuple[Any, ...]]
-    clients: dict[str, Client]
-
-
-# The members of --fixtures: name -> type; those of clients are client metadata.
-FIXTURES: Json = {"users": list, "clients": list}
-FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
-FIXTURE_PATIENT: Json = {"patient_id": str, "name": str, "is_user": bool}
-
-
-def add_fixtures(found: Seeds, source: str | Json) -> None:
-    """Add the users and clients of a fixtures file, or of the object that is in one."""
-    where = f"--fixtures {source}" if isinstance(source, str) else "fixtures"
-
-    def check(place: str, value: Any, known: Json, *needed: str) -> Json:
-        if not isinstance(value, dict):
-            raise StartError(f"{where}: {place} is not a JSON object")
-        for name, one in value.items():
-            if name not in known:
-                raise StartError(f"{where}: {place} has an unknown member {name}; known are {', '.join(known)}")
-            if not isinstance(one, known[name]):
-                kind = {str: "a string", list: "an array", bool: "true or false"}[known[name]]
-                raise StartError(f"{where}: {name} of {place} is not {kind}")
-        for name in needed:
-            if not value.get(name):
-                raise StartError(f"{where}: {place} has no {name}")
-        return value
-    fixtures: Any = source
-    try:
-        if isinstance(source, str):
-            with open(source, encoding="utf-8") as file:
-                fixtures = json.load(file)
-        json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise StartError(f"{where}: {error}; give a file of JSON")
-    check("the whole", fixtures, FIXTURES)
-    # One salt for all, so that the slow hash is needed only once for users who share a password.
-    salt = new_token()
-    hashes: dict[str, str] = {}
-    for number, user in enumerate(fixtures.get("users", [])):
-        place = f"users[{number}]"
-        username, password = (check(place, user, FIXTURE_USER, "username", "password")[name]
-                              for name in ("username", "password"))
-        if not re.fullmatch(r"[!-~]{1,255}", username):
-            raise StartError(f"{where}: username of {place} is not 1 to 255 characters of ASCII without spaces")
-        hashes[password] = hashes.get(password) or hash_password(password, salt)
-        found.users.append((username, user.get("name") or username, user.get("fhir_user"), salt, hashes[password], False))
-        for index, one in enumerate(user.get("patients", [])):
-            check(f"{place}.patients[{index}]", one, FIXTURE_PATIENT, "patient_id")
-            found.patients.append((username, one["patient_id"], one.get("name") or one["patient_id"],
-                                   one.get("is_user", False), None))
-    for number, one in enumerate(fixtures.get("clients", [])):
-        try:
-            if not isinstance(one, dict):
-                raise PortalError("invalid_client_metadata", "not a JSON object")
-            metadata = {name: value for name, value in one.items() if name not in ("client_id", "client_secret")}
-            client = seeded_client(one.get("client_id"), one.get("client_secret"), metadata)
-            found.clients[client.client_id] = client
-        except PortalError as error:
-            raise StartError(f"{where}: clients[{number}]: {error.description}")
-
-
-def seeds(settings: Settings) -> Seeds:
-    """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
-    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
-    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
-                  list(DEMO_PATIENTS) if samples else [], {})
-    for client_id, secret, uri in DEMO_CLIENTS:
-        found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
-    demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
-                            "token_endpoint_auth_method": "none"})
-    found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
-    for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
-        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
-        if not match:
-            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
-        try:
-            client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
-        except PortalError as error:
-            raise StartError(f"{option}: {error.description}")
-        earlier = found.clients.get(client.client_id)
-        if earlier:
-            if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"{option}: it was given with another secret before")
-            client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
-                *earlier.metadata["redirect_uris"], match[3]]})
-        found.clients[client.client_id] = client
-    if settings.fixtures is not None:
-        add_fixtures(found, settings.fixtures)
-    return found
-
-
-class Fault(NamedTuple):
-    """Trouble that a test ordered for an endpoint."""
-    status: int              # HTTP's; 0: none
-    error: str
-    retry_after: int | None  # seconds
-    delay: float             # seconds
-    drop: bool               # close the connection without an answer
-    times: int | None        # None: until reset
-
-
-# The status that the texts give an error code; 400 for all others (RFC 6749 section 5.2, RFC 6750 section 3.1).
-ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope": 403, "server_error": 500,
-                "temporarily_unavailable": 503}
-
-
-class Faults:
-    """The faults that tests ordered, a queue for each endpoint."""
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._queues: dict[str, list[Fault]] = {}
-
-    def add(self, endpoint: str, fault: Fault) -> None:
-        """Order a fault, after those ordered before."""
-        with self._lock:
-            self._queues.setdefault(endpoint, []).append(fault)
-
-    def take(self, endpoint: str) -> Fault | None:
-        """The fault that this request of an endpoint meets, if any."""
-        if endpoint not in self._queues:  # the common case needs no lock
-            return None
-        with self._lock:
-            waiting = self._queues[endpoint]
-            if not waiting:
-                return None
-            fault = waiting.pop(0)
-            if fault.times is None:
-                waiting.insert(0, fault)
-            elif fault.times > 1:
-                waiting.insert(0, fault._replace(times=fault.times - 1))
-            return fault
-
-    def clear(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self._queues.clear()
-
-
-class Portal:
-    """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self.clock = Clock()
-        self._seeds = seeds(settings)           # before anything is open that would have to be closed
-        self.state = Store(settings.db, STATE_SCHEMA)
-        try:
-            self.records = Records(settings, self.clock)
-        except BaseException:
-            self.state.close()
-            raise
-        self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
-        self.log: Callable[[str], None] = lambda line: None
-        self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
-        self.watch = Watch()                    # over all connections, to apps and to the FHIR server
-        self.faults = Faults()
-        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
-        self.key_lock = threading.Lock()        # held while the signing key is made
-        self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
-        self.upstream = Upstream(settings, self.watch) if settings.fhir_server else None  # section 12
-        try:
-            with self.state.transaction() as database:
-                self._seed(database)
-        except sqlite3.Error as error:
-            self.close()
-            raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
-
-    def _seed(self, database: sqlite3.Connection) -> None:
-        """The accounts and clients that are there from the start."""
-        users, patients, clients = self._seeds
-        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
-        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
-        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
-        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
-            (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now()) for one in clients.values()])
-
-    def reset(self) -> None:
-        """Back to the start: the clock too, and every client, grant, token and session made since gone."""
-        self.clock.offset = 0.0
-        if self.upstream:
-            self.upstream.forget()
-        self.faults.clear()
-        self.recorded.clear()
-        self.key_sets.clear()
-        self.records.reset()
-        with self.state.transaction() as database:
-            for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
-                         "patients", "users"):
-                database.execute(f"DELETE FROM {name}")
-            self._seed(database)
-
-    def close(self) -> None:
-        """Close the databases and what else is open."""
-        self.watch.close()
-        self.state.close()
-        self.records.store.close()
-        if self.upstream:
-            self.upstream.close()
-
-    def client(self, client_id: str) -> Client | None:
-        """A registered client, or None."""
-        row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
-        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"]),
-                      bool(row["registered_itself"])) if row else None
-
-    def user(self, username: str) -> Row | None:
-        """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
-        sql = "SELECT * FROM users WHERE username = ?"
-        row = self.state.row(sql, username)
-        patient = None if row or self.upstream else self.records.read("Patient", username)
-        if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
-            name = display_name(patient)
-            with self.state.transaction() as database:
-                database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
-                    username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
-                database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)", (username, username, name))
-            return self.state.row(sql, username)
-        return row
-
-    def patients_of(self, username: str, text: str = "") -> dict[str, str]:
-        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
-        name has it. Of one who may open any record, the first few."""
-        user = self.user(username)
-        if user and user["any_patient"]:
-            found = dict(upstream_patients(self, text) if self.upstream else self.records.patients(text, 200))
-            if FHIR_ID.fullmatch(text):
-                with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
-                    name = self.patient_name(username, text)
-                    found.update({text: name} if name else {})
-            return found
-        return {row["patient_id"]: row["name"] for row in self.state.rows(
-            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)
-            if row["patient_id"] == text or re.search(r"\b" + re.escape(text), row["name"], re.IGNORECASE)}
-
-    def patient_name(self, username: str, patient_id: str) -> str | None:
-        """A patient's name; None if this user may not open that record."""
-        user = self.user(username)
-        if user and user["any_patient"]:
-            if self.upstream:
-                return upstream_patient(self, patient_id)
-            found = self.records.read("Patient", patient_id)
-            return display_name(found) if found else None
-        return self.patients_of(username).get(patient_id)
-
-    def fhir_user(self, username: str, patient_id: str | None) -> str:
-        """The resource that stands for a user (SMART: fhirUser); for somebody else's record that may be another one."""
-        row = self.state.row("SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?", username, patient_id)
-        user = self.user(username)
-        own = self.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
-        return ((row and row["fhir_user"]) or (user and user["fhir_user"])
-                or (f"Patient/{own['patient_id']}" if own else ""))
-
-    def meet_fault(self, endpoint: str) -> None:
-        """Do what a test ordered for this endpoint, if anything: wait, then refuse.
-
-        ConnectionAbortedError for a drop, PageError where only a status was ordered.
-        """
-        fault = self.faults.take(endpoint)
-        if not fault:
-            return
-        if fault.delay:
-            self.stopping.wait(fault.delay)
-        if fault.drop:
-            raise ConnectionAbortedError
-        if fault.status:
-            headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
-            if fault.error == "invalid_client":
-                headers.append(challenge("Basic"))
-            elif fault.status == 401 or fault.error == "insufficient_scope":
-                headers.append(challenge(error=fault.error or "invalid_token"))
-            kind = PortalError if fault.error else PageError
-            raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
-                       "a test made this request fail", fault.status, headers)
-
-    def log_bug(self, during: str, error: Exception) -> None:
-        """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
-        import traceback  # takes long to import, and nobody should need it
-        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
-        self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
-
-    def base(self, request: Request) -> str:
-        """The base URL that this request's sender knows the server by."""
-        ours = f"{request.scheme}://{request.host}"
-        if not self.settings.base_url:
-            return ours if request.host else self.address
-        return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
-                    self.settings.base_url[0])
-
-    def is_ours(self, host: str) -> bool:
-        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it, the one
-        listened on or any IP address. Every other name may be pointed here by whoever owns it."""
-        if host in [urlsplit(url).netloc for url in self.settings.base_url]:
-            return True
-        name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-        return is_loopback(name) or (not self.settings.local and (
-            name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
-
-    def public_url(self) -> str:
-        """The base URL where no request names one: the first, or the address listened on."""
-        return self.settings.base_url[0] if self.settings.base_url else self.address
-
-    def browser_base(self, request: Request) -> str:
-        """The base URL for addresses that a person's browser goes to: always the first."""
-        return self.settings.base_url[0] if self.settings.base_url else self.base(request)
-
-
-def same_address(one: str, other: str) -> bool:
-    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
-    def plain(url: str) -> str:
-        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
-    return plain(one) == plain(other)
-
-
-class Fields:
-    """The parameters of a query or a form. Each at most once (RFC 6749 section 3.1), empty the same as absent."""
-    def __init__(self, pairs: Iterable[tuple[str, str]]):
-        self.values: dict[str, str] = {}
-        self.repeated: list[str] = []
-        for name, value in pairs:
-            if name in self.values:
-                self.repeated.append(name)
-            self.values[name] = value
-
-    def get(self, name: str, default: str = "") -> str:
-        """A parameter's value, or the default."""
-        if name in self.repeated:
-            raise PortalError("invalid_request", f"{name} is given more than once")
-        return self.values.get(name) or default
-
-    def need(self, name: str) -> str:
-        """A parameter that must be there."""
-        value = self.get(name)
-        if not value:
-            raise PortalError("invalid_request", f"{name} is missing")
-        return value
-
-
-def decode_plus(text: str, errors: str = "replace") -> str:
-    """Form decoding of a single name or value."""
-    return unquote(text.replace("+", " "), errors=errors) if "%" in text or "+" in text else text
-
-
-def decode_pairs(text: str) -> list[tuple[str, str]]:
-    """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
-    if not text:
-        return []
-    if "%" in text and re.search(r"%(?![0-9A-Fa-f]{2})", text):
-        raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
-    if text.count("&") >= 1000:
-        raise PortalError("invalid_request", "more than 1000 parameters")
-    try:
-        pairs = [(decode_plus(name, "strict"), decode_plus(value, "strict"))
-                 for name, _, value in (part.partition("=") for part in text.split("&") if part)]
-    except ValueError as error:
-        raise PortalError("invalid_request", f"parameters can't be decoded: {error}")
-    if "%00" in text or "\0" in text:
-        raise PortalError("invalid_request", "a NUL character in a parameter")
-    return pairs
-
-
-class Request:
-    """What came in. `headers` has lower-case names; `scheme` is http or https; `rest` is what a route's {} matched."""
-    def __init__(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"", scheme: str = "http"):
-        path, _, self.query = target.partition("?")
-        self.method, self.raw_path, self.headers, self.body, self.scheme = method, path, headers, body, scheme
-        self.path = path.rstrip("/") or "/"     # a trailing slash is ignored
-        self.host = headers.get("host", "")
-        self.rest = ""
-        self.client_id = self.username = ""     # found out on the way, for the log
-        self._pairs: list[tuple[str, str]] | None = None
-        self.notes: list[str] = []              # what was decided on the way and why, for --verbose
-        self.broken: PortalError | None = None  # why the body could not be read
-
-    def note(self, text: str) -> None:
-        """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
-        self.notes.append(text)
-
-    def pairs(self) -> list[tuple[str, str]]:
-        """The query's parameters, in order."""
-        if self._pairs is None:
-            self._pairs = decode_pairs(self.query)
-        return self._pairs
-
-    @property
-    def media_type(self) -> str:
-        """The body's type, without parameters."""
-        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
-
-    def form(self) -> list[tuple[str, str]]:
-        """The body's parameters: application/x-www-form-urlencoded in UTF-8 (RFC 6749 appendix B)."""
-        if self.media_type != "application/x-www-form-urlencoded":
-            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
-                              "application/x-www-form-urlencoded", 415)
-        try:
-            return decode_pairs(self.body.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise PortalError("invalid_request", "the body is not UTF-8")
-
-    def json(self) -> Json:
-        """The body as a JSON object."""
-        if not re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type):
-            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
-                              "application/json", 415)
-        return parse_json(self.body)
-
-    def cookie(self, name: str) -> str:
-        """A cookie's value, or "". """
-        # Not http.cookies: it drops all cookies for one that it dislikes (localhost's come from every port), takes
-        # time that grows with the square, and decodes line breaks, which would get into Set-Cookie.
-        found = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
-        return found[1] if found else ""
-
-
-def check_host(portal: Portal, request: Request) -> None:
-    """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
-    settings = portal.settings
-    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
-    if trusting and not portal.is_ours(request.host):
-        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
-                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
-
-
-class Response:
-    """What goes out."""
-    def __init__(self, status: int, body: bytes = b"", content_type: str = "",
-                 headers: Sequence[tuple[str, str]] = ()):
-        self.status, self.body = status, body
-        self.headers = [("Content-Type", content_type)] if content_type else []
-        self.headers += headers
-
-
-def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
-    """JSON that no cache may keep: what OAuth's endpoints answer (RFC 6749 section 5.1)."""
-    return Response(status, json.dumps(value).encode("ascii"), "application/json",
-                    [("Cache-Control", "no-store"), ("Pragma", "no-cache"), *headers])
-
-
-def redirect(url: str, cookies: Sequence[str] = ()) -> Response:
-    """See other: the browser goes there with GET (RFC 9110 section 15.4.4)."""
-    return Response(303, headers=[("Location", url), ("Cache-Control", "no-store"),
-                                  *(("Set-Cookie", cookie) for cookie in cookies)])
-
-
-def with_query(url: str, **parameters: str) -> str:
-    """A URL with parameters added, its own query kept (RFC 6749 section 3.1.2)."""
-    return url + ("&" if "?" in url else "?") + urlencode(parameters, quote_via=quote, safe="")
-
-
-FHIR_TYPE = "application/fhir+json"
-FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
-JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
-_ANY_JSON = frozenset(("*/*", "application/*", *JSON_TYPES))
-
-
-def too_little_scope(type_name: str, letter: str) -> FhirError:
-    """403 that names the scope it would take (RFC 6750 section 3.1)."""
-    needed = f"patient/{type_name}.{letter}"
-    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [challenge(error="insufficient_scope", scope=needed)])
-
-
-@remembered(100)
-def media_types(text: str) -> tuple[str, ...]:
-    """The media types in an Accept header, less those that it refuses (q=0)."""
-    return tuple(part.partition(";")[0].strip().lower() for part in text.split(",")
-                 if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part))
-
-
-def accepted_types(request: Request) -> tuple[str, ...]:
-    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
-    return media_types(dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*")
-
-
-def fhir_type(request: Request, version: str = "r4") -> str:
-    """The JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request)
-    if not _ANY_JSON.intersection(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
-    return "application/json" if accepted == ("application/json",) else FHIR_TYPES.get(version, FHIR_TYPE)
-
-
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the type that `fhir_type` says; errors whatever is accepted."""
-    media_type = fhir_type(request, version) if status == 200 else FHIR_TYPES.get(version, FHIR_TYPE)
-    if ("_pretty", "true") in request.pairs():
-        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
-    text = body if isinstance(body, str) else json.dumps(body)
-    # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
-
-
-Endpoint = Callable[[Portal, Request], Response]
-
-
-class Route(NamedTuple):
-    """One endpoint: methods, path (`{}` stands for the rest), the text it implements, whether browsers of any origin
-    may read it, what kind of thing it is (oauth, fhir, page or debug; errors are shaped by that), and the name by
-    which a test makes it fail."""
-    methods: tuple[str, ...]
-    path: str
-    spec: str
-    cors: bool
-    kind: str
-    fault: str
-    endpoint: Endpoint
-
-
-ROUTES: list[Route] = []
-
-
-def route(rule: str, spec: str, cors: bool = False, kind: str = "oauth",
-          fault: str = "") -> Callable[[Endpoint], Endpoint]:
-    """Declare the endpoint that serves `rule`, such as "GET,POST /login"."""
-    methods, path = rule.split(" ")
-
-    def declare(endpoint: Endpoint) -> Endpoint:
-        ROUTES.append(Route(tuple(methods.split(",")), path, spec, cors, kind, fault, endpoint))
-        return endpoint
-    return declare
-
-
-# ######################################################################## 15 pages
-
-class Markup(str):
-    """Text that is HTML already. All other text is escaped when it enters a page."""
-
-
-def escaped(child: Any) -> str:
-    """A child of an element: markup as it is, a list one by one, None and False not at all, everything else escaped."""
-    if isinstance(child, Markup):
-        return child
-    if isinstance(child, (list, tuple)):
-        return "".join(map(escaped, child))
-    return "" if child is None or child is False else html.escape(str(child))
-
-
-def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """An HTML element. class_ is class, data_slide is data-slide; True is a bare attribute, None and False are none."""
-    words = [name]
-    for key, value in attributes.items():
-        key = key.rstrip("_").replace("_", "-")
-        if value is True:
-            words.append(key)
-        elif value is not None and value is not False:
-            words.append(f'{key}="{html.escape(str(value))}"')
-    start = f"<{' '.join(words)}>"
-    if name in ("input", "br", "hr", "meta", "link"):
-        return Markup(start)
-    return Markup(start + "".join(map(escaped, children)) + f"</{name}>")
-
-
-# Where the texts can be read, besides the RFCs.
-TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html", "FHIR": "https://hl7.org/fhir/http.html",
-         "OpenID Connect Core": "https://openid.net/specs/openid-connect-core-1_0.html",
-         "OpenID Connect Discovery": "https://openid.net/specs/openid-connect-discovery-1_0.html"}
-_CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join(TEXTS)})\b(?: App Launch)?")
-
-
-def cited(text: str) -> Markup:
-    """Words with each text that they cite as a link to it."""
-    def link(found: re.Match[str]) -> str:
-        section = f"#section-{found[2]}" if found[2] else ""
-        return tag("a", found[0], href=TEXTS.get(found[3]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
-    return Markup(_CITED.sub(link, html.escape(text)))
-
-
-# Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
-STYLE = """
-:root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
---edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
-@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;
---line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}
-*{box-sizing:border-box}
-body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
-overflow-wrap:anywhere}
-body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
-body>header{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;align-items:center;background:var(--paper);
-border-bottom:1px solid var(--line)}
-header strong{flex:1 1 14rem;font-size:1.1rem}header strong::before{content:"";display:inline-block;width:.9em;
-height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
-header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}header a{padding:.4rem 0}
-footer{color:var(--warn);border-top:1px solid var(--line)}
-h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
-h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
-a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
-small,.quiet{color:var(--quiet);font-size:.95rem}
-.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
-.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
-.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
-border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
-dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}
-dt{color:var(--quiet)}dd{margin:0}
-label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;margin:1.2rem 0}
-legend{padding:0;font-weight:600}
-input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
-border-radius:.4rem}
-input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
-margin-top:.25rem}
-.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
-border-bottom:1px solid var(--line)}.choice small{display:block}
-input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}
-button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;cursor:pointer;
-border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
-button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}
-button[data-patient-id]{display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
-color:var(--accent)}
-pre,code{font:.9em/1.5 ui-monospace,monospace}
-pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
-table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
-padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
-th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
-.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
-@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
-tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
-td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
-@media print{nav,button{display:none!important}.js section:not(.active){display:block}
-body{background:none}body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
-"""
-
-
-def _source_hash(text: str) -> str:
-    """What a Content-Security-Policy calls an inline script or style by."""
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-def page_headers(style: str, script: str) -> list[tuple[str, str]]:
-    """What guards a page: this style and this script run in it and no other, no site frames it, no cache keeps it.
-
-    A script may talk to this server alone. There is no form-action: the consent form's answer redirects to the app,
-    which that would forbid.
-    """
-    scripts = f"script-src {_source_hash(script)}; connect-src 'self'; " if script else ""
-    policy = f"default-src 'none'; style-src {_source_hash(style)}; {scripts}base-uri 'none'; frame-ancestors 'none'"
-    return [("Content-Security-Policy", policy),
-            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
-
-
-def link_root(portal: Portal) -> str:
-    """What stands before the path in links: nothing, but where a reverse proxy serves this server below a path."""
-    return urlsplit(portal.public_url()).path
-
-
-def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
-         cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
-    """A page of the portal; `brand` is whose page it is, if not the portal's."""
-    root = link_root(portal)
-    body = tag("html", tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {portal.settings.name}"),
-                           tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-                           tag("style", Markup(style))),
-               tag("body",
-                   tag("header", tag("strong", brand or portal.settings.name),
-                       tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
-                           aria_label="Portal"),
-                       tag("span", f"Signed in as {username}", class_="quiet") if username else None),
-                   tag("main", tag("h1", title), *content),
-                   tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
-                   tag("script", Markup(script)) if script else None), lang="en")
-    return Response(status, b"<!doctype html>" + body.encode("utf-8", "replace"), "text/html; charset=utf-8",
-                    [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
-
-
-def facts(*pairs: tuple[str, Any]) -> Markup:
-    """A list of names and what they are; pairs with nothing are left out."""
-    return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
-
-
-def what_it_does(found: Route) -> str:
-    """The first paragraph of an endpoint's docstring."""
-    return " ".join((found.endpoint.__doc__ or "").partition("\n\n")[0].split())
-
-
-def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
-    """An error for the person at the browser: what was expected, what came, and what to read."""
-    came = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
-    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
-                tag("p", cited(error.description), class_="error"),
-                tag("div", facts(
-                    ("What came", [tag("code", f"{request.method} {request.path}"), came and tag("ul", came)]),
-                    ("What it does", found and what_it_does(found)),
-                    ("What to read", found and cited(found.spec)),
-                    ("Error code", tag("code", error.error))), class_="card"),
-                tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
-
-
-# ######################################################################## 16 discovery
-
-def addresses(base: str, browser_base: str) -> dict[str, str]:
-    """The endpoints, absolute. One source for every document that names them, so that all agree."""
-    return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
-            "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
-            "management_endpoint": f"{browser_base}/apps", "introspection_endpoint": f"{base}/oauth/introspect",
-            "revocation_endpoint": f"{base}/oauth/revoke", "userinfo_endpoint": f"{base}/oauth/userinfo",
-            "jwks_uri": f"{base}/oauth/jwks"}
-
-
-def server_metadata(portal: Portal, request: Request) -> Json:
-    """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
-    Discovery section 3. What a member says is what the code below does."""
-    methods, grants = METADATA_CHOICES["token_endpoint_auth_method"], METADATA_CHOICES["grant_types"]
-    return {
-        **addresses(portal.base(request), portal.browser_base(request)),
-        "scopes_supported": [*PLAIN_SCOPES, *(f"{context}/*.{suffix}" for context in ("patient", "user", "system")
-                                              for suffix in ("rs", "read"))],
-        "response_types_supported": ["code"], "response_modes_supported": ["query"],
-        "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
-        "token_endpoint_auth_methods_supported": list(methods),
-        "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
-        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
-        "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "revocation_endpoint_auth_methods_supported": list(methods),
-        "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "authorization_response_iss_parameter_supported": True,
-        "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
-        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name"],
-        "request_parameter_supported": False, "request_uri_parameter_supported": False}
-
-
-@route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
-def oauth_configuration(portal: Portal, request: Request) -> Response:
-    """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
-    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
-    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
-    return json_response(server_metadata(portal, request))
-
-
-@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", cors=True, fault="discovery")
-def openid_configuration(portal: Portal, request: Request) -> Response:
-    """The same for OpenID Connect clients, which look for it here."""
-    return json_response(server_metadata(portal, request))
-
-
-CAPABILITIES = (  # SMART, "Capabilities": each is a promise
-    "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
-    "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
-    "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
-    "permission-patient", "permission-user", "permission-v1", "permission-v2")
-
-
-@route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
-def smart_configuration(portal: Portal, request: Request) -> Response:
-    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance").
-
-    Two lists are shorter here: SMART has no word for refresh tokens and for public clients but in `capabilities`.
-    """
-    document = server_metadata(portal, request)
-    document["grant_types_supported"].remove("refresh_token")
-    document["token_endpoint_auth_methods_supported"].remove("none")
-    return json_response({**document, "capabilities": CAPABILITIES})
-
-
-def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
-    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris).
-
-    A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
-    """
-    version, url = fhir_version(portal), f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
-    service = HL7 if version == "r4" else "http://hl7.org/fhir/"
-    operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
-    rest: Json = {"mode": "server", "resource": [
-        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]} if name == "Binary" else
-        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
-         "searchInclude": [f"{name}:{one}" for one in sorted(known) if known[one].type == "reference"],
-         "searchRevInclude": sorted(map(":".join, referring(name, version))),
-         "searchParam": [{"name": one, "type": known[one].type} for one in sorted(known)]}
-        for name, known in sorted(search_table(version).items())]}
-    for resource in rest["resource"]:  # FHIR: a list is not empty, it is absent
-        for name in [name for name, value in resource.items() if not value]:
-            del resource[name]
-        if version == "r4" and resource["type"] == "Patient":
-            resource["operation"] = [{"name": "everything", "definition": operation}]
-    if version != "r4":
-        rest["operation"] = [{"name": "everything", "definition": {"reference": operation}}]
-    if secured:
-        found = addresses(portal.base(request), portal.browser_base(request))
-        rest["security"] = {
-            "cors": True, "service": [concept(service + "restful-security-service", "SMART-on-FHIR")],
-            "extension": [{"url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris", "extension": [
-                {"url": short, "valueUri": found[name]} for short, name in (
-                    ("authorize", "authorization_endpoint"), ("token", "token_endpoint"),
-                    ("register", "registration_endpoint"), ("manage", "management_endpoint"),
-                    ("introspect", "introspection_endpoint"), ("revoke", "revocation_endpoint"))]}]}
-    statement = {
-        "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
-        "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
-        "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
-        "software": {"name": "s4s_proxy.py", "version": __version__},
-        "implementation": {"description": "A test server with made-up patients", "url": url}, "rest": [rest]}
-    return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
-
-
-# ######################################################################## 17 clients
-
-def register_client(portal: Portal, metadata: Json) -> Json:
-    """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
-    kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
-    kept["client_name"] = kept.get("client_name") or client_id
-    secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
-    with portal.state.transaction() as database:
-        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
-                         (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
-    answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
-    if secret:
-        answer.update(client_secret=secret, client_secret_expires_at=0)
-    return answer
-
-
-@route("POST /oauth/register", "RFC 7591 section 3", cors=True, fault="register")
-def register(portal: Portal, request: Request) -> Response:
-    """Register an app (RFC 7591 section 3.1): JSON in, id and secret out."""
-    return json_response(register_client(portal, request.json()), 201)
-
-
-def invalid_client(description: str) -> PortalError:
-    """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
-    return PortalError("invalid_client", description, 401, [challenge("Basic")])
-
-
-def basic_credentials(request: Request) -> tuple[str, str] | None:
-    """Client id and secret of HTTP Basic, as they came; None without such a header."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "basic":
-        return None
-    try:
-        client_id, colon, secret = base64.b64decode(value.strip(), validate=True).decode("utf-8").partition(":")
-    except (binascii.Error, ValueError):
-        raise invalid_client("the Basic credentials are not base64 of client_id:client_secret")
-    if not colon:
-        raise invalid_client("the Basic credentials have no colon between client_id and client_secret")
-    return client_id, secret
-
-
-def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Client:
-    """The client of an id and a secret, or of an id without one; else PortalError 401."""
-    # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
-    pairs = [given, (decode_plus(given[0]), decode_plus(given[1]))]
-    if form.get("client_id", given[0]) not in (pairs[0][0], pairs[1][0]):
-        raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
-    for client_id, secret in pairs:
-        client = portal.client(client_id)
-        if client and client.secret_hash and secret and same_secret(hash_secret(secret), client.secret_hash):
-            return client
-        if client and client.auth_method == "none" and not secret:
-            return client
-    if not given[0]:
-        raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
-                             "client_assertion, or a public client's client_id")
-    found = next(filter(None, (portal.client(client_id) for client_id, _ in pairs)), None)
-    if not found:
-        raise invalid_client(f"client_id {given[0]!r} is not registered here")
-    raise invalid_client(f"client {given[0]!r}: " + (
-        "a public client has no secret" if found.auth_method == "none" else
-        "the secret is missing or wrong" if found.secret_hash else "it registered for private_key_jwt"))
-
-
-def fetch(url: str, public_only: bool, watch: Watch, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
-    """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
-
-    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
-    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
-    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
-    """
-    import ipaddress  # takes long to import, and few need it
-    parts, deadline = urlsplit(url), time.monotonic() + seconds
-    secure, host = parts.scheme.lower() == "https", parts.hostname or ""
-    target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    try:
-        message = (f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
-                   "Connection: close\r\n\r\n").encode("ascii")
-        found = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
-        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
-            raise OSError("not public")
-        connection = Connection(secure, host, [(str(one[4][0]), int(one[4][1])) for one in found], deadline, watch, most)
-        try:
-            answer = connection.exchange(message, url, deadline)
-        finally:
-            connection.close()
-        if answer.status != 200:
-            raise OSError(f"it answered {answer.status}")
-    except (OSError, BadRequest, UnicodeError) as error:
-        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
-                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
-    control = answer.headers.get("cache-control", "").lower()
-    age = re.search(r"\bmax-age=(\d{1,9})\b", control)
-    return answer.body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
-
-
-def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
-    """A client's keys: registered, or fetched and kept as long as its Cache-Control says; `fresh`: not the kept ones."""
-    if "jwks" in client.metadata:
-        return key_set(client.metadata["jwks"])
-    url, now = client.metadata["jwks_uri"], portal.clock.now()
-    until, keys = portal.key_sets.get(url, (0.0, []))
-    if fresh or until <= now:
-        # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
-        stranger = client.registered_itself and not portal.settings.serves_debug
-        text, lifetime = fetch(url, stranger, portal.watch)
-        keys = key_set(json.loads(text))
-        portal.key_sets[url] = (now + lifetime, keys)
-    return keys
-
-
-def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
-    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
-    is none, or no way to get it."""
-    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
-        keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
-                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
-        if found or "jwks" in client.metadata:
-            break
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
-                         f"say so, use sig and alg {algorithm}; expected one")
-    return found[0]
-
-
-def is_moment(value: Any) -> bool:
-    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
-
-
-ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion, and how far two clocks may differ
-
-
-def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
-    """The client whose signed assertion came (RFC 7523 section 3; SMART, "Client Authentication: Asymmetric").
-
-    Each way to fail has its own words, and the same error, invalid_client.
-    """
-    def need(good: object, description: str) -> None:
-        if not good:
-            raise invalid_client(f"client_assertion: {description}")
-    if form.get("client_assertion_type") != ASSERTION_TYPE:
-        raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
-    try:
-        jwt = read_jwt(form.get("client_assertion"))
-    except ValueError as error:
-        raise invalid_client(f"client_assertion: {error}")
-    header, claims, now = jwt.header, jwt.claims, portal.clock.now()
-    client_id = claims.get("iss")
-    client = portal.client(client_id) if isinstance(client_id, str) else None
-    if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
-        raise invalid_client("client_assertion: expected a registered client_id as both iss and sub, and as client_id "
-                             "if that is sent")
-    need(client.auth_method == "private_key_jwt", f"client {client_id!r} did not register for private_key_jwt")
-    algorithm, registered = header.get("alg"), client.metadata.get("token_endpoint_auth_signing_alg")
-    need(algorithm in ([registered] if registered else list(KEY_TYPES)),
-         f"alg is {algorithm!r}; expected {registered or ' or '.join(KEY_TYPES)}")
-    need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
-    need(isinstance(header.get("kid"), str), "the header has no kid")
-    need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
-    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
-         "section 4.1.11)")
-    try:
-        key = assertion_key(portal, client, header["kid"], str(algorithm))
-        need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
-    except (ValueError, RecursionError) as error:
-        raise invalid_client(f"client_assertion: {error}")
-    # From here on it is known to be the client who says all this.
-    audience = claims.get("aud")
-    # Without base URLs, the Host says who we are. Another server, for which this assertion was meant, could send it on
-    # under its own name.
-    need(portal.settings.base_url or portal.is_ours(request.host),
-         f"aud: {request.host!r} may be another server's name; start this one with --base-url")
-    ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
-    need(any(isinstance(one, str) and same_address(one, url) for url in ours
-             for one in (audience if isinstance(audience, list) else [audience])),
-         f"aud: expected {ours[1]} or {ours[0]}")
-    for name in ("exp", "nbf", "iat"):
-        need(is_moment(claims[name]) if name in claims else name != "exp", f"{name}: expected a Unix time")
-    need(claims["exp"] > now, "exp: it has expired")
-    need(claims["exp"] <= now + ASSERTION_SECONDS + LEEWAY_SECONDS, "exp: more than five minutes ahead")
-    need(max(claims.get("nbf", 0), claims.get("iat", 0)) <= now + LEEWAY_SECONDS, "nbf or iat is in the future")
-    jti = claims.get("jti")
-    need(isinstance(jti, str) and jti, "jti: expected a string that was never used before")
-    with portal.state.transaction() as database:  # of two that race with the same jti, one is first
-        forget_expired(database, "assertions", now)
-        need(database.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?, ?)",
-                              (client_id, jti, claims["exp"])).rowcount, "jti was used before")
-    return client
-
-
-def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
-    """Which client asks, proven: HTTP Basic, secret in the form, signed assertion, or, for a public client, the id
-    alone. RFC 6749 section 2.3: one method in a request, never two."""
-    basic, posted = basic_credentials(request), form.get("client_secret")
-    asserted = form.get("client_assertion") or form.get("client_assertion_type")
-    if bool(basic) + bool(posted) + bool(asserted) > 1:
-        raise PortalError("invalid_request", "client authentication is given twice; expected one of the Authorization "
-                          "header, client_secret and client_assertion")
-    if asserted:
-        client = client_of_assertion(portal, request, form)
-    else:
-        client = client_of_secret(portal, form, basic or (form.get("client_id"), posted))
-    request.client_id = client.client_id
-    request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
-    return client
-
-
-# ######################################################################## 18 sign-in
-
-SESSION_SECONDS = 1800
-
-
-def cookie_name(portal: Portal) -> str:
-    """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
-    return f"s4s_session_{portal.address.rpartition(':')[2]}"
-
-
-def set_cookie(portal: Portal, request: Request, value: str) -> str:
-    """A Set-Cookie value that scripts can't read and other sites' forms don't send."""
-    secure = "; Secure" if portal.browser_base(request).startswith("https:") else ""
-    return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
-
-
-def browser_session(portal: Portal, request: Request) -> str:
-    """The session id that this browser's cookie holds, "" if none: a value that `new_session_id` can't have drawn was
-    planted, and comes back in no header and no page."""
-    value = request.cookie(cookie_name(portal))
-    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
-
-
-def new_session_id() -> str:
-    """A session's id: 192 random bits."""
-    return secrets.token_urlsafe(24)
-
-
-def form_token(session_id: str) -> str:
-    """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
-    return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
-
-
-def session_user(portal: Portal, request: Request) -> Row | None:
-    """The user signed in at this browser, or None."""
-    session_id = browser_session(portal, request)
-    user = session_id and portal.state.row(
-        "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
-        session_id, portal.clock.now())
-    if user:
-        request.username = user["username"]
-    return user or None
-
-
-def guarded_form(portal: Portal, request: Request) -> Fields:
-    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF).
-
-    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows; then the
-    browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
-    """
-    form = Fields(request.form())
-    session_id = browser_session(portal, request)
-    if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
-        raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
-                        "are off. Go back to the start page and try again.", 403)
-    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        raise PageError("forbidden", "This form stood on another site (Sec-Fetch-Site). Go back to the start page and "
-                        "try again.", 403)
-    return form
-
-
-def start_session(portal: Portal, username: str, earlier: str) -> str:
-    """Sign a user in; gives the new session's id. The browser's earlier session ends."""
-    session_id, now = new_session_id(), portal.clock.now()
-    with portal.state.transaction() as database:
-        forget_expired(database, "sessions", now)
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
-        database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
-    return session_id
-
-
-def hidden(session_id: str, **fields: str) -> list[Markup]:
-    """The hidden fields of a form, its token among them."""
-    return [tag("input", type="hidden", name=name, value=value)
-            for name, value in {"form_token": form_token(session_id), **fields}.items()]
-
-
-def local_path(text: str) -> str:
-    """Where to go after signing in: a path of this server, nothing else, or a link could lead anywhere."""
-    return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
-
-
-def account_names(portal: Portal) -> str:
-    """Who can sign in, in a line."""
-    names = [row["username"] for row in portal.state.rows("SELECT username FROM users ORDER BY rowid LIMIT 20")]
-    return f"{', '.join(names)}, and every loaded patient's id; password {DEMO_PASSWORD} unless --fixtures says another"
-
-
-def accounts(portal: Portal) -> Markup:
-    """Who can sign in, and how."""
-    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
-    return tag("section", tag("h2", "Test accounts"),
-               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
-               tag("p", "Their password is ", tag("code", DEMO_PASSWORD), ", unless fixtures gave them another. Every patient "
-                   "who was loaded signs in by id, with the same password."), class_="card")
-
-
-def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
-    """The form; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id = browser_session(portal, request) or new_session_id()
-    form = tag("form",
-               hidden(session_id, next=next_path),
-               tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
-                                             autocomplete="username", required=True)),
-               tag("label", "Password", tag("input", type="password", id="password", name="password",
-                                            value="" if message else DEMO_PASSWORD, autocomplete="current-password",
-                                            required=True)),
-               tag("button", "Sign in", id="sign-in"),
-               method="post", action=f"{portal.browser_base(request)}/login", class_="card")
-    return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
-                accounts(portal), status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
-
-
-@route("GET,POST /login", "S4S", kind="page")
-def login(portal: Portal, request: Request) -> Response:
-    """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
-    if request.method != "POST":
-        fields = Fields(request.pairs())
-        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
-        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid LIMIT 1")
-        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
-                            local_path(fields.get("next")))
-    form = guarded_form(portal, request)
-    username, next_path = form.get("username"), local_path(form.get("next"))
-    user = portal.user(username)
-    kept_hash, salt = (user["password_hash"], user["password_salt"]) if user else ("", DEMO_SALT)
-    # An unknown user costs the same time as a wrong password, and gets the same words.
-    if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
-        return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
-    return redirect(portal.browser_base(request) + next_path,
-                    [set_cookie(portal, request, start_session(portal, username, browser_session(portal, request)))])
-
-
-@route("POST /logout", "S4S", kind="page")
-def logout(portal: Portal, request: Request) -> Response:
-    """Sign out: the session ends on the server, whatever becomes of the cookie."""
-    guarded_form(portal, request)
-    with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
-    return redirect(portal.browser_base(request) + "/")
-
-
-def to_sign_in(portal: Portal, request: Request, back: str = "", username: str = "") -> Response:
-    """Send the browser to sign in and then back, to this very page if no other is named; `username` is filled in."""
-    back = back or request.path + ("?" + request.query if request.query else "")
-    hint = {"username": username} if username else {}
-    return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
-
-
-# ######################################################################## 19 authorization
-
-PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # how long each is good
-
-
-class Authorization:
-    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
-    def __init__(self, portal: Portal, request: Request, fields: Fields):
-        self.portal, self.request, self.fields = portal, request, fields
-        self.client: Client                           # check_client
-        self.redirect_uri = ""                        # check_redirect_uri
-        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
-        self.scope = ""                               # check_scope: what can be granted
-        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
-        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
-
-
-def check_client(asked: Authorization) -> None:
-    """Which app asks. Not yet a reason to send the browser anywhere."""
-    client = asked.portal.client(asked.fields.need("client_id"))
-    if not client:
-        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here: "
-                          "register at /oauth/register (RFC 7591 section 3), or start this server with --client")
-    asked.client = client
-    asked.request.client_id = client.client_id
-
-
-def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
-    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
-    return [portal.browser_base(request) + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
-
-
-def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
-
-    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
-    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
-    """
-    uri = asked.fields.need("redirect_uri")
-    registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
-    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
-    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
-        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
-                          f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
-    asked.redirect_uri = uri
-    asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
-
-
-def check_state(asked: Authorization) -> None:
-    """SMART demands state from every app: it is how the app knows that it asked (RFC 6749 section 10.12)."""
-    asked.fields.need("state")
-
-
-def check_repeats(asked: Authorization) -> None:
-    """No parameter twice (RFC 6749 section 3.1)."""
-    if asked.fields.repeated:
-        raise PortalError("invalid_request", f"{asked.fields.repeated[0]} is given more than once")
-
-
-def check_response_type(asked: Authorization) -> None:
-    """Only the code flow, and only the answer in the query; from a client that registered for it."""
-    if asked.fields.need("response_type") != "code":
-        raise PortalError("unsupported_response_type",
-                          f"response_type is {asked.fields.get('response_type')!r}; expected code")
-    if asked.fields.get("response_mode", "query") != "query":
-        raise PortalError("invalid_request", f"response_mode is {asked.fields.get('response_mode')!r}; expected query")
-    if not asked.client.may_use("authorization_code"):
-        raise PortalError("unauthorized_client", f"client {asked.client.client_id!r} did not register for "
-                          "authorization_code")
-
-
-def check_audience(asked: Authorization) -> None:
-    """The FHIR server the app means must be this one: else a false server could fetch tokens for the true one (SMART).
-
-    The issuer is the name that the app knows this server by. `resource` is RFC 8707's word for aud.
-    """
-    known = asked.portal.settings.base_url
-    name = next((name for name in ("aud", "resource") if asked.fields.get(name)), "")
-    if not name:
-        if asked.portal.settings.strict:
-            raise PortalError("invalid_request", "aud is missing (SMART)")
-        return  # S4S's apps may leave it out
-    audience = asked.fields.get(name).rstrip("/")
-    for base in known or [asked.portal.base(asked.request)]:
-        if same_address(audience, base + "/api/fhir"):
-            # Without base URLs, every document told the app the name that it used itself.
-            asked.issuer = base if known else audience[:-len("/api/fhir")]
-            asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
-            return
-    raise PortalError("invalid_target" if name == "resource" else "invalid_request",
-                      f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir")
-
-
-def check_pkce(asked: Authorization) -> None:
-    """A challenge from every public client: without a secret, it is all that ties the code to the app (RFC 7636)."""
-    challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
-    if not challenge:
-        if asked.client.auth_method == "none" or asked.portal.settings.strict:
-            raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
-        if method:
-            raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
-        asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
-        return
-    if method != "S256":
-        raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
-                          "expected S256")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
-        raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
-    asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
-
-
-def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
-    """`negotiate_scope`, less the types that are never served, and each ?param=value is a search parameter of the records' version, with a value it takes.
-
-    Any other would find nothing, and would put words of the app's choice before the person who decides.
-    """
-    scope = " ".join(word for word in negotiate_scope(asked, registered, contexts).split()
-                     if all(one.type in ("*", *SHARED_TYPES, *OWNER_ELEMENTS) for one in resource_scopes(word)))
-    for one in resource_scopes(scope):
-        for name, value in one.constraints:
-            version = fhir_version(portal)
-            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
-                with contextlib.suppress(FhirError):
-                    parse_constraint(version, type_name, name, value)
-                    break
-            else:
-                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
-                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
-    return scope
-
-
-def check_scope(asked: Authorization) -> None:
-    """What of the scope can be granted; if nothing of it, say so."""
-    wanted = asked.fields.need("scope")
-    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
-    if not asked.client.may_use("refresh_token"):
-        asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
-    if not asked.scope:
-        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; the client registered "
-                          f"for {asked.client.scope!r}")
-    asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
-
-
-def check_openid(asked: Authorization) -> None:
-    """What OpenID Connect adds (Core section 3.1.2): prompt and max_age. Request objects are not supported."""
-    for name in ("request", "request_uri", "registration"):
-        if asked.fields.get(name):
-            raise PortalError(f"{name}_not_supported", f"{name} is not supported: give plain parameters")
-    now, age, prompts = asked.portal.clock.now(), asked.fields.get("max_age"), asked.fields.get("prompt").split()
-    if age and not re.fullmatch(r"\d{1,9}", age):
-        raise PortalError("invalid_request", f"max_age is {age!r}; expected a number of seconds")
-    if age or "login" in prompts:
-        asked.signed_in_since = now - (0 if "login" in prompts else int(age))
-    if "none" in prompts:
-        if len(prompts) > 1:
-            raise PortalError("invalid_request", "prompt: none stands alone")
-        user = session_user(asked.portal, asked.request)
-        if not user or user["started"] < asked.signed_in_since:
-            raise PortalError("login_required", "prompt is none, but nobody is signed in")
-        raise PortalError("consent_required", "prompt is none, but every authorization here asks the user")
-
-
-def check_launch(asked: Authorization) -> None:
-    """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
-
-    Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may stand only
-    beside launch/patient, in an app that can be launched either way.
-    """
-    handle, words = asked.fields.get("launch"), asked.scope.split()
-    if "launch" not in words:
-        return
-    if not handle:
-        if "launch/patient" not in words:
-            raise PortalError("invalid_request", "launch is missing: the scope launch is for an app that the EHR "
-                              "launched; one that starts by itself asks for launch/patient")
-        return
-    client_id, now = asked.client.client_id, asked.portal.clock.now()
-    with asked.portal.state.transaction() as database:
-        if not database.execute("UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? AND "
-                                "coalesce(client_id, ?) = ?", (client_id, handle, now, client_id, client_id)).rowcount:
-            raise PortalError("invalid_request", "launch: this handle is unknown, has expired, was used before, or is "
-                              "for another app")
-        row = database.execute("SELECT * FROM launches WHERE launch = ?", (handle,)).fetchone()
-    asked.launch = {"handle": handle, "username": row["username"], "patient_id": row["patient_id"],
-                    "context": json.loads(row["context"])}
-    asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
-
-
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
-# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
-# only one that changes anything.
-#
-# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
-# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
-# before anybody signs in.
-PAGE_CHECKS = (check_client, check_redirect_uri)
-REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
-                   check_openid, check_launch)
-
-
-def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
-    """The app's redirect URI with an answer: `state` as it came, `iss` so that the app knows who answers (RFC 9207)."""
-    return with_query(redirect_uri, **parameters, **({"state": state} if state else {}), iss=issuer)
-
-
-def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str:
-    """Check an authorization request and remember it; gives the id by which the consent page knows it.
-
-    A failed check is a PortalError for the person at the browser, or a RedirectError for the app.
-    """
-    asked = Authorization(portal, request, fields)
-    for check in PAGE_CHECKS:
-        check(asked)
-    try:
-        portal.meet_fault("authorize")
-        for check in REDIRECT_CHECKS:
-            check(asked)
-    except PageError:
-        raise
-    except PortalError as error:
-        request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
-        raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-                                               error=error.error, error_description=error.error_description))
-    request_id, now = new_token(), portal.clock.now()
-    details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
-               "signed_in_since": asked.signed_in_since,
-               **{name: fields.get(name) for name in ("state", "code_challenge", "nonce", "login_hint")}}
-    with portal.state.transaction() as database:
-        forget_expired(database, "pending", now)
-        database.execute("INSERT INTO pending VALUES (?, ?, ?, ?)",
-                         (request_id, asked.client.client_id, json.dumps(details), now + PENDING_SECONDS))
-    return request_id
-
-
-@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page", fault="authorize")
-def authorize(portal: Portal, request: Request) -> Response:
-    """An app asks for a user's permission: check the request, remember it, send the browser on to the user's part."""
-    asked = Fields(request.form() if request.method == "POST" else request.pairs())
-    try:
-        request_id = begin_authorization(portal, request, asked)
-    except RedirectError as error:
-        return redirect(error.url)
-    return redirect(f"{portal.browser_base(request)}/oauth/consent?request={request_id}")
-
-
-def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
-    """The categories that a scope reaches; a client's security_labels narrow them."""
-    access = Access(scope, "any", frozenset(["any"]))
-    wanted = client.metadata.get("security_labels")
-    return [label for label, (_, types) in CATEGORIES.items()
-            if any(access.allows(name, letter) for name in types for letter in GRANTABLE_LETTERS)
-            and (not wanted or label in [OLD_CATEGORIES.get(one, one) for one in wanted])]
-
-
-def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
-    """A patient's visits, id -> in words, the newest first."""
-    if portal.upstream:
-        base = portal.upstream.base
-        url = f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
-        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1]
-                 if owner(one, base) == patient_id and one.get("resourceType") == "Encounter" and id_of(one)]
-    else:
-        query = parse_query(portal.records.version, "Encounter", (("patient", patient_id), ("_count", "100")))
-        found = [one.resource for one in portal.records.search(query, Access(None)).matches]
-    found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
-    return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
-            for one in found}
-
-
-def end_of_day(date: str) -> float:
-    """The last second of a day, UTC; ValueError for what is no date."""
-    return calendar.timegm(datetime.date.fromisoformat(date).timetuple()) + DAY - 1.0
-
-
-def day_of(seconds: float, years: int = 0) -> str:
-    """A Unix time's day, UTC, or the same day some years later."""
-    year, month, day = time.gmtime(seconds)[:3]
-    if (month, day) == (2, 29) and not calendar.isleap(year + years):
-        day = 28
-    return f"{year + years:04}-{month:02}-{day:02}"
-
-
-def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
-    """A remembered authorization request: its client and its details."""
-    row = portal.state.row("SELECT * FROM pending WHERE request_id = ? AND expires > ?",
-                           request_id, portal.clock.now())
-    client = portal.client(row["client_id"]) if row else None
-    if not row or not client:
-        raise PageError("invalid_request", "This request is not open any more: it was answered, or waited too long. "
-                        "Go back to the app and start again.")
-    return client, json.loads(row["details"])
-
-
-TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user has chosen none yet
-
-
-def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
-    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
-    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
-
-    PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
-    signs nobody in, since whoever sees the link has it.
-    """
-    wanted, fixed = details["launch"].get("username"), details["launch"].get("patient_id")
-    if wanted not in (None, username):
-        raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
-                        "out, then launch the app again.", 403)
-    if fixed and chosen not in (TO_CHOOSE, fixed):
-        raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
-    patient_id, user = fixed or chosen, portal.user(username)
-    if not patient_id:
-        needed = needs_patient(details["scope"])
-        if user and user["any_patient"]:
-            return TO_CHOOSE if needed else None
-        patients = portal.patients_of(username)
-        if needed and len(patients) != 1:
-            return TO_CHOOSE
-        if not patients:
-            return None
-        patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
-    if portal.patient_name(username, patient_id) is None:
-        raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
-    with contextlib.suppress(FhirError):  # a FHIR server that is down will be noticed when the app reads
-        if portal.upstream and upstream_patient(portal, patient_id) is None:
-            raise PageError("not_found", f"The FHIR server behind this portal has no Patient/{patient_id}.", 404)
-    return str(patient_id)
-
-
-MANY_PATIENTS = 12  # more than this, and the picker has a search box
-
-
-def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
-                patients: dict[str, str], text: str = "") -> Response:
-    """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
-    if not patients and not text:
-        raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id, action = browser_session(portal, request), f"{portal.browser_base(request)}/oauth/consent"
-    search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
-                     tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
-                     tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
-    shown = list(patients.items())[:MANY_PATIENTS]
-    found = f"The first {len(shown)} of {len(patients)} patients." if len(patients) > len(shown) else (
-        None if patients else f"Nobody whose record you may open is called {text!r}.")
-    return page(portal, "Whose record?",
-                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page you "
-                    "decide what of it, and until when."),
-                search_box if text or len(patients) > MANY_PATIENTS else None,
-                tag("form", hidden(session_id, request=request_id),
-                    tag("p", found, role="status") if found else None,
-                    [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
-                     for patient_id, name in shown],
-                    tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
-                    method="post", action=action, class_="card"), username=user["name"])
-
-
-CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
-    "patient": "Name, birth date, gender, address, phone, language, ethnicity.",
-    "medications": "What was prescribed, dispensed, given or is taken, and how much of it.",
-    "allergies": "What causes reactions, which ones, and how bad they were.",
-    "immunizations": "Vaccines, and when they were given.",
-    "problems": "Illnesses, complaints and findings, now and in the past.",
-    "procedures": "Operations, examinations and treatments.",
-    "vital-signs": "Blood pressure, pulse, temperature, weight, height and the like, over time.",
-    "laboratory": "Blood, urine and other tests, and the reports on them.",
-    "smoking": "Tobacco use, and other habits and circumstances that were noted.",
-    "documents": "Letters and notes about care, and the files themselves.",
-    "coverage": "Who insures, under which number, since when.",
-    "explanation-of-benefit": "What was billed, what the insurance paid, and for which care.",
-    "imaging": "Which pictures were taken, such as X-rays, and when.",
-    "encounters": "Visits and stays: when, where, why, with whom.",
-    "other": "Whatever else the record holds and is not named above."}
-# The consent page's three steps. Without this script all three stand below each other, as one plain form.
-CONSENT_SCRIPT = """
-(function () {
-  var form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section'), at = 0;
-  form.classList.add('js');
-  steps[0].classList.add('active');
-  form.addEventListener('click', function (event) {
-    var button = event.target.closest('button[data-slide]');
-    if (!button) return;
-    if (button.hidden) { event.preventDefault(); return; }
-    var next = button.getAttribute('data-slide') === 'next';
-    var missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
-    if (missing) { missing.reportValidity(); return; }
-    steps[at].classList.remove('active');
-    at += next ? 1 : -1;
-    steps[at].classList.add('active');
-    steps[at].querySelector('h2').focus();
-  });
-})();
-"""
-
-
-def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
-    """Who asks, for what, of whom."""
-    target = urlsplit(details["redirect_uri"])
-    links = [tag("p", tag("a", label, href=client.metadata[name])) for name, label in (
-        ("client_uri", "The app's own page"), ("policy_uri", "What it does with data"), ("tos_uri", "Its terms"))
-        if name in client.metadata]
-    return tag("div", facts(
-        ("App", [tag("strong", client.name), links]),
-        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
-        ("Whose data", whose),
-        ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
-        ("Decided by", user["name"])),
-        client.registered_itself and tag(
-            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
-            "Approve only if you have just come from that app.", class_="quiet"))
-
-
-def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
-    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
-    def line(word: str) -> Markup:
-        parsed = parse_scope(word)
-        kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
-        plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
-        # The app wrote the values. Quoted, they can't read as the portal's own words.
-        limits = [[" and " if number else ", but only where ", name, " is ", [
-            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
-            for place, one in enumerate(_COMMA.split(value))]]
-                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
-        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
-                   tag("small", tag("code", word)))
-    parsed = resource_scopes(scope)
-    warnings = [text for text, holds in (
-        ("Everything means every kind of data, those that are added later too. The last step lets you leave kinds out.",
-         any(one.type == "*" for one in parsed)),
-        ("The app asks for the records of everybody whose record you may open, not for one.",
-         any(one.context == "user" for one in parsed)),
-        ("The app can fetch new data while you are away. That ends on the date you choose, or when you stop it.",
-         "offline_access" in scope.split())) if holds]
-    return tag("div", tag("ul", [line(word) for word in scope.split()]),
-               [tag("p", text, class_="note") for text in warnings],
-               tag("p", "It can change nothing, and it never learns your password."))
-
-
-def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
-                 patient_id: str | None) -> Response:
-    """The consent in three steps: what this is, confirm each point, review. One form, so that it works in one go."""
-    now, words = portal.clock.now(), details["scope"].split()
-    name = patient_id and portal.patient_name(user["username"], patient_id)
-    whose = f"the health record of {name}" if name else "what you may see here"
-    encounters = {}
-    if patient_id and "launch/encounter" in words and "encounter" not in details["launch"].get("context", {}):
-        encounters = encounters_of(portal, patient_id)
-    refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
-    forward = tag("button", "Continue", type="button", data_slide="next")
-    back = tag("button", "Back", type="button", data_slide="back")
-    points = (f"I want {client.name} to see {whose}.",
-              "What the app does with the data afterwards is up to the app, not to this portal.",
-              "I can stop sharing at any time, on the page \"Apps you share with\".")
-
-    def step(number: int, title: str, *content: Any) -> Markup:
-        return tag("section", tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1), *content,
-                   class_="card")
-    return page(
-        portal, f"Share data with {client.name}?",
-        tag("form", hidden(browser_session(portal, request), request=request_id, patient_id=patient_id or ""),
-            # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
-            tag("button", "Stay", data_slide="stay", hidden=True),
-            step(1, "What this is",
-                 tag("p", f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."),
-                 app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
-                 scope_list(portal, client, details["scope"]), forward, refuse),
-            step(2, "Confirm each point",
-                 [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True),
-                      tag("span", point), class_="choice") for point in points], forward, back),
-            step(3, "Review",
-                 tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
-                 tag("fieldset", tag("legend", "What it sees"), [
-                     tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
-                         tag("span", CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label])), class_="choice")
-                     for label in offered_categories(portal, client, details["scope"])]),
-                 tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
-                                                            in encounters.items()], name="encounter_id"))
-                 if encounters else None,
-                 tag("label", "Until the end of", tag(
-                     "input", type="date", name="approval_expires", required=True, min=day_of(now),
-                     max=day_of(now, 2), value=day_of(now, 1))),
-                 tag("p", "You can stop sharing before that day, at any time, under ", tag("a", "Apps you share with", href=(
-                     f"{link_root(portal)}/apps")), ". What the app has fetched by then, it keeps."),
-                 tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse, back),
-            id="consent-carousel", method="post", action=f"{portal.browser_base(request)}/oauth/consent"),
-        username=user["name"], script=CONSENT_SCRIPT)
-
-
-class Grant(NamedTuple):
-    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
-    grant_id: str
-    client_id: str
-    username: str | None
-    patient_id: str | None
-    scope: str
-    approval_expires: float
-    issuer: str
-    security_labels: str = "[]"
-    redirect_uri: str | None = None
-    code_challenge: str | None = None
-    nonce: str | None = None
-    signed_in: float | None = None
-    context: str = "{}"
-
-
-def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
-              until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
-    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
-    be."""
-    offered = offered_categories(portal, client, details["scope"])
-    labels = [OLD_CATEGORIES.get(label, label) for label in labels]
-    for label in labels:
-        if label not in offered:
-            raise PageError("invalid_request", f"{label!r} is not a category offered here.")
-    if offered and not labels:
-        raise PageError("invalid_request", "Nothing is checked: choose at least one category, or do not approve.")
-    now = portal.clock.now()
-    try:
-        expires = end_of_day(until)
-    except ValueError:
-        raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
-    if not now < expires <= end_of_day(day_of(now, 2)):
-        raise PageError("invalid_request", f"The end date {until} is not from today to two years from now.")
-    context = {**details["launch"].get("context", {})}
-    if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
-        encounters = encounters_of(portal, patient)
-        if encounters:
-            context["encounter"] = encounter_id or next(iter(encounters))
-        if encounter_id and encounter_id not in encounters:
-            raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
-    elif encounter_id not in ("", context.get("encounter")):
-        raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
-    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
-    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
-                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
-                 now if signed_in is None else signed_in, json.dumps(context))
-
-
-def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
-    """Write a grant down; gives its row."""
-    columns = {**grant._asdict(), "approved": now}
-    database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-                     tuple(columns.values()))
-    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
-    return row
-
-
-def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
-    """Close a pending request: with a code for the grant, or with access_denied. Gives where the browser goes."""
-    details = pending_request(portal, request_id)[1]
-    code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
-    with portal.state.transaction() as database:
-        if not database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount:
-            raise PageError("invalid_request", "This request was answered already.")  # a double click
-        if handle and not database.execute("DELETE FROM launches WHERE launch = ?", (handle,)).rowcount and grant:
-            raise PageError("invalid_request", "This launch was used already. Launch the app again.")
-        if grant:
-            store_grant(database, grant, now)
-            forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
-            database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
-                             (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
-    answer = {"code": code} if grant else {"error": "access_denied", "error_description": "the user did not approve"}
-    return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
-
-
-@route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
-def consent(portal: Portal, request: Request) -> Response:
-    """The user's part: whose record, what of it, until when, yes or no."""
-    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    request_id = fields.get("request")
-    client, details = pending_request(portal, request_id)
-    request.client_id = client.client_id
-    user = session_user(portal, request)
-    if not user or user["started"] < details["signed_in_since"]:
-        return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",
-                          details["launch"].get("username") or details["login_hint"])
-    decision = fields.get("decision") if request.method == "POST" else ""
-    if decision == "deny":
-        return redirect(decide(portal, request_id, None))
-    patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
-    if patient_id == TO_CHOOSE:
-        text = fields.get("q")
-        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
-    if decision != "approve":
-        return consent_page(portal, request, user, client, details, request_id, patient_id)
-    labels = [value for name, value in request.form() if name == "security_labels"]
-    return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
-        fields.get("encounter_id"), user["started"])))
-
-
-def sign_out(portal: Portal, request: Request) -> Markup:
-    """The button to sign out."""
-    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
-               method="post", action=f"{portal.browser_base(request)}/logout")
-
-
-@route("GET /apps", "S4S", kind="page")
-def apps(portal: Portal, request: Request) -> Response:
-    """What the user shares, with whom, until when, and a button to stop it. `?stop=` asks once more."""
-    user = session_user(portal, request)
-    if not user:
-        return to_sign_in(portal, request)
-    fields = Fields(request.pairs())
-    shared: dict[tuple[str, str | None], list[Row]] = {}  # client and patient -> their grants, the newest first
-    for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
-                                 "ORDER BY approved DESC", user["username"], portal.clock.now()):
-        shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
-    session_id, base = browser_session(portal, request), portal.browser_base(request)
-
-    def app_name(client_id: str) -> str:
-        client = portal.client(client_id)
-        return client.name if client else client_id
-
-    def whose(patient_id: str | None) -> str:
-        return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
-
-    def in_words(labels: list[list[str]]) -> str:
-        seen = {label: any(label in one for one in labels) for label in CATEGORIES}
-        left_out = [CATEGORIES[label][0] for label in CATEGORIES if not seen[label]]
-        if len(left_out) <= 3:
-            return "everything" + (" but " if left_out else "") + "; ".join(left_out)
-        return "; ".join(CATEGORIES[label][0] for label in CATEGORIES if seen[label])
-
-    def line(grants: list[Row]) -> Markup:
-        newest, labels = grants[0], [json.loads(one["security_labels"]) for one in grants]
-        scope = dict.fromkeys(word for one in grants for word in one["scope"].split())
-        return tag("tr", tag("td", tag("strong", app_name(newest["client_id"]))),
-                   tag("td", whose(newest["patient_id"]), data_label="Whose record"),
-                   tag("td", in_words(labels) if all(labels) else "everything its scope allows", tag("details", tag(
-                       "summary", "Scope"), tag("code", " ".join(scope))), data_label="What"),
-                   tag("td", f"{day_of(newest['approved'])} until {day_of(max(one['approval_expires'] for one in grants))}",
-                       data_label="Since and until"),
-                   tag("td", tag("form", tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest[
-                       "grant_id"], aria_label=f"Stop sharing with {app_name(newest['client_id'])}"),
-                                 action=f"{base}/apps")), rel=newest["client_id"])
-    stop = next((grants[0] for grants in shared.values() if grants[0]["grant_id"] == fields.get("stop")), None)
-    modal = stop and tag(
-        "section", tag("h2", f"Stop sharing with {app_name(stop['client_id'])}?"),
-        tag("p", f"From now on it can fetch nothing more of this record: {whose(stop['patient_id'])}. What it has "
-            "fetched, it keeps. To share again, start in the app."),
-        tag("form", hidden(session_id), tag("button", "Stop sharing"), method="post",
-            action=f"{base}/revoke/{stop['grant_id']}"),
-        tag("p", tag("a", "Keep sharing", href=f"{base}/apps")), class_="modal in")
-    table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "App", "Whose record", "What", "Since and until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
-    return page(portal, "Apps you share with", modal,
-                tag("div", table_ if shared else tag("p", "You share with no app. When an app asks and you approve, it is "
-                                                     "listed here, with a button to stop it."), class_="card"),
-                sign_out(portal, request), username=user["name"])
-
-
-@route("POST /revoke/{}", "S4S", kind="page")
-def stop_sharing(portal: Portal, request: Request) -> Response:
-    """End every authorization that this user gave one app for one patient. Another user's is not found."""
-    user = session_user(portal, request)
-    if not user:
-        return to_sign_in(portal, request)
-    guarded_form(portal, request)
-    grant = portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?", request.rest, user["username"])
-    if not grant:
-        raise PageError("not_found", "You gave no such permission.", 404)
-    with portal.state.transaction() as database:
-        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id IS ?",
-                         (grant["username"], grant["client_id"], grant["patient_id"]))
-    return redirect(portal.browser_base(request) + "/apps")
-
-
-# ######################################################################## 20 launch
-
-LAUNCH_SECONDS = 300
-
-
-def check_fhir_context(value: Any) -> None:
-    """The member fhirContext: what else is open in the EHR (SMART, "fhirContext"). PortalError where it can't be."""
-    def need(good: object, expected: str) -> None:
-        if not good:
-            raise PortalError("invalid_request", f"fhir_context: expected {expected}")
-    need(isinstance(value, list), "an array of objects")
-    for item in value:
-        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys(),
-             "objects with a reference, a canonical or an identifier")
-        reference, role = item.get("reference", "Basic/1"), item.get("role", "launch")
-        need(isinstance(reference, str) and re.fullmatch(r"[A-Z][A-Za-z]+/[A-Za-z0-9.-]{1,64}", reference),
-             "a relative reference such as ImagingStudy/1")
-        need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role), "an absolute URI as role")
-        need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
-             "Patient and Encounter only with a role: the launch's own are patient_id and encounter_id")
-
-
-def create_launch(portal: Portal, base: str, *, client_id: str | None = None, launch_uri: str | None = None,
-                  username: str | None = None, patient_id: str | None = None, encounter_id: str | None = None,
-                  intent: str | None = None, need_patient_banner: bool = True,
-                  fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is in it.
-
-    The handle is for one app, once, within five minutes. It carries the choice of patient, not the right to see one:
-    who signs in must be the user named here, if one is, and may open the patient's record. PortalError names what
-    can't be.
-    """
-    def need(good: object, description: str) -> None:
-        if not good:
-            raise PortalError("invalid_request", description)
-    for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username), ("intent", intent),
-                        ("patient_id", patient_id), ("encounter_id", encounter_id)):
-        need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
-    client = portal.client(client_id) if client_id else None
-    need(client or not client_id, f"client_id: {client_id!r} is not registered here")
-    registered = [base + uri if uri.startswith("/") else uri
-                  for uri in (client.metadata.get("launch_uris", []) if client else [])]
-    uri = launch_uri or next(iter(registered), None)
-    need(uri, "launch_uri is missing, and the client registered no launch_uris" if client else
-         "give client_id or launch_uri")
-    need(is_web_url(uri) and uri in (registered or [uri]), f"launch_uri: {uri!r} is not " + (
-        f"one of the client's: {', '.join(registered)}" if registered else "an absolute http or https URL"))
-    need(username is None or portal.user(username), f"username: there is no user {username!r}")
-    need(patient_id is None or portal.patient_name(username or "clinician", patient_id),
-         f"patient_id: {patient_id!r} is not a patient " + (f"of {username!r}" if username else "known here"))
-    need(encounter_id is None or (patient_id and encounter_id in encounters_of(portal, patient_id)),
-         f"encounter_id: {encounter_id!r} is not a visit of the patient")
-    need(isinstance(need_patient_banner, bool), "need_patient_banner: expected true or false")
-    if fhir_context is not None:
-        check_fhir_context(fhir_context)
-    context = {"encounter": encounter_id, "intent": intent, "need_patient_banner": need_patient_banner,
-               "fhirContext": fhir_context}
-    handle, now = secrets.token_urlsafe(24), portal.clock.now()
-    with portal.state.transaction() as database:
-        forget_expired(database, "launches", now - PENDING_SECONDS)  # a user may still be deciding on one
-        database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)", (
-            handle, client_id, username, patient_id,
-            json.dumps({name: value for name, value in context.items() if value is not None}), now + LAUNCH_SECONDS))
-    iss = f"{base}/api/fhir"
-    return {"launch_url": with_query(str(uri), iss=iss, launch=handle), "launch": handle, "iss": iss}
-
-
-@route("GET,POST /launch", "SMART App Launch, EHR launch", kind="page")
-def launch_page(portal: Portal, request: Request) -> Response:
-    """Be the EHR: choose app, user, patient and visit, and launch. A test control, so open to anyone, or not there."""
-    if not portal.settings.serves_debug:
-        raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
-    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent", "name")
-    chosen: Json = {name: fields.get(name) for name in names}
-    if request.method == "POST":
-        given = {name: value for name, value in chosen.items() if value and name != "name"}
-        return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
-            fields.get("need_patient_banner")))["launch_url"])
-    session_id = browser_session(portal, request) or new_session_id()
-
-    def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
-        return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
-                                                  for value, text in choices], id=name, name=name))
-
-    def text(name: str, label: str) -> Markup:
-        return tag("label", label, tag("input", type="text", id=name, name=name, value=chosen[name]))
-    rows = portal.state.rows("SELECT client_id FROM clients")
-    apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
-    users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
-    patients, one = portal.patients_of("clinician", chosen["name"]), chosen["patient_id"]
-    if one and one not in patients:
-        patients[one] = portal.patient_name("clinician", one) or one
-    visits = encounters_of(portal, one) if one else {}
-    return page(
-        portal, "Launch an app",
-        tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
-            "permission as always. It runs once, within five minutes."),
-        tag("form", hidden(session_id),
-            select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
-            text("launch_uri", "Its launch address (if none is registered, or another one)"),
-            select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
-            text("name", "Find patients by name"),
-            select("patient_id", "Whose record is open", [("", "none yet"), *patients.items()]),
-            tag("button", "Show patients and visits", class_="btn-default", formmethod="get", formnovalidate=True),
-            select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
-            text("intent", "Intent (a word that you and the app agreed on)"),
-            tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
-                tag("span", "The app shows the patient's name itself (need_patient_banner)"), class_="choice"),
-            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch",
-            class_="card"),
-        cookies=[set_cookie(portal, request, session_id)])
-
-
-# ######################################################################## 21 identity
-
-def may_know_who(row: Row) -> bool:
-    """Whether a token says more of its user than an opaque id."""
-    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
-
-
-def claims_of(portal: Portal, row: Row) -> Json:
-    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know it,
-    `fhirUser`, the resource that stands for the user, which with another person's record is not the patient (SMART,
-    "Scopes for requesting identity data")."""
-    words = row["token_scope"].split()
-    if "openid" not in words:
-        return {}
-    claims = {"sub": row["username"]}
-    who = portal.fhir_user(row["username"], row["patient_id"])
-    if who and may_know_who(row):
-        claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
-    return claims
-
-
-def signing_key(portal: Portal) -> RsaKey:
-    """The key that signs id_tokens: made when first needed, then kept with the state."""
-    sql = "SELECT p, q FROM keys"
-    row = portal.state.row(sql)
-    if not row:
-        with portal.key_lock:  # not the database's, since this takes half a second
-            if not portal.state.row(sql):
-                key = new_rsa_key()
-                with portal.state.transaction() as database:  # another process may have been first
-                    database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
-                                     (f"{key.p:x}", f"{key.q:x}"))
-        row = portal.state.row(sql)
-    assert row
-    return RsaKey(int(row["p"], 16), int(row["q"], 16))
-
-
-def id_token(portal: Portal, grant: Row) -> str:
-    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2); of a code's row."""
-    now = int(portal.clock.now())
-    claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
-              **claims_of(portal, grant)}
-    if grant["signed_in"] is not None:
-        claims["auth_time"] = int(grant["signed_in"])
-    if grant["nonce"]:
-        claims["nonce"] = grant["nonce"]
-    return sign_jwt(signing_key(portal), claims)
-
-
-@route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
-def jwks(portal: Portal, request: Request) -> Response:
-    """The public half of the key that signs id_tokens, for apps to verify them with."""
-    return json_response({"keys": [signing_key(portal).public_jwk()]})
-
-
-# ######################################################################## 22 tokens
-
-DEBUG_APPROVAL_SECONDS = 7 * DAY
-
-
-def launch_context(grant: Row) -> Json:
-    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
-    arrives with your access_token")."""
-    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
-    return {**patient, **(json.loads(grant["context"]) if grant["context"] != "{}" else {})}
-
-
-def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
-                 refresh_token: str | None, lifetime: float = ACCESS_SECONDS) -> Json:
-    """A new access token, as the token endpoint answers (RFC 6749 section 5.1). It never outlives the approval."""
-    token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
-    database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
-                     (token, grant["grant_id"], scope, now, expires, refresh_token))
-    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
-              **launch_context(grant)}
-    if refresh_token:
-        answer["refresh_token"] = refresh_token
-    return answer
-
-
-def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
-    """A new refresh token; it lasts as long as the approval."""
-    token = new_token()
-    database.execute("INSERT INTO tokens VALUES (?, 'refresh', ?, ?, ?, ?, 0, NULL)",
-                     (token, grant["grant_id"], grant["scope"], now, grant["approval_expires"]))
-    return token
-
-
-# A token with all that is known of its grant. live: nothing has ended it yet but perhaps time.
-TOKEN_SQL = """SELECT tokens.token, tokens.kind, tokens.scope AS token_scope, tokens.issued, tokens.expires,
-    tokens.spent, tokens.refresh_token, NOT tokens.spent AND NOT grants.ended AS live, grants.*
-    FROM tokens JOIN grants USING (grant_id) WHERE token = ?"""
-
-
-def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
-    """End an authorization: every token of it is worthless from now on."""
-    database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
-
-
-@contextlib.contextmanager
-def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
-    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
-    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
-
-    A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
-    RFC 9700 section 4.14.2).
-    """
-    name = {"code": "code", "refresh": "refresh_token"}[kind]
-    with portal.state.transaction() as database:
-        row = database.execute(TOKEN_SQL, (value,)).fetchone()
-        if not row or row["kind"] != kind or row["client_id"] != client.client_id:
-            raise PortalError("invalid_grant", f"this {name} was not issued to this client")
-        if not row["spent"]:
-            if row["ended"] or row["expires"] <= portal.clock.now():
-                raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
-            yield database, row
-            database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-            return
-        end_grant(database, row["grant_id"])
-    raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
-
-
-def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
-    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
-    its challenge (RFC 7636 section 4.6)."""
-    if redirect_uri != row["redirect_uri"]:
-        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
-    if not row["code_challenge"]:
-        if verifier:
-            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
-        return
-    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
-        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
-    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
-        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
-
-
-def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
-    """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
-    code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
-    now = portal.clock.now()
-    with spending(portal, client, "code", code) as (database, row):
-        check_code(row, redirect_uri, verifier)
-        offline = "offline_access" in row["scope"].split()
-        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
-    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
-                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
-    if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
-    return answer
-
-
-def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
-    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one.
-
-    A narrower scope is the new access token's alone; the refresh token keeps what was granted.
-    """
-    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
-    if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
-        raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
-    with spending(portal, client, "refresh", value) as (database, row):
-        for word in wanted.split():
-            if not scope_covers(row["scope"], word):
-                raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
-        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
-        if not scope:
-            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
-        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
-    return answer
-
-
-BACKEND_SECONDS = 300
-
-
-def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
-    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one that proves
-    itself by its keys may, and no refresh token comes with it: it just asks again."""
-    if client.auth_method != "private_key_jwt":
-        raise PortalError("unauthorized_client", "client_credentials is for clients that registered for private_key_jwt")
-    if client.registered_itself and not portal.settings.serves_debug:
-        raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
-                          "scopes are for clients of --fixtures only")
-    wanted = form.need("scope")
-    scope = served_scope(portal, wanted, client.scope, ("system",))
-    if not scope:
-        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
-                          f"within {client.scope!r}")
-    now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
-    with portal.state.transaction() as database:
-        return issue_access(database, store_grant(database, grant, now), scope, now, None)
-
-
-GRANT_TYPES: dict[str, Callable[[Portal, Request, Client, Fields], Json]] = {
-    "authorization_code": exchange_code, "refresh_token": refresh, "client_credentials": backend_token}
-
-
-@route("POST /oauth/token", "RFC 6749 section 3.2", cors=True, fault="token")
-def token_endpoint(portal: Portal, request: Request) -> Response:
-    """Tokens for a code, for a refresh token, or for a backend service (RFC 6749 section 3.2)."""
-    form = Fields(request.form())
-    if form.repeated:
-        raise PortalError("invalid_request", f"{form.repeated[0]} is given more than once")
-    grant_type = form.need("grant_type")
-    if grant_type not in GRANT_TYPES:
-        raise PortalError("unsupported_grant_type",
-                          f"grant_type {grant_type!r}: expected one of {', '.join(GRANT_TYPES)}")
-    if (grant_type == "refresh_token" and "authorization" not in request.headers
-            and not form.get("client_id") and not form.get("client_assertion")):
-        # A public client's refresh may leave client_id out: the token names it. A confidential one must prove itself.
-        row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
-        form.values["client_id"] = row["client_id"] if row else ""
-    client = authenticate_client(portal, request, form)
-    if not client.may_use(grant_type):
-        raise PortalError("unauthorized_client", f"client {client.client_id!r} did not register for {grant_type}")
-    return json_response(GRANT_TYPES[grant_type](portal, request, client, form))
-
-
-def known_token(portal: Portal, value: str) -> Row | None:
-    """An access or refresh token's row, whatever its state; None for what was never one."""
-    row = portal.state.row(TOKEN_SQL, value)
-    return row if row and row["kind"] != "code" else None
-
-
-def is_active(portal: Portal, row: Row) -> bool:
-    """Whether a token is good now."""
-    return bool(row["live"]) and row["expires"] > portal.clock.now()
-
-
-def bearer_value(request: Request) -> str | None:
-    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if scheme.lower() == "bearer" else None
-
-
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
-    one: an error code is for those who tried (RFC 6750 section 3.1)."""
-    value = bearer_value(request)
-    if value is None:
-        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
-    row = known_token(portal, value)
-    if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
-        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
-    request.client_id, request.username = row["client_id"], row["username"]
-    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
-                 "(RFC 6750 section 2.1)")
-    return row
-
-
-@route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
-def introspect(portal: Portal, request: Request) -> Response:
-    """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
-    the bearer of a token of the same authorization.
-
-    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
-    """
-    form = Fields(request.form())
-    row, expected = known_token(portal, form.need("token")), (
-        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
-    if bearer_value(request) is not None:
-        try:
-            asker = bearer(portal, request)
-        except PortalError as error:
-            raise PortalError("invalid_client", expected, 401, error.headers)
-        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
-            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
-    elif authenticate_client(portal, request, form).auth_method == "none":
-        raise invalid_client(f"a public client proves nothing by its id: {expected}")
-    if not row or not is_active(portal, row):
-        return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
-    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
-              "iat": int(row["issued"]), "iss": row["issuer"], **launch_context(row)}
-    if row["kind"] == "access":
-        answer["token_type"] = "Bearer"
-    if row["username"]:
-        answer.update(username=row["username"], **claims_of(portal, row))
-    return json_response(answer)
-
-
-@route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
-def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
-
-    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
-    """
-    form = Fields(request.form())
-    value = form.need("token")
-    client = authenticate_client(portal, request, form)
-    row = known_token(portal, value)
-    if row and row["client_id"] == client.client_id:
-        with portal.state.transaction() as database:
-            if row["kind"] == "refresh":
-                end_grant(database, row["grant_id"])
-            else:
-                database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-    return json_response({})
-
-
-@route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
-def userinfo(portal: Portal, request: Request) -> Response:
-    """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
-    row = bearer(portal, request)
-    user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
-    if not user or not claims:
-        raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
-                          [challenge(error="insufficient_scope", scope="openid")])
-    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
-
-
-# ######################################################################## 23 reading
-
-_access = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers what it found out
-
-
-def access_of(portal: Portal, row: Row) -> Access:
-    """What an access token lets its bearer see."""
-    scope = row["token_scope"]
-    user = portal.user(row["username"]) if "user/" in scope else None
-    return _access(
-        scope, row["patient_id"],
-        None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
-        frozenset(json.loads(row["security_labels"]) if row["security_labels"] != "[]" else ()),
-        "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
-        fhir_version(portal) if "?" in scope else "r4")
-
-
-def outcome(error: PortalError) -> Json:
-    """An error as FHIR says it."""
-    other = "exception" if error.status >= 500 else "invalid"
-    code = error.error if isinstance(error, FhirError) else ISSUE_CODES.get(error.status, other)
-    return {"resourceType": "OperationOutcome", "issue": [
-        {"severity": "error", "code": code, "diagnostics": error.description}]}
-
-
-def check_patients(access: Access, query: Query) -> None:
-    """A search that names another patient is refused in words, rather than found empty."""
-    allowed = access.patients(query.type, "s")
-    others = query.patients() - (allowed or set())
-    if allowed is not None and others:
-        raise FhirError("forbidden", f"{', '.join(sorted(others))}: the token is not for this patient's record", 403)
-
-
-def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
-    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
-    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
-    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
-    return {name: meta if name == "meta" else value for name, value in resource.items()
-            if name in ("resourceType", "id", "meta", *names)}
-
-
-_quote = remembered(1000)(quote)  # the same few names and values stand in most searches
-
-
-def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
-                    base: str, version: str, names: Sequence[str] = ()) -> Response:
-    """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
-    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
-        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=_quote, safe=",:/")}
-        for relation, rest in links]}
-    if page.total is None:
-        del head["total"]
-    start = '{"fullUrl":' + json.dumps(base)[:-1]
-    entries = [
-        f'{start}/{one.name}","resource":'
-        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
-        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
-    text = json.dumps(head)
-    return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
-                         version=version)
-
-
-def search(portal: Portal, request: Request, access: Access, type_name: str, base: str,
-           pin: Sequence[tuple[str, str]] = ()) -> Response:
-    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search).
-
-    pin: parameters that the path stands for.
-    """
-    version = portal.settings.fhir_version
-    given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
-    pairs = tuple((name, value) for name, value in given if value)
-    query = (parsed_query if are_short(pairs) else parse_query)(
-        version, type_name, pairs, base, "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
-    check_patients(access, query)
-    page = portal.records.search(query, access)
-    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
-                 "category")
-    rest = [(name, value) for name, value in query.parameters if name != "_page"]
-    links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
-    if page.next:
-        links.append(("next", [*rest, ("_page", page.next)]))
-    return bundle_response(request, page, links, f"{base}/{type_name}", base, version, query.elements)
-
-
-def everything(portal: Portal, request: Request, access: Access, patient: Found, base: str) -> Response:
-    """A page of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
-    for name, _ in request.pairs():
-        if name not in ("_count", "_page", "_format", "_pretty"):
-            raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
-    query = parse_query(portal.settings.fhir_version, "Patient", (("_count", "1000"), *request.pairs()))
-    page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
-    rest = [(name, value) for name, value in request.pairs() if name != "_page"]
-    return bundle_response(request, page, [("self", request.pairs())] + [
-        ("next", [*rest, ("_page", page.next)])] * bool(page.next),
-        f"{base}/Patient/{patient.resource['id']}/$everything", base, portal.settings.fhir_version)
-
-
-def visible(portal: Portal, access: Access, type_name: str, resource_id: str) -> Found:
-    """One resource: fetched, then judged. A Binary mostly doesn't say whose it is; what points to it decides."""
-    found = portal.records.find(type_name, resource_id)
-    if not found:
-        raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-    if type_name == "Binary":
-        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
-    else:
-        seen = found.may_be_seen(access, "r")
-    if not seen:
-        raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
-                        "category that was not approved", 403)
-    return found
-
-
-def is_unchanged(request: Request, tag: str, updated: float) -> bool:
-    """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
-    known, since = request.headers.get("if-none-match"), request.headers.get("if-modified-since")
-    if known is not None:
-        return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
-    try:
-        return since is not None and updated < email.utils.parsedate_to_datetime(since).timestamp() + 1
-    except (TypeError, ValueError, IndexError, OverflowError):
-        return False
-
-
-def read(portal: Portal, request: Request, access: Access, found: Found) -> Response:
-    """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
-    tag = f'"{found.version}"'
-    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(found.updated))]
-    if is_unchanged(request, tag, found.updated):
-        return Response(304, headers=headers)
-    if found.type == "Binary":
-        kind = str(found.resource.get("contentType", ""))
-        if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
-            with contextlib.suppress(TypeError, ValueError):  # it is not base64
-                content = base64.b64decode(str(found.resource.get("data", found.resource.get("content", ""))))
-                # sandbox: content that somebody loaded must not run as a page of this portal
-                return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
-    return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
-
-
-def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
-    """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
-    type_name, *rest = [unquote(part) for part in request.rest.split("/")]
-    served = search_table(portal.settings.fhir_version)
-    operation = next((part for part in (type_name, *rest) if part.startswith("$")), "")
-    if operation and ([type_name, *rest[1:]] != ["Patient", "$everything"] or request.method == "POST"):
-        raise FhirError("forbidden", f"{operation}: the only operation here is Patient/[id]/$everything", 403)
-    if request.method == "POST" and rest != ["_search"]:
-        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    if type_name not in served:
-        raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
-                        + ", ".join(sorted(served)), 404)
-    searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
-    if len(rest) == 2 and type_name == "Patient" and rest[1] in served and FHIR_ID.fullmatch(rest[0]):
-        # The path of a compartment is a search in it (FHIR search, "Compartments").
-        pin = [(name, rest[0]) for name, one in served[rest[1]].items() if one.kind == "owner"][:1]
-        if pin and not access.allows(rest[1], "s"):
-            raise too_little_scope(rest[1], "s")
-        if pin:
-            return search(portal, request, access, rest[1], base, pin)
-    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
-        raise too_little_scope(type_name, "s" if searching else "r")
-    if searching:
-        return search(portal, request, access, type_name, base)
-    if not rest or not FHIR_ID.fullmatch(rest[0]):
-        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
-    found = visible(portal, access, type_name, rest[0])
-    if len(rest) == 1 or rest[1:] == ["_history", found.version]:
-        return read(portal, request, access, found)
-    if rest[1:] == ["$everything"] and type_name == "Patient":
-        return everything(portal, request, access, found, base)
-    if rest[1] == "_history":
-        raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
-    raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
-
-
-# ######################################################################## 24 forwarding
 
 # With --fhir-server the records are another server's. It is not trusted to filter: it may ignore every parameter and
 # answer each search with everybody's records. So each answer is read whole, every resource in it judged by `Access`,
@@ -6720,68 +4872,1601 @@ class Forwarding:
         return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
 
 
-# The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
+# ######################################################################## 20 sample data
+
+# The facts: a row a line, columns between bars. From the SMART sample patients, with units in UCUM and two codes put
+# right that are no concepts of SNOMED CT now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and
+# Joseph's vaccines, the dates of smoking status, doses taken in the clinic, and all from MORE_LABS down.
+
+# patient | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
+PATIENTS = """\
+smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
+smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 \
+    | 2106-3 | White
+smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
+    | 2054-5 | Black or African American
+"""
+# id | patient | since | SNOMED CT | name
+PROBLEMS = """\
+14 | Daniel | 2005-05-22 | 48167000 | Amnesia
+15 | Daniel | 2007-07-11 | 1201005 | Benign essential hypertension
+16 | Daniel | 2007-07-11 | 396275006 | Osteoarthritis
+17 | Daniel | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
+18 | Daniel | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
+19 | Daniel | 2008-04-20 | 38341003 | Essential hypertension
+20 | Daniel | 2008-07-10 | 427359005 | Disorder of lung
+21 | Daniel | 2008-08-08 | 26929004 | Alzheimer's disease
+22 | Daniel | 2008-08-08 | 191519005 | Dementia associated with another disease
+23 | Daniel | 2008-08-08 | 185903001 | Needs influenza immunization
+119 | Amy | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+120 | Amy | 2007-12-19 | 267024001 | Abnormal weight loss
+121 | Amy | 2007-12-19 | 310249008 | Follow-up encounter
+122 | Amy | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
+123 | Amy | 2008-06-29 | 185903001 | Needs influenza immunization
+448 | Joseph | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
+449 | Joseph | 2004-06-15 | 54150009 | Acute upper respiratory infection
+450 | Joseph | 2004-07-13 | 65363002 | Otitis media
+451 | Joseph | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
+452 | Joseph | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
+453 | Joseph | 2004-12-07 | 62315008 | Diarrhea
+454 | Joseph | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
+455 | Joseph | 2004-12-07 | 34095006 | Hypovolemia
+456 | Joseph | 2004-12-07 | 233604007 | Pneumonia
+457 | Joseph | 2004-12-08 | 422400008 | Vomiting
+458 | Joseph | 2005-02-22 | 81564005 | Chronic serous otitis media
+459 | Joseph | 2007-06-20 | 35183001 | Acute secretory otitis media
+601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency
+"""
+# id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
+ALLERGIES = """\
+19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
+20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
+28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
+"""
+# id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
+MEDICATIONS = """\
+101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
+102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 {bottle} | 10 \
+    | 7 mL | 2
+103 | Joseph | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension \
+    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
+104 | Joseph | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days \
+    | 1 {bottle} | 3 | 15 mL | 1
+105 | Joseph | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 {bottle} \
+    | 10 | 7 mL | 2
+106 | Joseph | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] \
+    | 4 gtt in ear bid x7 days | 1 {bottle} | 7 | 4 [drp] | 3
+107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 {bottle} | 10 \
+    | 10 mL | 2
+108 | Joseph | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] \
+    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
+139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 {tablet} | 90 | 1 {tablet} | 2
+141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 {tablet} | 90 | 1 {tablet} | 1
+142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 {tablet} | 90 \
+    | 1 {tablet} | 1
+"""
+# first id, then one more each | id of the medication | days | quantity | dates of handing over. SMART's four fills of
+# amlodipine, which it has no prescription for, are left out.
+FILLS = """\
+5 | 143 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06
+9 | 142 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
+14 | 139 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
+19 | 140 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
+23 | 141 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
+187 | 101 | 30 |  | 2008-04-05 2008-05-09
+1227 | 105 | 10 | 60 mL | 2005-01-28
+1228 | 105 | 7 | 60 mL | 2005-03-11
+1229 | 102 | 7 | 75 mL | 2004-07-13
+1230 | 106 | 7 | 7 mL | 2005-03-11
+1231 | 104 | 5 | 15 mL | 2005-01-18
+1232 | 107 | 10 |  | 2007-06-06 2007-08-14
+1234 | 108 | 10 |  | 2007-08-28 2007-10-18
+1236 | 103 | 10 | 75 mL | 2005-01-04
+1237 | 103 | 10 | 125 mL | 2005-02-07
+"""
+# id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
+IMMUNIZATIONS = """\
+1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
+2 | Amy | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation | 
+3 | Amy | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation | 
+4 | Amy | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine | 
+5 | Daniel | 2008-10-14 | 141 | Influenza, seasonal, injectable | 
+6 | Daniel | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent | 
+7 | Daniel | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use | 
+8 | Joseph | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine | 
+9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
+10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
+"""
+# id | patient | date | SNOMED CT | name
+SMOKING = """\
+21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
+5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
+6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker
+"""
+# id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | oxygen: Daniel Adams's
+VISITS = """\
+828 | 1997-04-30 | 75 | 20 | 37.0 | 97.5 | 165.1 | 35.8 | 87 | 75 | 100
+829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 107 | 67 | 100
+830 | 1997-05-07 | 43 | 20 | 37.0 | 99.0 | 165.1 | 36.4 | 68 | 43 | 100
+831 | 1999-12-20 | 53 | 19 | 37.1 | 96.9 | 165.6 | 35.4 | 83 | 53 | 100
+832 | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 128 | 81 | 100
+833 | 2001-01-19 | 69 | 20 | 37.1 | 95.0 | 165.9 | 34.6 | 110 | 69 | 100
+834 | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 63 | 100
+835 | 2001-01-25 | 80 | 20 | 37.1 | 94.3 | 165.9 | 34.3 | 129 | 80 | 100
+836 | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 133 | 82 | 100
+837 | 2001-11-01 | 85 | 20 | 37.1 | 99.8 | 165.9 | 36.3 | 138 | 85 | 100
+838 | 2001-11-02 | 54 | 20 | 37.1 | 94.6 | 165.9 | 34.4 | 85 | 54 | 100
+839 | 2001-11-05 | 82 | 20 | 37.1 | 94.1 | 165.9 | 34.2 | 133 | 82 | 100
+840 | 2005-02-09 | 66 | 22 | 36.9 | 90.4 | 166.6 | 32.6 | 109 | 66 | 100
+841 | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 97 | 58 | 100
+842 | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 60 | 35 | 100
+843 | 2005-02-24 | 78 | 22 | 36.9 | 91.6 | 166.6 | 33 | 128 | 78 | 100
+844 | 2005-02-25 | 66 | 22 | 36.9 | 92.4 | 166.6 | 33.3 | 109 | 66 | 100
+845 | 2009-04-07 | 29 | 20 | 36.9 | 90.3 | 163.3 | 33.9 | 48 | 29 | 100
+846 | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 120 | 72 | 100
+847 | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 125 | 75 | 100
+848 | 2009-04-23 | 38 | 20 | 36.9 | 86.5 | 163.1 | 32.5 | 63 | 38 | 100
+849 | 2009-04-24 | 63 | 20 | 36.9 | 89.8 | 163.1 | 33.7 | 105 | 63 | 100
+850 | 2009-04-27 | 43 | 20 | 36.9 | 86.4 | 163.3 | 32.4 | 71 | 43 | 100
+851 | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 132 | 79 | 100
+852 | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 120 | 72 | 100
+853 | 2009-10-30 | 25 | 20 | 36.9 | 91.7 | 163.1 | 34.5 | 40 | 25 | 100
+854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
+"""
+# id | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's of 2008-07-10
+LABS = """\
+67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
+68 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
+69 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
+70 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
+71 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
+72 | 5802-4 | Nitrite Ur Ql Strip | Negative |  |  | 
+73 | 13457-7 | LDLc SerPl Calc-mCnc | 89 | 0 | 100 | mg/dL
+74 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
+75 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
+76 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
+77 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
+78 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
+79 | 770-8 | Neutrophils NFr Bld Auto | 59 | 50 | 75 | %
+80 | 11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
+81 | 5767-9 | Appearance Ur | Clear |  |  | 
+82 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 1
+83 | 5803-2 | pH Ur Strip | 6 | 5 | 8 | [pH]
+84 | 5804-0 | Prot Ur Strip-mCnc | 10 |  |  | mg/dL
+85 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
+86 | 26515-7 | Platelet # Bld | 190 | 150 | 450 | 10*3/uL
+87 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
+88 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
+89 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
+90 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
+91 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
+92 | 1751-7 | Albumin SerPl-mCnc | 4 | 3.5 | 5 | g/dL
+93 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
+94 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
+95 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
+96 | 2160-0 | Creat SerPl-mCnc | 1.4 | 0.8 | 1.4 | mg/dL
+97 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
+98 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
+99 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
+100 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
+101 | 26478-8 | Lymphocytes NFr Bld | 28 | 18 | 42 | %
+102 | 26485-3 | Monocytes NFr Bld | 11 | 2 | 11 | %
+103 | 26450-7 | Eosinophil NFr Bld | 1 | 0 | 3 | %
+104 | 30180-4 | Basophils NFr Bld | 1 | 0 | 2 | %
+105 | 718-7 | Hgb Bld-mCnc | 12.8 | 14 | 18 | g/dL
+106 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
+107 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
+108 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
+109 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
+110 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
+111 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
+112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L
+"""
+# visit | date | values of the tests of LABS whose LOINC stands here: made up (as all below), to be drawn over time
+MORE_LABS = """\
+visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
+836 | 2001-10-31 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
+842 | 2005-02-23 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
+851 | 2009-04-28 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
+852 | 2009-10-29 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
+854 | 2009-12-01 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52
+"""
+# id | visit | date | SNOMED CT | name
+PROCEDURES = """\
+1 | 834 | 2001-01-24 | 73761001 | Colonoscopy
+2 | 841 | 2005-02-10 | 399208008 | Plain X-ray of chest
+3 | 846 | 2009-04-08 | 816077007 | Magnetic resonance imaging of brain
+"""
+# id | visit | date | DICOM modality | description | study UID
+IMAGES = """\
+1 | 841 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
+2 | 846 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
+"""
+# id | visit | date | LOINC | type | content type | text; the PDF goes on with the problems and medicines
+DOCUMENTS = """\
+1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
+2 | 854 | 2009-12-01 | 11506-3 | Progress note | text/plain \
+    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
+"""
+# id | visit | date | date of the bill | billed | paid, in USD
+BILLS = """\
+1 | 847 | 2009-04-14 | 2009-04-20 | 145.00 | 116.00
+2 | 851 | 2009-04-28 | 2009-05-04 | 145.00 | 116.00
+3 | 854 | 2009-12-01 | 2009-12-08 | 180.00 | 144.00
+"""
+LOINC, SNOMED, RXNORM = "http://loinc.org", "http://snomed.info/sct", "http://www.nlm.nih.gov/research/umls/rxnorm"
+CVX, UCUM, NDFRT = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://hl7.org/fhir/ndfrt"
+HL7, IHE = "http://terminology.hl7.org/CodeSystem/", "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
+DICOM, CDC_RACE = "http://dicom.nema.org/resources/ontology/DCM", "urn:oid:2.16.840.1.113883.6.238"
+US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
+PEOPLE = {"Amy": "smart-1032702", "Joseph": "smart-1081332", "Daniel": "smart-1288992"}
+DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
+CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
+INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}
+VITAL_SIGNS = (  # LOINC, name, unit (UCUM), in the order of VISITS; the blood pressure stands before the last
+    ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"), ("8310-5", "Body temperature", "Cel"),
+    ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"), ("39156-5", "Body mass index (BMI)", "kg/m2"),
+    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"))
 
 
-# ######################################################################## 25 the FHIR API
-
-@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
-def fhir_metadata(portal: Portal, request: Request) -> Response:
-    """What the FHIR API can do, and where to get a token for it. Needs none itself."""
-    statement = forwarded_statement if portal.upstream else capability_statement
-    return fhir_response(request, statement(portal, request, True), version=fhir_version(portal))
+def table(text: str) -> list[list[str]]:
+    """The rows and columns of one of the tables above."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
 
 
-@route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
-def fhir(portal: Portal, request: Request) -> Response:
-    """The record of the patient that the access token is for, and nothing else."""
-    row = bearer(portal, request)
-    if request.method not in ("GET", "HEAD", "POST"):
-        raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
-    access, base = access_of(portal, row), portal.base(request) + "/api/fhir"
-    if portal.upstream:
-        return Forwarding(portal, request, access, base, row["grant_id"]).answer()
-    return serve_records(portal, request, access, base)
+def sample(type_name: str, key: str, **elements: Any) -> Json:
+    """A resource with its id; an element that is None is left out."""
+    present = {name: value for name, value in elements.items() if value is not None}
+    return {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **present}
 
 
-@route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
-def open_fhir(portal: Portal, request: Request) -> Response:
-    """All records, without a token: to look what there is."""
-    if not portal.settings.serves_open_fhir:
-        raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
-    if request.rest == "metadata":
-        statement = forwarded_statement if portal.upstream else capability_statement
-        return fhir_response(request, statement(portal, request, False), version=fhir_version(portal))
-    if request.method == "POST" and not request.rest.endswith("/_search"):
-        raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
-    base = portal.base(request) + "/api/open-fhir"
-    if portal.upstream:
-        return Forwarding(portal, request, _access(None), base, "").answer()
-    return serve_records(portal, request, _access(None), base)
+def refer(type_name: str, key: str) -> Json:
+    """A reference to what `sample` makes."""
+    return {"reference": f"{type_name}/smart-{type_name}-{key}"}
 
 
-@route("GET /api/me", "S4S", cors=True, kind="fhir")
-def me(portal: Portal, request: Request) -> Response:
-    """The client of this token, and the tokens of the same user and client that are still good; never their values."""
-    row = bearer(portal, request)
-    now = portal.clock.now()
-    client = portal.client(row["client_id"])
-    rows = portal.state.rows(
-        "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
-        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
-        "AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
-    return json_response({
-        "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
-            {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
-             "approval_expires": http_date(one["approval_expires"])} for one in rows]})
+def person(given: str) -> Json:
+    """A reference to one of the patients, by the name that the tables use."""
+    return {"reference": f"Patient/{PEOPLE[given]}"}
 
 
-# ######################################################################## 26 start page
+def coding(system: str, code: str, display: str = "") -> Json:
+    """A FHIR Coding."""
+    return {"system": system, "code": code, "display": display} if display else {"system": system, "code": code}
 
-@route("GET /health", "for monitors", cors=True)
-def health(portal: Portal, request: Request) -> Response:
-    """Whether the server is up, and its version."""
-    return json_response({"status": "ok", "version": __version__})
+
+def concept(system: str, code: str, display: str = "") -> Json:
+    """A FHIR CodeableConcept of one coding."""
+    text = {"text": display} if display else {}
+    return {"coding": [coding(system, code, display)], **text}
+
+
+def quantity(text: str) -> Json:
+    """A FHIR Quantity from a number and a UCUM unit, such as "99 mg/dL". The unit 1 is not shown to people."""
+    number, unit = text.split()
+    value = float(number)
+    shown = {"unit": unit} if unit != "1" else {}
+    return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
+
+
+def dollars(amount: str) -> Json:
+    """An amount of money."""
+    return {"value": float(amount), "currency": "USD"}
+
+
+def noon(date: str) -> str:
+    """A moment on a day, for elements that must be one."""
+    return f"{date}T12:00:00Z"
+
+
+# The builders: a row's columns go in, resources of FHIR R4 come out, as US Core profiles them.
+def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str, city: str,
+                  zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
+    """A Patient with US Core's race, ethnicity and birth sex."""
+    groups = [("race", race, race_text)] if race else []
+    groups.append(("ethnicity", "2186-5", "Not Hispanic or Latino"))
+    yield {
+        "resourceType": "Patient", "id": pid, "active": True, "gender": gender, "birthDate": born,
+        "extension": [*({"url": US_CORE + name, "extension": [
+            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
+            {"url": "text", "valueString": text}]} for name, code, text in groups),
+            {"url": US_CORE + "birthsex", "valueCode": gender[0].upper()}],
+        "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
+                        "system": "http://hospital.smarthealthit.org", "value": pid[len("smart-"):]}],
+        "name": [{"use": "official", "family": family, "given": [given, initial], "text": f"{given} {family}"}],
+        "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
+                    {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
+        "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK", "postalCode": zip_code,
+                     "country": "USA"}],
+        "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
+        "managingOrganization": CLINIC}
+
+
+def build_problem(key: str, given: str, since: str, code: str, name: str) -> Iterator[Json]:
+    """A Condition on the problem list."""
+    yield sample("Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
+              verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
+              category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
+              code=concept(SNOMED, code, name), subject=person(given), onsetDateTime=since, recordedDate=since)
+
+
+def build_allergy(key: str, given: str, since: str, code: str, drug_class: str, name: str, reaction: str,
+                  reaction_name: str, severity: str) -> Iterator[Json]:
+    """An AllergyIntolerance, or the statement that none is known."""
+    what = concept(SNOMED, code, name)
+    if drug_class:
+        what["coding"].append(coding(NDFRT, drug_class, name))
+    known: Json = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
+        {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]} if reaction else {}
+    yield sample("AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
+              verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
+              code=what, patient=person(given), recordedDate=since, **known)
+
+
+def course(days: str) -> str:
+    """The status of a medicine: what is given for less than a month is over, the rest goes on."""
+    return "active" if int(days) >= 30 else "completed"
+
+
+def build_prescription(key: str, given: str, written: str, code: str, name: str, directions: str, dispensed: str,
+                       days: str, dose: str, times: str) -> Iterator[Json]:
+    """A MedicationRequest."""
+    yield sample("MedicationRequest", key, status=course(days), intent="order", subject=person(given), requester=DOCTOR,
+              medicationCodeableConcept=concept(RXNORM, code, name), authoredOn=written, dosageInstruction=[{
+                  "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
+                  "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
+              dispenseRequest={"quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
+
+
+def build_statement(key: str, given: str, written: str, code: str, name: str, _directions: str, _dispensed: str,
+                    days: str, *_: str) -> Iterator[Json]:
+    """A MedicationStatement: that the patient takes what was prescribed."""
+    yield sample("MedicationStatement", key, status=course(days), subject=person(given), dateAsserted=written,
+              medicationCodeableConcept=concept(RXNORM, code, name), effectivePeriod={"start": written},
+              basedOn=[refer("MedicationRequest", key)])
+
+
+def build_administration(key: str, given: str, written: str, code: str, name: str, directions: str, _dispensed: str,
+                         _days: str, dose: str, *_: str) -> Iterator[Json]:
+    """A MedicationAdministration: the first dose, taken in the clinic (made up)."""
+    yield sample("MedicationAdministration", key, status="completed", subject=person(given), effectiveDateTime=written,
+              medicationCodeableConcept=concept(RXNORM, code, name), request=refer("MedicationRequest", key),
+              dosage={"text": directions, "dose": quantity(dose)})
+
+
+def build_fills(first: str, prescription: str, days: str, amount: str, dates: str) -> Iterator[Json]:
+    """A MedicationDispense for each time that a prescription was filled."""
+    given, code, name = next((row[1], *row[3:5]) for row in table(MEDICATIONS) if row[0] == prescription)
+    for key, date in enumerate(dates.split(), int(first)):
+        yield sample("MedicationDispense", str(key), status="completed", subject=person(given), whenHandedOver=date,
+                  medicationCodeableConcept=concept(RXNORM, code, name), daysSupply=quantity(f"{days} d"),
+                  authorizingPrescription=[refer("MedicationRequest", prescription)],
+                  quantity=quantity(amount) if amount else None)
+
+
+def build_immunization(key: str, given: str, date: str, code: str, name: str, reason: str) -> Iterator[Json]:
+    """An Immunization, given or refused."""
+    yield sample("Immunization", key, status="not-done" if reason else "completed", vaccineCode=concept(CVX, code, name),
+              patient=person(given), occurrenceDateTime=date, primarySource=True,
+              statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
+
+
+def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
+    """An Observation of a category, with whatever holds its value."""
+    return sample("Observation", key, status="final", category=[concept(HL7 + "observation-category", category)],
+               code=code, subject=person(given), effectiveDateTime=date, **value)
+
+
+def build_smoking(key: str, given: str, date: str, code: str, name: str) -> Iterator[Json]:
+    """The smoking status."""
+    what = concept(LOINC, "72166-2", "Tobacco smoking status")
+    yield observation(f"{key}-smoking", given, date, "social-history", what, issued=noon(date),
+                      valueCodeableConcept=concept(SNOMED, code, name))
+
+
+def build_visit(key: str, date: str, *values: str) -> Iterator[Json]:
+    """An Encounter, and an Observation for each vital sign."""
+    visit = refer("Encounter", key)
+    *signs, systolic, diastolic, oxygen = values
+    yield sample("Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
+              type=[concept(SNOMED, "185349003", "Encounter for check up")], subject=person("Daniel"),
+              period={"start": date, "end": date}, participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
+    for value, (code, name, unit) in zip([*signs, oxygen], VITAL_SIGNS):
+        what = concept(LOINC, code, name)
+        if code == "59408-5":  # R4's vital signs want the code of any way to measure it beside that of the oximeter
+            what["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
+        yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", what, encounter=visit,
+                          valueQuantity=quantity(f"{value} {unit}"))
+    pressures = ("8480-6", "Systolic blood pressure", systolic), ("8462-4", "Diastolic blood pressure", diastolic)
+    yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"),
+                      encounter=visit, component=[{"code": concept(LOINC, code, name),
+                                                   "valueQuantity": quantity(f"{value} mm[Hg]")}
+                                                  for code, name, value in pressures])
+
+
+def build_report(key: str, date: str, results: Sequence[Json], visit: Json | None) -> Iterator[Json]:
+    """Laboratory results of one day, and the DiagnosticReport that gathers them."""
+    yield from results
+    yield sample("DiagnosticReport", key, status="final", category=[
+        concept(HL7 + "v2-0074", "LAB", "Laboratory"), concept(HL7 + "observation-category", "laboratory")],
+        code=concept(LOINC, "11502-2", "Laboratory report"), subject=person("Daniel"), encounter=visit,
+        effectiveDateTime=date, issued=noon(date), performer=[CLINIC],
+        result=[{"reference": f"Observation/{one['id']}"} for one in results])
+
+
+def build_labs() -> Iterator[Json]:
+    """All laboratory results, in one report for each day; a word where a result is not a number."""
+    tests = {row[1]: row for row in table(LABS)}
+
+    def result(key: str, date: str, loinc: str, value: str, visit: Json | None = None) -> Json:
+        """The Observation of one test."""
+        _, _, name, _, low, high, unit = tests[loinc]
+        what = {"valueQuantity": quantity(f"{value} {unit}")} if unit else {"valueCodeableConcept": {"text": value}}
+        normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
+        return observation(key, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=visit,
+                           referenceRange=normal, **what)
+
+    date = "2008-07-10"
+    yield from build_report("1", date, [result(f"{row[0]}-lab", date, row[1], row[3]) for row in tests.values()], None)
+    header, *rows = table(MORE_LABS)
+    for key, date, *values in rows:
+        visit = refer("Encounter", key)
+        results = [result(f"{key}-{loinc}", date, loinc, value, visit) for loinc, value in zip(header[2:], values)]
+        yield from build_report(key, date, results, visit)
+
+
+def build_procedure(key: str, visit: str, date: str, code: str, name: str) -> Iterator[Json]:
+    """A Procedure."""
+    yield sample("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=person("Daniel"),
+              encounter=refer("Encounter", visit), performedDateTime=date)
+
+
+def build_image(key: str, visit: str, date: str, modality: str, description: str, uid: str) -> Iterator[Json]:
+    """An ImagingStudy of one series; its Endpoint says where the pictures are."""
+    kind = coding(DICOM, modality)
+    yield sample("ImagingStudy", key, status="available", subject=person("Daniel"), encounter=refer("Encounter", visit),
+              identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=date, modality=[kind],
+              numberOfSeries=1, numberOfInstances=1, description=description,
+              endpoint=[{"reference": "Endpoint/smart-imaging"}],
+              series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
+
+
+def pdf(text: str) -> bytes:
+    """Lines of ASCII text as a PDF of one page: header, objects, where each begins, trailer (ISO 32000-1, 7.5)."""
+    lines = re.sub(r"([\\()])", r"\\\1", text).splitlines()
+    drawing = "BT /F1 10 Tf 14 TL 54 750 Td\n" + "".join(f"({line}) '\n" for line in lines) + "ET"
+    objects = ("<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+               "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources 6 0 R >>",
+               f"<< /Length {len(drawing)} >>\nstream\n{drawing}\nendstream",
+               "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>", "<< /Font << /F1 5 0 R >> >>")
+    body, places = "%PDF-1.4\n", "0000000000 65535 f \n"
+    for number, content in enumerate(objects, 1):
+        places += f"{len(body):010} 00000 n \n"
+        body += f"{number} 0 obj\n{content}\nendobj\n"
+    size = len(objects) + 1
+    return (f"{body}xref\n0 {size}\n{places}trailer\n<< /Size {size} /Root 1 0 R >>\n"
+            f"startxref\n{len(body)}\n%%EOF\n").encode("ascii")
+
+
+def build_document(key: str, visit: str, date: str, code: str, name: str, content_type: str,
+                   text: str) -> Iterator[Json]:
+    """A DocumentReference, and the Binary that holds the document."""
+    data = text.encode()
+    if content_type == "application/pdf":
+        data = pdf("\n".join([name, "", text, "", "Problems"]
+                             + [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
+                             + ["", "Medicines"]
+                             + [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]))
+    yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
+              securityContext=person("Daniel"))
+    number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
+    yield sample("DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
+              type=concept(LOINC, code, name), subject=person("Daniel"), date=noon(date), author=[DOCTOR],
+              category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
+                                "clinical-note", "Clinical Note")],
+              content=[{"attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
+                                       "title": name, "size": len(data), "creation": noon(date)},
+                        "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
+              context={"encounter": [refer("Encounter", visit)]})
+
+
+def build_bill(key: str, visit: str, date: str, billed_on: str, billed: str, paid: str) -> Iterator[Json]:
+    """An ExplanationOfBenefit: what the insurance paid for a visit."""
+    totals = [{"category": concept(HL7 + "adjudication", category), "amount": dollars(amount)}
+              for category, amount in (("submitted", billed), ("benefit", paid))]
+    yield sample("ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
+              use="claim", patient=person("Daniel"), created=billed_on, insurer=INSURER, provider=DOCTOR,
+              outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
+              item=[{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
+                     "servicedDate": date, "net": dollars(billed), "encounter": [refer("Encounter", visit)]}])
+
+
+def build_others() -> Iterator[Json]:
+    """Daniel's insurance, Daniel as his daughter's representative, and what belongs to nobody."""
+    yield sample("Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
+              subscriberId="S4S-1288992", beneficiary=person("Daniel"), payor=[INSURER], period={"start": "2008-01-01"},
+              relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [
+                  {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}]})
+    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
+           "patient": person("Amy"), "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
+           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
+    yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
+           "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
+           "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
+    for key, kind, named in (("clinic", "prov", CLINIC), ("insurer", "pay", INSURER)):
+        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": named["display"],
+               "type": [concept(HL7 + "organization-type", kind)]}
+    yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
+           "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
+           "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
+
+
+# The versions. The builders make R4; here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
+# A change: the types it is about, an element (a dotted path goes through lists), what the earlier version calls it
+# (nothing: it is not there), and how its value differs. Without an element, one is made from the whole resource.
+Change = tuple[str, str, str, Callable[[Any], Any]]
+
+
+def same(value: Any) -> Any:
+    """The value as it is."""
+    return value
+
+
+def first(values: Any) -> Any:
+    """The one that a list became, where more than one was not foreseen."""
+    return values[0]
+
+
+def listed(value: Any) -> Any:
+    """A list, where more than one was foreseen."""
+    return [value]
+
+
+def code_of(value: Any) -> Any:
+    """The code that a CodeableConcept was."""
+    return value["coding"][0]["code"]
+
+
+def iso_4217(money: Any) -> Any:
+    """An amount of money, when it was a Quantity whose unit is a currency."""
+    return {"value": money["value"], "system": "urn:iso:std:iso:4217", "code": money["currency"]}
+
+
+class Version(NamedTuple):
+    """How a version of FHIR differs from the one after it."""
+    missing: str                              # types it does not have, or not so that they could be used here
+    addresses: Sequence[tuple[str, str]]      # texts that are others in it: addresses of code systems, names of types
+    changes: Sequence[Change]
+
+
+STU3 = Version("", (
+    (HL7 + "v2-", "http://hl7.org/fhir/v2/"), (HL7 + "v3-", "http://hl7.org/fhir/v3/"),
+    (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"),
+    (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"), (HL7, "http://hl7.org/fhir/"),
+), (
+    ("AllergyIntolerance Condition", "clinicalStatus", "clinicalStatus", code_of),
+    ("AllergyIntolerance Condition", "verificationStatus", "verificationStatus", code_of),
+    ("AllergyIntolerance Condition", "recordedDate", "assertedDate", same),
+    ("Binary", "data", "content", same),
+    ("Coverage", "class", "grouping", lambda them: {"plan": them[0]["value"], "planDisplay": them[0]["name"]}),
+    ("DiagnosticReport", "category", "category", first),
+    ("DiagnosticReport", "performer", "performer", lambda them: [{"actor": one} for one in them]),
+    ("DiagnosticReport ImagingStudy Observation Procedure", "encounter", "context", same),
+    ("DocumentReference", "category", "", same),
+    ("DocumentReference", "context.encounter", "encounter", first),
+    ("DocumentReference", "date", "created indexed", same),
+    ("ExplanationOfBenefit", "use", "", same),
+    ("ExplanationOfBenefit", "insurance", "insurance", lambda them: {"coverage": them[0]["coverage"]}),
+    ("ExplanationOfBenefit", "item.net", "net", iso_4217),
+    ("ExplanationOfBenefit", "item.productOrService", "service", same),
+    ("ExplanationOfBenefit", "outcome", "outcome",
+     lambda code: concept("http://hl7.org/fhir/remittance-outcome", code)),
+    ("ExplanationOfBenefit", "", "totalCost", lambda it: iso_4217(it["total"][0]["amount"])),
+    ("ExplanationOfBenefit", "total", "totalBenefit", lambda them: iso_4217(them[1]["amount"])),
+    ("ImagingStudy", "identifier", "uid", lambda them: them[0]["value"]),
+    ("ImagingStudy", "status", "availability", lambda _: "ONLINE"),
+    ("ImagingStudy", "modality", "modalityList", same),
+    ("ImagingStudy", "series.uid", "uid", lambda uid: f"urn:oid:{uid}"),
+    ("ImagingStudy", "subject", "patient", same),
+    ("Immunization", "occurrenceDateTime", "date", same),
+    ("Immunization", "", "notGiven", lambda it: it["status"] == "not-done"),
+    ("Immunization", "status", "status", lambda _: "completed"),
+    ("Immunization", "statusReason", "explanation", lambda reason: {"reasonNotGiven": [reason]}),
+    ("MedicationAdministration", "request", "prescription", same),
+    ("MedicationRequest", "dosageInstruction.doseAndRate", "doseQuantity", lambda them: them[0]["doseQuantity"]),
+    ("MedicationRequest", "requester", "requester", lambda doctor: {"agent": doctor}),
+    ("MedicationStatement", "", "taken", lambda _: "y"),
+    ("RelatedPerson", "relationship", "relationship", first),
+))
+DSTU2 = Version("Coverage Endpoint ExplanationOfBenefit", (
+    (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"), (DICOM, "http://nema.org/dicom/dicm"),
+    ("MedicationRequest", "MedicationOrder"),
+), (
+    ("AllergyIntolerance", "assertedDate", "recordedDate", same),
+    ("AllergyIntolerance", "category", "category", first),
+    ("AllergyIntolerance", "clinicalStatus", "status", same),
+    ("AllergyIntolerance", "code", "substance", same),
+    ("AllergyIntolerance", "criticality", "criticality", lambda _: "CRITL"),
+    ("AllergyIntolerance", "verificationStatus", "", same),
+    ("Binary", "securityContext", "", same),
+    ("Condition", "assertedDate", "dateRecorded", same),
+    ("Condition", "category", "category", lambda _: concept("http://argonaut.hl7.org", "problem", "Problem")),
+    ("Condition Encounter MedicationAdministration MedicationDispense MedicationOrder MedicationStatement",
+     "subject", "patient", same),
+    ("DiagnosticReport", "performer", "performer", lambda them: them[0]["actor"]),
+    ("DiagnosticReport Observation Procedure", "context", "encounter", same),
+    ("DocumentReference", "content.format", "format", listed),
+    ("Encounter", "class", "class", lambda _: "ambulatory"),
+    ("ImagingStudy", "context", "", same),
+    ("ImagingStudy", "endpoint", "", same),
+    ("Immunization", "notGiven", "wasNotGiven", same),
+    ("Immunization", "primarySource", "reported", lambda primary: not primary),
+    ("MedicationAdministration", "dosage.dose", "quantity", same),
+    ("MedicationAdministration", "effectiveDateTime", "effectiveTimeDateTime", same),
+    ("MedicationOrder", "authoredOn", "dateWritten", same),
+    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnit", "periodUnits", same),
+    ("MedicationOrder", "intent", "", same),
+    ("MedicationOrder", "requester", "prescriber", lambda requester: requester["agent"]),
+    ("MedicationStatement", "basedOn", "supportingInformation", same),
+    ("MedicationStatement", "taken", "", same),
+    ("Observation", "category", "category", first),
+    ("Organization", "type", "type", first),
+    ("Patient", "extension.extension.valueCoding", "valueCoding", lambda group: {
+        **group, "system": "http://hl7.org/fhir/v3/" + ("Ethnicity" if group["code"] == "2186-5" else "Race")}),
+    ("Patient Practitioner RelatedPerson", "name.family", "family", listed),
+    ("Practitioner RelatedPerson", "name", "name", first),
+    ("RelatedPerson", "active", "", same),
+))
+VERSIONS: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
+
+
+def holders(found: list[Json], names: Sequence[str]) -> list[Json]:
+    """The objects that a path leads to from others."""
+    for name in names:
+        inner = [one[name] for one in found if name in one]
+        found = [one for value in inner for one in (value if isinstance(value, list) else [value])]
+    return found
+
+
+def adapt(resources: Sequence[Json], version: Version) -> list[Json]:
+    """Resources of the next version as `version` has them."""
+    text = json.dumps([one for one in resources if one["resourceType"] not in version.missing.split()])
+    for later, earlier in version.addresses:
+        text = text.replace(later, earlier)
+    adapted: list[Json] = json.loads(text)
+    of_type: dict[str, list[Json]] = {}
+    for one in adapted:
+        of_type.setdefault(one["resourceType"], []).append(one)
+    for types, path, names, convert in version.changes:
+        *outer, element = path.split(".")
+        for holder in holders([one for name in types.split() for one in of_type[name]], outer):
+            if not element or element in holder:
+                value = convert(holder.pop(element) if element else holder)
+                holder.update((name, value) for name in names.split())
+    return adapted
+
+
+def sample_resources(version: str) -> Iterator[Json]:
+    """The sample records in a version of FHIR (a key of VERSIONS), last changed at times spread over 2016 to 2018."""
+    builders: Sequence[tuple[str, Callable[..., Iterator[Json]]]] = (
+        (PATIENTS, build_patient), (PROBLEMS, build_problem), (ALLERGIES, build_allergy),
+        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (MEDICATIONS, build_administration),
+        (FILLS, build_fills), (IMMUNIZATIONS, build_immunization), (SMOKING, build_smoking), (VISITS, build_visit),
+        (PROCEDURES, build_procedure), (IMAGES, build_image), (DOCUMENTS, build_document), (BILLS, build_bill))
+    built = [one for text, build in builders for row in table(text) for one in build(*row)]
+    built += [*build_labs(), *build_others()]
+    start = datetime.datetime(2016, 1, 1)
+    for place, one in enumerate(built):
+        moment = start + datetime.timedelta(days=place * 3 % 1000)
+        one["meta"] = {"versionId": "1", "lastUpdated": noon(moment.strftime("%Y-%m-%d"))}
+    for step in VERSIONS[version]:
+        built = adapt(built, step)
+    yield from built
+
+
+# ======================================================================== Part Three: the machinery
+
+
+# ######################################################################## 21 messages and JSON
+
+MAX_HEAD = 64 << 10          # bytes of a first line and headers
+_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
+_ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
+
+
+class BadRequest(Exception):
+    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would begin."""
+    def __init__(self, status: int, description: str):
+        super().__init__(description)
+        self.status = status
+
+
+def too_large(most: int) -> BadRequest:
+    """413 that tells the limit."""
+    return BadRequest(413, f"the body is longer than {most} bytes")
+
+
+class SocketReader(io.RawIOBase):
+    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408. A `Watch` must know it.
+
+    The deadline is in real time: a test that moves the portal's clock cuts nobody off. Until one is set there is none.
+    """
+    def __init__(self, connection: socket.socket):
+        self.connection, self.deadline = connection, math.inf
+        self._woken = 0.0, 0.0  # for which deadline, and when
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if time.monotonic() < self.deadline:
+            try:
+                size = self.connection.recv_into(buffer)
+            except OSError:
+                size = 0
+                if time.monotonic() < self.deadline:
+                    raise
+            if size or time.monotonic() < self.deadline:
+                return size
+        raise BadRequest(408, "the request took too long to arrive")
+
+    def cut_off(self, now: float) -> None:
+        """The deadline has passed. Who reads wakes, and may answer; who has not woken in a second was writing."""
+        deadline, since = self._woken
+        if deadline != self.deadline:
+            self._woken = self.deadline, now
+            self.shut(socket.SHUT_RD)
+        elif now > since + 1:
+            self.shut(socket.SHUT_RDWR)
+
+    def shut(self, how: int) -> None:
+        """Wake whoever reads (SHUT_RD), or writes too (SHUT_RDWR): there is no more to come."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.connection, how)  # not SSLSocket's, which takes the session from who is in it
+            if sys.platform == "win32":  # there, only closing wakes a thread (cpython issue 91913)
+                socket.close(self.connection.detach())
+
+
+class Watch:
+    """Ends reads and writes that take too long, with one thread that looks at all connections a few times a second.
+
+    Timeouts of the sockets themselves would cost a quarter of the speed: Python then waits for a socket first and reads
+    it after, lets other threads run at either, and has to be told how long anew each time. So our sockets just block.
+    """
+    seconds = 0.2
+
+    def __init__(self) -> None:
+        self.readers: set[SocketReader] = set()
+        self.ended = False
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def add(self, reader: SocketReader) -> None:
+        """Watch over a reader; it is taken out of `readers` by whoever closes it."""
+        with self._lock:
+            self.readers.add(reader)
+            if not self._thread:
+                thread = threading.Thread(target=self._run, name="s4s watch", daemon=True)
+                with contextlib.suppress(RuntimeError):  # the system gives no more threads; the next connection asks again
+                    thread.start()
+                    self._thread = thread
+            if self.ended:
+                reader.shut(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Shut all connections, those to come too."""
+        with self._lock:
+            self.ended = True
+            for reader in self.readers.copy():
+                reader.shut(socket.SHUT_RDWR)
+
+    def _run(self) -> None:
+        while not self._closed.wait(self.seconds):
+            now = time.monotonic()
+            for reader in self.readers.copy():
+                if reader.deadline < now:
+                    reader.cut_off(now)
+
+    def close(self) -> None:
+        """Stop watching; safe to call twice."""
+        self._closed.set()
+        if self._thread:
+            self._thread.join()
+
+
+@remembered(100)  # a client sends the same lines again and again
+def parse_headers(lines: bytes) -> Mapping[str, str]:
+    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
+    if not _HEADER_LINES.fullmatch(lines):
+        raise BadRequest(400, "a header line is malformed")
+    headers: dict[str, str] = {}
+    for line in lines.decode("latin-1").split("\n")[:-1]:
+        name, _, value = line.partition(":")
+        name, value = name.lower(), value.strip(" \t\r")
+        if name in headers:
+            if name in _ONCE:
+                raise BadRequest(400, f"the header {name} is given twice")
+            value = headers[name] + ("; " if name == "cookie" else ", ") + value
+        headers[name] = value
+    return headers
+
+
+def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
+    """The header lines up to the empty one."""
+    end = stream.peek().find(b"\r\n\r\n")  # mostly all of them are here already
+    if 0 <= end <= most - 4:
+        return dict(parse_headers(stream.read(end + 4)[:-2]))
+    lines: list[bytes] = []
+    while True:
+        line = stream.readline(most + 1)
+        most -= len(line)
+        if most < 0:
+            raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
+        if line in (b"\r\n", b"\n"):
+            return dict(parse_headers(b"".join(lines)))
+        if not line:
+            raise BadRequest(400, "the message ends within its header")
+        lines.append(line)
+
+
+def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
+    """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
+    body = bytearray()
+    while True:
+        match = re.fullmatch(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n", stream.readline(1024))
+        if not match:
+            raise BadRequest(400, "a chunk's size is malformed")
+        size = int(match[1], 16)
+        if size == 0:
+            read_headers(stream, MAX_HEAD)
+            return bytes(body)
+        if len(body) + size > most:
+            raise too_large(most)
+        chunk = stream.read(size + 2)
+        if len(chunk) < size + 2 or not chunk.endswith(b"\r\n"):
+            raise BadRequest(400, "a chunk is not as long as it says")
+        body += chunk[:-2]
+
+
+MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+
+
+def parse_json(data: bytes) -> Json:
+    """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
+    too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except RecursionError:
+        raise PortalError("invalid_request", too_deep)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        raise PortalError("invalid_request", f"the body is not JSON: {error}")
+    if not isinstance(value, dict):
+        raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
+                 if isinstance(inner, (dict, list))]
+    if level:
+        raise PortalError("invalid_request", too_deep)
+    return value
+
+
+FHIR_TYPE = "application/fhir+json"
+FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
+JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
+_ANY_JSON = frozenset(("*/*", "application/*", *JSON_TYPES))
+
+
+@remembered(100)
+def media_types(text: str) -> tuple[str, ...]:
+    """The media types in an Accept header, less those that it refuses (q=0)."""
+    return tuple(part.partition(";")[0].strip().lower() for part in text.split(",")
+                 if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part))
+
+
+def accepted_types(request: Request) -> tuple[str, ...]:
+    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+    return media_types(dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*")
+
+
+def fhir_type(request: Request, version: str = "r4") -> str:
+    """The JSON type asked for, else the version's own; 406 if no JSON will do."""
+    accepted = accepted_types(request)
+    if not _ANY_JSON.intersection(accepted):
+        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
+    return "application/json" if accepted == ("application/json",) else FHIR_TYPES.get(version, FHIR_TYPE)
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
+                  version: str = "r4") -> Response:
+    """A resource, or its JSON text, in the type that `fhir_type` says; errors whatever is accepted."""
+    media_type = fhir_type(request, version) if status == 200 else FHIR_TYPES.get(version, FHIR_TYPE)
+    if ("_pretty", "true") in request.pairs():
+        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+    text = body if isinstance(body, str) else json.dumps(body)
+    # no-store: else a browser answers the app from its cache, even after the token's end.
+    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
+
+
+# ######################################################################## 22 signing
+
+
+# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
+# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
+# many tells something about the key: a production server leaves this to a library.
+def base64url_bytes(text: str) -> bytes:
+    """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
+    data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64url(data) != text:
+        raise ValueError(f"{text[:20]!r} is not base64url without padding")
+    return data
+
+
+def _jwk_number(jwk: Json, name: str) -> int:
+    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
+    text = jwk.get(name)
+    return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
+
+
+def _jwk_text(number: int) -> str:
+    """A number as a JWK holds it."""
+    return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
+
+
+RSA_EXPONENT = 65537
+RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
+    "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
+    "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
+
+
+def thumbprint(jwk: Json) -> str:
+    """A name for a key that follows from the key itself (RFC 7638)."""
+    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
+    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
+    return base64url(hashlib.sha256(text.encode("ascii")).digest())
+
+
+class RsaKey(NamedTuple):
+    """A private RSA key: two primes, known to nobody else (RFC 8017 section 3.2)."""
+    p: int
+    q: int
+
+    def public_jwk(self) -> Json:
+        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
+        jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
+        return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
+
+
+def is_prime(number: int) -> bool:
+    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
+    halvings = ((number - 1) & (1 - number)).bit_length() - 1
+    for _ in range(5):
+        power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
+        if power in (1, number - 1):
+            continue
+        for _ in range(halvings - 1):
+            power = power * power % number
+            if power == number - 1:
+                break
+        else:
+            return False
+    return True
+
+
+def new_rsa_key(bits: int = 2048) -> RsaKey:
+    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
+    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
+
+    def prime() -> int:
+        while True:
+            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
+            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
+                return number
+    key = RsaKey(prime(), prime())
+    return key if key.p != key.q else new_rsa_key(bits)
+
+
+def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
+    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
+    make, name = RSA_HASHES[algorithm]
+    end = b"\0" + name + make(message).digest()
+    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
+
+
+def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
+    """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
+    length = ((key.p * key.q).bit_length() + 7) // 8
+    padded = _padded_hash(algorithm, message, length)
+    by_p = pow(padded, pow(RSA_EXPONENT, -1, key.p - 1), key.p)
+    by_q = pow(padded, pow(RSA_EXPONENT, -1, key.q - 1), key.q)
+    return (by_q + (by_p - by_q) * pow(key.q, -1, key.p) % key.p * key.q).to_bytes(length, "big")
+
+
+def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
+    modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
+    if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
+        raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
+    length, number = (modulus.bit_length() + 7) // 8, int.from_bytes(signature, "big")
+    return (len(signature) == length and number < modulus
+            and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
+
+
+# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
+P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
+P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
+P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
+P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
+          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
+Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
+
+
+def _double(point: Point) -> Point:
+    """A point added to itself (Cohen, Miyaji and Ono 1998, for a = -3)."""
+    x, y, z = point
+    square, zz = y * y % P384_P, z * z % P384_P
+    slope, mean = 3 * (x - zz) * (x + zz), 4 * x * square
+    x3 = (slope * slope - 2 * mean) % P384_P
+    return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
+
+
+def _add(one: Point, other: Point) -> Point:
+    """The sum of two points."""
+    (x1, y1, z1), (x2, y2, z2) = one, other
+    if not z1 or not z2:
+        return other if not z1 else one
+    zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
+    u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
+    width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
+    if not width:
+        return (1, 1, 0) if height else _double(one)
+    cube = width * width % P384_P
+    mean, cube = u1 * cube % P384_P, cube * width % P384_P
+    x3 = (height * height - cube - 2 * mean) % P384_P
+    return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
+
+
+def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
+    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
+
+    ValueError for a key that is not a point of P-384.
+    """
+    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
+    x, y, _ = key
+    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
+        raise ValueError("expected a point of the curve P-384 as x and y")
+    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
+    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
+        return False
+    inverse = pow(s, -1, P384_N)
+    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
+    u2 = r * inverse % P384_N
+    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
+    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
+    for bit in range(383, -1, -1):
+        total = _double(total)
+        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
+        if which:
+            total = _add(total, sums[which])
+    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
+
+
+KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
+
+
+def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
+    if algorithm == "ES384":
+        return es384_verify(jwk, message, signature)
+    return rsa_verify(jwk, algorithm, message, signature)
+
+
+def sign_jwt(key: RsaKey, claims: Json) -> str:
+    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
+    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
+    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
+    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
+
+
+class Jwt(NamedTuple):
+    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
+    header: Json
+    claims: Json
+    signed: bytes
+    signature: bytes
+
+
+def read_jwt(text: str) -> Jwt:
+    """Take a JWT apart; ValueError for what is none."""
+    parts = text.split(".")
+    try:
+        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
+        signature = base64url_bytes(parts[2])
+        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
+    except (ValueError, IndexError, RecursionError):
+        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
+    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
+        raise ValueError("expected a JWT whose header and claims are JSON objects")
+    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
+
+
+# ######################################################################## 23 pages
+
+
+class Markup(str):
+    """Text that is HTML already. All other text is escaped when it enters a page."""
+
+
+def escaped(child: Any) -> str:
+    """A child of an element: markup as it is, a list one by one, None and False not at all, everything else escaped."""
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, (list, tuple)):
+        return "".join(map(escaped, child))
+    return "" if child is None or child is False else html.escape(str(child))
+
+
+def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
+    """An HTML element. class_ is class, data_slide is data-slide; True is a bare attribute, None and False are none."""
+    words = [name]
+    for key, value in attributes.items():
+        key = key.rstrip("_").replace("_", "-")
+        if value is True:
+            words.append(key)
+        elif value is not None and value is not False:
+            words.append(f'{key}="{html.escape(str(value))}"')
+    start = f"<{' '.join(words)}>"
+    if name in ("input", "br", "hr", "meta", "link"):
+        return Markup(start)
+    return Markup(start + "".join(map(escaped, children)) + f"</{name}>")
+
+
+# Where the texts can be read, besides the RFCs.
+TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html", "FHIR": "https://hl7.org/fhir/http.html",
+         "OpenID Connect Core": "https://openid.net/specs/openid-connect-core-1_0.html",
+         "OpenID Connect Discovery": "https://openid.net/specs/openid-connect-discovery-1_0.html"}
+_CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join(TEXTS)})\b(?: App Launch)?")
+
+
+def cited(text: str) -> Markup:
+    """Words with each text that they cite as a link to it."""
+    def link(found: re.Match[str]) -> str:
+        section = f"#section-{found[2]}" if found[2] else ""
+        return tag("a", found[0], href=TEXTS.get(found[3]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
+    return Markup(_CITED.sub(link, html.escape(text)))
+
+
+# Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
+STYLE = """
+:root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
+--edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;
+--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}
+*{box-sizing:border-box}
+body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
+overflow-wrap:anywhere}
+body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
+body>header{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;align-items:center;background:var(--paper);
+border-bottom:1px solid var(--line)}
+header strong{flex:1 1 14rem;font-size:1.1rem}header strong::before{content:"";display:inline-block;width:.9em;
+height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
+header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}header a{padding:.4rem 0}
+footer{color:var(--warn);border-top:1px solid var(--line)}
+h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
+h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
+a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+small,.quiet{color:var(--quiet);font-size:.95rem}
+.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
+.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
+.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
+border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
+dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}
+dt{color:var(--quiet)}dd{margin:0}
+label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;margin:1.2rem 0}
+legend{padding:0;font-weight:600}
+input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
+border-radius:.4rem}
+input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
+margin-top:.25rem}
+.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
+border-bottom:1px solid var(--line)}.choice small{display:block}
+input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}
+button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;cursor:pointer;
+border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
+button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}
+button[data-patient-id]{display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
+color:var(--accent)}
+pre,code{font:.9em/1.5 ui-monospace,monospace}
+pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
+table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
+padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
+th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
+.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
+@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
+tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
+td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
+@media print{nav,button{display:none!important}.js section:not(.active){display:block}
+body{background:none}body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
+"""
+
+
+def _source_hash(text: str) -> str:
+    """What a Content-Security-Policy calls an inline script or style by."""
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
+def page_headers(style: str, script: str) -> list[tuple[str, str]]:
+    """What guards a page: this style and this script run in it and no other, no site frames it, no cache keeps it.
+
+    A script may talk to this server alone. There is no form-action: the consent form's answer redirects to the app,
+    which that would forbid.
+    """
+    scripts = f"script-src {_source_hash(script)}; connect-src 'self'; " if script else ""
+    policy = f"default-src 'none'; style-src {_source_hash(style)}; {scripts}base-uri 'none'; frame-ancestors 'none'"
+    return [("Content-Security-Policy", policy),
+            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+
+
+def link_root(portal: Portal) -> str:
+    """What stands before the path in links: nothing, but where a reverse proxy serves this server below a path."""
+    return urlsplit(portal.public_url()).path
+
+
+def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
+         cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
+    """A page of the portal; `brand` is whose page it is, if not the portal's."""
+    root = link_root(portal)
+    body = tag("html", tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {portal.settings.name}"),
+                           tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+                           tag("style", Markup(style))),
+               tag("body",
+                   tag("header", tag("strong", brand or portal.settings.name),
+                       tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
+                           aria_label="Portal"),
+                       tag("span", f"Signed in as {username}", class_="quiet") if username else None),
+                   tag("main", tag("h1", title), *content),
+                   tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
+                   tag("script", Markup(script)) if script else None), lang="en")
+    return Response(status, b"<!doctype html>" + body.encode("utf-8", "replace"), "text/html; charset=utf-8",
+                    [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
+
+
+def facts(*pairs: tuple[str, Any]) -> Markup:
+    """A list of names and what they are; pairs with nothing are left out."""
+    return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
+
+
+def what_it_does(found: Route) -> str:
+    """The first paragraph of an endpoint's docstring."""
+    return " ".join((found.endpoint.__doc__ or "").partition("\n\n")[0].split())
+
+
+def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
+    """An error for the person at the browser: what was expected, what came, and what to read."""
+    came = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
+    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
+                tag("p", cited(error.description), class_="error"),
+                tag("div", facts(
+                    ("What came", [tag("code", f"{request.method} {request.path}"), came and tag("ul", came)]),
+                    ("What it does", found and what_it_does(found)),
+                    ("What to read", found and cited(found.spec)),
+                    ("Error code", tag("code", error.error))), class_="card"),
+                tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
+
+
+def hidden(session_id: str, **fields: str) -> list[Markup]:
+    """The hidden fields of a form, its token among them."""
+    return [tag("input", type="hidden", name=name, value=value)
+            for name, value in {"form_token": form_token(session_id), **fields}.items()]
+
+
+def account_names(portal: Portal) -> str:
+    """Who can sign in, in a line."""
+    names = [row["username"] for row in portal.state.rows("SELECT username FROM users ORDER BY rowid LIMIT 20")]
+    return f"{', '.join(names)}, and every loaded patient's id; password {DEMO_PASSWORD} unless --fixtures says another"
+
+
+def accounts(portal: Portal) -> Markup:
+    """Who can sign in, and how."""
+    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
+    return tag("section", tag("h2", "Test accounts"),
+               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
+               tag("p", "Their password is ", tag("code", DEMO_PASSWORD), ", unless fixtures gave them another. Every patient "
+                   "who was loaded signs in by id, with the same password."), class_="card")
+
+
+def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
+    """The form; with a cookie for a browser that has none, for its form token to hang on."""
+    session_id = browser_session(portal, request) or new_session_id()
+    form = tag("form",
+               hidden(session_id, next=next_path),
+               tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
+                                             autocomplete="username", required=True)),
+               tag("label", "Password", tag("input", type="password", id="password", name="password",
+                                            value="" if message else DEMO_PASSWORD, autocomplete="current-password",
+                                            required=True)),
+               tag("button", "Sign in", id="sign-in"),
+               method="post", action=f"{portal.browser_base(request)}/login", class_="card")
+    return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
+                accounts(portal), status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+
+
+def sign_out(portal: Portal, request: Request) -> Markup:
+    """The button to sign out."""
+    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
+               method="post", action=f"{portal.browser_base(request)}/logout")
+
+
+MANY_PATIENTS = 12  # more than this, and the picker has a search box
+
+
+def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
+                patients: dict[str, str], text: str = "") -> Response:
+    """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
+    if not patients and not text:
+        raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
+    session_id, action = browser_session(portal, request), f"{portal.browser_base(request)}/oauth/consent"
+    search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
+                     tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
+                     tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
+    shown = list(patients.items())[:MANY_PATIENTS]
+    found = f"The first {len(shown)} of {len(patients)} patients." if len(patients) > len(shown) else (
+        None if patients else f"Nobody whose record you may open is called {text!r}.")
+    return page(portal, "Whose record?",
+                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page you "
+                    "decide what of it, and until when."),
+                search_box if text or len(patients) > MANY_PATIENTS else None,
+                tag("form", hidden(session_id, request=request_id),
+                    tag("p", found, role="status") if found else None,
+                    [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
+                     for patient_id, name in shown],
+                    tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
+                    method="post", action=action, class_="card"), username=user["name"])
+
+
+CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
+    "patient": "Name, birth date, gender, address, phone, language, ethnicity.",
+    "medications": "What was prescribed, dispensed, given or is taken, and how much of it.",
+    "allergies": "What causes reactions, which ones, and how bad they were.",
+    "immunizations": "Vaccines, and when they were given.",
+    "problems": "Illnesses, complaints and findings, now and in the past.",
+    "procedures": "Operations, examinations and treatments.",
+    "vital-signs": "Blood pressure, pulse, temperature, weight, height and the like, over time.",
+    "laboratory": "Blood, urine and other tests, and the reports on them.",
+    "smoking": "Tobacco use, and other habits and circumstances that were noted.",
+    "documents": "Letters and notes about care, and the files themselves.",
+    "coverage": "Who insures, under which number, since when.",
+    "explanation-of-benefit": "What was billed, what the insurance paid, and for which care.",
+    "imaging": "Which pictures were taken, such as X-rays, and when.",
+    "encounters": "Visits and stays: when, where, why, with whom.",
+    "other": "Whatever else the record holds and is not named above."}
+# The consent page's three steps. Without this script all three stand below each other, as one plain form.
+CONSENT_SCRIPT = """
+(function () {
+  var form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section'), at = 0;
+  form.classList.add('js');
+  steps[0].classList.add('active');
+  form.addEventListener('click', function (event) {
+    var button = event.target.closest('button[data-slide]');
+    if (!button) return;
+    if (button.hidden) { event.preventDefault(); return; }
+    var next = button.getAttribute('data-slide') === 'next';
+    var missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
+    if (missing) { missing.reportValidity(); return; }
+    steps[at].classList.remove('active');
+    at += next ? 1 : -1;
+    steps[at].classList.add('active');
+    steps[at].querySelector('h2').focus();
+  });
+})();
+"""
+
+
+def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
+    """Who asks, for what, of whom."""
+    target = urlsplit(details["redirect_uri"])
+    links = [tag("p", tag("a", label, href=client.metadata[name])) for name, label in (
+        ("client_uri", "The app's own page"), ("policy_uri", "What it does with data"), ("tos_uri", "Its terms"))
+        if name in client.metadata]
+    return tag("div", facts(
+        ("App", [tag("strong", client.name), links]),
+        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
+        ("Whose data", whose),
+        ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
+        ("Decided by", user["name"])),
+        client.registered_itself and tag(
+            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
+            "Approve only if you have just come from that app.", class_="quiet"))
+
+
+def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
+    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
+    def line(word: str) -> Markup:
+        parsed = parse_scope(word)
+        kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
+        plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
+        # The app wrote the values. Quoted, they can't read as the portal's own words.
+        limits = [[" and " if number else ", but only where ", name, " is ", [
+            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
+            for place, one in enumerate(_COMMA.split(value))]]
+                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
+        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
+                   tag("small", tag("code", word)))
+    parsed = resource_scopes(scope)
+    warnings = [text for text, holds in (
+        ("Everything means every kind of data, those that are added later too. The last step lets you leave kinds out.",
+         any(one.type == "*" for one in parsed)),
+        ("The app asks for the records of everybody whose record you may open, not for one.",
+         any(one.context == "user" for one in parsed)),
+        ("The app can fetch new data while you are away. That ends on the date you choose, or when you stop it.",
+         "offline_access" in scope.split())) if holds]
+    return tag("div", tag("ul", [line(word) for word in scope.split()]),
+               [tag("p", text, class_="note") for text in warnings],
+               tag("p", "It can change nothing, and it never learns your password."))
+
+
+def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
+                 patient_id: str | None) -> Response:
+    """The consent in three steps: what this is, confirm each point, review. One form, so that it works in one go."""
+    now, words = portal.clock.now(), details["scope"].split()
+    name = patient_id and portal.patient_name(user["username"], patient_id)
+    whose = f"the health record of {name}" if name else "what you may see here"
+    encounters = {}
+    if patient_id and "launch/encounter" in words and "encounter" not in details["launch"].get("context", {}):
+        encounters = encounters_of(portal, patient_id)
+    refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
+    forward = tag("button", "Continue", type="button", data_slide="next")
+    back = tag("button", "Back", type="button", data_slide="back")
+    points = (f"I want {client.name} to see {whose}.",
+              "What the app does with the data afterwards is up to the app, not to this portal.",
+              "I can stop sharing at any time, on the page \"Apps you share with\".")
+
+    def step(number: int, title: str, *content: Any) -> Markup:
+        return tag("section", tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1), *content,
+                   class_="card")
+    return page(
+        portal, f"Share data with {client.name}?",
+        tag("form", hidden(browser_session(portal, request), request=request_id, patient_id=patient_id or ""),
+            # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
+            tag("button", "Stay", data_slide="stay", hidden=True),
+            step(1, "What this is",
+                 tag("p", f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."),
+                 app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
+                 scope_list(portal, client, details["scope"]), forward, refuse),
+            step(2, "Confirm each point",
+                 [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True),
+                      tag("span", point), class_="choice") for point in points], forward, back),
+            step(3, "Review",
+                 tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
+                 tag("fieldset", tag("legend", "What it sees"), [
+                     tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
+                         tag("span", CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label])), class_="choice")
+                     for label in offered_categories(portal, client, details["scope"])]),
+                 tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
+                                                            in encounters.items()], name="encounter_id"))
+                 if encounters else None,
+                 tag("label", "Until the end of", tag(
+                     "input", type="date", name="approval_expires", required=True, min=day_of(now),
+                     max=day_of(now, 2), value=day_of(now, 1))),
+                 tag("p", "You can stop sharing before that day, at any time, under ", tag("a", "Apps you share with", href=(
+                     f"{link_root(portal)}/apps")), ". What the app has fetched by then, it keeps."),
+                 tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse, back),
+            id="consent-carousel", method="post", action=f"{portal.browser_base(request)}/oauth/consent"),
+        username=user["name"], script=CONSENT_SCRIPT)
+
+
+@route("GET /apps", "S4S", kind="page")
+def apps(portal: Portal, request: Request) -> Response:
+    """What the user shares, with whom, until when, and a button to stop it. `?stop=` asks once more."""
+    user = session_user(portal, request)
+    if not user:
+        return to_sign_in(portal, request)
+    fields = Fields(request.pairs())
+    shared: dict[tuple[str, str | None], list[Row]] = {}  # client and patient -> their grants, the newest first
+    for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
+                                 "ORDER BY approved DESC", user["username"], portal.clock.now()):
+        shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
+    session_id, base = browser_session(portal, request), portal.browser_base(request)
+
+    def app_name(client_id: str) -> str:
+        client = portal.client(client_id)
+        return client.name if client else client_id
+
+    def whose(patient_id: str | None) -> str:
+        return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
+
+    def in_words(labels: list[list[str]]) -> str:
+        seen = {label: any(label in one for one in labels) for label in CATEGORIES}
+        left_out = [CATEGORIES[label][0] for label in CATEGORIES if not seen[label]]
+        if len(left_out) <= 3:
+            return "everything" + (" but " if left_out else "") + "; ".join(left_out)
+        return "; ".join(CATEGORIES[label][0] for label in CATEGORIES if seen[label])
+
+    def line(grants: list[Row]) -> Markup:
+        newest, labels = grants[0], [json.loads(one["security_labels"]) for one in grants]
+        scope = dict.fromkeys(word for one in grants for word in one["scope"].split())
+        return tag("tr", tag("td", tag("strong", app_name(newest["client_id"]))),
+                   tag("td", whose(newest["patient_id"]), data_label="Whose record"),
+                   tag("td", in_words(labels) if all(labels) else "everything its scope allows", tag("details", tag(
+                       "summary", "Scope"), tag("code", " ".join(scope))), data_label="What"),
+                   tag("td", f"{day_of(newest['approved'])} until {day_of(max(one['approval_expires'] for one in grants))}",
+                       data_label="Since and until"),
+                   tag("td", tag("form", tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest[
+                       "grant_id"], aria_label=f"Stop sharing with {app_name(newest['client_id'])}"),
+                                 action=f"{base}/apps")), rel=newest["client_id"])
+    stop = next((grants[0] for grants in shared.values() if grants[0]["grant_id"] == fields.get("stop")), None)
+    modal = stop and tag(
+        "section", tag("h2", f"Stop sharing with {app_name(stop['client_id'])}?"),
+        tag("p", f"From now on it can fetch nothing more of this record: {whose(stop['patient_id'])}. What it has "
+            "fetched, it keeps. To share again, start in the app."),
+        tag("form", hidden(session_id), tag("button", "Stop sharing"), method="post",
+            action=f"{base}/revoke/{stop['grant_id']}"),
+        tag("p", tag("a", "Keep sharing", href=f"{base}/apps")), class_="modal in")
+    table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
+        "App", "Whose record", "What", "Since and until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
+    return page(portal, "Apps you share with", modal,
+                tag("div", table_ if shared else tag("p", "You share with no app. When an app asks and you approve, it is "
+                                                     "listed here, with a button to stop it."), class_="card"),
+                sign_out(portal, request), username=user["name"])
+
+
+@route("GET,POST /launch", "SMART App Launch, EHR launch", kind="page")
+def launch_page(portal: Portal, request: Request) -> Response:
+    """Be the EHR: choose app, user, patient and visit, and launch. A test control, so open to anyone, or not there."""
+    if not portal.settings.serves_debug:
+        raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
+    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
+    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent", "name")
+    chosen: Json = {name: fields.get(name) for name in names}
+    if request.method == "POST":
+        given = {name: value for name, value in chosen.items() if value and name != "name"}
+        return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
+            fields.get("need_patient_banner")))["launch_url"])
+    session_id = browser_session(portal, request) or new_session_id()
+
+    def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
+        return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
+                                                  for value, text in choices], id=name, name=name))
+
+    def text(name: str, label: str) -> Markup:
+        return tag("label", label, tag("input", type="text", id=name, name=name, value=chosen[name]))
+    rows = portal.state.rows("SELECT client_id FROM clients")
+    apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
+    users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
+    patients, one = portal.patients_of("clinician", chosen["name"]), chosen["patient_id"]
+    if one and one not in patients:
+        patients[one] = portal.patient_name("clinician", one) or one
+    visits = encounters_of(portal, one) if one else {}
+    return page(
+        portal, "Launch an app",
+        tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
+            "permission as always. It runs once, within five minutes."),
+        tag("form", hidden(session_id),
+            select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
+            text("launch_uri", "Its launch address (if none is registered, or another one)"),
+            select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
+            text("name", "Find patients by name"),
+            select("patient_id", "Whose record is open", [("", "none yet"), *patients.items()]),
+            tag("button", "Show patients and visits", class_="btn-default", formmethod="get", formnovalidate=True),
+            select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
+            text("intent", "Intent (a word that you and the app agreed on)"),
+            tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
+                tag("span", "The app shows the patient's name itself (need_patient_banner)"), class_="choice"),
+            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch",
+            class_="card"),
+        cookies=[set_cookie(portal, request, session_id)])
 
 
 KINDS = {  # of routes, in the start page's order
@@ -6865,11 +6550,10 @@ def start_page(portal: Portal, request: Request) -> Response:
         username=user["name"] if user else "")
 
 
-# ######################################################################## 27 demo app
+# ######################################################################## 24 demo app
 
 # A SMART app such as others write: a public client, which this server treats like any other. Its script is the example
 # to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in the order in which they happen.
-
 DEMO_STYLE = STYLE + """
 .story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
 summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-size:.95rem}
@@ -7223,7 +6907,457 @@ def demo_page(portal: Portal, request: Request) -> Response:
         style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
-# ######################################################################## 28 test controls
+# ######################################################################## 25 settings, seeds, the portal
+
+
+class Option(NamedTuple):
+    """A setting's default, and how --help shows it."""
+    default: Any
+    text: str
+    placeholder: str = ""
+
+
+def _option(default: Any, text: str, placeholder: str = "") -> Any:
+    """An Option, where a class's attribute gets its value: see `Settings`."""
+    return Option(default, text, placeholder)
+
+
+class Settings:
+    """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
+
+    A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
+    """
+    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
+    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
+    base_url: list[str] = _option([], "the public address, if not the one that each request names; repeatable", "URL")
+    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
+    fhir_server: str | None = _option(None, "forward FHIR requests to this server (default: the embedded records)", "URL")
+    fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
+    fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
+    fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
+    data: list[Any] = _option([], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, "
+                              "or a folder; none leaves the sample patients out; repeatable", "PATH")
+    fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
+    client: list[str] = _option([], "a client known from the start; without a secret it is public; repeatable",
+                                "ID[:SECRET]=REDIRECT_URI")
+    db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
+    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
+    debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
+    certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
+    keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
+    quiet: bool = _option(False, "no request log")
+    verbose: bool = _option(False, "explain each decision in the request log")
+
+    def __init__(self, **chosen: Any) -> None:
+        for name in chosen:
+            if name not in OPTIONS:
+                raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
+        for name, option in OPTIONS.items():
+            value = chosen.get(name, option.default)
+            if isinstance(option.default, list):
+                value = list(value) if isinstance(value, (list, tuple, set)) else [value]
+            setattr(self, name, value)
+        if self.fhir_version not in FHIR_VERSIONS:
+            raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
+        self.base_url = [url.rstrip("/") for url in self.base_url]
+        for url in self.base_url:
+            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+                raise StartError(f"--base-url {url}: give an absolute http or https address")
+        if self.keyfile and not self.certfile:
+            raise StartError("--keyfile is given without --certfile")
+        if self.quiet and self.verbose:
+            raise StartError("--quiet and --verbose exclude each other")
+        if self.fhir_server and any(one != "none" for one in self.data):
+            raise StartError("--data and --fhir-server exclude each other: load the data into that server")
+        self._check_fhir_server()
+
+    def _check_fhir_server(self) -> None:
+        """What concerns the FHIR server behind: an address requests can be put below, headers that don't disturb."""
+        if self.fhir_server is not None:
+            self.fhir_server = str(self.fhir_server).rstrip("/")
+            match = re.fullmatch(r"(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?",
+                                 self.fhir_server, re.IGNORECASE)
+            if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
+                raise StartError(f"--fhir-server {self.fhir_server}: give the address of its FHIR base, http or https, "
+                                 "without user, query or fragment")
+            self.fhir_server = match[1].lower() + (match[3] or "")
+        for header in self.fhir_header:
+            match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([!-~][ -~]*)", header)
+            if not match or match[1].lower() in ("accept", "accept-encoding", "connection", "content-length", "expect",
+                                                 "host", "te", "transfer-encoding", "upgrade"):
+                # The value may be a secret: it is not repeated.
+                raise StartError(f"--fhir-header {header.partition(':')[0]}: expected \"Name: value\", and not a "
+                                 "name that HTTP itself needs")
+        if not isinstance(self.fhir_timeout, (int, float)) or not 0 < self.fhir_timeout <= 3600:
+            raise StartError(f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server. What is open to anyone is on only then, unless told."""
+        return is_loopback(self.host)
+
+    @property
+    def serves_open_fhir(self) -> bool:
+        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
+        --fhir-header open to this portal is not opened to everybody unless told."""
+        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
+
+    @property
+    def serves_debug(self) -> bool:
+        """Whether anyone may ask the test controls for tokens."""
+        return self.local if self.debug is None else self.debug
+
+
+OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
+
+# The demo accounts' common password is no secret, so its hash may stand here: no start waits for hash_password.
+DEMO_PASSWORD = "demo-password"
+DEMO_SALT = "s4s-demo"
+DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
+DEMO_USERS = (            # username, name, fhir_user, may open any record
+    ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
+    ("joseph-ross", "Joseph Ross", "Patient/smart-1081332", False),
+    ("clinician", "Clara Clinician", "Practitioner/smart-clinician", True))
+DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user, who else the user is to the patient
+    ("daniel-adams", "smart-1288992", "Daniel Adams", True, None),
+    ("daniel-adams", "smart-1032702", "Amy Shaw", False, "RelatedPerson/daniel-adams-amy-shaw"),
+    ("joseph-ross", "smart-1081332", "Joseph Ross", True, None))
+DEMO_SCOPE = "launch/patient patient/*.read offline_access"
+DEMO_CLIENTS = (          # client_id, secret, redirect URI
+    ("test-suite", "demo-secret-s4s", "http://tests.dev.syncfor.science:9003/authorized/"),
+    ("api-test", "api-secret", "http://localhost:9001/authorized"))
+
+
+def seeded_client(client_id: Any, secret: Any, metadata: Json) -> Client:
+    """A client that is known from the start. Without a secret and without keys it is public."""
+    if not isinstance(client_id, str) or not re.fullmatch(r"[!-~]+", client_id):
+        raise PortalError("invalid_client_metadata", "client_id is missing or not a string of ASCII")
+    if secret is not None and (not isinstance(secret, str) or not secret):
+        raise PortalError("invalid_client_metadata", "client_secret: expected a string")
+    keys = {"jwks", "jwks_uri"} & metadata.keys()
+    method = "client_secret_basic" if secret else "private_key_jwt" if keys else "none"
+    kept = client_metadata({"token_endpoint_auth_method": method, **metadata})
+    if kept["token_endpoint_auth_method"].startswith("client_secret") != bool(secret):
+        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method is "
+                          f"{kept['token_endpoint_auth_method']}, {'but' if secret else 'without'} a client_secret")
+    return Client(client_id, hash_secret(secret) if secret else None, kept)
+
+
+class Seeds(NamedTuple):
+    """Who and what is there from the start, as rows of the tables users, patients and clients."""
+    users: list[tuple[Any, ...]]
+    patients: list[tuple[Any, ...]]
+    clients: dict[str, Client]
+
+
+# The members of --fixtures: name -> type; those of clients are client metadata.
+FIXTURES: Json = {"users": list, "clients": list}
+FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
+FIXTURE_PATIENT: Json = {"patient_id": str, "name": str, "is_user": bool}
+
+
+def add_fixtures(found: Seeds, source: str | Json) -> None:
+    """Add the users and clients of a fixtures file, or of the object that is in one."""
+    where = f"--fixtures {source}" if isinstance(source, str) else "fixtures"
+
+    def check(place: str, value: Any, known: Json, *needed: str) -> Json:
+        if not isinstance(value, dict):
+            raise StartError(f"{where}: {place} is not a JSON object")
+        for name, one in value.items():
+            if name not in known:
+                raise StartError(f"{where}: {place} has an unknown member {name}; known are {', '.join(known)}")
+            if not isinstance(one, known[name]):
+                kind = {str: "a string", list: "an array", bool: "true or false"}[known[name]]
+                raise StartError(f"{where}: {name} of {place} is not {kind}")
+        for name in needed:
+            if not value.get(name):
+                raise StartError(f"{where}: {place} has no {name}")
+        return value
+    fixtures: Any = source
+    try:
+        if isinstance(source, str):
+            with open(source, encoding="utf-8") as file:
+                fixtures = json.load(file)
+        json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise StartError(f"{where}: {error}; give a file of JSON")
+    check("the whole", fixtures, FIXTURES)
+    # One salt for all, so that the slow hash is needed only once for users who share a password.
+    salt = new_token()
+    hashes: dict[str, str] = {}
+    for number, user in enumerate(fixtures.get("users", [])):
+        place = f"users[{number}]"
+        username, password = (check(place, user, FIXTURE_USER, "username", "password")[name]
+                              for name in ("username", "password"))
+        if not re.fullmatch(r"[!-~]{1,255}", username):
+            raise StartError(f"{where}: username of {place} is not 1 to 255 characters of ASCII without spaces")
+        hashes[password] = hashes.get(password) or hash_password(password, salt)
+        found.users.append((username, user.get("name") or username, user.get("fhir_user"), salt, hashes[password], False))
+        for index, one in enumerate(user.get("patients", [])):
+            check(f"{place}.patients[{index}]", one, FIXTURE_PATIENT, "patient_id")
+            found.patients.append((username, one["patient_id"], one.get("name") or one["patient_id"],
+                                   one.get("is_user", False), None))
+    for number, one in enumerate(fixtures.get("clients", [])):
+        try:
+            if not isinstance(one, dict):
+                raise PortalError("invalid_client_metadata", "not a JSON object")
+            metadata = {name: value for name, value in one.items() if name not in ("client_id", "client_secret")}
+            client = seeded_client(one.get("client_id"), one.get("client_secret"), metadata)
+            found.clients[client.client_id] = client
+        except PortalError as error:
+            raise StartError(f"{where}: clients[{number}]: {error.description}")
+
+
+def seeds(settings: Settings) -> Seeds:
+    """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
+    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
+                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
+                  list(DEMO_PATIENTS) if samples else [], {})
+    for client_id, secret, uri in DEMO_CLIENTS:
+        found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
+    demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
+                            "token_endpoint_auth_method": "none"})
+    found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
+    for text in settings.client:
+        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
+        if not match:
+            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+        try:
+            client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
+        except PortalError as error:
+            raise StartError(f"{option}: {error.description}")
+        earlier = found.clients.get(client.client_id)
+        if earlier:
+            if client.secret_hash not in (None, earlier.secret_hash):
+                raise StartError(f"{option}: it was given with another secret before")
+            client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
+                *earlier.metadata["redirect_uris"], match[3]]})
+        found.clients[client.client_id] = client
+    if settings.fixtures is not None:
+        add_fixtures(found, settings.fixtures)
+    return found
+
+
+class Fault(NamedTuple):
+    """Trouble that a test ordered for an endpoint."""
+    status: int              # HTTP's; 0: none
+    error: str
+    retry_after: int | None  # seconds
+    delay: float             # seconds
+    drop: bool               # close the connection without an answer
+    times: int | None        # None: until reset
+
+
+# The status that the texts give an error code; 400 for all others (RFC 6749 section 5.2, RFC 6750 section 3.1).
+ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope": 403, "server_error": 500,
+                "temporarily_unavailable": 503}
+
+
+class Faults:
+    """The faults that tests ordered, a queue for each endpoint."""
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._queues: dict[str, list[Fault]] = {}
+
+    def add(self, endpoint: str, fault: Fault) -> None:
+        """Order a fault, after those ordered before."""
+        with self._lock:
+            self._queues.setdefault(endpoint, []).append(fault)
+
+    def take(self, endpoint: str) -> Fault | None:
+        """The fault that this request of an endpoint meets, if any."""
+        if endpoint not in self._queues:  # the common case needs no lock
+            return None
+        with self._lock:
+            waiting = self._queues[endpoint]
+            if not waiting:
+                return None
+            fault = waiting.pop(0)
+            if fault.times is None:
+                waiting.insert(0, fault)
+            elif fault.times > 1:
+                waiting.insert(0, fault._replace(times=fault.times - 1))
+            return fault
+
+    def clear(self) -> None:
+        """Forget all."""
+        with self._lock:
+            self._queues.clear()
+
+
+class Portal:
+    """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.clock = Clock()
+        self._seeds = seeds(settings)           # before anything is open that would have to be closed
+        self.state = Store(settings.db, STATE_SCHEMA)
+        try:
+            self.records = Records(settings, self.clock)
+        except BaseException:
+            self.state.close()
+            raise
+        self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
+        self.log: Callable[[str], None] = lambda line: None
+        self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
+        self.watch = Watch()                    # over all connections, to apps and to the FHIR server
+        self.faults = Faults()
+        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
+        self.key_lock = threading.Lock()        # held while the signing key is made
+        self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
+        self.upstream = Upstream(settings, self.watch) if settings.fhir_server else None  # section 12
+        try:
+            with self.state.transaction() as database:
+                self._seed(database)
+        except sqlite3.Error as error:
+            self.close()
+            raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
+
+    def _seed(self, database: sqlite3.Connection) -> None:
+        """The accounts and clients that are there from the start."""
+        users, patients, clients = self._seeds
+        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
+        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
+        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
+        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
+            (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now()) for one in clients.values()])
+
+    def reset(self) -> None:
+        """Back to the start: the clock too, and every client, grant, token and session made since gone."""
+        self.clock.offset = 0.0
+        if self.upstream:
+            self.upstream.forget()
+        self.faults.clear()
+        self.recorded.clear()
+        self.key_sets.clear()
+        self.records.reset()
+        with self.state.transaction() as database:
+            for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
+                         "patients", "users"):
+                database.execute(f"DELETE FROM {name}")
+            self._seed(database)
+
+    def close(self) -> None:
+        """Close the databases and what else is open."""
+        self.watch.close()
+        self.state.close()
+        self.records.store.close()
+        if self.upstream:
+            self.upstream.close()
+
+    def client(self, client_id: str) -> Client | None:
+        """A registered client, or None."""
+        row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
+        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"]),
+                      bool(row["registered_itself"])) if row else None
+
+    def user(self, username: str) -> Row | None:
+        """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
+        sql = "SELECT * FROM users WHERE username = ?"
+        row = self.state.row(sql, username)
+        patient = None if row or self.upstream else self.records.read("Patient", username)
+        if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
+            name = display_name(patient)
+            with self.state.transaction() as database:
+                database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
+                    username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
+                database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)", (username, username, name))
+            return self.state.row(sql, username)
+        return row
+
+    def patients_of(self, username: str, text: str = "") -> dict[str, str]:
+        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
+        name has it. Of one who may open any record, the first few."""
+        user = self.user(username)
+        if user and user["any_patient"]:
+            found = dict(upstream_patients(self, text) if self.upstream else self.records.patients(text, 200))
+            if FHIR_ID.fullmatch(text):
+                with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
+                    name = self.patient_name(username, text)
+                    found.update({text: name} if name else {})
+            return found
+        return {row["patient_id"]: row["name"] for row in self.state.rows(
+            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)
+            if row["patient_id"] == text or re.search(r"\b" + re.escape(text), row["name"], re.IGNORECASE)}
+
+    def patient_name(self, username: str, patient_id: str) -> str | None:
+        """A patient's name; None if this user may not open that record."""
+        user = self.user(username)
+        if user and user["any_patient"]:
+            if self.upstream:
+                return upstream_patient(self, patient_id)
+            found = self.records.read("Patient", patient_id)
+            return display_name(found) if found else None
+        return self.patients_of(username).get(patient_id)
+
+    def fhir_user(self, username: str, patient_id: str | None) -> str:
+        """The resource that stands for a user (SMART: fhirUser); for somebody else's record that may be another one."""
+        row = self.state.row("SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?", username, patient_id)
+        user = self.user(username)
+        own = self.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
+        return ((row and row["fhir_user"]) or (user and user["fhir_user"])
+                or (f"Patient/{own['patient_id']}" if own else ""))
+
+    def meet_fault(self, endpoint: str) -> None:
+        """Do what a test ordered for this endpoint, if anything: wait, then refuse.
+
+        ConnectionAbortedError for a drop, PageError where only a status was ordered.
+        """
+        fault = self.faults.take(endpoint)
+        if not fault:
+            return
+        if fault.delay:
+            self.stopping.wait(fault.delay)
+        if fault.drop:
+            raise ConnectionAbortedError
+        if fault.status:
+            headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
+            if fault.error == "invalid_client":
+                headers.append(challenge("Basic"))
+            elif fault.status == 401 or fault.error == "insufficient_scope":
+                headers.append(challenge(error=fault.error or "invalid_token"))
+            kind = PortalError if fault.error else PageError
+            raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
+                       "a test made this request fail", fault.status, headers)
+
+    def log_bug(self, during: str, error: Exception) -> None:
+        """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        import traceback  # takes long to import, and nobody should need it
+        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
+        self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
+
+    def base(self, request: Request) -> str:
+        """The base URL that this request's sender knows the server by."""
+        ours = f"{request.scheme}://{request.host}"
+        if not self.settings.base_url:
+            return ours if request.host else self.address
+        return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
+                    self.settings.base_url[0])
+
+    def is_ours(self, host: str) -> bool:
+        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it, the one
+        listened on or any IP address. Every other name may be pointed here by whoever owns it."""
+        if host in [urlsplit(url).netloc for url in self.settings.base_url]:
+            return True
+        name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        return is_loopback(name) or (not self.settings.local and (
+            name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
+
+    def public_url(self) -> str:
+        """The base URL where no request names one: the first, or the address listened on."""
+        return self.settings.base_url[0] if self.settings.base_url else self.address
+
+    def browser_base(self, request: Request) -> str:
+        """The base URL for addresses that a person's browser goes to: always the first."""
+        return self.settings.base_url[0] if self.settings.base_url else self.base(request)
+
+
+# ######################################################################## 26 test controls and Server
+
+DEBUG_APPROVAL_SECONDS = 7 * DAY
 
 # Each control is one function with two doors: a method of `Server`, and a path under /oauth/debug/ whose JSON members
 # have the parameters' names. Their first argument is the portal; all others are named.
@@ -7569,110 +7703,147 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     return json_response({"requests": [one.redacted() for one in recorded_requests(portal)]})
 
 
-# ######################################################################## 29 HTTP
-
-ALLOWED_ORIGIN = [
-    ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
-    ("Access-Control-Expose-Headers", "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
-PREFLIGHT = [
-    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-    # A wildcard would not cover Authorization (Fetch standard).
-    ("Access-Control-Allow-Headers", ("Authorization, Accept, Content-Type, Prefer, If-Match, If-None-Match, "
-                                      "If-Modified-Since, If-None-Exist")),
-    ("Access-Control-Max-Age", "600")]
-_EXACT = {one.path: one for one in ROUTES if not one.path.endswith("{}")}
-_PREFIXES = [(one.path[:-2], one) for one in ROUTES if one.path.endswith("{}")]
-_NOWHERE = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}  # how to say that nothing is there
+def write_log(line: str) -> None:
+    """A line of the log, on standard error, in one write so that threads don't mix theirs."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
-def find_route(request: Request) -> Route | None:
-    """The route of a request's path; what its {} matched is request.rest."""
-    found = _EXACT.get(request.path)
-    if found:
-        return found
-    for prefix, candidate in _PREFIXES:
-        if request.path.startswith(prefix) or request.path == prefix[:-1]:
-            request.rest = request.path[len(prefix):]
-            return candidate
-    return None
+class Server:
+    """A running portal: what a test starts, talks to and stops.
+
+        with s4s_proxy.Server() as portal:
+            token = portal.issue_token(scope="patient/*.rs")["access_token"]
+
+    Takes the command line's options as keywords; the port is any free one, and there is no log unless verbose.
+    Any number may run at once. Each method below is one of the test controls, and refuses with PortalError.
+    """
+    def __init__(self, **settings: Any):
+        self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
+        self.portal: Portal
+        self._listener: Listener | None = None
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> Server:
+        """Start listening; StartError says why if it can't."""
+        if self._listener:
+            raise StartError("this server is running already; stop() it first")
+        portal = Portal(self.settings)
+        try:
+            self._listener = Listener(portal, self.settings.host, self.settings.port)
+        except BaseException:
+            portal.close()
+            raise
+        portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
+        portal.log = write_log
+        self.portal = portal
+        self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop; safe to call twice. Nothing is left: no thread, no socket, no file."""
+        listener, self._listener = self._listener, None
+        if listener and self._thread:
+            listener.stop()
+            self._thread.join()
+            listener.server_close()
+            self.portal.close()
+
+    def __enter__(self) -> Server:  # noqa: PYI034 (Self is newer than Python 3.9)
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def _printable_host(self) -> str:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.settings.host, self.settings.host)
+        return f"[{host}]" if ":" in host else host
+
+    @property
+    def address(self) -> str:
+        """The address listened on."""
+        return self.portal.address
+
+    @property
+    def url(self) -> str:
+        """The base URL, and issuer: the first base_url, or the address listened on."""
+        return self.portal.public_url()
+
+    @property
+    def fhir_url(self) -> str:
+        """The FHIR base that apps use, with a token."""
+        return self.url + "/api/fhir"
+
+    @property
+    def open_fhir_url(self) -> str:
+        """The FHIR base that needs no token."""
+        return self.url + "/api/open-fhir"
+
+    @property
+    def host(self) -> str:
+        """The address's host."""
+        return self._printable_host()
+
+    @property
+    def port(self) -> int:
+        """The address's port."""
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def requests(self) -> list[RecordedRequest]:
+        """The last requests, oldest first, as they came."""
+        return recorded_requests(self.portal)
+
+    def register_client(self, **metadata: Any) -> Json:
+        """See register_client, with the clients."""
+        return register_client(self.portal, metadata)
+
+    def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams", scope: str | None = None,
+                    patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
+                    approval_expires: float | None = None) -> Json:
+        """See issue_token among the test controls."""
+        return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
+                           access_lifetime=access_lifetime, approval_expires=approval_expires)
+
+    def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
+                security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
+                deny: bool = False) -> str:
+        """See approve among the test controls."""
+        return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
+                       security_labels=security_labels, approval_expires=approval_expires, deny=deny)
+
+    def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
+               patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
+               need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
+        """See launch among the test controls. Gives the app's launch URL."""
+        return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
+                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
+                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
+
+    def advance(self, seconds: float) -> float:
+        """See advance among the test controls."""
+        return advance(self.portal, seconds=seconds)
+
+    def fail(self, endpoint: str, status: int | None = None, error: str | None = None, retry_after: int | None = None,
+             delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
+        """See fail among the test controls."""
+        return fail(self.portal, endpoint=endpoint, status=status, error=error, retry_after=retry_after, delay=delay,
+                    drop=drop, times=times)
+
+    def load(self, resource: Json) -> int:
+        """See load among the test controls."""
+        return load(self.portal, resource=resource)
+
+    def reset(self) -> None:
+        """Back to the start: users, clients, records, clock; grants, tokens, faults and recorded requests are gone."""
+        self.portal.reset()
 
 
-def check_same_origin(request: Request) -> None:
-    """Debug endpoints obey no other web page: a browser names the page that sends, or how far away it is."""
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    if (origin and origin != f"{request.scheme}://{request.host}") or site not in ("same-origin", "none"):
-        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take no requests "
-                          "from other sites", 403)
+# ######################################################################## 27 HTTP
 
-
-def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
-    """An error in the shape that this kind of endpoint's clients parse."""
-    request.note(f"refused: {error}")
-    if kind == "page":
-        response = error_page(portal, error, request, found)
-    elif kind == "fhir":
-        response = Response(error.status, json.dumps(outcome(error)).encode(),
-                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
-    else:
-        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
-    response.headers += error.headers
-    return response
-
-
-def allowed_methods(found: Route) -> str:
-    """A route's methods, as the Allow header lists them."""
-    return ", ".join([*found.methods, *(["HEAD"] if "GET" in found.methods else []), "OPTIONS"])
-
-
-def respond(portal: Portal, request: Request, found: Route | None) -> Response:
-    """The response to a request, errors included."""
-    kind = found.kind if found else next(
-        (kind for prefix, kind in _NOWHERE.items() if request.path.startswith(prefix)), "page")
-    try:
-        check_host(portal, request)
-        if not found:
-            raise PortalError("not_found", f"there is nothing at {request.path}", 404)
-        if request.method == "OPTIONS":
-            return Response(204, headers=[("Allow", allowed_methods(found)), *(PREFLIGHT if found.cors else [])])
-        if (("GET" if request.method == "HEAD" else request.method) not in found.methods):
-            raise PortalError("invalid_request", f"{request.method} is not possible here; "
-                              f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
-        if found.kind == "debug":
-            check_same_origin(request)
-        if request.broken and request.method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
-            raise request.broken
-        if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
-            portal.meet_fault(found.fault)
-        return found.endpoint(portal, request)
-    except ConnectionAbortedError:
-        raise
-    except PortalError as error:
-        return error_response(portal, kind, error, request, found)
-    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
-        portal.log(f"DATABASE {error} in {request.method} {request.path}")
-        full = PortalError("temporarily_unavailable", f"the database says: {error}; nothing was changed", 503)
-        return error_response(portal, kind, full, request, found)
-    except Exception as error:  # noqa: BLE001
-        portal.log_bug(f"{request.method} {request.path}", error)
-        bug = PortalError("server_error", "this server has a bug; its log says where", 500)
-        return error_response(portal, kind, bug, request, found)
-
-
-def dispatch(portal: Portal, request: Request) -> Response:
-    """Answer a request: the whole server without its sockets. ConnectionAbortedError where a test ordered a drop."""
-    found = find_route(request)
-    response = None
-    try:
-        response = respond(portal, request, found)
-    finally:
-        if not request.path.startswith("/oauth/debug/"):
-            portal.recorded.append((request, response.status if response else 0))
-            request.body = request.body[:MAX_RECORDED_BODY]
-    if found and found.cors:
-        response.headers += ALLOWED_ORIGIN
-    response.headers.append(("X-Content-Type-Options", "nosniff"))
-    return response
-
+MAX_BODY = 1 << 20        # bytes of a request's body
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/([0-9])\.([0-9])\r?\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
@@ -7983,147 +8154,7 @@ class Listener(http.server.HTTPServer):
         self._woken.close()
 
 
-# ######################################################################## 30 server
-
-def write_log(line: str) -> None:
-    """A line of the log, on standard error, in one write so that threads don't mix theirs."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
-class Server:
-    """A running portal: what a test starts, talks to and stops.
-
-        with s4s_proxy.Server() as portal:
-            token = portal.issue_token(scope="patient/*.rs")["access_token"]
-
-    Takes the command line's options as keywords; the port is any free one, and there is no log unless verbose.
-    Any number may run at once. Each method below is one of the test controls, and refuses with PortalError.
-    """
-    def __init__(self, **settings: Any):
-        self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
-        self.portal: Portal
-        self._listener: Listener | None = None
-        self._thread: threading.Thread | None = None
-
-    def start(self) -> Server:
-        """Start listening; StartError says why if it can't."""
-        if self._listener:
-            raise StartError("this server is running already; stop() it first")
-        portal = Portal(self.settings)
-        try:
-            self._listener = Listener(portal, self.settings.host, self.settings.port)
-        except BaseException:
-            portal.close()
-            raise
-        portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
-        portal.log = write_log
-        self.portal = portal
-        self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
-        self._thread.start()
-        return self
-
-    def stop(self) -> None:
-        """Stop; safe to call twice. Nothing is left: no thread, no socket, no file."""
-        listener, self._listener = self._listener, None
-        if listener and self._thread:
-            listener.stop()
-            self._thread.join()
-            listener.server_close()
-            self.portal.close()
-
-    def __enter__(self) -> Server:  # noqa: PYI034 (Self is newer than Python 3.9)
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
-
-    def _printable_host(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.settings.host, self.settings.host)
-        return f"[{host}]" if ":" in host else host
-
-    @property
-    def address(self) -> str:
-        """The address listened on."""
-        return self.portal.address
-
-    @property
-    def url(self) -> str:
-        """The base URL, and issuer: the first base_url, or the address listened on."""
-        return self.portal.public_url()
-
-    @property
-    def fhir_url(self) -> str:
-        """The FHIR base that apps use, with a token."""
-        return self.url + "/api/fhir"
-
-    @property
-    def open_fhir_url(self) -> str:
-        """The FHIR base that needs no token."""
-        return self.url + "/api/open-fhir"
-
-    @property
-    def host(self) -> str:
-        """The address's host."""
-        return self._printable_host()
-
-    @property
-    def port(self) -> int:
-        """The address's port."""
-        return int(self.address.rpartition(":")[2])
-
-    @property
-    def requests(self) -> list[RecordedRequest]:
-        """The last requests, oldest first, as they came."""
-        return recorded_requests(self.portal)
-
-    def register_client(self, **metadata: Any) -> Json:
-        """See register_client, with the clients."""
-        return register_client(self.portal, metadata)
-
-    def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams", scope: str | None = None,
-                    patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
-                    approval_expires: float | None = None) -> Json:
-        """See issue_token among the test controls."""
-        return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
-                           access_lifetime=access_lifetime, approval_expires=approval_expires)
-
-    def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
-                security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
-                deny: bool = False) -> str:
-        """See approve among the test controls."""
-        return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
-                       security_labels=security_labels, approval_expires=approval_expires, deny=deny)
-
-    def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
-               patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
-               need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
-        """See launch among the test controls. Gives the app's launch URL."""
-        return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
-                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
-                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
-
-    def advance(self, seconds: float) -> float:
-        """See advance among the test controls."""
-        return advance(self.portal, seconds=seconds)
-
-    def fail(self, endpoint: str, status: int | None = None, error: str | None = None, retry_after: int | None = None,
-             delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
-        """See fail among the test controls."""
-        return fail(self.portal, endpoint=endpoint, status=status, error=error, retry_after=retry_after, delay=delay,
-                    drop=drop, times=times)
-
-    def load(self, resource: Json) -> int:
-        """See load among the test controls."""
-        return load(self.portal, resource=resource)
-
-    def reset(self) -> None:
-        """Back to the start: users, clients, records, clock; grants, tokens, faults and recorded requests are gone."""
-        self.portal.reset()
-
-
-# ######################################################################## 31 command line
+# ######################################################################## 28 command line
 
 ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_NAME": "name",
                "ENABLE_UNSECURE_FHIR": "open_fhir"}
