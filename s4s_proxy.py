@@ -96,6 +96,7 @@ Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Ap
 Copyright 2015 Boston Children's Hospital.
 """
 from __future__ import annotations
+
 import argparse
 import atexit
 import base64
@@ -182,6 +183,17 @@ class PortalError(Exception):
 def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
     """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
     return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
+
+
+Good = TypeVar("Good")
+
+
+def need(good: Good | None, description: str, error: str = "invalid_request", status: int = 400,
+         kind: type[PortalError] = PortalError, headers: Sequence[tuple[str, str]] = ()) -> Good:
+    """Give back what is good; refuse with the description where it is nothing, false or empty."""
+    if not good:
+        raise kind(error, description, status, headers)
+    return good
 
 
 class PageError(PortalError):

@@ -4,6 +4,7 @@
     python -m unittest test_s4s_proxy.TokenEndpoint one endpoint's
 """
 from __future__ import annotations
+
 import ast
 import base64
 import calendar
@@ -36,6 +37,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
+
 import s4s_proxy as s4s
 
 HERE = Path(__file__).resolve().parent
