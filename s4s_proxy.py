@@ -3435,38 +3435,22 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
     return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
 
 
-# What shows of which version a resource is: versions that have it so | JSON type | elements, or types alone.
+# What shows of which version of FHIR a resource is: the versions that have it so | types or elements. A JSON type
+# stands with an element that others have too, with another type.
 TELLTALES = """\
-dstu2 | any | AllergyIntolerance.substance, Condition.patient, DiagnosticOrder, Encounter.patient, MedicationOrder
-dstu2 | any | Immunization.wasNotGiven, MedicationDispense.patient, MedicationStatement.patient
-dstu2 | array | Patient.name.family
-dstu2 | object | Observation.category, Practitioner.name
-dstu2 | string | Encounter.class
-dstu2 stu3 | any | DocumentReference.indexed, ImagingStudy.uid, Immunization.date, ProcedureRequest
-dstu2 stu3 | object | DiagnosticReport.category
-dstu2 stu3 | string | Condition.clinicalStatus
-stu3 | any | Immunization.notGiven, MedicationRequest.requester.agent, MedicationStatement.taken
-stu3 | object | ExplanationOfBenefit.insurance
-stu3 | string | AllergyIntolerance.clinicalStatus
-stu3 r4 | any | CareTeam, Endpoint, MedicationRequest, PractitionerRole
-stu3 r4 | array | Observation.category, Practitioner.name
-stu3 r4 | object | Encounter.class
-stu3 r4 | string | Patient.name.family
-r4 | any | DocumentReference.date, Immunization.occurrenceDateTime, ServiceRequest
-r4 | array | DiagnosticReport.category, ExplanationOfBenefit.insurance
-r4 | object | AllergyIntolerance.clinicalStatus, Condition.clinicalStatus
+dstu2 | AllergyIntolerance.substance Condition.patient DiagnosticOrder Encounter.class:string Encounter.patient \
+    Immunization.wasNotGiven MedicationDispense.patient MedicationOrder MedicationStatement.patient \
+    Observation.category:object Patient.name.family:array Practitioner.name:object
+dstu2 stu3 | Condition.clinicalStatus:string DiagnosticReport.category:object DocumentReference.indexed \
+    ImagingStudy.uid Immunization.date ProcedureRequest
+stu3 | AllergyIntolerance.clinicalStatus:string ExplanationOfBenefit.insurance:object Immunization.notGiven \
+    MedicationRequest.requester.agent MedicationStatement.taken
+stu3 r4 | CareTeam Encounter.class:object Endpoint MedicationRequest Observation.category:array \
+    Patient.name.family:string Practitioner.name:array PractitionerRole
+r4 | AllergyIntolerance.clinicalStatus:object Condition.clinicalStatus:object DiagnosticReport.category:array \
+    DocumentReference.date ExplanationOfBenefit.insurance:array Immunization.occurrenceDateTime ServiceRequest
 """
 _JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
-
-
-@functools.cache
-def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
-    """What speaks against a version, by type: (path, JSON type, versions)."""
-    found: dict[str, list[tuple[str, str, str]]] = {}
-    for versions, kind, paths in table(TELLTALES):
-        for path in paths.split(", ") if version not in versions else ():
-            found.setdefault(path.partition(".")[0], []).append((path.partition(".")[2], kind, versions))
-    return found
 
 
 def check_version(resource: Json, version: str) -> None:
@@ -3474,11 +3458,23 @@ def check_version(resource: Json, version: str) -> None:
     for path, kind, versions in _telltales(version).get(resource["resourceType"], ()):
         above, _, name = path.rpartition(".")
         for holder in elements(resource, above) if above else [resource]:
-            if not path or (isinstance(holder, dict) and name in holder
-                            and kind in ("any", _JSON_TYPES.get(type(holder[name])))):
-                what = (path + " " + kind * (kind != "any")).strip() or "the type"
-                raise PortalError("invalid_request", f"{what} is of {versions.replace(' ', ' or ')}, the records are "
-                                  f"{version}: choose with --fhir-version")
+            present = not path or (isinstance(holder, dict) and name in holder)
+            if present and (not kind or kind == _JSON_TYPES.get(type(holder[name]))):
+                sign = f"{path} {kind}".strip() or "the type"
+                raise PortalError("invalid_request", f"{sign} is of {versions.replace(' ', ' or ')}, the records "
+                                  f"are {version}: choose with --fhir-version")
+
+
+@functools.cache
+def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
+    """What speaks against a version, by type of resource: (path, JSON type or "" for any, versions)."""
+    against: dict[str, list[tuple[str, str, str]]] = {}
+    for versions, signs in table(TELLTALES):
+        for sign in signs.split() if version not in versions else ():
+            place, _, kind = sign.partition(":")
+            type_name, _, path = place.partition(".")
+            against.setdefault(type_name, []).append((path, kind, versions))
+    return against
 
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False)
@@ -4886,20 +4882,40 @@ class Forwarding:
 
 # ######################################################################## 20 sample data
 
-# The facts: a row a line, columns between bars. From the SMART sample patients, with units in UCUM and two codes put
-# right that are no concepts of SNOMED CT now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and
-# Joseph's vaccines, the dates of smoking status, doses taken in the clinic, and all from MORE_LABS down.
+# Three people who never were. Tables hold the facts, builders make FHIR R4 of each row, and `adapt` takes
+# that a version back: to STU3, and from there to DSTU2.
 
-# patient | given | initial | family | gender | birth date | street | city | postal code | phone | race (CDC) | text
-PATIENTS = """\
+
+def sample_resources(version: str) -> list[Json]:
+    """The sample records in a version of FHIR, last changed at times spread over 2016 to 2018."""
+    builders: Sequence[tuple[str, Callable[..., Iterator[Json]]]] = (
+        (PATIENTS, build_patient), (PROBLEMS, build_problem), (ALLERGIES, build_allergy),
+        (MEDICATIONS, build_medication), (FILLS, build_fills), (IMMUNIZATIONS, build_immunization),
+        (SMOKING, build_smoking), (VISITS, build_visit), (PROCEDURES, build_procedure), (IMAGES, build_image),
+        (DOCUMENTS, build_document), (BILLS, build_bill))
+    resources = [resource for facts, build in builders
+                 for row in table(facts)[1:] for resource in build(*row)]
+    resources += [*build_labs(), *build_others()]
+    for place, resource in enumerate(resources):
+        changed = datetime.date(2016, 1, 1) + datetime.timedelta(days=place * 7 % 1000)
+        resource["meta"] = {"versionId": "1", "lastUpdated": noon(str(changed))}
+    for earlier in STEPS_FROM_R4[version]:
+        resources = adapt(resources, earlier)
+    return resources
+
+
+# The facts: columns between bars, named by the first row; from VISITS on, all are Daniel's. They are some of the
+# SMART sample patients', with units in UCUM and two codes put right that are no concepts of SNOMED CT now. Made
+# up, since SMART has none: ethnicity, Daniel's phone, Daniel's and Joseph's vaccines, the dates of smoking status,
+# doses taken in the clinic, and all from MORE_LABS on.
+PATIENTS = """id | given | initial | family | gender | born | street | city | zip | phone | race (CDC) | text
 smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
 smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 \
     | 2106-3 | White
 smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
     | 2054-5 | Black or African American
 """
-# id | patient | since | SNOMED CT | name
-PROBLEMS = """\
+PROBLEMS = """id | patient | since | SNOMED CT | name
 14 | Daniel | 2005-05-22 | 48167000 | Amnesia
 15 | Daniel | 2007-07-11 | 1201005 | Benign essential hypertension
 16 | Daniel | 2007-07-11 | 396275006 | Osteoarthritis
@@ -4910,79 +4926,49 @@ PROBLEMS = """\
 21 | Daniel | 2008-08-08 | 26929004 | Alzheimer's disease
 22 | Daniel | 2008-08-08 | 191519005 | Dementia associated with another disease
 23 | Daniel | 2008-08-08 | 185903001 | Needs influenza immunization
-119 | Amy | 2007-12-14 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
 120 | Amy | 2007-12-19 | 267024001 | Abnormal weight loss
-121 | Amy | 2007-12-19 | 310249008 | Follow-up encounter
 122 | Amy | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
-123 | Amy | 2008-06-29 | 185903001 | Needs influenza immunization
-448 | Joseph | 2004-04-12 | 442311008 | Single liveborn, born in hospital, delivered without mention of cesarean section
-449 | Joseph | 2004-06-15 | 54150009 | Acute upper respiratory infection
 450 | Joseph | 2004-07-13 | 65363002 | Otitis media
-451 | Joseph | 2004-10-29 | 68235000 | Other diseases of nasal cavity and sinuses
-452 | Joseph | 2004-12-05 | 25374005 | Other and unspecified noninfectious gastroenteritis and colitis
 453 | Joseph | 2004-12-07 | 62315008 | Diarrhea
-454 | Joseph | 2004-12-07 | 386661006 | Fever and other physiologic disturbances of temperature regulation
-455 | Joseph | 2004-12-07 | 34095006 | Hypovolemia
 456 | Joseph | 2004-12-07 | 233604007 | Pneumonia
-457 | Joseph | 2004-12-08 | 422400008 | Vomiting
-458 | Joseph | 2005-02-22 | 81564005 | Chronic serous otitis media
-459 | Joseph | 2007-06-20 | 35183001 | Acute secretory otitis media
 601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency
 """
-# id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
-ALLERGIES = """\
+ALLERGIES = """id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
 19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
 20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
 28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
 """
-# id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
-MEDICATIONS = """\
-101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
-102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 1 {bottle} | 10 \
-    | 7 mL | 2
-103 | Joseph | 2005-01-04 | 617993 | Amoxicillin 120 MG/ML / clavulanate potassium 8.58 MG/ML Oral Suspension \
-    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
-104 | Joseph | 2005-01-18 | 211307 | Azithromycin 20 MG/ML Oral Suspension [Zithromax] | 15 mL daily x 3 days \
-    | 1 {bottle} | 3 | 15 mL | 1
-105 | Joseph | 2005-01-28 | 261091 | cefdinir 25 MG/ML Oral Suspension [Omnicef] | 7 mL bid x 10 days | 1 {bottle} \
-    | 10 | 7 mL | 2
-106 | Joseph | 2005-03-11 | 404630 | Ciprofloxacin 3 MG/ML / Dexamethasone 1 MG/ML Otic Suspension [Ciprodex] \
-    | 4 gtt in ear bid x7 days | 1 {bottle} | 7 | 4 [drp] | 3
-107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 1 {bottle} | 10 \
-    | 10 mL | 2
-108 | Joseph | 2007-08-28 | 208406 | Sulfamethoxazole 40 MG/ML / Trimethoprim 8 MG/ML Oral Suspension [Sulfatrim] \
-    | 5 mL bid x 10 days | 1 {bottle} | 10 | 5 mL | 2
-139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
-140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 180 {tablet} | 90 | 1 {tablet} | 2
-141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 90 {tablet} | 90 | 1 {tablet} | 1
-142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
-143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 200 {tablet} | 90 \
-    | 1 {tablet} | 1
+MEDICATIONS = """id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
+101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] \
+    | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
+102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension \
+    | 7 mL bid x 10 days | 1 {bottle} | 10 | 7 mL | 2
+107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension \
+    | 10 mL bid x 10 days | 1 {bottle} | 10 | 10 mL | 2
+139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet \
+    | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] \
+    | 1 bid | 180 {tablet} | 90 | 1 {tablet} | 2
+141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] \
+    | 1 qhs | 90 {tablet} | 90 | 1 {tablet} | 1
+142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet \
+    | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
+143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet \
+    | 1 daily | 200 {tablet} | 90 | 1 {tablet} | 1
 """
-# first id, then one more each | id of the medication | days | quantity | dates of handing over. SMART's four fills of
-# amlodipine, which it has no prescription for, are left out.
-FILLS = """\
+FILLS = """first id, then one more each | id of the medication | days | quantity | dates of handing over
 5 | 143 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06
 9 | 142 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
 14 | 139 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
 19 | 140 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
 23 | 141 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
 187 | 101 | 30 |  | 2008-04-05 2008-05-09
-1227 | 105 | 10 | 60 mL | 2005-01-28
-1228 | 105 | 7 | 60 mL | 2005-03-11
 1229 | 102 | 7 | 75 mL | 2004-07-13
-1230 | 106 | 7 | 7 mL | 2005-03-11
-1231 | 104 | 5 | 15 mL | 2005-01-18
 1232 | 107 | 10 |  | 2007-06-06 2007-08-14
-1234 | 108 | 10 |  | 2007-08-28 2007-10-18
-1236 | 103 | 10 | 75 mL | 2005-01-04
-1237 | 103 | 10 | 125 mL | 2005-02-07
 """
-# id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
-IMMUNIZATIONS = """\
+IMMUNIZATIONS = """id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
 1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
 2 | Amy | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation | 
-3 | Amy | 2011-05-27 | 89 | poliovirus vaccine, unspecified formulation | 
 4 | Amy | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine | 
 5 | Daniel | 2008-10-14 | 141 | Influenza, seasonal, injectable | 
 6 | Daniel | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent | 
@@ -4991,136 +4977,96 @@ IMMUNIZATIONS = """\
 9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
 10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
 """
-# id | patient | date | SNOMED CT | name
-SMOKING = """\
+SMOKING = """id | patient | date | SNOMED CT | name
 21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
 5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
 6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker
 """
-# id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | oxygen: Daniel Adams's
-VISITS = """\
-828 | 1997-04-30 | 75 | 20 | 37.0 | 97.5 | 165.1 | 35.8 | 87 | 75 | 100
+VISITS = """id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | O2
 829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 107 | 67 | 100
-830 | 1997-05-07 | 43 | 20 | 37.0 | 99.0 | 165.1 | 36.4 | 68 | 43 | 100
-831 | 1999-12-20 | 53 | 19 | 37.1 | 96.9 | 165.6 | 35.4 | 83 | 53 | 100
 832 | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 128 | 81 | 100
-833 | 2001-01-19 | 69 | 20 | 37.1 | 95.0 | 165.9 | 34.6 | 110 | 69 | 100
 834 | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 63 | 100
-835 | 2001-01-25 | 80 | 20 | 37.1 | 94.3 | 165.9 | 34.3 | 129 | 80 | 100
 836 | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 133 | 82 | 100
-837 | 2001-11-01 | 85 | 20 | 37.1 | 99.8 | 165.9 | 36.3 | 138 | 85 | 100
-838 | 2001-11-02 | 54 | 20 | 37.1 | 94.6 | 165.9 | 34.4 | 85 | 54 | 100
-839 | 2001-11-05 | 82 | 20 | 37.1 | 94.1 | 165.9 | 34.2 | 133 | 82 | 100
-840 | 2005-02-09 | 66 | 22 | 36.9 | 90.4 | 166.6 | 32.6 | 109 | 66 | 100
 841 | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 97 | 58 | 100
 842 | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 60 | 35 | 100
-843 | 2005-02-24 | 78 | 22 | 36.9 | 91.6 | 166.6 | 33 | 128 | 78 | 100
 844 | 2005-02-25 | 66 | 22 | 36.9 | 92.4 | 166.6 | 33.3 | 109 | 66 | 100
-845 | 2009-04-07 | 29 | 20 | 36.9 | 90.3 | 163.3 | 33.9 | 48 | 29 | 100
 846 | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 120 | 72 | 100
 847 | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 125 | 75 | 100
-848 | 2009-04-23 | 38 | 20 | 36.9 | 86.5 | 163.1 | 32.5 | 63 | 38 | 100
-849 | 2009-04-24 | 63 | 20 | 36.9 | 89.8 | 163.1 | 33.7 | 105 | 63 | 100
-850 | 2009-04-27 | 43 | 20 | 36.9 | 86.4 | 163.3 | 32.4 | 71 | 43 | 100
 851 | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 132 | 79 | 100
 852 | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 120 | 72 | 100
-853 | 2009-10-30 | 25 | 20 | 36.9 | 91.7 | 163.1 | 34.5 | 40 | 25 | 100
 854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
 """
-# id | LOINC | name | value | normal from | to | unit (UCUM): Daniel Adams's of 2008-07-10
-LABS = """\
+LABS = """id | LOINC | name | value | normal from | to | unit (UCUM)
 67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
 68 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
 69 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
-70 | 13945-1 | RBC #/area UrnS HPF | 0 | 0 | 2 | /[HPF]
 71 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
 72 | 5802-4 | Nitrite Ur Ql Strip | Negative |  |  | 
 73 | 13457-7 | LDLc SerPl Calc-mCnc | 89 | 0 | 100 | mg/dL
-74 | 10466-1 | Anion Gap3 SerPl-sCnc | 8 |  |  | mmol/L
-75 | 28542-9 | PMV Bld | 9.7 | 6.3 | 9.6 | fL
 76 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
 77 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
-78 | 12258-0 | Squamous UrnS Ql HPF | None |  |  | 
-79 | 770-8 | Neutrophils NFr Bld Auto | 59 | 50 | 75 | %
 80 | 11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
 81 | 5767-9 | Appearance Ur | Clear |  |  | 
 82 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 1
 83 | 5803-2 | pH Ur Strip | 6 | 5 | 8 | [pH]
-84 | 5804-0 | Prot Ur Strip-mCnc | 10 |  |  | mg/dL
-85 | 1648-5 | TB Wheal 3D p 5 TU Diam | 0.4 | 0.1 | 1.3 | mm
 86 | 26515-7 | Platelet # Bld | 190 | 150 | 450 | 10*3/uL
 87 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
 88 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
-89 | 786-4 | MCHC RBC Auto-mCnc | 32.4 | 32 | 36 | g/dL
-90 | 6768-6 | ALP SerPl-cCnc | 58 | 25 | 125 | U/L
-91 | 2885-2 | Prot SerPl-mCnc | 7.1 | 6.7 | 8.6 | g/dL
-92 | 1751-7 | Albumin SerPl-mCnc | 4 | 3.5 | 5 | g/dL
-93 | 17861-6 | Calcium SerPl-mCnc | 9.2 | 8.5 | 10.5 | mg/dL
-94 | 1920-8 | AST SerPl-cCnc | 20 | 15 | 41 | U/L
 95 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
 96 | 2160-0 | Creat SerPl-mCnc | 1.4 | 0.8 | 1.4 | mg/dL
 97 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
 98 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
-99 | 2075-0 | Chloride SerPl-sCnc | 98 | 98 | 108 | mmol/L
-100 | 2028-9 | CO2 SerPl-sCnc | 33 | 22 | 29 | mmol/L
-101 | 26478-8 | Lymphocytes NFr Bld | 28 | 18 | 42 | %
-102 | 26485-3 | Monocytes NFr Bld | 11 | 2 | 11 | %
-103 | 26450-7 | Eosinophil NFr Bld | 1 | 0 | 3 | %
-104 | 30180-4 | Basophils NFr Bld | 1 | 0 | 2 | %
 105 | 718-7 | Hgb Bld-mCnc | 12.8 | 14 | 18 | g/dL
-106 | 8247-9 | Mucous Threads UrnS Ql Micro | Occasional |  |  | 
 107 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
 108 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
 109 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
 110 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
-111 | 3094-0 | BUN SerPl-mCnc | 14 | 5 | 20 | mg/dL
 112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L
 """
-# visit | date | values of the tests of LABS whose LOINC stands here: made up (as all below), to be drawn over time
-MORE_LABS = """\
-visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
+# The same tests on other days, under their LOINC.
+MORE_LABS = """visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
 836 | 2001-10-31 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
 842 | 2005-02-23 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
 851 | 2009-04-28 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
 852 | 2009-10-29 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
 854 | 2009-12-01 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52
 """
-# id | visit | date | SNOMED CT | name
-PROCEDURES = """\
+PROCEDURES = """id | visit | date | SNOMED CT | name
 1 | 834 | 2001-01-24 | 73761001 | Colonoscopy
 2 | 841 | 2005-02-10 | 399208008 | Plain X-ray of chest
 3 | 846 | 2009-04-08 | 816077007 | Magnetic resonance imaging of brain
 """
-# id | visit | date | DICOM modality | description | study UID
-IMAGES = """\
+IMAGES = """id | visit | date | DICOM modality | description | study UID
 1 | 841 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
 2 | 846 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
 """
-# id | visit | date | LOINC | type | content type | text; the PDF goes on with the problems and medicines
-DOCUMENTS = """\
-1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
+DOCUMENTS = """id | visit | date | LOINC | type | content type | text (the PDF adds problems and medicines)
+1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf \
+    | Seen for hypertension. No new complaints.
 2 | 854 | 2009-12-01 | 11506-3 | Progress note | text/plain \
     | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
 """
-# id | visit | date | date of the bill | billed | paid, in USD
-BILLS = """\
+BILLS = """id | visit | date | date of the bill | billed | paid, in USD
 1 | 847 | 2009-04-14 | 2009-04-20 | 145.00 | 116.00
 2 | 851 | 2009-04-28 | 2009-05-04 | 145.00 | 116.00
 3 | 854 | 2009-12-01 | 2009-12-08 | 180.00 | 144.00
 """
-LOINC, SNOMED, RXNORM = "http://loinc.org", "http://snomed.info/sct", "http://www.nlm.nih.gov/research/umls/rxnorm"
-CVX, UCUM, NDFRT = "http://hl7.org/fhir/sid/cvx", "http://unitsofmeasure.org", "http://hl7.org/fhir/ndfrt"
-HL7, IHE = "http://terminology.hl7.org/CodeSystem/", "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
-DICOM, CDC_RACE = "http://dicom.nema.org/resources/ontology/DCM", "urn:oid:2.16.840.1.113883.6.238"
+VITAL_SIGNS = (  # LOINC, name, unit, in the order of VISITS; the blood pressure stands before the last
+    ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"),
+    ("8310-5", "Body temperature", "Cel"), ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"),
+    ("39156-5", "Body mass index (BMI)", "kg/m2"),
+    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"))
+LOINC, SNOMED, UCUM = "http://loinc.org", "http://snomed.info/sct", "http://unitsofmeasure.org"
+RXNORM, NDFRT = "http://www.nlm.nih.gov/research/umls/rxnorm", "http://hl7.org/fhir/ndfrt"
+CVX, CDC_RACE = "http://hl7.org/fhir/sid/cvx", "urn:oid:2.16.840.1.113883.6.238"
+HL7, DICOM = "http://terminology.hl7.org/CodeSystem/", "http://dicom.nema.org/resources/ontology/DCM"
+IHE = "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
 US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
 PEOPLE = {"Amy": "smart-1032702", "Joseph": "smart-1081332", "Daniel": "smart-1288992"}
+DANIEL = {"reference": "Patient/smart-1288992"}
 DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
 CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
 INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}
-VITAL_SIGNS = (  # LOINC, name, unit (UCUM), in the order of VISITS; the blood pressure stands before the last
-    ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"), ("8310-5", "Body temperature", "Cel"),
-    ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"), ("39156-5", "Body mass index (BMI)", "kg/m2"),
-    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"))
 
 
 def table(text: str) -> list[list[str]]:
@@ -5128,225 +5074,200 @@ def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
 
 
-def sample(type_name: str, key: str, **elements: Any) -> Json:
-    """A resource with its id; an element that is None is left out."""
-    present = {name: value for name, value in elements.items() if value is not None}
-    return {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **present}
-
-
-def refer(type_name: str, key: str) -> Json:
-    """A reference to what `sample` makes."""
-    return {"reference": f"{type_name}/smart-{type_name}-{key}"}
-
-
-def person(given: str) -> Json:
-    """A reference to one of the patients, by the name that the tables use."""
-    return {"reference": f"Patient/{PEOPLE[given]}"}
-
-
-def coding(system: str, code: str, display: str = "") -> Json:
-    """A FHIR Coding."""
-    return {"system": system, "code": code, "display": display} if display else {"system": system, "code": code}
-
-
-def concept(system: str, code: str, display: str = "") -> Json:
-    """A FHIR CodeableConcept of one coding."""
-    text = {"text": display} if display else {}
-    return {"coding": [coding(system, code, display)], **text}
-
-
-def quantity(text: str) -> Json:
-    """A FHIR Quantity from a number and a UCUM unit, such as "99 mg/dL". The unit 1 is not shown to people."""
-    number, unit = text.split()
-    value = float(number)
-    shown = {"unit": unit} if unit != "1" else {}
-    return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
-
-
-def dollars(amount: str) -> Json:
-    """An amount of money."""
-    return {"value": float(amount), "currency": "USD"}
-
-
-def noon(date: str) -> str:
-    """A moment on a day, for elements that must be one."""
-    return f"{date}T12:00:00Z"
-
-
 # The builders: a row's columns go in, resources of FHIR R4 come out, as US Core profiles them.
-def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str, city: str,
-                  zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
+def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str,
+                  city: str, zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
     """A Patient with US Core's race, ethnicity and birth sex."""
-    groups = [("race", race, race_text)] if race else []
-    groups.append(("ethnicity", "2186-5", "Not Hispanic or Latino"))
+    groups = ("race", race, race_text), ("ethnicity", "2186-5", "Not Hispanic or Latino")
+    extensions: list[Json] = [{"url": US_CORE + name, "extension": [
+        {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
+        {"url": "text", "valueString": text}]} for name, code, text in groups if code]
+    extensions.append({"url": US_CORE + "birthsex", "valueCode": gender[0].upper()})
     yield {
         "resourceType": "Patient", "id": pid, "active": True, "gender": gender, "birthDate": born,
-        "extension": [*({"url": US_CORE + name, "extension": [
-            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
-            {"url": "text", "valueString": text}]} for name, code, text in groups),
-            {"url": US_CORE + "birthsex", "valueCode": gender[0].upper()}],
+        "extension": extensions,
         "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
                         "system": "http://hospital.smarthealthit.org", "value": pid[len("smart-"):]}],
-        "name": [{"use": "official", "family": family, "given": [given, initial], "text": f"{given} {family}"}],
+        "name": [{"use": "official", "family": family, "given": [given, initial],
+                  "text": f"{given} {family}"}],
         "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
                     {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
-        "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK", "postalCode": zip_code,
-                     "country": "USA"}],
+        "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK",
+                     "postalCode": zip_code, "country": "USA"}],
         "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
         "managingOrganization": CLINIC}
 
 
 def build_problem(key: str, given: str, since: str, code: str, name: str) -> Iterator[Json]:
     """A Condition on the problem list."""
-    yield sample("Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
-              verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
-              category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
-              code=concept(SNOMED, code, name), subject=person(given), onsetDateTime=since, recordedDate=since)
+    yield sample(
+        "Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
+        verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
+        category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
+        code=concept(SNOMED, code, name), subject=person(given), onsetDateTime=since, recordedDate=since)
 
 
 def build_allergy(key: str, given: str, since: str, code: str, drug_class: str, name: str, reaction: str,
                   reaction_name: str, severity: str) -> Iterator[Json]:
     """An AllergyIntolerance, or the statement that none is known."""
-    what = concept(SNOMED, code, name)
+    allergen = concept(SNOMED, code, name)
     if drug_class:
-        what["coding"].append(coding(NDFRT, drug_class, name))
-    known: Json = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
-        {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]} if reaction else {}
-    yield sample("AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
-              verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
-              code=what, patient=person(given), recordedDate=since, **known)
+        allergen["coding"].append(coding(NDFRT, drug_class, name))
+    known: Json = {}
+    if reaction:
+        known = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
+            {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]}
+    yield sample(
+        "AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
+        verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
+        code=allergen, patient=person(given), recordedDate=since, **known)
 
 
-def course(days: str) -> str:
-    """The status of a medicine: what is given for less than a month is over, the rest goes on."""
-    return "active" if int(days) >= 30 else "completed"
+def build_medication(key: str, given: str, written: str, code: str, name: str, directions: str,
+                     dispensed: str, days: str, dose: str, times: str) -> Iterator[Json]:
+    """What was prescribed, that the patient takes it, and the first dose, taken in the clinic."""
+    medicine, prescription = concept(RXNORM, code, name), refer("MedicationRequest", key)
+    status = "active" if int(days) >= 30 else "completed"
+    yield sample(
+        "MedicationRequest", key, status=status, intent="order", subject=person(given), requester=DOCTOR,
+        medicationCodeableConcept=medicine, authoredOn=written, dosageInstruction=[{
+            "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
+            "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
+        dispenseRequest={"quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
+    yield sample(
+        "MedicationStatement", key, status=status, subject=person(given), dateAsserted=written,
+        medicationCodeableConcept=medicine, effectivePeriod={"start": written}, basedOn=[prescription])
+    yield sample(
+        "MedicationAdministration", key, status="completed", subject=person(given), effectiveDateTime=written,
+        medicationCodeableConcept=medicine, request=prescription,
+        dosage={"text": directions, "dose": quantity(dose)})
 
 
-def build_prescription(key: str, given: str, written: str, code: str, name: str, directions: str, dispensed: str,
-                       days: str, dose: str, times: str) -> Iterator[Json]:
-    """A MedicationRequest."""
-    yield sample("MedicationRequest", key, status=course(days), intent="order", subject=person(given), requester=DOCTOR,
-              medicationCodeableConcept=concept(RXNORM, code, name), authoredOn=written, dosageInstruction=[{
-                  "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
-                  "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
-              dispenseRequest={"quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
-
-
-def build_statement(key: str, given: str, written: str, code: str, name: str, _directions: str, _dispensed: str,
-                    days: str, *_: str) -> Iterator[Json]:
-    """A MedicationStatement: that the patient takes what was prescribed."""
-    yield sample("MedicationStatement", key, status=course(days), subject=person(given), dateAsserted=written,
-              medicationCodeableConcept=concept(RXNORM, code, name), effectivePeriod={"start": written},
-              basedOn=[refer("MedicationRequest", key)])
-
-
-def build_administration(key: str, given: str, written: str, code: str, name: str, directions: str, _dispensed: str,
-                         _days: str, dose: str, *_: str) -> Iterator[Json]:
-    """A MedicationAdministration: the first dose, taken in the clinic (made up)."""
-    yield sample("MedicationAdministration", key, status="completed", subject=person(given), effectiveDateTime=written,
-              medicationCodeableConcept=concept(RXNORM, code, name), request=refer("MedicationRequest", key),
-              dosage={"text": directions, "dose": quantity(dose)})
-
-
-def build_fills(first: str, prescription: str, days: str, amount: str, dates: str) -> Iterator[Json]:
+def build_fills(first_key: str, prescription: str, days: str, amount: str, dates: str) -> Iterator[Json]:
     """A MedicationDispense for each time that a prescription was filled."""
     given, code, name = next((row[1], *row[3:5]) for row in table(MEDICATIONS) if row[0] == prescription)
-    for key, date in enumerate(dates.split(), int(first)):
-        yield sample("MedicationDispense", str(key), status="completed", subject=person(given), whenHandedOver=date,
-                  medicationCodeableConcept=concept(RXNORM, code, name), daysSupply=quantity(f"{days} d"),
-                  authorizingPrescription=[refer("MedicationRequest", prescription)],
-                  quantity=quantity(amount) if amount else None)
+    for key, date in enumerate(dates.split(), int(first_key)):
+        yield sample(
+            "MedicationDispense", str(key), status="completed", subject=person(given), whenHandedOver=date,
+            medicationCodeableConcept=concept(RXNORM, code, name), daysSupply=quantity(f"{days} d"),
+            authorizingPrescription=[refer("MedicationRequest", prescription)],
+            quantity=quantity(amount) if amount else None)
 
 
 def build_immunization(key: str, given: str, date: str, code: str, name: str, reason: str) -> Iterator[Json]:
     """An Immunization, given or refused."""
-    yield sample("Immunization", key, status="not-done" if reason else "completed", vaccineCode=concept(CVX, code, name),
-              patient=person(given), occurrenceDateTime=date, primarySource=True,
-              statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
-
-
-def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
-    """An Observation of a category, with whatever holds its value."""
-    return sample("Observation", key, status="final", category=[concept(HL7 + "observation-category", category)],
-               code=code, subject=person(given), effectiveDateTime=date, **value)
+    yield sample(
+        "Immunization", key, status="not-done" if reason else "completed",
+        vaccineCode=concept(CVX, code, name), patient=person(given), occurrenceDateTime=date,
+        primarySource=True,
+        statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
 
 
 def build_smoking(key: str, given: str, date: str, code: str, name: str) -> Iterator[Json]:
     """The smoking status."""
-    what = concept(LOINC, "72166-2", "Tobacco smoking status")
-    yield observation(f"{key}-smoking", given, date, "social-history", what, issued=noon(date),
+    question = concept(LOINC, "72166-2", "Tobacco smoking status")
+    yield observation(f"{key}-smoking", given, date, "social-history", question, issued=noon(date),
                       valueCodeableConcept=concept(SNOMED, code, name))
 
 
 def build_visit(key: str, date: str, *values: str) -> Iterator[Json]:
     """An Encounter, and an Observation for each vital sign."""
     visit = refer("Encounter", key)
+    yield sample(
+        "Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
+        type=[concept(SNOMED, "185349003", "Encounter for check up")], subject=DANIEL,
+        period={"start": date, "end": date}, participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
     *signs, systolic, diastolic, oxygen = values
-    yield sample("Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
-              type=[concept(SNOMED, "185349003", "Encounter for check up")], subject=person("Daniel"),
-              period={"start": date, "end": date}, participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
     for value, (code, name, unit) in zip([*signs, oxygen], VITAL_SIGNS):
-        what = concept(LOINC, code, name)
-        if code == "59408-5":  # R4's vital signs want the code of any way to measure it beside that of the oximeter
-            what["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
-        yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", what, encounter=visit,
+        sign = concept(LOINC, code, name)
+        if code == "59408-5":  # R4 wants the code of any way to measure it beside that of the oximeter
+            sign["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
+        yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", sign, encounter=visit,
                           valueQuantity=quantity(f"{value} {unit}"))
-    pressures = ("8480-6", "Systolic blood pressure", systolic), ("8462-4", "Diastolic blood pressure", diastolic)
-    yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs", concept(LOINC, "85354-9", "Blood pressure"),
-                      encounter=visit, component=[{"code": concept(LOINC, code, name),
-                                                   "valueQuantity": quantity(f"{value} mm[Hg]")}
-                                                  for code, name, value in pressures])
-
-
-def build_report(key: str, date: str, results: Sequence[Json], visit: Json | None) -> Iterator[Json]:
-    """Laboratory results of one day, and the DiagnosticReport that gathers them."""
-    yield from results
-    yield sample("DiagnosticReport", key, status="final", category=[
-        concept(HL7 + "v2-0074", "LAB", "Laboratory"), concept(HL7 + "observation-category", "laboratory")],
-        code=concept(LOINC, "11502-2", "Laboratory report"), subject=person("Daniel"), encounter=visit,
-        effectiveDateTime=date, issued=noon(date), performer=[CLINIC],
-        result=[{"reference": f"Observation/{one['id']}"} for one in results])
+    pressures = [{"code": concept(LOINC, code, name), "valueQuantity": quantity(f"{value} mm[Hg]")}
+                 for code, name, value in (("8480-6", "Systolic blood pressure", systolic),
+                                           ("8462-4", "Diastolic blood pressure", diastolic))]
+    yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs",
+                      concept(LOINC, "85354-9", "Blood pressure"), encounter=visit, component=pressures)
 
 
 def build_labs() -> Iterator[Json]:
-    """All laboratory results, in one report for each day; a word where a result is not a number."""
-    tests = {row[1]: row for row in table(LABS)}
-
-    def result(key: str, date: str, loinc: str, value: str, visit: Json | None = None) -> Json:
-        """The Observation of one test."""
-        _, _, name, _, low, high, unit = tests[loinc]
-        what = {"valueQuantity": quantity(f"{value} {unit}")} if unit else {"valueCodeableConcept": {"text": value}}
-        normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
-        return observation(key, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=visit,
-                           referenceRange=normal, **what)
-
-    date = "2008-07-10"
-    yield from build_report("1", date, [result(f"{row[0]}-lab", date, row[1], row[3]) for row in tests.values()], None)
+    """All laboratory results, and for each day the DiagnosticReport that gathers them."""
+    tests = {row[1]: row for row in table(LABS)[1:]}
+    yield from build_report("1", [build_result(f"{row[0]}-lab", "2008-07-10", row, row[3])
+                                  for row in tests.values()])
     header, *rows = table(MORE_LABS)
     for key, date, *values in rows:
         visit = refer("Encounter", key)
-        results = [result(f"{key}-{loinc}", date, loinc, value, visit) for loinc, value in zip(header[2:], values)]
-        yield from build_report(key, date, results, visit)
+        yield from build_report(key, [build_result(f"{key}-{loinc}", date, tests[loinc], value, visit)
+                                      for loinc, value in zip(header[2:], values)])
+
+
+def build_result(key: str, date: str, test: Sequence[str], value: str, visit: Json | None = None) -> Json:
+    """The Observation of a test, a row of LABS. A result without a unit is a word."""
+    _, loinc, name, _, low, high, unit = test
+    given = {"valueCodeableConcept": {"text": value}}
+    if unit:
+        given = {"valueQuantity": quantity(f"{value} {unit}")}
+    normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
+    return observation(key, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=visit,
+                       referenceRange=normal, **given)
+
+
+def build_report(key: str, results: list[Json]) -> Iterator[Json]:
+    """Laboratory results of one day, and their DiagnosticReport."""
+    yield from results
+    date = results[0]["effectiveDateTime"]
+    yield sample(
+        "DiagnosticReport", key, status="final",
+        category=[concept(HL7 + "v2-0074", "LAB", "Laboratory"),
+                  concept(HL7 + "observation-category", "laboratory")],
+        code=concept(LOINC, "11502-2", "Laboratory report"), subject=DANIEL,
+        encounter=results[0].get("encounter"), effectiveDateTime=date, issued=noon(date), performer=[CLINIC],
+        result=[{"reference": f"Observation/{result['id']}"} for result in results])
 
 
 def build_procedure(key: str, visit: str, date: str, code: str, name: str) -> Iterator[Json]:
     """A Procedure."""
-    yield sample("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=person("Daniel"),
-              encounter=refer("Encounter", visit), performedDateTime=date)
+    yield sample("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=DANIEL,
+                 encounter=refer("Encounter", visit), performedDateTime=date)
 
 
 def build_image(key: str, visit: str, date: str, modality: str, description: str, uid: str) -> Iterator[Json]:
     """An ImagingStudy of one series; its Endpoint says where the pictures are."""
     kind = coding(DICOM, modality)
-    yield sample("ImagingStudy", key, status="available", subject=person("Daniel"), encounter=refer("Encounter", visit),
-              identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=date, modality=[kind],
-              numberOfSeries=1, numberOfInstances=1, description=description,
-              endpoint=[{"reference": "Endpoint/smart-imaging"}],
-              series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
+    yield sample(
+        "ImagingStudy", key, status="available", subject=DANIEL, encounter=refer("Encounter", visit),
+        identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=date, modality=[kind],
+        numberOfSeries=1, numberOfInstances=1, description=description,
+        endpoint=[{"reference": "Endpoint/smart-imaging"}],
+        series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
+
+
+def build_document(key: str, visit: str, date: str, code: str, name: str, content_type: str,
+                   text: str) -> Iterator[Json]:
+    """A DocumentReference, and the Binary that holds the document."""
+    data = text.encode()
+    if content_type == "application/pdf":
+        problems = [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
+        medicines = [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]
+        data = pdf("\n".join([name, "", text, "", "Problems", *problems, "", "Medicines", *medicines]))
+    yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
+                 securityContext=DANIEL)
+    number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
+    yield sample(
+        "DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
+        type=concept(LOINC, code, name), subject=DANIEL, date=noon(date), author=[DOCTOR],
+        category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
+                          "clinical-note", "Clinical Note")],
+        content=[{"attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
+                                 "title": name, "size": len(data), "creation": noon(date)},
+                  "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
+        context={"encounter": [refer("Encounter", visit)]})
 
 
 def pdf(text: str) -> bytes:
-    """Lines of ASCII text as a PDF of one page: header, objects, where each begins, trailer (ISO 32000-1, 7.5)."""
+    """ASCII text as a PDF of one page: header, objects, where each begins, trailer (ISO 32000-1, 7.5)."""
     lines = re.sub(r"([\\()])", r"\\\1", text).splitlines()
     drawing = "BT /F1 10 Tf 14 TL 54 750 Td\n" + "".join(f"({line}) '\n" for line in lines) + "ET"
     objects = ("<< /Type /Catalog /Pages 2 0 R >>", "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
@@ -5362,47 +5283,29 @@ def pdf(text: str) -> bytes:
             f"startxref\n{len(body)}\n%%EOF\n").encode("ascii")
 
 
-def build_document(key: str, visit: str, date: str, code: str, name: str, content_type: str,
-                   text: str) -> Iterator[Json]:
-    """A DocumentReference, and the Binary that holds the document."""
-    data = text.encode()
-    if content_type == "application/pdf":
-        data = pdf("\n".join([name, "", text, "", "Problems"]
-                             + [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
-                             + ["", "Medicines"]
-                             + [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]))
-    yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
-              securityContext=person("Daniel"))
-    number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
-    yield sample("DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
-              type=concept(LOINC, code, name), subject=person("Daniel"), date=noon(date), author=[DOCTOR],
-              category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
-                                "clinical-note", "Clinical Note")],
-              content=[{"attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
-                                       "title": name, "size": len(data), "creation": noon(date)},
-                        "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
-              context={"encounter": [refer("Encounter", visit)]})
-
-
 def build_bill(key: str, visit: str, date: str, billed_on: str, billed: str, paid: str) -> Iterator[Json]:
     """An ExplanationOfBenefit: what the insurance paid for a visit."""
-    totals = [{"category": concept(HL7 + "adjudication", category), "amount": dollars(amount)}
-              for category, amount in (("submitted", billed), ("benefit", paid))]
-    yield sample("ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
-              use="claim", patient=person("Daniel"), created=billed_on, insurer=INSURER, provider=DOCTOR,
-              outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
-              item=[{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
-                     "servicedDate": date, "net": dollars(billed), "encounter": [refer("Encounter", visit)]}])
+    price, payment = ({"value": float(amount), "currency": "USD"} for amount in (billed, paid))
+    totals = [{"category": concept(HL7 + "adjudication", category), "amount": amount}
+              for category, amount in (("submitted", price), ("benefit", payment))]
+    yield sample(
+        "ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
+        use="claim", patient=DANIEL, created=billed_on, insurer=INSURER, provider=DOCTOR,
+        outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
+        item=[{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
+               "servicedDate": date, "net": price, "encounter": [refer("Encounter", visit)]}])
 
 
 def build_others() -> Iterator[Json]:
     """Daniel's insurance, Daniel as his daughter's representative, and what belongs to nobody."""
-    yield sample("Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
-              subscriberId="S4S-1288992", beneficiary=person("Daniel"), payor=[INSURER], period={"start": "2008-01-01"},
-              relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [
-                  {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}]})
+    plan = {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}
+    yield sample(
+        "Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
+        subscriberId="S4S-1288992", beneficiary=DANIEL, payor=[INSURER], period={"start": "2008-01-01"},
+        relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [plan]})
     yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
-           "patient": person("Amy"), "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
+           "patient": person("Amy"),
+           "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
            "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
     yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
            "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
@@ -5415,10 +5318,93 @@ def build_others() -> Iterator[Json]:
            "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
 
 
-# The versions. The builders make R4; here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
-# A change: the types it is about, an element (a dotted path goes through lists), what the earlier version calls it
-# (nothing: it is not there), and how its value differs. Without an element, one is made from the whole resource.
+# What the builders are made of.
+def sample(type_name: str, key: str, **elements: Any) -> Json:
+    """A resource with its id; an element that is None is left out."""
+    present = {name: value for name, value in elements.items() if value is not None}
+    return {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **present}
+
+
+def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
+    """An Observation of a category, with whatever holds its value."""
+    kind = concept(HL7 + "observation-category", category)
+    return sample("Observation", key, status="final", category=[kind], code=code, subject=person(given),
+                  effectiveDateTime=date, **value)
+
+
+def refer(type_name: str, key: str) -> Json:
+    """A reference to what `sample` makes."""
+    return {"reference": f"{type_name}/smart-{type_name}-{key}"}
+
+
+def person(given: str) -> Json:
+    """A reference to one of the patients, by the name that the tables use."""
+    return {"reference": f"Patient/{PEOPLE[given]}"}
+
+
+def coding(system: str, code: str, display: str = "") -> Json:
+    """A FHIR Coding."""
+    shown = {"display": display} if display else {}
+    return {"system": system, "code": code, **shown}
+
+
+def concept(system: str, code: str, display: str = "") -> Json:
+    """A FHIR CodeableConcept of one coding."""
+    text = {"text": display} if display else {}
+    return {"coding": [coding(system, code, display)], **text}
+
+
+def quantity(text: str) -> Json:
+    """A FHIR Quantity from a number and a UCUM unit. The unit 1 is not shown to people.
+
+    >>> quantity("99 mg/dL")
+    {'value': 99, 'unit': 'mg/dL', 'system': 'http://unitsofmeasure.org', 'code': 'mg/dL'}
+    """
+    number, unit = text.split()
+    value = float(number)
+    shown = {"unit": unit} if unit != "1" else {}
+    return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
+
+
+def noon(date: str) -> str:
+    """A moment on a day, for elements that must be one."""
+    return f"{date}T12:00:00Z"
+
+
+# The versions. Here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
+def adapt(resources: Sequence[Json], earlier: Version) -> list[Json]:
+    """Resources as the version before theirs has them.
+
+    >>> adapt([{"resourceType": "Binary", "data": "aGk="}], STU3)
+    [{'resourceType': 'Binary', 'content': 'aGk='}]
+    """
+    lacks = earlier.lacks.split()
+    text = json.dumps([
+        {name: value for name, value in resource.items() if f"{resource['resourceType']}.{name}" not in lacks}
+        for resource in resources if resource["resourceType"] not in lacks])
+    for later_text, earlier_text in earlier.texts:
+        text = text.replace(later_text, earlier_text)
+    adapted: list[Json] = json.loads(text)
+    for types, path, names, convert in earlier.changes:
+        changed, (outer, _, element) = types.split(), path.rpartition(".")
+        holders = [resource for resource in adapted if resource["resourceType"] in changed]
+        for holder in within(holders, outer) if outer else holders:
+            if not element or element in holder:
+                value = convert(holder.pop(element) if element else holder)
+                holder.update(dict.fromkeys(names.split(), value))
+    return adapted
+
+
+# Types | an element of theirs: a dotted path, through lists | what the earlier version calls it: one name, or two |
+# what its value becomes. Without an element, one is made of the whole resource.
 Change = tuple[str, str, str, Callable[[Any], Any]]
+
+
+class Version(NamedTuple):
+    """How a version of FHIR differs from the one after it."""
+    lacks: str                        # types and elements that it does not have, or not so that they fit here
+    texts: Sequence[tuple[str, str]]  # what it writes otherwise: addresses of code systems, a type's name
+    changes: Sequence[Change]
 
 
 def same(value: Any) -> Any:
@@ -5446,136 +5432,83 @@ def iso_4217(money: Any) -> Any:
     return {"value": money["value"], "system": "urn:iso:std:iso:4217", "code": money["currency"]}
 
 
-class Version(NamedTuple):
-    """How a version of FHIR differs from the one after it."""
-    missing: str                              # types it does not have, or not so that they could be used here
-    addresses: Sequence[tuple[str, str]]      # texts that are others in it: addresses of code systems, names of types
-    changes: Sequence[Change]
-
-
-STU3 = Version("", (
+STU3 = Version(lacks="DocumentReference.category ExplanationOfBenefit.use", texts=(
     (HL7 + "v2-", "http://hl7.org/fhir/v2/"), (HL7 + "v3-", "http://hl7.org/fhir/v3/"),
     (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"),
-    (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"), (HL7, "http://hl7.org/fhir/"),
-), (
+    (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"),
+    (HL7, "http://hl7.org/fhir/"),
+), changes=(
     ("AllergyIntolerance Condition", "clinicalStatus", "clinicalStatus", code_of),
     ("AllergyIntolerance Condition", "verificationStatus", "verificationStatus", code_of),
     ("AllergyIntolerance Condition", "recordedDate", "assertedDate", same),
     ("Binary", "data", "content", same),
-    ("Coverage", "class", "grouping", lambda them: {"plan": them[0]["value"], "planDisplay": them[0]["name"]}),
+    ("Coverage", "class", "grouping",
+     lambda plans: {"plan": plans[0]["value"], "planDisplay": plans[0]["name"]}),
     ("DiagnosticReport", "category", "category", first),
-    ("DiagnosticReport", "performer", "performer", lambda them: [{"actor": one} for one in them]),
+    ("DiagnosticReport", "performer", "performer", lambda performers: [{"actor": performers[0]}]),
     ("DiagnosticReport ImagingStudy Observation Procedure", "encounter", "context", same),
-    ("DocumentReference", "category", "", same),
     ("DocumentReference", "context.encounter", "encounter", first),
     ("DocumentReference", "date", "created indexed", same),
-    ("ExplanationOfBenefit", "use", "", same),
-    ("ExplanationOfBenefit", "insurance", "insurance", lambda them: {"coverage": them[0]["coverage"]}),
+    ("ExplanationOfBenefit", "insurance", "insurance", lambda plans: {"coverage": plans[0]["coverage"]}),
     ("ExplanationOfBenefit", "item.net", "net", iso_4217),
     ("ExplanationOfBenefit", "item.productOrService", "service", same),
     ("ExplanationOfBenefit", "outcome", "outcome",
      lambda code: concept("http://hl7.org/fhir/remittance-outcome", code)),
-    ("ExplanationOfBenefit", "", "totalCost", lambda it: iso_4217(it["total"][0]["amount"])),
-    ("ExplanationOfBenefit", "total", "totalBenefit", lambda them: iso_4217(them[1]["amount"])),
-    ("ImagingStudy", "identifier", "uid", lambda them: them[0]["value"]),
+    ("ExplanationOfBenefit", "", "totalCost", lambda bill: iso_4217(bill["total"][0]["amount"])),
+    ("ExplanationOfBenefit", "total", "totalBenefit", lambda totals: iso_4217(totals[1]["amount"])),
+    ("ImagingStudy", "identifier", "uid", lambda identifiers: identifiers[0]["value"]),
     ("ImagingStudy", "status", "availability", lambda _: "ONLINE"),
     ("ImagingStudy", "modality", "modalityList", same),
     ("ImagingStudy", "series.uid", "uid", lambda uid: f"urn:oid:{uid}"),
     ("ImagingStudy", "subject", "patient", same),
     ("Immunization", "occurrenceDateTime", "date", same),
-    ("Immunization", "", "notGiven", lambda it: it["status"] == "not-done"),
+    ("Immunization", "", "notGiven", lambda immunization: immunization["status"] == "not-done"),
     ("Immunization", "status", "status", lambda _: "completed"),
     ("Immunization", "statusReason", "explanation", lambda reason: {"reasonNotGiven": [reason]}),
     ("MedicationAdministration", "request", "prescription", same),
-    ("MedicationRequest", "dosageInstruction.doseAndRate", "doseQuantity", lambda them: them[0]["doseQuantity"]),
+    ("MedicationRequest", "dosageInstruction.doseAndRate", "doseQuantity",
+     lambda doses: doses[0]["doseQuantity"]),
     ("MedicationRequest", "requester", "requester", lambda doctor: {"agent": doctor}),
     ("MedicationStatement", "", "taken", lambda _: "y"),
     ("RelatedPerson", "relationship", "relationship", first),
 ))
-DSTU2 = Version("Coverage Endpoint ExplanationOfBenefit", (
-    (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"), (DICOM, "http://nema.org/dicom/dicm"),
-    ("MedicationRequest", "MedicationOrder"),
-), (
+DSTU2 = Version(lacks=(
+    "Coverage Endpoint ExplanationOfBenefit AllergyIntolerance.verificationStatus Binary.securityContext "
+    "ImagingStudy.context ImagingStudy.endpoint MedicationRequest.intent MedicationStatement.taken "
+    "RelatedPerson.active"
+), texts=(
+    (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"),
+    (DICOM, "http://nema.org/dicom/dicm"), ("MedicationRequest", "MedicationOrder"),
+), changes=(
     ("AllergyIntolerance", "assertedDate", "recordedDate", same),
     ("AllergyIntolerance", "category", "category", first),
     ("AllergyIntolerance", "clinicalStatus", "status", same),
     ("AllergyIntolerance", "code", "substance", same),
     ("AllergyIntolerance", "criticality", "criticality", lambda _: "CRITL"),
-    ("AllergyIntolerance", "verificationStatus", "", same),
-    ("Binary", "securityContext", "", same),
     ("Condition", "assertedDate", "dateRecorded", same),
     ("Condition", "category", "category", lambda _: concept("http://argonaut.hl7.org", "problem", "Problem")),
     ("Condition Encounter MedicationAdministration MedicationDispense MedicationOrder MedicationStatement",
      "subject", "patient", same),
-    ("DiagnosticReport", "performer", "performer", lambda them: them[0]["actor"]),
+    ("DiagnosticReport", "performer", "performer", lambda performers: performers[0]["actor"]),
     ("DiagnosticReport Observation Procedure", "context", "encounter", same),
     ("DocumentReference", "content.format", "format", listed),
     ("Encounter", "class", "class", lambda _: "ambulatory"),
-    ("ImagingStudy", "context", "", same),
-    ("ImagingStudy", "endpoint", "", same),
     ("Immunization", "notGiven", "wasNotGiven", same),
     ("Immunization", "primarySource", "reported", lambda primary: not primary),
     ("MedicationAdministration", "dosage.dose", "quantity", same),
     ("MedicationAdministration", "effectiveDateTime", "effectiveTimeDateTime", same),
     ("MedicationOrder", "authoredOn", "dateWritten", same),
     ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnit", "periodUnits", same),
-    ("MedicationOrder", "intent", "", same),
     ("MedicationOrder", "requester", "prescriber", lambda requester: requester["agent"]),
     ("MedicationStatement", "basedOn", "supportingInformation", same),
-    ("MedicationStatement", "taken", "", same),
     ("Observation", "category", "category", first),
     ("Organization", "type", "type", first),
     ("Patient", "extension.extension.valueCoding", "valueCoding", lambda group: {
-        **group, "system": "http://hl7.org/fhir/v3/" + ("Ethnicity" if group["code"] == "2186-5" else "Race")}),
+        **group, "system": f"http://hl7.org/fhir/v3/{'Ethnicity' if group['code'] == '2186-5' else 'Race'}"}),
     ("Patient Practitioner RelatedPerson", "name.family", "family", listed),
     ("Practitioner RelatedPerson", "name", "name", first),
-    ("RelatedPerson", "active", "", same),
 ))
-VERSIONS: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
-
-
-def holders(found: list[Json], names: Sequence[str]) -> list[Json]:
-    """The objects that a path leads to from others."""
-    for name in names:
-        inner = [one[name] for one in found if name in one]
-        found = [one for value in inner for one in (value if isinstance(value, list) else [value])]
-    return found
-
-
-def adapt(resources: Sequence[Json], version: Version) -> list[Json]:
-    """Resources of the next version as `version` has them."""
-    text = json.dumps([one for one in resources if one["resourceType"] not in version.missing.split()])
-    for later, earlier in version.addresses:
-        text = text.replace(later, earlier)
-    adapted: list[Json] = json.loads(text)
-    of_type: dict[str, list[Json]] = {}
-    for one in adapted:
-        of_type.setdefault(one["resourceType"], []).append(one)
-    for types, path, names, convert in version.changes:
-        *outer, element = path.split(".")
-        for holder in holders([one for name in types.split() for one in of_type[name]], outer):
-            if not element or element in holder:
-                value = convert(holder.pop(element) if element else holder)
-                holder.update((name, value) for name in names.split())
-    return adapted
-
-
-def sample_resources(version: str) -> Iterator[Json]:
-    """The sample records in a version of FHIR (a key of VERSIONS), last changed at times spread over 2016 to 2018."""
-    builders: Sequence[tuple[str, Callable[..., Iterator[Json]]]] = (
-        (PATIENTS, build_patient), (PROBLEMS, build_problem), (ALLERGIES, build_allergy),
-        (MEDICATIONS, build_prescription), (MEDICATIONS, build_statement), (MEDICATIONS, build_administration),
-        (FILLS, build_fills), (IMMUNIZATIONS, build_immunization), (SMOKING, build_smoking), (VISITS, build_visit),
-        (PROCEDURES, build_procedure), (IMAGES, build_image), (DOCUMENTS, build_document), (BILLS, build_bill))
-    built = [one for text, build in builders for row in table(text) for one in build(*row)]
-    built += [*build_labs(), *build_others()]
-    start = datetime.datetime(2016, 1, 1)
-    for place, one in enumerate(built):
-        moment = start + datetime.timedelta(days=place * 3 % 1000)
-        one["meta"] = {"versionId": "1", "lastUpdated": noon(moment.strftime("%Y-%m-%d"))}
-    for step in VERSIONS[version]:
-        built = adapt(built, step)
-    yield from built
+STEPS_FROM_R4: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
 
 
 # ======================================================================== Part Three: the machinery
