@@ -3435,20 +3435,21 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
     return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
 
 
-# What shows of which version of FHIR a resource is: the versions that have it so | types or elements. A JSON type
-# stands with an element that others have too, with another type.
+# What shows of which version of FHIR a resource is: the versions that have it so | types or elements. A JSON
+# type stands with an element that others have too, with another type.
 TELLTALES = """\
-dstu2 | AllergyIntolerance.substance Condition.patient DiagnosticOrder Encounter.class:string Encounter.patient \
-    Immunization.wasNotGiven MedicationDispense.patient MedicationOrder MedicationStatement.patient \
-    Observation.category:object Patient.name.family:array Practitioner.name:object
+dstu2 | AllergyIntolerance.substance Condition.patient DiagnosticOrder Encounter.class:string \
+    Encounter.patient Immunization.wasNotGiven MedicationDispense.patient MedicationOrder \
+    MedicationStatement.patient Observation.category:object Patient.name.family:array Practitioner.name:object
 dstu2 stu3 | Condition.clinicalStatus:string DiagnosticReport.category:object DocumentReference.indexed \
     ImagingStudy.uid Immunization.date ProcedureRequest
 stu3 | AllergyIntolerance.clinicalStatus:string ExplanationOfBenefit.insurance:object Immunization.notGiven \
     MedicationRequest.requester.agent MedicationStatement.taken
 stu3 r4 | CareTeam Encounter.class:object Endpoint MedicationRequest Observation.category:array \
     Patient.name.family:string Practitioner.name:array PractitionerRole
-r4 | AllergyIntolerance.clinicalStatus:object Condition.clinicalStatus:object DiagnosticReport.category:array \
-    DocumentReference.date ExplanationOfBenefit.insurance:array Immunization.occurrenceDateTime ServiceRequest
+r4 | AllergyIntolerance.clinicalStatus:object Condition.clinicalStatus:object DocumentReference.date \
+    DiagnosticReport.category:array ExplanationOfBenefit.insurance:array Immunization.occurrenceDateTime \
+    ServiceRequest
 """
 _JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
 
@@ -3461,8 +3462,9 @@ def check_version(resource: Json, version: str) -> None:
             present = not path or (isinstance(holder, dict) and name in holder)
             if present and (not kind or kind == _JSON_TYPES.get(type(holder[name]))):
                 sign = f"{path} {kind}".strip() or "the type"
-                raise PortalError("invalid_request", f"{sign} is of {versions.replace(' ', ' or ')}, the records "
-                                  f"are {version}: choose with --fhir-version")
+                theirs = versions.replace(" ", " or ")
+                raise PortalError("invalid_request", f"{sign} is of {theirs}, the records are {version}: "
+                                  "choose with --fhir-version")
 
 
 @functools.cache
@@ -4897,17 +4899,17 @@ def sample_resources(version: str) -> list[Json]:
                  for row in table(facts)[1:] for resource in build(*row)]
     resources += [*build_labs(), *build_others()]
     for place, resource in enumerate(resources):
-        changed = datetime.date(2016, 1, 1) + datetime.timedelta(days=place * 7 % 1000)
+        changed = datetime.date(2016, 1, 1) + datetime.timedelta(days=place * 3 % 1000)
         resource["meta"] = {"versionId": "1", "lastUpdated": noon(str(changed))}
     for earlier in STEPS_FROM_R4[version]:
         resources = adapt(resources, earlier)
     return resources
 
 
-# The facts: columns between bars, named by the first row; from VISITS on, all are Daniel's. They are some of the
-# SMART sample patients', with units in UCUM and two codes put right that are no concepts of SNOMED CT now. Made
-# up, since SMART has none: ethnicity, Daniel's phone, Daniel's and Joseph's vaccines, the dates of smoking status,
-# doses taken in the clinic, and all from MORE_LABS on.
+# The facts: columns between bars, named by the first row; from VISITS on, all are Daniel's. They are some of
+# the SMART sample patients', with units in UCUM and two codes put right that are no concepts of SNOMED CT
+# now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and Joseph's vaccines, dates of
+# smoking status, doses taken in the clinic, and all from MORE_LABS on.
 PATIENTS = """id | given | initial | family | gender | born | street | city | zip | phone | race (CDC) | text
 smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
 smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 \
@@ -5378,7 +5380,7 @@ def adapt(resources: Sequence[Json], earlier: Version) -> list[Json]:
     >>> adapt([{"resourceType": "Binary", "data": "aGk="}], STU3)
     [{'resourceType': 'Binary', 'content': 'aGk='}]
     """
-    lacks = earlier.lacks.split()
+    lacks = set(earlier.lacks.split())
     text = json.dumps([
         {name: value for name, value in resource.items() if f"{resource['resourceType']}.{name}" not in lacks}
         for resource in resources if resource["resourceType"] not in lacks])
@@ -5395,8 +5397,8 @@ def adapt(resources: Sequence[Json], earlier: Version) -> list[Json]:
     return adapted
 
 
-# Types | an element of theirs: a dotted path, through lists | what the earlier version calls it: one name, or two |
-# what its value becomes. Without an element, one is made of the whole resource.
+# Types | an element of theirs, as a dotted path through lists | what the earlier version calls it, one name
+# or two | what its value becomes. Without an element, one is made of the whole resource.
 Change = tuple[str, str, str, Callable[[Any], Any]]
 
 
