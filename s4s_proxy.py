@@ -5158,11 +5158,11 @@ def build_fills(first_key: str, prescription: str, days: str, amount: str, dates
 
 def build_immunization(key: str, given: str, date: str, code: str, name: str, reason: str) -> Iterator[Json]:
     """An Immunization, given or refused."""
+    refusal = concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None
     yield sample(
         "Immunization", key, status="not-done" if reason else "completed",
         vaccineCode=concept(CVX, code, name), patient=person(given), occurrenceDateTime=date,
-        primarySource=True,
-        statusReason=concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None)
+        primarySource=True, statusReason=refusal)
 
 
 def build_smoking(key: str, given: str, date: str, code: str, name: str) -> Iterator[Json]:
@@ -5419,11 +5419,6 @@ def first(values: Any) -> Any:
     return values[0]
 
 
-def listed(value: Any) -> Any:
-    """A list, where more than one was foreseen."""
-    return [value]
-
-
 def code_of(value: Any) -> Any:
     """The code that a CodeableConcept was."""
     return value["coding"][0]["code"]
@@ -5493,7 +5488,7 @@ DSTU2 = Version(lacks=(
      "subject", "patient", same),
     ("DiagnosticReport", "performer", "performer", lambda performers: performers[0]["actor"]),
     ("DiagnosticReport Observation Procedure", "context", "encounter", same),
-    ("DocumentReference", "content.format", "format", listed),
+    ("DocumentReference", "content.format", "format", lambda coding: [coding]),
     ("Encounter", "class", "class", lambda _: "ambulatory"),
     ("Immunization", "notGiven", "wasNotGiven", same),
     ("Immunization", "primarySource", "reported", lambda primary: not primary),
@@ -5507,7 +5502,7 @@ DSTU2 = Version(lacks=(
     ("Organization", "type", "type", first),
     ("Patient", "extension.extension.valueCoding", "valueCoding", lambda group: {
         **group, "system": f"http://hl7.org/fhir/v3/{'Ethnicity' if group['code'] == '2186-5' else 'Race'}"}),
-    ("Patient Practitioner RelatedPerson", "name.family", "family", listed),
+    ("Patient Practitioner RelatedPerson", "name.family", "family", lambda family: [family]),
     ("Practitioner RelatedPerson", "name", "name", first),
 ))
 STEPS_FROM_R4: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
