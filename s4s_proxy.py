@@ -1369,7 +1369,7 @@ def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence
                      if all(one.type in ("*", *SHARED_TYPES, *OWNER_ELEMENTS) for one in resource_scopes(word)))
     for one in resource_scopes(scope):
         for name, value in one.constraints:
-            version = fhir_version(portal)
+            version = portal.records.version
             for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
                 with contextlib.suppress(FhirError):
                     parse_term(version, type_name, name, value)
@@ -1511,9 +1511,8 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
         patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
     if portal.patient_name(username, patient_id) is None:
         raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
-    with contextlib.suppress(FhirError):  # a FHIR server that is down will be noticed when the app reads
-        if portal.upstream and upstream_patient(portal, patient_id) is None:
-            raise PageError("not_found", f"The FHIR server behind this portal has no Patient/{patient_id}.", 404)
+    need(not portal.records.lacks_patient(patient_id), f"The FHIR server behind this portal has no Patient/{patient_id}.",
+         "not_found", 404, PageError)
     return str(patient_id)
 
 
@@ -1528,17 +1527,8 @@ def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
 
 def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
     """A patient's visits, id -> in words, the newest first."""
-    if portal.upstream:
-        base = portal.upstream.base
-        url = f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100"
-        found = [one for one in portal.upstream.resources(portal.upstream.ask(url), base)[1]
-                 if owner(one, base) == patient_id and one.get("resourceType") == "Encounter" and id_of(one)]
-    else:
-        query = parse_query(portal.records.version, "Encounter", (("patient", patient_id), ("_count", "100")))
-        found = [one.resource for one in portal.records.search(query, Access(None)).matches]
-    found.sort(key=lambda one: str(elements(one, "period.start")), reverse=True)
-    return {one["id"]: " ".join(map(str, [*elements(one, "period.start"), *elements(one, "type.text")][:2]))
-            for one in found}
+    visits = sorted(portal.records.visits(patient_id), key=lambda visit: str(elements(visit, "period.start")), reverse=True)
+    return {visit["id"]: " ".join(map(str, elements(visit, "period.start", "type.text")[:2])) for visit in visits}
 
 
 def end_of_day(date: str) -> float:
@@ -1881,61 +1871,96 @@ def revoke(portal: Portal, request: Request) -> Response:
 
 # ######################################################################## 11 the record's boundary
 
+# Whatever stands behind, the records kept here (section 18) or another server's (section 19), an app sees of them what
+# `Access.may_see` lets through: one judge, asked for every single resource. Searches are narrowed before, so that few
+# have to be thrown away; that is for speed, and nothing relies on it.
+
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
     row = bearer(portal, request)
-    if request.method not in ("GET", "HEAD", "POST"):
-        raise FhirError("forbidden", f"{request.method}: this server only reads", 403)
-    access, base = access_of(portal, row), portal.base(request) + "/api/fhir"
-    if portal.upstream:
-        return Forwarding(portal, request, access, base, row["grant_id"]).answer()
-    return serve_records(portal, request, access, base)
+    need(request.method in ("GET", "HEAD", "POST"), f"{request.method}: this server only reads", "forbidden", 403,
+         FhirError)
+    base = portal.base(request) + "/api/fhir"
+    return answer_fhir(portal.records, fhir_request(request, access_of(portal, row), base, row["grant_id"]))
 
 
 @route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
 def open_fhir(portal: Portal, request: Request) -> Response:
     """All records, without a token: to look what there is."""
-    if not portal.settings.serves_open_fhir:
-        raise FhirError("not-found", "open FHIR access is off; --open-fhir turns it on", 404)
+    need(portal.settings.serves_open_fhir, "open FHIR access is off; --open-fhir turns it on", "not-found", 404, FhirError)
     if request.rest == "metadata":
-        statement = forwarded_statement if portal.upstream else capability_statement
-        return fhir_response(request, statement(portal, request, False), version=fhir_version(portal))
-    if request.method == "POST" and not request.rest.endswith("/_search"):
-        raise FhirError("not-supported", "POST: only [type]/_search", 405, [("Allow", "GET, HEAD")])
-    base = portal.base(request) + "/api/open-fhir"
-    if portal.upstream:
-        return Forwarding(portal, request, _access(None), base, "").answer()
-    return serve_records(portal, request, _access(None), base)
+        return fhir_response(request, capability_statement(portal, request, False), version=portal.records.version)
+    need(request.method != "POST" or request.rest.endswith("/_search"), "POST: only [type]/_search", "not-supported", 405,
+         FhirError, [("Allow", "GET, HEAD")])
+    return answer_fhir(portal.records, fhir_request(request, OPEN_ACCESS, portal.base(request) + "/api/open-fhir", ""))
 
 
-@route("GET /api/me", "S4S", cors=True, kind="fhir")
-def me(portal: Portal, request: Request) -> Response:
-    """The client of this token, and the tokens of the same user and client that are still good; never their values."""
-    row = bearer(portal, request)
-    now = portal.clock.now()
-    client = portal.client(row["client_id"])
-    rows = portal.state.rows(
-        "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
-        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
-        "AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
-    return json_response({
-        "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
-            {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
-             "approval_expires": http_date(one["approval_expires"])} for one in rows]})
+class FhirRequest(NamedTuple):
+    """A request of the FHIR API, understood: who asks, and for what."""
+    request: Request
+    access: Access
+    base: str              # what this server's own absolute references begin with
+    grant_id: str          # "" without a token
+    interaction: str       # read, search or everything
+    type: str
+    id: str = ""
+    version: str = ""      # of the resource, where an older one may be meant
+    compartment: str = ""  # the patient whose resources are searched, where the path says so
+
+    @property
+    def path(self) -> str:
+        """The path below the base, without /_search."""
+        return self.request.rest.removesuffix("/_search")
 
 
-def access_of(portal: Portal, row: Row) -> Access:
-    """What an access token lets its bearer see."""
-    scope = row["token_scope"]
-    user = portal.user(row["username"]) if "user/" in scope else None
-    return _access(
-        scope, row["patient_id"],
-        None if user and user["any_patient"] else frozenset(portal.patients_of(user["username"]) if user else ()),
-        frozenset(json.loads(row["security_labels"]) if row["security_labels"] != "[]" else ()),
-        "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:]),
-        fhir_version(portal) if "?" in scope else "r4")
+# The shapes that a path may have. Each of its parts is decoded by itself, and one that decodes to anything else than
+# such characters fits no shape: what a path hides in dots, slashes or semicolons, encoded once or twice, ends here.
+_TYPE, _ID = "[A-Z][A-Za-z]{1,63}", r"(?!\.{1,2}(?:/|$))[A-Za-z0-9.-]{1,64}"
+PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction, shape in (
+    ("GET", "search", rf"(?P<type>{_TYPE})"),
+    ("POST", "search", rf"(?P<type>{_TYPE})/_search"),
+    ("GET", "read", rf"(?P<type>{_TYPE})/(?P<id>{_ID})(?:/_history/(?P<version>{_ID}))?"),
+    ("GET", "everything", rf"(?P<type>Patient)/(?P<id>{_ID})/\$everything"),
+    ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"))]
+
+
+def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> FhirRequest:
+    """What a path asks for; FhirError where that is nothing this server does."""
+    parts = [unquote(part) for part in request.rest.split("/")]
+    path = "/".join(parts) if all(re.fullmatch("[A-Za-z0-9._$-]*", part) for part in parts) else "?"
+    for method, interaction, shape in PATH_SHAPES:
+        match = shape.fullmatch(path) if (request.method == "POST") == (method == "POST") else None
+        if match:
+            return FhirRequest(request, access, base, grant_id, interaction, **match.groupdict(default=""))
+    need(request.method != "POST", "writing and batches are not possible here; only POST [type]/_search", "forbidden", 403,
+         FhirError)
+    need("$" not in "".join(parts), f"{request.path}: of operations only Patient/[id]/$everything", "forbidden", 403,
+         FhirError)
+    need(path, "a search over all types is not possible here: name a type", "forbidden", 403, FhirError)
+    raise FhirError("not-supported", f"{request.path}: expected [type], [type]/_search, [type]/[id], "
+                    "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+
+
+LETTERS_OF = {"read": "r", "search": "s", "everything": "rs"}  # what a scope must hold for each interaction
+
+
+def answer_fhir(records: Records, asked: FhirRequest) -> Response:
+    """Answer an interaction that the scope allows at all; which resources then come is the judge's to say."""
+    records.check_type(asked)
+    for letter in LETTERS_OF[asked.interaction]:
+        if not asked.access.allows(asked.type, letter, asked.id if asked.interaction == "read" else ""):
+            raise too_little_scope(asked.type, letter)
+    if asked.interaction == "search":
+        need(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported", 403, FhirError)
+        return records.answer_search(asked)
+    if asked.interaction == "read":
+        return records.answer_read(asked)
+    for letter in "rs":
+        need(asked.id in asked.access.patients("Patient", letter), f"Patient/{asked.id}: the token is not for this "
+             "patient's record", "forbidden", 403, FhirError)
+    return records.answer_everything(asked)
 
 
 def too_little_scope(type_name: str, letter: str) -> FhirError:
@@ -1945,27 +1970,143 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
                      [challenge(error="insufficient_scope", scope=needed)])
 
 
-def outcome(error: PortalError) -> Json:
-    """An error as FHIR says it."""
-    other = "exception" if error.status >= 500 else "invalid"
-    code = error.error if isinstance(error, FhirError) else ISSUE_CODES.get(error.status, other)
-    return {"resourceType": "OperationOutcome", "issue": [
-        {"severity": "error", "code": code, "diagnostics": error.description}]}
+def not_in_record(asked: FhirRequest) -> FhirError:
+    """403 for a resource that this token does not reach."""
+    return FhirError("forbidden", f"{asked.type}/{asked.id} is not in the record that the token opens, or in a category "
+                     "that was not approved", 403)
+
+
+class Records:
+    """The records as the protocol knows them. Two kinds stand behind this: those of section 18 lie in SQLite, those of
+    section 19 are another FHIR server's. No endpoint asks which it is."""
+    version: str         # of FHIR: a key of FHIR_VERSIONS
+    warnings: list[str]  # what the person who starts the server should know
+
+    def check_type(self, asked: FhirRequest) -> None:
+        """FhirError for a type that is not served."""
+        raise NotImplementedError
+
+    def answer_search(self, asked: FhirRequest) -> Response:
+        """A Bundle of the resources of a type that match and may be seen."""
+        raise NotImplementedError
+
+    def answer_read(self, asked: FhirRequest) -> Response:
+        """One resource, if it may be seen."""
+        raise NotImplementedError
+
+    def answer_everything(self, asked: FhirRequest) -> Response:
+        """A Bundle of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
+        raise NotImplementedError
+
+    def describe(self, statement: Json, secured: bool) -> None:
+        """Complete a CapabilityStatement with the types, parameters and operations that are served."""
+        raise NotImplementedError
+
+    def find_patients(self, text: str = "") -> list[tuple[str, str]]:
+        """(id, name) of the first patients, with a text of those that it names."""
+        raise NotImplementedError
+
+    def patient_name(self, patient_id: str) -> str | None:
+        """A patient's name; None where there is none of this id."""
+        raise NotImplementedError
+
+    def lacks_patient(self, patient_id: str) -> bool:
+        """Whether a patient whom an account names is surely not there."""
+        return False
+
+    def account_name(self, username: str) -> str | None:
+        """The name of a patient who signs in by id; None where there is none, or where patients don't."""
+        return None
+
+    def visits(self, patient_id: str) -> list[Json]:
+        """A patient's Encounters, the first hundred."""
+        raise NotImplementedError
+
+    def load(self, document: Json) -> int:
+        """Add a resource, or those of a Bundle; gives how many."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """As at the start."""
+
+    def close(self) -> None:
+        """Let go of files and connections."""
+
+
+class Resource:
+    """A resource as the judge looks at it: what it is, whose, of which categories. This one was sent by a FHIR server,
+    and says so in its JSON; of one that lies in SQLite it was noted when it was written (StoredResource)."""
+    content: Json
+
+    def __init__(self, content: Json, base: str = ""):
+        self.content, self.base = content, base
+        self.type, self.id = content.get("resourceType"), content.get("id")
+        self.owner = owner(content, base)
+
+    def categories(self) -> list[str]:
+        """See `categories`."""
+        return categories(self.content)
+
+    def is_pointed_to(self, access: Access) -> bool:
+        """Of a Binary: whether a document that `access` may see points to it."""
+        return False
+
+
+class _Everybody(frozenset[str]):
+    """The patients whose records an unlimited scope opens. Not None: a forgotten value must not open everything."""
+    def __contains__(self, patient_id: object) -> bool:
+        return True
+
+
+EVERYBODY = _Everybody()
+NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to categories
 
 
 class Access:
-    """What one request may see: the one place that judges. All that leaves the FHIR API has passed `may_see`."""
-    def __init__(self, scope: str | None, patient_id: str | None = None,
-                 users_patients: frozenset[str] | None = frozenset(), labels: frozenset[str] = frozenset(),
-                 fhir_user: str = "", version: str = "r4"):
-        self.scope = scope                    # None: everything, as /api/open-fhir shows it
+    """What one token lets its bearer see: the one place that judges. All that leaves the FHIR API passed `may_see`."""
+    def __init__(self, scope: str, patient_id: str | None = None, users_patients: frozenset[str] = frozenset(),
+                 labels: frozenset[str] = NO_LIMIT, fhir_user: str = "", version: str = "r4", unlimited: bool = False):
+        self.scope = scope
         self.patient_id = patient_id          # whose record patient/ scopes open
-        self.users_patients = users_patients  # whose records user/ scopes open; None: everybody's
-        self.labels = labels                  # the categories approved; empty: not limited
+        self.users_patients = users_patients  # whose records user/ scopes open
+        self.labels = labels                  # the categories approved
         self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
         self.version = version                # of FHIR, for what ?param=value means
-        self.scopes = resource_scopes(scope or "")
-        self._known: dict[tuple[str, str], list[tuple[frozenset[str] | None, Any]]] = {}
+        self.unlimited = unlimited            # no token: /api/open-fhir
+        self.scopes = resource_scopes(scope)
+        self._known: dict[tuple[str, str], list[tuple[frozenset[str], Any]]] = {}
+
+    def may_see(self, resource: Resource, letters: str) -> bool:
+        """THE JUDGE: whether this very resource may be seen, by owner, scope and category. In doubt, no.
+
+        letters: how it is reached: r (read), s (search), or both for an operation that does both.
+        """
+        if self.unlimited or (letters == "r" and f"{resource.type}/{resource.id}" == self.fhir_user):
+            return True
+        if self._opens(resource, letters):
+            return True
+        return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
+
+    def _opens(self, resource: Resource, letters: str) -> bool:
+        """Whether a scope reaches the resource's owner, its type and itself, and all its categories were approved."""
+        if resource.owner == UNKNOWN:
+            return False
+        for patients, constraints in self._openings(str(resource.type), letters):
+            # Each scope alone: the ?param=value of one go together, several scopes add up.
+            if ((resource.owner == NOBODY or resource.owner in patients)
+                    and (not constraints or resource_matches(resource.content, self.version, constraints))):
+                # A resource of two categories needs both: who left out laboratory results meant all of them.
+                return resource.owner == NOBODY or not self.labels or self.labels.issuperset(resource.categories())
+        return False
+
+    def _opens_file(self, binary: Resource) -> bool:
+        """Whether a Binary may be read that does not say whose it is: because something that may be seen points to it,
+        or because its reader may see everybody's records without limits."""
+        if not self.allows("Binary", "r") or named_patients(binary.content, binary.base) - {UNKNOWN}:
+            return False
+        if self.patients("Binary", "r") is EVERYBODY and not self.narrowed:
+            return True
+        return binary.is_pointed_to(self)
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
@@ -1973,7 +2114,7 @@ class Access:
         A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
         categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
         """
-        return (self.scope is None or bool(self._openings(type_name, letter))
+        return (self.unlimited or bool(self._openings(type_name, letter))
                 or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
 
     @property
@@ -1982,74 +2123,49 @@ class Access:
 
         A count of what was found would tell how much that is, so Bundle.total must not be sent then.
         """
-        return bool(self.labels) or any(one.constraints for one in self.scopes)
+        return bool(self.labels) or any(scope.constraints for scope in self.scopes)
 
-    def patients(self, type_name: str, letter: str) -> frozenset[str] | None:
-        """The patients whose resources of a type may be seen; None: everybody's."""
-        if self.scope is None:
-            return None
-        reaches = [reach for reach, _ in self._openings(type_name, letter)]
-        return None if None in reaches else frozenset().union(*filter(None, reaches))
+    def patients(self, type_name: str, letter: str) -> frozenset[str]:
+        """The patients whose resources of a type may be seen, or EVERYBODY."""
+        reaches = [patients for patients, _ in self._openings(type_name, letter)]
+        if self.unlimited or any(patients is EVERYBODY for patients in reaches):
+            return EVERYBODY
+        return frozenset().union(*reaches)
 
-    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str] | None, Any]]:
-        """The scopes that open a type, for all these letters: of each the patients it reaches (None: everybody), and
-        its ?param=value."""
+    def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str], Any]]:
+        """The scopes that open a type, for all these letters: of each the patients it reaches, and its ?param=value."""
         known = self._known.get((type_name, letters))
         if known is None:
-            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients}
+            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients,
+                     "system": EVERYBODY}
             known = self._known[type_name, letters] = [
-                (reach.get(one.context), one.constraints) for one in self.scopes
-                if one.type in ("*", type_name) and set(letters) <= set(one.letters)]
+                (reach[scope.context], scope.constraints) for scope in self.scopes
+                if scope.type in ("*", type_name) and set(letters) <= set(scope.letters)]
         return known
 
-    def may_see(self, resource: Json, letters: str, base: str = "") -> bool:
-        """Whether this very resource may be seen, by owner, scope and category. In doubt, no.
-
-        letters: how it is reached: r, s, or both for an operation that does both. base: see `owner`.
-        """
-        if self.scope is None:
-            return True
-        return self.judge(resource.get("resourceType", ""), resource.get("id"), letters, owner(resource, base),
-                          categories(resource) if self.labels else (), lambda: resource)
-
-    def judge(self, type_name: str, resource_id: Any, letters: str, whose: str | None, labels: Iterable[str],
-              resource: Callable[[], Json]) -> bool:
-        """The judgement, of what is known of a resource already: its owner and categories. The resource itself is only
-        asked for where ?param=value must be looked up in it."""
-        if self.scope is None or (letters == "r" and f"{type_name}/{resource_id}" == self.fhir_user):
-            return True
-        if whose is None:
-            return False
-        for reach, constraints in self._openings(type_name, letters):
-            # each alone: the ?param=value of one go together, several scopes add up
-            if ((whose == NOBODY or reach is None or whose in reach)
-                    and (not constraints or resource_matches(resource(), self.version, constraints))):
-                # A resource of two categories needs both: who left out laboratory results meant all of them.
-                return whose == NOBODY or not self.labels or self.labels.issuperset(labels)
-        return False
-
-    def may_see_binary(self, binary: Json, is_pointed_to: Callable[[str], bool], base: str = "") -> bool:
-        """Whether a Binary may be read: by its securityContext, or because something that may be seen points to it.
-
-        A Binary mostly doesn't say whose it is. Then `is_pointed_to` is asked whether its id is among those that
-        `binaries_in` finds in the patient's own. Who may see everybody's records without limits may see every Binary.
-        """
-        if self.may_see(binary, "r", base):
-            return True
-        if not self.allows("Binary", "r") or _named_patients(binary, base) - {None}:
-            return False
-        if self.patients("Binary", "r") is None and not self.narrowed:
-            return True
-        return is_pointed_to(binary["id"])
-
-    def binaries_in(self, documents: Iterable[Json], base: str = "") -> set[str]:
+    def binaries_in(self, documents: Iterable[Resource]) -> set[str]:
         """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
-        urls = [url for one in documents if self.may_see(one, "r", base) or self.may_see(one, "s", base)
-                for url in elements(one, "content.attachment.url") + elements(one, "presentedForm.url")]
-        return {found for url in urls if isinstance(url, str) and (found := _id_in(url, _BINARY_REFERENCE, base))}
+        return {binary_id for document in documents if document.type in DOCUMENT_TYPES
+                and (self.may_see(document, "r") or self.may_see(document, "s"))
+                for url in attachments(document.content)
+                if (binary_id := _id_in(url, _BINARY_REFERENCE, document.base))}
 
 
-_access = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers what it found out
+OPEN_ACCESS = Access("", unlimited=True)  # what /api/open-fhir shows
+access_for = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers what it found out
+
+
+def access_of(portal: Portal, row: Row) -> Access:
+    """What an access token lets its bearer see."""
+    scope, users_patients = row["token_scope"], frozenset[str]()
+    user = portal.user(row["username"]) if "user/" in scope else None
+    if user:
+        users_patients = EVERYBODY if user["any_patient"] else frozenset(portal.patients_of(user["username"]))
+    labels = frozenset(json.loads(row["security_labels"])) if row["security_labels"] != "[]" else NO_LIMIT
+    fhir_user = "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:])
+    version = portal.records.version if "?" in scope else "r4"
+    return access_for(scope, row["patient_id"], users_patients, labels, fhir_user, version)
+
 
 # How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2, STU3 and
 # R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father performed is Amy's
@@ -2080,15 +2196,15 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
-NOBODY = ""  # the owner of what belongs to nobody; no id that FHIR allows
+NOBODY, UNKNOWN = "", "?"  # owners: of what belongs to nobody, of what can't be told; no ids that FHIR allows
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 _NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
-def owner(resource: Json, base: str = "") -> str | None:
-    """The id of the patient a resource belongs to; NOBODY if to none; None if that can't be told.
+def owner(resource: Json, base: str = "") -> str:
+    """The id of the patient a resource belongs to; NOBODY if to none; UNKNOWN if that can't be told.
 
     Where several patients are named, in several elements or in contained resources, they must be the same one: a
     record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
@@ -2098,28 +2214,28 @@ def owner(resource: Json, base: str = "") -> str | None:
     A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
     opens nothing: what was filed under a linked Patient needs a token for that one.
     """
-    named = _named_patients(resource, base)
+    named = named_patients(resource, base)
     if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
-        named |= _named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {None}
-    return named.pop() if len(named) == 1 else None
+        named |= named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {UNKNOWN}
+    return named.pop() if len(named) == 1 else UNKNOWN
 
 
-def _named_patients(resource: Json, base: str) -> set[str | None]:
-    """The patients in a resource's owner elements; None among them stands for what can't be told."""
+def named_patients(resource: Json, base: str) -> set[str]:
+    """The patients in a resource's owner elements; UNKNOWN among them stands for what can't be told."""
     type_name = resource.get("resourceType")
     if type_name in SHARED_TYPES:
         return set()
     if type_name == "Patient":
-        return {id_of(resource)}
+        return {id_of(resource) or UNKNOWN}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
-        return {None}
+        return {UNKNOWN}
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [one.get("actor") if isinstance(one, dict) else None for one in as_list(resource.get("participant"))]
-        return {_id_in(reference_of(actor), _PATIENT_REFERENCE, base) for actor in actors
-                if not _NO_PATIENT.fullmatch(reference_of(actor))}
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base)
+        actors = [reference_of(participant.get("actor") if isinstance(participant, dict) else None)
+                  for participant in as_list(resource.get("participant"))]
+        return {_id_in(actor, _PATIENT_REFERENCE, base) or UNKNOWN for actor in actors if not _NO_PATIENT.fullmatch(actor)}
+    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) or UNKNOWN
             for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
 
 
@@ -2190,9 +2306,17 @@ def within(values: list[Any], path: str) -> list[Any]:
     return values
 
 
-def elements(resource: Any, path: str) -> list[Any]:
-    """All values at a dotted path of a resource."""
-    return within([resource], path)
+def elements(resource: Any, *paths: str) -> list[Any]:
+    """All values at dotted paths of a resource."""
+    return [value for path in paths for value in within([resource], path)]
+
+
+DOCUMENT_TYPES = ("DocumentReference", "DiagnosticReport")  # what may open a Binary by pointing to it
+
+
+def attachments(document: Json) -> list[str]:
+    """The addresses of a DocumentReference's or DiagnosticReport's files."""
+    return list(map(str, elements(document, "content.attachment.url", "presentedForm.url")))
 
 
 def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
@@ -2222,6 +2346,30 @@ def reference_of(element: Any) -> str:
     """The text of a FHIR Reference, "" if there is none."""
     text = element.get("reference") if isinstance(element, dict) else None
     return text if isinstance(text, str) else ""
+
+
+def outcome(error: PortalError) -> Json:
+    """An error as FHIR says it."""
+    other = "exception" if error.status >= 500 else "invalid"
+    code = error.error if isinstance(error, FhirError) else ISSUE_CODES.get(error.status, other)
+    return {"resourceType": "OperationOutcome", "issue": [
+        {"severity": "error", "code": code, "diagnostics": error.description}]}
+
+
+@route("GET /api/me", "S4S", cors=True, kind="fhir")
+def me(portal: Portal, request: Request) -> Response:
+    """The client of this token, and the tokens of the same user and client that are still good; never their values."""
+    row = bearer(portal, request)
+    now = portal.clock.now()
+    client = portal.client(row["client_id"])
+    rows = portal.state.rows(
+        "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
+        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
+        "AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
+    return json_response({
+        "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
+            {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
+             "approval_expires": http_date(one["approval_expires"])} for one in rows]})
 
 
 # ######################################################################## 12 discovery
@@ -2296,8 +2444,36 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
 @route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
-    statement = forwarded_statement if portal.upstream else capability_statement
-    return fhir_response(request, statement(portal, request, True), version=fhir_version(portal))
+    return fhir_response(request, capability_statement(portal, request, True), version=portal.records.version)
+
+
+OAUTH_URIS = {"authorize": "authorization_endpoint", "token": "token_endpoint", "register": "registration_endpoint",
+              "manage": "management_endpoint", "introspect": "introspection_endpoint", "revoke": "revocation_endpoint"}
+
+
+def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
+    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris).
+
+    A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
+    """
+    version, url = portal.records.version, f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    rest: Json = {"mode": "server"}
+    if secured:
+        known = addresses(portal.base(request), portal.browser_base(request))
+        service = (HL7 if version == "r4" else "http://hl7.org/fhir/") + "restful-security-service"
+        rest["security"] = {"cors": True, "service": [concept(service, "SMART-on-FHIR")], "extension": [{
+            "url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris",
+            "extension": [{"url": word, "valueUri": known[name]} for word, name in OAUTH_URIS.items()]}]}
+    statement = {
+        "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
+        "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
+        "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
+        "software": {"name": "s4s_proxy.py", "version": __version__},
+        "implementation": {"description": "A test server with made-up patients", "url": url}, "rest": [rest]}
+    if version != "r4":
+        statement["acceptUnknown"] = "no"
+    portal.records.describe(statement, secured)
+    return statement
 
 
 # ######################################################################## 13 launch by a health record
@@ -2908,9 +3084,9 @@ def search_values(resource: Json, version: str) -> set[SearchValue]:
             inside = value if isinstance(value, list) else [value]
             found.update(values_of(name, kind, within(inside, path) if path else inside))
     # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
-    if resource["resourceType"] in ("DocumentReference", "DiagnosticReport"):
-        for url in elements(resource, "content.attachment.url") + elements(resource, "presentedForm.url"):
-            type_name, target = reference_parts(str(url))
+    if resource["resourceType"] in DOCUMENT_TYPES:
+        for url in attachments(resource):
+            type_name, target = reference_parts(url)
             found.add(("_attachment", target, type_name, 0, 0))
     return found
 
@@ -2959,7 +3135,7 @@ class SearchTerm(NamedTuple):
         """The same in Python."""
         kind = self.parameter.kind
         if kind == "owner":
-            rows: list[SearchValue] = [("", owner(resource) or "", "Patient", 0, 0)]
+            rows: list[SearchValue] = [("", owner(resource), "Patient", 0, 0)]
         elif kind == "id":
             rows = [("", str(resource.get("id")), "", 0, 0)]
         else:
@@ -3183,25 +3359,28 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 """
 
 
-class StoredResource:
-    """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks into it."""
-    def __init__(self, row: Row):
-        self.number, self.type, self.id, whose, self.labels, self.updated, self.version, self.text = row[:8]
-        self.patient_id = None if whose == "?" else whose
-        self.row, self.name = row, f"{self.type}/{self.id}"
-        self._resource: Json | None = None
+class StoredResource(Resource):
+    """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks into it.
+    Its owner and categories were noted when it was written."""
+    base = ""
 
-    def may_be_seen(self, access: Access, letters: str) -> bool:
-        """What `access.may_see` says; owner and categories were noted when the resource was written."""
-        return access.judge(self.type, self.id, letters, self.patient_id, self.labels.split() if access.labels else (),
-                            lambda: self.resource)
+    def __init__(self, row: Row, records: EmbeddedRecords):
+        self.number, self.type, self.id, self.owner, self.labels, self.updated, self.version, self.text = row[:8]
+        self.row, self.records, self.name = row, records, f"{self.type}/{self.id}"
 
-    @property
-    def resource(self) -> Json:
+    @functools.cached_property
+    def content(self) -> Json:  # type: ignore[override]
         """The resource, parsed."""
-        if self._resource is None:
-            self._resource = json.loads(self.text)
-        return self._resource
+        content: Json = json.loads(self.text)
+        return content
+
+    def categories(self) -> list[str]:
+        """Those noted when the resource was written."""
+        return str(self.labels).split()
+
+    def is_pointed_to(self, access: Access) -> bool:
+        """See Resource."""
+        return self.id in access.binaries_in(self.records.pointing_to(str(self.id)))
 
 
 class Page(NamedTuple):
@@ -3213,9 +3392,9 @@ class Page(NamedTuple):
 
 
 def access_condition(access: Access, type_name: str) -> Sql:
-    """What SQL can do of `access.may_see`: keep to the patients. May_see has the last word on every resource."""
+    """What SQL can do of `access.may_see`: keep to the patients. It has the last word on every resource."""
     patients = access.patients(type_name, "s")
-    if patients is None:
+    if patients is EVERYBODY:
         return Sql("1")
     whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
     return Sql(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
@@ -3224,7 +3403,7 @@ def access_condition(access: Access, type_name: str) -> Sql:
 def search_condition(query: Query, access: Access) -> Sql:
     """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
     starts from the values searched for (the plus keeps it from going through the whole type)."""
-    pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not None or any(
+    pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not EVERYBODY or any(
         one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
     parts = [one.condition(pinned) for one in query.constraints]
     plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
@@ -3245,71 +3424,34 @@ def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Sql:
     return Sql(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
 
 
-def serve_records(portal: Portal, request: Request, access: Access, base: str) -> Response:
-    """What of the FHIR API a path means: a type to search, a resource to read, a patient's everything."""
-    type_name, *rest = [unquote(part) for part in request.rest.split("/")]
-    served = search_table(portal.settings.fhir_version)
-    operation = next((part for part in (type_name, *rest) if part.startswith("$")), "")
-    if operation and ([type_name, *rest[1:]] != ["Patient", "$everything"] or request.method == "POST"):
-        raise FhirError("forbidden", f"{operation}: the only operation here is Patient/[id]/$everything", 403)
-    if request.method == "POST" and rest != ["_search"]:
-        raise FhirError("forbidden", "writing is not possible here; only POST [type]/_search", 403)
-    if type_name not in served:
-        raise FhirError("not-supported", f"{type_name or 'the base'}: not a type that is served; these are "
-                        + ", ".join(sorted(served)), 404)
-    searching = rest in ([], ["_search"]) and type_name != "Binary"  # FHIR: a Binary can't be searched for
-    if len(rest) == 2 and type_name == "Patient" and rest[1] in served and FHIR_ID.fullmatch(rest[0]):
-        # The path of a compartment is a search in it (FHIR search, "Compartments").
-        pin = [(name, rest[0]) for name, one in served[rest[1]].items() if one.kind == "owner"][:1]
-        if pin and not access.allows(rest[1], "s"):
-            raise too_little_scope(rest[1], "s")
-        if pin:
-            return search(portal, request, access, rest[1], base, pin)
-    if not access.allows(type_name, "s" if searching else "r", "" if searching or not rest else rest[0]):
-        raise too_little_scope(type_name, "s" if searching else "r")
-    if searching:
-        return search(portal, request, access, type_name, base)
-    if not rest or not FHIR_ID.fullmatch(rest[0]):
-        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/[id] or [type]/_search", 404)
-    found = visible(portal, access, type_name, rest[0])
-    if len(rest) == 1 or rest[1:] == ["_history", found.version]:
-        return read(portal, request, access, found)
-    if rest[1:] == ["$everything"] and type_name == "Patient":
-        return everything(portal, request, access, found, base)
-    if rest[1] == "_history":
-        raise FhirError("not-found", "only the current version of a resource is kept: [type]/[id]/_history/[version]", 404)
-    raise FhirError("not-supported", f"{request.path}: expected [type]/[id]", 404)
+_quote = remembered(1000)(quote)  # the same few names and values stand in most searches
 
 
-def visible(portal: Portal, access: Access, type_name: str, resource_id: str) -> StoredResource:
-    """One resource: fetched, then judged. A Binary mostly doesn't say whose it is; what points to it decides."""
-    found = portal.records.find(type_name, resource_id)
-    if not found:
-        raise FhirError("not-found", f"there is no {type_name}/{resource_id}", 404)
-    if type_name == "Binary":
-        seen = access.may_see_binary(found.resource, lambda key: key in access.binaries_in(portal.records.pointing_to(key)))
-    else:
-        seen = found.may_be_seen(access, "r")
-    if not seen:
-        raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in a "
-                        "category that was not approved", 403)
-    return found
+def bundle_response(asked: FhirRequest, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
+                    version: str, names: Sequence[str] = ()) -> Response:
+    """A page as a Bundle, its entries as they lie in the database: parsed only to be judged, and not written anew."""
+    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
+        {"relation": relation, "url": url + ("?" if pairs else "") + urlencode(pairs, quote_via=_quote, safe=",:/")}
+        for relation, pairs in links]}
+    if page.total is None:
+        del head["total"]
+    start, entries = '{"fullUrl":' + json.dumps(asked.base)[:-1], []
+    for mode, resources in (("match", page.matches), ("include", page.included)):
+        for resource in resources:
+            text = json.dumps(only_elements(resource.content, names, version)) if names else resource.text
+            entries.append(f'{start}/{resource.name}","resource":{text},"search":{{"mode":"{mode}"}}}}')
+    text = json.dumps(head)
+    if entries:
+        text = text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}"
+    return fhir_response(asked.request, text, version=version)
 
 
-def read(portal: Portal, request: Request, access: Access, found: StoredResource) -> Response:
-    """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
-    tag = f'"{found.version}"'
-    headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(found.updated))]
-    if is_unchanged(request, tag, found.updated):
-        return Response(304, headers=headers)
-    if found.type == "Binary":
-        kind = str(found.resource.get("contentType", ""))
-        if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
-            with contextlib.suppress(TypeError, ValueError):  # it is not base64
-                content = base64.b64decode(str(found.resource.get("data", found.resource.get("content", ""))))
-                # sandbox: content that somebody loaded must not run as a page of this portal
-                return Response(200, content, kind, [*headers, ("Content-Security-Policy", "sandbox")])
-    return fhir_response(request, found.text, headers=headers, version=portal.settings.fhir_version)
+def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
+    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
+    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
+    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
+    return {name: meta if name == "meta" else value for name, value in resource.items()
+            if name in ("resourceType", "id", "meta", *names)}
 
 
 def is_unchanged(request: Request, tag: str, updated: float) -> bool:
@@ -3321,118 +3463,6 @@ def is_unchanged(request: Request, tag: str, updated: float) -> bool:
         return since is not None and updated < email.utils.parsedate_to_datetime(since).timestamp() + 1
     except (TypeError, ValueError, IndexError, OverflowError):
         return False
-
-
-def search(portal: Portal, request: Request, access: Access, type_name: str, base: str,
-           pin: Sequence[tuple[str, str]] = ()) -> Response:
-    """A page of a type's resources that match and may be seen, as a Bundle with a link to the next (FHIR search).
-
-    pin: parameters that the path stands for.
-    """
-    version = portal.settings.fhir_version
-    given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
-    pairs = tuple((name, value) for name, value in given if value)
-    query = (parsed_query if are_short(pairs) else parse_query)(
-        version, type_name, pairs, base, "handling=lenient" in request.headers.get("prefer", "").replace(" ", ""))
-    check_patients(access, query)
-    page = portal.records.search(query, access)
-    request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, scope, "
-                 "category")
-    rest = [(name, value) for name, value in query.parameters if name != "_page"]
-    links = [("self", query.parameters)] + [("first", rest)] * bool(query.after)
-    if page.next:
-        links.append(("next", [*rest, ("_page", page.next)]))
-    return bundle_response(request, page, links, f"{base}/{type_name}", base, version, query.elements)
-
-
-def check_patients(access: Access, query: Query) -> None:
-    """A search that names another patient is refused in words, rather than found empty."""
-    allowed = access.patients(query.type, "s")
-    others = query.patients() - (allowed or set())
-    if allowed is not None and others:
-        raise FhirError("forbidden", f"{', '.join(sorted(others))}: the token is not for this patient's record", 403)
-
-
-def everything(portal: Portal, request: Request, access: Access, patient: StoredResource, base: str) -> Response:
-    """A page of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
-    for name, _ in request.pairs():
-        if name not in ("_count", "_page", "_format", "_pretty"):
-            raise FhirError("not-supported", f"{name}: unknown parameter of $everything; known are _count, _format, _pretty")
-    query = parse_query(portal.settings.fhir_version, "Patient", (("_count", "1000"), *request.pairs()))
-    page = portal.records.everything(patient.resource["id"], access, query.limit, query.after)
-    rest = [(name, value) for name, value in request.pairs() if name != "_page"]
-    return bundle_response(request, page, [("self", request.pairs())] + [
-        ("next", [*rest, ("_page", page.next)])] * bool(page.next),
-        f"{base}/Patient/{patient.resource['id']}/$everything", base, portal.settings.fhir_version)
-
-
-def bundle_response(request: Request, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
-                    base: str, version: str, names: Sequence[str] = ()) -> Response:
-    """A page as a Bundle, its entries as they lie in the database: parsed once, to be judged, and not written anew."""
-    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
-        {"relation": relation, "url": url + ("?" if rest else "") + urlencode(rest, quote_via=_quote, safe=",:/")}
-        for relation, rest in links]}
-    if page.total is None:
-        del head["total"]
-    start = '{"fullUrl":' + json.dumps(base)[:-1]
-    entries = [
-        f'{start}/{one.name}","resource":'
-        f'{json.dumps(only_elements(one.resource, names, version)) if names else one.text},"search":{{"mode":"{mode}"}}}}'
-        for mode, found in (("match", page.matches), ("include", page.included)) for one in found]
-    text = json.dumps(head)
-    return fhir_response(request, text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}" if entries else text,
-                         version=version)
-
-
-_quote = remembered(1000)(quote)  # the same few names and values stand in most searches
-
-
-def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
-    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
-    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
-    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
-    return {name: meta if name == "meta" else value for name, value in resource.items()
-            if name in ("resourceType", "id", "meta", *names)}
-
-
-def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
-    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris).
-
-    A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
-    """
-    version, url = fhir_version(portal), f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
-    service = HL7 if version == "r4" else "http://hl7.org/fhir/"
-    operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
-    rest: Json = {"mode": "server", "resource": [
-        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]} if name == "Binary" else
-        {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
-         "searchInclude": [f"{name}:{one}" for one in sorted(known) if known[one].type == "reference"],
-         "searchRevInclude": sorted(map(":".join, referring(name, version))),
-         "searchParam": [{"name": one, "type": known[one].type} for one in sorted(known)]}
-        for name, known in sorted(search_table(version).items())]}
-    for resource in rest["resource"]:  # FHIR: a list is not empty, it is absent
-        for name in [name for name, value in resource.items() if not value]:
-            del resource[name]
-        if version == "r4" and resource["type"] == "Patient":
-            resource["operation"] = [{"name": "everything", "definition": operation}]
-    if version != "r4":
-        rest["operation"] = [{"name": "everything", "definition": {"reference": operation}}]
-    if secured:
-        found = addresses(portal.base(request), portal.browser_base(request))
-        rest["security"] = {
-            "cors": True, "service": [concept(service + "restful-security-service", "SMART-on-FHIR")],
-            "extension": [{"url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris", "extension": [
-                {"url": short, "valueUri": found[name]} for short, name in (
-                    ("authorize", "authorization_endpoint"), ("token", "token_endpoint"),
-                    ("register", "registration_endpoint"), ("manage", "management_endpoint"),
-                    ("introspect", "introspection_endpoint"), ("revoke", "revocation_endpoint"))]}]}
-    statement = {
-        "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
-        "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
-        "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
-        "software": {"name": "s4s_proxy.py", "version": __version__},
-        "implementation": {"description": "A test server with made-up patients", "url": url}, "rest": [rest]}
-    return statement if version == "r4" else {**statement, "acceptUnknown": "no"}
 
 
 # What shows of which version of FHIR a resource is: the versions that have it so | types or elements. A JSON
@@ -3511,8 +3541,7 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
         text.encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"can't be written as JSON: {error}")
-    whose = owner(resource)
-    row = (resource["resourceType"], resource["id"], "?" if whose is None else whose, " ".join(categories(resource)),
+    row = (resource["resourceType"], resource["id"], owner(resource), " ".join(categories(resource)),
            updated, meta["versionId"], text)
     return Prepared(resource, row, search_values(resource, version), set(_OPEN_IN_JSON.findall(text)), given)
 
@@ -3695,7 +3724,7 @@ def sample_database(version: str) -> sqlite3.Connection:
     return store.connection
 
 
-class Records:
+class EmbeddedRecords(Records):
     """The embedded records: FHIR resources of one version in SQLite. Four parts: filling, reset, reading, searching."""
     def __init__(self, settings: Settings, clock: Clock):
         """Open them and load what --data names. StartError where that fails; `warnings` tell what was left out."""
@@ -3893,7 +3922,7 @@ class Records:
                                        "AND id = ?", *served, reference.rpartition(":")[2])
             elif conditional and type_name in served:
                 with contextlib.suppress(FhirError, ValueError):
-                    where = search_condition(parse_query(self.version, type_name, tuple(parse_qsl(search))), Access(None))
+                    where = search_condition(parse_query(self.version, type_name, tuple(parse_qsl(search))), OPEN_ACCESS)
                     rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
         return names.get(reference)
@@ -3926,12 +3955,12 @@ class Records:
     def find(self, type_name: str, resource_id: str) -> StoredResource | None:
         """One resource, or None."""
         row = self._filled().row("SELECT * FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
-        return StoredResource(row) if row else None
+        return StoredResource(row, self) if row else None
 
     def read(self, type_name: str, resource_id: str) -> Json | None:
         """One resource, parsed, or None."""
         found = self.find(type_name, resource_id)
-        return found.resource if found else None
+        return found.content if found else None
 
     def patients(self, text: str = "", limit: int = 100) -> list[tuple[str, str]]:
         """(id, name) of patients, by id; with a text, of those whose id or name has all its words. limit -1: all."""
@@ -3943,10 +3972,10 @@ class Records:
             *(word for one in words for word in (one, one)), limit)
         return [(one["id"], display_name(one)) for one in (json.loads(row["json"]) for row in rows)]
 
-    def pointing_to(self, binary_id: str) -> list[Json]:
+    def pointing_to(self, binary_id: str) -> list[Resource]:
         """The DocumentReferences and DiagnosticReports whose content is a Binary."""
-        return [json.loads(row["json"]) for row in self._filled().rows(
-            "SELECT json FROM resources WHERE number IN (SELECT number FROM search_values "
+        return [StoredResource(row, self) for row in self._filled().rows(
+            "SELECT * FROM resources WHERE number IN (SELECT number FROM search_values "
             "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)]
 
     def search(self, query: Query, access: Access) -> Page:
@@ -3973,8 +4002,8 @@ class Records:
                              [("number", False)], count, after, access, "rs")
         ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
                              if end[0] in SHARED_TYPES or end[0] == "Device")
-        others = [one for one in (self.find(*end) for end in ends) if one and one.patient_id == NOBODY]
-        return page._replace(included=[one for one in others if one.may_be_seen(access, "rs")])
+        others = [one for one in (self.find(*end) for end in ends) if one and one.owner == NOBODY]
+        return page._replace(included=[one for one in others if access.may_see(one, "rs")])
 
     def _page(self, select: Sql, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
               access: Access, letters: str) -> tuple[Page, bool]:
@@ -3992,7 +4021,7 @@ class Records:
             wanted = 500 if dropped else count + 1
             rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
                                        *select.values, *beyond.values, wanted)
-            seen = [one for one in map(StoredResource, rows) if one.may_be_seen(access, letters)]
+            seen = [one for one in (StoredResource(row, self) for row in rows) if access.may_see(one, letters)]
             found += seen
             dropped = dropped or len(seen) < len(rows)
             more = len(rows) == wanted
@@ -4015,7 +4044,7 @@ class Records:
         for include in query.includes:
             for match in matches:
                 for one in self._follow(include, query.type, match):
-                    if one.number not in seen and one.may_be_seen(access, "s"):
+                    if one.number not in seen and access.may_see(one, "s"):
                         seen.add(one.number)
                         found.append(one)
                 if len(found) > MAX_INCLUDED:
@@ -4028,16 +4057,16 @@ class Records:
         owned = search_table(self.version)[include.source][include.parameter].kind == "owner"
         if include.reverse:
             if owned:
-                condition = Sql("type = ? AND patient_id = ?", (include.source, match.resource["id"]))
+                condition = Sql("type = ? AND patient_id = ?", (include.source, match.id))
             else:
                 condition = Sql("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
                                       "AND value = ? AND system = ?)",
-                                      (include.source, include.parameter, match.resource["id"], type_name))
+                                      (include.source, include.parameter, match.id, type_name))
             for row in self.store.rows(f"SELECT * FROM resources WHERE {condition.sql} LIMIT ?",
                                        *condition.values, MAX_INCLUDED + 1):
-                yield StoredResource(row)
+                yield StoredResource(row, self)
         else:
-            ends = [("Patient", owner(match.resource) or "")] if owned else [
+            ends = [("Patient", match.owner)] if owned else [
                 (row["system"], row["value"]) for row in self.store.rows(
                     "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?",
                     match.number, include.parameter)]
@@ -4045,6 +4074,120 @@ class Records:
                 found = self.find(*end) if include.target in ("", end[0]) else None
                 if found:
                     yield found
+
+    def check_type(self, asked: FhirRequest) -> None:
+        """See Records."""
+        served = search_table(self.version)
+        if asked.type not in served:
+            raise FhirError("not-supported", f"{asked.type}: not a type that is served; these are "
+                            + ", ".join(sorted(served)), 404)
+
+    def visible(self, asked: FhirRequest) -> StoredResource:
+        """One resource: fetched, then judged."""
+        resource = need(self.find(asked.type, asked.id), f"there is no {asked.type}/{asked.id}", "not-found", 404, FhirError)
+        if not asked.access.may_see(resource, "r"):
+            raise not_in_record(asked)
+        return resource
+
+    def answer_read(self, asked: FhirRequest) -> Response:
+        """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
+        resource, request = self.visible(asked), asked.request
+        need(asked.version in ("", resource.version), "only the current version of a resource is kept: "
+             "[type]/[id]/_history/[version]", "not-found", 404, FhirError)
+        tag = f'"{resource.version}"'
+        headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(resource.updated))]
+        if is_unchanged(request, tag, resource.updated):
+            return Response(304, headers=headers)
+        if resource.type == "Binary":
+            kind = str(resource.content.get("contentType", ""))
+            if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
+                with contextlib.suppress(TypeError, ValueError):  # it is not base64
+                    data = base64.b64decode(str(resource.content.get("data", resource.content.get("content", ""))))
+                    # sandbox: content that somebody loaded must not run as a page of this portal
+                    return Response(200, data, kind, [*headers, ("Content-Security-Policy", "sandbox")])
+        return fhir_response(request, resource.text, headers=headers, version=self.version)
+
+    def answer_search(self, asked: FhirRequest) -> Response:
+        """A page of a type's resources that match and may be seen, with a link to the next (FHIR search)."""
+        request, pin = asked.request, []
+        if asked.compartment:  # the path of a compartment is a search in it (FHIR search, "Compartments")
+            owners = [name for name, parameter in search_table(self.version)[asked.type].items() if parameter.kind == "owner"]
+            need(owners, f"{asked.type} is in no patient's compartment", "not-supported", 404, FhirError)
+            pin = [(owners[0], asked.compartment)]
+        given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
+        pairs = tuple((name, value) for name, value in given if value)
+        lenient = "handling=lenient" in request.headers.get("prefer", "").replace(" ", "")
+        query = (parsed_query if are_short(pairs) else parse_query)(self.version, asked.type, pairs, asked.base, lenient)
+        allowed = asked.access.patients(asked.type, "s")
+        others = [patient for patient in sorted(query.patients()) if patient not in allowed]
+        need(not others, f"{', '.join(others)}: the token is not for this patient's record", "forbidden", 403, FhirError)
+        page = self.search(query, asked.access)
+        request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, "
+                     "scope, category")
+        rest = [(name, value) for name, value in query.parameters if name != "_page"]
+        links: list[tuple[str, Sequence[tuple[str, str]]]] = [("self", query.parameters)]
+        if query.after:
+            links.append(("first", rest))
+        if page.next:
+            links.append(("next", [*rest, ("_page", page.next)]))
+        return bundle_response(asked, page, links, f"{asked.base}/{asked.type}", self.version, query.elements)
+
+    def answer_everything(self, asked: FhirRequest) -> Response:
+        """A page of all that is in a patient's record and may be seen."""
+        self.visible(asked)
+        pairs = asked.request.pairs()
+        for name, _ in pairs:
+            need(name in ("_count", "_page", "_format", "_pretty"), f"{name}: unknown parameter of $everything; known are "
+                 "_count, _format, _pretty", "not-supported", kind=FhirError)
+        query = parse_query(self.version, "Patient", (("_count", "1000"), *pairs))
+        page = self.everything(asked.id, asked.access, query.limit, query.after)
+        links: list[tuple[str, Sequence[tuple[str, str]]]] = [("self", pairs)]
+        if page.next:
+            links.append(("next", [*(pair for pair in pairs if pair[0] != "_page"), ("_page", page.next)]))
+        return bundle_response(asked, page, links, f"{asked.base}/Patient/{asked.id}/$everything", self.version)
+
+    def describe(self, statement: Json, secured: bool) -> None:
+        """See Records."""
+        operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
+        resources = [self._describe_type(name, known) for name, known in sorted(search_table(self.version).items())]
+        statement["rest"][0]["resource"] = resources
+        if self.version == "r4":
+            patient = next(resource for resource in resources if resource["type"] == "Patient")
+            patient["operation"] = [{"name": "everything", "definition": operation}]
+        else:
+            statement["rest"][0]["operation"] = [{"name": "everything", "definition": {"reference": operation}}]
+
+    def _describe_type(self, name: str, known: Mapping[str, Parameter]) -> Json:
+        """What a CapabilityStatement says of a type. An empty list is left out (FHIR has none)."""
+        interactions = ["read", "vread"] if name == "Binary" else ["read", "vread", "search-type"]
+        described: Json = {"type": name, "interaction": [{"code": code} for code in interactions]}
+        if name != "Binary":
+            described["searchInclude"] = [f"{name}:{word}" for word in sorted(known) if known[word].type == "reference"]
+            described["searchRevInclude"] = sorted(map(":".join, referring(name, self.version)))
+            described["searchParam"] = [{"name": word, "type": known[word].type} for word in sorted(known)]
+        return {member: value for member, value in described.items() if value}
+
+    def find_patients(self, text: str = "") -> list[tuple[str, str]]:
+        """See Records."""
+        return self.patients(text, 200)
+
+    def patient_name(self, patient_id: str) -> str | None:
+        """See Records."""
+        patient = self.read("Patient", patient_id)
+        return display_name(patient) if patient else None
+
+    def account_name(self, username: str) -> str | None:
+        """Every patient who was loaded signs in by id."""
+        return self.patient_name(username)
+
+    def visits(self, patient_id: str) -> list[Json]:
+        """See Records."""
+        query = parse_query(self.version, "Encounter", (("patient", patient_id), ("_count", "100")))
+        return [resource.content for resource in self.search(query, OPEN_ACCESS).matches]
+
+    def close(self) -> None:
+        """See Records."""
+        self.store.close()
 
 
 # ######################################################################## 19 a FHIR server behind
@@ -4256,7 +4399,6 @@ class Upstream:
             f"Host: {parts.netloc}",
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
-        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
         self.names: list[str] = []                           # bases that the server says are its own
         self.forget()
         self._spell(parts.hostname or "", parts.port)
@@ -4275,10 +4417,8 @@ class Upstream:
         self._open: Callable[..., Answer] = opener.open
 
     def forget(self) -> None:
-        """Forget what was found out of the records and of the server's names and version."""
-        self.binaries.clear()
+        """Forget what was found out of the server's names and abilities."""
         self.names.clear()
-        self.version = ("", 0.0)                         # see fhir_version; until when it holds
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
     def close(self) -> None:
@@ -4480,44 +4620,105 @@ class Upstream:
         return found
 
 
-def fhir_version(portal: Portal) -> str:
-    """The version of FHIR that the records are in: r4, stu3 or dstu2.
+class ForwardedRecords(Records):
+    """The records of another FHIR server, --fhir-server. It is not trusted to filter: it may ignore every parameter and
+    answer each search with everybody's records. So each answer is read whole, every resource in it judged, and only then
+    sent on: as the text it came in, less what may not be seen, with this portal's addresses in it. It is trusted to
+    label: a resource that says it is Daniel's is taken for Daniel's."""
+    def __init__(self, portal: Portal):
+        self.portal, self.upstream = portal, Upstream(portal.settings, portal.watch)
+        self.warnings: list[str] = []
+        self._version = ("", 0.0)                            # and until when it holds
+        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
 
-    The FHIR server's is read from its metadata. A read must not depend on that: where it fails, R4 is assumed.
-    """
-    if not portal.upstream:
-        return portal.settings.fhir_version
-    now, (version, until) = portal.clock.now(), portal.upstream.version
-    if now >= until:
+    @property
+    def version(self) -> str:  # type: ignore[override]
+        """Read from the server's metadata. A read must not depend on that: where it fails, R4 is assumed."""
+        now, (version, until) = self.portal.clock.now(), self._version
+        if now >= until:
+            try:
+                text = str(self.upstream.statement(now).get("fhirVersion"))
+                version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
+            except FhirError as error:
+                self.portal.log("warning: the FHIR server's version can't be read, R4 is assumed: " + error.description)
+                version, until = "r4", now + 60
+            self._version = version, until
+        return version
+
+    def check_type(self, asked: FhirRequest) -> None:
+        """Types of which nobody can tell whose they are, are refused."""
+        known = asked.access.unlimited or asked.type in OWNER_ELEMENTS or asked.type in SHARED_TYPES
+        need(known, f"{asked.type}: not served, since it can't be told whose record it is in", "forbidden", 403, FhirError)
+
+    def answer_search(self, asked: FhirRequest) -> Response:
+        """See Records."""
+        return Forwarding(self, asked).search()
+
+    def answer_read(self, asked: FhirRequest) -> Response:
+        """See Records."""
+        return Forwarding(self, asked).read()
+
+    def answer_everything(self, asked: FhirRequest) -> Response:
+        """See Records."""
+        return Forwarding(self, asked).everything()
+
+    def describe(self, statement: Json, secured: bool) -> None:
+        """Those of the FHIR server's types and parameters that the portal lets through."""
+        theirs, resources = self.upstream.statement(self.portal.clock.now()), []
+        for resource in elements(theirs, "rest.resource"):
+            name = str(resource.get("type")) if isinstance(resource, dict) else ""
+            offered = elements(resource, "interaction.code")
+            codes = [code for code in ("read", "vread", "search-type") if code in offered]
+            if name == "Binary":
+                codes = [code for code in codes if code != "search-type"]
+            if codes and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
+                resources.append({"type": name, "interaction": [{"code": code} for code in codes], "searchParam": [
+                    {"name": parameter["name"], "type": str(parameter.get("type"))}
+                    for parameter in elements(resource, "searchParam")
+                    if isinstance(parameter, dict) and may_be_forwarded(str(parameter.get("name")))]})
+        statement["rest"][0]["resource"] = resources
+        statement.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
+
+    def find_patients(self, text: str = "") -> list[tuple[str, str]]:
+        """Patients whose name has a part that begins with the text, the first 50. Asked in the portal's own name."""
+        query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
+        answer = self.upstream.ask(f"{self.upstream.base}/Patient?{query}")
+        return [(resource["id"], display_name(resource)) for resource in self.upstream.resources(answer, "")[1]
+                if resource.get("resourceType") == "Patient" and id_of(resource)]
+
+    def patient_name(self, patient_id: str) -> str | None:
+        """See Records."""
+        answer = self.upstream.ask(f"{self.upstream.base}/Patient/{quote(patient_id, safe='')}")
+        return None if answer.status in (404, 410) else display_name(self.upstream.resource(answer, "")[0])
+
+    def lacks_patient(self, patient_id: str) -> bool:
+        """Whether the server says so; one that is down will be noticed when the app reads."""
         try:
-            text = str(portal.upstream.statement(now).get("fhirVersion"))
-            version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
-        except FhirError as error:
-            portal.log(f"warning: the FHIR server's version can't be read, R4 is assumed: {error.description}")
-            version, until = "r4", now + 60
-        portal.upstream.version = version, until
-    return version
+            return self.patient_name(patient_id) is None
+        except FhirError:
+            return False
 
+    def visits(self, patient_id: str) -> list[Json]:
+        """See Records."""
+        base = self.upstream.base
+        answer = self.upstream.ask(f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100")
+        return [resource for resource in self.upstream.resources(answer, base)[1]
+                if owner(resource, base) == patient_id and resource.get("resourceType") == "Encounter" and id_of(resource)]
 
-def upstream_patients(portal: Portal, text: str) -> list[tuple[str, str]]:
-    """Patients of the FHIR server whose name has a part that begins with a text, the first 50: (id, name)."""
-    assert portal.upstream
-    query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
-    _, found = portal.upstream.resources(portal.upstream.ask(f"{portal.upstream.base}/Patient?{query}"), "")
-    return [(one["id"], display_name(one)) for one in found if one.get("resourceType") == "Patient" and id_of(one)]
+    def load(self, document: Json) -> int:
+        """Refused: see Records."""
+        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
 
+    def reset(self) -> None:
+        """Forget what was found out."""
+        self.binaries.clear()
+        self._version = ("", 0.0)
+        self.upstream.forget()
 
-def upstream_patient(portal: Portal, patient_id: str) -> str | None:
-    """The name of a patient of the FHIR server, None where there is none of that id."""
-    assert portal.upstream
-    answer = portal.upstream.ask(f"{portal.upstream.base}/Patient/{quote(patient_id, safe='')}")
-    return None if answer.status in (404, 410) else display_name(portal.upstream.resource(answer, "")[0])
+    def close(self) -> None:
+        """See Records."""
+        self.upstream.close()
 
-
-# With --fhir-server the records are another server's. It is not trusted to filter: it may ignore every parameter and
-# answer each search with everybody's records. So each answer is read whole, every resource in it judged by `Access`,
-# and only then sent on: as the text it came in, less what may not be seen, with this portal's addresses in it.
-# It is trusted to label: a resource that says it is Daniel's is taken for Daniel's.
 
 # Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could look
 # into other records and tell by what is found what stands there (_has, _filter, _query, _type, _list, _content ...).
@@ -4525,6 +4726,9 @@ FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_
              "_total")
 # These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
+EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
+OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
+PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
 
 
 def may_be_forwarded(name: str) -> bool:
@@ -4533,65 +4737,47 @@ def may_be_forwarded(name: str) -> bool:
     return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
 
 
-def forwarded_statement(portal: Portal, request: Request, secured: bool) -> Json:
-    """This portal's CapabilityStatement, with those of the FHIR server's types and parameters that it lets through."""
-    assert portal.upstream
-    theirs, ours = portal.upstream.statement(portal.clock.now()), capability_statement(portal, request, secured)
-    resources = []
-    for one in elements(theirs, "rest.resource"):
-        name = str(one.get("type")) if isinstance(one, dict) else ""
-        offered = elements(one, "interaction.code")
-        can = [code for code in ("read", "vread", "search-type")
-               if code in offered and (name, code) != ("Binary", "search-type")]
-        if can and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
-            resources.append({"type": name, "interaction": [{"code": code} for code in can], "searchParam": [
-                {"name": known["name"], "type": str(known.get("type"))} for known in elements(one, "searchParam")
-                if isinstance(known, dict) and may_be_forwarded(str(known.get("name")))]})
-    ours["rest"][0]["resource"] = resources
-    ours["rest"][0].pop("operation", None)
-    ours.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
-    return ours
-
-
-EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
-OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
-PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
-
-
 def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]], base: str) -> list[tuple[str, str]]:
-    """The search to send: each parameter checked, and pinned to the patients that may be seen.
+    """The search to send: each parameter checked, and pinned to the patients that may be seen."""
+    if access.unlimited:
+        return [(name, value) for name, value in pairs if value and (
+            name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+    allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
+    sent = [forwarded_parameter(allowed, pin, name, value, base) for name, value in pairs
+            if value and name.partition(":")[0] not in NOT_FORWARDED]
+    if allowed is not EVERYBODY and type_name not in SHARED_TYPES and pin not in dict(sent):
+        sent.append((pin, owner_value(pin, sorted(allowed))))
+    return sent
+
+
+def owner_value(pin: str, patient_ids: Iterable[str]) -> str:
+    """Patients as the value of the parameter that pins a search to them."""
+    return ",".join(patient_id if pin == "_id" else f"Patient/{patient_id}" for patient_id in patient_ids)
+
+
+def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str, base: str) -> tuple[str, str]:
+    """One parameter of a search as it goes on.
 
     Asking for another patient is refused in words rather than found empty: in a parameter that names the owner, under
     whatever of its names, and by Patient/... in any other. So is what can't be checked: chains (a.b), and modifiers on
     what names the owner, but for its type (subject:Patient).
     """
-    allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
-    pairs = [(name, value) for name, value in pairs
-             if value and (name.partition(":")[0] not in NOT_FORWARDED
-                           or (access.scope, name, value) == (None, "_summary", "count"))]
-    if access.scope is None:
-        return pairs
-    sent: list[tuple[str, str]] = []
-    for name, value in pairs:
-        stem, _, modifier = name.partition(":")
-        if "." in name or not may_be_forwarded(stem):
-            raise FhirError("forbidden", f"{name}: not forwarded, since it could look into other records", 403)
-        owns = stem in OWNER_PARAMETERS or stem == pin
-        if owns and modifier not in ("", "Patient"):
-            raise FhirError("forbidden", f"{name}: expected {stem} without a modifier", 403)
-        named = [one.removeprefix(base + "/") for one in value.split(",")]
-        if owns or modifier == "Patient":
-            ids = [one.removeprefix("Patient/") for one in named]
-            name, value = pin if owns else stem, ",".join(ids if pin == "_id" else [f"Patient/{one}" for one in ids])
-        else:
-            ids = [one for part in named for one in re.findall(r"Patient/([^/|&?]*)", part)]
-        for one in ids:
-            if not FHIR_ID.fullmatch(one) or (allowed is not None and one not in allowed):
-                raise FhirError("forbidden", f"{name}={one}: the token is not for this patient's record", 403)
-        sent.append((name, value))
-    if allowed is not None and type_name not in SHARED_TYPES and pin not in dict(sent):
-        sent.append((pin, ",".join(one if pin == "_id" else f"Patient/{one}" for one in sorted(allowed))))
-    return sent
+    stem, _, modifier = name.partition(":")
+    need("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, since it could look into other records",
+         "forbidden", 403, FhirError)
+    owns = stem in OWNER_PARAMETERS or stem == pin
+    need(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier", "forbidden", 403, FhirError)
+    texts = [text.removeprefix(base + "/") for text in value.split(",")]
+    if owns or modifier == "Patient":
+        patient_ids = [text.removeprefix("Patient/") for text in texts]
+    else:
+        patient_ids = [patient_id for text in texts for patient_id in re.findall(r"Patient/([^/|&?]*)", text)]
+    for patient_id in patient_ids:
+        need(FHIR_ID.fullmatch(patient_id) and patient_id in allowed, f"{name}={patient_id}: the token is not for this "
+             "patient's record", "forbidden", 403, FhirError)
+    if owns:
+        return pin, owner_value(pin, patient_ids)
+    return (stem, owner_value("", patient_ids)) if modifier == "Patient" else (name, value)
 
 
 def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]) -> dict[str, str]:
@@ -4614,11 +4800,10 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 
 def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     """The address behind a paging link; 403 for another authorization's."""
-    row = portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now())
-    if not row:
-        raise FhirError("not-found", "this paging link has expired, or never was one; search again", 404)
-    if row["grant_id"] != grant_id or row["path"] != path:
-        raise FhirError("forbidden", "this paging link belongs to another authorization or search", 403)
+    row = need(portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now()),
+               "this paging link has expired, or never was one; search again", "not-found", 404, FhirError)
+    need((row["grant_id"], row["path"]) == (grant_id, path), "this paging link belongs to another authorization or search",
+         "forbidden", 403, FhirError)
     return str(row["url"])
 
 
@@ -4631,53 +4816,38 @@ def going_with(matches: list[str], included: list[str]) -> list[str]:
     return [entry for entry in included if name(entry) in text or any(known in entry for known in names)]
 
 
-_TYPE_NAME = re.compile(r"[A-Z][A-Za-z]{1,63}")
 _ENTRY_MEMBERS = {"fullUrl", "resource", "search"}  # of a Bundle's entry: those known to be harmless
 
 
+class FetchedResource(Resource):
+    """A resource that the FHIR server sent."""
+    def __init__(self, content: Json, forwarding: Forwarding):
+        super().__init__(content, forwarding.base)
+        self.forwarding = forwarding
+
+    def is_pointed_to(self, access: Access) -> bool:
+        """See Resource. Its documents are looked through once, and what was found there is remembered."""
+        return self.forwarding.finds_binary(str(self.id))
+
+
+class GatheredPage:
+    """A page of ours, gathered from one or more of the FHIR server's."""
+    def __init__(self, size: int):
+        self.size = size                 # matches that were asked for
+        self.matches: list[str] = []     # entries, as the text they came in
+        self.included: list[str] = []
+        self.links: dict[str, str] = {}  # relation -> address at the FHIR server
+        self.whole = True                # nothing was dropped, and nothing is left to read
+        self.own: Json = {}              # the last Bundle's own members
+
+
 class Forwarding:
-    """One request to the FHIR server behind, and the judgement on its answer.
-
-    `base` is this portal's FHIR base, under which every address in the answer will be; grant_id is '' without a token.
-    """
-    def __init__(self, portal: Portal, request: Request, access: Access, base: str, grant_id: str):
-        assert portal.upstream
-        self.portal, self.upstream, self.request = portal, portal.upstream, request
-        self.access, self.base, self.grant_id = access, base, grant_id
-        self.media_type = fhir_type(request)  # or 406, before anybody is asked
-
-    def answer(self) -> Response:
-        """What the path asks for. Only these shapes are forwarded, rebuilt from their parts: what a path hides in
-        dots, slashes or semicolons, encoded once or twice, never reaches the FHIR server."""
-        parts = [unquote(part) for part in self.request.rest.split("/")]
-        type_name, posted = parts[0], self.request.method == "POST"
-        if posted and (len(parts) != 2 or parts[1] != "_search"):
-            raise FhirError("forbidden", "writing and batches are not possible here; only POST [type]/_search", 403)
-        if any("$" in part for part in parts) and (type_name, *parts[2:]) != ("Patient", "$everything"):
-            raise FhirError("forbidden", f"{self.request.path}: of operations only Patient/[id]/$everything", 403)
-        if parts == [""]:
-            raise FhirError("forbidden", "a search over all types is not possible here: name a type", 403)
-        if len(parts) == 3 and type_name == "Patient" and _TYPE_NAME.fullmatch(parts[2]):
-            # Patient/P/Observation is Observation?patient=P, which more servers understand.
-            return self.search(parts[2], [(PINNED_BY.get(parts[2], "patient"), parts[1]), *self.request.pairs()])
-        if _TYPE_NAME.fullmatch(type_name):
-            if len(parts) == 1 or posted:
-                return self.search(type_name, self.request.pairs() + (self.request.form() if posted else []))
-            if all(map(FHIR_ID.fullmatch, parts[1::2])):
-                if len(parts) == 2 or (len(parts) == 4 and parts[2] == "_history"):
-                    return self.read(type_name, *parts[1::2])
-                if len(parts) == 3 and type_name == "Patient" and parts[2] == "$everything":
-                    return self.everything(parts[1])
-        raise FhirError("not-supported", f"{self.request.path}: expected [type], [type]/_search, [type]/[id], "
-                        "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
-
-    def check_scope(self, type_name: str, letters: str, resource_id: str = "") -> None:
-        """Refuse what no scope allows, and types of which nobody can tell whose they are."""
-        if self.access.scope is not None and type_name not in OWNER_ELEMENTS and type_name not in SHARED_TYPES:
-            raise FhirError("forbidden", f"{type_name}: not served, since it can't be told whose record it is in", 403)
-        for letter in letters:
-            if not self.access.allows(type_name, letter, resource_id):
-                raise too_little_scope(type_name, letter)
+    """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR base, under
+    which every address in the answer will be."""
+    def __init__(self, records: ForwardedRecords, asked: FhirRequest):
+        self.records, self.upstream, self.portal = records, records.upstream, records.portal
+        self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
+        self.media_type = fhir_type(asked.request)  # or 406, before anybody is asked
 
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
@@ -4692,113 +4862,109 @@ class Forwarding:
         return Response(status, body, told, [("Cache-Control", "no-store"), *(
             (name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers)])
 
-    def read(self, type_name: str, resource_id: str, version: str = "") -> Response:
+    def read(self) -> Response:
         """One resource: fetched, then judged."""
-        self.check_scope(type_name, "r", resource_id)
-        url = f"{self.upstream.base}/{type_name}/{resource_id}" + (f"/_history/{version}" if version else "")
+        asked = self.asked
+        url = f"{self.upstream.base}/{asked.type}/{asked.id}"
+        if asked.version:
+            url += f"/_history/{asked.version}"
         answer = self.upstream.ask(url, self.headers("Prefer", "If-None-Match", "If-Modified-Since"))
         unchanged = answer.status == 304
         if unchanged:  # which tells that it is there, and in which version, whosever it is: so look
             answer = self.upstream.ask(url)
         resource, text = self.upstream.resource(answer, self.base)
-        if (resource["resourceType"], resource.get("id")) != (type_name, resource_id):
+        if (resource["resourceType"], resource.get("id")) != (asked.type, asked.id):
             raise refused("answered with another resource than the one asked for")
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
-            raise FhirError("forbidden", f"{type_name}/{resource_id} is not in the record that the token opens, or in "
-                            "a category that was not approved", 403)
+            raise not_in_record(asked)
         return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304 if unchanged else 200)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
         a member given twice, none in a place where FHIR has none."""
-        if self.access.scope is None:
+        if self.access.unlimited:
             return True
-        if not isinstance(resource, dict):
+        if not isinstance(resource, dict) or text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
             return False
-        if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
-            return False
-        if resource.get("resourceType") == "Binary" and letters == "r":
-            return self.access.may_see_binary(resource, self.is_pointed_to, self.base)
-        return self.access.may_see(resource, letters, self.base)
+        return self.access.may_see(FetchedResource(resource, self), letters)
 
-    def is_pointed_to(self, binary_id: str) -> bool:
+    def finds_binary(self, binary_id: str) -> bool:
         """Whether a document or report of the record points to a Binary. What was found once is remembered."""
-        if len(self.upstream.binaries) > 1000:
-            self.upstream.binaries.clear()
-        known = self.upstream.binaries.setdefault((self.grant_id, str(self.access.scope)), set())
+        binaries = self.records.binaries
+        if len(binaries) > 1000:
+            binaries.clear()
+        known = binaries.setdefault((self.asked.grant_id, self.access.scope), set())
         if binary_id not in known:
-            known |= self.access.binaries_in(self.documents(), self.base)
+            known |= self.access.binaries_in(self.documents())
         return binary_id in known
 
-    def documents(self) -> Iterator[Json]:
+    def documents(self) -> Iterator[Resource]:
         """The record's documents and reports, as far as MAX_PAGES pages go."""
-        left = MAX_PAGES
-        for patient_id in sorted(self.access.patients("Binary", "r") or filter(None, [self.access.patient_id])):
-            for type_name in ("DocumentReference", "DiagnosticReport"):
+        left, patients = MAX_PAGES, self.access.patients("Binary", "r")
+        if patients is EVERYBODY:
+            patients = frozenset([self.access.patient_id] if self.access.patient_id else [])
+        for patient_id in sorted(patients):
+            for type_name in DOCUMENT_TYPES:
                 url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
                 while url and left:
                     left -= 1
                     answer = self.upstream.ask(url)
                     if answer.status in (400, 404):  # it has no such type
                         break
-                    own, found = self.upstream.resources(answer, self.base)
-                    yield from found
+                    own, resources = self.upstream.resources(answer, self.base)
+                    yield from (FetchedResource(resource, self) for resource in resources)
                     url = self.links(own, answer).get("next", "")
 
-    def search(self, type_name: str, pairs: list[tuple[str, str]]) -> Response:
+    def search(self) -> Response:
         """A page of a search, from its beginning or by a paging link."""
-        if type_name == "Binary":
-            raise FhirError("not-supported", "Binary: can't be searched, only read", 403)
-        self.check_scope(type_name, "s")
+        asked, pairs = self.asked, self.request.pairs()
+        if self.request.method == "POST":
+            pairs = pairs + self.request.form()
+        if asked.compartment:  # Patient/P/Observation is Observation?patient=P, which more servers understand
+            pairs = [(PINNED_BY.get(asked.type, "patient"), asked.compartment), *pairs]
         page = self.page_url()
-        sent = [] if page else pinned_search(self.access, type_name, pairs, self.base)
-        return self.page(page or f"{self.upstream.base}/{type_name}", sent, pairs, "s")
+        sent = [] if page else pinned_search(self.access, asked.type, pairs, self.base)
+        return self.page(page or f"{self.upstream.base}/{asked.type}", sent, pairs, "s")
 
-    def everything(self, patient_id: str) -> Response:
-        """Patient/[id]/$everything. It reads and searches, so it takes both letters, for each resource in it too."""
-        self.check_scope("Patient", "rs")
-        for allowed in (self.access.patients("Patient", letter) for letter in "rs"):
-            if allowed is not None and patient_id not in allowed:
-                raise FhirError("forbidden", f"Patient/{patient_id}: the token is not for this patient's record", 403)
+    def everything(self) -> Response:
+        """Patient/[id]/$everything. It reads and searches, so each resource in it takes both letters."""
         pairs = self.request.pairs()
         for name, _ in pairs:
-            if name not in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"):
-                raise FhirError("forbidden", f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}", 403)
-        url = self.page_url() or f"{self.upstream.base}/Patient/{patient_id}/$everything"
+            need(name in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"), f"{name}: expected one of "
+                 + ", ".join(EVERYTHING_PARAMETERS), "forbidden", 403, FhirError)
+        url = self.page_url() or f"{self.upstream.base}/Patient/{self.asked.id}/$everything"
         return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
     def page_url(self) -> str:
-        """The FHIR server's address behind a paging link; '' if the request is none."""
+        """The FHIR server's address behind a paging link; "" if the request is none."""
         pairs = [pair for pair in self.request.pairs() if pair[0] not in NOT_FORWARDED]
         if "_page" not in dict(pairs):
             return ""
-        if len(pairs) > 1:
-            raise FhirError("invalid", "_page: a paging link takes no other parameters")
-        return kept_page(self.portal, self.grant_id, self.request.rest, pairs[0][1])
+        need(len(pairs) == 1, "_page: a paging link takes no other parameters", "invalid", kind=FhirError)
+        return kept_page(self.portal, self.asked.grant_id, self.request.rest, pairs[0][1])
 
     def links(self, own: Json, answer: Answer) -> dict[str, str]:
         """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that leads
         elsewhere is an error: without it, the app would take the page for the last."""
-        found: dict[str, str] = {}
+        links: dict[str, str] = {}
         for link in elements(own, "link"):
             relation, url = (link.get("relation"), link.get("url")) if isinstance(link, dict) else (None, None)
             if relation in ("first", "previous", "prev", "next", "last") and isinstance(url, str):
-                for ours, theirs in ((self.base, self.upstream.base),
-                                     (quote(self.base, safe=""), quote(self.upstream.base, safe=""))):
-                    url = url.replace(ours, theirs)  # it was rewritten with all the rest
+                url = url.replace(self.base, self.upstream.base)  # it was rewritten with all the rest
+                url = url.replace(quote(self.base, safe=""), quote(self.upstream.base, safe=""))
                 inside = self.upstream.inside(url, answer.url)
                 if inside:
-                    found[relation] = inside
+                    links[relation] = inside
                 elif relation == "next":
                     raise refused("gave a link to the next page that does not lead to itself")
-        return found
+        return links
 
     def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
         """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was included
         with it; and how many were dropped.
 
-        They are without a word: other patients' records, included ones too; OperationOutcomes, which may quote
+        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may quote
         anything; Bundles within the Bundle.
         """
         matches: list[str] = []
@@ -4820,66 +4986,72 @@ class Forwarding:
                           "trusted to filter")
         return own, matches, included, dropped
 
-    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
-        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`, with this portal's links.
+    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of nothing, would
+    # tell that it is there, and so would what was included with it. Then a page of ours is filled from the server's
+    # pages after it, and a link to the next comes if there is one more to see, or after MAX_PAGES. The address behind
+    # that link ends in #, how many were seen of the server's page already, and the size of ours. The server's `total`
+    # can't be checked, so it comes only where all that it counts is on this page; what _summary=count asks for is
+    # counted here. Better would be a server that is asked in a language in which the token's limits can be said.
 
-        Where categories hide something, an empty place on a page, or a link to a page of nothing, would tell that it
-        is there, and so would what was included with it. Then the page is filled from the pages after it, and the link
-        comes if there is one more to see, or after MAX_PAGES; its address ends in #, how many were seen of that page
-        already, and the page's size. The server's `total` can't be checked, so it comes only where all that it counts is on this page; what _summary=count
-        asks for is counted here.
-        """
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`; `pairs` are all that came."""
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
-        asked = dict(pairs).get("_count", "20")
-        if not re.fullmatch("[0-9]{1,9}", asked):
-            raise FhirError("value", f"_count={asked}: expected a whole number")
-        skip, size = map(int, mark.split(",")) if mark else (0, int(asked))
-        counting = self.access.scope is not None and (size == 0 or ("_summary", "count") in pairs)
+        count = dict(pairs).get("_count", "20")
+        need(re.fullmatch("[0-9]{1,9}", count), f"_count={count}: expected a whole number", "value", kind=FhirError)
+        skip, size = map(int, mark.split(",")) if mark else (0, int(count))
+        counting = not self.access.unlimited and (size == 0 or ("_summary", "count") in pairs)
         if sent and (narrowed or counting):
             sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
-        query = urlencode(sent, quote_via=quote, safe="/:,|")
-        # A search that was posted is posted on: what a patient has may be too private for the address line.
-        posted, url = f"{url}/_search", f"{url}?{query}" if query else url
-        form = query.encode() if sent and self.request.method == "POST" else None
-        most = size if narrowed and not counting else sys.maxsize
-        matches: list[str] = []
-        included: list[str] = []
-        whole = True  # nothing was dropped, and nothing is left to read
-        for _ in range(MAX_PAGES):
-            answer = self.upstream.ask(posted if form else url, self.headers("Prefer"), form)
-            own, found, others, dropped = self.judged(answer, letters)
-            links, room, form = self.links(own, answer), most - len(matches), None
-            whole = whole and not dropped
-            matches += found[skip:skip + room]
-            included += others
-            if len(found) > skip + room:
-                links = {"next": f"{url}#{skip + room},{size}"}
-                break
-            if not (narrowed or counting):
-                break
-            if "next" not in links:
-                links = {}
-                break
-            url, skip = links["next"], 0
-        else:
-            links, whole = {"next": f"{url}#0,{size}"} if narrowed and not counting else {}, False
-        path, query = self.request.rest, self.request.query
-        if self.request.method == "POST":
-            path, query = path[:-len("/_search")], urlencode(pairs, quote_via=quote)
-        bundle: Json = {"resourceType": "Bundle", **{
-            name: own[name] for name in ("id", "meta", "type", "timestamp") if name in own}}
-        if self.access.scope is None and "total" in own:
-            bundle["total"] = own["total"]
-        elif whole and not narrowed and "next" not in links and (counting or own.get("total") == len(matches)):
-            bundle["total"] = len(matches)
-        here = f"{self.base}/{path}"
-        bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
-            {"relation": relation, "url": f"{here}?_page={handle}"}
-            for relation, handle in keep_pages(self.portal, self.grant_id, path, links).items())]
+        query, page = urlencode(sent, quote_via=quote, safe="/:,|"), GatheredPage(size)
+        answer = self.gather(page, url, query, letters, skip, fills=narrowed and not counting, reads_on=narrowed or counting)
+        bundle = self.bundle(page, pairs, counting)
         if narrowed:
-            included = going_with(matches, included)
-        text, shown = json.dumps(bundle), [] if counting else [*matches, *dict.fromkeys(included)]
-        return self.respond(f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}" if shown else text, answer)
+            page.included = going_with(page.matches, page.included)
+        text, shown = json.dumps(bundle), [] if counting else [*page.matches, *dict.fromkeys(page.included)]
+        if shown:
+            text = f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}"
+        return self.respond(text, answer)
+
+    def gather(self, page: GatheredPage, url: str, query: str, letters: str, skip: int, fills: bool,
+               reads_on: bool) -> Answer:
+        """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`), or to the
+        end (`reads_on` alone), or just one. Gives the last answer."""
+        # A search that was posted is posted on: what a patient has may be too private for the address line.
+        form = query.encode() if query and self.request.method == "POST" else None
+        ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
+        for _ in range(MAX_PAGES):
+            answer = self.upstream.ask(ask or url, self.headers("Prefer"), form)
+            page.own, matches, included, dropped = self.judged(answer, letters)
+            links, end = self.links(page.own, answer), skip + page.size - len(page.matches)
+            page.whole = page.whole and not dropped
+            page.matches += matches[skip:end] if fills else matches[skip:]
+            page.included += included
+            if fills and len(matches) > end:
+                page.links = {"next": f"{url}#{end},{page.size}"}
+                return answer
+            if not reads_on or "next" not in links:
+                page.links = {} if reads_on else links
+                return answer
+            ask, form, url, skip = "", None, links["next"], 0
+        page.whole = False
+        page.links = {"next": f"{url}#0,{page.size}"} if fills else {}
+        return answer
+
+    def bundle(self, page: GatheredPage, pairs: list[tuple[str, str]], counting: bool) -> Json:
+        """The Bundle of a gathered page, less its entries."""
+        bundle: Json = {"resourceType": "Bundle", **{
+            name: page.own[name] for name in ("id", "meta", "type", "timestamp") if name in page.own}}
+        if self.access.unlimited:
+            bundle.update({"total": page.own["total"]} if "total" in page.own else {})
+        elif (page.whole and not self.access.narrowed and "next" not in page.links
+              and (counting or page.own.get("total") == len(page.matches))):
+            bundle["total"] = len(page.matches)
+        query = urlencode(pairs, quote_via=quote) if self.request.method == "POST" else self.request.query
+        here = f"{self.base}/{self.asked.path}"
+        handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, page.links)
+        bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
+            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in handles.items())]
+        return bundle
 
 
 # ######################################################################## 20 sample data
@@ -7137,11 +7309,6 @@ class Portal:
         self.clock = Clock()
         self._seeds = seeds(settings)           # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
-        try:
-            self.records = Records(settings, self.clock)
-        except BaseException:
-            self.state.close()
-            raise
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
@@ -7150,7 +7317,12 @@ class Portal:
         self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
         self.key_lock = threading.Lock()        # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
-        self.upstream = Upstream(settings, self.watch) if settings.fhir_server else None  # section 12
+        self.records: Records
+        try:
+            self.records = ForwardedRecords(self) if settings.fhir_server else EmbeddedRecords(settings, self.clock)
+        except BaseException:
+            self.state.close()
+            raise
         try:
             with self.state.transaction() as database:
                 self._seed(database)
@@ -7170,8 +7342,6 @@ class Portal:
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
         self.clock.offset = 0.0
-        if self.upstream:
-            self.upstream.forget()
         self.faults.clear()
         self.recorded.clear()
         self.key_sets.clear()
@@ -7186,9 +7356,7 @@ class Portal:
         """Close the databases and what else is open."""
         self.watch.close()
         self.state.close()
-        self.records.store.close()
-        if self.upstream:
-            self.upstream.close()
+        self.records.close()
 
     def client(self, client_id: str) -> Client | None:
         """A registered client, or None."""
@@ -7200,9 +7368,8 @@ class Portal:
         """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
         sql = "SELECT * FROM users WHERE username = ?"
         row = self.state.row(sql, username)
-        patient = None if row or self.upstream else self.records.read("Patient", username)
-        if patient and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
-            name = display_name(patient)
+        name = None if row else self.records.account_name(username)
+        if name is not None and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
             with self.state.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
                     username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
@@ -7215,7 +7382,7 @@ class Portal:
         name has it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
-            found = dict(upstream_patients(self, text) if self.upstream else self.records.patients(text, 200))
+            found = dict(self.records.find_patients(text))
             if FHIR_ID.fullmatch(text):
                 with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
                     name = self.patient_name(username, text)
@@ -7229,10 +7396,7 @@ class Portal:
         """A patient's name; None if this user may not open that record."""
         user = self.user(username)
         if user and user["any_patient"]:
-            if self.upstream:
-                return upstream_patient(self, patient_id)
-            found = self.records.read("Patient", patient_id)
-            return display_name(found) if found else None
+            return self.records.patient_name(patient_id)
         return self.patients_of(username).get(patient_id)
 
     def fhir_user(self, username: str, patient_id: str | None) -> str:
@@ -7521,8 +7685,6 @@ def load(portal: Portal, *, resource: Json) -> int:
 
     Those of the same type and id are replaced, until reset. All or none.
     """
-    if portal.upstream:
-        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
     return portal.records.load(resource)
 
 

@@ -467,6 +467,12 @@ class ForwardingTest(PortalTest):
     behind: FhirServer
     scope = "patient/*.rs"
 
+    @property
+    def upstream(self) -> s4s.Upstream:
+        records = self.portal.portal.records
+        assert isinstance(records, s4s.ForwardedRecords)
+        return records.upstream
+
     @classmethod
     def setUpClass(cls) -> None:
         cls.behind = FhirServer()
@@ -2368,7 +2374,7 @@ class WhoseItIs(unittest.TestCase):
                         {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
                         f"Patient/{ME}", None, 7):
             with self.subTest(subject):
-                self.assertIsNone(s4s.owner(observation("x", subject=subject), self.base))
+                self.assertEqual(s4s.owner(observation("x", subject=subject), self.base), s4s.UNKNOWN)
 
     def test_each_version_of_fhir_has_its_element(self) -> None:
         person, doctor = {"reference": f"Patient/{ME}"}, {"reference": "Practitioner/1"}
@@ -2387,52 +2393,52 @@ class WhoseItIs(unittest.TestCase):
                          {"resourceType": "Practitioner", "contained": [observation("x", OTHER)]},
                          observation("x", contained=[observation("y", contained=[observation("z", OTHER)])])):
             with self.subTest(resource["resourceType"]):
-                self.assertIsNone(s4s.owner(resource))
+                self.assertEqual(s4s.owner(resource), s4s.UNKNOWN)
 
     def test_an_appointment_with_somebody_unknown_is_nobodys_answer(self) -> None:
         mine, doctor = {"reference": f"Patient/{ME}"}, {"reference": "https://p.example/api/fhir/PractitionerRole/1"}
         for other in ({"type": "Patient", "identifier": {"value": "1"}}, {"display": "Amy"}, {"reference": "#p"},
                       {"reference": "https://elsewhere.example/fhir/Patient/9"}, {"reference": "RelatedPerson/1"}, None):
             with self.subTest(other):
-                self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [
-                    {"actor": mine}, {"actor": doctor}, {"actor": other}]}, self.base))
-        self.assertIsNone(s4s.owner({"resourceType": "Appointment", "participant": [{"actor": mine}, "Amy"]}))
+                self.assertEqual(s4s.owner({"resourceType": "Appointment", "participant": [
+                    {"actor": mine}, {"actor": doctor}, {"actor": other}]}, self.base), s4s.UNKNOWN)
+        self.assertEqual(s4s.owner({"resourceType": "Appointment", "participant": [{"actor": mine}, "Amy"]}), s4s.UNKNOWN)
 
     def test_a_patient_without_an_id_is_not_nobodys(self) -> None:
         for key in (s4s.NOBODY, "..", "a b", None, 7):
             with self.subTest(key):
-                self.assertIsNone(s4s.owner({"resourceType": "Patient", "id": key}))
+                self.assertEqual(s4s.owner({"resourceType": "Patient", "id": key}), s4s.UNKNOWN)
 
     def test_a_device_without_a_patient_is_nobodys(self) -> None:
         self.assertEqual(s4s.owner({"resourceType": "Device"}), s4s.NOBODY)
-        self.assertIsNone(s4s.owner({"resourceType": "Device", "patient": {"display": "somebody"}}))
+        self.assertEqual(s4s.owner({"resourceType": "Device", "patient": {"display": "somebody"}}), s4s.UNKNOWN)
 
     def test_fhir_user_may_be_read_and_not_searched(self) -> None:
         access = s4s.Access("openid fhirUser", ME, fhir_user="Practitioner/dr")
         me, colleague = ({"resourceType": "Practitioner", "id": name} for name in ("dr", "other"))
-        self.assertTrue(access.allows("Practitioner", "r", "dr") and access.may_see(me, "r"))
-        self.assertFalse(access.allows("Practitioner", "s", "dr") or access.may_see(me, "s"))
-        self.assertFalse(access.allows("Practitioner", "r", "other") or access.may_see(colleague, "r"))
+        self.assertTrue(access.allows("Practitioner", "r", "dr") and access.may_see(s4s.Resource(me), "r"))
+        self.assertFalse(access.allows("Practitioner", "s", "dr") or access.may_see(s4s.Resource(me), "s"))
+        self.assertFalse(access.allows("Practitioner", "r", "other") or access.may_see(s4s.Resource(colleague), "r"))
 
     def test_a_scope_narrowed_by_a_parameter(self) -> None:
         access = s4s.Access("patient/Observation.rs?status=final,amended", ME)
         self.assertTrue(access.narrowed)
-        self.assertTrue(access.may_see(observation("x"), "r"))
-        self.assertFalse(access.may_see(observation("x", status="preliminary"), "r"))
+        self.assertTrue(access.may_see(s4s.Resource(observation("x")), "r"))
+        self.assertFalse(access.may_see(s4s.Resource(observation("x", status="preliminary")), "r"))
 
     def test_scopes_of_the_system_open_every_record(self) -> None:
         access = s4s.Access("system/Observation.r")
-        self.assertTrue(access.may_see(observation("theirs", OTHER), "r"))
-        self.assertFalse(access.may_see(observation("theirs", OTHER), "s"))
-        self.assertFalse(access.may_see({"resourceType": "Patient", "id": OTHER}, "r"))
-        self.assertFalse(s4s.Access("system/*.rs").may_see({"resourceType": "AuditEvent"}, "r"), "cannot be placed")
+        self.assertTrue(access.may_see(s4s.Resource(observation("theirs", OTHER)), "r"))
+        self.assertFalse(access.may_see(s4s.Resource(observation("theirs", OTHER)), "s"))
+        self.assertFalse(access.may_see(s4s.Resource({"resourceType": "Patient", "id": OTHER}), "r"))
+        self.assertFalse(s4s.Access("system/*.rs").may_see(s4s.Resource({"resourceType": "AuditEvent"}), "r"), "cannot be placed")
 
     def test_categories_hide_and_hide_their_number(self) -> None:
         access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
         self.assertTrue(access.narrowed)
         for code, seen in (("vital-signs", True), ("laboratory", False)):
             with self.subTest(code):
-                self.assertIs(access.may_see(observation("x", category=[{"coding": [{"code": code}]}]), "s"), seen)
+                self.assertIs(access.may_see(s4s.Resource(observation("x", category=[{"coding": [{"code": code}]}])), "s"), seen)
 
     def test_every_type_of_a_patient_has_a_category(self) -> None:
         covered = {name for _, types in s4s.CATEGORIES.values() for name in types}
@@ -2910,7 +2916,8 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
             access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
             for limit, number in ((1, 1), (2, 1), (0, 0)):
                 query = s4s.parse_query("r4", "Observation", (("_count", str(limit)),))
-                page = portal.portal.records.search(query, access)
+                records: Any = portal.portal.records
+                page = records.search(query, access)
                 self.assertEqual((len(page.matches), page.next, page.total), (number, "", None))
 
 
@@ -3597,7 +3604,7 @@ class Searching(RecordsTest):
 
     def test_a_search_in_sql_and_a_match_in_python_mean_the_same(self) -> None:
         for version in s4s.FHIR_VERSIONS:
-            records = s4s.Records(s4s.Settings(fhir_version=version), s4s.Clock())
+            records = s4s.EmbeddedRecords(s4s.Settings(fhir_version=version), s4s.Clock())
             self.addCleanup(records.store.close)
             everything = [json.loads(row["json"]) for row in records._filled().rows("SELECT json FROM resources")]
             for type_name, known in s4s.search_table(version).items():
@@ -3612,8 +3619,8 @@ class Searching(RecordsTest):
                     for pair in pairs:
                         with self.subTest(version=version, type=type_name, pair=pair):
                             query = s4s.parse_query(version, type_name, (pair, ("_count", "1000")))
-                            found = records.search(query, s4s.Access(None)).matches
-                            self.assertEqual({one.resource["id"] for one in found}, {
+                            found = records.search(query, s4s.OPEN_ACCESS).matches
+                            self.assertEqual({one.content["id"] for one in found}, {
                                 one["id"] for one in resources if s4s.resource_matches(one, version, [pair])})
 
     def test_sort_by_several_parameters_missing_ones_last(self) -> None:
@@ -3838,7 +3845,7 @@ class Reading(RecordsTest):
 
     def test_other_operations_and_paths_are_refused(self) -> None:
         for path, status in ((f"Patient/{DANIEL}/$summary", 403), (f"Patient/{DANIEL}/x/y", 404), ("Patient/a%2Fb", 404),
-                             ("Patient/..", 404), ("Patient/$everything", 403), ("$export", 403), ("Binary?_id=smart-Binary-1", 404),
+                             ("Patient/..", 404), ("Patient/$everything", 403), ("$export", 403), ("Binary?_id=smart-Binary-1", 403),
                              ("Colour", 404), ("Conformance/1", 404)):
             with self.subTest(path=path):
                 self.assertEqual(self.open(path).status, status)
@@ -3919,9 +3926,9 @@ class LoadingRecords(unittest.TestCase):
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
 
-    def records(self, *data: Any, **settings: Any) -> s4s.Records:
+    def records(self, *data: Any, **settings: Any) -> Any:
         """Records with only this data."""
-        made = s4s.Records(s4s.Settings(data=["none", *data], **settings), s4s.Clock())
+        made = s4s.EmbeddedRecords(s4s.Settings(data=["none", *data], **settings), s4s.Clock())
         self.addCleanup(made.store.close)
         return made
 
@@ -3933,7 +3940,7 @@ class LoadingRecords(unittest.TestCase):
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
         return str(path)
 
-    def dump(self, records: s4s.Records) -> list[Any]:
+    def dump(self, records: Any) -> list[Any]:
         """All that the database holds."""
         return [tuple(row) for name in ("resources", "search_values", "unresolved", "before_load")
                 for row in records.store.rows(f"SELECT * FROM {name}")]
@@ -3977,7 +3984,7 @@ class LoadingRecords(unittest.TestCase):
         self.assertEqual(visit["subject"], {"reference": "Patient/given"})
         self.assertEqual(document["context"]["encounter"][0]["reference"], "Encounter/0b")
         self.assertEqual(document["content"][0]["attachment"]["url"], "Binary/9")
-        self.assertEqual([one["id"] for one in records.pointing_to("9")], ["d"])
+        self.assertEqual([document.id for document in records.pointing_to("9")], ["d"])
 
     def test_conditional_references_are_resolved_across_files_in_either_order(self) -> None:
         doctor = {"resourceType": "Practitioner", "id": "p", "identifier": [{"system": "http://npi", "value": "7"}]}
@@ -3992,7 +3999,7 @@ class LoadingRecords(unittest.TestCase):
                 self.assertEqual(found["participant"][0]["individual"]["reference"], "Practitioner/p")
                 self.assertEqual(found["subject"]["reference"], "Patient/who")
                 query = s4s.parse_query("r4", "Encounter", (("patient", "who"), ("participant", "p")))
-                self.assertEqual(len(records.search(query, s4s.Access(None)).matches), 1)
+                self.assertEqual(len(records.search(query, s4s.OPEN_ACCESS).matches), 1)
                 self.assertEqual(records.warnings, [])
 
     def test_references_that_lead_nowhere_are_kept_and_counted(self) -> None:
@@ -4088,11 +4095,11 @@ class LoadingRecords(unittest.TestCase):
     def test_a_filled_database_is_not_filled_again(self) -> None:
         db = str(self.folder / "state.db")
         for expected in (3, 3):
-            records = s4s.Records(s4s.Settings(db=db), s4s.Clock())
+            records = s4s.EmbeddedRecords(s4s.Settings(db=db), s4s.Clock())
             self.assertEqual(len(records.patients()), expected)
             before = self.dump(records)
             records.store.close()
-        records = s4s.Records(s4s.Settings(db=db), s4s.Clock())
+        records = s4s.EmbeddedRecords(s4s.Settings(db=db), s4s.Clock())
         self.addCleanup(records.store.close)
         records.patients()
         self.assertEqual(self.dump(records), before)
@@ -4118,7 +4125,7 @@ class LoadingRecords(unittest.TestCase):
         self.assertTrue(all(key for key, _ in records.patients()))
 
     def test_reset_brings_back_exactly_what_was_there_at_the_start(self) -> None:
-        records = s4s.Records(s4s.Settings(data=[self.patient("a"), {"resourceType": "Encounter", "id": "v", "participant": [
+        records = s4s.EmbeddedRecords(s4s.Settings(data=[self.patient("a"), {"resourceType": "Encounter", "id": "v", "participant": [
             {"individual": {"reference": "Practitioner?identifier=7"}}]}]), s4s.Clock())
         self.addCleanup(records.store.close)
         before = self.dump(records)
@@ -4139,7 +4146,7 @@ class LoadingRecords(unittest.TestCase):
         self.assertEqual((len(records.patients("ada")), len(records.patients(limit=2))), (5, 2))
 
     def test_readers_go_on_while_records_are_loaded(self) -> None:
-        records = s4s.Records(s4s.Settings(), s4s.Clock())
+        records = s4s.EmbeddedRecords(s4s.Settings(), s4s.Clock())
         self.addCleanup(records.store.close)
         big = self.bundle(*({"resource": self.patient(f"p{number}")} for number in range(300)))
         failures: list[BaseException] = []
@@ -4154,7 +4161,7 @@ class LoadingRecords(unittest.TestCase):
             thread.start()
         query = s4s.parse_query("r4", "Patient", (("_count", "0"),))
         while any(thread.is_alive() for thread in threads):
-            self.assertIn(records.search(query, s4s.Access(None)).total, (3, 303))
+            self.assertIn(records.search(query, s4s.OPEN_ACCESS).total, (3, 303))
         self.assertEqual(failures, [])
 
     def test_a_long_load_shows_progress(self) -> None:
@@ -4168,7 +4175,7 @@ class LoadingRecords(unittest.TestCase):
         self.assertRegex(shown.getvalue(), r"\Aloading: 1 of 3 MB, \d+ MB/s, 4 s left\n\Z")
 
     def test_a_patients_search_uses_the_index_of_the_patients(self) -> None:
-        records = s4s.Records(s4s.Settings(), s4s.Clock())
+        records = s4s.EmbeddedRecords(s4s.Settings(), s4s.Clock())
         self.addCleanup(records.store.close)
         query = s4s.parse_query("r4", "Observation", (("category", "laboratory"), ("patient", DANIEL)))
         where = s4s.search_condition(query, s4s.Access("patient/*.rs", DANIEL))
@@ -4259,7 +4266,7 @@ class NoAddressGetsOut(ForwardingTest):
         self.script("Observation/mine", observation("mine", note=f"{there}/Patient/1"))
         self.assertEqual(json.loads(self.clean("Observation/mine"))["note"], f"{self.portal.fhir_url}/Patient/1")
         self.portal.reset()
-        self.assertEqual(self.portal.portal.upstream.names, [])  # type: ignore[union-attr]
+        self.assertEqual(self.upstream.names, [])
 
     def test_no_resource_teaches_another_name(self) -> None:
         told = json.dumps(self.behind.bundle(observation("mine", note="http://loinc.org/1"))).replace(
@@ -4468,7 +4475,7 @@ class Faults(ForwardingTest):
                     ("bomb", {"Content-Encoding": "gzip"}, gzip.compress(large))):
                 with self.subTest(name):
                     self.script("Observation/mine", body, 200, headers)
-                    self.portal.portal.upstream.close()  # type: ignore[union-attr]  # connections keep the limit of before
+                    self.upstream.close()  # connections keep the limit of before
                     self.assert_refused("Observation/mine", 502)
 
     def test_broken_gzip_is_502(self) -> None:
@@ -4542,7 +4549,7 @@ class Transport(ForwardingTest):
         for _ in range(5):
             self.read("Observation/mine")
         self.assertEqual(self.behind.connections, before)
-        upstream = self.portal.portal.upstream
+        upstream = self.upstream
         assert upstream
         self.assertEqual([one.reader.deadline for one in upstream._idle], [math.inf], "nobody cuts off one that is kept")
 
@@ -4673,13 +4680,13 @@ class WhatIsBehind(ForwardingTest):
     def test_the_version_is_the_fhir_servers(self) -> None:
         for text, version in (("1.0.2", "dstu2"), ("3.0.1", "stu3"), ("4.0.1", "r4"), ("4.3.0", "r4")):
             with self.subTest(text):
-                self.assertEqual(s4s.fhir_version(self.portal_with({**self.STATEMENT, "fhirVersion": text})), version)
+                self.assertEqual(self.portal_with({**self.STATEMENT, "fhirVersion": text}).records.version, version)
 
     def test_without_metadata_r4_is_assumed_and_a_warning_logged_once(self) -> None:
         portal = self.portal_with({})
         lines: list[str] = []
         portal.log = lines.append
-        self.assertEqual([s4s.fhir_version(portal) for _ in range(3)], ["r4"] * 3)
+        self.assertEqual([portal.records.version for _ in range(3)], ["r4"] * 3)
         self.assertEqual(len(lines), 1)
         self.assertIn("R4 is assumed", lines[0])
 
@@ -4688,13 +4695,13 @@ class WhatIsBehind(ForwardingTest):
         self.script("Patient", self.behind.bundle(*({"resourceType": "Patient", "id": f"p{number}", "name": name}
                                                   for number, name in enumerate(names)), observation("x"),
                                                 {"resourceType": "Patient"}, {"resourceType": "Patient", "id": 7}))
-        self.assertEqual(s4s.upstream_patients(self.portal.portal, "a&b"),
+        self.assertEqual(self.portal.portal.records.find_patients("a&b"),
                          [("p0", "Ann B Cee"), ("p1", "Dee"), ("p2", "p2")])
         self.assertEqual(self.behind.seen[-1][0], "/fhir/Patient?name=a%26b&_count=50")
 
     def test_a_patient_is_there_or_not(self) -> None:
-        self.assertEqual(s4s.upstream_patient(self.portal.portal, ME), ME)
-        self.assertIsNone(s4s.upstream_patient(self.portal.portal, "../x"))
+        self.assertEqual(self.portal.portal.records.patient_name(ME), ME)
+        self.assertIsNone(self.portal.portal.records.patient_name("../x"))
 
     def test_open_access_to_it_is_off_unless_told(self) -> None:
         for told, expected in ((None, False), (False, False), (True, True)):
