@@ -1871,17 +1871,16 @@ def revoke(portal: Portal, request: Request) -> Response:
 
 # ######################################################################## 11 the record's boundary
 
-# Whatever stands behind, the records kept here (section 18) or another server's (section 19), an app sees of them what
-# `Access.may_see` lets through: one judge, asked for every single resource. Searches are narrowed before, so that few
-# have to be thrown away; that is for speed, and nothing relies on it.
+# Whatever stands behind, the records kept here (section 18) or another server's (section 19), an app sees of
+# them what `Access.may_see` lets through: one judge, asked for every single resource. Searches are narrowed
+# before, so that few have to be thrown away; that is for speed, and nothing relies on it.
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
     row = bearer(portal, request)
-    need(request.method in ("GET", "HEAD", "POST"), f"{request.method}: this server only reads", "forbidden", 403,
-         FhirError)
+    permit(request.method in ("GET", "HEAD", "POST"), f"{request.method}: this server only reads")
     base = portal.base(request) + "/api/fhir"
     return answer_fhir(portal.records, fhir_request(request, access_of(portal, row), base, row["grant_id"]))
 
@@ -1915,8 +1914,9 @@ class FhirRequest(NamedTuple):
         return self.request.rest.removesuffix("/_search")
 
 
-# The shapes that a path may have. Each of its parts is decoded by itself, and one that decodes to anything else than
-# such characters fits no shape: what a path hides in dots, slashes or semicolons, encoded once or twice, ends here.
+# The shapes that a path may have. Each of its parts is decoded by itself, and one that decodes to anything
+# else than such characters fits no shape: what a path hides in dots, slashes or semicolons, encoded once or
+# twice, ends here.
 _TYPE, _ID = "[A-Z][A-Za-z]{1,63}", r"(?!\.{1,2}(?:/|$))[A-Za-z0-9.-]{1,64}"
 PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction, shape in (
     ("GET", "search", rf"(?P<type>{_TYPE})"),
@@ -1934,11 +1934,9 @@ def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> 
         match = shape.fullmatch(path) if (request.method == "POST") == (method == "POST") else None
         if match:
             return FhirRequest(request, access, base, grant_id, interaction, **match.groupdict(default=""))
-    need(request.method != "POST", "writing and batches are not possible here; only POST [type]/_search", "forbidden", 403,
-         FhirError)
-    need("$" not in "".join(parts), f"{request.path}: of operations only Patient/[id]/$everything", "forbidden", 403,
-         FhirError)
-    need(path, "a search over all types is not possible here: name a type", "forbidden", 403, FhirError)
+    permit(request.method != "POST", "writing and batches are not possible here; only POST [type]/_search")
+    permit("$" not in "".join(parts), f"{request.path}: of operations only Patient/[id]/$everything")
+    permit(path, "a search over all types is not possible here: name a type")
     raise FhirError("not-supported", f"{request.path}: expected [type], [type]/_search, [type]/[id], "
                     "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
 
@@ -1958,9 +1956,14 @@ def answer_fhir(records: Records, asked: FhirRequest) -> Response:
     if asked.interaction == "read":
         return records.answer_read(asked)
     for letter in "rs":
-        need(asked.id in asked.access.patients("Patient", letter), f"Patient/{asked.id}: the token is not for this "
-             "patient's record", "forbidden", 403, FhirError)
+        permit(asked.id in asked.access.patients("Patient", letter), f"Patient/{asked.id}: the token is not for this "
+             "patient's record")
     return records.answer_everything(asked)
+
+
+def permit(good: object, description: str) -> None:
+    """`need`, with FHIR's 403."""
+    need(good, description, "forbidden", 403, FhirError)
 
 
 def too_little_scope(type_name: str, letter: str) -> FhirError:
@@ -1977,8 +1980,8 @@ def not_in_record(asked: FhirRequest) -> FhirError:
 
 
 class Records:
-    """The records as the protocol knows them. Two kinds stand behind this: those of section 18 lie in SQLite, those of
-    section 19 are another FHIR server's. No endpoint asks which it is."""
+    """The records as the protocol knows them. Two kinds stand behind this: those of section 18 lie in SQLite,
+    those of section 19 are another FHIR server's. No endpoint asks which it is."""
     version: str         # of FHIR: a key of FHIR_VERSIONS
     warnings: list[str]  # what the person who starts the server should know
 
@@ -2034,8 +2037,9 @@ class Records:
 
 
 class Resource:
-    """A resource as the judge looks at it: what it is, whose, of which categories. This one was sent by a FHIR server,
-    and says so in its JSON; of one that lies in SQLite it was noted when it was written (StoredResource)."""
+    """A resource as the judge looks at it: what it is, whose, of which categories. This one was sent by a
+    FHIR server, and says so in its JSON; of one that lies in SQLite it was noted when it was written
+    (StoredResource)."""
     content: Json
 
     def __init__(self, content: Json, base: str = ""):
@@ -2053,7 +2057,8 @@ class Resource:
 
 
 class _Everybody(frozenset[str]):
-    """The patients whose records an unlimited scope opens. Not None: a forgotten value must not open everything."""
+    """The patients whose records an unlimited scope opens. Not None: a forgotten value must not open
+    everything."""
     def __contains__(self, patient_id: object) -> bool:
         return True
 
@@ -2063,7 +2068,8 @@ NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to ca
 
 
 class Access:
-    """What one token lets its bearer see: the one place that judges. All that leaves the FHIR API passed `may_see`."""
+    """What one token lets its bearer see: the one place that judges. All that leaves the FHIR API passed
+    `may_see`."""
     def __init__(self, scope: str, patient_id: str | None = None, users_patients: frozenset[str] = frozenset(),
                  labels: frozenset[str] = NO_LIMIT, fhir_user: str = "", version: str = "r4", unlimited: bool = False):
         self.scope = scope
@@ -2088,7 +2094,8 @@ class Access:
         return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
 
     def _opens(self, resource: Resource, letters: str) -> bool:
-        """Whether a scope reaches the resource's owner, its type and itself, and all its categories were approved."""
+        """Whether a scope reaches the resource's owner, its type and itself, and all its categories were
+        approved."""
         if resource.owner == UNKNOWN:
             return False
         for patients, constraints in self._openings(str(resource.type), letters):
@@ -2100,8 +2107,8 @@ class Access:
         return False
 
     def _opens_file(self, binary: Resource) -> bool:
-        """Whether a Binary may be read that does not say whose it is: because something that may be seen points to it,
-        or because its reader may see everybody's records without limits."""
+        """Whether a Binary may be read that does not say whose it is: because something that may be seen
+        points to it, or because its reader may see everybody's records without limits."""
         if not self.allows("Binary", "r") or named_patients(binary.content, binary.base) - {UNKNOWN}:
             return False
         if self.patients("Binary", "r") is EVERYBODY and not self.narrowed:
@@ -2109,10 +2116,12 @@ class Access:
         return binary.is_pointed_to(self)
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
-        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very resource.
+        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very
+        resource.
 
-        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient and
-        categories: with that word the user approved to be known (SMART, "Scopes for requesting identity data").
+        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient
+        and categories: with that word the user approved to be known (SMART, "Scopes for requesting identity
+        data").
         """
         return (self.unlimited or bool(self._openings(type_name, letter))
                 or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
@@ -2133,7 +2142,8 @@ class Access:
         return frozenset().union(*reaches)
 
     def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str], Any]]:
-        """The scopes that open a type, for all these letters: of each the patients it reaches, and its ?param=value."""
+        """The scopes that open a type, for all these letters: of each the patients it reaches, and its
+        ?param=value."""
         known = self._known.get((type_name, letters))
         if known is None:
             reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients,
@@ -2144,7 +2154,8 @@ class Access:
         return known
 
     def binaries_in(self, documents: Iterable[Resource]) -> set[str]:
-        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be seen."""
+        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be
+        seen."""
         return {binary_id for document in documents if document.type in DOCUMENT_TYPES
                 and (self.may_see(document, "r") or self.may_see(document, "s"))
                 for url in attachments(document.content)
@@ -2167,11 +2178,12 @@ def access_of(portal: Portal, row: Row) -> Access:
     return access_for(scope, row["patient_id"], users_patients, labels, fhir_user, version)
 
 
-# How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2, STU3 and
-# R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father performed is Amy's
-# alone. Left out, and so refused, is what does not itself say whose it is: AuditEvent and Provenance point at other
-# resources, Schedule and Slot at doctors, Group and Person at several people; Bundle and Parameters hold resources,
-# and a Bundle within a Bundle is nothing that a search or $everything should answer.
+# How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2,
+# STU3 and R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father
+# performed is Amy's alone. Left out, and so refused, is what does not itself say whose it is: AuditEvent and
+# Provenance point at other resources, Schedule and Slot at doctors, Group and Person at several people;
+# Bundle and Parameters hold resources, and a Bundle within a Bundle is nothing that a search or $everything
+# should answer.
 OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("id",): "Patient",
     ("patient",):
@@ -2206,13 +2218,14 @@ _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-
 def owner(resource: Json, base: str = "") -> str:
     """The id of the patient a resource belongs to; NOBODY if to none; UNKNOWN if that can't be told.
 
-    Where several patients are named, in several elements or in contained resources, they must be the same one: a
-    record of two people may be shown to neither. A contained resource has no life of its own, so it need not say whose
-    it is, but it must be of a type that could. References may be relative, or absolute below `base`; those to a
-    version count, those by identifier alone or into the resource itself (#) can't be told.
+    Where several patients are named, in several elements or in contained resources, they must be the same
+    one: a record of two people may be shown to neither. A contained resource has no life of its own, so it
+    need not say whose it is, but it must be of a type that could. References may be relative, or absolute
+    below `base`; those to a version count, those by identifier alone or into the resource itself (#) can't be
+    told.
 
-    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does Patient.link, and it
-    opens nothing: what was filed under a linked Patient needs a token for that one.
+    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does
+    Patient.link, and it opens nothing: what was filed under a linked Patient needs a token for that one.
     """
     named = named_patients(resource, base)
     if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
@@ -2280,7 +2293,8 @@ OLD_CATEGORIES = {"allergy": "allergies"}
 
 
 def categories(resource: Json) -> list[str]:
-    """The data categories a resource falls into; empty for what belongs to nobody. Contained ones go with it."""
+    """The data categories a resource falls into; empty for what belongs to nobody. Contained ones go with
+    it."""
     type_name = resource.get("resourceType", "")
     if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
         return []
@@ -2358,7 +2372,8 @@ def outcome(error: PortalError) -> Json:
 
 @route("GET /api/me", "S4S", cors=True, kind="fhir")
 def me(portal: Portal, request: Request) -> Response:
-    """The client of this token, and the tokens of the same user and client that are still good; never their values."""
+    """The client of this token, and the tokens of the same user and client that are still good; never their
+    values."""
     row = bearer(portal, request)
     now = portal.clock.now()
     client = portal.client(row["client_id"])
@@ -3360,8 +3375,8 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 
 
 class StoredResource(Resource):
-    """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks into it.
-    Its owner and categories were noted when it was written."""
+    """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks
+    into it. Its owner and categories were noted when it was written."""
     base = ""
 
     def __init__(self, row: Row, records: EmbeddedRecords):
@@ -4090,7 +4105,8 @@ class EmbeddedRecords(Records):
         return resource
 
     def answer_read(self, asked: FhirRequest) -> Response:
-        """One resource; 304 if the client has it already; a Binary's content where its own media type is asked for."""
+        """One resource; 304 if the client has it already; a Binary's content where its own media type is
+        asked for."""
         resource, request = self.visible(asked), asked.request
         need(asked.version in ("", resource.version), "only the current version of a resource is kept: "
              "[type]/[id]/_history/[version]", "not-found", 404, FhirError)
@@ -4120,7 +4136,7 @@ class EmbeddedRecords(Records):
         query = (parsed_query if are_short(pairs) else parse_query)(self.version, asked.type, pairs, asked.base, lenient)
         allowed = asked.access.patients(asked.type, "s")
         others = [patient for patient in sorted(query.patients()) if patient not in allowed]
-        need(not others, f"{', '.join(others)}: the token is not for this patient's record", "forbidden", 403, FhirError)
+        permit(not others, f"{', '.join(others)}: the token is not for this patient's record")
         page = self.search(query, asked.access)
         request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, "
                      "scope, category")
@@ -4231,7 +4247,8 @@ def unpacked(body: bytes, coding: str, most: int) -> bytes:
 
 
 def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> socket.socket:
-    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError if none."""
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError
+    if none."""
     failure = OSError("no address")
     for address in addresses:
         try:
@@ -4242,8 +4259,8 @@ def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> so
 
 
 class Connection:
-    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
-    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and
+    leanly: http.client's use of email.parser takes longer than all the rest of a forwarded read."""
     def __init__(self, https: bool, host: str, addresses: Sequence[tuple[str, int]], deadline: float, watch: Watch,
                  most: int):
         """Connect to an address of `host`. No answer may be longer than `most` bytes."""
@@ -4343,9 +4360,9 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
 
 
 def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
-    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to be sent
-    on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept, which is faster
-    than having them all in memory. ValueError if it is no JSON object."""
+    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in,
+    to be sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is
+    kept, which is faster than having them all in memory. ValueError if it is no JSON object."""
     own: Json = {}
     mark, at = _step(text, 0, "{")
     while mark != "}":
@@ -4370,8 +4387,8 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
 
 
 class Question:
-    """A request as urllib's opener takes it. urllib's own would take an address apart that is known to be one, which
-    costs a tenth of a forwarded read."""
+    """A request as urllib's opener takes it. urllib's own would take an address apart that is known to be
+    one, which costs a tenth of a forwarded read."""
     def __init__(self, url: str, origin: str, data: bytes | None, headers: Mapping[str, str]):
         path = url[len(origin):]
         self.full_url, self.type, self.selector = url, origin.partition(":")[0], "/" * (path[:1] != "/") + path
@@ -4385,8 +4402,8 @@ class Question:
 class Upstream:
     """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
 
-    The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's server on
-    loopback would be looked for at a company's proxy.
+    The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's
+    server on loopback would be looked for at a company's proxy.
     """
     def __init__(self, settings: Settings, watch: Watch):
         import urllib.request  # takes long to import, and few need it
@@ -4394,7 +4411,8 @@ class Upstream:
         parts = urlsplit(self.base)
         self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
-        # DSTU2's media type is another. Asking for either spares asking for the version before the first read.
+        # DSTU2's media type is another. Asking for either spares asking for the version before the first
+        # read.
         self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
             f"Host: {parts.netloc}",
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
@@ -4429,7 +4447,8 @@ class Upstream:
     def _send(self, request: Question) -> Answer:
         """Answer a request over an idle connection, or over a new one.
 
-        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be closed.
+        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to
+        be closed.
         """
         deadline, body = time.monotonic() + request.timeout, request.data or b""
         head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
@@ -4443,7 +4462,8 @@ class Upstream:
             return self._exchange(fresh, message, request.full_url, deadline)
 
     def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
-        """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it out."""
+        """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it
+        out."""
         try:
             return connection.exchange(message, url, deadline)
         finally:
@@ -4453,7 +4473,8 @@ class Upstream:
                 connection.close()
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
-        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be had."""
+        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be
+        had."""
         if form is not None:
             headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = time.monotonic() + self.seconds
@@ -4476,10 +4497,11 @@ class Upstream:
             raise refused(f"can't be reached, or broke off ({type(error).__name__})")
 
     def inside(self, url: str, seen_at: str) -> str | None:
-        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
+        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its
+        base.
 
-        Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server: that name
-        is put in its place.
+        Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server:
+        that name is put in its place.
         """
         try:
             url = urljoin(seen_at, url)
@@ -4497,7 +4519,8 @@ class Upstream:
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
     def _spell(self, host: str, port: int | None) -> None:
-        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's name."""
+        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's
+        name."""
         path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
         names = {re.escape(f"[{host}]" if ":" in host else host)}
         if is_loopback(host):
@@ -4514,18 +4537,20 @@ class Upstream:
         self._traces = re.compile(trace)
 
     def rewritten(self, body: bytes, ours: str) -> str:
-        """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not UTF-8.
+        """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not
+        UTF-8.
 
-        What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only attachments'
-        base64 is not looked into.
+        What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only
+        attachments' base64 is not looked into.
         """
         text = body.decode("utf-8")
         if "\0" in text or "\1" in text:
             raise ValueError("a control character")
         if "\\" in text and _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
             text = json.dumps(json.loads(text))
-        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's. And
-        # from the quick to the slow: mostly its addresses are spelled as expected, and nothing is left to look for.
+        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR
+        # server's. And from the quick to the slow: mostly its addresses are spelled as expected, and nothing
+        # is left to look for.
         for end in '/?"' if self.base in text else "":
             text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
@@ -4545,7 +4570,8 @@ class Upstream:
         return False
 
     def check(self, answer: Answer) -> None:
-        """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients wait)."""
+        """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients
+        wait)."""
         status = answer.status
         if status in (429, 503):
             wait = answer.headers.get("retry-after")
@@ -4572,7 +4598,8 @@ class Upstream:
         return value, text
 
     def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
-        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our addresses."""
+        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our
+        addresses."""
         self.check(answer)
         try:
             own = split_bundle(self.rewritten(answer.body, ours), take)
@@ -4590,8 +4617,8 @@ class Upstream:
         return own, [one for one in found if isinstance(one, dict)]
 
     def _learn(self, own: Json, asked: str, ours: str) -> None:
-        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the path
-        that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before
+        the path that was asked for. No resource can teach one: whoever wrote it might name another server."""
         path = urlsplit(asked).path[len(self.path):]
         for link in elements(own, "link"):
             if path and isinstance(link, dict) and link.get("relation") == "self":
@@ -4602,15 +4629,17 @@ class Upstream:
                     self.names.append(name)
 
     def disguised(self, text: str, ours: str) -> str:
-        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these names
-        mean is the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these
+        names mean is the server's word alone, so a reference to a Patient under one of them makes nobody the
+        owner."""
         for name in self.names:
             for end in '/?"':
                 text = text.replace(name + end, ours + end)
         return text
 
     def statement(self, now: float) -> Json:
-        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
+        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at
+        most."""
         found, until = self._statement
         if now >= until:
             found = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
@@ -4621,10 +4650,10 @@ class Upstream:
 
 
 class ForwardedRecords(Records):
-    """The records of another FHIR server, --fhir-server. It is not trusted to filter: it may ignore every parameter and
-    answer each search with everybody's records. So each answer is read whole, every resource in it judged, and only then
-    sent on: as the text it came in, less what may not be seen, with this portal's addresses in it. It is trusted to
-    label: a resource that says it is Daniel's is taken for Daniel's."""
+    """The records of another FHIR server, --fhir-server. It is not trusted to filter: it may ignore every
+    parameter and answer each search with everybody's records. So each answer is read whole, every resource in
+    it judged, and only then sent on: as the text it came in, less what may not be seen, with this portal's
+    addresses in it. It is trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
     def __init__(self, portal: Portal):
         self.portal, self.upstream = portal, Upstream(portal.settings, portal.watch)
         self.warnings: list[str] = []
@@ -4648,7 +4677,7 @@ class ForwardedRecords(Records):
     def check_type(self, asked: FhirRequest) -> None:
         """Types of which nobody can tell whose they are, are refused."""
         known = asked.access.unlimited or asked.type in OWNER_ELEMENTS or asked.type in SHARED_TYPES
-        need(known, f"{asked.type}: not served, since it can't be told whose record it is in", "forbidden", 403, FhirError)
+        permit(known, f"{asked.type}: not served, since it can't be told whose record it is in")
 
     def answer_search(self, asked: FhirRequest) -> Response:
         """See Records."""
@@ -4680,7 +4709,8 @@ class ForwardedRecords(Records):
         statement.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
 
     def find_patients(self, text: str = "") -> list[tuple[str, str]]:
-        """Patients whose name has a part that begins with the text, the first 50. Asked in the portal's own name."""
+        """Patients whose name has a part that begins with the text, the first 50. Asked in the portal's own
+        name."""
         query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
         answer = self.upstream.ask(f"{self.upstream.base}/Patient?{query}")
         return [(resource["id"], display_name(resource)) for resource in self.upstream.resources(answer, "")[1]
@@ -4720,11 +4750,13 @@ class ForwardedRecords(Records):
         self.upstream.close()
 
 
-# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could look
-# into other records and tell by what is found what stands there (_has, _filter, _query, _type, _list, _content ...).
+# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others
+# could look into other records and tell by what is found what stands there (_has, _filter, _query, _type,
+# _list, _content ...).
 FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude",
              "_total")
-# These stay here: the portal must see whole resources to judge them, and a server may answer with more than asked.
+# These stay here: the portal must see whole resources to judge them, and a server may answer with more than
+# asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
 OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
@@ -4732,8 +4764,8 @@ PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subje
 
 
 def may_be_forwarded(name: str) -> bool:
-    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient= or
-    SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
+    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient=
+    or SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
     return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
 
 
@@ -4758,32 +4790,34 @@ def owner_value(pin: str, patient_ids: Iterable[str]) -> str:
 def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str, base: str) -> tuple[str, str]:
     """One parameter of a search as it goes on.
 
-    Asking for another patient is refused in words rather than found empty: in a parameter that names the owner, under
-    whatever of its names, and by Patient/... in any other. So is what can't be checked: chains (a.b), and modifiers on
-    what names the owner, but for its type (subject:Patient).
+    Asking for another patient is refused in words rather than found empty: in a parameter that names the
+    owner, under whatever of its names, and by Patient/... in any other. So is what can't be checked: chains
+    (a.b), and modifiers on what names the owner, but for its type (subject:Patient).
     """
     stem, _, modifier = name.partition(":")
     need("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, since it could look into other records",
          "forbidden", 403, FhirError)
     owns = stem in OWNER_PARAMETERS or stem == pin
-    need(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier", "forbidden", 403, FhirError)
+    permit(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier")
     texts = [text.removeprefix(base + "/") for text in value.split(",")]
     if owns or modifier == "Patient":
         patient_ids = [text.removeprefix("Patient/") for text in texts]
     else:
         patient_ids = [patient_id for text in texts for patient_id in re.findall(r"Patient/([^/|&?]*)", text)]
     for patient_id in patient_ids:
-        need(FHIR_ID.fullmatch(patient_id) and patient_id in allowed, f"{name}={patient_id}: the token is not for this "
-             "patient's record", "forbidden", 403, FhirError)
+        permit(FHIR_ID.fullmatch(patient_id) and patient_id in allowed, f"{name}={patient_id}: the token is not for this "
+             "patient's record")
     if owns:
         return pin, owner_value(pin, patient_ids)
     return (stem, owner_value("", patient_ids)) if modifier == "Patient" else (name, value)
 
 
 def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]) -> dict[str, str]:
-    """Remember addresses of pages at the FHIR server; gives a handle for each, good for this authorization and path.
+    """Remember addresses of pages at the FHIR server; gives a handle for each, good for this authorization
+    and path.
 
-    The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for.
+    The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token
+    for.
     """
     if not urls:
         return {}
@@ -4842,8 +4876,8 @@ class GatheredPage:
 
 
 class Forwarding:
-    """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR base, under
-    which every address in the answer will be."""
+    """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR
+    base, under which every address in the answer will be."""
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
@@ -4881,8 +4915,8 @@ class Forwarding:
         return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304 if unchanged else 200)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
-        """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none under
-        a member given twice, none in a place where FHIR has none."""
+        """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
+        none under a member given twice, none in a place where FHIR has none."""
         if self.access.unlimited:
             return True
         if not isinstance(resource, dict) or text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
@@ -4890,7 +4924,8 @@ class Forwarding:
         return self.access.may_see(FetchedResource(resource, self), letters)
 
     def finds_binary(self, binary_id: str) -> bool:
-        """Whether a document or report of the record points to a Binary. What was found once is remembered."""
+        """Whether a document or report of the record points to a Binary. What was found once is
+        remembered."""
         binaries = self.records.binaries
         if len(binaries) > 1000:
             binaries.clear()
@@ -4931,8 +4966,8 @@ class Forwarding:
         """Patient/[id]/$everything. It reads and searches, so each resource in it takes both letters."""
         pairs = self.request.pairs()
         for name, _ in pairs:
-            need(name in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"), f"{name}: expected one of "
-                 + ", ".join(EVERYTHING_PARAMETERS), "forbidden", 403, FhirError)
+            permit(name in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"), f"{name}: expected one of "
+                 + ", ".join(EVERYTHING_PARAMETERS))
         url = self.page_url() or f"{self.upstream.base}/Patient/{self.asked.id}/$everything"
         return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
@@ -4945,8 +4980,8 @@ class Forwarding:
         return kept_page(self.portal, self.asked.grant_id, self.request.rest, pairs[0][1])
 
     def links(self, own: Json, answer: Answer) -> dict[str, str]:
-        """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that leads
-        elsewhere is an error: without it, the app would take the page for the last."""
+        """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that
+        leads elsewhere is an error: without it, the app would take the page for the last."""
         links: dict[str, str] = {}
         for link in elements(own, "link"):
             relation, url = (link.get("relation"), link.get("url")) if isinstance(link, dict) else (None, None)
@@ -4961,11 +4996,11 @@ class Forwarding:
         return links
 
     def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
-        """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was included
-        with it; and how many were dropped.
+        """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was
+        included with it; and how many were dropped.
 
-        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may quote
-        anything; Bundles within the Bundle.
+        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may
+        quote anything; Bundles within the Bundle.
         """
         matches: list[str] = []
         included: list[str] = []
@@ -4986,15 +5021,17 @@ class Forwarding:
                           "trusted to filter")
         return own, matches, included, dropped
 
-    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of nothing, would
-    # tell that it is there, and so would what was included with it. Then a page of ours is filled from the server's
-    # pages after it, and a link to the next comes if there is one more to see, or after MAX_PAGES. The address behind
-    # that link ends in #, how many were seen of the server's page already, and the size of ours. The server's `total`
-    # can't be checked, so it comes only where all that it counts is on this page; what _summary=count asks for is
-    # counted here. Better would be a server that is asked in a language in which the token's limits can be said.
+    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of
+    # nothing, would tell that it is there, and so would what was included with it. Then a page of ours is
+    # filled from the server's pages after it, and a link to the next comes if there is one more to see, or
+    # after MAX_PAGES. The address behind that link ends in #, how many were seen of the server's page
+    # already, and the size of ours. The server's `total` can't be checked, so it comes only where all that it
+    # counts is on this page; what _summary=count asks for is counted here. Better would be a server that is
+    # asked in a language in which the token's limits can be said.
 
     def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
-        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`; `pairs` are all that came."""
+        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`; `pairs` are all
+        that came."""
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
         count = dict(pairs).get("_count", "20")
         need(re.fullmatch("[0-9]{1,9}", count), f"_count={count}: expected a whole number", "value", kind=FhirError)
@@ -5014,8 +5051,8 @@ class Forwarding:
 
     def gather(self, page: GatheredPage, url: str, query: str, letters: str, skip: int, fills: bool,
                reads_on: bool) -> Answer:
-        """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`), or to the
-        end (`reads_on` alone), or just one. Gives the last answer."""
+        """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`),
+        or to the end (`reads_on` alone), or just one. Gives the last answer."""
         # A search that was posted is posted on: what a patient has may be too private for the address line.
         form = query.encode() if query and self.request.method == "POST" else None
         ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
