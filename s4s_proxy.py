@@ -1876,7 +1876,8 @@ def revoke(portal: Portal, request: Request) -> Response:
 # before, so that few have to be thrown away; that is for speed, and nothing relies on it.
 
 
-@route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir", fault="fhir")
+@route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir",
+       fault="fhir")
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
     row = bearer(portal, request)
@@ -1888,12 +1889,15 @@ def fhir(portal: Portal, request: Request) -> Response:
 @route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
 def open_fhir(portal: Portal, request: Request) -> Response:
     """All records, without a token: to look what there is."""
-    need(portal.settings.serves_open_fhir, "open FHIR access is off; --open-fhir turns it on", "not-found", 404, FhirError)
+    need(portal.settings.serves_open_fhir, "open FHIR access is off; --open-fhir turns it on", "not-found",
+         404, FhirError)
     if request.rest == "metadata":
-        return fhir_response(request, capability_statement(portal, request, False), version=portal.records.version)
-    need(request.method != "POST" or request.rest.endswith("/_search"), "POST: only [type]/_search", "not-supported", 405,
-         FhirError, [("Allow", "GET, HEAD")])
-    return answer_fhir(portal.records, fhir_request(request, OPEN_ACCESS, portal.base(request) + "/api/open-fhir", ""))
+        return fhir_response(request, capability_statement(portal, request, False),
+                             version=portal.records.version)
+    need(request.method != "POST" or request.rest.endswith("/_search"), "POST: only [type]/_search",
+         "not-supported", 405, FhirError, [("Allow", "GET, HEAD")])
+    return answer_fhir(portal.records, fhir_request(request, OPEN_ACCESS,
+                                                    portal.base(request) + "/api/open-fhir", ""))
 
 
 class FhirRequest(NamedTuple):
@@ -1951,13 +1955,14 @@ def answer_fhir(records: Records, asked: FhirRequest) -> Response:
         if not asked.access.allows(asked.type, letter, asked.id if asked.interaction == "read" else ""):
             raise too_little_scope(asked.type, letter)
     if asked.interaction == "search":
-        need(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported", 403, FhirError)
+        need(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported", 403,
+             FhirError)
         return records.answer_search(asked)
     if asked.interaction == "read":
         return records.answer_read(asked)
     for letter in "rs":
-        permit(asked.id in asked.access.patients("Patient", letter), f"Patient/{asked.id}: the token is not for this "
-             "patient's record")
+        permit(asked.id in asked.access.patients("Patient", letter), f"Patient/{asked.id}: the token is not "
+               "for this patient's record")
     return records.answer_everything(asked)
 
 
@@ -1975,8 +1980,8 @@ def too_little_scope(type_name: str, letter: str) -> FhirError:
 
 def not_in_record(asked: FhirRequest) -> FhirError:
     """403 for a resource that this token does not reach."""
-    return FhirError("forbidden", f"{asked.type}/{asked.id} is not in the record that the token opens, or in a category "
-                     "that was not approved", 403)
+    return FhirError("forbidden", f"{asked.type}/{asked.id} is not in the record that the token opens, or "
+                     "in a category that was not approved", 403)
 
 
 class Records:
@@ -2070,8 +2075,9 @@ NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to ca
 class Access:
     """What one token lets its bearer see: the one place that judges. All that leaves the FHIR API passed
     `may_see`."""
-    def __init__(self, scope: str, patient_id: str | None = None, users_patients: frozenset[str] = frozenset(),
-                 labels: frozenset[str] = NO_LIMIT, fhir_user: str = "", version: str = "r4", unlimited: bool = False):
+    def __init__(self, scope: str, patient_id: str | None = None,
+                 users_patients: frozenset[str] = frozenset(), labels: frozenset[str] = NO_LIMIT,
+                 fhir_user: str = "", version: str = "r4", unlimited: bool = False):
         self.scope = scope
         self.patient_id = patient_id          # whose record patient/ scopes open
         self.users_patients = users_patients  # whose records user/ scopes open
@@ -2103,7 +2109,8 @@ class Access:
             if ((resource.owner == NOBODY or resource.owner in patients)
                     and (not constraints or resource_matches(resource.content, self.version, constraints))):
                 # A resource of two categories needs both: who left out laboratory results meant all of them.
-                return resource.owner == NOBODY or not self.labels or self.labels.issuperset(resource.categories())
+                return (resource.owner == NOBODY or not self.labels
+                        or self.labels.issuperset(resource.categories()))
         return False
 
     def _opens_file(self, binary: Resource) -> bool:
@@ -2146,8 +2153,8 @@ class Access:
         ?param=value."""
         known = self._known.get((type_name, letters))
         if known is None:
-            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []), "user": self.users_patients,
-                     "system": EVERYBODY}
+            reach = {"patient": frozenset([self.patient_id] if self.patient_id else []),
+                     "user": self.users_patients, "system": EVERYBODY}
             known = self._known[type_name, letters] = [
                 (reach[scope.context], scope.constraints) for scope in self.scopes
                 if scope.type in ("*", type_name) and set(letters) <= set(scope.letters)]
@@ -2163,7 +2170,8 @@ class Access:
 
 
 OPEN_ACCESS = Access("", unlimited=True)  # what /api/open-fhir shows
-access_for = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers what it found out
+# one for all requests of a token: it remembers what it found out
+access_for = functools.lru_cache(maxsize=1000)(Access)
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -2188,15 +2196,16 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("id",): "Patient",
     ("patient",):
         "AllergyIntolerance BodySite BodyStructure Claim ClaimResponse Consent CoverageEligibilityRequest "
-        "CoverageEligibilityResponse DetectedIssue Device EligibilityRequest EligibilityResponse EpisodeOfCare "
-        "ExplanationOfBenefit FamilyMemberHistory ImagingManifest ImagingObjectSelection Immunization "
-        "ImmunizationEvaluation ImmunizationRecommendation MedicationOrder MolecularSequence NutritionOrder "
-        "RelatedPerson Sequence SupplyDelivery VisionPrescription",
+        "CoverageEligibilityResponse DetectedIssue Device EligibilityRequest EligibilityResponse "
+        "EpisodeOfCare ExplanationOfBenefit FamilyMemberHistory ImagingManifest ImagingObjectSelection "
+        "Immunization ImmunizationEvaluation ImmunizationRecommendation MedicationOrder MolecularSequence "
+        "NutritionOrder RelatedPerson Sequence SupplyDelivery VisionPrescription",
     ("subject",):
-        "Account AdverseEvent Basic CarePlan CareTeam ChargeItem Communication CommunicationRequest Composition "
-        "DeviceRequest DeviceUseRequest DeviceUseStatement DiagnosticOrder DiagnosticReport DocumentManifest "
-        "DocumentReference Flag Goal Invoice List Media MedicationRequest Observation Order Procedure "
-        "ProcedureRequest QuestionnaireResponse RequestGroup RiskAssessment ServiceRequest Specimen",
+        "Account AdverseEvent Basic CarePlan CareTeam ChargeItem Communication CommunicationRequest "
+        "Composition DeviceRequest DeviceUseRequest DeviceUseStatement DiagnosticOrder DiagnosticReport "
+        "DocumentManifest DocumentReference Flag Goal Invoice List Media MedicationRequest Observation "
+        "Order Procedure ProcedureRequest QuestionnaireResponse RequestGroup RiskAssessment ServiceRequest "
+        "Specimen",
     ("patient", "subject"):  # the first in DSTU2, and some in STU3
         "ClinicalImpression Condition Encounter ImagingStudy MeasureReport MedicationAdministration "
         "MedicationDispense MedicationStatement ReferralRequest",
@@ -2207,11 +2216,13 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("participant",): "Appointment",
     ("securityContext",): "Binary",
 }.items() for name in names.split()}
-SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance", "Endpoint")
+SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
+                "Endpoint")
 NOBODY, UNKNOWN = "", "?"  # owners: of what belongs to nobody, of what can't be told; no ids that FHIR allows
 FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
 _PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
-_NO_PATIENT = re.compile(r"(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
+_NO_PATIENT = re.compile("(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/"
+                         "[A-Za-z0-9.-]+")
 _BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
 
 
@@ -2228,10 +2239,12 @@ def owner(resource: Json, base: str = "") -> str:
     Patient.link, and it opens nothing: what was filed under a linked Patient needs a token for that one.
     """
     named = named_patients(resource, base)
-    if not named and (resource.get("resourceType") == "Device" or resource.get("resourceType") in SHARED_TYPES):
+    if not named and (resource.get("resourceType") == "Device"
+                      or resource.get("resourceType") in SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
-        named |= named_patients(inner, base) if isinstance(inner, dict) and "contained" not in inner else {UNKNOWN}
+        is_plain = isinstance(inner, dict) and "contained" not in inner
+        named |= named_patients(inner, base) if is_plain else {UNKNOWN}
     return named.pop() if len(named) == 1 else UNKNOWN
 
 
@@ -2247,7 +2260,8 @@ def named_patients(resource: Json, base: str) -> set[str]:
     if type_name == "Appointment":  # doctors and rooms take part too
         actors = [reference_of(participant.get("actor") if isinstance(participant, dict) else None)
                   for participant in as_list(resource.get("participant"))]
-        return {_id_in(actor, _PATIENT_REFERENCE, base) or UNKNOWN for actor in actors if not _NO_PATIENT.fullmatch(actor)}
+        return {_id_in(actor, _PATIENT_REFERENCE, base) or UNKNOWN for actor in actors
+                if not _NO_PATIENT.fullmatch(actor)}
     return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) or UNKNOWN
             for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
 
@@ -2288,7 +2302,8 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
 _BY_CONTENT = ("Observation", "DiagnosticReport")  # whose own category decides
 _CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
                      if name not in _BY_CONTENT}
-CATEGORIES["other"] = ("Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _CATEGORY_OF_TYPE))
+CATEGORIES["other"] = ("Everything else", tuple(name for name in OWNER_ELEMENTS
+                                                if name not in _CATEGORY_OF_TYPE))
 OLD_CATEGORIES = {"allergy": "allergies"}
 
 
@@ -2379,11 +2394,12 @@ def me(portal: Portal, request: Request) -> Response:
     client = portal.client(row["client_id"])
     rows = portal.state.rows(
         "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
-        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
-        "AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
+        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = "
+        "? AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
     return json_response({
         "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
-            {"scope": one["token_scope"], "patient": one["patient_id"], "access_expires": http_date(one["expires"]),
+            {"scope": one["token_scope"], "patient": one["patient_id"],
+             "access_expires": http_date(one["expires"]),
              "approval_expires": http_date(one["approval_expires"])} for one in rows]})
 
 
@@ -3380,7 +3396,8 @@ class StoredResource(Resource):
     base = ""
 
     def __init__(self, row: Row, records: EmbeddedRecords):
-        self.number, self.type, self.id, self.owner, self.labels, self.updated, self.version, self.text = row[:8]
+        self.number, self.type, self.id, self.owner, self.labels = row[:5]
+        self.updated, self.version, self.text = row[5:8]
         self.row, self.records, self.name = row, records, f"{self.type}/{self.id}"
 
     @functools.cached_property
@@ -3423,7 +3440,8 @@ def search_condition(query: Query, access: Access) -> Sql:
     parts = [one.condition(pinned) for one in query.constraints]
     plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
     parts = [Sql(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
-    return Sql(" AND ".join(part.sql for part in parts), tuple(value for part in parts for value in part.values))
+    return Sql(" AND ".join(part.sql for part in parts),
+               tuple(value for part in parts for value in part.values))
 
 
 _known_condition = functools.lru_cache(maxsize=100)(search_condition)  # for short ones
@@ -3442,11 +3460,12 @@ def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Sql:
 _quote = remembered(1000)(quote)  # the same few names and values stand in most searches
 
 
-def bundle_response(asked: FhirRequest, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]], url: str,
-                    version: str, names: Sequence[str] = ()) -> Response:
+def bundle_response(asked: FhirRequest, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]],
+                    url: str, version: str, names: Sequence[str] = ()) -> Response:
     """A page as a Bundle, its entries as they lie in the database: parsed only to be judged, and not written anew."""
     head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
-        {"relation": relation, "url": url + ("?" if pairs else "") + urlencode(pairs, quote_via=_quote, safe=",:/")}
+        {"relation": relation, "url": url + ("?" if pairs else "") + urlencode(pairs, quote_via=_quote,
+                                                                               safe=",:/")}
         for relation, pairs in links]}
     if page.total is None:
         del head["total"]
@@ -3606,7 +3625,8 @@ def parse_document(data: bytes) -> Document:
     except (ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"not JSON: {error}")
     if not isinstance(value, dict):
-        raise PortalError("invalid_request", f"a JSON {type(value).__name__}: expected a FHIR resource or Bundle")
+        raise PortalError("invalid_request", f"a JSON {type(value).__name__}: expected a FHIR resource or "
+                          "Bundle")
     return value, pointers
 
 
@@ -3614,7 +3634,8 @@ def _identified(resource: Any, entry: Json, where: str) -> Json:
     """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its
     content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
     if not isinstance(resource, dict) or not isinstance(resource.get("resourceType"), str):
-        raise PortalError("invalid_request", f"{where}not a FHIR resource: expected an object with a resourceType")
+        raise PortalError("invalid_request", f"{where}not a FHIR resource: expected an object with a "
+                          "resourceType")
     key = resource.get("id")
     for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")] if key is None else ():
         match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
@@ -3635,8 +3656,8 @@ def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | No
         return [("", _identified(document, {}, ""))], {}
     entries = document.get("entry", [])
     if not isinstance(entries, list) or document.get("type") == "history":
-        raise PortalError("invalid_request", "Bundle: expected a transaction, batch, collection or searchset, with an "
-                          "array of entries")
+        raise PortalError("invalid_request", "Bundle: expected a transaction, batch, collection or "
+                          "searchset, with an array of entries")
     found: list[tuple[str, Json]] = []
     names: dict[str, str | None] = {}
     for place, entry in enumerate(entries):
@@ -3748,14 +3769,15 @@ class EmbeddedRecords(Records):
         self.warnings: list[str] = []
         self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
         self._ready, self._filling, self._indexed = False, threading.Lock(), True
-        self._identified: dict[str, str] = {}  # while loading: Practitioner?identifier=system|value -> Practitioner/id
+        # while loading: Practitioner?identifier=system|value -> Practitioner/id
+        self._identified: dict[str, str] = {}
         try:
             with self.store.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO record_facts VALUES ('version', ?)", (self.version,))
             kept = self._fact("version")
             if kept != self.version:
-                raise StartError(f"--db {settings.db} holds {kept} records: start with --fhir-version {kept}, "
-                                 "or name another file")
+                raise StartError(f"--db {settings.db} holds {kept} records: start with --fhir-version "
+                                 f"{kept}, or name another file")
             found = [source for one in settings.data if one != "none" for source in sources(one)]
             if found:
                 self._load_sources(found)
@@ -3810,13 +3832,15 @@ class EmbeddedRecords(Records):
         """Load one after the other: a bad one is refused whole, those before it stay."""
         before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
         samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
-        if (before,) in samples:  # nothing else is there yet: the longest index is faster made at once, at the end
+        # nothing else is there yet: the longest index is faster made at once, at the end
+        if (before,) in samples:
             self.store.connection.execute("DROP INDEX IF EXISTS search_by_value")
             self._indexed = False
         skipped: collections.Counter[str] = collections.Counter()
         ends = list(itertools.accumulate(source.size for source in found))
         progress = Progress(ends[-1], self.clock)
-        for _, batch in itertools.groupby(zip(found, ends), lambda one: one[1] >> 25):  # every 32 MB is written for good
+        # every 32 MB is written for good
+        for _, batch in itertools.groupby(zip(found, ends), lambda one: one[1] >> 25):
             bad = ""
             with self.store.transaction() as database:
                 for source, end in batch:
@@ -3841,7 +3865,8 @@ class EmbeddedRecords(Records):
             self._resolve(database, later=False)
         self._warn(skipped, before)
 
-    def _prepared(self, document: Document, skipped: collections.Counter[str], place: str = "") -> Iterator[Prepared]:
+    def _prepared(self, document: Document, skipped: collections.Counter[str],
+                  place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
         moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
         now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
@@ -3869,7 +3894,8 @@ class EmbeddedRecords(Records):
         """Write resources, many at once. later: after the start, so that reset takes them back."""
         written: list[tuple[int, Prepared]] = []
         for new in resources:
-            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
+            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)",
+                                     new.row)
             if added.rowcount:
                 written.append((int(added.lastrowid or 0), new))
                 if later:
@@ -3883,7 +3909,8 @@ class EmbeddedRecords(Records):
 
     def _renew(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
-        number, text = database.execute("SELECT number, json FROM resources WHERE type = ? AND id = ?", new.row[:2]).fetchone()
+        number, text = database.execute("SELECT number, json FROM resources WHERE type = ? AND id = ?",
+                                        new.row[:2]).fetchone()
         was = json.loads(text)
         kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
         if {**new.resource, "meta": {**kept, **new.given}} == was:
@@ -3906,7 +3933,8 @@ class EmbeddedRecords(Records):
         """Turn references that were open when their resource was written into Type/id, where that is known now."""
         names: dict[str, str | None] = {}
         waiting = database.execute("SELECT number, reference FROM unresolved").fetchall()
-        for number in dict.fromkeys(number for number, reference in waiting if self.resolve_reference(reference, names)):
+        for number in dict.fromkeys(number for number, reference in waiting
+                                    if self.resolve_reference(reference, names)):
             (text,) = database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
             resource, pointers = parse_document(text.encode())
             self._point(pointers, names)
@@ -3933,28 +3961,33 @@ class EmbeddedRecords(Records):
             served = search_table(self.version)
             rows: Sequence[Row] = ()
             if reference.startswith("urn:"):
-                rows = self.store.rows(f"SELECT type, id FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
-                                       "AND id = ?", *served, reference.rpartition(":")[2])
+                rows = self.store.rows(f"SELECT type, id FROM resources WHERE type IN "
+                                       f"({', '.join('?' * len(served))}) AND id = ?", *served,
+                                       reference.rpartition(":")[2])
             elif conditional and type_name in served:
                 with contextlib.suppress(FhirError, ValueError):
-                    where = search_condition(parse_query(self.version, type_name, tuple(parse_qsl(search))), OPEN_ACCESS)
-                    rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
+                    where = search_condition(parse_query(self.version, type_name, tuple(parse_qsl(search))),
+                                             OPEN_ACCESS)
+                    rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2",
+                                           *where.values)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
         return names.get(reference)
 
     def _warn(self, skipped: Mapping[str, int], before: int) -> None:
         """Note what a load left out, and which references of what came after `before` lead nowhere."""
         if skipped:
-            self.warnings.append(f"{sum(skipped.values())} resources of types that are not served were left out: "
-                                 + ", ".join(f"{name} ({count})" for name, count in sorted(skipped.items())))
+            self.warnings.append(f"{sum(skipped.values())} resources of types that are not served were left "
+                                 "out: " + ", ".join(f"{name} ({count})" for name,
+                                                     count in sorted(skipped.items())))
         lost = self.store.rows(
             "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
-            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment' AND system IN "
-            f"({', '.join('?' * len(search_table(self.version)))}) "
+            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != "
+            f"'_attachment' AND system IN ({', '.join('?' * len(search_table(self.version)))}) "
             "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))",
             before, *search_table(self.version))[0]
         if lost[0]:
-            self.warnings.append(f"{lost[0]} references lead to nothing that was loaded, such as {lost[1]}; they were kept")
+            self.warnings.append(f"{lost[0]} references lead to nothing that was loaded, such as {lost[1]}; "
+                                 "they were kept")
 
     def reset(self) -> None:
         """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
@@ -3983,8 +4016,8 @@ class EmbeddedRecords(Records):
         like = " AND (instr(lower(r.id), ?) OR EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND " \
                "parameter = 'name' AND instr(value, ?)))"
         rows = self._filled().rows(
-            f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id LIMIT ?",
-            *(word for one in words for word in (one, one)), limit)
+            f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id "
+            "LIMIT ?", *(word for one in words for word in (one, one)), limit)
         return [(one["id"], display_name(one)) for one in (json.loads(row["json"]) for row in rows)]
 
     def pointing_to(self, binary_id: str) -> list[Resource]:
@@ -4003,9 +4036,11 @@ class EmbeddedRecords(Records):
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
         page, dropped = self._page(Sql(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}",
                                              where.values), keys, query.limit, query.after, access, "s")
-        whole, total = query.limit and not page.next and not query.after, None  # whole: all matches are on this page
+        # whole: all matches are on this page
+        whole, total = query.limit and not page.next and not query.after, None
         if query.total and not dropped and not access.narrowed:
-            row = None if whole else store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}", *where.values)
+            row = None if whole else store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}",
+                                               *where.values)
             total = row[0] if row else len(page.matches)
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
@@ -4034,14 +4069,16 @@ class EmbeddedRecords(Records):
         while more and len(found) <= count:  # until the page is full and one more is seen
             beyond = _beyond(keys, after) if after else Sql("1")
             wanted = 500 if dropped else count + 1
-            rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} LIMIT ?",
-                                       *select.values, *beyond.values, wanted)
-            seen = [one for one in (StoredResource(row, self) for row in rows) if access.may_see(one, letters)]
+            rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} "
+                                       "LIMIT ?", *select.values, *beyond.values, wanted)
+            seen = [one for one in (StoredResource(row, self) for row in rows)
+                    if access.may_see(one, letters)]
             found += seen
             dropped = dropped or len(seen) < len(rows)
             more = len(rows) == wanted
             after = [rows[-1][name] for name, _ in keys] if rows else []
-        following = page_mark([found[count - 1].row[name] for name, _ in keys]) if len(found) > count > 0 else ""
+        following = page_mark([found[count - 1].row[name] for name,
+                               _ in keys]) if len(found) > count > 0 else ""
         return Page(found[:count], [], following, None), dropped
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
@@ -4049,11 +4086,14 @@ class EmbeddedRecords(Records):
         kind = search_table(self.version)[type_name][name].kind
         if kind in _OWN_COLUMNS:
             return next(iter(_OWN_COLUMNS[kind].values()))
-        column = "first" if kind == "date" else "value"  # the name is one of our table's, so it may stand in SQL
+        # the name is one of our table's, so it may stand in SQL
+        column = "first" if kind == "date" else "value"
         return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
-                f"WHERE number = r.number AND parameter = '{name}'), {'-1e308' if falling else 'char(1114111)'})")
+                f"WHERE number = r.number AND parameter = '{name}'), "
+                f"{'-1e308' if falling else 'char(1114111)'})")
 
-    def _included(self, query: Query, matches: Sequence[StoredResource], access: Access) -> list[StoredResource]:
+    def _included(self, query: Query, matches: Sequence[StoredResource],
+                  access: Access) -> list[StoredResource]:
         """What _include and _revinclude add to a page, each resource once, and only what may be seen itself."""
         seen, found = {one.number for one in matches}, []
         for include in query.includes:
@@ -4074,7 +4114,8 @@ class EmbeddedRecords(Records):
             if owned:
                 condition = Sql("type = ? AND patient_id = ?", (include.source, match.id))
             else:
-                condition = Sql("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter = ? "
+                condition = Sql("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter "
+                                "= ? "
                                       "AND value = ? AND system = ?)",
                                       (include.source, include.parameter, match.id, type_name))
             for row in self.store.rows(f"SELECT * FROM resources WHERE {condition.sql} LIMIT ?",
@@ -4099,7 +4140,8 @@ class EmbeddedRecords(Records):
 
     def visible(self, asked: FhirRequest) -> StoredResource:
         """One resource: fetched, then judged."""
-        resource = need(self.find(asked.type, asked.id), f"there is no {asked.type}/{asked.id}", "not-found", 404, FhirError)
+        resource = need(self.find(asked.type, asked.id), f"there is no {asked.type}/{asked.id}", "not-found",
+                        404, FhirError)
         if not asked.access.may_see(resource, "r"):
             raise not_in_record(asked)
         return resource
@@ -4116,9 +4158,11 @@ class EmbeddedRecords(Records):
             return Response(304, headers=headers)
         if resource.type == "Binary":
             kind = str(resource.content.get("contentType", ""))
-            if re.fullmatch(r"[!-~ ]+", kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
+            if re.fullmatch(r"[!-~ ]+",
+                            kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
                 with contextlib.suppress(TypeError, ValueError):  # it is not base64
-                    data = base64.b64decode(str(resource.content.get("data", resource.content.get("content", ""))))
+                    data = base64.b64decode(str(resource.content.get("data", resource.content.get("content",
+                                                                                                  ""))))
                     # sandbox: content that somebody loaded must not run as a page of this portal
                     return Response(200, data, kind, [*headers, ("Content-Security-Policy", "sandbox")])
         return fhir_response(request, resource.text, headers=headers, version=self.version)
@@ -4127,19 +4171,21 @@ class EmbeddedRecords(Records):
         """A page of a type's resources that match and may be seen, with a link to the next (FHIR search)."""
         request, pin = asked.request, []
         if asked.compartment:  # the path of a compartment is a search in it (FHIR search, "Compartments")
-            owners = [name for name, parameter in search_table(self.version)[asked.type].items() if parameter.kind == "owner"]
+            owners = [name for name, parameter in search_table(self.version)[asked.type].items()
+                      if parameter.kind == "owner"]
             need(owners, f"{asked.type} is in no patient's compartment", "not-supported", 404, FhirError)
             pin = [(owners[0], asked.compartment)]
         given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
         pairs = tuple((name, value) for name, value in given if value)
         lenient = "handling=lenient" in request.headers.get("prefer", "").replace(" ", "")
-        query = (parsed_query if are_short(pairs) else parse_query)(self.version, asked.type, pairs, asked.base, lenient)
+        query = (parsed_query if are_short(pairs) else parse_query)(self.version, asked.type, pairs,
+                                                                    asked.base, lenient)
         allowed = asked.access.patients(asked.type, "s")
         others = [patient for patient in sorted(query.patients()) if patient not in allowed]
         permit(not others, f"{', '.join(others)}: the token is not for this patient's record")
         page = self.search(query, asked.access)
-        request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each judged: patient, "
-                     "scope, category")
+        request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each "
+                     "judged: patient, scope, category")
         rest = [(name, value) for name, value in query.parameters if name != "_page"]
         links: list[tuple[str, Sequence[tuple[str, str]]]] = [("self", query.parameters)]
         if query.after:
@@ -4153,32 +4199,36 @@ class EmbeddedRecords(Records):
         self.visible(asked)
         pairs = asked.request.pairs()
         for name, _ in pairs:
-            need(name in ("_count", "_page", "_format", "_pretty"), f"{name}: unknown parameter of $everything; known are "
-                 "_count, _format, _pretty", "not-supported", kind=FhirError)
+            need(name in ("_count", "_page", "_format", "_pretty"), f"{name}: unknown parameter of "
+                 "$everything; known are _count, _format, _pretty", "not-supported", kind=FhirError)
         query = parse_query(self.version, "Patient", (("_count", "1000"), *pairs))
         page = self.everything(asked.id, asked.access, query.limit, query.after)
         links: list[tuple[str, Sequence[tuple[str, str]]]] = [("self", pairs)]
         if page.next:
             links.append(("next", [*(pair for pair in pairs if pair[0] != "_page"), ("_page", page.next)]))
-        return bundle_response(asked, page, links, f"{asked.base}/Patient/{asked.id}/$everything", self.version)
+        return bundle_response(asked, page, links, f"{asked.base}/Patient/{asked.id}/$everything",
+                               self.version)
 
     def describe(self, statement: Json, secured: bool) -> None:
         """See Records."""
         operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
-        resources = [self._describe_type(name, known) for name, known in sorted(search_table(self.version).items())]
+        resources = [self._describe_type(name, known) for name,
+                     known in sorted(search_table(self.version).items())]
         statement["rest"][0]["resource"] = resources
         if self.version == "r4":
             patient = next(resource for resource in resources if resource["type"] == "Patient")
             patient["operation"] = [{"name": "everything", "definition": operation}]
         else:
-            statement["rest"][0]["operation"] = [{"name": "everything", "definition": {"reference": operation}}]
+            statement["rest"][0]["operation"] = [{"name": "everything",
+                                                  "definition": {"reference": operation}}]
 
     def _describe_type(self, name: str, known: Mapping[str, Parameter]) -> Json:
         """What a CapabilityStatement says of a type. An empty list is left out (FHIR has none)."""
         interactions = ["read", "vread"] if name == "Binary" else ["read", "vread", "search-type"]
         described: Json = {"type": name, "interaction": [{"code": code} for code in interactions]}
         if name != "Binary":
-            described["searchInclude"] = [f"{name}:{word}" for word in sorted(known) if known[word].type == "reference"]
+            described["searchInclude"] = [f"{name}:{word}" for word in sorted(known)
+                                          if known[word].type == "reference"]
             described["searchRevInclude"] = sorted(map(":".join, referring(name, self.version)))
             described["searchParam"] = [{"name": word, "type": known[word].type} for word in sorted(known)]
         return {member: value for member, value in described.items() if value}
@@ -4526,7 +4576,8 @@ class Upstream:
         if is_loopback(host):
             names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
         name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80, 443) else f"{name}{_COLON}{port}(?!\\d)"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80,
+                                                             443) else f"{name}{_COLON}{port}(?!\\d)"
         if not is_loopback(host):  # the name alone tells too much
             trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
         elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
@@ -4546,7 +4597,8 @@ class Upstream:
         text = body.decode("utf-8")
         if "\0" in text or "\1" in text:
             raise ValueError("a control character")
-        if "\\" in text and _ESCAPED_ASCII.search(text):  # \u002f is a slash: so that no address hides behind such
+        # \u002f is a slash: so that no address hides behind such
+        if "\\" in text and _ESCAPED_ASCII.search(text):
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR
         # server's. And from the quick to the slow: mostly its addresses are spelled as expected, and nothing
@@ -4591,7 +4643,8 @@ class Upstream:
         try:
             text = self.rewritten(answer.body, ours)
             value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
-            if not isinstance(value, dict) or not isinstance(value.get("resourceType"), str) or text[end:].strip():
+            if not isinstance(value, dict) or not isinstance(value.get("resourceType"),
+                                                             str) or text[end:].strip():
                 raise ValueError("no resource")
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
@@ -4658,7 +4711,8 @@ class ForwardedRecords(Records):
         self.portal, self.upstream = portal, Upstream(portal.settings, portal.watch)
         self.warnings: list[str] = []
         self._version = ("", 0.0)                            # and until when it holds
-        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        # (grant_id, scope) -> ids found to be in its record
+        self.binaries: dict[tuple[str, str], set[str]] = {}
 
     @property
     def version(self) -> str:  # type: ignore[override]
@@ -4669,7 +4723,8 @@ class ForwardedRecords(Records):
                 text = str(self.upstream.statement(now).get("fhirVersion"))
                 version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
             except FhirError as error:
-                self.portal.log("warning: the FHIR server's version can't be read, R4 is assumed: " + error.description)
+                self.portal.log("warning: the FHIR server's version can't be read, R4 is assumed: "
+                                + error.description)
                 version, until = "r4", now + 60
             self._version = version, until
         return version
@@ -4701,7 +4756,8 @@ class ForwardedRecords(Records):
             if name == "Binary":
                 codes = [code for code in codes if code != "search-type"]
             if codes and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
-                resources.append({"type": name, "interaction": [{"code": code} for code in codes], "searchParam": [
+                resources.append({"type": name, "interaction": [{"code": code} for code in codes],
+                                  "searchParam": [
                     {"name": parameter["name"], "type": str(parameter.get("type"))}
                     for parameter in elements(resource, "searchParam")
                     if isinstance(parameter, dict) and may_be_forwarded(str(parameter.get("name")))]})
@@ -4713,7 +4769,8 @@ class ForwardedRecords(Records):
         name."""
         query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
         answer = self.upstream.ask(f"{self.upstream.base}/Patient?{query}")
-        return [(resource["id"], display_name(resource)) for resource in self.upstream.resources(answer, "")[1]
+        return [(resource["id"], display_name(resource))
+                for resource in self.upstream.resources(answer, "")[1]
                 if resource.get("resourceType") == "Patient" and id_of(resource)]
 
     def patient_name(self, patient_id: str) -> str | None:
@@ -4733,11 +4790,13 @@ class ForwardedRecords(Records):
         base = self.upstream.base
         answer = self.upstream.ask(f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100")
         return [resource for resource in self.upstream.resources(answer, base)[1]
-                if owner(resource, base) == patient_id and resource.get("resourceType") == "Encounter" and id_of(resource)]
+                if owner(resource, base) == patient_id and resource.get("resourceType") == "Encounter"
+                and id_of(resource)]
 
     def load(self, document: Json) -> int:
         """Refused: see Records."""
-        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
+        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them "
+                          "there")
 
     def reset(self) -> None:
         """Forget what was found out."""
@@ -4753,8 +4812,8 @@ class ForwardedRecords(Records):
 # Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others
 # could look into other records and tell by what is found what stands there (_has, _filter, _query, _type,
 # _list, _content ...).
-FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include", "_revinclude",
-             "_total")
+FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include",
+             "_revinclude", "_total")
 # These stay here: the portal must see whole resources to judge them, and a server may answer with more than
 # asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
@@ -4769,7 +4828,8 @@ def may_be_forwarded(name: str) -> bool:
     return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
 
 
-def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]], base: str) -> list[tuple[str, str]]:
+def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]],
+                  base: str) -> list[tuple[str, str]]:
     """The search to send: each parameter checked, and pinned to the patients that may be seen."""
     if access.unlimited:
         return [(name, value) for name, value in pairs if value and (
@@ -4787,7 +4847,8 @@ def owner_value(pin: str, patient_ids: Iterable[str]) -> str:
     return ",".join(patient_id if pin == "_id" else f"Patient/{patient_id}" for patient_id in patient_ids)
 
 
-def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str, base: str) -> tuple[str, str]:
+def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str,
+                        base: str) -> tuple[str, str]:
     """One parameter of a search as it goes on.
 
     Asking for another patient is refused in words rather than found empty: in a parameter that names the
@@ -4795,8 +4856,8 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
     (a.b), and modifiers on what names the owner, but for its type (subject:Patient).
     """
     stem, _, modifier = name.partition(":")
-    need("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, since it could look into other records",
-         "forbidden", 403, FhirError)
+    need("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, since it could look into "
+         "other records", "forbidden", 403, FhirError)
     owns = stem in OWNER_PARAMETERS or stem == pin
     permit(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier")
     texts = [text.removeprefix(base + "/") for text in value.split(",")]
@@ -4805,8 +4866,8 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
     else:
         patient_ids = [patient_id for text in texts for patient_id in re.findall(r"Patient/([^/|&?]*)", text)]
     for patient_id in patient_ids:
-        permit(FHIR_ID.fullmatch(patient_id) and patient_id in allowed, f"{name}={patient_id}: the token is not for this "
-             "patient's record")
+        permit(FHIR_ID.fullmatch(patient_id) and patient_id in allowed, f"{name}={patient_id}: the token is "
+               "not for this patient's record")
     if owns:
         return pin, owner_value(pin, patient_ids)
     return (stem, owner_value("", patient_ids)) if modifier == "Patient" else (name, value)
@@ -4834,10 +4895,11 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 
 def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     """The address behind a paging link; 403 for another authorization's."""
-    row = need(portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now()),
+    row = need(portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle,
+                                portal.clock.now()),
                "this paging link has expired, or never was one; search again", "not-found", 404, FhirError)
-    need((row["grant_id"], row["path"]) == (grant_id, path), "this paging link belongs to another authorization or search",
-         "forbidden", 403, FhirError)
+    need((row["grant_id"], row["path"]) == (grant_id, path), "this paging link belongs to another "
+         "authorization or search", "forbidden", 403, FhirError)
     return str(row["url"])
 
 
@@ -4885,7 +4947,8 @@ class Forwarding:
 
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
-        return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
+        return {name: self.request.headers[name.lower()] for name in names
+                if name.lower() in self.request.headers}
 
     def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
@@ -4912,14 +4975,16 @@ class Forwarding:
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
-        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304 if unchanged else 200)
+        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304
+                            if unchanged else 200)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
         none under a member given twice, none in a place where FHIR has none."""
         if self.access.unlimited:
             return True
-        if not isinstance(resource, dict) or text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+        if not isinstance(resource,
+                          dict) or text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
             return False
         return self.access.may_see(FetchedResource(resource, self), letters)
 
@@ -4967,7 +5032,7 @@ class Forwarding:
         pairs = self.request.pairs()
         for name, _ in pairs:
             permit(name in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"), f"{name}: expected one of "
-                 + ", ".join(EVERYTHING_PARAMETERS))
+                   + ", ".join(EVERYTHING_PARAMETERS))
         url = self.page_url() or f"{self.upstream.base}/Patient/{self.asked.id}/$everything"
         return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
@@ -4984,7 +5049,8 @@ class Forwarding:
         leads elsewhere is an error: without it, the app would take the page for the last."""
         links: dict[str, str] = {}
         for link in elements(own, "link"):
-            relation, url = (link.get("relation"), link.get("url")) if isinstance(link, dict) else (None, None)
+            relation, url = (link.get("relation"),
+                             link.get("url")) if isinstance(link, dict) else (None, None)
             if relation in ("first", "previous", "prev", "next", "last") and isinstance(url, str):
                 url = url.replace(self.base, self.upstream.base)  # it was rewritten with all the rest
                 url = url.replace(quote(self.base, safe=""), quote(self.upstream.base, safe=""))
@@ -5017,8 +5083,8 @@ class Forwarding:
             is_included = isinstance(search, dict) and search.get("mode") == "include"
             (included if is_included else matches).append(text)
         own = self.upstream.bundle(answer, self.base, judge)
-        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR server isn't "
-                          "trusted to filter")
+        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR "
+                          "server isn't trusted to filter")
         return own, matches, included, dropped
 
     # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of
@@ -5029,18 +5095,21 @@ class Forwarding:
     # counts is on this page; what _summary=count asks for is counted here. Better would be a server that is
     # asked in a language in which the token's limits can be said.
 
-    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]],
+             letters: str) -> Response:
         """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`; `pairs` are all
         that came."""
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
         count = dict(pairs).get("_count", "20")
-        need(re.fullmatch("[0-9]{1,9}", count), f"_count={count}: expected a whole number", "value", kind=FhirError)
+        need(re.fullmatch("[0-9]{1,9}", count), f"_count={count}: expected a whole number", "value",
+             kind=FhirError)
         skip, size = map(int, mark.split(",")) if mark else (0, int(count))
         counting = not self.access.unlimited and (size == 0 or ("_summary", "count") in pairs)
         if sent and (narrowed or counting):
             sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
         query, page = urlencode(sent, quote_via=quote, safe="/:,|"), GatheredPage(size)
-        answer = self.gather(page, url, query, letters, skip, fills=narrowed and not counting, reads_on=narrowed or counting)
+        answer = self.gather(page, url, query, letters, skip, fills=narrowed and not counting,
+                             reads_on=narrowed or counting)
         bundle = self.bundle(page, pairs, counting)
         if narrowed:
             page.included = going_with(page.matches, page.included)
