@@ -6230,7 +6230,7 @@ class Markup(str):
 
 
 def escaped(child: Any) -> str:
-    """A child of an element: markup as it is, a list one by one, None and False not at all, everything else escaped."""
+    """A child of an element: markup as it is, lists one by one, None and False not at all; else escaped."""
     if isinstance(child, Markup):
         return child
     if isinstance(child, (list, tuple)):
@@ -6239,7 +6239,11 @@ def escaped(child: Any) -> str:
 
 
 def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
-    """An HTML element. class_ is class, data_slide is data-slide; True is a bare attribute, None and False are none."""
+    """An HTML element. class_ is class, data_slide data-slide; True is a bare attribute, None and False none.
+
+    >>> tag("input", class_="glyphbox", data_slide="<next>", required=True, checked=False)
+    '<input class="glyphbox" data-slide="&lt;next&gt;" required>'
+    """
     words = [name]
     for key, value in attributes.items():
         key = key.rstrip("_").replace("_", "-")
@@ -6250,11 +6254,54 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     start = f"<{' '.join(words)}>"
     if name in ("input", "br", "hr", "meta", "link"):
         return Markup(start)
-    return Markup(start + "".join(map(escaped, children)) + f"</{name}>")
+    return Markup(f"{start}{escaped(children)}</{name}>")
+
+
+def card(title: str, *content: Any) -> Markup:
+    """A part of a page, under its own heading."""
+    return tag("section", tag("h2", title), *content, class_="card")
+
+
+def facts(*pairs: tuple[Any, Any]) -> Markup:
+    """A list of names and what they are; pairs with nothing are left out."""
+    return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
+
+
+def html_table(heads: Sequence[str], rows: Sequence[Markup]) -> Markup:
+    """A table; a column of buttons has no head."""
+    cells = [tag("th", head, scope="col") if head else tag("td") for head in heads]
+    return tag("table", tag("thead", tag("tr", cells)), tag("tbody", rows))
+
+
+def post_form(portal: Portal, request: Request, path: str, *content: Any, session_id: str = "",
+              hidden: Sequence[tuple[str, str]] = (), **attributes: Any) -> Markup:
+    """A form for `guarded_form`; `session_id` is that of a browser which only now gets its cookie."""
+    token = form_token(session_id or browser_session(portal, request))
+    fields = [tag("input", type="hidden", name=name, value=value)
+              for name, value in (("form_token", token), *hidden)]
+    action = portal.browser_base(request) + path
+    return tag("form", fields, *content, method="post", action=action, **attributes)
+
+
+def field(label: str, name: str, value: str, kind: str = "text", **attributes: Any) -> Markup:
+    """An input with its label."""
+    return tag("label", label, tag("input", type=kind, id=name, name=name, value=value, **attributes))
+
+
+def check_box(*label: Any, **attributes: Any) -> Markup:
+    """A check box with its label."""
+    return tag("label", tag("input", type="checkbox", **attributes), tag("span", *label), class_="choice")
+
+
+def selection(label: str, name: str, choices: Iterable[tuple[str, str]], chosen: str = "") -> Markup:
+    """A list to choose one of, as value and text."""
+    options = [tag("option", text, value=value, selected=value == chosen) for value, text in choices]
+    return tag("label", label, tag("select", options, id=name, name=name))
 
 
 # Where the texts can be read, besides the RFCs.
-TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html", "FHIR": "https://hl7.org/fhir/http.html",
+TEXTS = {"SMART": "https://hl7.org/fhir/smart-app-launch/app-launch.html",
+         "FHIR": "https://hl7.org/fhir/http.html",
          "OpenID Connect Core": "https://openid.net/specs/openid-connect-core-1_0.html",
          "OpenID Connect Discovery": "https://openid.net/specs/openid-connect-discovery-1_0.html"}
 _CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join(TEXTS)})\b(?: App Launch)?")
@@ -6262,9 +6309,10 @@ _CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join
 
 def cited(text: str) -> Markup:
     """Words with each text that they cite as a link to it."""
-    def link(found: re.Match[str]) -> str:
-        section = f"#section-{found[2]}" if found[2] else ""
-        return tag("a", found[0], href=TEXTS.get(found[3]) or f"https://www.rfc-editor.org/rfc/rfc{found[1]}{section}")
+    def link(match: re.Match[str]) -> str:
+        section = f"#section-{match[2]}" if match[2] else ""
+        address = TEXTS.get(match[3]) or f"https://www.rfc-editor.org/rfc/rfc{match[1]}{section}"
+        return tag("a", match[0], href=address)
     return Markup(_CITED.sub(link, html.escape(text)))
 
 
@@ -6272,100 +6320,105 @@ def cited(text: str) -> Markup:
 STYLE = """
 :root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
 --edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
-@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;
---line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}
-*{box-sizing:border-box}
+@media screen and (prefers-color-scheme:dark){
+:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;--line:#34434f;--edge:#8295a3;
+--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}*{box-sizing:border-box}
 body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
-overflow-wrap:anywhere}
-body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
-body>header{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem;align-items:center;background:var(--paper);
-border-bottom:1px solid var(--line)}
-header strong{flex:1 1 14rem;font-size:1.1rem}header strong::before{content:"";display:inline-block;width:.9em;
-height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
-header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}header a{padding:.4rem 0}
-footer{color:var(--warn);border-top:1px solid var(--line)}
-h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
-h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
-a{color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
+overflow-wrap:anywhere}body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
+body>header,header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}
+body>header{align-items:center;background:var(--paper);border-bottom:1px solid var(--line)}
+header strong{flex:1 1 14rem;font-size:1.1rem}header a{padding:.4rem 0}
+header strong::before{content:"";display:inline-block;width:.9em;height:.9em;margin-right:.5em;
+border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
+footer{color:var(--warn);border-top:1px solid var(--line)}h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}
+h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}h3{font-size:1.0625rem;margin:1.3em 0 .4em}
+p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}a{color:var(--accent)}
+:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
 small,.quiet{color:var(--quiet);font-size:.95rem}
-.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
+.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;
+margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
 .card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
 .note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
 border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
 dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}
-dt{color:var(--quiet)}dd{margin:0}
-label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;margin:1.2rem 0}
-legend{padding:0;font-weight:600}
-input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);
-border-radius:.4rem}
-input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;padding:.4rem .7rem;
-margin-top:.25rem}
+dt{color:var(--quiet)}dd{margin:0}label{display:block;margin:.9rem 0;font-weight:600}
+fieldset{border:0;padding:0;margin:1.2rem 0}legend{padding:0;font-weight:600}
+input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);
+border:1px solid var(--edge);border-radius:.4rem}
+input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;
+padding:.4rem .7rem;margin-top:.25rem}
 .choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
 border-bottom:1px solid var(--line)}.choice small{display:block}
 input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}
-button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;cursor:pointer;
-border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
+button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;
+cursor:pointer;border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
 button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}
 button[data-patient-id]{display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
-color:var(--accent)}
-pre,code{font:.9em/1.5 ui-monospace,monospace}
-pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;margin:.5rem 0}
-table{border-collapse:collapse;width:100%;font-size:.95rem}th,td{text-align:left;vertical-align:top;
-padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);min-width:6.8rem}
-th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
-.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
-@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;padding:.1rem 0}
-tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}dl{display:block}dd{margin:0 0 .6rem}
-td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}}
-@media print{nav,button{display:none!important}.js section:not(.active){display:block}
-body{background:none}body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
+color:var(--accent)}pre,code{font:.9em/1.5 ui-monospace,monospace}
+pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;
+margin:.5rem 0}table{border-collapse:collapse;width:100%;font-size:.95rem}
+th,td{text-align:left;vertical-align:top;padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);
+min-width:6.8rem}th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
+.js section:not(.active),button[data-slide]{display:none}
+.js button[data-slide]:not([hidden]){display:inline-block}
+@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}
+td{border:0;padding:.1rem 0}tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}
+td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}dl{display:block}dd{margin:0 0 .6rem}}
+@media print{nav,button{display:none!important}.js section:not(.active){display:block}body{background:none}
+body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
 """
-
-
-def _source_hash(text: str) -> str:
-    """What a Content-Security-Policy calls an inline script or style by."""
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
-
-def page_headers(style: str, script: str) -> list[tuple[str, str]]:
-    """What guards a page: this style and this script run in it and no other, no site frames it, no cache keeps it.
-
-    A script may talk to this server alone. There is no form-action: the consent form's answer redirects to the app,
-    which that would forbid.
-    """
-    scripts = f"script-src {_source_hash(script)}; connect-src 'self'; " if script else ""
-    policy = f"default-src 'none'; style-src {_source_hash(style)}; {scripts}base-uri 'none'; frame-ancestors 'none'"
-    return [("Content-Security-Policy", policy),
-            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
-
-
-def link_root(portal: Portal) -> str:
-    """What stands before the path in links: nothing, but where a reverse proxy serves this server below a path."""
-    return urlsplit(portal.public_url()).path
 
 
 def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
          cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
     """A page of the portal; `brand` is whose page it is, if not the portal's."""
-    root = link_root(portal)
-    body = tag("html", tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {portal.settings.name}"),
-                           tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-                           tag("style", Markup(style))),
-               tag("body",
-                   tag("header", tag("strong", brand or portal.settings.name),
-                       tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
-                           aria_label="Portal"),
-                       tag("span", f"Signed in as {username}", class_="quiet") if username else None),
-                   tag("main", tag("h1", title), *content),
-                   tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
-                   tag("script", Markup(script)) if script else None), lang="en")
-    return Response(status, b"<!doctype html>" + body.encode("utf-8", "replace"), "text/html; charset=utf-8",
+    root, name = link_root(portal), portal.settings.name
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {name}"),
+               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+               tag("style", Markup(style)))
+    nav = tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
+              aria_label="Portal")
+    signed_in = username and tag("span", f"Signed in as {username}", class_="quiet")
+    body = tag("body", tag("header", tag("strong", brand or name), nav, signed_in),
+               tag("main", tag("h1", title), *content),
+               tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
+               script and tag("script", Markup(script)))
+    text = "<!doctype html>" + tag("html", head, body, lang="en")
+    return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
                     [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
 
 
-def facts(*pairs: tuple[str, Any]) -> Markup:
-    """A list of names and what they are; pairs with nothing are left out."""
-    return tag("dl", [[tag("dt", name), tag("dd", value)] for name, value in pairs if value])
+def link_root(portal: Portal) -> str:
+    """What stands before the path in links: nothing, unless a reverse proxy serves it below a path."""
+    return urlsplit(portal.public_url()).path
+
+
+def page_headers(style: str, script: str) -> list[tuple[str, str]]:
+    """What guards a page: it runs this style and this script alone, no site frames it, no cache keeps it.
+
+    A script may talk to this server alone. There is no form-action: it would forbid the redirect to the app
+    that answers the consent form.
+    """
+    def digest(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+    policy = f"default-src 'none'; style-src {digest(style)}; "
+    if script:
+        policy += f"script-src {digest(script)}; connect-src 'self'; "
+    return [("Content-Security-Policy", policy + "base-uri 'none'; frame-ancestors 'none'"),
+            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+
+
+def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
+    """An error for the person at the browser: what was expected, what came, and what to read."""
+    title = "There is nothing here" if error.status == 404 else "This did not work"
+    sent = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
+    details = facts(
+        ("What came", [tag("code", f"{request.method} {request.path}"), sent and tag("ul", sent)]),
+        ("What it does", found and what_it_does(found)), ("What to read", found and cited(found.spec)),
+        ("Error code", tag("code", error.error)))
+    return page(portal, title, tag("p", cited(error.description), class_="error"),
+                tag("div", details, class_="card"),
+                tag("p", tag("a", "To the start page", href=f"{link_root(portal)}/")), status=error.status)
 
 
 def what_it_does(found: Route) -> str:
@@ -6373,87 +6426,72 @@ def what_it_does(found: Route) -> str:
     return " ".join((found.endpoint.__doc__ or "").partition("\n\n")[0].split())
 
 
-def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
-    """An error for the person at the browser: what was expected, what came, and what to read."""
-    came = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
-    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
-                tag("p", cited(error.description), class_="error"),
-                tag("div", facts(
-                    ("What came", [tag("code", f"{request.method} {request.path}"), came and tag("ul", came)]),
-                    ("What it does", found and what_it_does(found)),
-                    ("What to read", found and cited(found.spec)),
-                    ("Error code", tag("code", error.error))), class_="card"),
-                tag("p", tag("a", "To the start page", href=link_root(portal) + "/")), status=error.status)
-
-
-def hidden(session_id: str, **fields: str) -> list[Markup]:
-    """The hidden fields of a form, its token among them."""
-    return [tag("input", type="hidden", name=name, value=value)
-            for name, value in {"form_token": form_token(session_id), **fields}.items()]
-
-
-def account_names(portal: Portal) -> str:
-    """Who can sign in, in a line."""
-    names = [row["username"] for row in portal.state.rows("SELECT username FROM users ORDER BY rowid LIMIT 20")]
-    return f"{', '.join(names)}, and every loaded patient's id; password {DEMO_PASSWORD} unless --fixtures says another"
+def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
+    """The form; with a cookie for a browser that has none, for its form token to hang on."""
+    session_id = browser_session(portal, request) or new_session_id()
+    form = post_form(
+        portal, request, "/login",
+        field("User name", "username", username, autocomplete="username", required=True),
+        field("Password", "password", "" if message else DEMO_PASSWORD, "password",
+              autocomplete="current-password", required=True),
+        tag("button", "Sign in", id="sign-in"),
+        session_id=session_id, hidden=[("next", next_path)], class_="card")
+    error = message and tag("p", message, class_="error", role="alert")
+    return page(portal, "Sign in", error, form, accounts(portal), status=401 if message else 200,
+                cookies=[set_cookie(portal, request, session_id)])
 
 
 def accounts(portal: Portal) -> Markup:
     """Who can sign in, and how."""
-    rows = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 20")
-    return tag("section", tag("h2", "Test accounts"),
-               facts(*((row["name"], tag("code", row["username"])) for row in rows)),
-               tag("p", "Their password is ", tag("code", DEMO_PASSWORD), ", unless fixtures gave them another. Every patient "
-                   "who was loaded signs in by id, with the same password."), class_="card")
+    names = facts(*((user["name"], tag("code", user["username"])) for user in some_users(portal)))
+    return card("Test accounts", names, tag(
+        "p", "Their password is ", tag("code", DEMO_PASSWORD), ", unless fixtures gave them another. Every "
+        "patient who was loaded signs in by id, with the same password."))
 
 
-def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
-    """The form; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id = browser_session(portal, request) or new_session_id()
-    form = tag("form",
-               hidden(session_id, next=next_path),
-               tag("label", "User name", tag("input", type="text", id="username", name="username", value=username,
-                                             autocomplete="username", required=True)),
-               tag("label", "Password", tag("input", type="password", id="password", name="password",
-                                            value="" if message else DEMO_PASSWORD, autocomplete="current-password",
-                                            required=True)),
-               tag("button", "Sign in", id="sign-in"),
-               method="post", action=f"{portal.browser_base(request)}/login", class_="card")
-    return page(portal, "Sign in", tag("p", message, class_="error", role="alert") if message else None, form,
-                accounts(portal), status=401 if message else 200, cookies=[set_cookie(portal, request, session_id)])
+def account_names(portal: Portal) -> str:
+    """The same in a line, for the banner."""
+    names = ", ".join(user["username"] for user in some_users(portal))
+    return f"{names}, and every loaded patient's id; password {DEMO_PASSWORD} unless --fixtures says another"
+
+
+def some_users(portal: Portal, limit: int = 20) -> Sequence[Row]:
+    """The first users."""
+    return portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT ?", limit)
 
 
 def sign_out(portal: Portal, request: Request) -> Markup:
     """The button to sign out."""
-    return tag("form", hidden(browser_session(portal, request)), tag("button", "Sign out", class_="btn-default"),
-               method="post", action=f"{portal.browser_base(request)}/logout")
+    return post_form(portal, request, "/logout", tag("button", "Sign out", class_="btn-default"))
 
 
 MANY_PATIENTS = 12  # more than this, and the picker has a search box
+REFUSE = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny",
+             formnovalidate=True)
 
 
 def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
                 patients: dict[str, str], text: str = "") -> Response:
-    """Whose record: those of `patients`, found by `text` if any. Who may open many can search."""
-    if not patients and not text:
-        raise PageError("access_denied", f"{user['name']} may open no patient's record here.", 403)
-    session_id, action = browser_session(portal, request), f"{portal.browser_base(request)}/oauth/consent"
-    search_box = tag("form", tag("input", type="hidden", name="request", value=request_id),
-                     tag("label", "Search by name or patient id", tag("input", type="search", name="q", value=text)),
-                     tag("button", "Search", class_="btn-default"), action=action, role="search", class_="card")
-    shown = list(patients.items())[:MANY_PATIENTS]
-    found = f"The first {len(shown)} of {len(patients)} patients." if len(patients) > len(shown) else (
-        None if patients else f"Nobody whose record you may open is called {text!r}.")
+    """Whose record: those of `patients`, found by `text` if any. A user who may open many can search."""
+    need(patients or text, f"{user['name']} may open no patient's record here.",
+         "access_denied", 403, PageError)
+    path, many, count = "/oauth/consent", len(patients) > MANY_PATIENTS, ""
+    if many:
+        count = f"The first {MANY_PATIENTS} of {len(patients)} patients."
+    elif not patients:
+        count = f"Nobody whose record you may open is called {text!r}."
+    search = tag("form", tag("input", type="hidden", name="request", value=request_id),
+                 field("Search by name or patient id", "q", text, "search"),
+                 tag("button", "Search", class_="btn-default"),
+                 action=portal.browser_base(request) + path, role="search", class_="card")
+    buttons = [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
+               for patient_id, name in list(patients.items())[:MANY_PATIENTS]]
     return page(portal, "Whose record?",
-                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page you "
-                    "decide what of it, and until when."),
-                search_box if text or len(patients) > MANY_PATIENTS else None,
-                tag("form", hidden(session_id, request=request_id),
-                    tag("p", found, role="status") if found else None,
-                    [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
-                     for patient_id, name in shown],
-                    tag("button", "Do not approve", class_="btn-default", name="decision", value="deny"),
-                    method="post", action=action, class_="card"), username=user["name"])
+                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next "
+                    "page you decide what of it, and until when."),
+                search if text or many else None,
+                post_form(portal, request, path, count and tag("p", count, role="status"), buttons, REFUSE,
+                          hidden=[("request", request_id)], class_="card"), username=user["name"])
 
 
 CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
@@ -6494,59 +6532,11 @@ CONSENT_SCRIPT = """
 """
 
 
-def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
-    """Who asks, for what, of whom."""
-    target = urlsplit(details["redirect_uri"])
-    links = [tag("p", tag("a", label, href=client.metadata[name])) for name, label in (
-        ("client_uri", "The app's own page"), ("policy_uri", "What it does with data"), ("tos_uri", "Its terms"))
-        if name in client.metadata]
-    return tag("div", facts(
-        ("App", [tag("strong", client.name), links]),
-        ("Known here as", [tag("code", client.client_id), ", registered itself" if client.registered_itself else None]),
-        ("Whose data", whose),
-        ("Goes to", f"{target.scheme}://{target.netloc}" if target.netloc else f"the app that opens {target.scheme}: links"),
-        ("Decided by", user["name"])),
-        client.registered_itself and tag(
-            "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register an app. "
-            "Approve only if you have just come from that app.", class_="quiet"))
-
-
-def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
-    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
-    def line(word: str) -> Markup:
-        parsed = parse_scope(word)
-        kinds = [CATEGORIES[label][0].lower() for label in offered_categories(portal, client, word) if label != "other"]
-        plain = parsed and parsed.type != "*" and not parsed.constraints and kinds
-        # The app wrote the values. Quoted, they can't read as the portal's own words.
-        limits = [[" and " if number else ", but only where ", name, " is ", [
-            [" or " if place else None, tag("code", json.dumps(one, ensure_ascii=False))]
-            for place, one in enumerate(_COMMA.split(value))]]
-                  for number, (name, value) in enumerate(parsed.constraints if parsed else ())]
-        return tag("li", describe_scope(word), f": {', '.join(kinds)}" if plain else None, limits, " ",
-                   tag("small", tag("code", word)))
-    parsed = resource_scopes(scope)
-    warnings = [text for text, holds in (
-        ("Everything means every kind of data, those that are added later too. The last step lets you leave kinds out.",
-         any(one.type == "*" for one in parsed)),
-        ("The app asks for the records of everybody whose record you may open, not for one.",
-         any(one.context == "user" for one in parsed)),
-        ("The app can fetch new data while you are away. That ends on the date you choose, or when you stop it.",
-         "offline_access" in scope.split())) if holds]
-    return tag("div", tag("ul", [line(word) for word in scope.split()]),
-               [tag("p", text, class_="note") for text in warnings],
-               tag("p", "It can change nothing, and it never learns your password."))
-
-
 def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
                  patient_id: str | None) -> Response:
-    """The consent in three steps: what this is, confirm each point, review. One form, so that it works in one go."""
-    now, words = portal.clock.now(), details["scope"].split()
+    """The consent in three steps: what this is, confirm each point, review. One form, sent once."""
     name = patient_id and portal.patient_name(user["username"], patient_id)
     whose = f"the health record of {name}" if name else "what you may see here"
-    encounters = {}
-    if patient_id and "launch/encounter" in words and "encounter" not in details["launch"].get("context", {}):
-        encounters = encounters_of(portal, patient_id)
-    refuse = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
     forward = tag("button", "Continue", type="button", data_slide="next")
     back = tag("button", "Back", type="button", data_slide="back")
     points = (f"I want {client.name} to see {whose}.",
@@ -6554,37 +6544,93 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
               "I can stop sharing at any time, on the page \"Apps you share with\".")
 
     def step(number: int, title: str, *content: Any) -> Markup:
-        return tag("section", tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1), *content,
-                   class_="card")
-    return page(
-        portal, f"Share data with {client.name}?",
-        tag("form", hidden(browser_session(portal, request), request=request_id, patient_id=patient_id or ""),
-            # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
-            tag("button", "Stay", data_slide="stay", hidden=True),
-            step(1, "What this is",
-                 tag("p", f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."),
-                 app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
-                 scope_list(portal, client, details["scope"]), forward, refuse),
-            step(2, "Confirm each point",
-                 [tag("label", tag("input", type="checkbox", class_="glyphbox", rel="confirm", required=True),
-                      tag("span", point), class_="choice") for point in points], forward, back),
-            step(3, "Review",
-                 tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
-                 tag("fieldset", tag("legend", "What it sees"), [
-                     tag("label", tag("input", type="checkbox", name="security_labels", value=label, checked=True),
-                         tag("span", CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label])), class_="choice")
-                     for label in offered_categories(portal, client, details["scope"])]),
-                 tag("label", "Which visit", tag("select", [tag("option", text, value=encounter_id) for encounter_id, text
-                                                            in encounters.items()], name="encounter_id"))
-                 if encounters else None,
-                 tag("label", "Until the end of", tag(
-                     "input", type="date", name="approval_expires", required=True, min=day_of(now),
-                     max=day_of(now, 2), value=day_of(now, 1))),
-                 tag("p", "You can stop sharing before that day, at any time, under ", tag("a", "Apps you share with", href=(
-                     f"{link_root(portal)}/apps")), ". What the app has fetched by then, it keeps."),
-                 tag("button", "Approve", id="authorize", name="decision", value="approve"), refuse, back),
-            id="consent-carousel", method="post", action=f"{portal.browser_base(request)}/oauth/consent"),
-        username=user["name"], script=CONSENT_SCRIPT)
+        heading = tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1)
+        return tag("section", heading, *content, class_="card")
+    steps = [
+        step(1, "What this is",
+             tag("p", f"{client.name} asks to see {whose}. "
+                 "You decide whether it may, what it sees, and until when."),
+             app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
+             scope_list(portal, client, details["scope"]), forward, REFUSE),
+        step(2, "Confirm each point",
+             [check_box(point, class_="glyphbox", rel="confirm", required=True) for point in points],
+             forward, back),
+        step(3, "Review",
+             tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
+             what_to_share(portal, client, details, patient_id),
+             tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, back)]
+    # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
+    stay = tag("button", "Stay", data_slide="stay", hidden=True)
+    form = post_form(portal, request, "/oauth/consent", stay, steps, id="consent-carousel",
+                     hidden=[("request", request_id), ("patient_id", patient_id or "")])
+    return page(portal, f"Share data with {client.name}?", form, username=user["name"], script=CONSENT_SCRIPT)
+
+
+def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
+    """Who asks, for what, of whom."""
+    target = urlsplit(details["redirect_uri"])
+    goes_to = f"{target.scheme}://{target.netloc}"
+    if not target.netloc:
+        goes_to = f"the app that opens {target.scheme}: links"
+    pages = {"client_uri": "The app's own page", "policy_uri": "What it does with data",
+             "tos_uri": "Its terms"}
+    links = [tag("p", tag("a", label, href=client.metadata[name]))
+             for name, label in pages.items() if name in client.metadata]
+    known_as = [tag("code", client.client_id), client.registered_itself and ", registered itself"]
+    told = facts(("App", [tag("strong", client.name), links]), ("Known here as", known_as),
+                 ("Whose data", whose), ("Goes to", goes_to), ("Decided by", user["name"]))
+    return tag("div", told, client.registered_itself and tag(
+        "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register "
+        "an app. Approve only if you have just come from that app.", class_="quiet"))
+
+
+def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
+    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
+    parsed, notes = resource_scopes(scope), []
+    if any(part.type == "*" for part in parsed):
+        notes.append("Everything means every kind of data, those that are added later too. "
+                     "The last step lets you leave kinds out.")
+    if any(part.context == "user" for part in parsed):
+        notes.append("The app asks for the records of everybody whose record you may open, not for one.")
+    if "offline_access" in scope.split():
+        notes.append("The app can fetch new data while you are away. "
+                     "That ends on the date you choose, or when you stop it.")
+    return tag("div", tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
+               [tag("p", note, class_="note") for note in notes],
+               tag("p", "It can change nothing, and it never learns your password."))
+
+
+def scope_line(portal: Portal, client: Client, word: str) -> Markup:
+    """One scope in words: what it allows, of which kinds, or only where."""
+    parsed, details = parse_scope(word), []  # type: ResourceScope | None, list[Any]
+    if parsed and parsed.type != "*" and not parsed.constraints:
+        for label in offered_categories(portal, client, word):
+            if label != "other":
+                details += [", " if details else ": ", CATEGORIES[label][0].lower()]
+    for name, value in parsed.constraints if parsed else ():
+        details += [" and " if details else ", but only where ", name, " is "]
+        for place, choice in enumerate(_COMMA.split(value)):
+            # The app wrote the values. Quoted, they can't read as the portal's own words.
+            details += [" or " if place else None, tag("code", json.dumps(choice, ensure_ascii=False))]
+    return tag("li", describe_scope(word), details, " ", tag("small", tag("code", word)))
+
+
+def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str | None) -> list[Any]:
+    """What the user chooses: categories, a visit if the app asks and no launch named it, the last day."""
+    now, scope, encounters = portal.clock.now(), details["scope"], {}
+    boxes = [check_box(CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label]),
+                       name="security_labels", value=label, checked=True)
+             for label in offered_categories(portal, client, scope)]
+    named = "encounter" in details["launch"].get("context", {})
+    if patient_id and "launch/encounter" in scope.split() and not named:
+        encounters = encounters_of(portal, patient_id)
+    return [tag("fieldset", tag("legend", "What it sees"), boxes),
+            selection("Which visit", "encounter_id", encounters.items()) if encounters else None,
+            field("Until the end of", "approval_expires", day_of(now, 1), "date", required=True,
+                  min=day_of(now), max=day_of(now, 2)),
+            tag("p", "You can stop sharing before that day, at any time, under ",
+                tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
+                ". What the app has fetched by then, it keeps.")]
 
 
 @route("GET /apps", "S4S", kind="page")
@@ -6593,100 +6639,179 @@ def apps(portal: Portal, request: Request) -> Response:
     user = session_user(portal, request)
     if not user:
         return to_sign_in(portal, request)
-    fields = Fields(request.pairs())
-    shared: dict[tuple[str, str | None], list[Row]] = {}  # client and patient -> their grants, the newest first
-    for row in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ? "
-                                 "ORDER BY approved DESC", user["username"], portal.clock.now()):
-        shared.setdefault((row["client_id"], row["patient_id"]), []).append(row)
-    session_id, base = browser_session(portal, request), portal.browser_base(request)
-
-    def app_name(client_id: str) -> str:
-        client = portal.client(client_id)
-        return client.name if client else client_id
-
-    def whose(patient_id: str | None) -> str:
-        return (portal.patient_name(user["username"], patient_id) or patient_id) if patient_id else "nobody's in particular"
-
-    def in_words(labels: list[list[str]]) -> str:
-        seen = {label: any(label in one for one in labels) for label in CATEGORIES}
-        left_out = [CATEGORIES[label][0] for label in CATEGORIES if not seen[label]]
-        if len(left_out) <= 3:
-            return "everything" + (" but " if left_out else "") + "; ".join(left_out)
-        return "; ".join(CATEGORIES[label][0] for label in CATEGORIES if seen[label])
-
-    def line(grants: list[Row]) -> Markup:
-        newest, labels = grants[0], [json.loads(one["security_labels"]) for one in grants]
-        scope = dict.fromkeys(word for one in grants for word in one["scope"].split())
-        return tag("tr", tag("td", tag("strong", app_name(newest["client_id"]))),
-                   tag("td", whose(newest["patient_id"]), data_label="Whose record"),
-                   tag("td", in_words(labels) if all(labels) else "everything its scope allows", tag("details", tag(
-                       "summary", "Scope"), tag("code", " ".join(scope))), data_label="What"),
-                   tag("td", f"{day_of(newest['approved'])} until {day_of(max(one['approval_expires'] for one in grants))}",
-                       data_label="Since and until"),
-                   tag("td", tag("form", tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest[
-                       "grant_id"], aria_label=f"Stop sharing with {app_name(newest['client_id'])}"),
-                                 action=f"{base}/apps")), rel=newest["client_id"])
-    stop = next((grants[0] for grants in shared.values() if grants[0]["grant_id"] == fields.get("stop")), None)
-    modal = stop and tag(
-        "section", tag("h2", f"Stop sharing with {app_name(stop['client_id'])}?"),
-        tag("p", f"From now on it can fetch nothing more of this record: {whose(stop['patient_id'])}. What it has "
-            "fetched, it keeps. To share again, start in the app."),
-        tag("form", hidden(session_id), tag("button", "Stop sharing"), method="post",
-            action=f"{base}/revoke/{stop['grant_id']}"),
-        tag("p", tag("a", "Keep sharing", href=f"{base}/apps")), class_="modal in")
-    table_ = tag("table", tag("thead", tag("tr", [tag("th", text, scope="col") for text in (
-        "App", "Whose record", "What", "Since and until")], tag("td"))), tag("tbody", [line(one) for one in shared.values()]))
-    return page(portal, "Apps you share with", modal,
-                tag("div", table_ if shared else tag("p", "You share with no app. When an app asks and you approve, it is "
-                                                     "listed here, with a button to stop it."), class_="card"),
+    shares: dict[tuple[str, str | None], list[Row]] = {}  # client and patient: their grants, the newest first
+    for grant in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended "
+                                   "AND approval_expires > ? ORDER BY approved DESC",
+                                   user["username"], portal.clock.now()):
+        shares.setdefault((grant["client_id"], grant["patient_id"]), []).append(grant)
+    stop = Fields(request.pairs()).get("stop")
+    question = [stop_card(portal, request, grants[0]) for grants in shares.values()
+                if grants[0]["grant_id"] == stop]
+    rows = [share_row(portal, request, grants) for grants in shares.values()]
+    shown = html_table(("App", *SHARE_HEADS, ""), rows) if rows else tag(
+        "p", "You share with no app. When an app asks and you approve, it is listed here, with a button to "
+        "stop it.")
+    return page(portal, "Apps you share with", question, tag("div", shown, class_="card"),
                 sign_out(portal, request), username=user["name"])
+
+
+SHARE_HEADS = ("Whose record", "What", "Since and until")
+
+
+def share_row(portal: Portal, request: Request, grants: list[Row]) -> Markup:
+    """What a user shares with one app of one patient, with a button that asks for `stop_card`."""
+    app, whose = app_and_record(portal, grants[0])
+    scopes = dict.fromkeys(scope for grant in grants for scope in grant["scope"].split())
+    what = [categories_in_words([json.loads(grant["security_labels"]) for grant in grants]),
+            tag("details", tag("summary", "Scope"), tag("code", " ".join(scopes)))]
+    until = max(grant["approval_expires"] for grant in grants)
+    days = f"{day_of(grants[0]['approved'])} until {day_of(until)}"
+    button = tag("button", "Stop sharing", class_="btn-default", name="stop", value=grants[0]["grant_id"],
+                 aria_label=f"Stop sharing with {app}")
+    return tag("tr", tag("td", tag("strong", app)),
+               [tag("td", value, data_label=head) for head, value in zip(SHARE_HEADS, (whose, what, days))],
+               tag("td", tag("form", button, action=f"{portal.browser_base(request)}/apps")),
+               rel=grants[0]["client_id"])
+
+
+def app_and_record(portal: Portal, grant: Row) -> tuple[str, str]:
+    """The names of a grant's app and patient."""
+    client, patient_id = portal.client(grant["client_id"]), grant["patient_id"]
+    whose = "nobody's in particular"
+    if patient_id:
+        whose = portal.patient_name(grant["username"], patient_id) or patient_id
+    return client.name if client else grant["client_id"], whose
+
+
+def categories_in_words(approved: list[list[str]]) -> str:
+    """The categories of several grants; a grant without any is not limited by category."""
+    if not all(approved):
+        return "everything its scope allows"
+    seen = {label for labels in approved for label in labels}
+    left_out = [name for label, (name, _) in CATEGORIES.items() if label not in seen]
+    if not left_out:
+        return "everything"
+    if len(left_out) <= 3:
+        return f"everything but {'; '.join(left_out)}"
+    return "; ".join(name for label, (name, _) in CATEGORIES.items() if label in seen)
+
+
+def stop_card(portal: Portal, request: Request, grant: Row) -> Markup:
+    """The question before sharing stops."""
+    app, whose = app_and_record(portal, grant)
+    return tag("section", tag("h2", f"Stop sharing with {app}?"),
+               tag("p", f"From now on it can fetch nothing more of this record: {whose}. What it has "
+                   "fetched, it keeps. To share again, start in the app."),
+               post_form(portal, request, f"/revoke/{grant['grant_id']}", tag("button", "Stop sharing")),
+               tag("p", tag("a", "Keep sharing", href=f"{portal.browser_base(request)}/apps")),
+               class_="modal in")
 
 
 @route("GET,POST /launch", "SMART App Launch, EHR launch", kind="page")
 def launch_page(portal: Portal, request: Request) -> Response:
-    """Be the EHR: choose app, user, patient and visit, and launch. A test control, so open to anyone, or not there."""
-    if not portal.settings.serves_debug:
-        raise PageError("not_found", "Launching is a debug control, and those are off; --debug turns them on.", 404)
+    """Be the EHR: choose app, user, patient and visit, and launch. A test control, so open to anyone, or not
+    there."""
+    need(portal.settings.serves_debug, "Launching is a debug control, and those are off; --debug turns them "
+         "on.", "not_found", 404, PageError)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent", "name")
+    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
     chosen: Json = {name: fields.get(name) for name in names}
-    if request.method == "POST":
-        given = {name: value for name, value in chosen.items() if value and name != "name"}
-        return redirect(create_launch(portal, portal.browser_base(request), **given, need_patient_banner=bool(
-            fields.get("need_patient_banner")))["launch_url"])
+    if request.method != "POST":
+        return launch_form(portal, request, chosen, fields.get("name"))
+    given = {name: value for name, value in chosen.items() if value}
+    launch = create_launch(portal, portal.browser_base(request), **given,
+                           need_patient_banner=bool(fields.get("need_patient_banner")))
+    return redirect(launch["launch_url"])
+
+
+def launch_form(portal: Portal, request: Request, chosen: Json, text: str) -> Response:
+    """What to launch, with what was chosen so far, and the patients called `text`."""
+    clients = [portal.client(row["client_id"]) for row in portal.state.rows("SELECT client_id FROM clients")]
+    launchable = [(client.client_id, client.name) for client in clients
+                  if client and client.metadata.get("launch_uris")]
+    users = [(user["username"], user["name"]) for user in some_users(portal, 200)]
+    patients, patient_id = portal.patients_of("clinician", text), chosen["patient_id"]
+    if patient_id and patient_id not in patients:
+        patients[patient_id] = portal.patient_name("clinician", patient_id) or patient_id
+    visits = encounters_of(portal, patient_id) if patient_id else {}
+
+    def choose(label: str, name: str, nothing: str, choices: Iterable[tuple[str, str]]) -> Markup:
+        return selection(label, name, [("", nothing), *choices], chosen[name])
     session_id = browser_session(portal, request) or new_session_id()
+    form = post_form(
+        portal, request, "/launch",
+        choose("App", "client_id", "the one at the address below", launchable),
+        field("Its launch address (if none is registered, or another one)", "launch_uri",
+              chosen["launch_uri"]),
+        choose("Who uses it", "username", "whoever signs in", users),
+        field("Find patients by name", "name", text),
+        choose("Whose record is open", "patient_id", "none yet", patients.items()),
+        tag("button", "Show patients and visits", class_="btn-default", formmethod="get",
+            formnovalidate=True),
+        choose("Which visit", "encounter_id", "none", visits.items()),
+        field("Intent (a word that you and the app agreed on)", "intent", chosen["intent"]),
+        check_box("The app shows the patient's name itself (need_patient_banner)", name="need_patient_banner",
+                  value="1", checked=True),
+        tag("button", "Launch", id="launch"), session_id=session_id, class_="card")
+    return page(portal, "Launch an app",
+                tag("p", "As an electronic health record does: the app opens, is told whose record is open "
+                    "here, and asks for permission as always. It runs once, within five minutes."),
+                form, cookies=[set_cookie(portal, request, session_id)])
 
-    def select(name: str, label: str, choices: Iterable[tuple[str, str]]) -> Markup:
-        return tag("label", label, tag("select", [tag("option", text, value=value, selected=value == chosen[name])
-                                                  for value, text in choices], id=name, name=name))
 
-    def text(name: str, label: str) -> Markup:
-        return tag("label", label, tag("input", type="text", id=name, name=name, value=chosen[name]))
-    rows = portal.state.rows("SELECT client_id FROM clients")
-    apps_ = [one for one in (portal.client(row["client_id"]) for row in rows) if one and one.metadata.get("launch_uris")]
-    users = portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT 200")
-    patients, one = portal.patients_of("clinician", chosen["name"]), chosen["patient_id"]
-    if one and one not in patients:
-        patients[one] = portal.patient_name("clinician", one) or one
-    visits = encounters_of(portal, one) if one else {}
+@route("GET /", "S4S", kind="page")
+def start_page(portal: Portal, request: Request) -> Response:
+    """What this is, who can sign in, what can be tried."""
+    base, root, settings = portal.base(request), link_root(portal), portal.settings
+    user = session_user(portal, request)
+    launch = "Play the electronic health record: choose patient and app, and launch it."
     return page(
-        portal, "Launch an app",
-        tag("p", "As an electronic health record does: the app opens, is told whose record is open here, and asks for "
-            "permission as always. It runs once, within five minutes."),
-        tag("form", hidden(session_id),
-            select("client_id", "App", [("", "the one at the address below"), *((one.client_id, one.name) for one in apps_)]),
-            text("launch_uri", "Its launch address (if none is registered, or another one)"),
-            select("username", "Who uses it", [("", "whoever signs in"), *((row["username"], row["name"]) for row in users)]),
-            text("name", "Find patients by name"),
-            select("patient_id", "Whose record is open", [("", "none yet"), *patients.items()]),
-            tag("button", "Show patients and visits", class_="btn-default", formmethod="get", formnovalidate=True),
-            select("encounter_id", "Which visit", [("", "none"), *visits.items()]),
-            text("intent", "Intent (a word that you and the app agreed on)"),
-            tag("label", tag("input", type="checkbox", name="need_patient_banner", value="1", checked=True),
-                tag("span", "The app shows the patient's name itself (need_patient_banner)"), class_="choice"),
-            tag("button", "Launch", id="launch"), method="post", action=f"{portal.browser_base(request)}/launch",
-            class_="card"),
-        cookies=[set_cookie(portal, request, session_id)])
+        portal, "A patient portal to test apps with",
+        tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient "
+            "approves, it sees that record and nothing else. This is the OAuth 2.0 server and the FHIR API "
+            "behind it, in one file of Python that is meant to be read."),
+        tag("p", tag("strong", "For testing only. "), "All patients are made up. Open to anyone who can "
+            "reach this server: ", settings.serves_open_fhir and "every record, at /api/open-fhir/; ",
+            settings.serves_debug and "tokens for any account, at /oauth/debug/; ", "the password below.",
+            class_="error"),
+        home(portal, request, user) if user else None,
+        accounts(portal),
+        card("Where to go", facts(
+            (tag("a", "Demo app", href=f"{root}/demo"),
+             "A whole SMART app in one page: watch every request and answer, then the record."),
+            (tag("a", "Launch an app", href=f"{root}/launch"), settings.serves_debug and launch),
+            (tag("a", "Sign in", href=f"{root}/login"),
+             "As one of the accounts above, to see which apps you share with."),
+            ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
+            ("S4S", "Sync for Science: what its apps and its scripts rely on here."),
+            ("More", "README.md beside the program; then the program itself, from its first line."))),
+        card("Try it in a shell", tag("pre", first_steps(portal, base), tabindex=0)),
+        [endpoint_table(portal, kind) for kind in KINDS],
+        username=user["name"] if user else "")
+
+
+def home(portal: Portal, request: Request, user: Row) -> Markup:
+    """What a signed-in user can do here."""
+    names = list(portal.patients_of(user["username"]).values())
+    more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
+    return card(f"Welcome, {user['name']}",
+                facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
+                tag("p", tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
+                    ": what they see, until when, and a button to stop them."), sign_out(portal, request))
+
+
+def first_steps(portal: Portal, base: str) -> str:
+    """Commands for a shell: a token, and a record read with it; discovery where nobody may ask for tokens."""
+    if not portal.settings.serves_debug:
+        return f"curl -s {base}/api/fhir/.well-known/smart-configuration"
+    row = portal.state.row("SELECT username, patient_id FROM patients "
+                           "ORDER BY username <> 'daniel-adams', is_user DESC LIMIT 1")
+    username, patient_id = row or ("PATIENT_ID", "PATIENT_ID")  # a patient who was loaded signs in by id
+    body = f'{{"client_id": "test-suite", "username": "{username}", "patient_id": "{patient_id}"}}'
+    return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
+            f"  -d '{body}' |\n"
+            "  sed 's/.*\"access_token\": *\"\\([^\"]*\\)\".*/\\1/')\n"
+            f'curl -s "{base}/api/fhir/Patient/{patient_id}?_pretty=true" -H "Authorization: Bearer $token"')
 
 
 KINDS = {  # of routes, in the start page's order
@@ -6697,95 +6822,41 @@ TRY = {  # where to try what a plain link can't show
     "/api/fhir/{}": "/demo", "/api/open-fhir/{}": "/api/open-fhir/Patient?_pretty=true"}
 
 
-def is_served(portal: Portal, one: Route) -> bool:
-    """Whether a route is more than a 404 here: test controls and the open FHIR API may be off."""
-    if one.path.startswith("/api/open-fhir"):
-        return portal.settings.serves_open_fhir
-    return portal.settings.serves_debug or (one.kind != "debug" and one.path != "/launch")
-
-
 def endpoint_table(portal: Portal, kind: str) -> Markup | None:
-    """Every endpoint of a kind with the text it implements, from the routes themselves; a link where one can try it."""
-    def line(one: Route) -> Markup:
-        target = TRY.get(one.path) or (one.path if "GET" in one.methods and "{" not in one.path else "")
-        path = tag("code", one.path.replace("{}", "..."))
-        return tag("tr", tag("td", tag("a", path, href=link_root(portal) + target) if target else path,
-                             tag("br"), tag("small", ", ".join(one.methods))),
-                   tag("td", what_it_does(one)), tag("td", cited(one.spec)))
-    rows = [line(one) for one in ROUTES if one.kind == kind and is_served(portal, one)]
-    return tag("section", tag("h2", KINDS[kind]), tag("table", tag("thead", tag("tr", [
-        tag("th", text, scope="col") for text in ("Path and methods", "What it does", "Text")])), tag("tbody", rows)),
-        class_="card") if rows else None
+    """Every endpoint of a kind with the text it implements, from the routes themselves; a link to try it."""
+    rows = []
+    for found in ROUTES:
+        if found.kind == kind and is_served(portal, found):
+            plain = found.path if "GET" in found.methods and "{" not in found.path else ""
+            target, path = TRY.get(found.path, plain), tag("code", found.path.replace("{}", "..."))
+            link = tag("a", path, href=link_root(portal) + target) if target else path
+            rows.append(tag("tr", tag("td", link, tag("br"), tag("small", ", ".join(found.methods))),
+                            tag("td", what_it_does(found)), tag("td", cited(found.spec))))
+    return card(KINDS[kind], html_table(("Path and methods", "What it does", "Text"), rows)) if rows else None
 
 
-def first_steps(portal: Portal, base: str) -> str:
-    """Commands for a shell: a token, and a record read with it; discovery where nobody may ask for tokens."""
-    if not portal.settings.serves_debug:
-        return f"curl -s {base}/api/fhir/.well-known/smart-configuration"
-    row = portal.state.row("SELECT username, patient_id FROM patients ORDER BY username <> 'daniel-adams', is_user DESC LIMIT 1")
-    username, patient_id = row or ("PATIENT_ID", "PATIENT_ID")  # who was loaded signs in by id
-    return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
-            f"  -d '{{\"client_id\": \"test-suite\", \"username\": \"{username}\", \"patient_id\": \"{patient_id}\"}}' |\n"
-            "  sed 's/.*\"access_token\": *\"\\([^\"]*\\)\".*/\\1/')\n"
-            f'curl -s "{base}/api/fhir/Patient/{patient_id}?_pretty=true" -H "Authorization: Bearer $token"')
-
-
-def home(portal: Portal, request: Request, user: Row) -> Markup:
-    """What a signed-in user can do here."""
-    names = list(portal.patients_of(user["username"]).values())
-    more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
-    return tag("section", tag("h2", f"Welcome, {user['name']}"),
-               facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
-               tag("p", tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
-                   ": what they see, until when, and a button to stop them."), sign_out(portal, request), class_="card")
-
-
-@route("GET /", "S4S", kind="page")
-def start_page(portal: Portal, request: Request) -> Response:
-    """What this is, who can sign in, what can be tried."""
-    base, root, user = portal.base(request), link_root(portal), session_user(portal, request)
-    open_to_all = [text for text, serves in (
-        ("every record, at /api/open-fhir/", portal.settings.serves_open_fhir),
-        ("tokens for any account, at /oauth/debug/", portal.settings.serves_debug)) if serves]
-    go_on = [("Demo app", "/demo", "A whole SMART app in one page: watch every request and answer, then the record."),
-             ("Launch an app", "/launch", "Play the electronic health record: choose patient and app, and launch it."),
-             ("Sign in", "/login", "As one of the accounts above, to see which apps you share with.")]
-    return page(
-        portal, "A patient portal to test apps with",
-        tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient approves, it sees "
-            "that record and nothing else. This is the OAuth 2.0 server and the FHIR API behind it, in one file of Python "
-            "that is meant to be read."),
-        tag("p", tag("strong", "For testing only. "), "All patients are made up. Open to anyone who can reach this "
-            "server: ", "; ".join([*open_to_all, "the password below"]), ".", class_="error"),
-        home(portal, request, user) if user else None,
-        accounts(portal),
-        tag("section", tag("h2", "Where to go"),
-            facts(*((tag("a", name, href=root + path), what) for name, path, what in go_on
-                    if path != "/launch" or portal.settings.serves_debug),
-                  ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
-                  ("S4S", "Sync for Science: what its apps and its scripts rely on here."),
-                  ("More", "README.md beside the program; then the program itself, from its first line.")), class_="card"),
-        tag("section", tag("h2", "Try it in a shell"), tag("pre", first_steps(portal, base), tabindex=0), class_="card"),
-        [endpoint_table(portal, kind) for kind in KINDS],
-        username=user["name"] if user else "")
+def is_served(portal: Portal, found: Route) -> bool:
+    """Whether a route is more than a 404 here: test controls and the open FHIR API may be off."""
+    if found.path.startswith("/api/open-fhir"):
+        return portal.settings.serves_open_fhir
+    return portal.settings.serves_debug or (found.kind != "debug" and found.path != "/launch")
 
 
 # ######################################################################## 24 demo app
 
-# A SMART app such as others write: a public client, which this server treats like any other. Its script is the example
-# to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in the order in which they happen.
+# A SMART app such as others write: a public client that this server treats like any other. Its script is the
+# example to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in that order.
 DEMO_STYLE = STYLE + """
 .story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
-summary b{font:600 .9em ui-monospace,monospace}.story h3{margin:.6rem 0 0;font-size:.95rem}
-.story pre{max-height:18rem}figure :is(th,td){min-width:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}
-figure{margin:0}svg{display:block;width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}
-.range{fill:var(--edge);opacity:.35}.axis{stroke:var(--line)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
-circle{fill:var(--accent)}.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}
-#actions{margin:0 0 1.25rem}
+.story h3{margin:.6rem 0 0;font-size:.95rem}.story pre{max-height:18rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}figure{margin:0}
+figure :is(th,td){min-width:0}svg{display:block;width:100%;height:auto}
+svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}.range{fill:var(--edge);opacity:.35}
+.axis{stroke:var(--line)}circle{fill:var(--accent)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
+.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}#actions{margin:0 0 1.25rem}
+.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
 @media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
 #patient td:first-child{display:block}#patient td::before{display:none}}
-.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
 @media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}
 main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
 #told{grid-column:2;grid-row:2}}
@@ -6793,27 +6864,28 @@ main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;
 DEMO_SCRIPT = r"""
 'use strict';
 
-// ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run what it holds.
+// ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run it.
 
 const $ = id => document.getElementById(id);
 const SVG = ['svg', 'g', 'rect', 'line', 'polyline', 'circle', 'text', 'title'];
 
 function make(name, attributes, ...children) {
-  const made = SVG.includes(name) ? document.createElementNS('http://www.w3.org/2000/svg', name)
-                                  : document.createElement(name);
-  for (const [key, value] of Object.entries(attributes || {})) made.setAttribute(key, value);
-  made.append(...children.flat(3).filter(child => child !== ''));
+  const space = SVG.includes(name) ? 'http://www.w3.org/2000/svg' : 'http://www.w3.org/1999/xhtml';
+  const made = document.createElementNS(space, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children.flat(3));
   return made;
 }
 
 const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
 const definitions = pairs => make('dl', {},
   pairs.map(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
-let story = [];  // what happened so far: title, the section of the text, parts to look at, shown open or closed
+let story = [];  // what happened so far: title, section of the text, parts to look at, shown open or closed
 
 function tell(title, section, parts, open = true) {
   story.push([title, section, parts, open]);
-  const item = make('details', open ? {open: ''} : {}, make('summary', {}, title + ' ', make('small', {}, section)));
+  const item = make('details', {}, make('summary', {}, title + ' ', make('small', {}, section)));
+  item.open = open;
   for (const [heading, value] of parts) {
     const text = pretty(value), more = text.length - 6000;
     item.append(make('h3', {}, heading), make('pre', {tabindex: 0, 'aria-label': heading},
@@ -6829,19 +6901,20 @@ const run = work => work.catch(error => $('status').replaceChildren(
 
 // One request, shown with its answer.
 async function call(title, section, url, {method = 'GET', headers = {}, form} = {}, open = true) {
-  const answer = await fetch(url, {method, headers, body: form && new URLSearchParams(form), cache: 'no-store'});
+  const sentForm = form && new URLSearchParams(form);
+  const answer = await fetch(url, {method, headers, body: sentForm, cache: 'no-store'});
   let body = await answer.text();
   try { body = JSON.parse(body); } catch { /* not JSON: shown as it is */ }
-  const sent = Object.entries(headers).map(([name, value]) => `${name}: ${value}`).join('\n');
-  tell(title, section, [[`${method} ${url}`, sent || 'no headers of our own'], ...(form ? [['Form sent', form]] : []),
-    [`Answer: ${answer.status} ${answer.statusText}`, body]], open);
+  const sent = Object.entries(headers).map(header => header.join(': ')).join('\n') || 'no headers of our own';
+  tell(title, section, [[`${method} ${url}`, sent], ...(form ? [['Form sent', form]] : []),
+                        [`Answer: ${answer.status} ${answer.statusText}`, body]], open);
   return {ok: answer.ok, status: answer.status, body};
 }
 
 // ---- 1 to 3: find the server, make a secret, ask.
 
-const base = $('app').dataset.base;         // the server's name for itself
-const home = base + '/demo';                // this page is where the browser comes back to, too
+const base = $('app').dataset.base;  // the server's name for itself
+const home = base + '/demo';  // this page is where the browser comes back to, too
 const query = new URLSearchParams(location.search);
 
 const base64url = bytes => btoa(String.fromCharCode(...new Uint8Array(bytes)))
@@ -6849,15 +6922,16 @@ const base64url = bytes => btoa(String.fromCharCode(...new Uint8Array(bytes)))
 const random = () => base64url(crypto.getRandomValues(new Uint8Array(32)));
 
 async function prepare() {
-  // An EHR's launch says which server to ask. An app asks only servers it trusts, or a stranger's could read along.
+  // An EHR's launch says which server to ask. An app asks servers it trusts: a stranger's would read along.
   const iss = query.get('iss') || base + '/api/fhir', launch = query.get('launch');
   if (iss !== base + '/api/fhir') fail(`iss is ${iss}: this app trusts ${base}/api/fhir alone.`);
-  if (launch) tell('The EHR launched this app', 'SMART App Launch, EHR launch', [['In the address', {iss, launch}]]);
+  if (launch)
+    tell('The EHR launched this app', 'SMART App Launch, EHR launch', [['In the address', {iss, launch}]]);
   const found = await call('1. Discover the endpoints', 'SMART App Launch, Conformance; RFC 8414',
                            iss + '/.well-known/smart-configuration');
   if (!found.ok) fail('There is no discovery document.');
-  // Browsers hash only on https and on localhost.
-  if (!crypto.subtle) fail('This browser gives SHA-256 to pages from https or localhost alone; PKCE needs it.');
+  if (!crypto.subtle)
+    fail('This browser gives SHA-256 to pages from https or localhost alone; PKCE needs it.');
   const verifier = random(), state = random(), nonce = random();
   const challenge = base64url(await crypto.subtle.digest('SHA-256', new TextEncoder().encode(verifier)));
   tell('2. Make secrets', 'RFC 7636 sections 4.1 and 4.2; RFC 6749 section 10.12', [
@@ -6867,12 +6941,14 @@ async function prepare() {
   $('ask').hidden = false;
   $('ask').onsubmit = event => {
     event.preventDefault();
-    const asked = {response_type: 'code', client_id: 'demo-app', redirect_uri: home, scope: $('scope').value, state,
-                   aud: iss, nonce, code_challenge: challenge, code_challenge_method: 'S256', ...(launch && {launch})};
+    const asked = {
+      response_type: 'code', client_id: 'demo-app', redirect_uri: home, scope: $('scope').value, state,
+      aud: iss, nonce, code_challenge: challenge, code_challenge_method: 'S256', ...(launch && {launch})};
     tell('3. Send the browser to ask for permission', 'RFC 6749 section 4.1.1; SMART App Launch',
          [[found.body.authorization_endpoint, asked]]);
-    // This page goes away now. What it must know afterwards waits in this tab's storage, where no other site looks.
-    sessionStorage.setItem('demo', JSON.stringify({config: found.body, iss, verifier, state, nonce, asked, story}));
+    // This page goes away. What it must know later waits in this tab's storage: no other site looks there.
+    const kept = {config: found.body, iss, verifier, state, nonce, asked, story};
+    sessionStorage.setItem('demo', JSON.stringify(kept));
     location.assign(found.body.authorization_endpoint + '?' + new URLSearchParams(asked));
   };
 }
@@ -6880,18 +6956,19 @@ async function prepare() {
 // ---- 4 and 5: the browser comes back with a code; trade it for tokens.
 
 let kept, token, expires;  // what we kept before leaving; the token response; when the access token ends
-const claims = jwt => JSON.parse(new TextDecoder().decode(
-  Uint8Array.from(atob(jwt.split('.')[1].replaceAll('-', '+').replaceAll('_', '/')), letter => letter.charCodeAt(0))));
+const claims = jwt => JSON.parse(new TextDecoder().decode(Uint8Array.from(
+  atob(jwt.split('.')[1].replaceAll('-', '+').replaceAll('_', '/')), letter => letter.charCodeAt(0))));
 
 async function comeBack() {
   kept = JSON.parse(sessionStorage.getItem('demo'));
-  sessionStorage.removeItem('demo');                 // once: a reload must not use the code again
-  history.replaceState(null, '', home);              // and nobody shall find it in the address
+  sessionStorage.removeItem('demo');  // once: a reload must not use the code again
+  history.replaceState(null, '', home);  // and nobody shall find it in the address
   if (!kept) fail('An answer came, but this tab asked nothing.');
   for (const told of kept.story) tell(...told);
   tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207',
        [['In the address', Object.fromEntries(query)]]);
-  if (query.get('state') !== kept.state) fail('state is not the one we sent: somebody else made this answer.');
+  if (query.get('state') !== kept.state)
+    fail('state is not the one we sent: somebody else made this answer.');
   if (query.get('iss') !== kept.config.issuer) fail('iss is not the server we asked (RFC 9207).');
   if (query.has('error')) fail(`No permission: ${query.get('error')}, ${query.get('error_description')}.`);
   await obtain('5. Trade the code for tokens', 'RFC 6749 section 4.1.3; RFC 7636 section 4.5', {
@@ -6899,28 +6976,33 @@ async function comeBack() {
     code_verifier: kept.verifier});
   if (token.id_token) {
     const told = claims(token.id_token), now = Date.now() / 1000;
-    tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7', [['The claims in the id_token', told]]);
+    tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7',
+         [['The claims in the id_token', told]]);
     // Straight from the token endpoint, TLS vouches for it; one from elsewhere needs its signature checked.
-    if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' || told.exp < now - 60)
-      fail('The id_token is not for this sign-in.');
+    if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' ||
+        told.exp < now - 60) fail('The id_token is not for this sign-in.');
   }
   await readRecord();
 }
 
+const post = (title, section, url, form) => call(title, section, url, {method: 'POST', form, headers: {
+  'Content-Type': 'application/x-www-form-urlencoded', Accept: 'application/json'}});
+
 async function obtain(title, section, form) {
-  const answer = await call(title, section, kept.config.token_endpoint, {
-    method: 'POST', form, headers: {'Content-Type': 'application/x-www-form-urlencoded', Accept: 'application/json'}});
+  const answer = await post(title, section, kept.config.token_endpoint, form);
   if (!answer.ok) fail(`The token endpoint refused: ${answer.body.error}, ${answer.body.error_description}.`);
-  token = {...token, ...answer.body};                // a refresh may leave out what stays as it is
+  token = {...token, ...answer.body};  // a refresh may leave out what stays as it is
   expires = Date.now() + token.expires_in * 1000;
   const id = token.id_token && claims(token.id_token);
   $('granted').replaceChildren(make('h2', {}, 'What we were granted'), definitions([
-    ['Scope asked', kept.asked.scope], ['Scope granted', token.scope], ['Patient (context)', token.patient || 'none'],
+    ['Scope asked', kept.asked.scope], ['Scope granted', token.scope],
+    ['Patient (context)', token.patient || 'none'],
     ...['encounter', 'intent', 'need_patient_banner', 'fhirContext'].filter(name => name in token)
       .map(name => [name, pretty(token[name])]),
     ...(id ? [['User (id_token)', `${id.sub}, ${id.fhirUser || 'no fhirUser'}`]] : []),
-    ['Access token', make('span', {id: 'countdown', role: 'timer'}, '')],
-    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again then']]));
+    ['Access token', make('span', {id: 'countdown', role: 'timer'})],
+    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)'
+                                          : 'none: ask again then']]));
   $('refresh').hidden = $('revoke').hidden = !token.refresh_token;
   $('granted').hidden = $('actions').hidden = false;
   countDown();
@@ -6928,23 +7010,27 @@ async function obtain(title, section, form) {
 
 function countDown() {
   const left = Math.max(0, Math.round((expires - Date.now()) / 1000));
-  if ($('countdown')) $('countdown').textContent = !token.access_token ? 'revoked' : !left ? 'has expired: refresh it' :
-    `ends in ${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
+  const seconds = String(left % 60).padStart(2, '0');
+  $('countdown').textContent = !token.access_token ? 'revoked' : !left ? 'has expired: refresh it'
+    : `ends in ${Math.floor(left / 60)}:${seconds}`;
 }
 
 // ---- 6: read. Every request carries the access token in a header, never in an address.
 
 const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {headers: {
-  Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json, application/json+fhir'}}, open);
+  Authorization: 'Bearer ' + token.access_token,
+  Accept: 'application/fhir+json, application/json+fhir'}}, open);
+const getPatient = (title, open) => get(title, `${kept.iss}/Patient/${token.patient}`, open);
 
 async function search(type, parameter) {
   let url = `${kept.iss}/${type}?${parameter}=${token.patient}&_count=200`;
   const resources = [];
-  for (let page = 1; url && page <= 20; page++) {    // a search comes in pages; the link "next" leads on
+  for (let page = 1; url && page <= 20; page++) {  // a search comes in pages; the link "next" leads on
     const answer = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
     if (!answer.ok) return {refused: answer.status, resources};
-    resources.push(...(answer.body.entry || []).map(entry => entry.resource).filter(one => one.resourceType === type));
-    url = ((answer.body.link || []).find(link => link.relation === 'next') || {}).url;
+    const entries = (answer.body.entry || []).map(entry => entry.resource);
+    resources.push(...entries.filter(resource => resource.resourceType === type));
+    url = answer.body.link?.find(link => link.relation === 'next')?.url;
   }
   return {resources};
 }
@@ -6952,29 +7038,31 @@ async function search(type, parameter) {
 async function readRecord() {
   if (!token.patient) fail('No patient in context, so there is no record to read.');
   const metadata = await get('6. What the FHIR server can do', kept.iss + '/metadata');
-  const record = {}, patient = await get('Read the patient', `${kept.iss}/Patient/${token.patient}`);
+  const record = {}, patient = await getPatient('Read the patient');
   for (const {type, searchParam = []} of metadata.body.rest[0].resource) {
-    const parameter = ['patient', 'subject', 'beneficiary'].find(name => searchParam.some(one => one.name === name));
+    const names = searchParam.map(parameter => parameter.name);
+    const parameter = ['patient', 'subject', 'beneficiary'].find(name => names.includes(name));
     if (!parameter || type === 'Patient') continue;
     $('status').textContent = `Reading ${type} ...`;
     record[type] = await search(type, parameter);
   }
-  $('status').textContent = `Done: ${story.length} steps, each with its request and answer, are under What was said.`;
+  $('status').textContent =
+    `Done: ${story.length} steps, each with its request and answer, are under What was said.`;
   show(patient.ok ? patient.body : null, record);
 }
 
 // ---- 7 and 8: come back with the refresh token; end it all.
 
-$('refresh').onclick = () => run(obtain('7. Refresh: the refresh token buys new ones, once', 'RFC 6749 section 6',
+$('refresh').onclick = () => run(obtain(
+  '7. Refresh: the refresh token buys new ones, once', 'RFC 6749 section 6',
   {grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'}));
-$('reread').onclick = () => run(get('Read the patient again', `${kept.iss}/Patient/${token.patient}`, true));
+$('reread').onclick = () => run(getPatient('Read the patient again', true));
 $('revoke').onclick = () => run(revoke());
 
 async function revoke() {
-  await call('8. Revoke: ending the refresh token ends the authorization', 'RFC 7009 section 2.1',
-    kept.config.revocation_endpoint, {method: 'POST', form: {token: token.refresh_token, client_id: 'demo-app'},
-    headers: {'Content-Type': 'application/x-www-form-urlencoded'}});
-  await get('What the old access token is worth now', `${kept.iss}/Patient/${token.patient}`, true);
+  await post('8. Revoke: ending the refresh token ends the authorization', 'RFC 7009 section 2.1',
+    kept.config.revocation_endpoint, {token: token.refresh_token, client_id: 'demo-app'});
+  await getPatient('What the old access token is worth now', true);
   token.access_token = '';
   countDown();
   $('actions').hidden = true;
@@ -6982,65 +7070,69 @@ async function revoke() {
 
 // ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
 
-const words = concept => !concept ? '' : concept.text || [].concat(concept.coding || [])
-  .map(coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference || '';
-const all = (record, ...types) => types.flatMap(type => record[type] ? record[type].resources : []);
+const array = value => [].concat(value || []);  // DSTU2 has one where R4 has several
+const words = concept => concept && (concept.text || array(concept.coding).map(
+  coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference) || '';
+const day = text => (text || '').slice(0, 10);
+const items = lines => make('ul', {}, lines.map(line => make('li', {}, line)));
 const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), ...content);
 const nothing = () => make('p', {class: 'quiet'}, 'Nothing came.');
-const list = (title, found, line) => card(title, found.length
-  ? make('ul', {}, found.map(one => make('li', {}, line(one)))) : nothing());
-const day = text => (text || '').slice(0, 10);
+const list = (title, lines) => card(title, lines.length ? items(lines) : nothing());
 
 function show(patient, record) {
-  const seen = all(record, 'Observation'), orders = all(record, 'MedicationRequest', 'MedicationOrder');
-  const given = token.scope.split(' ');
-  const name = patient && [].concat(patient.name || [])[0] || {};
-  const called = name.text || [].concat(name.given || [], name.family || []).join(' ');
+  const all = (...types) => types.flatMap(type => record[type]?.resources || []);
+  const observations = all('Observation'), orders = all('MedicationRequest', 'MedicationOrder');
+  const granted = token.scope.split(' '), name = array(patient?.name)[0] || {};
+  const called = name.text || [...array(name.given), ...array(name.family)].join(' ') || 'A patient, unnamed';
   const absent = Object.keys(record).filter(type => !record[type].resources.length);
   const refused = absent.filter(type => record[type].refused);
+  const without = (kinds, present) => kinds.filter(kind => !present(kind)).join(', ');
   $('patient').replaceChildren(
     // need_patient_banner is false where the EHR shows already whose record it is.
-    token.need_patient_banner === false ? '' : card(called || 'A patient, unnamed', definitions(patient ? [
+    ...(token.need_patient_banner === false ? [] : [card(called, definitions(patient ? [
       ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]]
-      : [['Id', token.patient]])),
-    card('Vital signs', charts(seen, 'vital-signs')), card('Laboratory', charts(seen, 'laboratory')),
-    list('Problems', all(record, 'Condition'), one =>
-      `${words(one.code)} ${day(one.onsetDateTime || one.recordedDate || one.assertedDate || one.dateRecorded)}`),
-    list('Medicines', orders.length ? orders : all(record, 'MedicationStatement'), one => [
-      words(one.medicationCodeableConcept || one.medicationReference),
-      ...[].concat(one.dosageInstruction || one.dosage || []).map(dose => dose.text || '')].filter(Boolean).join(', ')),
-    list('Allergies', all(record, 'AllergyIntolerance'), one => [words(one.code || one.substance),
-      ...(one.reaction || []).flatMap(each => (each.manifestation || []).map(words))].filter(Boolean).join(': ')),
-    card('What the consent left out', make('ul', {},
-      make('li', {}, 'Scopes asked for but not granted: ' + (kept.asked.scope.split(' ')
-        .filter(word => !given.includes(word)).join(', ') || 'none')),
-      make('li', {}, 'Refused: ' + ((patient ? [] : ['Patient']).concat(refused).join(', ') || 'nothing')),
-      make('li', {}, 'Nothing came of: ' + (absent.filter(type => !refused.includes(type)).join(', ') || 'no kind')),
-      make('li', {}, 'Nor of Observation: ' + (['vital-signs', 'laboratory', 'social-history'].filter(
-        kind => !seen.some(one => isKind(one, kind))).join(', ') || 'no category'))),
-      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share it. ' +
-        'An app can not tell which, and must not guess.')));
+      : [['Id', token.patient]]))]),
+    card('Vital signs', charts(observations, 'vital-signs')),
+    card('Laboratory', charts(observations, 'laboratory')),
+    list('Problems', all('Condition').map(({code, ...rest}) => words(code) + ' ' +
+      day(rest.onsetDateTime || rest.recordedDate || rest.assertedDate || rest.dateRecorded))),
+    list('Medicines', (orders.length ? orders : all('MedicationStatement')).map(order => [
+      words(order.medicationCodeableConcept || order.medicationReference),
+      ...array(order.dosageInstruction || order.dosage).map(dose => dose.text)].filter(Boolean).join(', '))),
+    list('Allergies', all('AllergyIntolerance').map(allergy => [words(allergy.code || allergy.substance),
+      ...array(allergy.reaction).flatMap(reaction => array(reaction.manifestation).map(words))]
+      .filter(Boolean).join(': '))),
+    card('What the consent left out', items([
+      'Scopes asked for but not granted: ' +
+        (without(kept.asked.scope.split(' '), scope => granted.includes(scope)) || 'none'),
+      'Refused: ' + ([...(patient ? [] : ['Patient']), ...refused].join(', ') || 'nothing'),
+      'Nothing came of: ' + (without(absent, type => refused.includes(type)) || 'no kind'),
+      'Nor of Observation: ' + (without(['vital-signs', 'laboratory', 'social-history'],
+        kind => observations.some(isKind(kind))) || 'no category')]),
+      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share ' +
+        'it. An app can not tell which, and must not guess.')));
   $('patient').hidden = false;
 }
 
 // ---- Numbers over time.
 
-const isKind = (one, kind) => [].concat(one.category || []).some(concept => (concept.coding || []).some(
-  coding => coding.code === kind));
+const isKind = kind => observation => array(observation.category).some(
+  concept => array(concept.coding).some(coding => coding.code === kind));
 
 function charts(observations, kind) {
-  const groups = {}, rows = [];                      // what was measured, in which unit -> its series of points
-  for (const one of observations.filter(one => isKind(one, kind))) {
-    const when = one.effectiveDateTime || (one.effectivePeriod || {}).start || one.issued || '';
-    for (const part of one.component || [one]) {     // blood pressure comes in two components, without a band
-      const {value, unit = ''} = part.valueQuantity || {}, range = part === one && (one.referenceRange || [])[0] || {};
-      const text = words(part.valueCodeableConcept) || part.valueString || '';
-      if (value === undefined && text) rows.push({name: words(one.code), when, text});
+  const groups = {}, rows = [];  // what was measured, in which unit -> its series of points
+  for (const seen of observations.filter(isKind(kind))) {
+    const name = words(seen.code);
+    const when = seen.effectiveDateTime || seen.effectivePeriod?.start || seen.issued || '';
+    const {low, high} = !seen.component && seen.referenceRange?.[0] || {};
+    for (const part of seen.component || [seen]) {  // blood pressure comes in two components, without a band
+      const {value, unit = ''} = part.valueQuantity || {};
+      const text = words(part.valueCodeableConcept) || part.valueString;
+      if (value === undefined && text) rows.push({name, when, text});
       if (value === undefined || !Date.parse(when)) continue;
-      const group = groups[words(one.code) + unit] = groups[words(one.code) + unit] || {
-        name: words(one.code), unit, low: (range.low || {}).value, high: (range.high || {}).value, series: {}};
-      const label = part === one ? '' : words(part.code);
-      (group.series[label] = group.series[label] || []).push({when, time: Date.parse(when), value});
+      const group = groups[name + unit] ??= {name, unit, low: low?.value, high: high?.value, series: {}};
+      const label = part === seen ? '' : words(part.code);
+      (group.series[label] ??= []).push({when, time: Date.parse(when), value});
     }
   }
   const drawn = [];
@@ -7051,53 +7143,62 @@ function charts(observations, kind) {
     else for (const [label, [point]] of series) rows.push({...group, ...point, name: label || group.name});
   }
   rows.sort((one, other) => one.name.localeCompare(other.name));
-  return !drawn.length && !rows.length ? [nothing()] : [
-    make('div', {class: 'charts'}, drawn), rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(row => [
-      row.name, row.text || make('span', outside(row) ? {class: 'off'} : {}, `${row.value} ${row.unit}${outside(row)}`),
-      row.text ? '' : reference(row), day(row.when)])) : ''];
+  if (!drawn.length && !rows.length) return nothing();
+  const cells = row => [row.name, row.text || measured(row), row.text ? '' : reference(row), day(row.when)];
+  return [make('div', {class: 'charts'}, drawn),
+    rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(cells)) : ''];
 }
 
 const table = (heads, rows) => make('table', {},
   make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
   make('tbody', {}, rows.map(row => make('tr', {},
     row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
-const outside = row => row.value > row.high ? ', high' : row.value < row.low ? ', low' : '';
-const reference = ({low, high}) => low === undefined && high === undefined ? 'no reference range'
-  : 'reference ' + (low === undefined ? `up to ${high}` : high === undefined ? `from ${low}` : `${low} to ${high}`);
+
+function measured({value, unit, low, high}) {
+  const outside = value > high ? ', high' : value < low ? ', low' : '';
+  return make('span', outside ? {class: 'off'} : {}, `${value} ${unit}${outside}`);
+}
+
+function reference({low, high}) {
+  if (low === undefined) return high === undefined ? 'no reference range' : `reference up to ${high}`;
+  return high === undefined ? `reference from ${low}` : `reference ${low} to ${high}`;
+}
 
 // A line for each series over time; the band behind it is the reference range.
 function chart({name, unit, low, high}, series) {
   const points = series.flatMap(([, some]) => some), times = points.map(point => point.time);
-  const values = points.map(point => point.value).concat([low, high].filter(value => value !== undefined));
-  const [first, last, least, most] = [Math.min(...times), Math.max(...times), Math.min(...values), Math.max(...values)];
+  const values = [...points.map(point => point.value), low, high].filter(value => value !== undefined);
+  const first = Math.min(...times), last = Math.max(...times);
+  const least = Math.min(...values), most = Math.max(...values);
   const x = time => 40 + (time - first) / (last - first || 1) * 270;
   const y = value => 10 + (most - value) / (most - least || 1) * 90;
-  const ends = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
-  const [top, foot] = [y(high === undefined ? most : high), y(low === undefined ? least : low)];
-  const band = low === undefined && high === undefined ? ''
-    : make('rect', {class: 'range', x: 40, width: 270, y: top, height: foot - top});
-  const latest = series.map(([label, some]) => `${label} ${some[some.length - 1].value}`.trim()).join(', ');
-  const range = series.length > 1 ? '' : ', ' + reference({low, high});
-  return make('figure', {}, make('figcaption', {}, make('strong', {}, name), make('br'),
-      make('span', {class: 'quiet'}, `Latest: ${latest} ${unit}${range}`)),
+  const [from, to] = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
+  const top = y(high ?? most), height = y(low ?? least) - top;
+  const latest = series.map(([label, some]) => `${label} ${some.at(-1).value}`.trim()).join(', ');
+  const end = {'text-anchor': 'end'};
+  return make('figure', {},
+    make('figcaption', {}, make('strong', {}, name), make('br', {}), make('span', {class: 'quiet'},
+      `Latest: ${latest} ${unit}` + (series.length > 1 ? '' : ', ' + reference({low, high})))),
     make('svg', {viewBox: '0 0 320 120', role: 'img', 'aria-label':
-                 `${name}: ${points.length} values from ${ends[0]} to ${ends[1]}, ${least} to ${most} ${unit}`},
-      band, make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
-      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, 'text-anchor': 'end'}, String(value))),
-      make('text', {x: 40, y: 116}, ends[0]), make('text', {x: 310, y: 116, 'text-anchor': 'end'}, ends[1]),
+                 `${name}: ${points.length} values from ${from} to ${to}, ${least} to ${most} ${unit}`},
+      (low ?? high) === undefined ? [] : make('rect', {class: 'range', x: 40, width: 270, y: top, height}),
+      make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
+      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, ...end}, value)),
+      make('text', {x: 40, y: 116}, from), make('text', {x: 310, y: 116, ...end}, to),
       series.map(([, some], at) => make('g', {class: 's' + at},
         make('polyline', {points: some.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
         some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
           make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
-    make('details', {}, make('summary', {}, 'All values'), table(['Date', ...series.map(([label]) => label || unit)],
+    make('details', {}, make('summary', {}, 'All values'), table(
+      ['Date', ...series.map(([label]) => label || unit)],
       [...new Set(points.map(point => point.when))].sort().map(when => [day(when), ...series.map(
         ([, some]) => some.filter(point => point.when === when).map(point => point.value).join(', '))]))));
 }
 
 // ---- Start: with an answer in the address, or anew.
 
-setInterval(() => token && countDown(), 1000);
-// Opened under another name of the server, the page would not find its storage again after the way through the portal.
+setInterval(() => $('countdown') && countDown(), 1000);
+// Opened under another name of the server, the page would not find its storage again when it comes back.
 if (!location.href.startsWith(home)) location.replace(home + location.search);
 else run(query.has('code') || query.has('error') ? comeBack() : prepare());
 """
@@ -7105,26 +7206,28 @@ else run(query.has('code') || query.has('error') ? comeBack() : prepare());
 
 @route("GET /demo", "SMART App Launch, RFC 6749, RFC 7636", kind="page")
 def demo_page(portal: Portal, request: Request) -> Response:
-    """A complete SMART app in one page: it shows each request and answer, then the patient. Its own redirect URI."""
-    return page(
-        portal, "A SMART app in one page",
-        tag("div",
-            tag("div", tag("p", "This page is an app, not a part of the portal: a public client with the id ",
-                           tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record and "
-                           "shows every request and answer. Its source is in this page, to be read and copied."),
-                tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
-                                    class_="error")),
-                tag("form", tag("label", "Scope to ask for", tag("textarea", id="scope", rows=3, required=True,
-                                                                 spellcheck="false")),
-                    tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
-                tag("p", id="status", role="status"), class_="card"),
-            tag("section", id="granted", class_="card", hidden=True),
-            tag("p", tag("button", "Refresh", id="refresh"), tag("button", "Read again", id="reread", class_="btn-default"),
-                tag("button", "Revoke", id="revoke", class_="btn-default"), id="actions", hidden=True),
-            tag("div", id="patient", hidden=True), id="app", data_base=portal.browser_base(request)),
-        tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"), id="told", class_="card",
-            hidden=True),
-        style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
+    """A complete SMART app in one page: it shows each request and answer, then the patient. Its own redirect
+    URI."""
+    scope = tag("textarea", id="scope", rows=3, required=True, spellcheck="false")
+    start = tag(
+        "div",
+        tag("p", "This page is an app, not a part of the portal: a public client with the id ",
+            tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record and shows "
+            "every request and answer. Its source is in this page, to be read and copied."),
+        tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
+                            class_="error")),
+        tag("form", tag("label", "Scope to ask for", scope),
+            tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
+        tag("p", id="status", role="status"), class_="card")
+    actions = tag("p", tag("button", "Refresh", id="refresh"),
+                  tag("button", "Read again", id="reread", class_="btn-default"),
+                  tag("button", "Revoke", id="revoke", class_="btn-default"), id="actions", hidden=True)
+    told = tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"),
+               id="told", class_="card", hidden=True)
+    return page(portal, "A SMART app in one page",
+                tag("div", start, tag("section", id="granted", class_="card", hidden=True), actions,
+                    tag("div", id="patient", hidden=True), id="app", data_base=portal.browser_base(request)),
+                told, style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
 # ######################################################################## 25 settings, seeds, the portal

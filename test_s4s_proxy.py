@@ -1815,8 +1815,8 @@ class AppsPage(PortalTest):
         page = self.browser.open(self.portal.url + "/apps")
         self.assertEqual(page.text.count(f'rel="{self.app.client_id}"'), 2)  # a row for each patient
         rows = page.text.split("<tr rel=")[1:]
-        daniels = next(place for place, row in enumerate(rows) if self.app.client_id in row and "Daniel Adams" in row)
-        self.browser.submit("Stop sharing", form=daniels)
+        daniels = [self.app.client_id in row and "Daniel Adams" in row for row in rows]
+        self.browser.submit("Stop sharing", form=daniels.index(True))
         self.assertIn('class="modal in"', self.browser.page.text)
         self.browser.submit("Stop sharing")
         for tokens, status in ((first, 401), (second, 401), (daughters, 200), (others, 200)):
@@ -1831,8 +1831,8 @@ class AppsPage(PortalTest):
         grant = self.portal.portal.state.row("SELECT grant_id FROM grants WHERE username = 'joseph-ross'")
         assert grant
         token = dict(Form(self.browser.page.text).fields)["form_token"]
-        got = self.browser.open(f"{self.portal.url}/revoke/{grant['grant_id']}", "POST", [("form_token", token)])
-        self.assertEqual(got.status, 404)
+        address = f"{self.portal.url}/revoke/{grant['grant_id']}"
+        self.assertEqual(self.browser.open(address, "POST", [("form_token", token)]).status, 404)
 
 
 class WhoAsks(PortalTest):
@@ -5125,7 +5125,7 @@ class Signatures(unittest.TestCase):
 
 
 class Page(html.parser.HTMLParser):
-    """What a checker looks at in a page: its elements with their attributes, their text, and which are in a label."""
+    """What a checker looks at in a page: its elements, their attributes and text, and those in a label."""
     VOID = ("input", "br", "hr", "meta", "link")
 
     def __init__(self, text: str):
@@ -5153,9 +5153,14 @@ class Page(html.parser.HTMLParser):
         for tag in set(self.open):
             self.texts[tag][-1] += data
 
-    def all(self, name: str) -> list[dict[str, str]]:
-        """The attributes of every element of this name."""
-        return [attributes for tag, attributes in self.elements if tag == name]
+    def all(self, name: str, /, **wanted: str) -> list[dict[str, str]]:
+        """The attributes of every element of this name, of those that have the wanted ones."""
+        return [attributes for tag, attributes in self.elements
+                if tag == name and wanted.items() <= attributes.items()]
+
+    def patients(self) -> list[str]:
+        """The patients that a picker offers."""
+        return [button["data-patient-id"] for button in self.all("button") if "data-patient-id" in button]
 
 
 class Pages(PortalTest):
@@ -5171,7 +5176,7 @@ class Pages(PortalTest):
     def every_page(cls) -> Iterator[tuple[str, Answer]]:
         """Each page of the portal, by name: both before and after signing in, errors too."""
         url, browser = cls.portal.url, Browser(cls.portal)
-        app = App(cls.portal, scope="openid fhirUser launch/patient launch/encounter patient/*.rs offline_access")
+        app = App(cls.portal, "openid fhirUser launch/patient launch/encounter patient/*.rs offline_access")
         for path in ("/", "/demo", "/launch", "/nothing", "/oauth/authorize?client_id=nobody"):
             yield path, browser.open(url + path)
         yield "sign in", browser.open(app.authorize_url())
@@ -5186,27 +5191,24 @@ class Pages(PortalTest):
         clinician.open(app.authorize_url())
         yield "clinician's picker", clinician.sign_in("clinician")
 
-    def test_each_page_can_be_read_by_everybody(self) -> None:
+    def test_each_page_can_be_read_by_everybody_and_says_that_it_is_for_tests(self) -> None:
         for name, got in self.pages.items():
             with self.subTest(page=name):
                 page = Page(got.text)
                 self.assertTrue(got.text.startswith("<!doctype html>"))
                 self.assertEqual(page.all("html"), [{"lang": "en"}])
                 self.assertTrue(page.texts["title"][0].strip())
-                self.assertIn({"name": "viewport", "content": "width=device-width, initial-scale=1"}, page.all("meta"))
+                self.assertEqual(page.all("meta", name="viewport")[0]["content"],
+                                 "width=device-width, initial-scale=1")
                 for landmark in ("h1", "header", "nav", "main", "footer"):
                     self.assertEqual(len(page.all(landmark)), 1, landmark)
                 for field in page.all("input") + page.all("select") + page.all("textarea"):
                     self.assertTrue(field.get("type") == "hidden" or field in page.labelled, field)
-                for number, text in enumerate(page.texts.get("button", [])):
-                    self.assertTrue(text.strip() or "hidden" in page.all("button")[number])
+                for text, button in zip(page.texts.get("button", []), page.all("button")):
+                    self.assertTrue(text.strip() or "hidden" in button)
                 ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
                 self.assertEqual(len(ids), len(set(ids)))
-
-    def test_each_page_says_that_this_is_a_test_server(self) -> None:
-        for name, got in self.pages.items():
-            with self.subTest(page=name):
-                self.assertIn("test server with made-up patients", Page(got.text).texts["footer"][0])
+                self.assertIn("test server with made-up patients", page.texts["footer"][0])
 
     def test_no_page_loads_anything_or_opens_a_dialog(self) -> None:
         for name, got in self.pages.items():
@@ -5215,28 +5217,31 @@ class Pages(PortalTest):
                 for tag, attributes in page.elements:
                     self.assertNotIn(tag, ("link", "img", "iframe", "object", "embed", "base"))
                     self.assertFalse({"src", "style"} & attributes.keys(), attributes)
-                    self.assertFalse([one for one in attributes if one.startswith("on")], attributes)
+                    self.assertFalse([name for name in attributes if name.startswith("on")], attributes)
                 self.assertNotRegex("".join(page.texts["style"]), r"url\(|@import")
-                self.assertNotRegex("".join(page.texts.get("script", [])), r"\b(alert|confirm|prompt)\(|innerHTML\b[^ ]")
+                script = "".join(page.texts.get("script", []))
+                self.assertNotRegex(script, r"\b(alert|confirm|prompt)\(|innerHTML\b[^ ]")
 
     def test_each_page_runs_its_own_script_and_style_and_no_other(self) -> None:
         for name, got in self.pages.items():
             with self.subTest(page=name):
-                policy = dict(one.strip().partition(" ")[::2] for one in
-                              got.headers["content-security-policy"].split(";"))
+                directives = got.headers["content-security-policy"].split(";")
+                policy = dict(directive.strip().partition(" ")[::2] for directive in directives)
                 page = Page(got.text)
-                for directive, element in (("style-src", "style"), ("script-src", "script")):
-                    hashes = " ".join("'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-                                      for text in page.texts.get(element, []))
-                    self.assertEqual(policy.get(directive, ""), hashes)
-                self.assertEqual((policy["default-src"], policy["base-uri"], policy["frame-ancestors"]), ("'none'",) * 3)
+                for element in ("style", "script"):
+                    digests = [hashlib.sha256(text.encode()).digest() for text in page.texts.get(element, [])]
+                    self.assertEqual(policy.get(f"{element}-src", ""), " ".join(
+                        f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests))
+                for directive in ("default-src", "base-uri", "frame-ancestors"):
+                    self.assertEqual(policy[directive], "'none'")
                 self.assertNotIn("form-action", policy)
                 self.assertEqual(got.headers["referrer-policy"], "no-referrer")
                 self.assertEqual(got.headers["cache-control"], "no-store")
 
     def test_names_and_scopes_are_text_wherever_they_come_from(self) -> None:
         evil = "<script>alert(1)</script>&\"'"
-        app = App(self.portal, client_name=evil, scope="launch/patient patient/Observation.rs?code=<b>&status=final")
+        scope = "launch/patient patient/Observation.rs?code=<b>&status=final"
+        app = App(self.portal, scope, client_name=evil)
         with self.portal.portal.state.transaction() as database:
             database.execute("UPDATE users SET name = ?", (evil,))
             database.execute("UPDATE patients SET name = ?", (evil,))
@@ -5263,23 +5268,23 @@ class ConsentPage(PortalTest):
 
     def test_it_says_who_asks_for_whose_data_and_where_they_go(self) -> None:
         main = self.consent(client_name="My app").texts["main"][0]
-        for words in ("My app", "the health record of Daniel Adams", "https://app.example", "Until the end of", "stop"):
+        for words in ("My app", "the health record of Daniel Adams", "https://app.example",
+                      "Until the end of", "stop"):
             self.assertIn(words, main)
         self.assertIn({"href": "/apps"}, Page(self.browser.page.text).all("a"))
 
     def test_it_warns_of_everything_and_of_coming_back(self) -> None:
-        main = self.consent().texts["main"][0]
-        self.assertIn("Everything means every kind of data", main)
-        self.assertIn("while you are away", main)
-        main = self.consent("launch/patient patient/Observation.rs").texts["main"][0]
-        self.assertNotIn("Everything means every kind of data", main)
-        self.assertNotIn("while you are away", main)
+        for scope, check in (("patient/*.rs offline_access", self.assertIn),
+                             ("patient/Observation.rs", self.assertNotIn)):
+            main = self.consent("launch/patient " + scope).texts["main"][0]
+            check("Everything means every kind of data", main)
+            check("while you are away", main)
 
     def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
-        main = self.consent("launch/patient patient/Observation.rs?category=laboratory").texts["main"][0]
-        self.assertIn('but only where category is "laboratory"', main)
-        main = self.consent("launch/patient patient/Condition.rs").texts["main"][0]
-        self.assertIn(": problems and diagnoses", main)
+        for scope, words in (
+                ("Observation.rs?category=laboratory", 'but only where category is "laboratory"'),
+                ("Condition.rs", ": problems and diagnoses")):
+            self.assertIn(words, self.consent("launch/patient patient/" + scope).texts["main"][0])
 
     def test_each_category_comes_with_a_sentence(self) -> None:
         self.assertEqual(list(s4s.CATEGORY_WORDS), list(s4s.CATEGORIES))
@@ -5289,14 +5294,15 @@ class ConsentPage(PortalTest):
 
     def test_the_steps_are_those_that_scripts_know(self) -> None:
         page = self.consent()
-        first, second, third = self.browser.page.text.partition("</main>")[0].split("<section")[1:]
-        self.assertIn("btn-default", first)  # one may refuse at once
-        self.assertEqual([step.count("glyphbox") > 0 for step in (first, second, third)], [False, True, False])
-        self.assertEqual([step.count('data-slide="next"') for step in (first, second, third)], [1, 1, 0])
-        self.assertEqual([text for text, one in zip(page.texts["button"], page.all("button"))
-                          if one.get("data-slide") == "next"], ["Continue", "Continue"])
-        self.assertEqual(len([one for one in page.all("form") if one.get("id") == "consent-carousel"]), 1)
-        self.assertTrue(all(one.get("formnovalidate") == "" for one in page.all("button") if one.get("value") == "deny"))
+        steps = self.browser.page.text.partition("</main>")[0].split("<section")[1:]
+        self.assertIn("btn-default", steps[0])  # one may refuse at once
+        self.assertEqual([step.count("glyphbox") > 0 for step in steps], [False, True, False])
+        self.assertEqual([step.count('data-slide="next"') for step in steps], [1, 1, 0])
+        self.assertEqual([text for text, button in zip(page.texts["button"], page.all("button"))
+                          if button.get("data-slide") == "next"], ["Continue", "Continue"])
+        self.assertEqual(len(page.all("form", id="consent-carousel")), 1)
+        for button in page.all("button", value="deny"):
+            self.assertEqual(button.get("formnovalidate"), "")
 
     def test_enter_in_a_field_decides_nothing(self) -> None:
         first = self.consent().all("button")[0]  # a form's first button is what Enter presses
@@ -5304,7 +5310,8 @@ class ConsentPage(PortalTest):
         self.assertIn("Confirm each point", self.browser.submit("Stay").text)
 
     def test_the_confirmations_are_not_sent(self) -> None:
-        self.assertTrue(all("name" not in one for one in self.consent().all("input") if one.get("rel") == "confirm"))
+        confirmations = self.consent().all("input", rel="confirm")
+        self.assertEqual(["name" in box for box in confirmations], [False] * 3)
 
 
 class PickerPage(PortalTest):
@@ -5313,36 +5320,36 @@ class PickerPage(PortalTest):
     def setUp(self) -> None:
         super().setUp()
         with self.portal.portal.state.transaction() as database:
-            database.executemany("INSERT INTO patients (username, patient_id, name, is_user) VALUES ('joseph-ross', ?, ?, 0)",
-                                 [(f"p-{number}", f"Child {number}") for number in range(40)])
+            database.executemany(
+                "INSERT INTO patients (username, patient_id, name, is_user) VALUES ('joseph-ross', ?, ?, 0)",
+                [(f"p-{number}", f"Child {number}") for number in range(40)])
         self.browser = Browser(self.portal)
         self.browser.open(App(self.portal).authorize_url())
         self.browser.sign_in("joseph-ross")
 
     def test_many_patients_come_with_a_search(self) -> None:
         page = Page(self.browser.page.text)
-        self.assertEqual(len([one for one in page.all("button") if "data-patient-id" in one]), s4s.MANY_PATIENTS)
+        self.assertEqual(len(page.patients()), s4s.MANY_PATIENTS)
         self.assertIn("of 41 patients", page.texts["main"][0])
-        found = Page(self.browser.submit("Search", q="child 37").text)
-        self.assertEqual([one["data-patient-id"] for one in found.all("button") if "data-patient-id" in one], ["p-37"])
+        self.assertEqual(Page(self.browser.submit("Search", q="child 37").text).patients(), ["p-37"])
         self.browser.submit("p-37", form=1)
         self.assertIn("the health record of Child 37", self.browser.page.text)
 
     def test_a_search_that_finds_nobody_can_be_changed(self) -> None:
         page = Page(self.browser.submit("Search", q="<nobody>").text)
         self.assertIn("is called '<nobody>'", page.texts["main"][0])
-        self.assertIn("<nobody>", [one.get("value") for one in page.all("input")])
+        self.assertTrue(page.all("input", name="q", value="<nobody>"))
 
 
 class ErrorPage(PortalTest):
     """What was expected, what came, and what to read."""
 
     def test_it_says_what_was_expected_what_came_and_what_to_read(self) -> None:
-        got = ask(f"{self.portal.url}/oauth/authorize?client_id=demo-app&redirect_uri=http://x.example/")
-        main = Page(got.text).texts["main"][0]
-        self.assertIn(f"{self.portal.url}/demo", main)
-        self.assertIn("redirect_uri = http://x.example/", main)
-        self.assertIn({"href": "https://www.rfc-editor.org/rfc/rfc6749#section-4.1.1"}, Page(got.text).all("a"))
+        path = "/oauth/authorize?client_id=demo-app&redirect_uri=http://x.example/"
+        page = Page(ask(self.portal.url + path).text)
+        self.assertIn(f"{self.portal.url}/demo", page.texts["main"][0])
+        self.assertIn("redirect_uri = http://x.example/", page.texts["main"][0])
+        self.assertTrue(page.all("a", href="https://www.rfc-editor.org/rfc/rfc6749#section-4.1.1"))
 
     def test_no_form_field_is_shown(self) -> None:
         got = ask(self.portal.url + "/login", form={"username": "daniel-adams", "password": "do not show"})
@@ -5355,9 +5362,9 @@ class StartPage(PortalTest):
 
     def test_it_names_every_endpoint_and_its_text(self) -> None:
         main = Page(ask(self.portal.url + "/").text).texts["main"][0]
-        for one in s4s.ROUTES:
-            self.assertIn(one.path.replace("{}", "..."), main)
-            self.assertIn(one.spec, main)
+        for route in s4s.ROUTES:
+            self.assertIn(route.path.replace("{}", "..."), main)
+            self.assertIn(route.spec, main)
 
     def test_its_links_lead_somewhere(self) -> None:
         for link in Page(ask(self.portal.url + "/").text).all("a"):
@@ -5369,8 +5376,9 @@ class StartPage(PortalTest):
         self.assertIn("tokens for any account", ask(self.portal.url + "/").text)
         with s4s.Server(debug=False, open_fhir=False) as closed:
             text = ask(closed.url + "/").text
-            for needle in ("tokens for any account", "every record, at", "/oauth/debug", "/api/open-fhir", "/launch"):
-                self.assertNotIn(needle, text)
+            for words in ("tokens for any account", "every record, at", "/oauth/debug", "/api/open-fhir",
+                          "/launch"):
+                self.assertNotIn(words, text)
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
     def test_its_commands_work_when_pasted(self) -> None:
@@ -5422,13 +5430,14 @@ class DemoApp(PortalTest):
     def test_it_knows_the_servers_public_name(self) -> None:
         with s4s.Server(base_url="https://smart.example/s4s") as behind:
             page = Page(ask(f"{behind.address}/demo").text)
-            self.assertIn("https://smart.example/s4s", [one.get("data-base") for one in page.all("div")])
-            self.assertIn({"href": "/s4s/apps"}, page.all("a"))
+            self.assertEqual(page.all("div", id="app")[0]["data-base"], "https://smart.example/s4s")
+            self.assertTrue(page.all("a", href="/s4s/apps"))
 
     @unittest.skipUnless(shutil.which("node"), "needs node")
     def test_its_scripts_are_javascript(self) -> None:
         for script in (s4s.DEMO_SCRIPT, s4s.CONSENT_SCRIPT):
-            subprocess.run(["node", "--check", "-"], input=script.encode(), capture_output=True, timeout=30, check=True)
+            subprocess.run(["node", "--check", "-"], input=script.encode(), capture_output=True, timeout=30,
+                           check=True)
 
     def test_no_browser_keeps_what_an_app_read(self) -> None:
         token = self.portal.issue_token(scope="patient/*.rs")
