@@ -13,84 +13,167 @@ and nothing besides. In a test:
 NEVER put real people's data behind it. Anybody who can reach it can sign in: the passwords are on
 its first page, and its debug endpoints hand out tokens to whoever asks.
 
-Map of the file; `grep '^# ####'` lists its sections.
+Why. An app that draws your blood pressure needs your health record. Apps used to ask for your
+password: then they could do all that you can, for ever, and whoever robbed the app had it too. So
+the app sends you to the portal instead. You sign in there, the app never sees how; you choose what
+it may see, and until when; and the app gets a token that is good for that and nothing more. The
+token must not pass through your browser, where addresses are kept, logged and passed on: so the
+browser carries only a code, good for a minute, and the app trades it for the token by itself,
+showing a secret that only it knows. The portal knows everybody; the app knows only the token; the
+FHIR API knows only what the token stands for. That is OAuth 2.0 with PKCE; SMART App Launch says how
+health records use it. This file is both, to be read from here downwards.
 
-Part One, the protocol, in the order in which a request meets it:
+The story in nine messages: the app introduces itself, a person approves, the app reads. What stands
+in <angle brackets> is new each time. At the right, the function that answers.
 
-    1  errors                                  what a client is told, and in which shape
-    2  secrets, PKCE                           random values, hashes
-    3  scopes                                  what an app may ask for, and what a scope allows
-    4  the tables and the clock                what is remembered, and until when
-    5  request, response, route                from bytes to an endpoint
-    6  clients with a secret, or with none     registration and authentication of apps
-    7  sign-in                                 who is at the browser
-    8  the authorization request               an ordered list of checks
-    9  consent, and the code                   whose record, what of it, until when
-   10  tokens                                  exchange, refresh, introspection, revocation
-   11  the record's boundary                   whose a resource is, and who may see it
-   12  discovery                               how an app finds the endpoints
-   13  launch by a health record               the other way to start an app
-   14  identity                                who signed in, told to the app
-   15  keys instead of secrets, backend services
-   16  granular scopes                         ?param=value
+  1  Where is everything? The app knows only the address of the FHIR API.          smart_configuration
+     > GET /api/fhir/.well-known/smart-configuration
+     < 200 {"token_endpoint": "<portal>/oauth/token", "capabilities": [...], ...}
+  2  Who are you? The app names itself, and where browsers may be sent back to it.            register
+     > POST /oauth/register
+       {"redirect_uris": ["https://app.example/cb"], "token_endpoint_auth_method": "none"}
+     < 201 {"client_id": "<client>", ...}
+  3  The app sends the browser to the portal with its question.                              authorize
+     > GET /oauth/authorize?response_type=code&client_id=<client>&redirect_uri=https://app.example/cb
+       &scope=launch/patient%20patient/*.rs%20offline_access&state=<state>&aud=<portal>/api/fhir
+       &code_challenge=<challenge>&code_challenge_method=S256
+     < 303 <portal>/oauth/consent?request=<request>
+  4  Who is at the browser? The person signs in, to the portal alone.                            login
+     > POST /login
+       username=daniel-adams&password=demo-password&next=/oauth/consent?request=<request>
+       &form_token=<form>
+     < 303 <portal>/oauth/consent?request=<request>
+  5  The person says yes to this, until then. The browser carries a code to the app.           consent
+     > POST /oauth/consent
+       request=<request>&decision=approve&patient_id=smart-1288992&security_labels=problems
+       &approval_expires=<day>&form_token=<form>
+     < 303 https://app.example/cb?code=<code>&state=<state>&iss=<issuer>
+  6  The app trades the code for tokens, with the secret behind <challenge>.            token_endpoint
+     > POST /oauth/token
+       grant_type=authorization_code&code=<code>&redirect_uri=https://app.example/cb
+       &client_id=<client>&code_verifier=<verifier>
+     < 200 {"access_token": "<access>", "token_type": "Bearer", "expires_in": 3600,
+       "scope": "launch/patient patient/*.rs offline_access", "patient": "smart-1288992",
+       "refresh_token": "<refresh>"}
+  7  The app reads, showing the access token.                                                     fhir
+     > GET /api/fhir/Condition/smart-Condition-14      Authorization: Bearer <access>
+     < 200 {"resourceType": "Condition", "id": "smart-Condition-14", ...}
+  8  Another patient's is refused. Every resource is judged before it leaves.           Access.may_see
+     > GET /api/fhir/Condition/smart-Condition-120     Authorization: Bearer <access>
+     < 403 {"resourceType": "OperationOutcome", ...}
+  9  An hour later: new tokens for the refresh token, which is worth nothing from then on.     refresh
+     > POST /oauth/token
+       grant_type=refresh_token&refresh_token=<refresh>&client_id=<client>
+     < 200 {"access_token": "<second access>", "refresh_token": "<second refresh>", ...}
 
-Part Two, the records:
+A grant's life, in the rows of the tables (section 4):
 
-   17  search                                  what FHIR's search parameters find
-   18  embedded records                        loading, reading and searching in SQLite
-   19  a FHIR server behind                    another server's records; no address of it gets out
-   20  sample data                             rows of facts about three people
+    authorize        decide             exchange_code            refresh, again and again
+    ------------     --------------     --------------------     ---------------------------------
+    pending row  ->  grant row
+                     code, 60 s     ->  code: spent
+                                        access token, 1 h        another access token, 1 h
+                                        refresh token        ->  refresh token: spent; another
+    30 minutes                          no token outlives the day that the person chose
 
-Part Three, the machinery:
+    A code or refresh token that is shown a second time was stolen: the grant has ended, and every
+    token of it. So it has when the person stops sharing (/apps), or the app gives its refresh token
+    back (/oauth/revoke).
 
-   21  messages and JSON                       as strangers send them
-   22  signing                                 JSON Web Tokens and the arithmetic under them
-   23  pages                                   HTML that escapes by default
-   24  demo app                                a SMART app in one page of JavaScript
-   25  settings, seeds, the portal             what is there from the start
-   26  test controls and Server                what a test may do that an app may not
-   27  HTTP                                    sockets; nothing above knows of them
-   28  command line
+Map, with reading times; `grep '^# ####'` lists the sections.
 
-Follow one request. An app sends the browser to /oauth/authorize; nine stops later it reads a record.
+Part One, the protocol, in the order in which a request meets it. Sections 1 to 10 are its heart and
+take two hours; who stops there has read a whole OAuth server.
 
-     1  dispatch               a Request finds its endpoint
+    1  errors                                                5 min   what a client is told, in which shape
+    2  secrets, PKCE                                         5 min   random values, hashes
+    3  scopes                                               10 min   what an app may ask for
+    4  the tables and the clock                             15 min   what is remembered, and until when
+    5  request, response, route                             15 min   from a message to its endpoint
+    6  clients with a secret, or with none                  15 min   registration, authentication
+    7  sign-in                                              10 min   who is at the browser
+    8  the authorization request                            20 min   an ordered list of checks
+    9  consent, and the code                                15 min   whose record, what, until when
+   10  tokens                                               20 min   exchange, refresh, introspect, revoke
+   11  the record's boundary                                30 min   whose a resource is, and the judge
+   12  discovery                                             5 min   how an app finds the endpoints
+   13  launch by a health record                             5 min   the other way to start an app
+   14  identity                                              5 min   who signed in, told to the app
+   15  keys instead of secrets, backend services            15 min   skip at first
+   16  granular scopes                                       5 min   skip at first
+
+Part Two, the records. Skip at first; each section can be read alone.
+
+   17  search                                               40 min   what FHIR's parameters find
+   18  embedded records                                     60 min   loading, reading, searching in SQLite
+   19  a FHIR server behind                                 60 min   another server's records, judged
+   20  sample data                                          20 min   rows of facts about three people
+
+Part Three, the machinery. Skip at first; each section can be read alone.
+
+   21  messages and JSON                                    15 min   as strangers send them
+   22  signing                                              20 min   the arithmetic of RSA and ECDSA
+   23  pages                                                30 min   HTML that escapes by default
+   24  demo app                                             20 min   an app in one page of JavaScript
+   25  settings, seeds, the portal                          20 min   what is there from the start
+   26  test controls and Server                             20 min   what a test may do, an app may not
+   27  HTTP                                                 20 min   sockets, threads, deadlines
+   28  command line                                          5 min
+
+Follow one request, downwards: of a person who has signed in, from the app's question to its answer.
+
+     1  login                  who is at the browser; the cookie says so from now on
      2  authorize              the app's question, brought by the browser
-     3  begin_authorization    an ordered list of checks; who fails one sees a page, or the app is told
+     3  begin_authorization    an ordered list of checks: a page, or the app, is told what is wrong
      4  consent                whose record, what of it, until when, yes or no
-     5  decide                 a grant is written down; the browser carries a code back to the app
-     6  token_endpoint         the app comes by itself now, and says who it is
-     7  exchange_code          code and verifier become an access token, once
-     8  fhir                   the app shows the token to the FHIR API
-     9  Access.may_see         every resource is judged before a byte of it leaves
+     5  new_grant              the answer, checked
+     6  decide                 it is written down; the browser carries a code back to the app
+     7  token_endpoint         the app comes by itself now, and says who it is
+     8  exchange_code          code and verifier become tokens, once
+     9  spending               of any number that race, one wins
+    10  check_code             it comes from the one who asked for it
+    11  fhir                   the app shows the access token to the FHIR API
+    12  Access.may_see         every resource is judged before a byte of it leaves
 
 Legend: the field's own names.
 
+    FHIR           HL7's standard for health records as JSON over HTTP; a resource is a piece of a
+                   record; a Bundle holds several, a Binary a file, an OperationOutcome says what went
+                   wrong; a compartment is all the resources of one patient
+    SMART          SMART App Launch: how apps and FHIR servers use OAuth
+    EHR            electronic health record: the software of a clinic, which may launch apps
+    S4S            Sync for Science, whose "SMART Example Server" of 2018 this file follows
     client         an app, as the authorization server knows it (RFC 6749 section 1.1): public if it
                    can keep no secret, confidential if it can; a backend service acts for no user
     user           a person who signs in; may open one patient's record or several
+    session        a signed-in browser, known by its cookie
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
+    redirect URI   the app's address to which the browser brings the answer
+    state          a value that comes back with the answer, so that the app knows it asked
     code           the short-lived voucher that the browser carries back to the app
-    PKCE           a secret made for one request, so that a stolen code is worth nothing (RFC 7636)
-    access token   what the app shows to the FHIR API
-    refresh token  what the app trades for a new access token
+    PKCE           a secret made for one request, so that a stolen code is worth nothing (RFC 7636);
+                   the app sends its hash first (challenge), itself later (verifier)
+    token          in OAuth, a value that opens something: an access token is shown to the FHIR API, a
+                   refresh token buys a new one. In FHIR, a kind of search parameter: system|code
+    bearer         whoever holds it: a bearer token needs no further proof (RFC 6750)
     scope          what a token allows, in words like patient/Observation.rs
     issuer         the authorization server's name: its base URL
     audience       whom something is meant for: a FHIR server (aud), or who may read a signed statement
+    nonce          a value that comes back in the id_token, so that no old one can be slipped in
     assertion      a statement that an app signs to prove who it is; its parts are called claims
     id_token       a statement that this server signs, of who signed in
     introspection  asking what a token is good for
     launch         how an app starts: by itself (standalone), or from a health record (EHR launch)
+    launch context what is open where the app was started: patient, visit
     category       a kind of data the patient may leave out; "security label" in S4S
-    compartment    the resources that belong to one patient
-    resource       a piece of a record in FHIR, as JSON; a Bundle holds several, a Binary holds a file,
-                   an OperationOutcome says what went wrong
+
+Where you see a memory (`remembered`, lru_cache) or an import inside a function, its time was measured:
+skip it.
 
 The texts cited: RFC 6749 (OAuth 2.0), 6750 (bearer tokens), 7009 (revocation), 7591 (registration),
 7636 (PKCE), 7662 (introspection), 8414 (discovery), 9207 (issuer in the answer), 9700 (security);
-SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/); S4S is Sync for
-Science, whose "SMART Example Server" of 2018 this file follows.
+SMART is the SMART App Launch guide 2.2 (https://hl7.org/fhir/smart-app-launch/).
 
 Licence: MIT, see LICENSE. The sample patients' facts: SMART sample patients, Apache-2.0,
 Copyright 2015 Boston Children's Hospital.
@@ -156,6 +239,10 @@ def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
 
 
 # ======================================================================== Part One: the protocol
+# It uses of what stands below: search_table and parse_term (the records), fhir_response,
+# FHIR_TYPE, FHIR_TYPES, JSON_TYPES, parse_json, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt,
+# read_jwt, verify and KEY_TYPES (signing), error_page, sign_in_page, picker_page and consent_page (pages), DEMO_SALT and
+# MAX_RECORDED_BODY.
 
 
 # ######################################################################## 1 errors
@@ -2322,7 +2409,7 @@ def categories(resource: Json) -> list[str]:
     if "laboratory" in codes or (type_name == "DiagnosticReport" and "LAB" in codes):
         found.append("laboratory")
     if type_name == "Observation" and ("social-history" in codes
-                                       or (LOINC, "72166-2") in tokens_of(elements(resource, "code"))):
+                                       or ("http://loinc.org", "72166-2") in tokens_of(elements(resource, "code"))):
         found.append("smoking")
     return found or ["other"]
 
@@ -2375,6 +2462,11 @@ def reference_of(element: Any) -> str:
     """The text of a FHIR Reference, "" if there is none."""
     text = element.get("reference") if isinstance(element, dict) else None
     return text if isinstance(text, str) else ""
+
+
+# FHIR's issue-type value set, where a status says nothing more particular.
+ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted", 429: "throttled",
+               503: "transient", 504: "timeout"}
 
 
 def outcome(error: PortalError) -> Json:
@@ -2491,8 +2583,9 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
     rest: Json = {"mode": "server"}
     if secured:
         known = addresses(portal.base(request), portal.browser_base(request))
-        service = (HL7 if version == "r4" else "http://hl7.org/fhir/") + "restful-security-service"
-        rest["security"] = {"cors": True, "service": [concept(service, "SMART-on-FHIR")], "extension": [{
+        system = "http://terminology.hl7.org/CodeSystem/" if version == "r4" else "http://hl7.org/fhir/"
+        service = {"system": system + "restful-security-service", "code": "SMART-on-FHIR"}
+        rest["security"] = {"cors": True, "service": [{"coding": [service]}], "extension": [{
             "url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris",
             "extension": [{"url": word, "valueUri": known[name]} for word, name in OAUTH_URIS.items()]}]}
     statement = {
@@ -4383,11 +4476,6 @@ class Connection:
         """Close the connection."""
         self.watch.readers.discard(self.reader)
         self.socket.close()
-
-
-# FHIR's issue-type value set, where a status says nothing more particular.
-ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted", 429: "throttled",
-               503: "transient", 504: "timeout"}
 
 
 def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:

@@ -10,11 +10,13 @@ import base64
 import calendar
 import contextlib
 import datetime
+import doctest
 import gzip
 import hashlib
 import html.parser
 import http.client
 import http.server
+import inspect
 import io
 import json
 import math
@@ -34,7 +36,7 @@ import unittest
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 from unittest import mock
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 
@@ -6347,6 +6349,194 @@ class CommandLine(unittest.TestCase):
         self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
 
 
+# ######################################################################## the head of the book
+
+def named(path: str) -> Any:
+    """The function that the head names, such as Access.may_see, without what decorates it."""
+    found: Any = s4s
+    for name in path.split("."):
+        found = getattr(found, name)
+    return inspect.unwrap(found)
+
+
+class Calls:
+    """Which functions of the module run, in any thread that starts meanwhile, in the order in which they begin."""
+    def __init__(self, *paths: str):
+        self.names = {named(path).__code__: path for path in paths}
+        self.seen: list[str] = []
+
+    def __enter__(self) -> Calls:
+        threading.setprofile(self.notice)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        threading.setprofile(None)  # type: ignore[arg-type]
+
+    def notice(self, frame: Any, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code in self.names:
+            self.seen.append(self.names[frame.f_code])
+
+
+class Message(NamedTuple):
+    """One of the nine messages of the story, as the head tells it."""
+    function: str
+    method: str
+    target: str
+    token: str
+    body: str
+    status: int
+    answer: str
+
+
+class Story:
+    """Plays messages as they stand: what stands in <angle brackets> is put in where it is known, and learnt where the
+    server's answer shows it first."""
+    def __init__(self, portal: s4s.Server, **known: str):
+        self.browser, self.known = Browser(portal), {"portal": portal.url, **known}
+
+    def filled(self, text: str) -> str:
+        return re.sub("<([^<>]+)>", lambda found: self.known[found[1]], text)
+
+    def learn(self, expected: str, came: str) -> bool:
+        """Whether a text came as expected; new words are learnt from it."""
+        new: list[str] = []
+
+        def pattern(found: re.Match[str]) -> str:
+            if found[1] in self.known:
+                return re.escape(self.known[found[1]])
+            new.append(found[1])
+            return "(.+?)"
+        parts = re.split("(<[^<>]+>)", expected)
+        shape = "".join(re.sub("<([^<>]+)>", pattern, part) if part[:1] == "<" else re.escape(part) for part in parts)
+        match = re.fullmatch(shape, came)
+        self.known.update(zip(new, match.groups() if match else ()))
+        return bool(match)
+
+    def play(self, message: Message) -> Answer:
+        """Send a message, as the browser where it is the browser's."""
+        headers = {"Cookie": "; ".join("=".join(cookie) for cookie in self.browser.cookies.items())}
+        if message.token:
+            headers["Authorization"] = "Bearer " + self.filled(message.token)
+        if message.body:
+            kind = "json" if message.body[0] == "{" else "x-www-form-urlencoded"
+            headers["Content-Type"] = f"application/{kind}"
+        answer = ask(self.known["portal"] + self.filled(message.target), method=message.method, headers=headers,
+                     body=self.filled(message.body).encode() or None)
+        for cookie in answer.cookies:
+            name, _, value = cookie.partition(";")[0].partition("=")
+            self.browser.cookies[name] = value
+        if answer.headers.get("location", "").startswith(self.known["portal"]):  # the page on which the form stands
+            self.browser.open(answer.headers["location"])
+            self.known["form"] = dict(Form(self.browser.page.text).fields)["form_token"]
+        return answer
+
+
+def story() -> list[Message]:
+    """The nine messages, read from the head."""
+    text = s4s.__doc__.partition("The story in nine messages")[2].partition("A grant's life")[0]
+    messages = []
+    for function, sent, status, answer in re.findall(
+            r"^  \d  .+?  +(\S+)\n +> (.+?)\n +< (\d+) (.+?)$(?=\n  \d|\n\n)", text, re.MULTILINE | re.DOTALL):
+        lines = [line.strip() for line in sent.split("\n")]
+        first, _, token = lines[0].partition("Authorization: Bearer ")
+        method, target = first.split()
+        body = ""
+        for line in lines[1:]:
+            if line.startswith("&") and not body:
+                target += line
+            else:
+                body += line
+        messages.append(Message(function, method, target, token, body, int(status), " ".join(answer.split())))
+    return messages
+
+
+class TheHead(unittest.TestCase):
+    """What the head of the book says is so."""
+    source = (HERE / "s4s_proxy.py").read_text(encoding="utf-8")
+
+    def test_the_story_is_what_a_running_server_says(self) -> None:
+        messages = story()
+        self.assertEqual(len(messages), 9)
+        verifier, day = secrets.token_urlsafe(48), s4s.day_of(time.time() + 86400)
+        with Calls(*{message.function for message in messages}) as calls, s4s.Server() as portal:
+            told = Story(portal, state=secrets.token_urlsafe(9), verifier=verifier, day=day,
+                         challenge=s4s.s256_challenge(verifier))
+            for number, message in enumerate(messages, 1):
+                with self.subTest(number):
+                    calls.seen.clear()
+                    answer = told.play(message)
+                    self.assertEqual(answer.status, message.status, answer)
+                    self.assertIn(message.function, calls.seen)
+                    if message.status == 303:
+                        self.assertTrue(told.learn(message.answer, answer.headers["location"]), answer.headers)
+                        continue
+                    expected = re.sub(r", \.\.\.|, \"\w+\": \[\.\.\.\]", "", message.answer)
+                    for name, value in json.loads(expected).items():
+                        came = answer.json[name]
+                        self.assertTrue(came == value or told.learn(str(value), str(came)), (name, value, came))
+        self.assertEqual(len({told.known[name] for name in ("access", "refresh", "second access", "second refresh")}), 4)
+
+    def test_a_request_runs_through_the_functions_in_the_order_told_and_downwards(self) -> None:
+        text = s4s.__doc__.partition("Follow one request")[2].partition("Legend")[0]
+        stops = re.findall(r"^ +\d+  (\S+)", text, re.MULTILINE)
+        with Calls(*stops) as calls, s4s.Server() as portal:
+            app, browser = App(portal), Browser(portal)
+            browser.open(portal.url + "/login")
+            browser.sign_in()
+            browser.open(app.authorize_url())
+            back = browser.submit(DANIEL) and browser.submit("authorize")
+            token = app.exchange(back.location["code"]).json["access_token"]
+            ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token)
+        self.assertEqual(list(dict.fromkeys(calls.seen)), stops)
+        places = [named(stop).__code__.co_firstlineno for stop in stops]
+        self.assertEqual(places, sorted(places))
+
+    def test_the_map_is_that_of_the_file(self) -> None:
+        banners = re.findall(r"^# #{72} (\d+) (.+)$", self.source, re.MULTILINE)
+        self.assertEqual([int(number) for number, _ in banners], list(range(1, len(banners) + 1)))
+        mapped = s4s.__doc__.partition("Map, with reading times")[2].partition("Follow one request")[0]
+        self.assertEqual(re.findall(r"^ +(\d+)  (\S+(?: \S+)*)", mapped, re.MULTILINE), banners)
+
+    def test_the_protocol_stands_where_it_is_promised(self) -> None:
+        lines = self.source.split("\n")
+        self.assertLess(lines.index("def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str:"), 1800)
+        self.assertLess(next(number for number, line in enumerate(lines) if line.startswith("REDIRECT_CHECKS")), 1800)
+        self.assertLess(next(number for number, line in enumerate(lines) if line.endswith("Part Two: the records")), 2900)
+
+    def test_part_one_uses_of_what_stands_below_only_what_it_says(self) -> None:
+        module = ast.parse(self.source)
+        end = self.source[:self.source.index("= Part Two: the records\n")].count("\n")
+        named_below = {target.id for node in module.body if node.lineno > end for target in ast.walk(node)
+                       if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
+                       and target.col_offset == 0}
+        named_below |= {node.name for node in module.body if node.lineno > end
+                        and isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        used: set[str] = set()
+        for node in (node for node in module.body if node.lineno < end):
+            annotations = {id(inner) for one in ast.walk(node) for name in ("annotation", "returns")
+                           for inner in ast.walk(getattr(one, name, None) or ast.Pass())}
+            local = {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
+            local |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
+                      and isinstance(inner.ctx, ast.Store)}
+            used |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
+                     and id(inner) not in annotations and inner.id not in local}
+        told = self.source.partition("= Part One: the protocol\n")[2].partition("\n\n\n")[0]
+        listed = set(re.findall(r"\b[\w.]+\b", re.sub(r"\([^)]*\)", "", told.partition("below:")[2])))
+        self.assertEqual(used & named_below, listed & named_below)
+        self.assertEqual(listed - named_below - set("and signing pages records".split()), set())
+
+    def test_the_examples_in_docstrings_hold(self) -> None:
+        results = doctest.testmod(s4s)
+        self.assertEqual(results.failed, 0)
+        self.assertGreater(results.attempted, 3)
+
+    def test_no_function_is_longer_than_forty_lines(self) -> None:
+        for name in ("s4s_proxy.py", "test_s4s_proxy.py"):
+            for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    self.assertLessEqual((node.end_lineno or 0) - node.lineno + 1, 40, f"{name}: {node.name}")
+
+
 # ######################################################################## promises about the repository
 
 
@@ -6421,22 +6611,6 @@ class Repository(unittest.TestCase):
                 self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
 
     source = (HERE / "s4s_proxy.py").read_text(encoding="utf-8")
-
-    def test_the_map_is_that_of_the_file(self) -> None:
-        banners = re.findall(r"^# #{72} (\d+) (.+)$", self.source, re.MULTILINE)
-        self.assertEqual([int(number) for number, _ in banners], list(range(1, len(banners) + 1)))
-        mapped = s4s.__doc__.partition("Map of the file")[2].partition("Follow one request")[0]
-        self.assertEqual(re.findall(r"^ +(\d+)  (\S+(?: \S+)*)", mapped, re.MULTILINE), banners)
-
-    def test_the_stops_of_a_request_are_there_in_their_order(self) -> None:
-        stops = s4s.__doc__.partition("Follow one request")[2].partition("Legend")[0]
-        names = re.findall(r"^ +\d+  (\S+)", stops, re.MULTILINE)
-        self.assertEqual(len(names), 9)
-        for name in names:
-            found: Any = s4s
-            for part in name.split("."):
-                found = getattr(found, part)
-            self.assertTrue(callable(found), name)
 
     def test_only_the_standard_library_is_imported(self) -> None:
         if not hasattr(sys, "stdlib_module_names"):
