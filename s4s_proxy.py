@@ -212,7 +212,7 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
@@ -543,8 +543,8 @@ MAX_KNOWN, MAX_KNOWN_OF_ONE = 5_000_000, 100_000  # characters that a Store reme
 
 @functools.cache
 def empty_database(schema: str) -> sqlite3.Connection:
-    """A database in memory with the tables of a schema, made once in a process. Servers copy it, which takes a
-    twentieth of the time that SQLite needs to read a schema."""
+    """A database in memory with the tables of a schema, made once in a process. Servers copy it: reading a
+    schema takes SQLite twenty times as long (measured)."""
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     atexit.register(connection.close)
     connection.executescript(schema)
@@ -552,12 +552,17 @@ def empty_database(schema: str) -> sqlite3.Connection:
 
 
 class Store:
-    """A SQLite database that many threads share: one connection, one lock.
+    """A SQLite database that many threads share.
 
-    One connection and a lock is faster here than a connection per thread, and leaves no question of who sees what:
-    a `transaction` is alone, from its first look to its last write. Rows once looked up are remembered until anything
-    is written, which no reader of this code has to think of: every write is a transaction, and each forgets all. Not
-    with a file, which another process may write to.
+    Theory of operation. There is one connection and one lock, so a `transaction` is alone from its first look
+    to its last write, and nobody need ask who sees what. What `rows` found is remembered, by its SQL and
+    values, until anything is written. No reader of this code has to think of that: every write is a
+    transaction, each forgets everything as it begins, and until it ends nothing is remembered and other
+    threads wait. The memory is bounded: where it is full it is emptied, and a long answer is not kept. A file
+    that another process may write to has none.
+
+    What we would like better: to forget only what a write has touched, but nobody tells us which tables a
+    query read; and readers that do not wait for each other, but a connection for each was slower (measured).
     """
     def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
@@ -569,13 +574,14 @@ class Store:
                                               check_same_thread=False)
             self.connection.row_factory = sqlite3.Row
             if path:
-                self.connection.execute("PRAGMA journal_mode = WAL")    # readers and a second process don't wait
-                self.connection.execute("PRAGMA synchronous = NORMAL")  # what is committed outlives the process
+                self.connection.execute("PRAGMA journal_mode = WAL")    # a reader doesn't wait
+                self.connection.execute("PRAGMA synchronous = NORMAL")  # a commit outlives the process
                 self.connection.executescript(schema)
             else:
                 empty_database(schema).backup(self.connection)
         except sqlite3.Error as error:
-            raise StartError(f"--db {path}: {error}; name a file that is a database of this program, or a new one")
+            raise StartError(
+                f"--db {path}: {error}; name a file that is a database of this program, or a new one")
         self._lock = threading.RLock()
 
     def rows(self, sql: str, *values: Any) -> Sequence[Row]:
@@ -588,7 +594,8 @@ class Store:
         with self._lock:
             found = self.connection.execute(sql, values).fetchall()
             if self._remembers and not self.connection.in_transaction:
-                size = 500 + sum(len(value) for row in (values, *found) for value in row if isinstance(value, str))
+                texts = [value for row in (values, *found) for value in row if isinstance(value, str)]
+                size = 500 + sum(map(len, texts))
                 if size <= MAX_KNOWN_OF_ONE:
                     if self._known_size >= MAX_KNOWN:
                         self.changed()
@@ -607,7 +614,7 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All of the writes in the block, or, if it raises, none. No other thread reads or writes meanwhile."""
+        """All of the writes in the block, or none if it raises. No other thread reads or writes meanwhile."""
         with self._lock:
             self.connection.execute("BEGIN IMMEDIATE")
             self.changed()
@@ -2910,15 +2917,16 @@ _CONSTRAINT = re.compile(r"(?!_filter=)([A-Za-z_][A-Za-z0-9_-]*)=([^&]+)")
 _COMMA = re.compile(r"(?<!\\),")  # between alternatives; one after a backslash belongs to the value (FHIR search)
 
 
-def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[str, str]]) -> bool:
+def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:
     """Whether a resource meets search parameters (name, value), as a search for them would find it.
 
     False where a type isn't served, a parameter isn't known or a value is none: see `parse_term`.
     """
     type_name = resource.get("resourceType", "")
+    if type_name not in search_table(version):
+        return False
     try:
-        return type_name in search_table(version) and all(
-            parse_term(version, type_name, name, text).met_by(resource) for name, text in constraints)
+        return all(parse_term(version, type_name, name, text).met_by(resource) for name, text in parameters)
     except FhirError:
         return False
 
@@ -2928,135 +2936,117 @@ def resource_matches(resource: Json, version: str, constraints: Sequence[tuple[s
 
 # ######################################################################## 17 search
 
-# What can be searched: types | kind | parameters. Versions after a type or a parameter are those that have it; none: all.
-# The names are those of each version's registry (Coverage's `patient` in STU3 is ours). A parameter looks into the
-# element of its own name, in camel case, or into those after "=", under all the names that the versions gave them. The
-# kind `owner` is a reference to the patient whose record it is. What is in no row is not served.
+# All that a resource can be found by is a row of values (SearchValue). A search is understood once, as a
+# Query of SearchTerms, and a term compares columns of such rows with what was asked for: in SQL, where they
+# lie in a table (section 18), and in Python, where one resource is held against a scope's ?param=value.
+
+# What can be searched, a row for each type. An example:
+#
+#     Goal | owner: patient, subject | token: status dstu2 stu3 | date: target-date=target.due[x] stu3 r4
+#
+# A Goal is found by `patient` and `subject`, which say whose record it is in (kind `owner`), before R4 by the
+# code in `status`, from STU3 on by the date in target.dueDate. A parameter looks into the element of its own
+# name in camel case, or into those after "=", with "+" between; [x] is each type that an element may have.
+# Versions behind a type or parameter are those that have it; none: all. The names are those of each version's
+# registry (Coverage's `patient` in STU3 is ours). What has no row is not served.
 SEARCH_PARAMETERS = """\
-AllergyIntolerance, Claim, Device, ExplanationOfBenefit stu3 r4, FamilyMemberHistory, Immunization | owner | patient
-MedicationOrder dstu2, RelatedPerson, SupplyDelivery | owner | patient
-CarePlan, CareTeam stu3 r4, DiagnosticOrder dstu2, DiagnosticReport, DocumentReference, Goal | owner | patient, subject
-Media, MedicationRequest stu3 r4, Observation, Procedure, ProcedureRequest dstu2 stu3 | owner | patient, subject
-QuestionnaireResponse, ServiceRequest r4, Specimen | owner | patient, subject
-Condition, Encounter, MedicationAdministration, MedicationDispense | owner | patient, subject stu3 r4
-MedicationStatement | owner | patient, subject stu3 r4
-Coverage stu3 r4 | owner | patient, beneficiary
-ImagingStudy | owner | patient, subject r4
-Location, Organization, Patient | string | address, address-city=address.city, address-state=address.state
-Location, Organization, Patient | string | address-postalcode=address.postalCode
-Patient, Practitioner | string | name, family=name.family, given=name.given
-AllergyIntolerance | token | identifier, category, criticality, type, status dstu2
-AllergyIntolerance | token | substance=substance+reaction.substance dstu2, clinical-status stu3 r4
-AllergyIntolerance | token | verification-status stu3 r4, code=code+reaction.substance stu3 r4
-AllergyIntolerance | date | date=recordedDate+assertedDate, onset=reaction.onset
-Binary | |
-CarePlan | token | identifier stu3 r4, category stu3 r4, intent stu3 r4, status stu3 r4
-CarePlan | date | date=period
-CareTeam stu3 r4 | token | identifier, category, status
-CareTeam stu3 r4 | date | date=period
-CareTeam stu3 r4 | reference | participant=participant.member
-Claim | token | identifier, use, status r4
-Claim | date | created stu3 r4
-Condition | token | identifier, category, code, severity, clinicalstatus=clinicalStatus dstu2, clinical-status stu3 r4
-Condition | token | verification-status stu3 r4
-Condition | date | onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4
-Condition | date | abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
-Condition | reference | encounter=encounter+context, asserter
-Coverage stu3 r4 | token | identifier, type, status r4
-Coverage stu3 r4 | reference | payor, subscriber
-Device | token | identifier, type, status stu3 r4
-DiagnosticOrder dstu2 | token | identifier, status, code=item.code
-DiagnosticReport | token | identifier, category, code, status
-DiagnosticReport | date | date=effective[x], issued
-DiagnosticReport | reference | encounter=encounter+context, result, specimen, performer=performer+performer.actor
-DocumentReference | token | identifier=masterIdentifier+identifier, status, type, class dstu2 stu3, category r4
-DocumentReference | token | contenttype=content.attachment.contentType r4
-DocumentReference | date | period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4
-DocumentReference | reference | author, custodian, encounter=context.encounter
-Encounter | token | identifier, status, type, class stu3 r4, reason-code r4
-Encounter | date | date=period
-Encounter | reference | participant=participant.individual, location=location.location, service-provider stu3 r4
-Endpoint stu3 r4 | token | identifier, status, connection-type
-Endpoint stu3 r4 | string | name
-Endpoint stu3 r4 | reference | organization=managingOrganization
-ExplanationOfBenefit stu3 r4 | token | identifier, status r4
-ExplanationOfBenefit stu3 r4 | date | created
-ExplanationOfBenefit stu3 r4 | reference | claim, provider, coverage=insurance.coverage, encounter=item.encounter
-FamilyMemberHistory | token | identifier, code=condition.code, status stu3 r4
-FamilyMemberHistory | date | date
-Goal | token | identifier, category, status dstu2 stu3, lifecycle-status r4, achievement-status r4
-Goal | date | start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
-ImagingStudy | token | modality=series.modality, identifier stu3 r4, status r4
-ImagingStudy | date | started
-ImagingStudy | reference | endpoint=endpoint+series.endpoint stu3 r4, encounter r4
-Immunization | token | identifier, status, vaccine-code, notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4
-Immunization | token | reason-code r4
-Immunization | string | lot-number
-Immunization | date | date=date+occurrence[x]
-Immunization | reference | location, manufacturer
-Location | token | identifier, status, type
-Location | string | name
-Location | reference | organization=managingOrganization
-Media | token | identifier, type
-Medication | token | code, status stu3 r4, identifier r4
-MedicationAdministration | token | identifier, status, code=medication[x]
-MedicationAdministration | date | effectivetime=effectiveTime[x] dstu2, effective-time=effective[x] stu3 r4
-MedicationAdministration | reference | medication=medication[x], context stu3 r4, prescription dstu2 stu3, request r4
-MedicationDispense | token | identifier, status, code=medication[x], type
-MedicationDispense | date | whenhandedover=whenHandedOver, whenprepared=whenPrepared
-MedicationDispense | reference | medication=medication[x], context stu3 r4, prescription=authorizingPrescription
-MedicationOrder dstu2 | token | identifier, status, code=medication[x]
-MedicationOrder dstu2 | date | datewritten=dateWritten
-MedicationOrder dstu2 | reference | encounter, prescriber, medication=medication[x]
-MedicationRequest stu3 r4 | token | identifier, status, intent, category, priority, code=medication[x]
-MedicationRequest stu3 r4 | date | authoredon=authoredOn
-MedicationRequest stu3 r4 | reference | medication=medication[x], requester=requester+requester.agent, context stu3
-MedicationRequest stu3 r4 | reference | encounter r4
-MedicationStatement | token | identifier, status, code=medication[x], category stu3 r4
-MedicationStatement | date | effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
-MedicationStatement | reference | medication=medication[x], context stu3 r4
-Observation | token | identifier, category, code, status, value-concept=value[x], component-code=component.code
-Observation | token | data-absent-reason
-Observation | date | date=effective[x], value-date=value[x]
-Observation | reference | encounter=encounter+context, performer, specimen, has-member r4, derived-from r4
-Organization | token | identifier, type, active
-Organization | string | name
-Organization | reference | partof=partOf
-Patient | token | identifier, gender, active, telecom, language=communication.language
-Patient | date | birthdate=birthDate
-Patient | reference | organization=managingOrganization, general-practitioner stu3 r4
-Practitioner | token | identifier, gender
-PractitionerRole stu3 r4 | token | identifier, active, specialty, role=code
-PractitionerRole stu3 r4 | reference | practitioner, organization, location
-Procedure | token | identifier, code, category stu3 r4, status stu3 r4
-Procedure | date | date=performed[x]
-Procedure | reference | encounter=encounter+context, location, performer=performer.actor
-ProcedureRequest dstu2 stu3 | token | identifier, code stu3, intent stu3, status stu3
-ProcedureRequest dstu2 stu3 | date | authored=authoredOn stu3
-ProcedureRequest dstu2 stu3 | reference | encounter=encounter+context
-QuestionnaireResponse | token | status
-QuestionnaireResponse | date | authored
-RelatedPerson | token | identifier, gender
-RelatedPerson | string | name
-RelatedPerson | date | birthdate=birthDate
-ServiceRequest r4 | token | identifier, category, code, intent, status
-ServiceRequest r4 | date | authored=authoredOn, occurrence=occurrence[x]
-ServiceRequest r4 | reference | encounter, requester
-Specimen | token | identifier, type
-Substance | token | identifier, code, category
-SupplyDelivery | token | identifier, status
+AllergyIntolerance | owner: patient | token: identifier, category, criticality, type, status dstu2,
+    substance=substance+reaction.substance dstu2, clinical-status stu3 r4, verification-status stu3 r4,
+    code=code+reaction.substance stu3 r4 | date: date=recordedDate+assertedDate, onset=reaction.onset
+Binary
+CarePlan | owner: patient, subject
+    | token: identifier stu3 r4, category stu3 r4, intent stu3 r4, status stu3 r4 | date: date=period
+CareTeam stu3 r4 | owner: patient, subject | token: identifier, category, status | date: date=period
+    | reference: participant=participant.member
+Claim | owner: patient | token: identifier, use, status r4 | date: created stu3 r4
+Condition | owner: patient, subject stu3 r4 | token: identifier, category, code, severity,
+    clinicalstatus=clinicalStatus dstu2, clinical-status stu3 r4, verification-status stu3 r4
+    | date: onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4,
+    abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
+    | reference: encounter=encounter+context, asserter
+Coverage stu3 r4 | owner: patient, beneficiary | token: identifier, type, status r4
+    | reference: payor, subscriber
+Device | owner: patient | token: identifier, type, status stu3 r4
+DiagnosticOrder dstu2 | owner: patient, subject | token: identifier, status, code=item.code
+DiagnosticReport | owner: patient, subject | token: identifier, category, code, status
+    | date: date=effective[x], issued
+    | reference: encounter=encounter+context, result, specimen, performer=performer+performer.actor
+DocumentReference | owner: patient, subject | token: identifier=masterIdentifier+identifier, status, type,
+    class dstu2 stu3, category r4, contenttype=content.attachment.contentType r4
+    | date: period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4
+    | reference: author, custodian, encounter=context.encounter
+Encounter | owner: patient, subject stu3 r4 | token: identifier, status, type, class stu3 r4, reason-code r4
+    | date: date=period
+    | reference: participant=participant.individual, location=location.location, service-provider stu3 r4
+Endpoint stu3 r4 | token: identifier, status, connection-type | reference: organization=managingOrganization
+    | string: name
+ExplanationOfBenefit stu3 r4 | owner: patient | token: identifier, status r4 | date: created
+    | reference: claim, provider, coverage=insurance.coverage, encounter=item.encounter
+FamilyMemberHistory | owner: patient | token: identifier, code=condition.code, status stu3 r4 | date: date
+Goal | owner: patient, subject
+    | token: identifier, category, status dstu2 stu3, lifecycle-status r4, achievement-status r4
+    | date: start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
+ImagingStudy | owner: patient, subject r4 | token: modality=series.modality, identifier stu3 r4, status r4
+    | date: started | reference: endpoint=endpoint+series.endpoint stu3 r4, encounter r4
+Immunization | owner: patient | token: identifier, status, vaccine-code,
+    notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4, reason-code r4 | date: date=date+occurrence[x]
+    | reference: location, manufacturer | string: lot-number
+Location | token: identifier, status, type | reference: organization=managingOrganization | string: address,
+    address-city=address.city, address-state=address.state, address-postalcode=address.postalCode, name
+Media | owner: patient, subject | token: identifier, type
+Medication | token: code, status stu3 r4, identifier r4
+MedicationAdministration | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x]
+    | date: effectivetime=effectiveTime[x] dstu2, effective-time=effective[x] stu3 r4
+    | reference: medication=medication[x], context stu3 r4, prescription dstu2 stu3, request r4
+MedicationDispense | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x], type
+    | date: whenhandedover=whenHandedOver, whenprepared=whenPrepared
+    | reference: medication=medication[x], context stu3 r4, prescription=authorizingPrescription
+MedicationOrder dstu2 | owner: patient | token: identifier, status, code=medication[x]
+    | date: datewritten=dateWritten | reference: encounter, prescriber, medication=medication[x]
+MedicationRequest stu3 r4 | owner: patient, subject
+    | token: identifier, status, intent, category, priority, code=medication[x] | date: authoredon=authoredOn
+    | reference: medication=medication[x], requester=requester+requester.agent, context stu3, encounter r4
+MedicationStatement | owner: patient, subject stu3 r4
+    | token: identifier, status, code=medication[x], category stu3 r4
+    | date: effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
+    | reference: medication=medication[x], context stu3 r4
+Observation | owner: patient, subject | token: identifier, category, code, status, value-concept=value[x],
+    component-code=component.code, data-absent-reason | date: date=effective[x], value-date=value[x]
+    | reference: encounter=encounter+context, performer, specimen, has-member r4, derived-from r4
+Organization | token: identifier, type, active | reference: partof=partOf | string: address,
+    address-city=address.city, address-state=address.state, address-postalcode=address.postalCode, name
+Patient | token: identifier, gender, active, telecom, language=communication.language
+    | date: birthdate=birthDate | reference: organization=managingOrganization, general-practitioner stu3 r4
+    | string: address, address-city=address.city, address-state=address.state,
+    address-postalcode=address.postalCode, name, family=name.family, given=name.given
+Practitioner | token: identifier, gender | string: name, family=name.family, given=name.given
+PractitionerRole stu3 r4 | token: identifier, active, specialty, role=code
+    | reference: practitioner, organization, location
+Procedure | owner: patient, subject | token: identifier, code, category stu3 r4, status stu3 r4
+    | date: date=performed[x] | reference: encounter=encounter+context, location, performer=performer.actor
+ProcedureRequest dstu2 stu3 | owner: patient, subject | token: identifier, code stu3, intent stu3, status stu3
+    | date: authored=authoredOn stu3 | reference: encounter=encounter+context
+QuestionnaireResponse | owner: patient, subject | token: status | date: authored
+RelatedPerson | owner: patient | token: identifier, gender | date: birthdate=birthDate | string: name
+ServiceRequest r4 | owner: patient, subject | token: identifier, category, code, intent, status
+    | date: authored=authoredOn, occurrence=occurrence[x] | reference: encounter, requester
+Specimen | owner: patient, subject | token: identifier, type
+Substance | token: identifier, code, category
+SupplyDelivery | owner: patient | token: identifier, status
 """
-# What may refer to a type, by the parameter's name: where _include and _revinclude can lead.
-REFERENCES = {
+# The types that reference parameters lead to: what _include, _revinclude and modifiers can name.
+REFERENCE_TARGETS = {name: types.split() for types, names in {
     "Claim": "claim", "Coverage": "coverage", "Encounter": "encounter context", "Endpoint": "endpoint",
-    "Location": "location", "Medication": "medication", "MedicationOrder": "prescription",
-    "MedicationRequest": "prescription request", "Observation": "result has-member derived-from",
-    "Organization": "organization general-practitioner payor performer author custodian provider service-provider "
-                    "manufacturer partof requester participant",
-    "Patient": "asserter subscriber payor performer author participant requester",
-    "Practitioner": "general-practitioner asserter performer author provider participant prescriber practitioner requester",
-    "PractitionerRole": "general-practitioner performer author provider requester participant",
-    "RelatedPerson": "asserter subscriber payor author participant requester", "Specimen": "specimen"}
+    "Location": "location", "Medication": "medication", "MedicationOrder MedicationRequest": "prescription",
+    "MedicationRequest": "request", "Observation": "result has-member derived-from",
+    "Organization": "organization custodian service-provider manufacturer partof",
+    "Organization Patient RelatedPerson": "payor",
+    "Organization Practitioner PractitionerRole": "general-practitioner provider",
+    "Organization Patient Practitioner PractitionerRole": "performer",
+    "Organization Patient Practitioner PractitionerRole RelatedPerson": "author participant requester",
+    "Patient": "patient subject beneficiary", "Patient Practitioner RelatedPerson": "asserter",
+    "Patient RelatedPerson": "subscriber",
+    "Practitioner": "prescriber practitioner", "Specimen": "specimen"}.items() for name in names.split()}
 
 
 class Parameter(NamedTuple):
@@ -3072,9 +3062,11 @@ class Parameter(NamedTuple):
 
 COMMON_PARAMETERS = {"_id": Parameter("id"), "_lastUpdated": Parameter("updated", ("meta.lastUpdated",)),
                      "_security": Parameter("token", ("meta.security",))}
-_OWN_COLUMNS = {"id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},  # kinds that need no row of search_values
-                "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
-RESULT_PARAMETERS = ("_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
+RESULT_PARAMETERS = (
+    "_count", "_elements", "_format", "_include", "_pretty", "_revinclude", "_sort", "_summary", "_total")
+_OWN_COLUMNS = {  # kinds that need no rows: their columns are in the table resources, of which r is a row
+    "id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},
+    "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
             "reference": ("Reference",)}  # what may stand for [x]
 
@@ -3082,39 +3074,359 @@ _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("Codeab
 @functools.cache
 def search_table(version: str) -> dict[str, dict[str, Parameter]]:
     """The types that a version of the embedded records serves, and what each can be searched by."""
-    found: dict[str, dict[str, Parameter]] = {}
-    for types, kind, names in table(SEARCH_PARAMETERS):
-        for type_name, *having in map(str.split, types.split(",")):
-            if not having or version in having:
-                known = found.setdefault(type_name, dict(COMMON_PARAMETERS))
-                for word, *having in map(str.split, names.split(",") if names else ()):
-                    name, _, paths = word.partition("=")
-                    paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
-                    if not having or version in having:
-                        known[name] = Parameter(kind, tuple(
-                            path.replace("[x]", choice) for path in paths.split("+")
-                            for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
-    return found
+    served: dict[str, dict[str, Parameter]] = {}
+    for type_and_versions, *cells in table(SEARCH_PARAMETERS.replace("\n    ", " ")):
+        type_name = _if_in(version, type_and_versions)
+        if type_name:
+            served[type_name] = dict(COMMON_PARAMETERS)
+            for cell in cells:
+                served[type_name].update(_parameters_in(version, cell))
+    return served
 
 
-@functools.cache
-def _looked_into(version: str) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
-    """The same from the resource's side: type -> element -> (parameter, kind, path within the element)."""
-    found: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
-    for type_name, known in search_table(version).items():
-        inside = found.setdefault(type_name, {})
-        for name, parameter in known.items():
-            for path in parameter.paths if parameter.kind not in _OWN_COLUMNS else ():
-                element, _, within = path.partition(".")
-                inside.setdefault(element, []).append((name, parameter.kind, within))
-    return found
+def _if_in(version: str, text: str) -> str:
+    """Of "name stu3 r4" the name, or "" if the version is not among those behind it; no versions are all."""
+    name, *versions = text.split()
+    return name if not versions or version in versions else ""
+
+
+def _parameters_in(version: str, cell: str) -> Iterator[tuple[str, Parameter]]:
+    """The parameters that a version has of a cell such as "date: date=period, created stu3 r4"."""
+    kind, _, words = cell.partition(": ")
+    for word in filter(None, (_if_in(version, word) for word in words.split(", "))):
+        name, _, paths = word.partition("=")
+        paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
+        yield name, Parameter(kind, tuple(
+            path.replace("[x]", choice) for path in paths.split("+")
+            for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
 
 
 def referring(type_name: str, version: str) -> list[tuple[str, str]]:
     """The (type, parameter) pairs through which resources refer to a type."""
-    return [(source, name) for source, known in search_table(version).items() for name, parameter in known.items()
-            if (parameter.kind == "owner" and type_name == "Patient")
-            or (parameter.kind == "reference" and name in REFERENCES.get(type_name, "").split())]
+    return [(source, name) for source, known in search_table(version).items() for name in known
+            if type_name in REFERENCE_TARGETS.get(name, ())]
+
+
+MAX_VALUES = 500        # in one search: SQLite's expressions are bounded
+MAX_INCLUDED = 10_000   # resources on a page beside its matches
+
+
+class Query(NamedTuple):
+    """A search, understood: what to find and what to show of it."""
+    type: str
+    terms: tuple[SearchTerm, ...]            # all of which a match meets
+    sort: tuple[tuple[str, bool], ...]       # parameter, falling
+    includes: tuple[Include, ...]
+    limit: int                               # matches on a page; 0: none, only the total
+    total: bool
+    elements: tuple[str, ...]                # empty: all
+    after: tuple[Any, ...]                   # where the page before ended: see page_mark
+    parameters: tuple[tuple[str, str], ...]  # those that took effect
+
+    def patients(self) -> set[str]:
+        """The ids of the patients that the search names."""
+        return {str(comparisons[0].value) for term in self.terms for comparisons in term.alternatives
+                if term.parameter.kind == "owner" or (self.type == "Patient" and term.parameter.kind == "id")}
+
+
+def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
+                lenient: bool = False) -> Query:
+    """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
+    need(sum(text.count(",") + 1 for _, text in parameters) <= MAX_VALUES,
+         f"a search takes at most {MAX_VALUES} values", "too-costly", kind=FhirError)
+    terms: list[SearchTerm] = []
+    includes: dict[Include, None] = {}
+    sort: dict[str, bool] = {}
+    effective: list[tuple[str, str]] = []
+    shown = {"_count": "20", "_summary": "false", "_total": "accurate", "_elements": "", "_page": ""}
+    for name, text in parameters:
+        if name in shown:
+            shown[name] = text
+        elif name in ("_include", "_revinclude"):
+            includes[_parse_include(version, type_name, name, text)] = None
+        elif name == "_sort":
+            _parse_sort(version, type_name, text, sort)
+        elif name not in ("_format", "_pretty"):
+            try:
+                terms.append(parse_term(version, type_name, name, text, base))
+            except FhirError as error:
+                if lenient and error.error == "not-supported":
+                    continue  # FHIR search, "Handling Errors": Prefer: handling=lenient
+                raise
+        effective.append((name, text))
+    for name, possible in (("_summary", ("count", "false")), ("_total", ("accurate", "estimate", "none"))):
+        need(shown[name] in possible, f"{name}={shown[name]}: expected one of {', '.join(possible)}", "value",
+             kind=FhirError)
+    need(re.fullmatch(r"[0-9]{1,18}", shown["_count"]), f"_count={shown['_count']}: expected a whole number",
+         "value", kind=FhirError)
+    limit = 0 if shown["_summary"] == "count" else min(int(shown["_count"]), 1000)
+    names = tuple(filter(None, shown["_elements"].split(",")))
+    return Query(type_name, tuple(terms), tuple(sort.items()), tuple(includes), limit,
+                 shown["_total"] != "none", names, _parse_mark(shown["_page"]), tuple(effective))
+
+
+parsed_query = functools.lru_cache(maxsize=100)(parse_query)  # for those that are short
+
+
+def are_short(parameters: Sequence[tuple[str, str]]) -> bool:
+    """Whether search parameters are short enough to remember what became of them: see `remembered`."""
+    return sum(len(name) + len(text) for name, text in parameters) < 2000
+
+
+class Include(NamedTuple):
+    """_include, or in reverse _revinclude: resources that a match refers to, or that refer to a match."""
+    reverse: bool
+    source: str
+    parameter: str
+    target: str  # a type, or "" for any
+
+
+def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
+    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
+    source, parameter, target = (*text.split(":", 2), "", "")[:3]
+    reverse, known = name == "_revinclude", search_table(version)[type_name]
+    possible = [(type_name, own) for own in known if known[own].type == "reference"]
+    if reverse:
+        possible = referring(type_name, version)
+    need((source, parameter) in possible and (not reverse or target in ("", type_name)),
+         f"{name}={text}: not possible for {type_name}; possible are "
+         + (", ".join(sorted(map(":".join, possible))) or "none"), "value", kind=FhirError)
+    return Include(reverse, source, parameter, target)
+
+
+def _parse_sort(version: str, type_name: str, text: str, sort: dict[str, bool]) -> None:
+    """Add _sort=date,-code to what is sorted by already; True: falling."""
+    known = search_table(version)[type_name]
+    for word in text.split(","):
+        name = word.lstrip("-")
+        need(name in known, f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can",
+             "value", kind=FhirError)
+        sort.setdefault(name, word.startswith("-"))
+
+
+def page_mark(keys: Sequence[Any]) -> str:
+    """Where a page ended, for the link to the next: the sort keys and number of its last entry."""
+    return base64url(json.dumps(keys).encode())
+
+
+def _parse_mark(text: str) -> tuple[Any, ...]:
+    """What page_mark wrote; nothing of nothing."""
+    try:
+        keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
+        json.dumps(keys, ensure_ascii=False).encode()  # fails, as does abs, for what SQLite can't take
+        if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
+            return tuple(keys)
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise FhirError("value", f"_page={text}: not a link of this server")
+
+
+class Sql(NamedTuple):
+    """A piece of SQL that a resource `r` must meet, and its values."""
+    sql: str
+    values: tuple[Any, ...] = ()
+
+
+class Comparison(NamedTuple):
+    """A column of a SearchValue held against a value. SQL and Python read it alike: see `SearchTerm`."""
+    column: str
+    operator: str
+    value: str | float
+
+    def sql(self, columns: Mapping[str, str]) -> str:
+        """As SQL; columns: what some have for names there."""
+        column = columns.get(self.column, self.column)
+        return f"instr({column}, ?) > 0" if self.operator == "contains" else f"{column} {self.operator} ?"
+
+    def holds(self, row: SearchValue) -> bool:
+        """In Python."""
+        return _COMPARE[self.operator](row[_PLACES[self.column]], self.value)
+
+
+Comparisons = tuple[Comparison, ...]  # all of which must hold
+_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
+    "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+    "contains": operator.contains}
+_PLACES = {"value": 1, "system": 2, "first": 3, "last": 4}  # of the columns in a SearchValue
+_ANY_VALUE: Comparisons = ()
+
+
+class SearchTerm(NamedTuple):
+    """One search parameter with its values: what a resource must meet, in SQL or in Python."""
+    name: str
+    parameter: Parameter
+    alternatives: tuple[Comparisons, ...]  # one of them is enough: FHIR's comma
+    negated: bool = False
+
+    def as_sql(self, pinned: bool) -> Sql:
+        """pinned: few resources are left to look at, so look at each; else start from the value."""
+        own = _OWN_COLUMNS.get(self.parameter.kind, {})
+        alternatives = [" AND ".join(comparison.sql(own) for comparison in comparisons) or "1"
+                        for comparisons in self.alternatives]
+        sql = "(" + " OR ".join(alternatives) + ")"
+        values = tuple(comparison.value for comparisons in self.alternatives for comparison in comparisons)
+        if own:
+            return Sql(sql, values)
+        rows = f"FROM search_values WHERE parameter = ? AND {sql}"
+        if not pinned and not self.negated:
+            return Sql(f"r.number IN (SELECT number {rows})", (self.name, *values))
+        exists = "NOT EXISTS" if self.negated else "EXISTS"
+        return Sql(f"{exists} (SELECT 1 {rows} AND number = r.number)", (self.name, *values))
+
+    def met_by(self, resource: Json) -> bool:
+        """The same in Python."""
+        kind = self.parameter.kind
+        if kind == "owner":
+            rows: list[SearchValue] = [("", owner(resource), "Patient", 0, 0)]
+        elif kind == "id":
+            rows = [("", str(resource.get("id")), "", 0, 0)]
+        else:
+            values = [value for path in self.parameter.paths for value in elements(resource, path)]
+            rows = values_of("", kind, values)
+        met = any(all(comparison.holds(row) for comparison in comparisons)
+                  for row in rows for comparisons in self.alternatives)
+        return met != self.negated
+
+
+_MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing"),
+              "reference": ("missing",)}  # beside REFERENCE_TARGETS
+# FHIR search, "Prefixes": how a resource's time (first, last) stands to the span searched for (start, end).
+DATE_PREFIXES = {
+    "eq": "first >= start and last <= end", "ne": "first < start or last > end",
+    "gt": "last > end", "ge": "first >= start or last > end", "sa": "first >= end",
+    "lt": "first < start", "le": "last <= end or first < start", "eb": "last <= start",
+    "ap": "first < end and last > start"}
+
+
+def parse_term(version: str, type_name: str, name: str, text: str, base: str = "") -> SearchTerm:
+    """A search parameter and its values. `base` is what this server's own absolute references begin with.
+
+    FhirError: not-supported where the parameter or its modifier isn't known, value where a value is none.
+    """
+    known = search_table(version)[type_name]
+    bare, colon, modifier = name.partition(":")
+    if bare not in known:
+        raise FhirError("not-supported", f"{name}: unknown search parameter of {type_name}; known are "
+                        + ", ".join(sorted([*known, *RESULT_PARAMETERS])))
+    parameter = known[bare]
+    possible = [*_MODIFIERS.get(parameter.kind, ()), *REFERENCE_TARGETS.get(bare, ())]
+    if colon and modifier not in possible:
+        raise FhirError("not-supported",
+                        f"{name}: unknown modifier; {bare} takes {', '.join(possible) or 'none'}")
+    if modifier == "missing":
+        if text not in ("true", "false"):
+            raise FhirError("value", f"{name}={text}: expected true or false")
+        return SearchTerm(bare, parameter, (_ANY_VALUE,), negated=text == "true")
+    alternatives = [comparisons for word in _COMMA.split(text.replace("\\\\", "\0"))
+                    for comparisons in _comparisons(bare, parameter.kind, modifier, word, base)]
+    return SearchTerm(bare, parameter, tuple(alternatives), negated=modifier == "not")
+
+
+def _comparisons(name: str, kind: str, modifier: str, text: str, base: str) -> Iterable[Comparisons]:
+    """What one of a parameter's values asks for: some dates for one of two things, all else for one."""
+    plain = _unescaped(text)
+    if kind in ("date", "updated"):
+        return _compare_date(name, plain)
+    if kind in ("reference", "owner"):
+        return [_compare_reference(kind, modifier, plain, base)]
+    if kind == "token":  # code, system|code, |code (of no system) or system| (any code)
+        *systems, code = re.split(r"(?<!\\)\|", text, maxsplit=1)
+        asked = [Comparison("system", "=", _unescaped(system)) for system in systems]
+        return [(*asked, Comparison("value", "=", _unescaped(code))) if code or not systems else tuple(asked)]
+    if kind == "id":
+        return [(Comparison("value", "=", plain),)]
+    if modifier == "exact":
+        return [(Comparison("system", "=", plain),)]
+    if modifier == "contains":
+        return [(Comparison("value", "contains", fold(plain)),)]
+    return [(Comparison("value", ">=", fold(plain)), Comparison("value", "<", fold(plain) + "\U0010ffff"))]
+
+
+def _unescaped(text: str) -> str:
+    """A value without the backslashes before what is no separator; a doubled one has become NUL."""
+    return re.sub(r"\\([,|$])", r"\1", text).replace("\0", "\\")
+
+
+def _compare_date(name: str, text: str) -> Iterator[Comparisons]:
+    """A date, or with a prefix ge2008."""
+    prefix, date = (text[:2], text[2:]) if text[:2] in DATE_PREFIXES else ("eq", text)
+    try:
+        start, end = date_range(date.replace(" ", "+"))  # a + in a URL that was not encoded
+    except ValueError:
+        raise FhirError("value", f"{name}={text}: expected a date such as 2008-07-10, with a prefix "
+                                 f"({', '.join(DATE_PREFIXES)}) or without")
+    for alternative in DATE_PREFIXES[prefix].split(" or "):
+        yield tuple(Comparison(column, sign, start if bound == "start" else end)
+                    for column, sign, bound in map(str.split, alternative.split(" and ")))
+
+
+def _compare_reference(kind: str, modifier: str, text: str, base: str) -> Comparisons:
+    """An id, Type/id or a URL below `base`; a modifier is a type too, and an owner is a Patient."""
+    is_below = base and text.startswith(base + "/")
+    type_name, target = reference_parts(text[len(base) + 1:] if is_below else text)
+    wanted = modifier or ("Patient" if kind == "owner" else type_name)
+    if type_name and type_name != wanted:
+        target = text  # as it stands this is no id, so it is found nowhere
+    if wanted and kind == "reference":
+        return Comparison("value", "=", target), Comparison("system", "=", wanted)
+    return (Comparison("value", "=", target),)
+
+
+SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
+
+
+def search_values(resource: Json, version: str) -> set[SearchValue]:
+    """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
+    parameters, values = _parameters_by_element(version)[resource["resourceType"]], set()
+    for element, value in resource.items():
+        for name, kind, path in parameters.get(element, ()):
+            inside = value if isinstance(value, list) else [value]
+            values.update(values_of(name, kind, within(inside, path) if path else inside))
+    # One that nobody can search by: the Binary that a document points to. Anyone who sees it may read that.
+    if resource["resourceType"] in DOCUMENT_TYPES:
+        for url in attachments(resource):
+            type_name, target = reference_parts(url)
+            values.add(("_attachment", target, type_name, 0, 0))
+    return values
+
+
+@functools.cache
+def _parameters_by_element(version: str) -> dict[str, dict[str, list[tuple[str, str, str]]]]:
+    """The search table from the resource's side: type -> element -> (parameter, kind, path within it)."""
+    types: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
+    for type_name, known in search_table(version).items():
+        types[type_name] = {}
+        for name, parameter in known.items():
+            if parameter.kind not in _OWN_COLUMNS:
+                for path in parameter.paths:
+                    element, _, inner = path.partition(".")
+                    types[type_name].setdefault(element, []).append((name, parameter.kind, inner))
+    return types
+
+
+def values_of(name: str, kind: str, values: Iterable[Any]) -> list[SearchValue]:
+    """What a search parameter of a kind makes of the values of its elements."""
+    if kind == "token":
+        return [(name, code, system, 0, 0) for system, code in tokens_of(values)]
+    if kind == "reference":
+        return [(name, target, type_name, 0, 0)
+                for type_name, target in map(reference_parts, filter(None, map(reference_of, values)))]
+    if kind == "string":
+        return [(name, fold(text), text, 0, 0) for text in strings_of(values)]
+    return [(name, "", "", *span) for span in map(period_of, values) if span]
+
+
+_RELATIVE = re.compile(r"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})(?:/_history/.*)?")
+
+
+def reference_parts(text: str) -> tuple[str, str]:
+    """A reference as (type, id); ("", text) if it is not a relative one."""
+    match = _RELATIVE.fullmatch(text)
+    return (match[1], match[2]) if match else ("", text)
+
+
+_PARTS_WITH_TEXT = ("family", "given", "text", "prefix", "suffix",
+                    "line", "city", "district", "state", "postalCode", "country")
 
 
 def strings_of(values: Iterable[Any]) -> Iterator[str]:
@@ -3122,45 +3434,24 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
     for value in values:
         if isinstance(value, str):
             yield value
-        for part in ("family", "given", "text", "prefix", "suffix", "line", "city", "district", "state", "postalCode",
-                     "country") if isinstance(value, dict) else ():
-            yield from (text for text in elements(value, part) if isinstance(text, str))
+        elif isinstance(value, dict):
+            for part in _PARTS_WITH_TEXT:
+                yield from (text for text in elements(value, part) if isinstance(text, str))
 
 
 def fold(text: str) -> str:
     """Text as strings are compared: without case and accents (FHIR search, "string")."""
     if not text.isascii():
         import unicodedata  # only where it is needed: it takes long
-        text = "".join(one for one in unicodedata.normalize("NFKD", text) if not unicodedata.combining(one))
+        letters = unicodedata.normalize("NFKD", text)
+        text = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return text.casefold()
 
 
-_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?"
+                   r"(Z|[+-]\d\d:\d\d)?)?)?)?")
 _EPOCH = datetime.date(1970, 1, 1).toordinal()
 _EVER = 1e15  # seconds: the end of a Period that has none
-
-
-@functools.lru_cache(maxsize=4096)
-def date_range(text: str) -> tuple[float, float]:
-    """The span of time that a FHIR date or time may mean: from its first moment to the one after its last.
-
-    2008-07 is all of July 2008. What has no time zone is UTC. ValueError if it is none.
-    """
-    match = _DATE.fullmatch(text)
-    if not match:
-        raise ValueError(f"{text!r} is no date")
-    year, month, day, hour, minute, second, fraction, zone = match.groups()
-    date = datetime.date(int(year), int(month or 1), int(day or 1))
-    start = (date.toordinal() - _EPOCH) * 86400.0
-    if not hour:
-        in_month = calendar.monthrange(date.year, date.month)[1]
-        return start, start + 86400 * (1 if day else in_month if month else 365 + calendar.isleap(date.year))
-    if hour > "23" or minute > "59" or (second or "") > "60":
-        raise ValueError(f"{text!r} is no time")
-    start += int(hour) * 3600 + int(minute) * 60 + min(int(second or 0), 59) + float(fraction or 0)
-    if zone and zone != "Z":
-        start -= (int(zone[1:3]) * 3600 + int(zone[4:]) * 60) * (-1 if zone[0] == "-" else 1)
-    return start, start + (60 if not second else 10.0 ** (1 - len(fraction)) if fraction else 1)
 
 
 def period_of(value: Any) -> tuple[float, float] | None:
@@ -3176,277 +3467,33 @@ def period_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
-_RELATIVE = re.compile(r"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})(?:/_history/.*)?")
+@functools.lru_cache(maxsize=4096)
+def date_range(text: str) -> tuple[float, float]:
+    """The span of time that a FHIR date or time may mean: from its first moment to the one after its last.
 
-
-def reference_parts(text: str) -> tuple[str, str]:
-    """A reference as (type, id); ("", text) if it is not a relative one."""
-    match = _RELATIVE.fullmatch(text)
-    return (match[1], match[2]) if match else ("", text)
-
-
-SearchValue = tuple[str, str, str, float, float]  # parameter, value, system, first, last: as the table has it
-
-
-def values_of(name: str, kind: str, found: Iterable[Any]) -> list[SearchValue]:
-    """What a search parameter of a kind makes of the elements found."""
-    if kind == "token":
-        return [(name, code, system, 0, 0) for system, code in tokens_of(found)]
-    if kind == "reference":
-        return [(name, target, type_name, 0, 0)
-                for type_name, target in map(reference_parts, filter(None, map(reference_of, found)))]
-    if kind == "string":
-        return [(name, fold(text), text, 0, 0) for text in strings_of(found)]
-    return [(name, "", "", *span) for span in map(period_of, found) if span]
-
-
-def search_values(resource: Json, version: str) -> set[SearchValue]:
-    """All that a resource can be found by, but for what its row in `resources` says: id, time and owner."""
-    looked_into, found = _looked_into(version)[resource["resourceType"]], set()
-    for element, value in resource.items():
-        for name, kind, path in looked_into.get(element, ()):
-            inside = value if isinstance(value, list) else [value]
-            found.update(values_of(name, kind, within(inside, path) if path else inside))
-    # One that nobody can ask for: the Binary that a document points to, so that who may see that may read this.
-    if resource["resourceType"] in DOCUMENT_TYPES:
-        for url in attachments(resource):
-            type_name, target = reference_parts(url)
-            found.add(("_attachment", target, type_name, 0, 0))
-    return found
-
-
-class Sql(NamedTuple):
-    """A piece of SQL that a resource `r` must meet, and its values."""
-    sql: str
-    values: tuple[Any, ...] = ()
-
-
-class Comparison(NamedTuple):
-    """A column of search_values held against a value. SQL and Python read it alike: see `SearchTerm`."""
-    column: str
-    operator: str
-    value: str | float
-
-
-_COMPARE: dict[str, Callable[[Any, Any], bool]] = {
-    "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "contains": operator.contains}
-_PLACE = {"value": 1, "system": 2, "first": 3, "last": 4}  # of a column in SearchValue
-
-
-class SearchTerm(NamedTuple):
-    """One search parameter with its values: what a resource must meet, in SQL or in Python."""
-    name: str
-    parameter: Parameter
-    alternatives: tuple[tuple[Comparison, ...], ...]  # of which one must hold, whole: FHIR's comma
-    negated: bool = False
-
-    def condition(self, pinned: bool) -> Sql:
-        """As SQL. `pinned`: few resources are left to look at, so look at each; else start from the value."""
-        own = _OWN_COLUMNS.get(self.parameter.kind)
-        sql = " OR ".join(" AND ".join(
-            ("instr({}, ?) > 0" if one.operator == "contains" else "{} " + one.operator + " ?").format(
-                own[one.column] if own else one.column) for one in every) or "1" for every in self.alternatives)
-        values = tuple(one.value for every in self.alternatives for one in every)
-        if own:
-            return Sql(f"({sql})", values)
-        if pinned or self.negated:
-            return Sql(f"{'NOT ' * self.negated}EXISTS (SELECT 1 FROM search_values "
-                             f"WHERE number = r.number AND parameter = ? AND ({sql}))", (self.name, *values))
-        return Sql(f"r.number IN (SELECT number FROM search_values WHERE parameter = ? AND ({sql}))",
-                         (self.name, *values))
-
-    def met_by(self, resource: Json) -> bool:
-        """The same in Python."""
-        kind = self.parameter.kind
-        if kind == "owner":
-            rows: list[SearchValue] = [("", owner(resource), "Patient", 0, 0)]
-        elif kind == "id":
-            rows = [("", str(resource.get("id")), "", 0, 0)]
-        else:
-            rows = values_of("", kind, [value for path in self.parameter.paths for value in elements(resource, path)])
-        return self.negated != any(all(_COMPARE[one.operator](row[_PLACE[one.column]], one.value) for one in every)
-                                   for row in rows for every in self.alternatives)
-
-
-# FHIR search, "Prefixes": how a resource's time (first, last) stands to the searched span; 0 is its start, 1 its end.
-_DATE_PREFIXES: dict[str, tuple[tuple[tuple[str, str, int], ...], ...]] = {
-    "eq": ((("first", ">=", 0), ("last", "<=", 1)),), "ne": ((("first", "<", 0),), (("last", ">", 1),)),
-    "gt": ((("last", ">", 1),),), "ge": ((("first", ">=", 0),), (("last", ">", 1),)),
-    "lt": ((("first", "<", 0),),), "le": ((("last", "<=", 1),), (("first", "<", 0),)),
-    "sa": ((("first", ">=", 1),),), "eb": ((("last", "<=", 0),),), "ap": ((("first", "<", 1), ("last", ">", 0)),)}
-_MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing")}
-MAX_VALUES = 500        # in one search: SQLite's expressions are bounded
-MAX_INCLUDED = 10_000   # resources on a page beside its matches
-
-
-def _unescaped(text: str) -> str:
-    """A value without the backslashes before what is no separator; a doubled one has become NUL."""
-    return re.sub(r"\\([,|$])", r"\1", text).replace("\0", "\\")
-
-
-def _alternatives(name: str, kind: str, modifier: str, text: str, base: str) -> Iterator[tuple[Comparison, ...]]:
-    """What one of a parameter's values asks for."""
-    plain = _unescaped(text)
-    if kind in ("date", "updated"):
-        prefix, date = (plain[:2], plain[2:]) if plain[:2] in _DATE_PREFIXES else ("eq", plain)
-        try:
-            span = date_range(date.replace(" ", "+"))  # a + in a URL that was not encoded
-        except ValueError:
-            raise FhirError("value", f"{name}={plain}: expected a date such as 2008-07-10, with a prefix "
-                                     f"({', '.join(_DATE_PREFIXES)}) or without")
-        for every in _DATE_PREFIXES[prefix]:
-            yield tuple(Comparison(column, sign, span[bound]) for column, sign, bound in every)
-    elif kind == "string" and modifier == "exact":
-        yield (Comparison("system", "=", plain),)
-    elif kind == "string" and modifier == "contains":
-        yield (Comparison("value", "contains", fold(plain)),)
-    elif kind == "string":
-        yield Comparison("value", ">=", fold(plain)), Comparison("value", "<", fold(plain) + "\U0010ffff")
-    elif kind == "token":
-        *systems, code = re.split(r"(?<!\\)\|", text, maxsplit=1)
-        yield (*(Comparison("system", "=", _unescaped(system)) for system in systems),
-               *([Comparison("value", "=", _unescaped(code))] if code or not systems else []))
-    elif kind == "id":
-        yield (Comparison("value", "=", plain),)
-    else:
-        type_name, target = reference_parts(plain[len(base) + 1:] if base and plain.startswith(base + "/") else plain)
-        wanted = modifier or ("Patient" if kind == "owner" else type_name)
-        if wanted not in ("", type_name) and type_name:
-            target = plain  # no id: found nowhere
-        yield (Comparison("value", "=", target),
-               *([Comparison("system", "=", wanted)] if wanted and kind == "reference" else []))
-
-
-def parse_term(version: str, type_name: str, name: str, text: str, base: str = "") -> SearchTerm:
-    """A search parameter and its values. `base` is what this server's own absolute references begin with.
-
-    FhirError: not-supported where the parameter or its modifier isn't known, value where a value is none.
+    2008-07 is all of July 2008. What has no time zone is UTC. ValueError if it is none.
     """
-    known = search_table(version)[type_name]
-    bare, colon, modifier = name.partition(":")
-    if bare not in known:
-        raise FhirError("not-supported", f"{name}: unknown search parameter of {type_name}; known are "
-                        + ", ".join(sorted([*known, *RESULT_PARAMETERS])))
-    parameter = known[bare]
-    possible = _MODIFIERS.get(parameter.kind, ())
-    if parameter.kind == "reference":
-        possible = ("missing", *(one for one, names in REFERENCES.items() if bare in names.split()))
-    elif parameter.kind == "owner":
-        possible = ("Patient",)
-    if colon and modifier not in possible:
-        raise FhirError("not-supported", f"{name}: unknown modifier; {bare} takes {', '.join(possible) or 'none'}")
-    if modifier == "missing":
-        if text not in ("true", "false"):
-            raise FhirError("value", f"{name}={text}: expected true or false")
-        return SearchTerm(bare, parameter, ((),), text == "true")
-    return SearchTerm(bare, parameter, tuple(
-        every for word in re.split(r"(?<!\\),", text.replace("\\\\", "\0"))
-        for every in _alternatives(bare, parameter.kind, modifier, word, base)), modifier == "not")
-
-
-class Include(NamedTuple):
-    """_include, or in reverse _revinclude: resources that a match refers to, or that refer to a match."""
-    reverse: bool
-    source: str
-    parameter: str
-    target: str  # a type, or "" for any
-
-
-class Query(NamedTuple):
-    """A search, understood: what to find and what to show of it."""
-    type: str
-    constraints: tuple[SearchTerm, ...]
-    sort: tuple[tuple[str, bool], ...]       # parameter, falling
-    includes: tuple[Include, ...]
-    limit: int                               # matches on a page; 0: none, only the total
-    total: bool
-    elements: tuple[str, ...]                # empty: all
-    after: tuple[Any, ...]                   # where the page before ended: see page_mark
-    parameters: tuple[tuple[str, str], ...]  # those that took effect
-
-    def patients(self) -> set[str]:
-        """The ids of the patients that the search names."""
-        return {str(every[0].value) for one in self.constraints for every in one.alternatives
-                if one.parameter.kind == "owner" or (self.type == "Patient" and one.parameter.kind == "id")}
-
-
-def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
-    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
-    source, parameter, target = (*text.split(":", 2), "", "")[:3]
-    reverse = name == "_revinclude"
-    possible = referring(type_name, version) if reverse else [
-        (type_name, one) for one, known in search_table(version)[type_name].items() if known.type == "reference"]
-    if (source, parameter) not in possible or (reverse and target not in ("", type_name)):
-        raise FhirError("value", f"{name}={text}: not possible for {type_name}; possible are "
-                        + (", ".join(sorted(map(":".join, possible))) or "none"))
-    return Include(reverse, source, parameter, target)
-
-
-def page_mark(keys: Sequence[Any]) -> str:
-    """Where a page ended, for the link to the next: the sort keys and number of its last entry.
-
-    Not how many entries came before: what is loaded meanwhile would then shift entries over the pages' edges.
-    """
-    return base64url(json.dumps(keys).encode())
-
-
-def _parse_page(text: str) -> tuple[Any, ...]:
-    """What page_mark wrote."""
-    try:
-        keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
-        json.dumps(keys, ensure_ascii=False).encode()  # fails, as does the comparison, for what SQLite can't take
-        if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
-            return tuple(keys)
-    except (ValueError, TypeError, RecursionError):
-        pass
-    raise FhirError("value", f"_page={text}: not a link of this server")
-
-
-def are_short(parameters: Sequence[tuple[str, str]]) -> bool:
-    """Whether search parameters are short enough to remember what became of them: see `remembered`."""
-    return sum(len(name) + len(text) for name, text in parameters) < 2000
-
-
-def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
-                lenient: bool = False) -> Query:
-    """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
-    known = search_table(version)[type_name]
-    constraints: list[SearchTerm] = []
-    includes: dict[Include, None] = {}
-    sort: dict[str, bool] = {}
-    effective: list[tuple[str, str]] = []
-    chosen = {"_count": "20", "_summary": "false", "_total": "accurate", "_elements": "", "_page": ""}
-    if sum(text.count(",") + 1 for _, text in parameters) > MAX_VALUES:
-        raise FhirError("too-costly", f"a search takes at most {MAX_VALUES} values")
-    for name, text in parameters:
-        try:
-            if name in ("_include", "_revinclude"):
-                includes[_parse_include(version, type_name, name, text)] = None
-            elif name == "_sort":
-                for word in text.split(","):
-                    if word.lstrip("-") not in known:
-                        raise FhirError("value", f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can")
-                    sort.setdefault(word.lstrip("-"), word.startswith("-"))
-            elif name in chosen:
-                chosen[name] = text
-            elif name not in ("_format", "_pretty"):
-                constraints.append(parse_term(version, type_name, name, text, base))
-        except FhirError as error:
-            if lenient and error.error == "not-supported":
-                continue  # FHIR search, "Handling Errors": Prefer: handling=lenient
-            raise
-        effective.append((name, text))
-    for name, possible in (("_summary", ("count", "false")), ("_total", ("accurate", "estimate", "none"))):
-        if chosen[name] not in possible:
-            raise FhirError("value", f"{name}={chosen[name]}: expected one of {', '.join(possible)}")
-    if not re.fullmatch(r"[0-9]{1,18}", chosen["_count"]):
-        raise FhirError("value", f"_count={chosen['_count']}: expected a whole number")
-    limit = 0 if chosen["_summary"] == "count" else min(int(chosen["_count"]), 1000)
-    return Query(type_name, tuple(constraints), tuple(sort.items()), tuple(includes), limit, chosen["_total"] != "none",
-                 tuple(filter(None, chosen["_elements"].split(","))), _parse_page(chosen["_page"]), tuple(effective))
-
-
-parsed_query = functools.lru_cache(maxsize=100)(parse_query)  # for short ones
+    match = _DATE.fullmatch(text)
+    if not match:
+        raise ValueError(f"{text!r} is no date")
+    year, month, day, hour, minute, second, fraction, zone = match.groups()
+    date = datetime.date(int(year), int(month or 1), int(day or 1))
+    start = (date.toordinal() - _EPOCH) * 86400.0
+    if not month:
+        return start, start + 86400 * (365 + calendar.isleap(date.year))
+    if not day:
+        return start, start + 86400 * calendar.monthrange(date.year, date.month)[1]
+    if not hour:
+        return start, start + 86400
+    if hour > "23" or minute > "59" or (second or "") > "60":
+        raise ValueError(f"{text!r} is no time")
+    start += int(hour) * 3600 + int(minute) * 60 + min(int(second or 0), 59) + float(fraction or 0)
+    if zone and zone != "Z":
+        offset = int(zone[1:3]) * 3600 + int(zone[4:]) * 60
+        start += offset if zone[0] == "-" else -offset
+    if fraction:
+        return start, start + 10.0 ** (1 - len(fraction))
+    return start, start + (1 if second else 60)
 
 
 # ######################################################################## 18 embedded records
@@ -3457,14 +3504,15 @@ PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, ho
 PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
 CREATE TABLE IF NOT EXISTS resources (
     number INTEGER PRIMARY KEY, type TEXT NOT NULL, id TEXT NOT NULL,
-    patient_id TEXT NOT NULL,                     -- whose compartment it is in; '' nobody's, '?' can't be told
+    patient_id TEXT NOT NULL,                     -- whose record it is in; '' nobody's, '?' can't be told
     labels TEXT NOT NULL,                         -- its data categories, with spaces between
     updated REAL NOT NULL, version TEXT NOT NULL, -- meta.lastUpdated as Unix time, meta.versionId
     json TEXT NOT NULL, UNIQUE (type, id));
 CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
 
--- One row for each value of each search parameter: a token has system and value; a reference its id as value, its type
--- as system; a string what it is compared as, and itself as system; a date the span it may mean, in Unix seconds.
+-- A row for each value of each search parameter: a token has system and value; a reference its id as value,
+-- its type as system; a string what it is compared as, and itself as system; a date the span that it may
+-- mean.
 CREATE TABLE IF NOT EXISTS search_values (
     number INTEGER NOT NULL, parameter TEXT NOT NULL, value TEXT NOT NULL, system TEXT NOT NULL,
     first REAL NOT NULL, last REAL NOT NULL,
@@ -3517,36 +3565,44 @@ class Page(NamedTuple):
 
 
 def access_condition(access: Access, type_name: str) -> Sql:
-    """What SQL can do of `access.may_see`: keep to the patients. It has the last word on every resource."""
+    """What SQL can do of `access.may_see`, which has the last word: keep to the patients."""
     patients = access.patients(type_name, "s")
     if patients is EVERYBODY:
         return Sql("1")
-    whose = sorted(patients) + [NOBODY] * (type_name in SHARED_TYPES or type_name == "Device")
-    return Sql(f"r.patient_id IN ({', '.join('?' * len(whose))})", tuple(whose))
+    whose = sorted(patients)
+    if type_name in SHARED_TYPES or type_name == "Device":
+        whose.append(NOBODY)
+    return Sql(f"r.patient_id IN ({_marks(whose)})", tuple(whose))
 
 
 def search_condition(query: Query, access: Access) -> Sql:
     """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
     starts from the values searched for (the plus keeps it from going through the whole type)."""
-    pinned = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not EVERYBODY or any(
-        one.parameter.kind in ("owner", "id") and not one.negated for one in query.constraints)
-    parts = [one.condition(pinned) for one in query.constraints]
-    plus = "+" * any(part.sql.startswith("r.number IN") for part in parts)
-    parts = [Sql(f"{plus}r.type = ?", (query.type,)), access_condition(access, query.type), *parts]
-    return Sql(" AND ".join(part.sql for part in parts),
-               tuple(value for part in parts for value in part.values))
+    of_patients = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not EVERYBODY
+    pinned = of_patients or any(term.parameter.kind in ("owner", "id") for term in query.terms)
+    terms = [term.as_sql(pinned) for term in query.terms]
+    by_value = any(term.sql.startswith("r.number IN") for term in terms)
+    of_type = Sql("+r.type = ?" if by_value else "r.type = ?", (query.type,))
+    parts = [of_type, access_condition(access, query.type), *terms]
+    values = [value for part in parts for value in part.values]
+    return Sql(" AND ".join(part.sql for part in parts), tuple(values))
 
 
-_known_condition = functools.lru_cache(maxsize=100)(search_condition)  # for short ones
+_known_condition = functools.lru_cache(maxsize=100)(search_condition)  # for those that are short
 
 
-def _beyond(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Sql:
+def _marks(values: Collection[Any]) -> str:
+    """As many question marks as SQL needs for some values."""
+    return ", ".join("?" * len(values))
+
+
+def _comes_after(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Sql:
     """That a row comes after another in an order. The first half of it is what an index can use."""
     (name, falling), value = keys[0], after[0]
     sign = "<" if falling else ">"
     if len(keys) == 1:
         return Sql(f"{name} {sign} ?", (value,))
-    rest = _beyond(keys[1:], after[1:])
+    rest = _comes_after(keys[1:], after[1:])
     return Sql(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
 
 
@@ -3653,8 +3709,7 @@ class Prepared(NamedTuple):
 def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     """A resource ready to be written, its meta completed. PortalError for what FHIR does not allow."""
     given = resource.get("meta", {})
-    if not isinstance(given, dict):
-        raise PortalError("invalid_request", "meta: expected an object")
+    need(isinstance(given, dict), "meta: expected an object")
     meta = {"versionId": "1", "lastUpdated": now, **given}
     resource = {**resource, "meta": meta}
     try:
@@ -3682,62 +3737,44 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
 def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]) -> None:
     """Write down what leads to resources that were written."""
     database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)", [
-        (number, *value) for number, one in written for value in one.values])
+        (number, *value) for number, new in written for value in new.values])
     database.executemany("INSERT INTO unresolved VALUES (?, ?)", [
-        (number, reference) for number, one in written for reference in one.unresolved])
+        (number, reference) for number, new in written for reference in new.unresolved])
 
 
-def _write(database: sqlite3.Connection, number: int, one: Prepared) -> None:
+def _write(database: sqlite3.Connection, number: int, new: Prepared) -> None:
     """Put a resource where `number` says, in place of what is there."""
     _erase(database, number)
-    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (number, *one.row))
-    _index(database, [(number, one)])
-
-
-def document_text(document: Json) -> bytes:
-    """A document that was given as a dict, as text; PortalError if it is no JSON."""
-    try:
-        return json.dumps(document).encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise PortalError("invalid_request", f"not JSON: {error}")
+    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (number, *new.row))
+    _index(database, [(number, new)])
 
 
 Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
+
+
+def document_of(given: Json) -> Document:
+    """A document that was given as a dict, read as if it were text; PortalError if it is no JSON."""
+    try:
+        text = json.dumps(given).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise PortalError("invalid_request", f"not JSON: {error}")
+    return parse_document(text)
 
 
 def parse_document(data: bytes) -> Document:
     """A text as JSON; PortalError, which says where it goes wrong."""
     pointers: list[Json] = []
 
-    def notice(found: Json) -> Json:
-        if "reference" in found or "url" in found:
-            pointers.append(found)
-        return found
+    def notice(inner: Json) -> Json:
+        if "reference" in inner or "url" in inner:
+            pointers.append(inner)
+        return inner
     try:
         value = json.loads(data.decode("utf-8-sig"), object_hook=notice)
     except (ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"not JSON: {error}")
-    if not isinstance(value, dict):
-        raise PortalError("invalid_request", f"a JSON {type(value).__name__}: expected a FHIR resource or "
-                          "Bundle")
+    need(isinstance(value, dict), f"a JSON {type(value).__name__}: expected a FHIR resource or Bundle")
     return value, pointers
-
-
-def _identified(resource: Any, entry: Json, where: str) -> Json:
-    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from its
-    content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
-    if not isinstance(resource, dict) or not isinstance(resource.get("resourceType"), str):
-        raise PortalError("invalid_request", f"{where}not a FHIR resource: expected an object with a "
-                          "resourceType")
-    key = resource.get("id")
-    for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")] if key is None else ():
-        match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
-        key = key or (match and match[1])
-    if key is None:
-        key = hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
-    if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
-        raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
-    return {**resource, "id": key} if resource.get("id") is None else resource
 
 
 def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
@@ -3746,32 +3783,47 @@ def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | No
     Beside them, what the entries' fullUrls mean: Type/id.
     """
     if document.get("resourceType") != "Bundle":
-        return [("", _identified(document, {}, ""))], {}
+        return [("", _with_id(document, {}, ""))], {}
     entries = document.get("entry", [])
-    if not isinstance(entries, list) or document.get("type") == "history":
-        raise PortalError("invalid_request", "Bundle: expected a transaction, batch, collection or "
-                          "searchset, with an array of entries")
-    found: list[tuple[str, Json]] = []
+    need(isinstance(entries, list) and document.get("type") != "history",
+         "Bundle: expected a transaction, batch, collection or searchset, with an array of entries")
+    resources: list[tuple[str, Json]] = []
     names: dict[str, str | None] = {}
     for place, entry in enumerate(entries):
         where = f"Bundle.entry[{place}]"
-        if not isinstance(entry, dict):
-            raise PortalError("invalid_request", f"{where}: expected an object")
+        need(isinstance(entry, dict), f"{where}: expected an object")
         if "resource" in entry:  # a batch's GET and DELETE have none
-            resource = _identified(entry["resource"], entry, f"{where}.resource: ")
-            found.append((f"{where}.resource ({resource['resourceType']}): ", resource))
+            resource = _with_id(entry["resource"], entry, f"{where}.resource: ")
+            resources.append((f"{where}.resource ({resource['resourceType']}): ", resource))
             if isinstance(entry.get("fullUrl"), str):
                 names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
-    return found, names
+    return resources, names
+
+
+def _with_id(resource: Any, entry: Json, where: str) -> Json:
+    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from
+    its content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
+    need(isinstance(resource, dict) and isinstance(resource.get("resourceType"), str),
+         f"{where}not a FHIR resource: expected an object with a resourceType")
+    key = resource.get("id")
+    if key is None:
+        for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")]:
+            match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
+            key = key or (match and match[1])
+        key = key or hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
+        resource = {**resource, "id": key}
+    if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
+        raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
+    return cast(Json, resource)
 
 
 def display_name(patient: Json) -> str:
     """A Patient's name as people are shown it; its id if it has none."""
     for name in elements(patient, "name"):
         if isinstance(name, dict):
-            parts = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
-            if parts:
-                return " ".join(map(str, parts))
+            words = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            if words:
+                return " ".join(map(str, words))
     return str(patient.get("id"))
 
 
@@ -3782,27 +3834,29 @@ class Source(NamedTuple):
     given: Json | None = None
 
     def documents(self) -> Iterator[tuple[str, Document, int]]:
-        """The JSON texts in it, each with its place and how many bytes have been read: one a line, or one in all.
+        """The JSON texts in it, one a line or one in all, each with its place and the bytes read by then.
 
         A line at a time, so that a file of any length takes no more memory than its longest line.
         """
         if self.given is not None:
-            yield "", parse_document(document_text(self.given)), self.size
+            yield "", document_of(self.given), self.size
             return
         import gzip  # only where it is needed: it takes long
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
             line = stream.readline()
             try:
-                yield "line 1: ", parse_document(line), raw.tell()
+                document = parse_document(line)
             except PortalError:  # one text over many lines
                 yield "", parse_document(line + stream.read()), self.size
                 return
+            yield "line 1: ", document, raw.tell()
             for number, line in enumerate(stream, 2):
                 if line.strip():
                     try:
-                        yield f"line {number}: ", parse_document(line), raw.tell()
+                        document = parse_document(line)
                     except PortalError as error:
                         raise PortalError(error.error, f"line {number}: {error.description}")
+                    yield f"line {number}: ", document, raw.tell()
 
 
 def sources(data: Any) -> list[Source]:
@@ -3815,11 +3869,11 @@ def sources(data: Any) -> list[Source]:
     try:
         if not os.path.isdir(path):
             return [Source(path, os.stat(path).st_size)]
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                  if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
-        if found:
-            # swapcase: Synthea's hospitalInformation and practitionerInformation before the patients that refer to them
-            return [Source(name, os.stat(name).st_size) for name in sorted(found, key=str.swapcase)]
+        if files:
+            # swapcase: Synthea's hospitalInformation and practitionerInformation before what refers to them
+            return [Source(name, os.stat(name).st_size) for name in sorted(files, key=str.swapcase)]
     except OSError as error:
         raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
     raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
@@ -3831,14 +3885,13 @@ class Progress:
         self.total, self.clock = total, clock
         self.begun = self.shown = clock.now()
 
-    def at(self, read: int) -> bool:
-        """Say how far it is, unless that was just said; always true."""
+    def at(self, read: int) -> None:
+        """Say how far it is, unless that was just said."""
         now = self.clock.now()
         if now - self.shown >= 1 and read:
             self.shown, rate = now, read / (now - self.begun)
             print(f"loading: {read / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, "
                   f"{(self.total - read) / rate:.0f} s left", file=sys.stderr, flush=True)
-        return True
 
 
 @functools.cache
@@ -3854,26 +3907,36 @@ def sample_database(version: str) -> sqlite3.Connection:
 
 
 class EmbeddedRecords(Records):
-    """The embedded records: FHIR resources of one version in SQLite. Four parts: filling, reset, reading, searching."""
+    """The embedded records: FHIR resources of one version in SQLite.
+
+    Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of
+    the last entry shown. Not how many entries came before: what is loaded meanwhile would shift others over
+    the edge, to be shown twice or never. SQL finds what matches, `Access` judges each resource, and some may
+    not be seen. A page that was shorter for it would tell how many hidden resources match, and question by
+    question what is in them. So it is filled from what follows until it is full and one more is seen, the
+    total is not told, and the mark is of an entry that was shown. An app may make up a mark: it chooses where
+    to begin, and that is all.
+
+    What we would like better: the time that a page takes still tells a little; a search of which nothing may
+    be seen looks at all that matches, in one request; each page of a sorted search works out all keys anew.
+    """
     def __init__(self, settings: Settings, clock: Clock):
-        """Open them and load what --data names. StartError where that fails; `warnings` tell what was left out."""
+        """Open them and load what --data names, or StartError; `warnings` tell what was left out."""
         self.version, self.clock = settings.fhir_version, clock
         self.store = Store(settings.db, RECORD_SCHEMA)
         self.warnings: list[str] = []
         self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
-        self._ready, self._filling, self._indexed = False, threading.Lock(), True
-        # while loading: Practitioner?identifier=system|value -> Practitioner/id
-        self._identified: dict[str, str] = {}
+        self._ready, self._filling = False, threading.Lock()
         try:
             with self.store.transaction() as database:
                 database.execute("INSERT OR IGNORE INTO record_facts VALUES ('version', ?)", (self.version,))
             kept = self._fact("version")
             if kept != self.version:
-                raise StartError(f"--db {settings.db} holds {kept} records: start with --fhir-version "
-                                 f"{kept}, or name another file")
-            found = [source for one in settings.data if one != "none" for source in sources(one)]
-            if found:
-                self._load_sources(found)
+                raise StartError(f"--db {settings.db} holds {kept} records: "
+                                 f"start with --fhir-version {kept}, or name another file")
+            given = [source for item in settings.data if item != "none" for source in sources(item)]
+            if given:
+                self._load_sources(given)
         except BaseException as error:
             self.store.close()
             if isinstance(error, sqlite3.Error):
@@ -3886,7 +3949,7 @@ class EmbeddedRecords(Records):
         return row["value"] if row else ""
 
     def _filled(self) -> Store:
-        """The store, with the sample records in it. They are put there on first use, so that a start need not wait."""
+        """The store with the sample records in it: put there on first use, so that a start need not wait."""
         if not self._ready:
             with self._filling:
                 if not self._ready and self._with_samples and not self._fact("samples"):
@@ -3902,185 +3965,33 @@ class EmbeddedRecords(Records):
             return
         with self.store.transaction() as database:
             texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()
-            self._put(database, (prepare(json.loads(text), self.version) for (text,) in texts), later=False)
+            Load(self, later=False).put(prepare(json.loads(text), self.version) for (text,) in texts)
             database.execute("INSERT INTO record_facts VALUES ('samples', 'yes')")
 
+    def _load_sources(self, given: Sequence[Source]) -> None:
+        """Load what the start names, and note what was left out."""
+        before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
+        samples = 0
+        if self._with_samples:
+            (samples,) = sample_database(self.version).execute("SELECT count(*) FROM resources").fetchone()
+        load = Load(self, later=False)
+        load.sources(given, alone=before == samples)
+        self.warnings += load.warnings(before)
+
     def load(self, document: Json) -> int:
-        """Add the resources of a Bundle, or one resource, or replace those of the same type and id; all or none.
+        """Add a resource, or those of a Bundle, or replace those of the same type and id; all or none.
 
         Gives how many. PortalError if it is not FHIR of this version, or nothing of it is served.
         """
         self._filled()
-        skipped: collections.Counter[str] = collections.Counter()
-        prepared = list(self._prepared(parse_document(document_text(document)), skipped))
-        if skipped and not prepared:
-            raise PortalError("invalid_request", f"{', '.join(skipped)}: not served; these are "
-                              + ", ".join(sorted(search_table(self.version))))
-        with self.store.transaction() as database:
-            self._put(database, prepared, later=True)
-            self._resolve(database, later=True)
+        load = Load(self, later=True)
+        prepared = list(load.prepared(document_of(document)))
+        need(prepared or not load.skipped, f"{', '.join(load.skipped)}: not served; these are "
+             + ", ".join(sorted(search_table(self.version))))
+        with self.store.transaction():
+            load.put(prepared)
+            load.resolve()
         return len(prepared)
-
-    def _load_sources(self, found: Sequence[Source]) -> None:
-        """Load one after the other: a bad one is refused whole, those before it stay."""
-        before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
-        samples = sample_database(self.version).execute("SELECT count(*) FROM resources") if self._with_samples else [(0,)]
-        # nothing else is there yet: the longest index is faster made at once, at the end
-        if (before,) in samples:
-            self.store.connection.execute("DROP INDEX IF EXISTS search_by_value")
-            self._indexed = False
-        skipped: collections.Counter[str] = collections.Counter()
-        ends = list(itertools.accumulate(source.size for source in found))
-        progress = Progress(ends[-1], self.clock)
-        # every 32 MB is written for good
-        for _, batch in itertools.groupby(zip(found, ends), lambda one: one[1] >> 25):
-            bad = ""
-            with self.store.transaction() as database:
-                for source, end in batch:
-                    database.execute("SAVEPOINT source")
-                    try:
-                        self._put(database, (
-                            one for place, document, read in source.documents()
-                            if progress.at(end - source.size + read)
-                            for one in self._prepared(document, skipped, place)), later=False)
-                    except PortalError as error:
-                        bad = f"--data {source.path}: {error.description}"
-                    except (OSError, EOFError, zlib.error) as error:
-                        bad = f"--data {source.path}: {error}"
-                    if bad:
-                        database.execute("ROLLBACK TO source")
-                        break
-            if bad:
-                raise StartError(bad)
-        self.store.connection.executescript(RECORD_SCHEMA)
-        self._indexed, self._identified = True, {}
-        with self.store.transaction() as database:
-            self._resolve(database, later=False)
-        self._warn(skipped, before)
-
-    def _prepared(self, document: Document, skipped: collections.Counter[str],
-                  place: str = "") -> Iterator[Prepared]:
-        """The resources of a document, ready to be written. Types that aren't served are counted and left out."""
-        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
-        now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
-        try:
-            found, names = unbundle(document[0])
-            self._point(document[1], names)
-            for where, resource in found:
-                check_version(resource, self.version)
-                if resource["resourceType"] in search_table(self.version):
-                    yield self._remembered(prepare(resource, self.version, now))
-                else:
-                    skipped[resource["resourceType"]] += 1
-        except PortalError as error:
-            raise PortalError(error.error, f"{place}{where}{error.description}")
-
-    def _remembered(self, one: Prepared) -> Prepared:
-        """Note what conditional references to a practitioner or organization will mean in the documents to come."""
-        type_name, resource_id = one.row[:2]
-        for name, value, system, *_ in one.values if type_name in SHARED_TYPES else ():
-            if name == "identifier":
-                self._identified[f"{type_name}?identifier={system}|{value}"] = f"{type_name}/{resource_id}"
-        return one
-
-    def _put(self, database: sqlite3.Connection, resources: Iterable[Prepared], later: bool) -> None:
-        """Write resources, many at once. later: after the start, so that reset takes them back."""
-        written: list[tuple[int, Prepared]] = []
-        for new in resources:
-            added = database.execute("INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)",
-                                     new.row)
-            if added.rowcount:
-                written.append((int(added.lastrowid or 0), new))
-                if later:
-                    database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
-            if not added.rowcount or len(written) == 100:
-                _index(database, written)
-                written.clear()
-            if not added.rowcount:
-                self._renew(database, new, later)
-        _index(database, written)
-
-    def _renew(self, database: sqlite3.Connection, new: Prepared, later: bool) -> None:
-        """Replace a resource, unless the new one says the same but for the meta that we gave it."""
-        number, text = database.execute("SELECT number, json FROM resources WHERE type = ? AND id = ?",
-                                        new.row[:2]).fetchone()
-        was = json.loads(text)
-        kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
-        if {**new.resource, "meta": {**kept, **new.given}} == was:
-            return
-        if "versionId" not in new.given and kept["versionId"].isdecimal():
-            new.resource["meta"]["versionId"] = str(int(kept["versionId"]) + 1)
-            new = prepare(new.resource, self.version)
-        self._replace(database, number, text, new, later)
-
-    @staticmethod
-    def _replace(database: sqlite3.Connection, number: int, text: str, new: Prepared, later: bool) -> None:
-        """Write a resource in another's place; the text before is what reset brings back."""
-        if later:
-            database.execute("INSERT OR IGNORE INTO before_load VALUES (?, ?)", (number, text))
-        else:
-            database.execute("DELETE FROM before_load WHERE number = ?", (number,))
-        _write(database, number, new)
-
-    def _resolve(self, database: sqlite3.Connection, later: bool) -> None:
-        """Turn references that were open when their resource was written into Type/id, where that is known now."""
-        names: dict[str, str | None] = {}
-        waiting = database.execute("SELECT number, reference FROM unresolved").fetchall()
-        for number in dict.fromkeys(number for number, reference in waiting
-                                    if self.resolve_reference(reference, names)):
-            (text,) = database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
-            resource, pointers = parse_document(text.encode())
-            self._point(pointers, names)
-            self._replace(database, number, text, prepare(resource, self.version), later)
-
-    def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
-        """Make references, and addresses of attachments, say Type/id where another way of saying it is understood."""
-        for pointer in pointers:
-            for key in ("reference", "url"):
-                text = pointer.get(key)
-                if isinstance(text, str) and (text in names or text.startswith("urn:") or "?" in text):
-                    pointer[key] = self.resolve_reference(text, names) or text
-
-    def resolve_reference(self, reference: str, names: dict[str, str | None]) -> str | None:
-        """The Type/id that a reference means: by `names`, which also remembers, else by what was loaded.
-
-        A conditional one (Practitioner?identifier=system|value) must have one match (FHIR, transaction); of a urn:uuid:
-        the id may have been made.
-        """
-        if reference in self._identified:
-            return self._identified[reference]
-        if reference not in names and self._indexed:
-            type_name, conditional, search = reference.partition("?")
-            served = search_table(self.version)
-            rows: Sequence[Row] = ()
-            if reference.startswith("urn:"):
-                rows = self.store.rows(f"SELECT type, id FROM resources WHERE type IN "
-                                       f"({', '.join('?' * len(served))}) AND id = ?", *served,
-                                       reference.rpartition(":")[2])
-            elif conditional and type_name in served:
-                with contextlib.suppress(FhirError, ValueError):
-                    where = search_condition(parse_query(self.version, type_name, tuple(parse_qsl(search))),
-                                             OPEN_ACCESS)
-                    rows = self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2",
-                                           *where.values)
-            names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
-        return names.get(reference)
-
-    def _warn(self, skipped: Mapping[str, int], before: int) -> None:
-        """Note what a load left out, and which references of what came after `before` lead nowhere."""
-        if skipped:
-            self.warnings.append(f"{sum(skipped.values())} resources of types that are not served were left "
-                                 "out: " + ", ".join(f"{name} ({count})" for name,
-                                                     count in sorted(skipped.items())))
-        lost = self.store.rows(
-            "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
-            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != "
-            f"'_attachment' AND system IN ({', '.join('?' * len(search_table(self.version)))}) "
-            "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))",
-            before, *search_table(self.version))[0]
-        if lost[0]:
-            self.warnings.append(f"{lost[0]} references lead to nothing that was loaded, such as {lost[1]}; "
-                                 "they were kept")
 
     def reset(self) -> None:
         """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
@@ -4104,14 +4015,15 @@ class EmbeddedRecords(Records):
         return found.content if found else None
 
     def patients(self, text: str = "", limit: int = 100) -> list[tuple[str, str]]:
-        """(id, name) of patients, by id; with a text, of those whose id or name has all its words. limit -1: all."""
+        """(id, name) of patients, by id; with a text, of those who have all its words. limit -1: all."""
         words = fold(text).split()
-        like = " AND (instr(lower(r.id), ?) OR EXISTS (SELECT 1 FROM search_values WHERE number = r.number AND " \
-               "parameter = 'name' AND instr(value, ?)))"
+        has_word = (" AND (instr(lower(r.id), ?) OR EXISTS (SELECT 1 FROM search_values "
+                    "WHERE number = r.number AND parameter = 'name' AND instr(value, ?)))")
         rows = self._filled().rows(
-            f"SELECT json FROM resources r WHERE type = 'Patient'{like * len(words)} ORDER BY patient_id "
-            "LIMIT ?", *(word for one in words for word in (one, one)), limit)
-        return [(one["id"], display_name(one)) for one in (json.loads(row["json"]) for row in rows)]
+            f"SELECT json FROM resources r WHERE type = 'Patient'{has_word * len(words)} "
+            "ORDER BY patient_id LIMIT ?", *(value for word in words for value in (word, word)), limit)
+        patients = [json.loads(row["json"]) for row in rows]
+        return [(patient["id"], display_name(patient)) for patient in patients]
 
     def pointing_to(self, binary_id: str) -> list[Resource]:
         """The DocumentReferences and DiagnosticReports whose content is a Binary."""
@@ -4120,109 +4032,103 @@ class EmbeddedRecords(Records):
             "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)]
 
     def search(self, query: Query, access: Access) -> Page:
-        """A page of the resources that match and may be seen, sorted as asked, else patient by patient as loaded."""
+        """A page of what matches and may be seen, sorted as asked, else patient by patient as loaded."""
         where = (_known_condition if are_short(query.parameters) else search_condition)(query, access)
-        store = self._filled()
-        sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort] or [
-            ("r.patient_id", False)]
+        sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort]
+        sort = sort or [("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
-        page, dropped = self._page(Sql(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}",
-                                             where.values), keys, query.limit, query.after, access, "s")
-        # whole: all matches are on this page
-        whole, total = query.limit and not page.next and not query.after, None
-        if query.total and not dropped and not access.narrowed:
-            row = None if whole else store.row(f"SELECT count(*) FROM resources r WHERE {where.sql}",
-                                               *where.values)
-            total = row[0] if row else len(page.matches)
+        select = Sql(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}", where.values)
+        page, hidden = self._page(select, keys, query.limit, query.after, access, "s")
+        total = len(page.matches) if query.total and not hidden and not access.narrowed else None
+        if total is not None and (not query.limit or page.next or query.after):  # this page is not all
+            sql = f"SELECT count(*) FROM resources r WHERE {where.sql}"
+            total = self.store.rows(sql, *where.values)[0][0]
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
         """A page of a patient's compartment, and what it refers to that belongs to nobody."""
         served = search_table(self.version)
-        page, _ = self._page(Sql(f"SELECT * FROM resources WHERE type IN ({', '.join('?' * len(served))}) "
-                                       "AND patient_id = ?", (*served, patient_id)),
-                             [("number", False)], count, after, access, "rs")
-        ends = dict.fromkeys(end for one in page.matches for end in _RELATIVE_IN_JSON.findall(one.text)
-                             if end[0] in SHARED_TYPES or end[0] == "Device")
-        others = [one for one in (self.find(*end) for end in ends) if one and one.owner == NOBODY]
-        return page._replace(included=[one for one in others if access.may_see(one, "rs")])
+        select = Sql(f"SELECT * FROM resources WHERE type IN ({_marks(served)}) AND patient_id = ?",
+                     (*served, patient_id))
+        page, _ = self._page(select, [("number", False)], count, after, access, "rs")
+        targets = dict.fromkeys(
+            target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
+            if target[0] in SHARED_TYPES or target[0] == "Device")
+        others = [other for other in (self.find(*target) for target in targets) if other]
+        return page._replace(included=[
+            other for other in others if other.owner == NOBODY and access.may_see(other, "rs")])
 
     def _page(self, select: Sql, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
               access: Access, letters: str) -> tuple[Page, bool]:
-        """A page of what `select` finds, in the order of `keys`, and whether something was left out of it.
-
-        It begins after an entry, not after so many entries: what is loaded meanwhile shifts nothing over its edge.
-        """
-        if len(after) not in (0, len(keys)):
-            raise FhirError("value", "_page: not a link of this search")
-        order = ", ".join(name + " DESC" * falling for name, falling in keys)
-        found: list[StoredResource] = []
-        dropped, more = False, count > 0
-        while more and len(found) <= count:  # until the page is full and one more is seen
-            beyond = _beyond(keys, after) if after else Sql("1")
-            wanted = 500 if dropped else count + 1
-            rows = self._filled().rows(f"SELECT * FROM ({select.sql}) WHERE {beyond.sql} ORDER BY {order} "
-                                       "LIMIT ?", *select.values, *beyond.values, wanted)
-            seen = [one for one in (StoredResource(row, self) for row in rows)
-                    if access.may_see(one, letters)]
-            found += seen
-            dropped = dropped or len(seen) < len(rows)
+        """A page of what `select` finds, by its `keys` (name, falling), and whether something was hidden."""
+        need(len(after) in (0, len(keys)), "_page: not a link of this search", "value", kind=FhirError)
+        order = ", ".join(f"{name} DESC" if falling else name for name, falling in keys)
+        seen: list[StoredResource] = []
+        hidden, more = False, count > 0
+        while more and len(seen) <= count:  # until the page is full and one more is seen
+            rest = _comes_after(keys, after) if after else Sql("1")
+            wanted = 500 if hidden else count + 1
+            sql = f"SELECT * FROM ({select.sql}) WHERE {rest.sql} ORDER BY {order} LIMIT ?"
+            rows = self._filled().rows(sql, *select.values, *rest.values, wanted)
+            found = [StoredResource(row, self) for row in rows]
+            good = [match for match in found if access.may_see(match, letters)]
+            seen += good
+            hidden = hidden or len(good) < len(rows)
             more = len(rows) == wanted
             after = [rows[-1][name] for name, _ in keys] if rows else []
-        following = page_mark([found[count - 1].row[name] for name,
-                               _ in keys]) if len(found) > count > 0 else ""
-        return Page(found[:count], [], following, None), dropped
+        mark = page_mark([seen[count - 1].row[name] for name, _ in keys]) if len(seen) > count > 0 else ""
+        return Page(seen[:count], [], mark, None), hidden
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
-        """What _sort looks at, as SQL: of several values the first in its direction. Who has none comes last."""
+        """What _sort looks at, as SQL: of several values the first in its direction. No value comes last."""
         kind = search_table(self.version)[type_name][name].kind
         if kind in _OWN_COLUMNS:
             return next(iter(_OWN_COLUMNS[kind].values()))
-        # the name is one of our table's, so it may stand in SQL
         column = "first" if kind == "date" else "value"
-        return (f"coalesce((SELECT {'max' if falling else 'min'}({column}) FROM search_values "
-                f"WHERE number = r.number AND parameter = '{name}'), "
-                f"{'-1e308' if falling else 'char(1114111)'})")
+        first, last = ("max", "-1e308") if falling else ("min", "char(1114111)")
+        # The name is one of our table's, so it may stand in SQL.
+        return (f"coalesce((SELECT {first}({column}) FROM search_values WHERE number = r.number "
+                f"AND parameter = '{name}'), {last})")
 
     def _included(self, query: Query, matches: Sequence[StoredResource],
                   access: Access) -> list[StoredResource]:
-        """What _include and _revinclude add to a page, each resource once, and only what may be seen itself."""
-        seen, found = {one.number for one in matches}, []
+        """What _include and _revinclude add to a page: each once, and only what may be seen itself."""
+        known = {match.number for match in matches}
+        included: list[StoredResource] = []
         for include in query.includes:
+            other_end = self._referring_to if include.reverse else self._referred_to
             for match in matches:
-                for one in self._follow(include, query.type, match):
-                    if one.number not in seen and access.may_see(one, "s"):
-                        seen.add(one.number)
-                        found.append(one)
-                if len(found) > MAX_INCLUDED:
-                    raise FhirError("too-costly", f"more than {MAX_INCLUDED} resources would be included; "
-                                    "ask for fewer matches with _count")
-        return found
+                for other in other_end(include, match):
+                    if other.number not in known and access.may_see(other, "s"):
+                        known.add(other.number)
+                        included.append(other)
+                need(len(included) <= MAX_INCLUDED, f"more than {MAX_INCLUDED} resources would be included; "
+                     "ask for fewer matches with _count", "too-costly", kind=FhirError)
+        return included
 
-    def _follow(self, include: Include, type_name: str, match: StoredResource) -> Iterator[StoredResource]:
-        """The resources at the other end of a reference."""
-        owned = search_table(self.version)[include.source][include.parameter].kind == "owner"
-        if include.reverse:
-            if owned:
-                condition = Sql("type = ? AND patient_id = ?", (include.source, match.id))
-            else:
-                condition = Sql("+type = ? AND number IN (SELECT number FROM search_values WHERE parameter "
-                                "= ? "
-                                      "AND value = ? AND system = ?)",
-                                      (include.source, include.parameter, match.id, type_name))
-            for row in self.store.rows(f"SELECT * FROM resources WHERE {condition.sql} LIMIT ?",
-                                       *condition.values, MAX_INCLUDED + 1):
-                yield StoredResource(row, self)
+    def _referring_to(self, include: Include, match: StoredResource) -> Iterable[StoredResource]:
+        """What _revinclude finds: the resources that refer to a match."""
+        if search_table(self.version)[include.source][include.parameter].kind == "owner":
+            where = Sql("type = ? AND patient_id = ?", (include.source, match.id))
         else:
-            ends = [("Patient", match.owner)] if owned else [
-                (row["system"], row["value"]) for row in self.store.rows(
-                    "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?",
-                    match.number, include.parameter)]
-            for end in ends:
-                found = self.find(*end) if include.target in ("", end[0]) else None
-                if found:
-                    yield found
+            where = Sql("+type = ? AND number IN (SELECT number FROM search_values "
+                        "WHERE parameter = ? AND value = ? AND system = ?)",
+                        (include.source, include.parameter, match.id, match.type))
+        rows = self.store.rows(f"SELECT * FROM resources WHERE {where.sql} LIMIT ?",
+                               *where.values, MAX_INCLUDED + 1)
+        return [StoredResource(row, self) for row in rows]
+
+    def _referred_to(self, include: Include, match: StoredResource) -> Iterable[StoredResource]:
+        """What _include finds: the resources that a match refers to."""
+        if search_table(self.version)[include.source][include.parameter].kind == "owner":
+            targets = [("Patient", match.owner)]
+        else:
+            targets = [(row["system"], row["value"]) for row in self.store.rows(
+                "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?",
+                match.number, include.parameter)]
+        found = [self.find(*target) for target in targets if include.target in ("", target[0])]
+        return filter(None, found)
 
     def check_type(self, asked: FhirRequest) -> None:
         """See Records."""
@@ -4347,6 +4253,179 @@ class EmbeddedRecords(Records):
     def close(self) -> None:
         """See Records."""
         self.store.close()
+
+
+class Load:
+    """Resources on their way into the records. What comes `later` than the start is taken back by reset.
+
+    `put` and `resolve` are called within a transaction.
+    """
+    def __init__(self, records: EmbeddedRecords, later: bool):
+        self.store, self.database, self.later = records.store, records.store.connection, later
+        self.version, self.clock = records.version, records.clock
+        self.skipped: collections.Counter[str] = collections.Counter()  # types that aren't served
+        self._indexed = True
+        self._identified: dict[str, str] = {}  # Practitioner?identifier=system|value -> Practitioner/id
+
+    def sources(self, given: Sequence[Source], alone: bool) -> None:
+        """Load one after the other: a bad one is refused whole, those before it stay."""
+        if alone:  # nothing else is there: the longest index is faster made at once, at the end
+            self.database.execute("DROP INDEX IF EXISTS search_by_value")
+            self._indexed = False
+        ends = list(itertools.accumulate(source.size for source in given))
+        progress = Progress(ends[-1], self.clock)
+        for _, batch in itertools.groupby(zip(given, ends), lambda pair: pair[1] >> 25):  # of 32 MB
+            bad = ""
+            with self.store.transaction():
+                for source, end in batch:
+                    bad = bad or self._try_source(source, end - source.size, progress)
+            if bad:
+                raise StartError(bad)
+        self.database.executescript(RECORD_SCHEMA)
+        self._indexed, self._identified = True, {}
+        with self.store.transaction():
+            self.resolve()
+
+    def _try_source(self, source: Source, begin: int, progress: Progress) -> str:
+        """Write a source, or, if it is bad, nothing of it; gives what is wrong, or ""."""
+        self.database.execute("SAVEPOINT source")
+        try:
+            self.put(self._read(source, begin, progress))
+            return ""
+        except PortalError as error:
+            reason = error.description
+        except (OSError, EOFError, zlib.error) as error:
+            reason = str(error)
+        self.database.execute("ROLLBACK TO source")
+        return f"--data {source.path}: {reason}"
+
+    def _read(self, source: Source, begin: int, progress: Progress) -> Iterator[Prepared]:
+        """The resources of a source, ready to be written."""
+        for place, document, read in source.documents():
+            progress.at(begin + read)
+            yield from self.prepared(document, place)
+
+    def prepared(self, document: Document, place: str = "") -> Iterator[Prepared]:
+        """The resources of a document, ready to be written. What isn't served is counted and left out."""
+        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
+        now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
+        try:
+            resources, names = unbundle(document[0])
+            self._point(document[1], names)
+            for where, resource in resources:
+                check_version(resource, self.version)
+                if resource["resourceType"] not in search_table(self.version):
+                    self.skipped[resource["resourceType"]] += 1
+                    continue
+                new = prepare(resource, self.version, now)
+                self._remember(new)
+                yield new
+        except PortalError as error:
+            raise PortalError(error.error, f"{place}{where}{error.description}")
+
+    def _remember(self, new: Prepared) -> None:
+        """Note what conditional references to a practitioner or organization mean in later documents."""
+        type_name, key = new.row[:2]
+        for name, value, system, *_ in new.values if type_name in SHARED_TYPES else ():
+            if name == "identifier":
+                self._identified[f"{type_name}?identifier={system}|{value}"] = f"{type_name}/{key}"
+
+    def put(self, resources: Iterable[Prepared]) -> None:
+        """Write resources, many at once."""
+        written: list[tuple[int, Prepared]] = []
+        for new in resources:
+            added = self.database.execute(
+                "INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
+            if added.rowcount:
+                written.append((int(added.lastrowid or 0), new))
+                if self.later:
+                    self.database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
+            if not added.rowcount or len(written) == 100:
+                _index(self.database, written)
+                written.clear()
+            if not added.rowcount:  # there is one of this type and id
+                self._renew(new)
+        _index(self.database, written)
+
+    def _renew(self, new: Prepared) -> None:
+        """Replace a resource, unless the new one says the same but for the meta that we gave it."""
+        number, text = self.database.execute(
+            "SELECT number, json FROM resources WHERE type = ? AND id = ?", new.row[:2]).fetchone()
+        was = json.loads(text)
+        kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
+        if {**new.resource, "meta": {**kept, **new.given}} == was:
+            return
+        if "versionId" not in new.given and kept["versionId"].isdecimal():
+            new.resource["meta"]["versionId"] = str(int(kept["versionId"]) + 1)
+            new = prepare(new.resource, self.version)
+        self._replace(number, text, new)
+
+    def _replace(self, number: int, text: str, new: Prepared) -> None:
+        """Write a resource in another's place; `text`, the one before, is what reset brings back."""
+        if self.later:
+            self.database.execute("INSERT OR IGNORE INTO before_load VALUES (?, ?)", (number, text))
+        else:
+            self.database.execute("DELETE FROM before_load WHERE number = ?", (number,))
+        _write(self.database, number, new)
+
+    def resolve(self) -> None:
+        """Turn references that were open when their resource was written into Type/id, where that is known now."""
+        names: dict[str, str | None] = {}
+        waiting = self.database.execute("SELECT number, reference FROM unresolved").fetchall()
+        known = [number for number, reference in waiting if self.resolve_reference(reference, names)]
+        for number in dict.fromkeys(known):
+            (text,) = self.database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
+            resource, pointers = parse_document(text.encode())
+            self._point(pointers, names)
+            self._replace(number, text, prepare(resource, self.version))
+
+    def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
+        """Make references, and addresses of attachments, say Type/id where another way of saying it is understood."""
+        for pointer in pointers:
+            for key in ("reference", "url"):
+                text = pointer.get(key)
+                if isinstance(text, str) and (text in names or text.startswith("urn:") or "?" in text):
+                    pointer[key] = self.resolve_reference(text, names) or text
+
+    def resolve_reference(self, reference: str, names: dict[str, str | None]) -> str | None:
+        """The Type/id that a reference means, or None: by what was read, by `names`, else by what is in the records.
+
+        `names` has what a Bundle's fullUrls mean, and is told what was looked up.
+        """
+        if reference in self._identified:
+            return self._identified[reference]
+        if reference not in names and self._indexed:
+            rows = self._meant_by(reference)
+            names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
+        return names.get(reference)
+
+    def _meant_by(self, reference: str) -> Sequence[Row]:
+        """The resources that Type?search finds, which must be one (FHIR, transaction), or that have urn:uuid:'s id."""
+        type_name, conditional, search = reference.partition("?")
+        served = search_table(self.version)
+        if reference.startswith("urn:"):
+            return self.store.rows(f"SELECT type, id FROM resources WHERE type IN ({_marks(served)}) AND id = ?",
+                                   *served, reference.rpartition(":")[2])
+        if conditional and type_name in served:
+            with contextlib.suppress(FhirError, ValueError):
+                query = parse_query(self.version, type_name, tuple(parse_qsl(search)))
+                where = search_condition(query, OPEN_ACCESS)
+                return self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
+        return ()
+
+    def warnings(self, before: int) -> Iterator[str]:
+        """What was left out, and which references of what came after number `before` lead nowhere."""
+        if self.skipped:
+            yield (f"{sum(self.skipped.values())} resources of types that are not served were left out: "
+                   + ", ".join(f"{name} ({count})" for name, count in sorted(self.skipped.items())))
+        served = search_table(self.version)
+        count, example = self.store.rows(
+            "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
+            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment' "
+            f"AND system IN ({_marks(served)}) "
+            "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))", before, *served)[0]
+        if count:
+            yield f"{count} references lead to nothing that was loaded, such as {example}; they were kept"
 
 
 # ######################################################################## 19 a FHIR server behind

@@ -626,20 +626,22 @@ class Stores(unittest.TestCase):
     def test_what_is_remembered_is_bounded(self) -> None:
         store = s4s.Store(None, "CREATE TABLE t (a INTEGER)")
         self.addCleanup(store.close)
-        self.assertIsNot(store.rows("SELECT ?", "x" * s4s.MAX_KNOWN_OF_ONE), store.rows("SELECT ?", "x" * s4s.MAX_KNOWN_OF_ONE))
+        long = "x" * s4s.MAX_KNOWN_OF_ONE
+        self.assertIsNot(store.rows("SELECT ?", long), store.rows("SELECT ?", long))
         for number in range(300):
             store.row("SELECT ?", f"{number}" + "x" * 40_000)
             self.assertLess(sum(len(key[1]) for key in store._known), s4s.MAX_KNOWN + s4s.MAX_KNOWN_OF_ONE)
 
     def test_what_another_process_writes_is_seen_at_once(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            one, other = (s4s.Store(os.path.join(folder, "db"), "CREATE TABLE IF NOT EXISTS t (a INTEGER)") for _ in "12")
-            self.assertEqual(len(one.rows("SELECT a FROM t")), 0)
-            with other.transaction() as database:
+            schema = "CREATE TABLE IF NOT EXISTS t (a INTEGER)"
+            ours, theirs = s4s.Store(f"{folder}/db", schema), s4s.Store(f"{folder}/db", schema)
+            self.assertEqual(len(ours.rows("SELECT a FROM t")), 0)
+            with theirs.transaction() as database:
                 database.execute("INSERT INTO t VALUES (1)")
-            self.assertEqual(len(one.rows("SELECT a FROM t")), 1)
-            one.close()
-            other.close()
+            self.assertEqual(len(ours.rows("SELECT a FROM t")), 1)
+            ours.close()
+            theirs.close()
 
 
 class Clocks(PortalTest):
@@ -3495,11 +3497,28 @@ class RecordsTest(PortalTest):
         """A request to open FHIR."""
         return ask(f"{self.portal.open_fhir_url}/{path}", **how)
 
-    def ids(self, path: str) -> list[str]:
-        """The ids of a search's matches, all on one page."""
+    def resources(self, path: str) -> list[dict[str, Any]]:
+        """A search's matches, all on one page."""
         got = self.open(path + ("&" if "?" in path else "?") + "_count=1000")
         self.assertEqual(got.status, 200, got)
-        return [entry["resource"]["id"] for entry in got.json.get("entry", []) if entry["search"]["mode"] == "match"]
+        entries = got.json.get("entry", [])
+        return [entry["resource"] for entry in entries if entry["search"]["mode"] == "match"]
+
+    def ids(self, path: str) -> list[str]:
+        """Their ids."""
+        return [resource["id"] for resource in self.resources(path)]
+
+    def types(self, path: str, token: Any, mode: str = "match include") -> set[str]:
+        """The types of what a page holds for a token."""
+        return {entry["resource"]["resourceType"] for entry in self.fhir(path, token).json["entry"]
+                if entry["search"]["mode"] in mode}
+
+    def pages(self, url: str, token: str = "") -> Iterator[dict[str, Any]]:
+        """The pages from an address to the last, by their links."""
+        while url:
+            page = ask(url, token=token).json
+            yield page
+            url = next((link["url"] for link in page["link"] if link["relation"] == "next"), "")
 
     def refused(self, path: str, *words: str, status: int = 400, **how: Any) -> None:
         """The request fails, and the OperationOutcome names what it should."""
@@ -3516,16 +3535,17 @@ class Dates(unittest.TestCase):
         day = 86400
         for text, start, length in (
                 ("1970", 0, 365 * day), ("1972-02", 761 * day, 29 * day), ("1970-01-02", day, day),
-                ("1970-01-01T00:01", 60, 60), ("1970-01-01T00:00:01Z", 1, 1), ("1970-01-01T02:00:00+02:00", 0, 1),
-                ("1969-12-31T19:00:00-05:00", 0, 1), ("1970-01-01T00:00:00.25Z", 0.25, 0.01)):
+                ("1970-01-01T00:01", 60, 60), ("1970-01-01T00:00:01Z", 1, 1),
+                ("1970-01-01T02:00:00+02:00", 0, 1), ("1969-12-31T19:00:00-05:00", 0, 1),
+                ("1970-01-01T00:00:00.25Z", 0.25, 0.01)):
             with self.subTest(text=text):
                 first, last = s4s.date_range(text)
                 self.assertEqual(first, start)
                 self.assertAlmostEqual(last - first, length)
 
     def test_what_is_no_date_is_refused(self) -> None:
-        for text in ("", "19", "2008-13", "2008-02-30", "2008-1-1", "2008-07-10T25:00", "2008-07-10T12:61:00", "0000",
-                     "2008-07-10T12", "yesterday", "2008-07-10 12:00"):
+        for text in ("", "19", "2008-13", "2008-02-30", "2008-1-1", "2008-07-10T25:00", "2008-07-10T12:61:00",
+                     "0000", "2008-07-10T12", "yesterday", "2008-07-10 12:00"):
             with self.subTest(text=text), self.assertRaises(ValueError):
                 s4s.date_range(text)
 
@@ -3533,8 +3553,9 @@ class Dates(unittest.TestCase):
         condition = {"resourceType": "Condition", "onsetDateTime": "2008-07"}
         period = {"resourceType": "Condition", "onsetPeriod": {"start": "2008-07-10"}}
         for value, month, open_end in (
-                ("2008", True, False), ("2008-07", True, False), ("eq2008-07-10", False, False), ("ne2008", False, True),
-                ("gt2008-07-10", True, True), ("gt2008-07", False, True), ("gt2008-08", False, True),
+                ("2008", True, False), ("2008-07", True, False), ("eq2008-07-10", False, False),
+                ("ne2008", False, True), ("gt2008-07-10", True, True), ("gt2008-07", False, True),
+                ("gt2008-08", False, True),
                 ("ge2008-07", True, True), ("ge2008-08", False, True), ("lt2008-07-10", True, False),
                 ("lt2008-07", False, False), ("le2008-07", True, False), ("le2008-06", False, False),
                 ("sa2008-06", True, True), ("sa2008-07-01", False, True), ("eb2008-08", True, False),
@@ -3548,13 +3569,12 @@ class Searching(RecordsTest):
     """FHIR search over the embedded records."""
 
     def test_tokens_are_given_with_and_without_their_system(self) -> None:
-        for value, found in (("1975-2", 1), ("http://loinc.org|1975-2", 1), ("http://snomed.info/sct|1975-2", 0),
-                             ("|1975-2", 0), ("1975-2,2345-7", 2), ("x\\,1975-2", 0)):
+        for value, count in (("1975-2", 1), ("http://loinc.org|1975-2", 1), ("|1975-2", 0),
+                             ("http://snomed.info/sct|1975-2", 0), ("1975-2,2345-7", 2), ("x\\,1975-2", 0)):
             with self.subTest(value=value):
-                got = {one["resource"]["code"]["coding"][0]["code"] for one in self.open(
-                    "Observation?" + urlencode({"code": value, "_count": "1000"})).json.get("entry", [])}
-                self.assertEqual(len(got), found)
-        self.portal.portal.records.load({"resourceType": "Patient", "id": "odd", "identifier": [{"value": "a\\,b|c"}]})
+                found = self.resources("Observation?" + urlencode({"code": value}))
+                self.assertEqual(len({resource["code"]["coding"][0]["code"] for resource in found}), count)
+        self.portal.load({"resourceType": "Patient", "id": "odd", "identifier": [{"value": "a\\,b|c"}]})
         self.assertEqual(self.ids("Patient?" + urlencode({"identifier": "a\\\\\\,b\\|c"})), ["odd"])
         self.assertEqual(len(self.ids("Patient?identifier=http://hospital.smarthealthit.org%7C")), 3)
         self.assertEqual(self.ids("Patient?gender=|female"), [AMY])
@@ -3570,16 +3590,17 @@ class Searching(RecordsTest):
         for value in ("participant=smart-clinician", "participant:Practitioner=smart-clinician",
                       f"participant={self.portal.open_fhir_url}/Practitioner/smart-clinician"):
             self.assertEqual(self.ids(f"Encounter?{value}"), by_doctor)
-        for value in ("participant=Patient/smart-clinician", "participant:Patient=smart-clinician", "subject=Group/1",
-                      f"participant=https://elsewhere.example/Practitioner/{DANIEL}"):
+        for value in ("participant=Patient/smart-clinician", "participant:Patient=smart-clinician",
+                      "subject=Group/1", f"participant=https://elsewhere.example/Practitioner/{DANIEL}"):
             self.assertEqual(self.ids(f"Encounter?{value}"), [])
 
     def test_strings_begin_with_the_value_whatever_case_and_accents(self) -> None:
-        self.portal.portal.records.load({"resourceType": "Patient", "id": "zoe", "name": [
+        self.portal.load({"resourceType": "Patient", "id": "zoe", "name": [
             {"family": "Zo\u00eb-M\u00fcller", "given": ["\u00c5sa"]}]})
         for value, found in (("name=ZOE", ["zoe"]), ("family=zo%C3%AB-m", ["zoe"]), ("name=muller", []),
                              ("name:contains=muller", ["zoe"]), ("given:exact=%C3%85sa", ["zoe"]),
-                             ("given:exact=asa", []), ("name=adam", [DANIEL]), ("given=dan,amy", [AMY, DANIEL])):
+                             ("given:exact=asa", []), ("name=adam", [DANIEL]),
+                             ("given=dan,amy", [AMY, DANIEL])):
             with self.subTest(value=value):
                 self.assertEqual(self.ids(f"Patient?{value}"), found)
 
@@ -3591,7 +3612,8 @@ class Searching(RecordsTest):
         self.assertEqual(self.ids("Patient?gender:not=male"), [AMY])
         self.assertEqual(self.ids("Patient?gender:missing=true"), [])
         self.assertEqual(len(self.ids("Patient?gender:missing=false")), 3)
-        with_visit, without = self.ids("Observation?encounter:missing=false"), self.ids("Observation?encounter:missing=true")
+        with_visit = self.ids("Observation?encounter:missing=false")
+        without = self.ids("Observation?encounter:missing=true")
         self.assertTrue(with_visit and without)
         self.assertEqual(len(with_visit) + len(without), len(self.ids("Observation")))
 
@@ -3604,34 +3626,42 @@ class Searching(RecordsTest):
         self.assertEqual(self.ids(f"Patient?_lastUpdated={moment}"), [DANIEL])
         self.assertNotIn(DANIEL, self.ids(f"Patient?_lastUpdated=gt{moment}"))
 
+    def pairs(self, name: str, parameter: s4s.Parameter, resources: list[Any]) -> Iterator[tuple[str, str]]:
+        """Searches by one parameter: for the first of the resources' own values, and more by its kind."""
+        found = [value for resource in resources[:40] for path in parameter.paths
+                 for value in s4s.elements(resource, path)]
+        values = {row[1] or "2008" for row in s4s.values_of(name, parameter.kind, found)}
+        yield from ((name, value.replace(",", "\\,")) for value in sorted(values)[:3])
+        if name == "_id":
+            yield name, DANIEL
+        if parameter.type == "date":
+            yield name, "ge2009"
+        if parameter.kind in ("token", "date", "string", "reference"):
+            yield name + ":missing", "true"
+
     def test_a_search_in_sql_and_a_match_in_python_mean_the_same(self) -> None:
         for version in s4s.FHIR_VERSIONS:
             records = s4s.EmbeddedRecords(s4s.Settings(fhir_version=version), s4s.Clock())
             self.addCleanup(records.store.close)
-            everything = [json.loads(row["json"]) for row in records._filled().rows("SELECT json FROM resources")]
+            rows = records._filled().rows("SELECT json FROM resources")
+            everything = [json.loads(row["json"]) for row in rows]
             for type_name, known in s4s.search_table(version).items():
-                resources = [one for one in everything if one["resourceType"] == type_name]
-                for name, parameter in known.items():
-                    values = {row[1] or "2008" for one in resources[:40] for row in s4s.values_of(
-                        name, parameter.kind, [value for path in parameter.paths for value in s4s.elements(one, path)])}
-                    pairs = [(name, value.replace(",", "\\,")) for value in sorted(values)[:3]]
-                    pairs += [("_id", DANIEL)] if name == "_id" else []
-                    pairs += [(name, "ge2009")] if parameter.type == "date" else []
-                    pairs += [(name + ":missing", "true")] if parameter.kind in ("token", "date", "string", "reference") else []
-                    for pair in pairs:
-                        with self.subTest(version=version, type=type_name, pair=pair):
-                            query = s4s.parse_query(version, type_name, (pair, ("_count", "1000")))
-                            found = records.search(query, s4s.OPEN_ACCESS).matches
-                            self.assertEqual({one.content["id"] for one in found}, {
-                                one["id"] for one in resources if s4s.resource_matches(one, version, [pair])})
+                resources = [resource for resource in everything if resource["resourceType"] == type_name]
+                for pair in (pair for name in known for pair in self.pairs(name, known[name], resources)):
+                    with self.subTest(version=version, type=type_name, pair=pair):
+                        query = s4s.parse_query(version, type_name, (pair, ("_count", "1000")))
+                        found = records.search(query, s4s.OPEN_ACCESS).matches
+                        self.assertEqual({match.content["id"] for match in found}, {
+                            resource["id"] for resource in resources
+                            if s4s.resource_matches(resource, version, [pair])})
 
     def test_sort_by_several_parameters_missing_ones_last(self) -> None:
-        found = self.open("Observation?_sort=-date,code&_count=1000").json["entry"]
-        keys = [(one["resource"]["effectiveDateTime"], min(code["code"] for code in one["resource"]["code"]["coding"]))
-                for one in found]
-        self.assertEqual(keys, sorted(sorted(keys, key=lambda key: key[1]), key=lambda key: key[0], reverse=True))
-        visits = [one["resource"].get("encounter", {}).get("reference", "~")
-                  for one in self.open("Observation?_sort=encounter&_count=1000").json["entry"]]
+        keys = [(resource["effectiveDateTime"], min(code["code"] for code in resource["code"]["coding"]))
+                for resource in self.resources("Observation?_sort=-date,code")]
+        by_code = sorted(keys, key=lambda key: key[1])
+        self.assertEqual(keys, sorted(by_code, key=lambda key: key[0], reverse=True))
+        visits = [resource.get("encounter", {}).get("reference", "~")
+                  for resource in self.resources("Observation?_sort=encounter")]
         self.assertEqual(visits, sorted(visits))
         self.assertEqual(visits[-1], "~")
         self.assertEqual(self.ids("Patient?_sort=-_id"), [DANIEL, JOSEPH, AMY])
@@ -3642,21 +3672,21 @@ class Searching(RecordsTest):
                 self.portal.reset()
                 at_start, seen, number = set(self.ids("Observation?category=vital-signs")), [], 0
                 url = f"{self.portal.open_fhir_url}/Observation?category=vital-signs&_count=17{sort}"
-                while url:
-                    page = ask(url).json
-                    seen += [one["resource"]["id"] for one in page["entry"]]
+                for page in self.pages(url):
+                    seen += [entry["resource"]["id"] for entry in page["entry"]]
                     for date in ("1900-01-01", "2008-01-01", "2100-01-01"):
                         number += 1
-                        self.portal.portal.records.load({
+                        self.portal.load({
                             "resourceType": "Observation", "id": f"new-{number}", "effectiveDateTime": date,
-                            "category": [{"coding": [{"code": "vital-signs"}]}], "code": {"coding": [{"code": "8867-4"}]},
+                            "category": [{"coding": [{"code": "vital-signs"}]}],
+                            "code": {"coding": [{"code": "8867-4"}]},
                             "subject": {"reference": f"Patient/{AMY if number % 2 else DANIEL}"}})
-                    url = next((one["url"] for one in page["link"] if one["relation"] == "next"), "")
                 self.assertEqual(len(seen), len(set(seen)))
                 self.assertEqual(at_start - set(seen), set())
 
     def test_a_made_up_page_is_refused(self) -> None:
-        for page in ("x", "%00", "bnVsbA", "WzFd", "WyJhIiwgMWU5OTld", "WyJhIiwgOTk5OTk5OTk5OTk5OTk5OTk5OTldw"):
+        for page in ("x", "%00", "bnVsbA", "WzFd", "WyJhIiwgMWU5OTld",
+                     "WyJhIiwgOTk5OTk5OTk5OTk5OTk5OTk5OTldw"):
             with self.subTest(page=page):
                 self.assertEqual(self.open(f"Patient?_page={page}").status, 400)
 
@@ -3686,30 +3716,34 @@ class Searching(RecordsTest):
 
     def test_included_resources_need_their_own_scope_and_patient(self) -> None:
         token = self.portal.issue_token(scope="patient/Encounter.rs patient/Practitioner.rs")
-        got = self.fhir("Encounter?_include=Encounter:subject&_include=Encounter:participant"
-                        "&_revinclude=Observation:encounter", token).json["entry"]
-        self.assertEqual({one["resource"]["resourceType"] for one in got}, {"Encounter", "Practitioner"})
+        path = ("Encounter?_include=Encounter:subject&_include=Encounter:participant"
+                "&_revinclude=Observation:encounter")
+        self.assertEqual(self.types(path, token), {"Encounter", "Practitioner"})
         amys = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
-        got = self.fhir("Practitioner?_revinclude=Encounter:participant", amys).json["entry"]
-        self.assertEqual({one["resource"]["resourceType"] for one in got}, {"Practitioner"})
+        self.assertEqual(self.types("Practitioner?_revinclude=Encounter:participant", amys), {"Practitioner"})
 
     def test_what_is_not_known_is_named_with_what_is(self) -> None:
         for query, *words in (
-                ("colour=red", "colour", "category", "_sort"), ("category:text=x", "category:text", "missing"),
-                ("code:=x", "code:"), ("patient:not=x", "patient:not", "Patient"), ("patient.name=x", "patient.name"),
-                ("_has:Provenance:target:x=y", "_has"), ("_include=*", "Observation:encounter"),
-                ("_include=Observation:code", "Observation:encounter"), ("_revinclude=Patient:link", "DiagnosticReport:result"),
-                ("_include:iterate=Observation:encounter", "_include:iterate"), ("_sort=colour", "colour", "date"),
-                ("date=soon", "soon", "2008-07-10"), ("_count=many", "_count", "number"), ("_summary=text", "count"),
-                ("_total=maybe", "accurate"), ("code:missing=maybe", "true"), ("_filter=x", "_filter")):
+                ("colour=red", "colour", "category", "_sort"),
+                ("category:text=x", "category:text", "missing"),
+                ("code:=x", "code:"), ("patient:not=x", "patient:not", "Patient"), ("_filter=x", "_filter"),
+                ("patient.name=x", "patient.name"), ("_has:Provenance:target:x=y", "_has"),
+                ("_include=*", "Observation:encounter"),
+                ("_include=Observation:code", "Observation:encounter"),
+                ("_revinclude=Patient:link", "DiagnosticReport:result"), ("_sort=colour", "colour", "date"),
+                ("_include:iterate=Observation:encounter", "_include:iterate"), ("_summary=text", "count"),
+                ("date=soon", "soon", "2008-07-10"), ("_count=many", "_count", "number"),
+                ("_total=maybe", "accurate"), ("code:missing=maybe", "true")):
             with self.subTest(query=query):
                 self.refused(f"Observation?{query}", *words)
         self.refused("Observation?code=" + ",".join("x" * 501), "500")
 
     def test_lenient_handling_leaves_out_what_is_not_known(self) -> None:
-        got = self.open("Patient?colour=red&gender=female&name:text=x", headers={"Prefer": "handling=lenient"}).json
-        self.assertEqual((got["total"], got["link"][0]["url"]), (1, f"{self.portal.open_fhir_url}/Patient?gender=female"))
-        self.refused("Patient?birthdate=soon", "soon", headers={"Prefer": "handling=lenient"})
+        lenient = {"Prefer": "handling=lenient"}
+        got = self.open("Patient?colour=red&gender=female&name:text=x", headers=lenient).json
+        self.assertEqual(got["total"], 1)
+        self.assertEqual(got["link"][0]["url"], f"{self.portal.open_fhir_url}/Patient?gender=female")
+        self.refused("Patient?birthdate=soon", "soon", headers=lenient)
 
     def test_a_total_tells_nothing_of_what_is_hidden(self) -> None:
         self.assertIn("total", self.fhir("Observation", self.portal.issue_token(scope="patient/*.rs")).json)
@@ -3720,25 +3754,25 @@ class Searching(RecordsTest):
                           for code in category["coding"]}, {"laboratory"})
 
     def test_a_page_is_full_though_much_of_what_matches_may_not_be_seen(self) -> None:
-        token, url, seen = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory"), "Observation?_count=30", 0
-        while url:
-            page = self.fhir(url, token).json
-            seen += len(page["entry"])
-            url = next((one["url"][len(self.portal.fhir_url) + 1:] for one in page["link"] if one["relation"] == "next"), "")
-            self.assertTrue(len(page["entry"]) == 30 or not url)
+        token = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory")["access_token"]
+        pages = list(self.pages(f"{self.portal.fhir_url}/Observation?_count=30", token))
+        self.assertEqual({len(page["entry"]) for page in pages[:-1]}, {30})
+        seen = sum(len(page["entry"]) for page in pages)
         self.assertEqual(seen, len(self.ids(f"Observation?category=laboratory&patient={DANIEL}")))
 
     def test_each_version_has_its_own_names(self) -> None:
         for version, type_name, has, lacks in (
                 ("dstu2", "Condition", "clinicalstatus onset patient", "clinical-status subject"),
-                ("stu3", "Condition", "clinical-status asserted-date subject", "clinicalstatus recorded-date"),
+                ("stu3", "Condition", "clinical-status asserted-date subject",
+                 "clinicalstatus recorded-date"),
                 ("r4", "Condition", "clinical-status recorded-date subject", "clinicalstatus asserted-date"),
                 ("dstu2", "MedicationOrder", "datewritten prescriber patient", "authoredon subject"),
                 ("stu3", "MedicationRequest", "authoredon intent context", "datewritten encounter"),
                 ("r4", "MedicationRequest", "authoredon intent encounter", "context"),
                 ("dstu2", "MedicationAdministration", "effectivetime prescription", "effective-time request"),
                 ("r4", "MedicationAdministration", "effective-time request", "effectivetime prescription"),
-                ("stu3", "Coverage", "patient beneficiary", "status"), ("r4", "Coverage", "patient status", "issuer")):
+                ("stu3", "Coverage", "patient beneficiary", "status"),
+                ("r4", "Coverage", "patient status", "issuer")):
             with self.subTest(version=version, type=type_name):
                 known = set(s4s.search_table(version)[type_name])
                 self.assertLessEqual(set(has.split()), known)
@@ -3748,8 +3782,9 @@ class Searching(RecordsTest):
 
     def test_the_searches_that_apps_send_find_something_in_each_version(self) -> None:
         queries = """Observation?code=http://loinc.org%7C72166-2 Observation?category=social-history Condition
-            Observation?category=laboratory Observation?category=vital-signs MedicationStatement MedicationDispense
-            MedicationAdministration AllergyIntolerance Procedure Immunization DocumentReference Encounter ImagingStudy"""
+            Observation?category=laboratory Observation?category=vital-signs MedicationStatement Encounter
+            MedicationDispense MedicationAdministration AllergyIntolerance Procedure Immunization
+            DocumentReference ImagingStudy"""
         later = "MedicationRequest DiagnosticReport Coverage ExplanationOfBenefit"
         for version, more in (("dstu2", "MedicationOrder"), ("stu3", later), ("r4", later)):
             with s4s.Server(fhir_version=version) as portal:
@@ -3758,8 +3793,8 @@ class Searching(RecordsTest):
                     path = f"{query}{'&' if '?' in query else '?'}patient={DANIEL}"
                     with self.subTest(version=version, path=path):
                         self.assertTrue(ask(f"{portal.fhir_url}/{path}", token=token).json.get("entry"))
-                document = ask(f"{portal.fhir_url}/DocumentReference?patient={DANIEL}", token=token).json["entry"][0]
-                url = document["resource"]["content"][0]["attachment"]["url"]
+                document = ask(f"{portal.fhir_url}/DocumentReference?patient={DANIEL}", token=token)
+                url = document.json["entry"][0]["resource"]["content"][0]["attachment"]["url"]
                 self.assertEqual(ask(f"{portal.fhir_url}/{url}", token=token).json["resourceType"], "Binary")
 
 
@@ -3775,7 +3810,8 @@ class Reading(RecordsTest):
         self.assertEqual((tag, when), ('W/"1"', "Thu, 07 Jan 2016 12:00:00 GMT"))
         for headers, status in (({"If-None-Match": tag}, 304), ({"If-None-Match": '"0", "1"'}, 304),
                                 ({"If-None-Match": "*"}, 304), ({"If-None-Match": '"0"'}, 200),
-                                ({"If-Modified-Since": when}, 304), ({"If-None-Match": '"0"', "If-Modified-Since": when}, 200),
+                                ({"If-Modified-Since": when}, 304),
+                                ({"If-None-Match": '"0"', "If-Modified-Since": when}, 200),
                                 ({"If-Modified-Since": "Thu, 07 Jan 2016 11:59:59 GMT"}, 200),
                                 ({"If-Modified-Since": "nonsense"}, 200)):
             with self.subTest(headers=headers):
@@ -3798,57 +3834,55 @@ class Reading(RecordsTest):
         self.assertEqual(self.open("Binary/smart-Binary-1", headers={"Accept": "*/*"}).json, as_fhir)
 
     def test_a_binary_of_nobody_is_read_through_the_document_that_points_to_it(self) -> None:
-        load = self.portal.portal.records.load
-        load({"resourceType": "Binary", "id": "b1", "contentType": "text/plain", "data": "aGk="})
-        load({"resourceType": "DocumentReference", "id": "d1", "subject": {"reference": f"Patient/{AMY}"},
-              "content": [{"attachment": {"url": "Binary/b1"}}]})
-        self.assertEqual(self.fhir("Binary/b1", self.portal.issue_token(scope="patient/*.rs")).status, 403)
-        self.assertEqual(self.fhir("Binary/b1", self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)).status, 200)
-        scope = "patient/Binary.rs patient/Observation.rs"
-        self.assertEqual(self.fhir("Binary/b1", self.portal.issue_token(scope=scope, patient_id=AMY)).status, 403)
+        self.portal.load({"resourceType": "Binary", "id": "b1", "contentType": "text/plain", "data": "aGk="})
+        self.portal.load({"resourceType": "DocumentReference", "id": "d1", "subject": {
+            "reference": f"Patient/{AMY}"}, "content": [{"attachment": {"url": "Binary/b1"}}]})
+        for patient, scope, status in ((DANIEL, "patient/*.rs", 403), (AMY, "patient/*.rs", 200),
+                                       (AMY, "patient/Binary.rs patient/Observation.rs", 403)):
+            with self.subTest(patient=patient, scope=scope):
+                token = self.portal.issue_token(scope=scope, patient_id=patient)
+                self.assertEqual(self.fhir("Binary/b1", token).status, status)
 
     def test_everything_is_the_compartment_and_what_it_refers_to(self) -> None:
         token = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
-        got = self.fhir(f"Patient/{AMY}/$everything", token).json["entry"]
-        matches = [one["resource"] for one in got if one["search"]["mode"] == "match"]
-        self.assertEqual({s4s.owner(one) for one in matches}, {AMY})
-        self.assertGreater(len({one["resourceType"] for one in matches}), 4)
-        self.assertEqual({one["resource"]["resourceType"] for one in got if one["search"]["mode"] == "include"},
-                         {"Organization", "Practitioner"})
+        path = f"Patient/{AMY}/$everything"
+        got = self.fhir(path, token).json["entry"]
+        matches = [entry["resource"] for entry in got if entry["search"]["mode"] == "match"]
+        self.assertEqual({s4s.owner(resource) for resource in matches}, {AMY})
+        self.assertGreater(len(self.types(path, token, "match")), 4)
+        self.assertEqual(self.types(path, token, "include"), {"Organization", "Practitioner"})
         self.assertEqual(self.fhir(f"Patient/{DANIEL}/$everything", token).status, 403)
         self.assertEqual(self.open("Patient/nobody/$everything").status, 404)
 
     def test_everything_of_one_patient_leaves_out_what_it_refers_to_of_another(self) -> None:
-        load = self.portal.portal.records.load
-        load({"resourceType": "Device", "id": "hers", "patient": {"reference": f"Patient/{AMY}"}})
-        load({"resourceType": "Device", "id": "nobodys"})
-        load({"resourceType": "Observation", "subject": {"reference": f"Patient/{DANIEL}"}, "device": {
-            "reference": "Device/hers"}, "focus": [{"reference": "Device/nobodys"}]})
-        got = {one["resource"]["id"] for one in self.open(f"Patient/{DANIEL}/$everything").json["entry"]}
-        self.assertEqual(got & {"hers", "nobodys"}, {"nobodys"})
+        self.portal.load({"resourceType": "Device", "id": "hers", "patient": {"reference": f"Patient/{AMY}"}})
+        self.portal.load({"resourceType": "Device", "id": "nobodys"})
+        self.portal.load({"resourceType": "Observation", "subject": {"reference": f"Patient/{DANIEL}"},
+                          "device": {"reference": "Device/hers"}, "focus": [{"reference": "Device/nobodys"}]})
+        entries = self.open(f"Patient/{DANIEL}/$everything").json["entry"]
+        self.assertEqual({entry["resource"]["id"] for entry in entries} & {"hers", "nobodys"}, {"nobodys"})
 
     def test_everything_comes_in_pages(self) -> None:
-        whole = [one["resource"]["id"] for one in self.open(f"Patient/{AMY}/$everything").json["entry"]
-                 if one["search"]["mode"] == "match"]
-        url, seen = f"{self.portal.open_fhir_url}/Patient/{AMY}/$everything?_count=4", []
-        while url:
-            page = ask(url).json
-            matches = [one["resource"]["id"] for one in page["entry"] if one["search"]["mode"] == "match"]
-            self.assertLessEqual(len(matches), 4)
-            seen += matches
-            url = next((one["url"] for one in page["link"] if one["relation"] == "next"), "")
-        self.assertEqual(seen, whole)
+        walks: list[list[str]] = []
+        for count in (1000, 4):
+            walks.append([])
+            for page in self.pages(f"{self.portal.open_fhir_url}/Patient/{AMY}/$everything?_count={count}"):
+                matches = [entry for entry in page["entry"] if entry["search"]["mode"] == "match"]
+                self.assertLessEqual(len(matches), count)
+                walks[-1] += [entry["resource"]["id"] for entry in matches]
+        self.assertGreater(len(walks[0]), 4)
+        self.assertEqual(walks[0], walks[1])
 
     def test_everything_shows_only_what_the_scope_lets_read_and_search(self) -> None:
         scope = "patient/Patient.rs patient/Condition.rs patient/Observation.r patient/Organization.r"
         token = self.portal.issue_token(scope=scope)
-        got = self.fhir(f"Patient/{DANIEL}/$everything", token).json["entry"]
-        self.assertEqual({one["resource"]["resourceType"] for one in got}, {"Patient", "Condition"})
+        self.assertEqual(self.types(f"Patient/{DANIEL}/$everything", token), {"Patient", "Condition"})
 
     def test_other_operations_and_paths_are_refused(self) -> None:
-        for path, status in ((f"Patient/{DANIEL}/$summary", 403), (f"Patient/{DANIEL}/x/y", 404), ("Patient/a%2Fb", 404),
-                             ("Patient/..", 404), ("Patient/$everything", 403), ("$export", 403), ("Binary?_id=smart-Binary-1", 403),
-                             ("Colour", 404), ("Conformance/1", 404)):
+        for path, status in ((f"Patient/{DANIEL}/$summary", 403), (f"Patient/{DANIEL}/x/y", 404),
+                             ("Patient/a%2Fb", 404), ("Patient/..", 404), ("Patient/$everything", 403),
+                             ("$export", 403), ("Binary?_id=smart-Binary-1", 403), ("Colour", 404),
+                             ("Conformance/1", 404)):
             with self.subTest(path=path):
                 self.assertEqual(self.open(path).status, status)
 
@@ -3858,12 +3892,14 @@ class Reading(RecordsTest):
                 for path, accept, expected in (
                         ("", "", own), ("", "*/*", own), ("", "application/fhir+json", own),
                         ("", "application/json+fhir", own), ("", "application/json", "application/json"),
-                        ("", "text/html, application/json;q=0.5, */*;q=0.1", own), ("?_format=json", "text/html", own),
-                        ("?_format=application/json", "", "application/json"), ("?_format=application/fhir+json", "", own),
-                        ("", "text/html", ""), ("?_format=xml", "", ""), ("", "application/fhir+xml", ""),
+                        ("", "text/html, application/json;q=0.5, */*;q=0.1", own),
+                        ("?_format=json", "text/html", own), ("?_format=application/fhir+json", "", own),
+                        ("?_format=application/json", "", "application/json"), ("", "text/html", ""),
+                        ("?_format=xml", "", ""), ("", "application/fhir+xml", ""),
                         ("", "application/json;q=0", "")):
                     with self.subTest(version=version, path=path, accept=accept):
-                        got = ask(f"{portal.open_fhir_url}/Patient/{DANIEL}{path}", headers={"Accept": accept})
+                        url = f"{portal.open_fhir_url}/Patient/{DANIEL}{path}"
+                        got = ask(url, headers={"Accept": accept})
                         self.assertEqual(got.headers["content-type"], expected or own)
                         self.assertEqual(got.status, 200 if expected else 406)
 
@@ -3872,18 +3908,22 @@ class Reading(RecordsTest):
         self.assertIn('\n  "id": ', self.open(f"Patient/{DANIEL}?_pretty=true").text)
 
     def test_the_metadata_lists_what_works_in_each_version(self) -> None:
-        for version, kind in (("r4", "CapabilityStatement"), ("stu3", "CapabilityStatement"), ("dstu2", "Conformance")):
+        for version, kind in (("r4", "CapabilityStatement"), ("stu3", "CapabilityStatement"),
+                              ("dstu2", "Conformance")):
             with s4s.Server(fhir_version=version) as portal:
                 got = ask(f"{portal.fhir_url}/metadata").json
-                self.assertEqual((got["resourceType"], got["fhirVersion"]), (kind, s4s.FHIR_VERSIONS[version]))
-                for one in got["rest"][0]["resource"]:
-                    parameters = [(known["name"], "2008") for known in one.get("searchParam", [])]
-                    parameters += [("_include", value) for value in one.get("searchInclude", [])]
-                    parameters += [("_revinclude", value) for value in one.get("searchRevInclude", [])]
-                    s4s.parse_query(version, one["type"], tuple(parameters))  # none is refused
+                self.assertEqual(got["resourceType"], kind)
+                self.assertEqual(got["fhirVersion"], s4s.FHIR_VERSIONS[version])
+                for resource in got["rest"][0]["resource"]:
+                    parameters = [(known["name"], "2008") for known in resource.get("searchParam", [])]
+                    parameters += [("_include", value) for value in resource.get("searchInclude", [])]
+                    parameters += [("_revinclude", value) for value in resource.get("searchRevInclude", [])]
+                    s4s.parse_query(version, resource["type"], tuple(parameters))  # none is refused
                     if parameters:
-                        self.assertEqual(ask(f"{portal.open_fhir_url}/{one['type']}?{urlencode(parameters)}").status, 200)
-                self.assertNotIn("search-type", json.dumps([one for one in got["rest"][0]["resource"] if one["type"] == "Binary"]))
+                        url = f"{portal.open_fhir_url}/{resource['type']}?{urlencode(parameters)}"
+                        self.assertEqual(ask(url).status, 200)
+                    if resource["type"] == "Binary":
+                        self.assertNotIn("search-type", json.dumps(resource))
 
 
 class Loading(PortalTest):
@@ -3894,13 +3934,15 @@ class Loading(PortalTest):
             {"resource": {"resourceType": "Patient", "id": "new", "name": [{"text": "New One"}]}},
             {"resource": {"resourceType": "Patient", "id": DANIEL, "name": [{"text": "Somebody Else"}]}}]}
         self.assertEqual(self.post("/oauth/debug/load", bundle).json, {"stored": 2})
-        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient/{DANIEL}").json["name"], [{"text": "Somebody Else"}])
+        url = f"{self.portal.open_fhir_url}/Patient"
+        self.assertEqual(ask(f"{url}/{DANIEL}").json["name"], [{"text": "Somebody Else"}])
         self.portal.reset()
-        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient/new").status, 404)
-        self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient/{DANIEL}").json["birthDate"], "1925-12-23")
+        self.assertEqual(ask(f"{url}/new").status, 404)
+        self.assertEqual(ask(f"{url}/{DANIEL}").json["birthDate"], "1925-12-23")
 
     def test_what_is_no_fhir_is_refused(self) -> None:
-        for resource in ({}, {"resourceType": "Nonsense", "id": "x"}, {"resourceType": "Patient", "id": "a/b"}):
+        for resource in ({}, {"resourceType": "Nonsense", "id": "x"},
+                         {"resourceType": "Patient", "id": "a/b"}):
             with self.subTest(resource=resource):
                 self.assertEqual(self.post("/oauth/debug/load", resource).status, 400)
                 with self.assertRaises(s4s.PortalError):
@@ -3930,7 +3972,11 @@ class LoadingRecords(unittest.TestCase):
 
     def records(self, *data: Any, **settings: Any) -> Any:
         """Records with only this data."""
-        made = s4s.EmbeddedRecords(s4s.Settings(data=["none", *data], **settings), s4s.Clock())
+        return self.with_samples(data=["none", *data], **settings)
+
+    def with_samples(self, **settings: Any) -> Any:
+        """Records with the samples."""
+        made = s4s.EmbeddedRecords(s4s.Settings(**settings), s4s.Clock())
         self.addCleanup(made.store.close)
         return made
 
@@ -3942,6 +3988,10 @@ class LoadingRecords(unittest.TestCase):
         path.write_bytes(data if isinstance(data, bytes) else data.encode())
         return str(path)
 
+    def read(self, records: Any, name: str) -> Any:
+        """A resource that was loaded, as Type/id names it."""
+        return records.read(*name.split("/"))
+
     def dump(self, records: Any) -> list[Any]:
         """All that the database holds."""
         return [tuple(row) for name in ("resources", "search_values", "unresolved", "before_load")
@@ -3950,6 +4000,19 @@ class LoadingRecords(unittest.TestCase):
     def patient(self, key: str, **more: Any) -> dict[str, Any]:
         """A Patient."""
         return {"resourceType": "Patient", "id": key, "name": [{"family": key.title()}], **more}
+
+    def doctor(self, key: str, **identifier: str) -> dict[str, Any]:
+        """A Practitioner."""
+        return {"resourceType": "Practitioner", "id": key, "identifier": [identifier or {"value": "7"}]}
+
+    def visit(self, doctor: str) -> dict[str, Any]:
+        """An Encounter with a doctor: v."""
+        participant = {"individual": {"reference": doctor}}
+        return {"resourceType": "Encounter", "id": "v", "participant": [participant]}
+
+    def doctor_of(self, records: Any) -> Any:
+        """Whom the visit refers to."""
+        return self.read(records, "Encounter/v")["participant"][0]["individual"]["reference"]
 
     def bundle(self, *entries: dict[str, Any], kind: str = "transaction") -> dict[str, Any]:
         """A Bundle of entries."""
@@ -3966,68 +4029,71 @@ class LoadingRecords(unittest.TestCase):
         self.assertEqual(records.warnings, [])
 
     def test_server_takes_paths_and_dicts_beside_the_samples_or_without(self) -> None:
-        with s4s.Server(data=[self.file("a.json", self.patient("a")), self.patient("b")]) as portal:
-            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], 5)
-        with s4s.Server(data=["none", self.patient("b")]) as portal:
-            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], 1)
-        with s4s.Server(data="none") as portal:
-            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], 0)
+        data: list[tuple[Any, int]] = [([self.file("a.json", self.patient("a")), self.patient("b")], 5),
+                                       (["none", self.patient("b")], 1), ("none", 0)]
+        for given, count in data:
+            with self.subTest(given=given), s4s.Server(data=given) as portal:
+                self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], count)
 
     def test_references_within_a_bundle_become_type_and_id(self) -> None:
         records = self.records(self.bundle(
             {"fullUrl": "urn:uuid:0a", "resource": self.patient("given")},
-            {"fullUrl": "urn:uuid:0b", "resource": {"resourceType": "Encounter", "subject": {"reference": "urn:uuid:0a"}}},
-            {"fullUrl": "https://old.example/fhir/Binary/9", "resource": {"resourceType": "Binary", "id": "9"}},
-            {"resource": {"resourceType": "DocumentReference", "subject": {"reference": "urn:uuid:0a"}, "context": {
-                "encounter": [{"reference": "urn:uuid:0b"}]}, "content": [
-                    {"attachment": {"url": "https://old.example/fhir/Binary/9"}}]},
-             "request": {"method": "PUT", "url": "DocumentReference/d"}}))
-        visit, document = records.read("Encounter", "0b") or {}, records.read("DocumentReference", "d") or {}
-        self.assertEqual(visit["subject"], {"reference": "Patient/given"})
+            {"fullUrl": "urn:uuid:0b", "resource": {
+                "resourceType": "Encounter", "subject": {"reference": "urn:uuid:0a"}}},
+            {"fullUrl": "https://old/fhir/Binary/9", "resource": {"resourceType": "Binary", "id": "9"}},
+            {"request": {"method": "PUT", "url": "DocumentReference/d"}, "resource": {
+                "resourceType": "DocumentReference", "subject": {"reference": "urn:uuid:0a"},
+                "context": {"encounter": [{"reference": "urn:uuid:0b"}]},
+                "content": [{"attachment": {"url": "https://old/fhir/Binary/9"}}]}}))
+        self.assertEqual(self.read(records, "Encounter/0b")["subject"], {"reference": "Patient/given"})
+        document = self.read(records, "DocumentReference/d")
         self.assertEqual(document["context"]["encounter"][0]["reference"], "Encounter/0b")
         self.assertEqual(document["content"][0]["attachment"]["url"], "Binary/9")
-        self.assertEqual([document.id for document in records.pointing_to("9")], ["d"])
+        self.assertEqual([pointing.id for pointing in records.pointing_to("9")], ["d"])
 
     def test_conditional_references_are_resolved_across_files_in_either_order(self) -> None:
-        doctor = {"resourceType": "Practitioner", "id": "p", "identifier": [{"system": "http://npi", "value": "7"}]}
-        visit = {"resourceType": "Encounter", "id": "v", "subject": {"reference": "Patient?identifier=http://mrn|1"},
-                 "participant": [{"individual": {"reference": "Practitioner?identifier=http://npi|7"}}]}
+        doctor = self.doctor("p", system="http://npi", value="7")
+        visit = {**self.visit("Practitioner?identifier=http://npi|7"),
+                 "subject": {"reference": "Patient?identifier=http://mrn|1"}}
         person = self.patient("who", identifier=[{"system": "http://mrn", "value": "1"}])
-        orders: list[list[dict[str, Any]]] = [[doctor, visit, person], [person, visit, doctor], [visit, doctor, person]]
-        for order in orders:
-            with self.subTest(order=[one["resourceType"] for one in order]):
+        for order in ([doctor, visit, person], [person, visit, doctor], [visit, doctor, person]):
+            with self.subTest(order=[resource["resourceType"] for resource in order]):
                 records = self.records(*order)
-                found = records.read("Encounter", "v") or {}
-                self.assertEqual(found["participant"][0]["individual"]["reference"], "Practitioner/p")
-                self.assertEqual(found["subject"]["reference"], "Patient/who")
+                self.assertEqual(self.doctor_of(records), "Practitioner/p")
+                self.assertEqual(self.read(records, "Encounter/v")["subject"]["reference"], "Patient/who")
                 query = s4s.parse_query("r4", "Encounter", (("patient", "who"), ("participant", "p")))
                 self.assertEqual(len(records.search(query, s4s.OPEN_ACCESS).matches), 1)
                 self.assertEqual(records.warnings, [])
 
     def test_references_that_lead_nowhere_are_kept_and_counted(self) -> None:
-        records = self.records(self.patient("a", generalPractitioner=[
-            {"reference": "Practitioner?identifier=x|1"}, {"reference": "urn:uuid:nobody"}, {"reference": "Practitioner/p"}]))
-        self.assertEqual(len((records.read("Patient", "a") or {})["generalPractitioner"]), 3)
+        records = self.records(self.patient("a", generalPractitioner=[{"reference": text} for text in (
+            "Practitioner?identifier=x|1", "urn:uuid:nobody", "Practitioner/p")]))
+        self.assertEqual(len(self.read(records, "Patient/a")["generalPractitioner"]), 3)
         self.assertEqual(len(records.warnings), 1)
         self.assertTrue(records.warnings[0].startswith("3 references"), records.warnings)
 
     def test_an_ambiguous_conditional_reference_stays(self) -> None:
-        twin = {"resourceType": "Practitioner", "identifier": [{"value": "7"}]}
-        records = self.records({**twin, "id": "p"}, {**twin, "id": "q"}, {
-            "resourceType": "Encounter", "id": "v", "participant": [
-                {"individual": {"reference": "Practitioner?identifier=7"}}]})
-        self.assertIn("?", (records.read("Encounter", "v") or {})["participant"][0]["individual"]["reference"])
+        records = self.records(self.doctor("p"), self.doctor("q"), self.visit("Practitioner?identifier=7"))
+        self.assertEqual(self.doctor_of(records), "Practitioner?identifier=7")
+
+    def test_what_reset_took_away_is_not_referred_to(self) -> None:
+        records = self.records()
+        records.load(self.doctor("p", system="http://npi", value="7"))
+        records.reset()
+        records.load(self.visit("Practitioner?identifier=http://npi|7"))
+        self.assertEqual(self.doctor_of(records), "Practitioner?identifier=http://npi|7")
 
     def test_types_that_are_not_served_are_left_out_and_counted(self) -> None:
-        records = self.records(self.bundle({"resource": self.patient("a")}, {"resource": {"resourceType": "Provenance"}}))
-        self.assertEqual(records.warnings, ["1 resources of types that are not served were left out: Provenance (1)"])
+        records = self.records(self.bundle({"resource": self.patient("a")},
+                                           {"resource": {"resourceType": "Provenance"}}))
+        self.assertEqual(records.warnings, [
+            "1 resources of types that are not served were left out: Provenance (1)"])
 
     def test_loading_twice_gives_the_same_records_once(self) -> None:
+        condition = {"resourceType": "Condition", "subject": {"reference": "urn:uuid:0a"}}
+        visit = self.visit("Practitioner?identifier=7")
         data = self.bundle({"fullUrl": "urn:uuid:0a", "resource": self.patient("a")},
-                           {"resource": {"resourceType": "Condition", "subject": {"reference": "urn:uuid:0a"}}},
-                           {"resource": {"resourceType": "Encounter", "id": "v", "participant": [
-                               {"individual": {"reference": "Practitioner?identifier=7"}}]}},
-                           {"resource": {"resourceType": "Practitioner", "id": "p", "identifier": [{"value": "7"}]}})
+                           {"resource": condition}, {"resource": visit}, {"resource": self.doctor("p")})
         db = str(self.folder / "state.db")
         first = self.records(data, db=db)
         before = self.dump(first)
@@ -4038,9 +4104,9 @@ class LoadingRecords(unittest.TestCase):
     def test_a_changed_resource_gets_the_next_version(self) -> None:
         records = self.records(self.patient("a"))
         records.load(self.patient("a", gender="female"))
-        self.assertEqual((records.read("Patient", "a") or {})["meta"]["versionId"], "2")
+        self.assertEqual(self.read(records, "Patient/a")["meta"]["versionId"], "2")
         records.load(self.patient("a", meta={"versionId": "9"}))
-        self.assertEqual((records.read("Patient", "a") or {})["meta"]["versionId"], "9")
+        self.assertEqual(self.read(records, "Patient/a")["meta"]["versionId"], "9")
 
     def test_a_bad_file_is_named_with_the_place_and_the_reason(self) -> None:
         good = json.dumps(self.patient("a"))
@@ -4048,16 +4114,19 @@ class LoadingRecords(unittest.TestCase):
                 ("cut.json", good[:-5], "not JSON", "line 1 column"),
                 ("lines.json", '{\n "resourceType": "Patient",\n "id": 1,}', "line 3"),
                 ("list.json", "[]", "list", "resource or Bundle"), ("empty.json", "", "not JSON"),
-                ("other.json", '{"a": 1}', "resourceType"), ("id.json", '{"resourceType": "Patient", "id": "a b"}', "'a b'"),
+                ("other.json", '{"a": 1}', "resourceType"),
+                ("id.json", '{"resourceType": "Patient", "id": "a b"}', "'a b'"),
                 ("third.ndjson", f"{good}\n\n{good[:9]}", "line 3"),
                 ("nan.json", '{"resourceType": "Patient", "id": "a", "x": NaN}', "JSON"),
                 ("lone.json", '{"resourceType": "Patient", "id": "\\ud800"}', "id"),
                 ("text.json", '{"resourceType": "Patient", "id": "a", "x": "\\ud800"}', "surrogates"),
-                ("deep.json", '{"resourceType": "Patient", "x": ' + "[" * 100000 + "]" * 100000 + "}", "JSON"),
+                ("deep.json", '{"resourceType": "Patient", "x": ' + "[" * 10**5 + "]" * 10**5 + "}", "JSON"),
                 ("latin.json", b'{"resourceType": "Patient", "id": "\xe9"}', "utf-8"),
                 ("time.json", '{"resourceType": "Patient", "meta": {"lastUpdated": "today"}}', "today"),
-                ("entry.json", self.bundle({"resource": self.patient("a")}, {"resource": {}}), "Bundle.entry[1]"),
-                ("history.json", self.bundle(kind="history"), "transaction"), ("x.json.gz", b"no gzip", "gzip")):
+                ("entry.json", self.bundle({"resource": self.patient("a")}, {"resource": {}}),
+                 "Bundle.entry[1]"),
+                ("history.json", self.bundle(kind="history"), "transaction"),
+                ("x.json.gz", b"no gzip", "gzip")):
             with self.subTest(name=name), self.assertRaises(s4s.StartError) as caught:
                 self.records(self.file(name, content))
             for word in (name, *words):
@@ -4070,19 +4139,21 @@ class LoadingRecords(unittest.TestCase):
     def test_what_was_loaded_before_a_bad_file_stays(self) -> None:
         db = str(self.folder / "state.db")
         with self.assertRaises(s4s.StartError):
-            self.records(self.patient("a"), self.file("b.ndjson", json.dumps(self.patient("b")) + "\n{}"), db=db)
+            lines = json.dumps(self.patient("b")) + "\n{}"
+            self.records(self.patient("a"), self.file("b.ndjson", lines), db=db)
         self.assertEqual(self.records(db=db).patients(), [("a", "A")])
 
     def test_data_of_another_version_is_noticed(self) -> None:
-        for version, resource in (
-                ("r4", {"resourceType": "MedicationOrder"}), ("stu3", {"resourceType": "MedicationOrder"}),
-                ("r4", {"resourceType": "Condition", "clinicalStatus": "active"}),
-                ("r4", {"resourceType": "Patient", "name": [{"family": ["A"]}]}),
-                ("dstu2", self.patient("a")), ("stu3", {"resourceType": "Condition", "clinicalStatus": {}}),
-                ("dstu2", {"resourceType": "Observation", "category": []}), ("r4", {"resourceType": "Observation", "category": {}}),
-                ("stu3", {"resourceType": "Immunization", "occurrenceDateTime": "2008"})):
-            with self.subTest(version=version, resource=resource), self.assertRaises(s4s.StartError) as caught:
-                self.records(resource, fhir_version=version)
+        for version, type_name, elements in (
+                ("r4", "MedicationOrder", {}), ("stu3", "MedicationOrder", {}),
+                ("r4", "Condition", {"clinicalStatus": "active"}),
+                ("stu3", "Condition", {"clinicalStatus": {}}),
+                ("r4", "Patient", {"name": [{"family": ["A"]}]}),
+                ("dstu2", "Patient", {"name": [{"family": "A"}]}),
+                ("dstu2", "Observation", {"category": []}), ("r4", "Observation", {"category": {}}),
+                ("stu3", "Immunization", {"occurrenceDateTime": "2008"})):
+            with self.subTest(version=version, type=type_name), self.assertRaises(s4s.StartError) as caught:
+                self.records({"resourceType": type_name, **elements}, fhir_version=version)
             self.assertIn("--fhir-version", str(caught.exception))
 
     def test_a_database_of_another_version_is_refused(self) -> None:
@@ -4101,8 +4172,7 @@ class LoadingRecords(unittest.TestCase):
             self.assertEqual(len(records.patients()), expected)
             before = self.dump(records)
             records.store.close()
-        records = s4s.EmbeddedRecords(s4s.Settings(db=db), s4s.Clock())
-        self.addCleanup(records.store.close)
+        records = self.with_samples(db=db)
         records.patients()
         self.assertEqual(self.dump(records), before)
 
@@ -4112,26 +4182,27 @@ class LoadingRecords(unittest.TestCase):
         for _ in range(100_000):
             deep = [deep]
         for bad in ({}, {"resourceType": "Provenance"}, {"resourceType": "Patient", "x": {1, 2}},
-                    {"resourceType": "Patient", "x": deep}, self.bundle({"resource": self.patient("a")}, {"resource": 5})):
+                    {"resourceType": "Patient", "x": deep},
+                    self.bundle({"resource": self.patient("a")}, {"resource": 5})):
             with self.subTest(bad=bad), self.assertRaises(s4s.PortalError):
                 records.load(bad)
         self.assertEqual(records.patients(), [])
-        self.assertEqual(records.load(self.bundle({"resource": self.patient("a")}, {"resource": self.patient("b")})), 2)
+        good = self.bundle({"resource": self.patient("a")}, {"resource": self.patient("b")})
+        self.assertEqual(records.load(good), 2)
 
     def test_a_resource_without_an_id_gets_one_from_its_content(self) -> None:
         records = self.records()
-        for resource in ({"resourceType": "Patient", "gender": "male"}, {"resourceType": "Patient", "gender": "male", "id": None}):
+        for key in ({}, {"id": None}):
+            resource = {"resourceType": "Patient", "gender": "male", **key}
             records.load(resource)
             records.load(resource)
         self.assertEqual(len(records.patients()), 2)
         self.assertTrue(all(key for key, _ in records.patients()))
 
     def test_reset_brings_back_exactly_what_was_there_at_the_start(self) -> None:
-        records = s4s.EmbeddedRecords(s4s.Settings(data=[self.patient("a"), {"resourceType": "Encounter", "id": "v", "participant": [
-            {"individual": {"reference": "Practitioner?identifier=7"}}]}]), s4s.Clock())
-        self.addCleanup(records.store.close)
+        records = self.with_samples(data=[self.patient("a"), self.visit("Practitioner?identifier=7")])
         before = self.dump(records)
-        records.load({"resourceType": "Practitioner", "id": "p", "identifier": [{"value": "7"}]})  # the reference resolves
+        records.load(self.doctor("p"))  # the reference resolves
         records.load(self.patient("a", gender="male"))
         records.load(self.patient("a", gender="female"))
         records.load(self.patient(DANIEL))
@@ -4148,8 +4219,7 @@ class LoadingRecords(unittest.TestCase):
         self.assertEqual((len(records.patients("ada")), len(records.patients(limit=2))), (5, 2))
 
     def test_readers_go_on_while_records_are_loaded(self) -> None:
-        records = s4s.EmbeddedRecords(s4s.Settings(), s4s.Clock())
-        self.addCleanup(records.store.close)
+        records = self.with_samples()
         big = self.bundle(*({"resource": self.patient(f"p{number}")} for number in range(300)))
         failures: list[BaseException] = []
 
@@ -4177,8 +4247,7 @@ class LoadingRecords(unittest.TestCase):
         self.assertRegex(shown.getvalue(), r"\Aloading: 1 of 3 MB, \d+ MB/s, 4 s left\n\Z")
 
     def test_a_patients_search_uses_the_index_of_the_patients(self) -> None:
-        records = s4s.EmbeddedRecords(s4s.Settings(), s4s.Clock())
-        self.addCleanup(records.store.close)
+        records = self.with_samples()
         query = s4s.parse_query("r4", "Observation", (("category", "laboratory"), ("patient", DANIEL)))
         where = s4s.search_condition(query, s4s.Access("patient/*.rs", DANIEL))
         plan = "\n".join(row["detail"] for row in records._filled().rows(
