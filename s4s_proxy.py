@@ -3471,7 +3471,10 @@ def period_of(value: Any) -> tuple[float, float] | None:
 def date_range(text: str) -> tuple[float, float]:
     """The span of time that a FHIR date or time may mean: from its first moment to the one after its last.
 
-    2008-07 is all of July 2008. What has no time zone is UTC. ValueError if it is none.
+    What has no time zone is UTC. ValueError if it is none.
+
+    >>> date_range("1970-01")  # all of January
+    (0.0, 2678400.0)
     """
     match = _DATE.fullmatch(text)
     if not match:
