@@ -7410,32 +7410,41 @@ class Option(NamedTuple):
     placeholder: str = ""
 
 
-def _option(default: Any, text: str, placeholder: str = "") -> Any:
-    """An Option, where a class's attribute gets its value: see `Settings`."""
-    return Option(default, text, placeholder)
+_option: Any = Option  # Any, since what stands for an attribute's type is not its value yet
+
+
+def start_needs(good: object, message: str) -> None:
+    """Refuse to start unless something is good; the message says how to mend it."""
+    if not good:
+        raise StartError(message)
 
 
 class Settings:
-    """Everything that can be chosen. `Server` takes these as keywords, the command line as options.
+    """Everything that can be chosen: keywords of `Server`, options of the command line.
 
-    A list may be given as one value. None for open_fhir and debug means "decide by the address": see `local`.
+    A list may be given as one value. None for open_fhir and debug: it depends on the address, see `local`.
     """
     host: str = _option("127.0.0.1", "address to listen on", "ADDR")
     port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
-    base_url: list[str] = _option([], "the public address, if not the one that each request names; repeatable", "URL")
+    base_url: list[str] = _option(
+        [], "the public address, if not the one that each request names; repeatable", "URL")
     name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
-    fhir_server: str | None = _option(None, "forward FHIR requests to this server (default: the embedded records)", "URL")
+    fhir_server: str | None = _option(
+        None, "forward FHIR requests to this server (default: the embedded records)", "URL")
     fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
     fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
     fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
-    data: list[Any] = _option([], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, "
-                              "or a folder; none leaves the sample patients out; repeatable", "PATH")
+    data: list[Any] = _option(
+        [], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a "
+        "folder; none leaves the sample patients out; repeatable", "PATH")
     fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
-    client: list[str] = _option([], "a client known from the start; without a secret it is public; repeatable",
-                                "ID[:SECRET]=REDIRECT_URI")
+    client: list[str] = _option(
+        [], "a client known from the start; without a secret it is public; repeatable",
+        "ID[:SECRET]=REDIRECT_URI")
     db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
     strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: bool | None = _option(None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
+    open_fhir: bool | None = _option(
+        None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
     debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
     certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
     keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
@@ -7451,50 +7460,34 @@ class Settings:
             if isinstance(option.default, list):
                 value = list(value) if isinstance(value, (list, tuple, set)) else [value]
             setattr(self, name, value)
-        if self.fhir_version not in FHIR_VERSIONS:
-            raise StartError(f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
+        start_needs(self.fhir_version in FHIR_VERSIONS,
+                    f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
         self.base_url = [url.rstrip("/") for url in self.base_url]
         for url in self.base_url:
-            if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-                raise StartError(f"--base-url {url}: give an absolute http or https address")
-        if self.keyfile and not self.certfile:
-            raise StartError("--keyfile is given without --certfile")
-        if self.quiet and self.verbose:
-            raise StartError("--quiet and --verbose exclude each other")
-        if self.fhir_server and any(one != "none" for one in self.data):
-            raise StartError("--data and --fhir-server exclude each other: load the data into that server")
-        self._check_fhir_server()
-
-    def _check_fhir_server(self) -> None:
-        """What concerns the FHIR server behind: an address requests can be put below, headers that don't disturb."""
+            start_needs(is_web_url(url), f"--base-url {url}: give an absolute http or https address")
+        start_needs(self.certfile or not self.keyfile, "--keyfile is given without --certfile")
+        start_needs(not (self.quiet and self.verbose), "--quiet and --verbose exclude each other")
+        start_needs(not self.fhir_server or all(source == "none" for source in self.data),
+                    "--data and --fhir-server exclude each other: load the data into that server")
         if self.fhir_server is not None:
-            self.fhir_server = str(self.fhir_server).rstrip("/")
-            match = re.fullmatch(r"(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?",
-                                 self.fhir_server, re.IGNORECASE)
-            if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
-                raise StartError(f"--fhir-server {self.fhir_server}: give the address of its FHIR base, http or https, "
-                                 "without user, query or fragment")
-            self.fhir_server = match[1].lower() + (match[3] or "")
+            self.fhir_server = fhir_base(str(self.fhir_server))
         for header in self.fhir_header:
-            match = re.fullmatch(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([!-~][ -~]*)", header)
-            if not match or match[1].lower() in ("accept", "accept-encoding", "connection", "content-length", "expect",
-                                                 "host", "te", "transfer-encoding", "upgrade"):
-                # The value may be a secret: it is not repeated.
-                raise StartError(f"--fhir-header {header.partition(':')[0]}: expected \"Name: value\", and not a "
-                                 "name that HTTP itself needs")
-        if not isinstance(self.fhir_timeout, (int, float)) or not 0 < self.fhir_timeout <= 3600:
-            raise StartError(f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
+            check_fhir_header(header)
+        start_needs(isinstance(self.fhir_timeout, (int, float)) and 0 < self.fhir_timeout <= 3600,
+                    f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
 
     @property
     def local(self) -> bool:
-        """Whether only this machine can reach the server. What is open to anyone is on only then, unless told."""
+        """Whether only this machine can reach the server; if not, nothing is open to all unless told."""
         return is_loopback(self.host)
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether every record may be read without a token, by any page in a browser too. What --fhir-server and its
+        """Whether anyone, any page in a browser too, may read every record. What --fhir-server and its
         --fhir-header open to this portal is not opened to everybody unless told."""
-        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
+        if self.open_fhir is not None:
+            return self.open_fhir
+        return self.local and self.fhir_server is None
 
     @property
     def serves_debug(self) -> bool:
@@ -7504,7 +7497,32 @@ class Settings:
 
 OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
 
-# The demo accounts' common password is no secret, so its hash may stand here: no start waits for hash_password.
+
+def fhir_base(url: str) -> str:
+    """A FHIR server's address, checked, such that paths can be put below it.
+
+    >>> fhir_base("HTTPS://Example.org/R4/")
+    'https://example.org/R4'
+    """
+    url = url.rstrip("/")
+    match = re.fullmatch(r"(?i)(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?", url)
+    if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
+        raise StartError(f"--fhir-server {url}: give the address of its FHIR base, http or https, without "
+                         "user, query or fragment")
+    return match[1].lower() + (match[3] or "")
+
+
+def check_fhir_header(header: str) -> None:
+    """Refuse what is no header, and what would disturb HTTP itself."""
+    name = header.partition(":")[0]
+    good = re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: *[!-~][ -~]*", header)
+    of_http = ("accept", "accept-encoding", "connection", "content-length", "expect", "host", "te",
+               "transfer-encoding", "upgrade")
+    start_needs(good and name.lower() not in of_http,  # the value may be a secret: it is not repeated
+                f"--fhir-header {name}: expected \"Name: value\", and not a name that HTTP itself needs")
+
+
+# The demo accounts' password is no secret, so its hash may stand here: no start waits for hash_password.
 DEMO_PASSWORD = "demo-password"
 DEMO_SALT = "s4s-demo"
 DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
@@ -7512,7 +7530,7 @@ DEMO_USERS = (            # username, name, fhir_user, may open any record
     ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
     ("joseph-ross", "Joseph Ross", "Patient/smart-1081332", False),
     ("clinician", "Clara Clinician", "Practitioner/smart-clinician", True))
-DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user, who else the user is to the patient
+DEMO_PATIENTS = (         # username, patient, the patient's name, is it the user, who the user is otherwise
     ("daniel-adams", "smart-1288992", "Daniel Adams", True, None),
     ("daniel-adams", "smart-1032702", "Amy Shaw", False, "RelatedPerson/daniel-adams-amy-shaw"),
     ("joseph-ross", "smart-1081332", "Joseph Ross", True, None))
@@ -7522,21 +7540,6 @@ DEMO_CLIENTS = (          # client_id, secret, redirect URI
     ("api-test", "api-secret", "http://localhost:9001/authorized"))
 
 
-def seeded_client(client_id: Any, secret: Any, metadata: Json) -> Client:
-    """A client that is known from the start. Without a secret and without keys it is public."""
-    if not isinstance(client_id, str) or not re.fullmatch(r"[!-~]+", client_id):
-        raise PortalError("invalid_client_metadata", "client_id is missing or not a string of ASCII")
-    if secret is not None and (not isinstance(secret, str) or not secret):
-        raise PortalError("invalid_client_metadata", "client_secret: expected a string")
-    keys = {"jwks", "jwks_uri"} & metadata.keys()
-    method = "client_secret_basic" if secret else "private_key_jwt" if keys else "none"
-    kept = client_metadata({"token_endpoint_auth_method": method, **metadata})
-    if kept["token_endpoint_auth_method"].startswith("client_secret") != bool(secret):
-        raise PortalError("invalid_client_metadata", f"token_endpoint_auth_method is "
-                          f"{kept['token_endpoint_auth_method']}, {'but' if secret else 'without'} a client_secret")
-    return Client(client_id, hash_secret(secret) if secret else None, kept)
-
-
 class Seeds(NamedTuple):
     """Who and what is there from the start, as rows of the tables users, patients and clients."""
     users: list[tuple[Any, ...]]
@@ -7544,94 +7547,123 @@ class Seeds(NamedTuple):
     clients: dict[str, Client]
 
 
+def seeds(settings: Settings) -> Seeds:
+    """The demo accounts and apps, those of --client and of --fixtures; StartError where those can't be."""
+    found = Seeds([], [], {})
+    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+    for username, name, fhir_user, any_patient in DEMO_USERS:
+        if samples or any_patient:
+            resource = fhir_user if samples else None
+            found.users.append((username, name, resource, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
+    if samples:
+        found.patients.extend(DEMO_PATIENTS)
+    for client_id, secret, uri in DEMO_CLIENTS:
+        add_client(found, "demo", client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
+    metadata = {"client_name": "Demo app", "redirect_uris": ["http://this.server"]}
+    demo = add_client(found, "demo", "demo-app", None, metadata)
+    # It is wherever this server is: its addresses are paths, which nobody else can register.
+    demo.metadata.update(redirect_uris=["/demo"], launch_uris=["/demo"])
+    for text in settings.client:
+        add_client_option(found, text)
+    if settings.fixtures is not None:
+        add_fixtures(found, settings.fixtures)
+    return found
+
+
+def add_client(found: Seeds, where: str, client_id: Any, secret: Any, metadata: Json) -> Client:
+    """Add a client, public if it has no secret and no keys; StartError, with `where` it comes from."""
+    start_needs(isinstance(client_id, str) and re.fullmatch(r"[!-~]+", client_id),
+                f"{where}: client_id is missing or not a string of ASCII")
+    start_needs(secret is None or (isinstance(secret, str) and secret),
+                f"{where}: client_secret: expected a string")
+    method = "private_key_jwt" if {"jwks", "jwks_uri"} & metadata.keys() else "none"
+    try:
+        kept = client_metadata({
+            "token_endpoint_auth_method": "client_secret_basic" if secret else method, **metadata})
+    except PortalError as error:
+        raise StartError(f"{where}: {error.description}")
+    method = kept["token_endpoint_auth_method"]
+    start_needs(method.startswith("client_secret") == bool(secret), f"{where}: token_endpoint_auth_method is "
+                f"{method}, {'but' if secret else 'without'} a client_secret")
+    client = found.clients[client_id] = Client(client_id, hash_secret(secret) if secret else None, kept)
+    return client
+
+
+def add_client_option(found: Seeds, text: str) -> None:
+    """Add what --client says: a client, or one more redirect URI of a client that is there already."""
+    option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
+    match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
+    if not match:
+        raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+    client_id, secret, uri = match.groups()
+    earlier = found.clients.get(client_id)
+    client = add_client(found, option, client_id, secret, {"redirect_uris": [uri]})
+    if earlier:
+        start_needs(client.secret_hash in (None, earlier.secret_hash),
+                    f"{option}: it was given with another secret before")
+        earlier.metadata["redirect_uris"].append(uri)
+        found.clients[client_id] = earlier
+
+
 # The members of --fixtures: name -> type; those of clients are client metadata.
 FIXTURES: Json = {"users": list, "clients": list}
 FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
 FIXTURE_PATIENT: Json = {"patient_id": str, "name": str, "is_user": bool}
+JSON_KINDS = {str: "a string", list: "an array", bool: "true or false"}
 
 
 def add_fixtures(found: Seeds, source: str | Json) -> None:
     """Add the users and clients of a fixtures file, or of the object that is in one."""
     where = f"--fixtures {source}" if isinstance(source, str) else "fixtures"
+    fixtures = read_fixtures(where, source)
+    check_fixture(f"{where}: the whole", fixtures, FIXTURES)
+    salt, hashed = new_token(), functools.cache(hash_password)  # slow, so once for users who share a password
+    for number, user in enumerate(fixtures.get("users", [])):
+        place = f"{where}: users[{number}]"
+        check_fixture(place, user, FIXTURE_USER, "username", "password")
+        username = user["username"]
+        start_needs(re.fullmatch(r"[!-~]{1,255}", username),
+                    f"{place}: username is not 1 to 255 characters of ASCII without spaces")
+        found.users.append((username, user.get("name") or username, user.get("fhir_user"), salt,
+                            hashed(user["password"], salt), False))
+        for index, patient in enumerate(user.get("patients", [])):
+            check_fixture(f"{place}.patients[{index}]", patient, FIXTURE_PATIENT, "patient_id")
+            patient_id, is_user = patient["patient_id"], patient.get("is_user", False)
+            found.patients.append((username, patient_id, patient.get("name") or patient_id, is_user, None))
+    for number, client in enumerate(fixtures.get("clients", [])):
+        place = f"{where}: clients[{number}]"
+        start_needs(isinstance(client, dict), f"{place} is not a JSON object")
+        metadata = dict(client)
+        client_id, secret = metadata.pop("client_id", None), metadata.pop("client_secret", None)
+        add_client(found, place, client_id, secret, metadata)
 
-    def check(place: str, value: Any, known: Json, *needed: str) -> Json:
-        if not isinstance(value, dict):
-            raise StartError(f"{where}: {place} is not a JSON object")
-        for name, one in value.items():
-            if name not in known:
-                raise StartError(f"{where}: {place} has an unknown member {name}; known are {', '.join(known)}")
-            if not isinstance(one, known[name]):
-                kind = {str: "a string", list: "an array", bool: "true or false"}[known[name]]
-                raise StartError(f"{where}: {name} of {place} is not {kind}")
-        for name in needed:
-            if not value.get(name):
-                raise StartError(f"{where}: {place} has no {name}")
-        return value
-    fixtures: Any = source
+
+def read_fixtures(where: str, source: str | Json) -> Any:
+    """What is in a fixtures file; or the object itself, of which it must be possible to make such a file."""
     try:
+        fixtures: Any = source
         if isinstance(source, str):
             with open(source, encoding="utf-8") as file:
                 fixtures = json.load(file)
         json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
+        return fixtures
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise StartError(f"{where}: {error}; give a file of JSON")
-    check("the whole", fixtures, FIXTURES)
-    # One salt for all, so that the slow hash is needed only once for users who share a password.
-    salt = new_token()
-    hashes: dict[str, str] = {}
-    for number, user in enumerate(fixtures.get("users", [])):
-        place = f"users[{number}]"
-        username, password = (check(place, user, FIXTURE_USER, "username", "password")[name]
-                              for name in ("username", "password"))
-        if not re.fullmatch(r"[!-~]{1,255}", username):
-            raise StartError(f"{where}: username of {place} is not 1 to 255 characters of ASCII without spaces")
-        hashes[password] = hashes.get(password) or hash_password(password, salt)
-        found.users.append((username, user.get("name") or username, user.get("fhir_user"), salt, hashes[password], False))
-        for index, one in enumerate(user.get("patients", [])):
-            check(f"{place}.patients[{index}]", one, FIXTURE_PATIENT, "patient_id")
-            found.patients.append((username, one["patient_id"], one.get("name") or one["patient_id"],
-                                   one.get("is_user", False), None))
-    for number, one in enumerate(fixtures.get("clients", [])):
-        try:
-            if not isinstance(one, dict):
-                raise PortalError("invalid_client_metadata", "not a JSON object")
-            metadata = {name: value for name, value in one.items() if name not in ("client_id", "client_secret")}
-            client = seeded_client(one.get("client_id"), one.get("client_secret"), metadata)
-            found.clients[client.client_id] = client
-        except PortalError as error:
-            raise StartError(f"{where}: clients[{number}]: {error.description}")
 
 
-def seeds(settings: Settings) -> Seeds:
-    """The demo accounts and apps, those of --client and those of --fixtures; StartError where those can't be."""
-    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
-    found = Seeds([(username, name, fhir_user if samples else None, DEMO_SALT, DEMO_PASSWORD_HASH, anyone)
-                   for username, name, fhir_user, anyone in DEMO_USERS if samples or anyone],
-                  list(DEMO_PATIENTS) if samples else [], {})
-    for client_id, secret, uri in DEMO_CLIENTS:
-        found.clients[client_id] = seeded_client(client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
-    demo = client_metadata({"client_name": "Demo app", "redirect_uris": ["http://this.server"],
-                            "token_endpoint_auth_method": "none"})
-    found.clients["demo-app"] = Client("demo-app", None, {**demo, "redirect_uris": ["/demo"], "launch_uris": ["/demo"]})
-    for text in settings.client:
-        match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
-        option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
-        if not match:
-            raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
-        try:
-            client = seeded_client(match[1], match[2], {"redirect_uris": [match[3]]})
-        except PortalError as error:
-            raise StartError(f"{option}: {error.description}")
-        earlier = found.clients.get(client.client_id)
-        if earlier:
-            if client.secret_hash not in (None, earlier.secret_hash):
-                raise StartError(f"{option}: it was given with another secret before")
-            client = earlier._replace(metadata={**earlier.metadata, "redirect_uris": [
-                *earlier.metadata["redirect_uris"], match[3]]})
-        found.clients[client.client_id] = client
-    if settings.fixtures is not None:
-        add_fixtures(found, settings.fixtures)
-    return found
+def check_fixture(place: str, value: Any, known: Json, *needed: str) -> None:
+    """Refuse a part of the fixtures that is no object of known members, or lacks one."""
+    start_needs(isinstance(value, dict), f"{place} is not a JSON object")
+    for name, inner in value.items():
+        start_needs(name in known, f"{place} has an unknown member {name}; known are {', '.join(known)}")
+        start_needs(isinstance(inner, known[name]), f"{place}: {name} is not {JSON_KINDS[known[name]]}")
+    for name in needed:
+        start_needs(value.get(name), f"{place} has no {name}")
+
+
+# The status that the texts give an error code, if not 400 (RFC 6749 section 5.2, RFC 6750 section 3.1).
+ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope": 403, "server_error": 500,
+                "temporarily_unavailable": 503}
 
 
 class Fault(NamedTuple):
@@ -7641,44 +7673,18 @@ class Fault(NamedTuple):
     retry_after: int | None  # seconds
     delay: float             # seconds
     drop: bool               # close the connection without an answer
-    times: int | None        # None: until reset
 
-
-# The status that the texts give an error code; 400 for all others (RFC 6749 section 5.2, RFC 6750 section 3.1).
-ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope": 403, "server_error": 500,
-                "temporarily_unavailable": 503}
-
-
-class Faults:
-    """The faults that tests ordered, a queue for each endpoint."""
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._queues: dict[str, list[Fault]] = {}
-
-    def add(self, endpoint: str, fault: Fault) -> None:
-        """Order a fault, after those ordered before."""
-        with self._lock:
-            self._queues.setdefault(endpoint, []).append(fault)
-
-    def take(self, endpoint: str) -> Fault | None:
-        """The fault that this request of an endpoint meets, if any."""
-        if endpoint not in self._queues:  # the common case needs no lock
-            return None
-        with self._lock:
-            waiting = self._queues[endpoint]
-            if not waiting:
-                return None
-            fault = waiting.pop(0)
-            if fault.times is None:
-                waiting.insert(0, fault)
-            elif fault.times > 1:
-                waiting.insert(0, fault._replace(times=fault.times - 1))
-            return fault
-
-    def clear(self) -> None:
-        """Forget all."""
-        with self._lock:
-            self._queues.clear()
+    def refusal(self) -> PortalError:
+        """An error like the real one; a PageError where only a status was ordered."""
+        headers = [] if self.retry_after is None else [("Retry-After", str(self.retry_after))]
+        if self.error == "invalid_client":
+            headers.append(challenge("Basic"))
+        elif self.status == 401 or self.error == "insufficient_scope":
+            headers.append(challenge(error=self.error or "invalid_token"))
+        kind = PortalError if self.error else PageError
+        by_status = {429: "slow_down", 503: "temporarily_unavailable"}
+        return kind(self.error or by_status.get(self.status, "server_error"), "a test made this request fail",
+                    self.status, headers)
 
 
 class Portal:
@@ -7692,10 +7698,10 @@ class Portal:
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
         self.watch = Watch()                    # over all connections, to apps and to the FHIR server
-        self.faults = Faults()
-        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with its status
+        self.faults: dict[str, list[Iterator[Fault]]] = {}  # of an endpoint, each order of a test
+        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with status
         self.key_lock = threading.Lock()        # held while the signing key is made
-        self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what jwks_uri gave: until when, and the keys
+        self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what a jwks_uri gave: until when, keys
         self.records: Records
         try:
             self.records = ForwardedRecords(self) if settings.fhir_server else EmbeddedRecords(settings, self.clock)
@@ -7716,7 +7722,8 @@ class Portal:
         database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
         database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
         database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
-            (one.client_id, one.secret_hash, json.dumps(one.metadata), self.clock.now()) for one in clients.values()])
+            (client.client_id, client.secret_hash, json.dumps(client.metadata), self.clock.now())
+            for client in clients.values()])
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
@@ -7726,9 +7733,9 @@ class Portal:
         self.key_sets.clear()
         self.records.reset()
         with self.state.transaction() as database:
-            for name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions", "clients",
-                         "patients", "users"):
-                database.execute(f"DELETE FROM {name}")
+            for table_name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions",
+                               "clients", "patients", "users"):
+                database.execute(f"DELETE FROM {table_name}")
             self._seed(database)
 
     def close(self) -> None:
@@ -7740,8 +7747,10 @@ class Portal:
     def client(self, client_id: str) -> Client | None:
         """A registered client, or None."""
         row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
+        if not row:
+            return None
         return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"]),
-                      bool(row["registered_itself"])) if row else None
+                      bool(row["registered_itself"]))
 
     def user(self, username: str) -> Row | None:
         """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
@@ -7787,31 +7796,22 @@ class Portal:
                 or (f"Patient/{own['patient_id']}" if own else ""))
 
     def meet_fault(self, endpoint: str) -> None:
-        """Do what a test ordered for this endpoint, if anything: wait, then refuse.
-
-        ConnectionAbortedError for a drop, PageError where only a status was ordered.
-        """
-        fault = self.faults.take(endpoint)
+        """Do what a test ordered for this endpoint: wait, then refuse; ConnectionAbortedError for a drop."""
+        orders = self.faults.get(endpoint, ())
+        fault = next(itertools.chain.from_iterable(orders), None)  # of the first order that is not used up
         if not fault:
             return
-        if fault.delay:
-            self.stopping.wait(fault.delay)
+        self.stopping.wait(fault.delay)
         if fault.drop:
             raise ConnectionAbortedError
         if fault.status:
-            headers = [] if fault.retry_after is None else [("Retry-After", str(fault.retry_after))]
-            if fault.error == "invalid_client":
-                headers.append(challenge("Basic"))
-            elif fault.status == 401 or fault.error == "insufficient_scope":
-                headers.append(challenge(error=fault.error or "invalid_token"))
-            kind = PortalError if fault.error else PageError
-            raise kind(fault.error or {429: "slow_down", 503: "temporarily_unavailable"}.get(fault.status, "server_error"),
-                       "a test made this request fail", fault.status, headers)
+            raise fault.refusal()
 
     def log_bug(self, during: str, error: Exception) -> None:
-        """Log a bug of ours: what and where, but no value and no line of source, which might hold a secret."""
+        """Log a bug of ours: what and where, but no value and no line of source, which may hold a secret."""
         import traceback  # takes long to import, and nobody should need it
-        where = [f"\n    {at.filename}:{at.lineno} {at.name}" for at in traceback.extract_tb(error.__traceback__)]
+        calls = traceback.extract_tb(error.__traceback__)
+        where = [f"\n    {call.filename}:{call.lineno} {call.name}" for call in calls]
         self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
     def base(self, request: Request) -> str:
@@ -7843,50 +7843,45 @@ class Portal:
 # ######################################################################## 26 test controls and Server
 
 DEBUG_APPROVAL_SECONDS = 7 * DAY
-
-# Each control is one function with two doors: a method of `Server`, and a path under /oauth/debug/ whose JSON members
-# have the parameters' names. Their first argument is the portal; all others are named.
-Control = TypeVar("Control", bound=Callable[..., Any])
-CONTROLS: dict[str, Callable[..., Any]] = {}
 MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
+FAULTS = sorted({served.fault for served in ROUTES if served.fault})  # the endpoints that can be made to fail
 
-
-def only_with_debug(portal: Portal) -> None:
-    """Debug endpoints are there on loopback only, unless told."""
-    if not portal.settings.serves_debug:
-        raise PortalError("not_found", "the debug endpoints are off; --debug turns them on", 404)
+Control = TypeVar("Control", bound=Callable[..., Any])
+CONTROLS: dict[str, Callable[..., Any]] = {}
 
 
 def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names that a control takes, without the portal."""
+    """The names that a control takes, without self; inspect would tell too, but takes long to import."""
     code = function.__code__
     return code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]
 
 
-def call_with_members(portal: Portal, function: Callable[..., Any], members: Json) -> Any:
-    """Call a control with a JSON object's members; an unknown or missing one is named."""
-    names = parameters_of(function)
-    for name in members:
-        if name not in names:
-            raise PortalError("invalid_request", f"{name}: unknown; known are {', '.join(names)}")
-    for name in names:
-        if name not in members and name not in (function.__kwdefaults__ or {}):
-            raise PortalError("invalid_request", f"{name} is missing")
-    return function(portal, **members)
+def control(path: str, answer: Callable[[Any], Json | None] = lambda given: given, whole: str = "",
+            required: Sequence[str] = (), **aliases: str) -> Callable[[Control], Control]:
+    """Declare the other door of a control: POST /oauth/debug/`path`, whose JSON members are its parameters.
 
-
-def control(path: str, answer: Callable[[Any], Any], whole: str = "", **aliases: str) -> Callable[[Control], Control]:
-    """Declare a control and its door over HTTP: `answer` makes of what it gives the JSON that goes out; `whole` is the
-    parameter that the body is as a whole; `aliases` are other names of members."""
+    `answer` makes of what the control gives the JSON that goes out (None: 204); `whole` is the parameter that
+    the body is as a whole; `required` have a default for the method only; `aliases` are other member names.
+    """
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__] = function
+        names, positional = parameters_of(function), function.__code__.co_argcount - 1
+        needed = [*names[:positional - len(function.__defaults__ or ())], *required]
+        known = ", ".join(names) or "nothing"
 
         def over_http(portal: Portal, request: Request) -> Response:
             only_with_debug(portal)
-            body = request.json()
-            members = {whole: body} if whole else {aliases.get(name, name): value for name, value in body.items()}
-            return json_response(answer(call_with_members(portal, function, members)))
+            members = request.json() if names or request.body else {}
+            members = {aliases.get(name, name): value for name, value in members.items()}
+            if whole:
+                members = {whole: members}
+            for name in members:
+                need(name in names, f"{name}: unknown; {function.__name__} takes {known}")
+            for name in needed:
+                need(name in members, f"{name} is missing")
+            given = answer(function(Controls(portal), **members))
+            return Response(204) if given is None else json_response(given)
         over_http.__doc__ = function.__doc__
         over_http.__name__ = f"debug_{function.__name__}"
         route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
@@ -7894,11 +7889,174 @@ def control(path: str, answer: Callable[[Any], Any], whole: str = "", **aliases:
     return declare
 
 
+def only_with_debug(portal: Portal) -> None:
+    """Debug endpoints are there on loopback only, unless told."""
+    need(portal.settings.serves_debug, "the debug endpoints are off; --debug turns them on", "not_found", 404)
+
+
+class Controls:
+    """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`).
+
+    What can't be done raises a PortalError, which over HTTP is the answer.
+    """
+    portal: Portal
+
+    def __init__(self, portal: Portal):
+        self.portal = portal
+
+    def register_client(self, **metadata: Any) -> Json:
+        """Register an app, by the members of RFC 7591 section 2: over HTTP that is /oauth/register."""
+        return register_client(self.portal, metadata)
+
+    @control("token", required=("client_id", "username"), user_name="username")
+    def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams",
+                    scope: str | None = None, patient_id: str | None = None,
+                    access_lifetime: float = ACCESS_SECONDS, approval_expires: float | None = None) -> Json:
+        """Tokens without the browser: as if this user had approved this client for this patient (S4S).
+
+        access_lifetime is in seconds, approval_expires a Unix time (default: in seven days). Where either is
+        past, the tokens are born expired.
+        """
+        portal, now = self.portal, self.portal.clock.now()
+        client, user = known_client(portal, client_id), known_user(portal, username)
+        asked = client.scope if scope is None else need_text("scope", scope)
+        granted = need(served_scope(portal, asked, asked), f"scope: nothing of {asked!r} can be granted",
+                       "invalid_scope")
+        lifetime, until = need_number("access_lifetime", access_lifetime), now + DEBUG_APPROVAL_SECONDS
+        need_moment("access_lifetime", now + lifetime)
+        if approval_expires is not None:
+            until = need_moment("approval_expires", need_number("approval_expires", approval_expires))
+        patient = None
+        if needs_patient(granted):
+            patient = need_patient(portal, username, patient_id)
+        elif patient_id is not None or not user["any_patient"]:
+            patient = users_patient(portal, username, patient_id)
+        grant = Grant(new_token(), client.client_id, user["username"], patient, granted, until,
+                      portal.public_url())
+        with portal.state.transaction() as database:
+            row = store_grant(database, grant, now)
+            return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
+
+    @control("authorize", lambda url: {"redirect_to": url})
+    def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
+                security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
+                deny: bool = False) -> str:
+        """Play the browser: sign in, choose the patient, answer the consent page. Gives where the app is
+        called back, with a code or with an error; PortalError where a person would see an error page.
+
+        Without patient_id it is the launch's patient, or the user's own; without security_labels all offered
+        stay checked; approval_expires is a date (default: a year from today).
+        """
+        portal, request = self.portal, authorization_request(self.portal, url)
+        user = known_user(portal, username)
+        try:
+            request_id = begin_authorization(portal, request, Fields(request.pairs()))
+        except RedirectError as error:
+            return error.url
+        client, details = pending_request(portal, request_id)
+        need(isinstance(deny, bool), expected("deny", "true or false", deny))
+        if deny:
+            return decide(portal, request_id, None)
+        chosen = TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id)
+        patient = whose_record(portal, username, details, chosen)
+        if patient == TO_CHOOSE:
+            patient = whose_record(portal, username, details, need_patient(portal, username, None))
+        if security_labels is None:
+            security_labels = offered_categories(portal, client, details["scope"])
+        need(isinstance(security_labels, (list, tuple))
+             and all(isinstance(label, str) for label in security_labels),
+             "security_labels: expected an array of strings")
+        now = portal.clock.now()
+        until = day_of(now, 1) if approval_expires is None else approval_expires
+        visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
+        return decide(portal, request_id, new_grant(
+            portal, client, user["username"], patient, details, security_labels,
+            need_text("approval_expires", until), visit, now))
+
+    # The launch URL ends with the parameters iss and launch.
+    @control("launch", lambda url: {"launch_url": url, **dict(parse_qsl(url.partition("?")[2])[-2:])})
+    def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
+               patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
+               need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
+        """Launch an app as the EHR does, without the page: see create_launch. Gives the app's launch URL."""
+        return str(create_launch(
+            self.portal, self.portal.public_url(), client_id=client_id, launch_uri=launch_uri,
+            username=username, patient_id=patient_id, encounter_id=encounter_id, intent=intent,
+            need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
+
+    @control("clock", lambda now: {"now": now})
+    def advance(self, seconds: float) -> float:
+        """Move the portal's clock by seconds, which may be fractional; gives its time, in Unix seconds."""
+        step = need_number("seconds", seconds)
+        need(0 <= self.portal.clock.now() + step <= LAST_NOW,
+             "seconds: the clock goes from the year 1970 to the year 9990")
+        return self.portal.clock.advance(step)
+
+    @control("fail")
+    def fail(self, endpoint: str, status: int | None = None, error: str | None = None,
+             retry_after: int | None = None, delay: float = 0, drop: bool = False,
+             times: int | None = 1) -> Json:
+        """Make the next `times` requests of an endpoint fail (None: until reset), after earlier faults.
+
+        status is HTTP's, error a code of the endpoint's text (alone: with the status that the text gives it),
+        retry_after and delay are seconds; drop closes the connection unanswered. A delay alone only delays.
+        """
+        need(endpoint in FAULTS, expected("endpoint", f"one of {', '.join(FAULTS)}", endpoint))
+        need(status is None or is_whole(status, 400, 599), expected("status", "400 to 599", status))
+        need(error is None or re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)),
+             f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
+        need(drop in (True, False), expected("drop", "true or false", drop))
+        need(times is None or is_whole(times, 1), expected("times", "a whole number from 1", times))
+        need(retry_after is None or is_whole(retry_after, 0),
+             expected("retry_after", "a whole number from 0", retry_after))
+        wait = need_number("delay", delay)
+        need(0 <= wait <= 300, f"delay: expected 0 to 300 seconds, got {wait:g}")
+        if not status and error:
+            status = ERROR_STATUS.get(error, 400)
+        elif not status and retry_after is not None:
+            status = 503
+        need(status or wait or drop, "fail: give at least one of status, error, retry_after, delay, drop")
+        count = sys.maxsize if times is None else min(times, sys.maxsize)
+        order = itertools.repeat(Fault(status or 0, error or "", retry_after, wait, drop), count)
+        self.portal.faults.setdefault(endpoint, []).append(order)
+        return {"endpoint": endpoint, "times": times}
+
+    @control("load", lambda stored: {"stored": stored}, whole="resource")
+    def load(self, resource: Json) -> int:
+        """Add a resource, or the resources of a Bundle, to the embedded records; gives how many were stored.
+
+        Those of the same type and id are replaced, until reset. All or none.
+        """
+        return self.portal.records.load(resource)
+
+    @control("reset")
+    def reset(self) -> None:
+        """Back to the start: users, clients, records, clock; grants, tokens, faults and requests are gone."""
+        self.portal.reset()
+
+    @property
+    def requests(self) -> list[RecordedRequest]:
+        """The last requests, oldest first, as they came."""
+        return [RecordedRequest(request.method, request.path, request.query, status, dict(request.headers),
+                                request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"),
+                                request.client_id, request.username)
+                for request, status in list(self.portal.recorded)]
+
+
+def expected(name: str, what: str, value: Any) -> str:
+    """What to say of a control's parameter that is something else."""
+    return f"{name}: expected {what}, got {json.dumps(value, default=str)}"
+
+
 def need_text(name: str, value: Any) -> str:
     """A control's parameter that must be a string with something in it."""
-    if not isinstance(value, str) or not value:
-        raise PortalError("invalid_request", f"{name}: expected a string, got {json.dumps(value, default=str)}")
-    return value
+    need(isinstance(value, str) and value, expected(name, "a string", value))
+    return str(value)
+
+
+def is_whole(value: Any, least: int, most: float = math.inf) -> bool:
+    """Whether something is a whole number within bounds; to Python, True is one."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def need_number(name: str, value: Any) -> float:
@@ -7907,72 +8065,51 @@ def need_number(name: str, value: Any) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise PortalError("invalid_request", f"{name}: expected a number, got {json.dumps(value, default=str)}")
+    need(math.isfinite(number), expected(name, "a number", value))
     return number
 
 
 def need_moment(name: str, seconds: float) -> float:
     """A Unix time that a calendar can write: within the years 1970 to 9999."""
-    if not 0 <= seconds <= LAST_SECOND:
-        raise PortalError("invalid_request", f"{name}: {seconds:.0f} is not a Unix time from 1970 to 9999")
+    need(0 <= seconds <= LAST_SECOND, f"{name}: {seconds:.0f} is not a Unix time from 1970 to 9999")
     return seconds
 
 
 def known_client(portal: Portal, client_id: Any) -> Client:
     """A registered client; PortalError for a stranger."""
     client = portal.client(need_text("client_id", client_id))
-    if not client:
-        raise PortalError("invalid_request", f"client_id: {client_id!r} is not registered here")
-    return client
+    return need(client, f"client_id: {client_id!r} is not registered here")
 
 
 def known_user(portal: Portal, username: Any) -> Row:
     """A user; PortalError for a stranger."""
-    user = portal.user(need_text("username", username))
-    if not user:
-        raise PortalError("invalid_request", f"username: there is no user {username!r}")
-    return user
+    return need(portal.user(need_text("username", username)), f"username: there is no user {username!r}")
 
 
 def users_patient(portal: Portal, username: str, patient_id: Any) -> str | None:
-    """The patient asked for, if this user may open that record; without one, the user's own, or the only one."""
+    """The patient asked for, if this user may open the record; else the user's own, or the only one."""
     if patient_id is not None:
-        if portal.patient_name(username, need_text("patient_id", patient_id)) is None:
-            raise PortalError("invalid_request", f"patient_id: {patient_id!r} is not a patient of {username!r}")
+        known = portal.patient_name(username, need_text("patient_id", patient_id)) is not None
+        need(known, f"patient_id: {patient_id!r} is not a patient of {username!r}")
         return str(patient_id)
-    rows = portal.state.rows("SELECT patient_id FROM patients WHERE username = ? ORDER BY is_user DESC LIMIT 2", username)
-    own = portal.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
-    return str((own or rows[0])["patient_id"]) if own or len(rows) == 1 else None
+    rows = portal.state.rows("SELECT patient_id, is_user FROM patients WHERE username = ? "
+                             "ORDER BY is_user DESC LIMIT 2", username)
+    return str(rows[0]["patient_id"]) if len(rows) == 1 or (rows and rows[0]["is_user"]) else None
 
 
-@control("token", lambda given: given, user_name="username")
-def issue_token(portal: Portal, *, client_id: str, username: str, scope: str | None = None,
-                patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
-                approval_expires: float | None = None) -> Json:
-    """Tokens without the browser: as if this user had approved this client for this patient (S4S).
+def need_patient(portal: Portal, username: str, patient_id: Any) -> str:
+    """The same where there must be one."""
+    return need(users_patient(portal, username, patient_id),
+                f"patient_id is missing, and {username!r} has no record of their own")
 
-    access_lifetime is in seconds, approval_expires a Unix time (default: in seven days); either may lie in the past,
-    which gives tokens born expired.
-    """
-    client, user = known_client(portal, client_id), known_user(portal, username)
-    asked = client.scope if scope is None else need_text("scope", scope)
-    granted = served_scope(portal, asked, asked)
-    if not granted:
-        raise PortalError("invalid_scope", f"scope: nothing of {asked!r} can be granted")
-    now = portal.clock.now()
-    lifetime = need_number("access_lifetime", access_lifetime)
-    until = now + DEBUG_APPROVAL_SECONDS if approval_expires is None else need_number("approval_expires",
-                                                                                     approval_expires)
-    need_moment("access_lifetime", now + lifetime)
-    nobodys = patient_id is None and user["any_patient"] and not needs_patient(granted)
-    patient = None if nobodys else users_patient(portal, username, patient_id)
-    if not patient and needs_patient(granted):
-        raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
-    grant = Grant(new_token(), client.client_id, user["username"], patient, granted, need_moment("approval_expires", until), portal.public_url())
-    with portal.state.transaction() as database:
-        row = store_grant(database, grant, now)
-        return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
+
+def authorization_request(portal: Portal, url: Any) -> Request:
+    """The request that a browser would send to an app's authorization URL."""
+    parts = urlsplit(url if is_web_url(need_text("url", url)) else "")
+    request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
+    need(request.path == "/oauth/authorize", f"url: {url!r} is not an address of /oauth/authorize")
+    check_host(portal, request)
+    return request
 
 
 @route("GET /oauth/debug/introspect", "S4S", kind="debug")
@@ -7983,160 +8120,27 @@ def debug_introspect(portal: Portal, request: Request) -> Response:
     row = known_token(portal, value)
     if not row:
         return json_response({"active": False})
-    access, other = row, row
     if row["kind"] == "refresh":
-        access = portal.state.row("SELECT * FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC LIMIT 1", value) or row
+        newest = "SELECT * FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC LIMIT 1"
+        refresh, access = value, portal.state.row(newest, value)
     else:
-        other = portal.state.row("SELECT * FROM tokens WHERE token = ?", row["refresh_token"]) or row
+        refresh, access = row["refresh_token"], row
     return json_response({
-        "active": is_active(portal, row), "access_token": access["token"] if access["kind"] == "access" else None,
-        "refresh_token": other["token"] if other["kind"] == "refresh" else None,
-        "access_expires": http_date(access["expires"]), "approval_expires": http_date(row["approval_expires"]),
-        "client_id": row["client_id"], "scope": row["token_scope"], "token_type": "Bearer",
+        "active": is_active(portal, row), "access_token": access["token"] if access else None,
+        "refresh_token": refresh, "access_expires": http_date((access or row)["expires"]),
+        "approval_expires": http_date(row["approval_expires"]), "client_id": row["client_id"],
+        "scope": row["token_scope"], "token_type": "Bearer",
         "security_labels": json.loads(row["security_labels"]), "username": row["username"]})
 
 
-@control("authorize", lambda url: {"redirect_to": url})
-def approve(portal: Portal, *, url: str, username: str, patient_id: str | None = None,
-            encounter_id: str | None = None, security_labels: Sequence[str] | None = None,
-            approval_expires: str | None = None, deny: bool = False) -> str:
-    """Play the browser: sign in as a user, choose the patient, answer the consent page. Gives where the app is called
-    back, with a code or with an error.
-
-    Without patient_id it is the launch's patient, or the user's own; without security_labels all that are offered stay
-    checked; approval_expires is the form's date (default: a year from today). What would leave a person on an error
-    page is a PortalError.
-    """
-    parts = urlsplit(url if is_web_url(need_text("url", url)) else "")
-    request = Request("GET", parts.path + "?" + parts.query, {"host": parts.netloc}, scheme=parts.scheme)
-    if request.path != "/oauth/authorize":
-        raise PortalError("invalid_request", f"url: {url!r} is not an address of /oauth/authorize")
-    check_host(portal, request)
-    user = known_user(portal, username)
-    try:
-        request_id = begin_authorization(portal, request, Fields(request.pairs()))
-    except RedirectError as error:
-        return error.url
-    client, details = pending_request(portal, request_id)
-    if deny is not False:
-        if deny is not True:
-            raise PortalError("invalid_request", f"deny: expected true or false, got {json.dumps(deny, default=str)}")
-        return decide(portal, request_id, None)
-    patient = whose_record(portal, username, details,
-                           TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id))
-    if patient == TO_CHOOSE:
-        own = users_patient(portal, username, None)
-        if not own:
-            raise PortalError("invalid_request", f"patient_id is missing, and {username!r} has no record of their own")
-        patient = whose_record(portal, username, details, own)
-    labels = offered_categories(portal, client, details["scope"]) if security_labels is None else security_labels
-    if not isinstance(labels, (list, tuple)) or not all(isinstance(label, str) for label in labels):
-        raise PortalError("invalid_request", "security_labels: expected an array of strings")
-    now = portal.clock.now()
-    until = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
-    visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
-    return decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient, details, labels, until, visit, now))
-
-
-@control("launch", lambda given: given)
-def launch(portal: Portal, *, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
-           patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
-           need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as the EHR does, without the page: see create_launch."""
-    return create_launch(portal, portal.public_url(), client_id=client_id, launch_uri=launch_uri, username=username,
-                         patient_id=patient_id, encounter_id=encounter_id, intent=intent,
-                         need_patient_banner=need_patient_banner, fhir_context=fhir_context)
-
-
-@control("clock", lambda now: {"now": now})
-def advance(portal: Portal, *, seconds: float) -> float:
-    """Move the portal's clock by seconds, which may be fractional; gives the portal's time, in Unix seconds."""
-    step = need_number("seconds", seconds)
-    if not 0 <= portal.clock.now() + step <= LAST_NOW:
-        raise PortalError("invalid_request", "seconds: the clock goes from the year 1970 to the year 9990")
-    return portal.clock.advance(step)
-
-
-@control("load", lambda stored: {"stored": stored}, whole="resource")
-def load(portal: Portal, *, resource: Json) -> int:
-    """Add a resource, or the resources of a Bundle, to the embedded records; gives how many were stored.
-
-    Those of the same type and id are replaced, until reset. All or none.
-    """
-    return portal.records.load(resource)
-
-
-@route("POST /oauth/debug/reset", "test control", kind="debug")
-def debug_reset(portal: Portal, request: Request) -> Response:
-    """Back to the start."""
+@route("GET,DELETE /oauth/debug/requests", "test control", kind="debug")
+def debug_requests(portal: Portal, request: Request) -> Response:
+    """What the app really sent, oldest first, without secrets; DELETE forgets it."""
     only_with_debug(portal)
-    if request.body and request.json():
-        raise PortalError("invalid_request", f"{next(iter(request.json()))}: unknown; reset takes nothing")
-    portal.reset()
-    return Response(204)
-
-
-FAULTS = sorted({one.fault for one in ROUTES if one.fault})  # the endpoints that a test can make fail
-
-
-@control("fail", lambda given: given)
-def fail(portal: Portal, *, endpoint: str, status: int | None = None, error: str | None = None,
-         retry_after: int | None = None, delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
-    """Make an endpoint fail: its next requests, `times` of them (None: until reset), after faults ordered earlier.
-
-    status is HTTP's, error a code of the endpoint's text (alone: with the status that the text gives it), retry_after
-    and delay are seconds; drop closes the connection without an answer. A delay alone only delays.
-    """
-    if endpoint not in FAULTS:
-        raise PortalError("invalid_request", f"endpoint: {json.dumps(endpoint, default=str)} is not one of "
-                          + ", ".join(FAULTS))
-    if status is not None and (isinstance(status, bool) or not isinstance(status, int) or not 400 <= status <= 599):
-        raise PortalError("invalid_request", f"status: expected 400 to 599, got {json.dumps(status, default=str)}")
-    if error is not None and not re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)):
-        raise PortalError("invalid_request", f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
-    if drop not in (True, False):
-        raise PortalError("invalid_request", f"drop: expected true or false, got {json.dumps(drop, default=str)}")
-    for name, value, least in (("times", times, 1), ("retry_after", retry_after, 0)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise PortalError("invalid_request", f"{name}: expected a whole number from {least}, got "
-                              + json.dumps(value, default=str))
-    wait = need_number("delay", delay)
-    if not 0 <= wait <= 300:
-        raise PortalError("invalid_request", f"delay: expected 0 to 300 seconds, got {wait:g}")
-    if not status and (error or retry_after is not None):
-        status = ERROR_STATUS.get(error, 400) if error else 503
-    if not status and not wait and not drop:
-        raise PortalError("invalid_request", "fail: give at least one of status, error, retry_after, delay, drop")
-    portal.faults.add(endpoint, Fault(status or 0, error or "", retry_after, wait, drop, times))
-    return {"endpoint": endpoint, "times": times}
-
-
-SECRET_NAMES = frozenset((
-    "access_token", "authorization", "client_assertion", "client_secret", "code", "code_verifier", "cookie",
-    "d", "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request", "set-cookie", "token"))
-REDACTED = "[redacted]"
-
-
-def redact(value: Any) -> Any:
-    """A copy of JSON in which the values of secret members are gone."""
-    if isinstance(value, dict):
-        return {name: REDACTED if name.lower() in SECRET_NAMES else redact(inner) for name, inner in value.items()}
-    return [redact(inner) for inner in value] if isinstance(value, list) else value
-
-
-def redact_pairs(text: str) -> str:
-    """A query or form in which the values of secret parameters are gone."""
-    return "&".join(name + "=" + REDACTED if unquote(name).lower() in SECRET_NAMES else name + equals + value
-                    for name, equals, value in (part.partition("=") for part in text.split("&")))
-
-
-_LOOKS_SECRET = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}")
-
-
-def scrubbed(text: str) -> str:
-    """A text in which what looks like a token is cut short: an app may send one where none belongs, a path for one."""
-    return _LOOKS_SECRET.sub(lambda found: shorten(found[0]), text)
+    if request.method == "DELETE":
+        portal.recorded.clear()
+        return Response(204)
+    return json_response({"requests": [recorded.redacted() for recorded in Controls(portal).requests]})
 
 
 class RecordedRequest(NamedTuple):
@@ -8159,9 +8163,9 @@ class RecordedRequest(NamedTuple):
             elif "x-www-form-urlencoded" in media_type:
                 body = redact_pairs(body)
             elif body:
-                raise ValueError
+                body = REDACTED  # who can say what is in it
         except (ValueError, RecursionError):
-            body = body and REDACTED  # who can say what is in it
+            body = body and REDACTED
         return {**self._asdict(), "path": scrubbed(self.path), "query": redact_pairs(self.query),
                 "headers": redact(self.headers), "body": body}
 
@@ -8169,21 +8173,32 @@ class RecordedRequest(NamedTuple):
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
 
 
-def recorded_requests(portal: Portal) -> list[RecordedRequest]:
-    """The last requests, oldest first. They are put into this form only when somebody asks."""
-    return [RecordedRequest(one.method, one.path, one.query, status, dict(one.headers),
-                            one.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"), one.client_id, one.username)
-            for one, status in list(portal.recorded)]
+SECRET_NAMES = frozenset((
+    "access_token", "authorization", "client_assertion", "client_secret", "code", "code_verifier", "cookie",
+    "d", "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request",
+    "set-cookie", "token"))
+REDACTED = "[redacted]"
+_LOOKS_SECRET = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}")
 
 
-@route("GET,DELETE /oauth/debug/requests", "test control", kind="debug")
-def debug_requests(portal: Portal, request: Request) -> Response:
-    """What the app really sent, oldest first, without secrets; DELETE forgets it."""
-    only_with_debug(portal)
-    if request.method == "DELETE":
-        portal.recorded.clear()
-        return Response(204)
-    return json_response({"requests": [one.redacted() for one in recorded_requests(portal)]})
+def redact(value: Any) -> Any:
+    """A copy of JSON in which the values of secret members are gone."""
+    if isinstance(value, dict):
+        return {name: REDACTED if name.lower() in SECRET_NAMES else redact(inner)
+                for name, inner in value.items()}
+    return [redact(inner) for inner in value] if isinstance(value, list) else value
+
+
+def redact_pairs(text: str) -> str:
+    """A query or form in which the values of secret parameters are gone."""
+    parts = (part.partition("=") for part in text.split("&"))
+    return "&".join(f"{name}={REDACTED}" if unquote(name).lower() in SECRET_NAMES else name + equals + value
+                    for name, equals, value in parts)
+
+
+def scrubbed(text: str) -> str:
+    """A text in which what looks like a token is cut short: an app may send one anywhere, in a path too."""
+    return _LOOKS_SECRET.sub(lambda match: shorten(match[0]), text)
 
 
 def write_log(line: str) -> None:
@@ -8192,35 +8207,34 @@ def write_log(line: str) -> None:
     sys.stderr.flush()
 
 
-class Server:
+class Server(Controls):
     """A running portal: what a test starts, talks to and stops.
 
         with s4s_proxy.Server() as portal:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
 
-    Takes the command line's options as keywords; the port is any free one, and there is no log unless verbose.
-    Any number may run at once. Each method below is one of the test controls, and refuses with PortalError.
+    Takes the command line's options as keywords; the port is any free one, and there is no log unless
+    verbose. Any number may run at once. Its other methods are the test controls.
     """
     def __init__(self, **settings: Any):
         self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
-        self.portal: Portal
         self._listener: Listener | None = None
         self._thread: threading.Thread | None = None
 
     def start(self) -> Server:
         """Start listening; StartError says why if it can't."""
-        if self._listener:
-            raise StartError("this server is running already; stop() it first")
+        start_needs(not self._listener, "this server is running already; stop() it first")
         portal = Portal(self.settings)
         try:
             self._listener = Listener(portal, self.settings.host, self.settings.port)
         except BaseException:
             portal.close()
             raise
-        portal.address = f"{self._listener.scheme}://{self._printable_host()}:{self._listener.server_port}"
+        portal.address = f"{self._listener.scheme}://{self.host}:{self._listener.server_port}"
         portal.log = write_log
         self.portal = portal
-        self._thread = threading.Thread(target=self._listener.accept_until_stopped, name="s4s accept", daemon=True)
+        accept = self._listener.accept_until_stopped
+        self._thread = threading.Thread(target=accept, name="s4s accept", daemon=True)
         self._thread.start()
         return self
 
@@ -8234,15 +8248,10 @@ class Server:
             self.portal.close()
 
     def __enter__(self) -> Server:  # noqa: PYI034 (Self is newer than Python 3.9)
-        self.start()
-        return self
+        return self.start()
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
-
-    def _printable_host(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.settings.host, self.settings.host)
-        return f"[{host}]" if ":" in host else host
 
     @property
     def address(self) -> str:
@@ -8266,62 +8275,15 @@ class Server:
 
     @property
     def host(self) -> str:
-        """The address's host."""
-        return self._printable_host()
+        """The address's host, as a URL has it; loopback's where the server listens on every address."""
+        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+        host = loopback.get(self.settings.host, self.settings.host)
+        return f"[{host}]" if ":" in host else host
 
     @property
     def port(self) -> int:
         """The address's port."""
         return int(self.address.rpartition(":")[2])
-
-    @property
-    def requests(self) -> list[RecordedRequest]:
-        """The last requests, oldest first, as they came."""
-        return recorded_requests(self.portal)
-
-    def register_client(self, **metadata: Any) -> Json:
-        """See register_client, with the clients."""
-        return register_client(self.portal, metadata)
-
-    def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams", scope: str | None = None,
-                    patient_id: str | None = None, access_lifetime: float = ACCESS_SECONDS,
-                    approval_expires: float | None = None) -> Json:
-        """See issue_token among the test controls."""
-        return issue_token(self.portal, client_id=client_id, username=username, scope=scope, patient_id=patient_id,
-                           access_lifetime=access_lifetime, approval_expires=approval_expires)
-
-    def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
-                security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
-                deny: bool = False) -> str:
-        """See approve among the test controls."""
-        return approve(self.portal, url=url, username=username, patient_id=patient_id, encounter_id=encounter_id,
-                       security_labels=security_labels, approval_expires=approval_expires, deny=deny)
-
-    def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
-               patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
-               need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
-        """See launch among the test controls. Gives the app's launch URL."""
-        return str(launch(self.portal, client_id=client_id, launch_uri=launch_uri, username=username,
-                          patient_id=patient_id, encounter_id=encounter_id, intent=intent,
-                          need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
-
-    def advance(self, seconds: float) -> float:
-        """See advance among the test controls."""
-        return advance(self.portal, seconds=seconds)
-
-    def fail(self, endpoint: str, status: int | None = None, error: str | None = None, retry_after: int | None = None,
-             delay: float = 0, drop: bool = False, times: int | None = 1) -> Json:
-        """See fail among the test controls."""
-        return fail(self.portal, endpoint=endpoint, status=status, error=error, retry_after=retry_after, delay=delay,
-                    drop=drop, times=times)
-
-    def load(self, resource: Json) -> int:
-        """See load among the test controls."""
-        return load(self.portal, resource=resource)
-
-    def reset(self) -> None:
-        """Back to the start: users, clients, records, clock; grants, tokens, faults and recorded requests are gone."""
-        self.portal.reset()
 
 
 # ######################################################################## 27 HTTP
@@ -8643,60 +8605,6 @@ ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_
                "ENABLE_UNSECURE_FHIR": "open_fhir"}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's options: the settings, one each."""
-    parser = argparse.ArgumentParser(
-        prog="s4s_proxy.py", description="A SMART on FHIR patient portal for testing, with made-up patients.",
-        epilog="The source is the manual: it is meant to be read from top to bottom, in a day.")
-    for name, option in OPTIONS.items():
-        kind = Settings.__annotations__[name]
-        shown: Json = {"default": argparse.SUPPRESS, "help": option.text}
-        if kind == "bool":
-            shown["action"] = "store_true"
-        elif kind == "bool | None":
-            shown["action"] = argparse.BooleanOptionalAction
-        else:
-            shown.update(metavar=option.placeholder, type={"int": int, "float": float}.get(kind, str))
-            if kind.startswith("list"):
-                shown["action"] = "append"
-            elif option.default is not None:
-                shown["help"] += f" (default: {option.default})"
-        parser.add_argument("--" + name.replace("_", "-"), **shown)
-    parser.add_argument("--version", action="version", version=__version__)
-    return parser
-
-
-def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """The original's environment variables, where the option is not given."""
-    found: dict[str, Any] = {}
-    for variable, name in ENVIRONMENT.items():
-        text = os.environ.get(variable, "")
-        if text and name not in chosen:
-            if name == "open_fhir" and text.lower() not in ("true", "false"):
-                raise StartError(f"{variable}={text}: expected True or False")
-            found[name] = text.lower() == "true" if name == "open_fhir" else text
-            try:
-                Settings(**{name: found[name]})
-            except StartError as error:
-                raise StartError(f"{variable}={text}: {error}")
-    return found
-
-
-def banner(server: Server, from_environment: Iterable[str]) -> str:
-    """What a person who starts the server wants to know."""
-    settings, url = server.settings, server.url
-    open_to_all = [name for name, serves in ((f"{url}/api/open-fhir/ (every record)", settings.serves_open_fhir),
-                                             (f"{url}/oauth/debug/ (tokens for anybody)", settings.serves_debug)) if serves]
-    lines = [
-        f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
-        f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
-        f"  accounts     {account_names(server.portal)}",
-        f"  open to all  {'; '.join(open_to_all) or 'nothing'}"]
-    lines += [f"  environment  {name} took effect" for name in from_environment]
-    lines += [f"  data         {warning}" for warning in server.portal.records.warnings]
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the portal until SIGINT or SIGTERM. `argv` is the command line without the program's name.
 
@@ -8714,8 +8622,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartError as error:
         print(f"s4s_proxy.py: {error}", file=sys.stderr)
         return 1
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(one, lambda *_: stop.set()) for one in wanted]
+    handlers = {number: signal.signal(number, lambda *_: stop.set())
+                for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         print(server.address, flush=True)
         write_log(banner(server, [name for name, setting in ENVIRONMENT.items() if setting in environment]))
@@ -8723,9 +8631,64 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass
     finally:
         server.stop()
-        for one, handler in zip(wanted, before):
-            signal.signal(one, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line's options: the settings, one each."""
+    parser = argparse.ArgumentParser(
+        prog="s4s_proxy.py", description="A SMART on FHIR patient portal for testing, with made-up patients.",
+        epilog="The source is the manual: it is meant to be read from top to bottom, in a day.")
+    for name, option in OPTIONS.items():
+        kind = Settings.__annotations__[name]
+        shown: Json = {"default": argparse.SUPPRESS, "help": option.text}
+        if kind.startswith("bool"):
+            shown["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
+        else:
+            shown.update(metavar=option.placeholder, type={"int": int, "float": float}.get(kind, str))
+            if kind.startswith("list"):
+                shown["action"] = "append"
+            elif option.default is not None:
+                shown["help"] += f" (default: {option.default})"
+        parser.add_argument("--" + name.replace("_", "-"), **shown)
+    parser.add_argument("--version", action="version", version=__version__)
+    return parser
+
+
+def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The original's environment variables, where the option is not given."""
+    settings: dict[str, Any] = {}
+    for variable, name in ENVIRONMENT.items():
+        text = os.environ.get(variable, "")
+        if not text or name in chosen:
+            continue
+        settings[name] = text
+        if name == "open_fhir":
+            start_needs(text.lower() in ("true", "false"), f"{variable}={text}: expected True or False")
+            settings[name] = text.lower() == "true"
+        try:
+            Settings(**{name: settings[name]})
+        except StartError as error:
+            raise StartError(f"{variable}={text}: {error}")
+    return settings
+
+
+def banner(server: Server, from_environment: Iterable[str]) -> str:
+    """What a person who starts the server wants to know."""
+    settings, url, open_to_all = server.settings, server.url, []
+    if settings.serves_open_fhir:
+        open_to_all.append(f"{url}/api/open-fhir/ (every record)")
+    if settings.serves_debug:
+        open_to_all.append(f"{url}/oauth/debug/ (tokens for anybody)")
+    return "\n".join([
+        f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
+        f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
+        f"  accounts     {account_names(server.portal)}",
+        f"  open to all  {'; '.join(open_to_all) or 'nothing'}",
+        *(f"  environment  {name} took effect" for name in from_environment),
+        *(f"  data         {warning}" for warning in server.portal.records.warnings)])
 
 
 if __name__ == "__main__":
