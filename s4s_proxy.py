@@ -356,39 +356,37 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
     "launch": "know whose record is open",
     "launch/patient": "know whose record you choose",
     "launch/encounter": "know which visit is open",
-    "offline_access": "come back for new data when you are not there, until the date below or until you stop it"}
+    "offline_access": ("come back for new data when you are not there, until the date below or until "
+                       "you stop it"),
+}
 SCOPE_SYNTAX = re.compile(r"(?= *[^ ])[!#-\[\]-~ ]{1,8192}")  # RFC 6749 section 3.3, but not without end
 _RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
-                             r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(?:\?(.*))?")
+                             r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(\?.*)?")
 
 
 class ResourceScope(NamedTuple):
-    """One scope of the form context/Type.letters?param=value (SMART, "Scopes for requesting FHIR Resources")."""
+    """One scope of the form context/Type.letters (SMART, "Scopes for requesting FHIR Resources")."""
     context: str  # patient, user or system
     type: str     # a FHIR type, or * for all
     letters: str  # some of c r u d s, in this order
     text: str     # as the client wrote it
-    constraints: tuple[tuple[str, str], ...] = ()  # search parameters that all must match; commas in a value mean or
+    constraints: tuple[tuple[str, str], ...] = ()  # what follows a ? narrows further: section 16
 
     def covers(self, other: ResourceScope) -> bool:
         """Whether everything that `other` allows to read or search, this allows too."""
         return (self.context == other.context and self.type in ("*", other.type)
                 and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS)
-                and all(any(name == same and set(_COMMA.split(narrower)) <= set(_COMMA.split(value))
-                            for same, narrower in other.constraints) for name, value in self.constraints))
+                and constraints_cover(self.constraints, other.constraints))
 
 
 @remembered(1000)
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
-    if not match:
+    constraints = parse_constraints(match[4] or "") if match else None
+    if not match or constraints is None:
         return None
-    pairs = [_CONSTRAINT.fullmatch(pair) for pair in match[4].split("&")] if match[4] is not None else []
-    if not all(pairs):
-        return None
-    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word,
-                         tuple((pair[1], unquote(pair[2])) for pair in pairs if pair))
+    return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word, constraints)
 
 
 @remembered(1000)
@@ -398,50 +396,61 @@ def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
 
 
 def scope_covers(registered: str, word: str) -> bool:
-    """Whether a registered scope string bounds `word`, by meaning: patient/*.read covers patient/Observation.rs."""
-    allowed = registered.split()
-    wanted = parse_scope(word)
+    """Whether a registered scope string bounds `word`, by meaning and not by spelling.
+
+    >>> scope_covers("patient/*.read", "patient/Observation.rs")
+    True
+    >>> scope_covers("patient/*.rs", "patient/Observation.cruds")  # of which nothing but rs is granted anyway
+    True
+    >>> scope_covers("user/*.rs", "patient/*.rs")  # they open different records
+    False
+    """
+    wanted, allowed = parse_scope(word), registered.split()
     if wanted:
         return any(scope.covers(wanted) for scope in resource_scopes(registered))
-    return (word in allowed or (word == "launch" and "launch/patient" in allowed)
-            or (word == "profile" and "fhirUser" in allowed))
+    wider = {"launch": "launch/patient", "profile": "fhirUser"}.get(word)
+    return word in allowed or wider in allowed
 
 
 def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
-    """What of the scope asked for can be granted: the words that this server knows, can do, and the client registered.
+    """What of the scope asked for can be granted: the words that this server knows, can do, and the client
+    registered. Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3).
 
-    Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3). A word that asks for writing
-    beside reading is granted as what remains; a SMART 1 word stays in SMART 1's spelling. PortalError for what is no
-    scope at all, and for a constraint this server can't keep: without it, the app would get more than it asked for.
-    `contexts`: system/ is for backend services, which have no user and no consent; the others are for users.
+    PortalError for what is no scope at all. `contexts`: system/ is for backend services, which have no user
+    and no consent; the others are for users.
+
+    >>> negotiate_scope("openid patient/*.cruds patient/*.* user/*.rs", "openid patient/*.rs")
+    'openid patient/*.rs patient/*.read'
     """
-    if not SCOPE_SYNTAX.fullmatch(asked):
-        raise PortalError("invalid_scope", f"scope {asked[:200]!r}: expected words of ASCII without quotes and "
-                          "backslashes, 8192 characters at most")
-    granted: list[str] = []
-    for word in asked.split():
-        parsed = parse_scope(word)
-        if parsed:
-            letters = "".join(letter for letter in parsed.letters if letter in GRANTABLE_LETTERS)
-            if not letters or parsed.context not in contexts or not scope_covers(registered, word):
-                continue
-            if letters != parsed.letters:
-                head, question, constraints = word.partition("?")
-                suffix = "read" if head.endswith(".*") else letters
-                word = f"{parsed.context}/{parsed.type}.{suffix}{question}{constraints}"
-        elif parse_scope(word.partition("?")[0]):
-            raise PortalError("invalid_scope", f"scope {word!r}: after the ? expected name=value pairs joined by &; "
-                              "modifiers, chained parameters and _filter are not supported")
-        elif word not in PLAIN_SCOPES or "user" not in contexts or not scope_covers(registered, word):
-            continue
-        if word not in granted:
-            granted.append(word)
-    return " ".join(granted)
+    need(SCOPE_SYNTAX.fullmatch(asked), f"scope {asked[:200]!r}: expected words of ASCII without quotes and "
+         "backslashes, 8192 characters at most", "invalid_scope")
+    granted = [grantable(word, registered, contexts) for word in asked.split()]
+    return " ".join(dict.fromkeys(word for word in granted if word))  # each once, in the order asked
+
+
+def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
+    """What of one word can be granted, "" for nothing: of writing beside reading what remains, in the
+    spelling that was asked. PortalError for a constraint that this server can't keep: without it, the app
+    would get more than it asked for."""
+    parsed = parse_scope(word)
+    head, question, constraints = word.partition("?")
+    if not parsed:
+        need(not parse_scope(head), f"scope {word!r}: after the ? expected name=value pairs joined by &; "
+             "modifiers, chained parameters and _filter are not supported", "invalid_scope")
+        known = word in PLAIN_SCOPES and "user" in contexts
+        return word if known and scope_covers(registered, word) else ""
+    letters = "".join(letter for letter in parsed.letters if letter in GRANTABLE_LETTERS)
+    if not letters or parsed.context not in contexts or not scope_covers(registered, word):
+        return ""
+    if letters == parsed.letters:
+        return word
+    suffix = "read" if head.endswith(".*") else letters
+    return f"{parsed.context}/{parsed.type}.{suffix}{question}{constraints}"
 
 
 def needs_patient(scope: str) -> bool:
-    """Whether a scope is about one patient's record. It may say so by patient/ alone: SMART lets that be inferred."""
-    return (any(one.context == "patient" for one in resource_scopes(scope))
+    """Whether a scope is about one patient's record; patient/ alone says so too (SMART)."""
+    return (any(parsed.context == "patient" for parsed in resource_scopes(scope))
             or not {"launch/patient", "launch/encounter"}.isdisjoint(scope.split()))
 
 
@@ -450,9 +459,11 @@ def describe_scope(word: str) -> str:
     parsed = parse_scope(word)
     if not parsed:
         return PLAIN_SCOPES.get(word, word)
-    verbs = [verb for letter, verb in (("r", "open"), ("s", "search")) if letter in parsed.letters]
-    what = "everything, of every kind there is now and may be later," if parsed.type == "*" else f"{parsed.type} records"
-    return f"{' and '.join(verbs)} {what} in {'the record' if parsed.context == 'patient' else 'every record you may open'}"
+    verbs = " and ".join({"r": "open", "s": "search"}[letter] for letter in parsed.letters if letter in "rs")
+    all_types = "everything, of every kind there is now and may be later,"
+    what = all_types if parsed.type == "*" else f"{parsed.type} records"
+    where = "the record" if parsed.context == "patient" else "every record you may open"
+    return f"{verbs} {what} in {where}"
 
 
 # ######################################################################## 4 the tables and the clock
@@ -1296,12 +1307,13 @@ def to_sign_in(portal: Portal, request: Request, back: str = "", username: str =
 PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # how long each is good
 
 
-@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page", fault="authorize")
+@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page",
+       fault="authorize")
 def authorize(portal: Portal, request: Request) -> Response:
-    """An app asks for a user's permission: check the request, remember it, send the browser on to the user's part."""
-    asked = Fields(request.form() if request.method == "POST" else request.pairs())
+    """An app asks for a user's permission: check the request, remember it, send the browser on to consent."""
+    fields = Fields(request.form() if request.method == "POST" else request.pairs())
     try:
-        request_id = begin_authorization(portal, request, asked)
+        request_id = begin_authorization(portal, request, fields)
     except RedirectError as error:
         return redirect(error.url)
     return redirect(f"{portal.browser_base(request)}/oauth/consent?request={request_id}")
@@ -1323,11 +1335,12 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
         raise
     except PortalError as error:
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
-        raise RedirectError(error, back_to_app(asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-                                               error=error.error, error_description=error.error_description))
+        raise RedirectError(error, back_to_app(
+            asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
+            error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
-    details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer, "launch": asked.launch,
-               "signed_in_since": asked.signed_in_since,
+    details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer,
+               "launch": asked.launch, "signed_in_since": asked.signed_in_since,
                **{name: fields.get(name) for name in ("state", "code_challenge", "nonce", "login_hint")}}
     with portal.state.transaction() as database:
         forget_expired(database, "pending", now)
@@ -1337,64 +1350,65 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
 
 
 class Authorization:
-    """An authorization request on its way through the checks below, each of which may refuse it. What they find out:"""
+    """An authorization request on its way through the checks. What they find out:"""
     def __init__(self, portal: Portal, request: Request, fields: Fields):
         self.portal, self.request, self.fields = portal, request, fields
-        self.client: Client                           # check_client
-        self.redirect_uri = ""                        # check_redirect_uri
-        self.issuer = portal.browser_base(request)    # check_audience, if aud uses another of our names
-        self.scope = ""                               # check_scope: what can be granted
-        self.signed_in_since = 0.0                    # check_openid: the user must have signed in after this time
-        self.launch: Json = {}                        # check_launch: username, patient_id, context of the EHR's launch
+        self.client: Client                         # check_client
+        self.redirect_uri = ""                      # check_redirect_uri
+        self.issuer = portal.browser_base(request)  # check_audience, if aud uses another of our names
+        self.scope = ""                             # check_scope: what can be granted
+        self.signed_in_since = 0.0                  # check_prompt: the user must have signed in after this
+        self.launch: Json = {}                      # check_launch: the user, patient and context of the EHR's
 
 
 def check_client(asked: Authorization) -> None:
     """Which app asks. Not yet a reason to send the browser anywhere."""
-    client = asked.portal.client(asked.fields.need("client_id"))
-    if not client:
-        raise PortalError("invalid_client", f"client_id {asked.fields.get('client_id')!r} is not registered here: "
-                          "register at /oauth/register (RFC 7591 section 3), or start this server with --client")
-    asked.client = client
-    asked.request.client_id = client.client_id
-
-
-def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
-    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
-    return [portal.browser_base(request) + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
+    client_id = asked.fields.need("client_id")
+    asked.client = need(
+        asked.portal.client(client_id), f"client_id {client_id!r} is not registered here: register at "
+        "/oauth/register (RFC 7591 section 3), or start this server with --client", "invalid_client")
+    asked.request.client_id = client_id
 
 
 def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section
+    3.1.2.3).
 
-    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the server take
-    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing anyway.
+    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the
+    server take any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets
+    nothing anyway.
     """
     uri = asked.fields.need("redirect_uri")
     registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
     native = asked.client.auth_method == "none" and is_redirect_uri(uri)
-    if uri not in registered and not (native and without_loopback_port(uri) in map(without_loopback_port, registered)):
-        raise PortalError("invalid_request", f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; "
-                          f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
+    but_for_port = native and without_loopback_port(uri) in map(without_loopback_port, registered)
+    need(uri in registered or but_for_port,
+         f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; expected, to the letter, "
+         f"{' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
-    asked.request.note(f"redirect_uri {uri} is one that {asked.client.client_id} registered; errors now go there")
+    asked.request.note(f"redirect_uri {uri} was registered by {asked.client.client_id}; errors now go there")
+
+
+def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
+    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
+    base = portal.browser_base(request)
+    return [base + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
 
 
 def check_audience(asked: Authorization) -> None:
-    """The FHIR server the app means must be this one: else a false server could fetch tokens for the true one (SMART).
-
-    The issuer is the name that the app knows this server by. `resource` is RFC 8707's word for aud.
-    """
-    known = asked.portal.settings.base_url
-    name = next((name for name in ("aud", "resource") if asked.fields.get(name)), "")
-    if not name:
-        if asked.portal.settings.strict:
-            raise PortalError("invalid_request", "aud is missing (SMART)")
+    """The FHIR server that the app means must be this one: else a false server could fetch tokens for the
+    true one (SMART). The issuer is the name that the app knows this server by. `resource` is RFC 8707's word
+    for aud."""
+    settings, fields = asked.portal.settings, asked.fields
+    name = "aud" if fields.get("aud") else "resource"
+    if not fields.get(name):
+        need(not settings.strict, "aud is missing (SMART)")
         return  # S4S's apps may leave it out
-    audience = asked.fields.get(name).rstrip("/")
-    for base in known or [asked.portal.base(asked.request)]:
+    audience = fields.get(name).rstrip("/")
+    for base in settings.base_url or [asked.portal.base(asked.request)]:
         if same_address(audience, base + "/api/fhir"):
             # Without base URLs, every document told the app the name that it used itself.
-            asked.issuer = base if known else audience[:-len("/api/fhir")]
+            asked.issuer = base if settings.base_url else audience[:-len("/api/fhir")]
             asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
             return
     raise PortalError("invalid_target" if name == "resource" else "invalid_request",
@@ -1403,8 +1417,8 @@ def check_audience(asked: Authorization) -> None:
 
 def check_repeats(asked: Authorization) -> None:
     """No parameter twice (RFC 6749 section 3.1)."""
-    if asked.fields.repeated:
-        raise PortalError("invalid_request", f"{asked.fields.repeated[0]} is given more than once")
+    for name in asked.fields.repeated:
+        raise PortalError("invalid_request", f"{name} is given more than once")
 
 
 def check_state(asked: Authorization) -> None:
@@ -1414,125 +1428,116 @@ def check_state(asked: Authorization) -> None:
 
 def check_response_type(asked: Authorization) -> None:
     """Only the code flow, and only the answer in the query; from a client that registered for it."""
-    if asked.fields.need("response_type") != "code":
-        raise PortalError("unsupported_response_type",
-                          f"response_type is {asked.fields.get('response_type')!r}; expected code")
-    if asked.fields.get("response_mode", "query") != "query":
-        raise PortalError("invalid_request", f"response_mode is {asked.fields.get('response_mode')!r}; expected query")
-    if not asked.client.may_use("authorization_code"):
-        raise PortalError("unauthorized_client", f"client {asked.client.client_id!r} did not register for "
-                          "authorization_code")
+    kind, mode = asked.fields.need("response_type"), asked.fields.get("response_mode", "query")
+    need(kind == "code", f"response_type is {kind!r}; expected code", "unsupported_response_type")
+    need(mode == "query", f"response_mode is {mode!r}; expected query")
+    need(asked.client.may_use("authorization_code"),
+         f"client {asked.client.client_id!r} did not register for authorization_code", "unauthorized_client")
 
 
 def check_pkce(asked: Authorization) -> None:
-    """A challenge from every public client: without a secret, it is all that ties the code to the app (RFC 7636)."""
+    """A challenge from every public client: it alone ties the code to the app (RFC 7636)."""
     challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
     if not challenge:
-        if asked.client.auth_method == "none" or asked.portal.settings.strict:
-            raise PortalError("invalid_request", "code_challenge is missing (PKCE, RFC 7636)")
-        if method:
-            raise PortalError("invalid_request", "code_challenge_method is given without code_challenge")
+        required = asked.client.auth_method == "none" or asked.portal.settings.strict
+        need(not required, "code_challenge is missing (PKCE, RFC 7636)")
+        need(not method, "code_challenge_method is given without code_challenge")
         asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
         return
-    if method != "S256":
-        raise PortalError("invalid_request", f"code_challenge_method is {method or 'missing, which means plain'}; "
-                          "expected S256")
-    if not re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge):
-        raise PortalError("invalid_request", "code_challenge: expected 43 characters of base64url")
-    asked.request.note("PKCE: who exchanges the code must know the verifier of this challenge (RFC 7636 section 4.6)")
+    need(method == "S256",
+         f"code_challenge_method is {method or 'missing, which means plain'}; expected S256")
+    need(re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge), "code_challenge: expected 43 characters of base64url")
+    asked.request.note("PKCE: only who knows the verifier of this challenge can exchange the code (RFC 7636 "
+                       "section 4.6)")
 
 
 def check_scope(asked: Authorization) -> None:
     """What of the scope can be granted; if nothing of it, say so."""
     wanted = asked.fields.need("scope")
-    asked.scope = served_scope(asked.portal, wanted, asked.client.scope)
+    words = served_scope(asked.portal, wanted, asked.client.scope).split()
     if not asked.client.may_use("refresh_token"):
-        asked.scope = " ".join(word for word in asked.scope.split() if word != "offline_access")
-    if not asked.scope:
-        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; the client registered "
-                          f"for {asked.client.scope!r}")
+        words = [word for word in words if word != "offline_access"]
+    asked.scope = need(" ".join(words), f"scope {wanted!r}: nothing of it can be granted; the client "
+                       f"registered for {asked.client.scope!r}", "invalid_scope")
     asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
 
 
-def served_scope(portal: Portal, asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
-    """`negotiate_scope`, less the types that are never served, and each ?param=value is a search parameter of the records' version, with a value it takes.
-
-    Any other would find nothing, and would put words of the app's choice before the person who decides.
-    """
-    scope = " ".join(word for word in negotiate_scope(asked, registered, contexts).split()
-                     if all(one.type in ("*", *SHARED_TYPES, *OWNER_ELEMENTS) for one in resource_scopes(word)))
-    for one in resource_scopes(scope):
-        for name, value in one.constraints:
-            version = portal.records.version
-            for type_name in search_table(version) if one.type == "*" else search_table(version).keys() & {one.type}:
-                with contextlib.suppress(FhirError):
-                    parse_term(version, type_name, name, value)
-                    break
-            else:
-                raise PortalError("invalid_scope", f"scope {one.text!r}: {name} is no search parameter of "
-                                  f"{'any type' if one.type == '*' else one.type}, or does not take {value!r}")
+def served_scope(portal: Portal, asked: str, registered: str,
+                 contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, less the types that are never served, each constraint one that can be kept."""
+    served = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}
+    words = negotiate_scope(asked, registered, contexts).split()
+    scope = " ".join(word for word in words if not (parsed := parse_scope(word)) or parsed.type in served)
+    check_constraints(portal, scope)
     return scope
 
 
-def check_openid(asked: Authorization) -> None:
-    """What OpenID Connect adds (Core section 3.1.2): prompt and max_age. Request objects are not supported."""
+def check_request_object(asked: Authorization) -> None:
+    """Plain parameters only: the objects of OpenID Connect Core sections 6 and 7.2.1 are not supported."""
     for name in ("request", "request_uri", "registration"):
-        if asked.fields.get(name):
-            raise PortalError(f"{name}_not_supported", f"{name} is not supported: give plain parameters")
-    now, age, prompts = asked.portal.clock.now(), asked.fields.get("max_age"), asked.fields.get("prompt").split()
-    if age and not re.fullmatch(r"\d{1,9}", age):
-        raise PortalError("invalid_request", f"max_age is {age!r}; expected a number of seconds")
-    if age or "login" in prompts:
-        asked.signed_in_since = now - (0 if "login" in prompts else int(age))
+        need(not asked.fields.get(name), f"{name} is not supported: give plain parameters",
+             f"{name}_not_supported")
+
+
+def check_prompt(asked: Authorization) -> None:
+    """How long ago the user may have signed in, and whether there may be a page at all (OpenID Connect Core
+    section 3.1.2.1)."""
+    prompts, age = asked.fields.get("prompt").split(), asked.fields.get("max_age")
+    need(not age or re.fullmatch(r"\d{1,9}", age), f"max_age is {age!r}; expected a number of seconds")
+    if "login" in prompts:
+        age = "0"
+    if age:
+        asked.signed_in_since = asked.portal.clock.now() - int(age)
     if "none" in prompts:
-        if len(prompts) > 1:
-            raise PortalError("invalid_request", "prompt: none stands alone")
+        need(len(prompts) == 1, "prompt: none stands alone")
         user = session_user(asked.portal, asked.request)
-        if not user or user["started"] < asked.signed_in_since:
-            raise PortalError("login_required", "prompt is none, but nobody is signed in")
+        need(user and user["started"] >= asked.signed_in_since, "prompt is none, but nobody is signed in",
+             "login_required")
         raise PortalError("consent_required", "prompt is none, but every authorization here asks the user")
 
 
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
 
-    Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may stand only
-    beside launch/patient, in an app that can be launched either way.
+    Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may
+    stand only beside launch/patient, in an app that can be launched either way.
     """
     handle, words = asked.fields.get("launch"), asked.scope.split()
     if "launch" not in words:
         return
     if not handle:
-        if "launch/patient" not in words:
-            raise PortalError("invalid_request", "launch is missing: the scope launch is for an app that the EHR "
-                              "launched; one that starts by itself asks for launch/patient")
+        need("launch/patient" in words, "launch is missing: the scope launch is for an app that the EHR "
+             "launched; one that starts by itself asks for launch/patient")
         return
     client_id, now = asked.client.client_id, asked.portal.clock.now()
     with asked.portal.state.transaction() as database:
-        if not database.execute("UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? AND "
-                                "coalesce(client_id, ?) = ?", (client_id, handle, now, client_id, client_id)).rowcount:
-            raise PortalError("invalid_request", "launch: this handle is unknown, has expired, was used before, or is "
-                              "for another app")
+        bound = database.execute(
+            "UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? "
+            "AND coalesce(client_id, ?) = ?",
+            (client_id, handle, now, client_id, client_id))
+        need(bound.rowcount, "launch: this handle is unknown, has expired, was used before, or is for "
+             "another app")
         row = database.execute("SELECT * FROM launches WHERE launch = ?", (handle,)).fetchone()
     asked.launch = {"handle": handle, "username": row["username"], "patient_id": row["patient_id"],
                     "context": json.loads(row["context"])}
-    asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user {row['username'] or 'any'}")
+    asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user "
+                       f"{row['username'] or 'any'}")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead. Then
-# check_audience, because an error that travels says who answers (iss), and that is what it finds out. The last is the
-# only one that changes anything.
+# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead.
+# Then check_audience, because an error that travels says who answers (iss), and that is what it finds out.
+# The last is the only one that changes anything.
 #
-# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of a host
-# that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to be redirected
-# before anybody signs in.
+# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of
+# a host that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to
+# be redirected before anybody signs in.
 PAGE_CHECKS = (check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
-                   check_openid, check_launch)
+                   check_request_object, check_prompt, check_launch)
 
 
 def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
-    """The app's redirect URI with an answer: `state` as it came, `iss` so that the app knows who answers (RFC 9207)."""
+    """The app's redirect URI with an answer: `state` as it came, `iss` to say who answers (RFC 9207)."""
     return with_query(redirect_uri, **parameters, **({"state": state} if state else {}), iss=issuer)
 
 
@@ -1542,27 +1547,28 @@ def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -
 @route("GET,POST /oauth/consent", "RFC 6749 section 4.1.1, S4S", kind="page")
 def consent(portal: Portal, request: Request) -> Response:
     """The user's part: whose record, what of it, until when, yes or no."""
-    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    request_id = fields.get("request")
+    posted = request.method == "POST"
+    fields = guarded_form(portal, request) if posted else Fields(request.pairs())
+    request_id, decision = fields.get("request"), fields.get("decision") if posted else ""
     client, details = pending_request(portal, request_id)
     request.client_id = client.client_id
     user = session_user(portal, request)
     if not user or user["started"] < details["signed_in_since"]:
         return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",
                           details["launch"].get("username") or details["login_hint"])
-    decision = fields.get("decision") if request.method == "POST" else ""
     if decision == "deny":
         return redirect(decide(portal, request_id, None))
     patient_id = whose_record(portal, user["username"], details, fields.get("patient_id"))
     if patient_id == TO_CHOOSE:
         text = fields.get("q")
-        return picker_page(portal, request, user, client, request_id, portal.patients_of(user["username"], text), text)
+        patients = portal.patients_of(user["username"], text)
+        return picker_page(portal, request, user, client, request_id, patients, text)
     if decision != "approve":
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
-    return redirect(decide(portal, request_id, new_grant(
-        portal, client, user["username"], patient_id, details, labels, fields.get("approval_expires"),
-        fields.get("encounter_id"), user["started"])))
+    grant = new_grant(portal, client, user["username"], patient_id, details, labels,
+                      fields.get("approval_expires"), fields.get("encounter_id"), user["started"])
+    return redirect(decide(portal, request_id, grant))
 
 
 def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
@@ -1571,8 +1577,8 @@ def pending_request(portal: Portal, request_id: str) -> tuple[Client, Json]:
                            request_id, portal.clock.now())
     client = portal.client(row["client_id"]) if row else None
     if not row or not client:
-        raise PageError("invalid_request", "This request is not open any more: it was answered, or waited too long. "
-                        "Go back to the app and start again.")
+        raise PageError("invalid_request", "This request is not open any more: it was answered, or waited "
+                        "too long. Go back to the app and start again.")
     return client, json.loads(row["details"])
 
 
@@ -1580,62 +1586,39 @@ TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user ha
 
 
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
-    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE while there is
-    still a choice to make; None where the scope is about no patient's record and the user has none of their own.
+    """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE
+    while there is still a choice to make; None where the scope is about no patient's record and the user has
+    none of their own.
 
-    PageError for a record that this user may not open, and for a user whom the launch is not for: a launch handle
-    signs nobody in, since whoever sees the link has it.
+    PageError for a record that this user may not open, and for a user whom the launch is not for: a launch
+    handle signs nobody in, since whoever sees the link has it.
     """
     wanted, fixed = details["launch"].get("username"), details["launch"].get("patient_id")
-    if wanted not in (None, username):
-        raise PageError("forbidden", f"This launch is for the user {wanted}, and {username} is signed in here. Sign "
-                        "out, then launch the app again.", 403)
-    if fixed and chosen not in (TO_CHOOSE, fixed):
-        raise PageError("invalid_request", f"This launch is for the record {fixed}, not for {chosen}.")
-    patient_id, user = fixed or chosen, portal.user(username)
+    need(wanted in (None, username), f"This launch is for the user {wanted}, and {username} is signed in "
+         "here. Sign out, then launch the app again.", "forbidden", 403, PageError)
+    need(not fixed or chosen in (TO_CHOOSE, fixed),
+         f"This launch is for the record {fixed}, not for {chosen}.", kind=PageError)
+    patient_id = fixed or chosen or only_record(portal, username, needs_patient(details["scope"]))
     if not patient_id:
-        needed = needs_patient(details["scope"])
-        if user and user["any_patient"]:
-            return TO_CHOOSE if needed else None
-        patients = portal.patients_of(username)
-        if needed and len(patients) != 1:
-            return TO_CHOOSE
-        if not patients:
-            return None
-        patient_id = next(iter(patients))  # also where no scope needs one: S4S's apps find it in every token response
-    if portal.patient_name(username, patient_id) is None:
-        raise PageError("forbidden", f"{username} may not open the record {patient_id!r}.", 403)
-    need(not portal.records.lacks_patient(patient_id), f"The FHIR server behind this portal has no Patient/{patient_id}.",
-         "not_found", 404, PageError)
+        return patient_id
+    need(portal.patient_name(username, patient_id) is not None,
+         f"{username} may not open the record {patient_id!r}.", "forbidden", 403, PageError)
+    need(not portal.records.lacks_patient(patient_id),
+         f"The FHIR server behind this portal has no Patient/{patient_id}.", "not_found", 404, PageError)
     return str(patient_id)
 
 
-def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
-    """The categories that a scope reaches; a client's security_labels narrow them."""
-    access = Access(scope, "any", frozenset(["any"]))
-    wanted = client.metadata.get("security_labels")
-    return [label for label, (_, types) in CATEGORIES.items()
-            if any(access.allows(name, letter) for name in types for letter in GRANTABLE_LETTERS)
-            and (not wanted or label in [OLD_CATEGORIES.get(one, one) for one in wanted])]
-
-
-def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
-    """A patient's visits, id -> in words, the newest first."""
-    visits = sorted(portal.records.visits(patient_id), key=lambda visit: str(elements(visit, "period.start")), reverse=True)
-    return {visit["id"]: " ".join(map(str, elements(visit, "period.start", "type.text")[:2])) for visit in visits}
-
-
-def end_of_day(date: str) -> float:
-    """The last second of a day, UTC; ValueError for what is no date."""
-    return calendar.timegm(datetime.date.fromisoformat(date).timetuple()) + DAY - 1.0
-
-
-def day_of(seconds: float, years: int = 0) -> str:
-    """A Unix time's day, UTC, or the same day some years later."""
-    year, month, day = time.gmtime(seconds)[:3]
-    if (month, day) == (2, 29) and not calendar.isleap(year + years):
-        day = 28
-    return f"{year + years:04}-{month:02}-{day:02}"
+def only_record(portal: Portal, username: str, needed: bool) -> str | None:
+    """The record of a user who can mean no other; TO_CHOOSE if one is needed that only the user can name.
+    Where none is needed, the first is taken all the same, since S4S's apps find a patient in every token
+    response; None if there is none, and of a clinician."""
+    user = portal.user(username)
+    if user and user["any_patient"]:
+        return TO_CHOOSE if needed else None
+    patients = list(portal.patients_of(username))
+    if needed and len(patients) != 1:
+        return TO_CHOOSE
+    return patients[0] if patients else None
 
 
 class Grant(NamedTuple):
@@ -1655,38 +1638,109 @@ class Grant(NamedTuple):
     context: str = "{}"
 
 
-def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json, labels: Sequence[str],
-              until: str, encounter_id: str = "", signed_in: float | None = None) -> Grant:
-    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the form can't
-    be."""
-    offered = offered_categories(portal, client, details["scope"])
-    labels = [OLD_CATEGORIES.get(label, label) for label in labels]
-    for label in labels:
-        if label not in offered:
-            raise PageError("invalid_request", f"{label!r} is not a category offered here.")
-    if offered and not labels:
-        raise PageError("invalid_request", "Nothing is checked: choose at least one category, or do not approve.")
+def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json,
+              labels: Sequence[str], until: str, encounter_id: str, signed_in: float) -> Grant:
+    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the
+    form can't be."""
     now = portal.clock.now()
+    approved = approved_categories(offered_categories(portal, client, details["scope"]), client, labels)
+    expires = end_of_approval(until, now)
+    context = context_with_visit(portal, patient, details, encounter_id)
+    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires,
+                 details["issuer"], json.dumps(approved), details["redirect_uri"],
+                 details["code_challenge"] or None,
+                 details["nonce"] or None, signed_in, json.dumps(context))
+
+
+def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
+    """The categories that a scope reaches; a client's security_labels narrow them."""
+    access = Access(scope, "any", frozenset(["any"]))
+    wanted = present_names(client.metadata.get("security_labels"))
+    return [label for label, (_, types) in CATEGORIES.items() if (not wanted or label in wanted)
+            and any(access.allows(type_name, letter) for type_name in types for letter in GRANTABLE_LETTERS)]
+
+
+def present_names(labels: Sequence[str] | None) -> list[str]:
+    """Categories in the names that they have now."""
+    return [OLD_CATEGORIES.get(label, label) for label in labels or []]
+
+
+def approved_categories(offered: Sequence[str], client: Client, checked: Sequence[str]) -> list[str]:
+    """The categories that the user left checked."""
+    approved = present_names(checked)
+    for label in approved:
+        need(label in offered, f"{label!r} is not a category offered here.", kind=PageError)
+    need(approved or not offered, "Nothing is checked: choose at least one category, or do not approve.",
+         kind=PageError)
+    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
+    return approved or present_names(client.metadata.get("security_labels"))
+
+
+def context_with_visit(portal: Portal, patient: str | None, details: Json, encounter_id: str) -> Json:
+    """The launch's context, and where the app asked for a visit and the launch has none, the one that the
+    user chose, or the newest."""
+    context = dict(details["launch"].get("context", {}))
+    if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
+        visits = encounters_of(portal, patient)
+        need(not encounter_id or encounter_id in visits, f"{encounter_id!r} is not a visit of this patient.",
+             kind=PageError)
+        if visits:
+            context["encounter"] = encounter_id or next(iter(visits))
+        return context
+    need(encounter_id in ("", context.get("encounter")),
+         "The app did not ask for a visit (launch/encounter), or it is chosen already.", kind=PageError)
+    return context
+
+
+def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
+    """A patient's visits, id -> in words, the newest first."""
+    visits = sorted(portal.records.visits(patient_id), reverse=True,
+                    key=lambda visit: str(elements(visit, "period.start")))
+    return {visit["id"]: " ".join(map(str, elements(visit, "period.start", "type.text")[:2]))
+            for visit in visits}
+
+
+def end_of_approval(until: str, now: float) -> float:
+    """When an approval until this day ends: with the day, today's to that in two years."""
     try:
         expires = end_of_day(until)
     except ValueError:
         raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
-    if not now < expires <= end_of_day(day_of(now, 2)):
-        raise PageError("invalid_request", f"The end date {until} is not from today to two years from now.")
-    context = {**details["launch"].get("context", {})}
-    if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
-        encounters = encounters_of(portal, patient)
-        if encounters:
-            context["encounter"] = encounter_id or next(iter(encounters))
-        if encounter_id and encounter_id not in encounters:
-            raise PageError("invalid_request", f"{encounter_id!r} is not a visit of this patient.")
-    elif encounter_id not in ("", context.get("encounter")):
-        raise PageError("invalid_request", "The app did not ask for a visit (launch/encounter), or it is chosen already.")
-    # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
-    labels = labels or [OLD_CATEGORIES.get(one, one) for one in client.metadata.get("security_labels", [])]
-    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires, details["issuer"],
-                 json.dumps(labels), details["redirect_uri"], details["code_challenge"] or None, details["nonce"] or None,
-                 now if signed_in is None else signed_in, json.dumps(context))
+    need(now < expires <= end_of_day(day_of(now, 2)),
+         f"The end date {until} is not from today to two years from now.", kind=PageError)
+    return expires
+
+
+def end_of_day(date: str) -> float:
+    """The last second of a day, UTC; ValueError for what is no date."""
+    return calendar.timegm(datetime.date.fromisoformat(date).timetuple()) + DAY - 1.0
+
+
+def day_of(seconds: float, years: int = 0) -> str:
+    """A Unix time's day, UTC, or the same day some years later."""
+    year, month, day = time.gmtime(seconds)[:3]
+    if (month, day) == (2, 29) and not calendar.isleap(year + years):
+        day = 28
+    return f"{year + years:04}-{month:02}-{day:02}"
+
+
+def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
+    """Close a pending request: a code for the grant, or access_denied. Gives where the browser goes."""
+    details = pending_request(portal, request_id)[1]
+    code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
+    with portal.state.transaction() as database:
+        closed = database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount
+        need(closed, "This request was answered already.", kind=PageError)  # a double click
+        used = handle and database.execute("DELETE FROM launches WHERE launch = ?", (handle,)).rowcount
+        if grant:
+            need(used or not handle, "This launch was used already. Launch the app again.", kind=PageError)
+            store_grant(database, grant, now)
+            forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
+            database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
+                             (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
+    refusal = {"error": "access_denied", "error_description": "the user did not approve"}
+    answer = {"code": code} if grant else refusal
+    return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
 
 
 def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
@@ -1698,24 +1752,6 @@ def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
     return row
 
 
-def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
-    """Close a pending request: with a code for the grant, or with access_denied. Gives where the browser goes."""
-    details = pending_request(portal, request_id)[1]
-    code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
-    with portal.state.transaction() as database:
-        if not database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount:
-            raise PageError("invalid_request", "This request was answered already.")  # a double click
-        if handle and not database.execute("DELETE FROM launches WHERE launch = ?", (handle,)).rowcount and grant:
-            raise PageError("invalid_request", "This launch was used already. Launch the app again.")
-        if grant:
-            store_grant(database, grant, now)
-            forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
-            database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
-                             (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
-    answer = {"code": code} if grant else {"error": "access_denied", "error_description": "the user did not approve"}
-    return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
-
-
 @route("POST /revoke/{}", "S4S", kind="page")
 def stop_sharing(portal: Portal, request: Request) -> Response:
     """End every authorization that this user gave one app for one patient. Another user's is not found."""
@@ -1723,16 +1759,30 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
     if not user:
         return to_sign_in(portal, request)
     guarded_form(portal, request)
-    grant = portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?", request.rest, user["username"])
-    if not grant:
-        raise PageError("not_found", "You gave no such permission.", 404)
+    grant = need(portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?", request.rest,
+                                  user["username"]), "You gave no such permission.", "not_found", 404,
+                 PageError)
     with portal.state.transaction() as database:
-        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id IS ?",
+        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? "
+                         "AND patient_id IS ?",
                          (grant["username"], grant["client_id"], grant["patient_id"]))
     return redirect(portal.browser_base(request) + "/apps")
 
 
 # ######################################################################## 10 tokens
+
+# A grant's life in the tables' rows:
+#   decide        the row of `pending` becomes one of `grants`, and one of `tokens`: a code, for a minute
+#   exchange_code the code is spent; an access token for an hour and, with offline_access, a refresh token
+#   refresh       the refresh token is spent; the next one, with the next access token. Earlier ones live on
+#   spending      what was spent comes back: ended = 1 in `grants`, and with it every token is worthless
+#   revoke        an access token is spent; a refresh token ends the grant, as the user does at /apps
+# No row goes then: a stolen token that returns must be known for what it is.
+
+# A token with all that is known of its grant. live: nothing has ended it yet but perhaps time.
+TOKEN_SQL = """SELECT tokens.token, tokens.kind, tokens.scope AS token_scope, tokens.issued, tokens.expires,
+    tokens.spent, tokens.refresh_token, NOT tokens.spent AND NOT grants.ended AS live, grants.*
+    FROM tokens JOIN grants USING (grant_id) WHERE token = ?"""
 
 GRANT_TYPES: dict[str, Callable[..., Json]] = {}
 AnyGrant = TypeVar("AnyGrant", bound=Callable[..., Json])
@@ -1750,55 +1800,61 @@ def grant_type(name: str) -> Callable[[AnyGrant], AnyGrant]:
 def token_endpoint(portal: Portal, request: Request) -> Response:
     """Tokens for a code, for a refresh token, or for a backend service (RFC 6749 section 3.2)."""
     form = Fields(request.form())
-    if form.repeated:
-        raise PortalError("invalid_request", f"{form.repeated[0]} is given more than once")
-    grant_type = form.need("grant_type")
-    if grant_type not in GRANT_TYPES:
-        raise PortalError("unsupported_grant_type",
-                          f"grant_type {grant_type!r}: expected one of {', '.join(GRANT_TYPES)}")
-    if (grant_type == "refresh_token" and "authorization" not in request.headers
-            and not form.get("client_id") and not form.get("client_assertion")):
-        # A public client's refresh may leave client_id out: the token names it. A confidential one must prove itself.
+    for name in form.repeated:
+        raise PortalError("invalid_request", f"{name} is given more than once")
+    kind = form.need("grant_type")
+    need(kind in GRANT_TYPES, f"grant_type {kind!r}: expected one of {', '.join(GRANT_TYPES)}",
+         "unsupported_grant_type")
+    named = request.headers.get("authorization") or form.get("client_id") or form.get("client_assertion")
+    if kind == "refresh_token" and not named:
+        # A public client's refresh may leave client_id out: the token names it. A confidential one must prove
+        # itself.
         row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
         form.values["client_id"] = row["client_id"] if row else ""
     client = authenticate_client(portal, request, form)
-    if not client.may_use(grant_type):
-        raise PortalError("unauthorized_client", f"client {client.client_id!r} did not register for {grant_type}")
-    return json_response(GRANT_TYPES[grant_type](portal, request, client, form))
+    need(client.may_use(kind), f"client {client.client_id!r} did not register for {kind}",
+         "unauthorized_client")
+    return json_response(GRANT_TYPES[kind](portal, request, client, form))
 
 
 @grant_type("authorization_code")
 def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
-    """authorization_code (RFC 6749 section 4.1.3): a code for tokens, if it comes from who asked for it."""
+    """authorization_code (RFC 6749 section 4.1.3): tokens for a code that its own app brings."""
     code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
     now = portal.clock.now()
     with spending(portal, client, "code", code) as (database, row):
         check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        answer = issue_access(database, row, row["scope"], now, issue_refresh(database, row, now) if offline else None)
+        refresh_token = issue_refresh(database, row, now) if offline else None
+        answer = issue_access(database, row, row["scope"], now, refresh_token)
     request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
-                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 section 4.1.3)")
+                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 "
+                 "section 4.1.3)")
     if "openid" in answer["scope"].split():
         answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
 
 
 @contextlib.contextmanager
-def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
-    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises, nothing
-    is consumed. Looking, judging, issuing and marking are one transaction: of any number that race, one wins.
+def spending(portal: Portal, client: Client, kind: str,
+             value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
+    """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises,
+    nothing is consumed. Looking, judging, issuing and marking are one transaction: of any number that race,
+    one wins.
 
-    A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section 4.1.2,
-    RFC 9700 section 4.14.2).
+    A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section
+    4.1.2, RFC 9700 section 4.14.2).
     """
     name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
-        if not row or row["kind"] != kind or row["client_id"] != client.client_id:
-            raise PortalError("invalid_grant", f"this {name} was not issued to this client")
+        # A code is good in its own client's hands alone (RFC 6749 section 4.1.3), a refresh token likewise
+        # (section 6).
+        ours = row and row["kind"] == kind and row["client_id"] == client.client_id
+        need(ours, f"this {name} was not issued to this client", "invalid_grant")
         if not row["spent"]:
-            if row["ended"] or row["expires"] <= portal.clock.now():
-                raise PortalError("invalid_grant", f"this {name} {'was revoked' if row['ended'] else 'has expired'}")
+            need(not row["ended"], f"this {name} was revoked", "invalid_grant")
+            need(row["expires"] > portal.clock.now(), f"this {name} has expired", "invalid_grant")
             yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
             return
@@ -1806,29 +1862,33 @@ def spending(portal: Portal, client: Client, kind: str, value: str) -> Iterator[
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
 
 
+def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
+    """End an authorization: every token of it is worthless from now on."""
+    database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
+
+
 def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
-    """Whether a code comes from who asked for it: the same redirect URI (RFC 6749 section 4.1.3), and the verifier of
-    its challenge (RFC 7636 section 4.6)."""
-    if redirect_uri != row["redirect_uri"]:
-        raise PortalError("invalid_grant", f"redirect_uri {redirect_uri!r} is not the one of the authorization request")
+    """Whether a code comes from the app that asked for it: the same redirect URI (RFC 6749 section 4.1.3),
+    and the verifier of its challenge (RFC 7636 section 4.6)."""
+    need(redirect_uri == row["redirect_uri"],
+         f"redirect_uri {redirect_uri!r} is not the one of the authorization request", "invalid_grant")
     if not row["code_challenge"]:
-        if verifier:
-            raise PortalError("invalid_grant", "code_verifier is given, but the request had no code_challenge")
+        need(not verifier, "code_verifier is given, but the request had no code_challenge", "invalid_grant")
         return
-    if not re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier):
-        raise PortalError("invalid_grant", "code_verifier: expected 43 to 128 unreserved characters")
-    if not same_secret(s256_challenge(verifier), row["code_challenge"]):
-        raise PortalError("invalid_grant", "code_verifier does not match the code_challenge")
+    need(re.fullmatch(r"[A-Za-z0-9._~-]{43,128}", verifier),
+         "code_verifier: expected 43 to 128 unreserved characters", "invalid_grant")
+    need(same_secret(s256_challenge(verifier), row["code_challenge"]),
+         "code_verifier does not match the code_challenge", "invalid_grant")
 
 
 def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
                  refresh_token: str | None, lifetime: float = ACCESS_SECONDS) -> Json:
-    """A new access token, as the token endpoint answers (RFC 6749 section 5.1). It never outlives the approval."""
+    """A new access token, in an answer of RFC 6749 section 5.1. It never outlives the approval."""
     token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
     database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
                      (token, grant["grant_id"], scope, now, expires, refresh_token))
-    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)), "scope": scope,
-              **launch_context(grant)}
+    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)),
+              "scope": scope, **launch_context(grant)}
     if refresh_token:
         answer["refresh_token"] = refresh_token
     return answer
@@ -1843,10 +1903,12 @@ def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
 
 
 def launch_context(grant: Row) -> Json:
-    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch context
-    arrives with your access_token")."""
-    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
-    return {**patient, **(json.loads(grant["context"]) if grant["context"] != "{}" else {})}
+    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch
+    context arrives with your access_token")."""
+    context: Json = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
+    if grant["context"] != "{}":
+        context.update(json.loads(grant["context"]))
+    return context
 
 
 @grant_type("refresh_token")
@@ -1856,29 +1918,78 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     A narrower scope is the new access token's alone; the refresh token keeps what was granted.
     """
     value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
-    if wanted and not SCOPE_SYNTAX.fullmatch(wanted):
-        raise PortalError("invalid_scope", "scope: expected words of ASCII, 8192 characters at most")
+    need(not wanted or SCOPE_SYNTAX.fullmatch(wanted),
+         "scope: expected words of ASCII, 8192 characters at most", "invalid_scope")
     with spending(portal, client, "refresh", value) as (database, row):
         for word in wanted.split():
-            if not scope_covers(row["scope"], word):
-                raise PortalError("invalid_scope", f"scope: {word!r} was not granted; granted is {row['scope']!r}")
+            need(scope_covers(row["scope"], word),
+                 f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
-        if not scope:
-            raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted")
+        need(scope, f"scope {wanted!r}: nothing of it can be granted", "invalid_scope")
         answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
-    request.note("refresh token rotated: used again, the old one ends the authorization (RFC 9700 section 4.14.2)")
+    request.note("refresh token rotated: the old one, used again, ends all (RFC 9700 section 4.14.2)")
     return answer
 
 
-def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
-    """End an authorization: every token of it is worthless from now on."""
-    database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
+@route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
+def introspect(portal: Portal, request: Request) -> Response:
+    """What a token is good for (RFC 7662)."""
+    form = Fields(request.form())
+    row = known_token(portal, form.need("token"))
+    check_asker(portal, request, form, row)
+    if not row or not is_active(portal, row):
+        return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
+    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"],
+              "exp": int(row["expires"]), "iat": int(row["issued"]), "iss": row["issuer"],
+              **launch_context(row)}
+    if row["kind"] == "access":
+        answer["token_type"] = "Bearer"
+    if row["username"]:
+        answer.update(username=row["username"], **claims_of(portal, row))
+    return json_response(answer)
 
 
-# A token with all that is known of its grant. live: nothing has ended it yet but perhaps time.
-TOKEN_SQL = """SELECT tokens.token, tokens.kind, tokens.scope AS token_scope, tokens.issued, tokens.expires,
-    tokens.spent, tokens.refresh_token, NOT tokens.spent AND NOT grants.ended AS live, grants.*
-    FROM tokens JOIN grants USING (grant_id) WHERE token = ?"""
+def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None) -> None:
+    """Introspection answers a client that proves who it is, a backend service's token, and the bearer of a
+    token of the same authorization. A public client proves nothing by its id, so it shows a token too (RFC
+    7662 section 2.1: against scanning)."""
+    expected = ("expected a bearer token that is valid, and is for system/ scopes or of the authorization "
+                "asked about")
+    if bearer_value(request) is None:
+        if authenticate_client(portal, request, form).auth_method == "none":
+            raise invalid_client(f"a public client proves nothing by its id: {expected}")
+        return
+    try:
+        asker = bearer(portal, request)
+    except PortalError as error:
+        raise PortalError("invalid_client", expected, 401, error.headers)
+    is_service, same_grant = asker["username"] is None, row and row["grant_id"] == asker["grant_id"]
+    need(is_service or same_grant, expected, "invalid_client", 401,
+         headers=[challenge(error="invalid_token")])
+
+
+def bearer(portal: Portal, request: Request) -> Row:
+    """The access token of a request; PortalError 401 without a good one. A request that brought none is only
+    told that it takes one: an error code is for those that tried (RFC 6750 section 3.1)."""
+    value = bearer_value(request)
+    if value is None:
+        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401,
+                          [challenge()])
+    row = known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(portal, row):
+        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        raise PortalError("invalid_token", why, 401,
+                          [challenge(error="invalid_token", error_description=why)])
+    request.client_id, request.username = row["client_id"], row["username"]
+    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope "
+                 f"{row['token_scope']} (RFC 6750 section 2.1)")
+    return row
+
+
+def bearer_value(request: Request) -> str | None:
+    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    return value.strip() if scheme.lower() == "bearer" else None
 
 
 def known_token(portal: Portal, value: str) -> Row | None:
@@ -1892,63 +2003,13 @@ def is_active(portal: Portal, row: Row) -> bool:
     return bool(row["live"]) and row["expires"] > portal.clock.now()
 
 
-def bearer_value(request: Request) -> str | None:
-    """The value of Authorization: Bearer (RFC 6750 section 2.1); None without such a header."""
-    scheme, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if scheme.lower() == "bearer" else None
-
-
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; PortalError 401 without a good one. Who brought none is only told that it takes
-    one: an error code is for those who tried (RFC 6750 section 3.1)."""
-    value = bearer_value(request)
-    if value is None:
-        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401, [challenge()])
-    row = known_token(portal, value)
-    if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
-        raise PortalError("invalid_token", why, 401, [challenge(error="invalid_token", error_description=why)])
-    request.client_id, request.username = row["client_id"], row["username"]
-    request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope {row['token_scope']} "
-                 "(RFC 6750 section 2.1)")
-    return row
-
-
-@route("POST /oauth/introspect", "RFC 7662 section 2", cors=True, fault="introspect")
-def introspect(portal: Portal, request: Request) -> Response:
-    """What a token is good for (RFC 7662): told to a client that proves who it is, to a backend service's token, and to
-    the bearer of a token of the same authorization.
-
-    A public client proves nothing by its id, so it shows a token too (RFC 7662 section 2.1: against scanning).
-    """
-    form = Fields(request.form())
-    row, expected = known_token(portal, form.need("token")), (
-        "expected a bearer token that is valid, and is for system/ scopes or of the authorization asked about")
-    if bearer_value(request) is not None:
-        try:
-            asker = bearer(portal, request)
-        except PortalError as error:
-            raise PortalError("invalid_client", expected, 401, error.headers)
-        if asker["username"] is not None and not (row and row["grant_id"] == asker["grant_id"]):
-            raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
-    elif authenticate_client(portal, request, form).auth_method == "none":
-        raise invalid_client(f"a public client proves nothing by its id: {expected}")
-    if not row or not is_active(portal, row):
-        return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
-    answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"], "exp": int(row["expires"]),
-              "iat": int(row["issued"]), "iss": row["issuer"], **launch_context(row)}
-    if row["kind"] == "access":
-        answer["token_type"] = "Bearer"
-    if row["username"]:
-        answer.update(username=row["username"], **claims_of(portal, row))
-    return json_response(answer)
-
-
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009 section 2.2).
+    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009
+    section 2.2).
 
-    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is good.
+    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is
+    good.
     """
     form = Fields(request.form())
     value = form.need("token")
@@ -2505,47 +2566,17 @@ def me(portal: Portal, request: Request) -> Response:
 # ######################################################################## 12 discovery
 
 
-def addresses(base: str, browser_base: str) -> dict[str, str]:
-    """The endpoints, absolute. One source for every document that names them, so that all agree."""
-    return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
-            "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
-            "management_endpoint": f"{browser_base}/apps", "introspection_endpoint": f"{base}/oauth/introspect",
-            "revocation_endpoint": f"{base}/oauth/revoke", "userinfo_endpoint": f"{base}/oauth/userinfo",
-            "jwks_uri": f"{base}/oauth/jwks"}
-
-
-def server_metadata(portal: Portal, request: Request) -> Json:
-    """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
-    Discovery section 3. What a member says is what the code below does."""
-    methods, grants = METADATA_CHOICES["token_endpoint_auth_method"], METADATA_CHOICES["grant_types"]
-    return {
-        **addresses(portal.base(request), portal.browser_base(request)),
-        "scopes_supported": [*PLAIN_SCOPES, *(f"{context}/*.{suffix}" for context in ("patient", "user", "system")
-                                              for suffix in ("rs", "read"))],
-        "response_types_supported": ["code"], "response_modes_supported": ["query"],
-        "grant_types_supported": list(grants), "code_challenge_methods_supported": ["S256"],
-        "token_endpoint_auth_methods_supported": list(methods),
-        "token_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414 section 2).
-        "introspection_endpoint_auth_methods_supported": [*(one for one in methods if one != "none"), "Bearer"],
-        "introspection_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "revocation_endpoint_auth_methods_supported": list(methods),
-        "revocation_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES),
-        "authorization_response_iss_parameter_supported": True,
-        "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
-        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name"],
-        "request_parameter_supported": False, "request_uri_parameter_supported": False}
-
-
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
     """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
-    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's /.well-known/oauth-authorization-server
-    # followed by the path. That never reaches a server below the path: the reverse proxy must send it here.
+    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's
+    # /.well-known/oauth-authorization-server followed by the path. That never reaches a server below the
+    # path: the reverse proxy must send it here.
     return json_response(server_metadata(portal, request))
 
 
-@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", cors=True, fault="discovery")
+@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", cors=True,
+       fault="discovery")
 def openid_configuration(portal: Portal, request: Request) -> Response:
     """The same for OpenID Connect clients, which look for it here."""
     return json_response(server_metadata(portal, request))
@@ -2554,15 +2585,15 @@ def openid_configuration(portal: Portal, request: Request) -> Response:
 CAPABILITIES = (  # SMART, "Capabilities": each is a promise
     "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
     "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
-    "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
-    "permission-patient", "permission-user", "permission-v1", "permission-v2")
+    "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter",
+    "permission-offline", "permission-patient", "permission-user", "permission-v1", "permission-v2")
 
 
 @route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
 def smart_configuration(portal: Portal, request: Request) -> Response:
     """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance").
 
-    Two lists are shorter here: SMART has no word for refresh tokens and for public clients but in `capabilities`.
+    Two lists are shorter: SMART has words for refresh tokens and public clients in `capabilities` alone.
     """
     document = server_metadata(portal, request)
     document["grant_types_supported"].remove("refresh_token")
@@ -2570,8 +2601,46 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
     return json_response({**document, "capabilities": CAPABILITIES})
 
 
+def server_metadata(portal: Portal, request: Request) -> Json:
+    """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
+    Discovery section 3. What a member says is what the other sections do."""
+    methods, algorithms = METADATA_CHOICES["token_endpoint_auth_method"], list(KEY_TYPES)
+    return {
+        **addresses(portal.base(request), portal.browser_base(request)),
+        "scopes_supported": [*PLAIN_SCOPES, *(f"{context}/*.{suffix}"
+                                              for context in ("patient", "user", "system")
+                                              for suffix in ("rs", "read"))],
+        "response_types_supported": ["code"], "response_modes_supported": ["query"],
+        "grant_types_supported": list(METADATA_CHOICES["grant_types"]),
+        "code_challenge_methods_supported": ["S256"],
+        "token_endpoint_auth_methods_supported": list(methods),
+        "token_endpoint_auth_signing_alg_values_supported": algorithms,
+        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414
+        # section 2).
+        "introspection_endpoint_auth_methods_supported": [*(name for name in methods if name != "none"),
+                                                          "Bearer"],
+        "introspection_endpoint_auth_signing_alg_values_supported": algorithms,
+        "revocation_endpoint_auth_methods_supported": list(methods),
+        "revocation_endpoint_auth_signing_alg_values_supported": algorithms,
+        "authorization_response_iss_parameter_supported": True,
+        "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
+        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name"],
+        "request_parameter_supported": False, "request_uri_parameter_supported": False}
+
+
+def addresses(base: str, browser_base: str) -> dict[str, str]:
+    """The endpoints, absolute. One source for every document that names them, so that all agree."""
+    return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
+            "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
+            "management_endpoint": f"{browser_base}/apps",
+            "introspection_endpoint": f"{base}/oauth/introspect",
+            "revocation_endpoint": f"{base}/oauth/revoke", "userinfo_endpoint": f"{base}/oauth/userinfo",
+            "jwks_uri": f"{base}/oauth/jwks"}
+
+
 # The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
-@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir", fault="metadata")
+@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir",
+       fault="metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
     return fhir_response(request, capability_statement(portal, request, True), version=portal.records.version)
@@ -2612,82 +2681,78 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 LAUNCH_SECONDS = 300
 
 
-def check_fhir_context(value: Any) -> None:
-    """The member fhirContext: what else is open in the EHR (SMART, "fhirContext"). PortalError where it can't be."""
-    def need(good: object, expected: str) -> None:
-        if not good:
-            raise PortalError("invalid_request", f"fhir_context: expected {expected}")
-    need(isinstance(value, list), "an array of objects")
-    for item in value:
-        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys(),
-             "objects with a reference, a canonical or an identifier")
-        reference, role = item.get("reference", "Basic/1"), item.get("role", "launch")
-        need(isinstance(reference, str) and re.fullmatch(r"[A-Z][A-Za-z]+/[A-Za-z0-9.-]{1,64}", reference),
-             "a relative reference such as ImagingStudy/1")
-        need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role), "an absolute URI as role")
-        need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
-             "Patient and Encounter only with a role: the launch's own are patient_id and encounter_id")
-
-
 def create_launch(portal: Portal, base: str, *, client_id: str | None = None, launch_uri: str | None = None,
                   username: str | None = None, patient_id: str | None = None, encounter_id: str | None = None,
                   intent: str | None = None, need_patient_banner: bool = True,
                   fhir_context: list[Json] | None = None) -> Json:
-    """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is in it.
+    """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is
+    in it.
 
-    The handle is for one app, once, within five minutes. It carries the choice of patient, not the right to see one:
-    who signs in must be the user named here, if one is, and may open the patient's record. PortalError names what
-    can't be.
+    The handle is for one app, once, within five minutes. It carries the choice of patient, not the right to
+    see one: who signs in must be the user named here, if one is, and may open the patient's record.
     """
-    def need(good: object, description: str) -> None:
-        if not good:
-            raise PortalError("invalid_request", description)
-    for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username), ("intent", intent),
-                        ("patient_id", patient_id), ("encounter_id", encounter_id)):
+    for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username),
+                        ("intent", intent), ("patient_id", patient_id), ("encounter_id", encounter_id)):
         need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
-    client = portal.client(client_id) if client_id else None
-    need(client or not client_id, f"client_id: {client_id!r} is not registered here")
-    registered = [base + uri if uri.startswith("/") else uri
-                  for uri in (client.metadata.get("launch_uris", []) if client else [])]
-    uri = launch_uri or next(iter(registered), None)
-    need(uri, "launch_uri is missing, and the client registered no launch_uris" if client else
-         "give client_id or launch_uri")
-    need(is_web_url(uri) and uri in (registered or [uri]), f"launch_uri: {uri!r} is not " + (
-        f"one of the client's: {', '.join(registered)}" if registered else "an absolute http or https URL"))
+    uri, whose = launch_address(portal, base, client_id, launch_uri), username or "clinician"
     need(username is None or portal.user(username), f"username: there is no user {username!r}")
-    need(patient_id is None or portal.patient_name(username or "clinician", patient_id),
-         f"patient_id: {patient_id!r} is not a patient " + (f"of {username!r}" if username else "known here"))
+    need(patient_id is None or portal.patient_name(whose, patient_id),
+         f"patient_id: {patient_id!r} is not a patient {f'of {username!r}' if username else 'known here'}")
     need(encounter_id is None or (patient_id and encounter_id in encounters_of(portal, patient_id)),
          f"encounter_id: {encounter_id!r} is not a visit of the patient")
     need(isinstance(need_patient_banner, bool), "need_patient_banner: expected true or false")
-    if fhir_context is not None:
-        check_fhir_context(fhir_context)
+    check_fhir_context([] if fhir_context is None else fhir_context)
     context = {"encounter": encounter_id, "intent": intent, "need_patient_banner": need_patient_banner,
                "fhirContext": fhir_context}
+    members = json.dumps({name: value for name, value in context.items() if value is not None})
     handle, now = secrets.token_urlsafe(24), portal.clock.now()
     with portal.state.transaction() as database:
         forget_expired(database, "launches", now - PENDING_SECONDS)  # a user may still be deciding on one
-        database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)", (
-            handle, client_id, username, patient_id,
-            json.dumps({name: value for name, value in context.items() if value is not None}), now + LAUNCH_SECONDS))
+        database.execute("INSERT INTO launches VALUES (?, ?, ?, ?, ?, ?)",
+                         (handle, client_id, username, patient_id, members, now + LAUNCH_SECONDS))
     iss = f"{base}/api/fhir"
-    return {"launch_url": with_query(str(uri), iss=iss, launch=handle), "launch": handle, "iss": iss}
+    return {"launch_url": with_query(uri, iss=iss, launch=handle), "launch": handle, "iss": iss}
+
+
+def launch_address(portal: Portal, base: str, client_id: str | None, launch_uri: str | None) -> str:
+    """Where to open an app: what was given, if it is the client's, else the first that it registered."""
+    client = portal.client(client_id) if client_id else None
+    need(client or not client_id, f"client_id: {client_id!r} is not registered here")
+    registered = client.metadata.get("launch_uris", []) if client else []
+    registered = [base + uri if uri.startswith("/") else uri for uri in registered]
+    nowhere = "launch_uri is missing, and the client registered no launch_uris"
+    nothing = nowhere if client else "give client_id or launch_uri"
+    uri: str = need(launch_uri or next(iter(registered), ""), nothing)
+    ours = f"one of the client's: {', '.join(registered)}"
+    expected = ours if registered else "an absolute http or https URL"
+    need(is_web_url(uri) and (uri in registered or not registered), f"launch_uri: {uri!r} is not {expected}")
+    return uri
+
+
+def check_fhir_context(value: Any) -> None:
+    """The member fhirContext: what else is open in the EHR (SMART, "fhirContext")."""
+    need(isinstance(value, list), "fhir_context: expected an array of objects")
+    for item in value:
+        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys(),
+             "fhir_context: expected objects with a reference, a canonical or an identifier")
+        reference, role = item.get("reference", "Basic/1"), item.get("role", "launch")
+        need(isinstance(reference, str) and re.fullmatch(r"[A-Z][A-Za-z]+/[A-Za-z0-9.-]{1,64}", reference),
+             "fhir_context: expected a relative reference such as ImagingStudy/1")
+        need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role),
+             "fhir_context: expected an absolute URI as role")
+        need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
+             "fhir_context: expected Patient and Encounter only with a role: the launch's own are patient_id "
+             "and encounter_id")
 
 
 # ######################################################################## 14 identity
 
 
-def may_know_who(row: Row) -> bool:
-    """Whether a token says more of its user than an opaque id."""
-    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
-
-
 def claims_of(portal: Portal, row: Row) -> Json:
-    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know it,
-    `fhirUser`, the resource that stands for the user, which with another person's record is not the patient (SMART,
-    "Scopes for requesting identity data")."""
-    words = row["token_scope"].split()
-    if "openid" not in words:
+    """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know
+    it, `fhirUser`, the resource that stands for the user, which with another person's record is not the
+    patient (SMART, "Scopes for requesting identity data")."""
+    if "openid" not in row["token_scope"].split():
         return {}
     claims = {"sub": row["username"]}
     who = portal.fhir_user(row["username"], row["patient_id"])
@@ -2696,32 +2761,33 @@ def claims_of(portal: Portal, row: Row) -> Json:
     return claims
 
 
-def signing_key(portal: Portal) -> RsaKey:
-    """The key that signs id_tokens: made when first needed, then kept with the state."""
-    sql = "SELECT p, q FROM keys"
-    row = portal.state.row(sql)
-    if not row:
-        with portal.key_lock:  # not the database's, since this takes half a second
-            if not portal.state.row(sql):
-                key = new_rsa_key()
-                with portal.state.transaction() as database:  # another process may have been first
-                    database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
-                                     (f"{key.p:x}", f"{key.q:x}"))
-        row = portal.state.row(sql)
-    assert row
-    return RsaKey(int(row["p"], 16), int(row["q"], 16))
+def may_know_who(row: Row) -> bool:
+    """Whether a token says more of its user than an opaque id."""
+    return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
 
 
 def id_token(portal: Portal, grant: Row) -> str:
-    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2); of a code's row."""
+    """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2)."""
     now = int(portal.clock.now())
     claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
-              **claims_of(portal, grant)}
-    if grant["signed_in"] is not None:
-        claims["auth_time"] = int(grant["signed_in"])
+              "auth_time": int(grant["signed_in"]), **claims_of(portal, grant)}
     if grant["nonce"]:
         claims["nonce"] = grant["nonce"]
     return sign_jwt(signing_key(portal), claims)
+
+
+def signing_key(portal: Portal) -> RsaKey:
+    """The key that signs id_tokens: made when first needed, then kept with the state."""
+    sql = "SELECT p, q FROM keys"
+    with portal.key_lock:  # not the database's, since making a key takes half a second
+        if not portal.state.row(sql):
+            key = new_rsa_key()
+            with portal.state.transaction() as database:  # another process may have been first
+                database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
+                                 (f"{key.p:x}", f"{key.q:x}"))
+        row = portal.state.row(sql)
+    assert row
+    return RsaKey(int(row["p"], 16), int(row["q"], 16))
 
 
 @route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
@@ -2734,11 +2800,11 @@ def jwks(portal: Portal, request: Request) -> Response:
 def userinfo(portal: Portal, request: Request) -> Response:
     """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
     row = bearer(portal, request)
-    user, claims = portal.user(row["username"] or ""), claims_of(portal, row)
-    if not user or not claims:
-        raise PortalError("insufficient_scope", "the token's scope has no openid", 403,
-                          [challenge(error="insufficient_scope", scope="openid")])
-    return json_response({**claims, **({"name": user["name"]} if may_know_who(row) else {})})
+    user = portal.user(row["username"] or "")
+    claims = need(claims_of(portal, row) if user else None, "the token's scope has no openid",
+                  "insufficient_scope", 403,
+                  headers=[challenge(error="insufficient_scope", scope="openid")])
+    return json_response({**claims, "name": user["name"]} if user and may_know_who(row) else claims)
 
 
 # ######################################################################## 15 keys instead of secrets, backend services
@@ -2912,9 +2978,52 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
 
 # ######################################################################## 16 granular scopes
 
-# No modifiers, no chains, no _filter: SMART calls those experimental, and this server refuses them.
+# patient/Observation.rs?category=laboratory&status=final opens the laboratory results that are final: a
+# resource must meet every pair, and of one pair's values, between commas, any. No modifiers, no chains, no
+# _filter: SMART calls those experimental, and this server refuses them.
 _CONSTRAINT = re.compile(r"(?!_filter=)([A-Za-z_][A-Za-z0-9_-]*)=([^&]+)")
-_COMMA = re.compile(r"(?<!\\),")  # between alternatives; one after a backslash belongs to the value (FHIR search)
+_COMMA = re.compile(r"(?<!\\),")  # between alternatives; after a backslash a part of the value
+
+
+def parse_constraints(text: str) -> tuple[tuple[str, str], ...] | None:
+    """The search parameters (name, value) in ?name=value&..., none in ""; None for what is neither."""
+    pairs = [_CONSTRAINT.fullmatch(pair) for pair in text[1:].split("&")] if text else []
+    return tuple((pair[1], unquote(pair[2])) for pair in pairs if pair) if all(pairs) else None
+
+
+def constraints_cover(wide: Sequence[tuple[str, str]], narrow: Sequence[tuple[str, str]]) -> bool:
+    """Whether all that meets the constraints of `narrow` meets those of `wide`: each of these stands there
+    too, with no value besides.
+
+    >>> constraints_cover([("category", "a,b")], [("category", "b"), ("status", "final")])
+    True
+    >>> constraints_cover([("category", "a")], [])
+    False
+    """
+    return all(any(name == other and set(_COMMA.split(fewer)) <= set(_COMMA.split(values))
+                   for other, fewer in narrow) for name, values in wide)
+
+
+def check_constraints(portal: Portal, granted: str) -> None:
+    """Each constraint is a search parameter of the records' version, with a value it takes; else PortalError.
+    Any other would find nothing, and would put words of the app's choice before the person who decides."""
+    for scope in resource_scopes(granted):
+        for name, value in scope.constraints:
+            version, any_type = portal.records.version, scope.type == "*"
+            types = [type_name for type_name in search_table(version) if any_type or type_name == scope.type]
+            need(any(is_search(version, type_name, name, value) for type_name in types),
+                 f"scope {scope.text!r}: {name} is no search parameter of "
+                 f"{'any type' if any_type else scope.type}, "
+                 f"or does not take {value!r}", "invalid_scope")
+
+
+def is_search(version: str, type_name: str, name: str, value: str) -> bool:
+    """Whether a type can be searched by this parameter and value."""
+    try:
+        parse_term(version, type_name, name, value)
+    except FhirError:
+        return False
+    return True
 
 
 def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:

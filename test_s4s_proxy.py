@@ -549,20 +549,24 @@ class ScopeWords(unittest.TestCase):
     """One grammar for SMART 1, SMART 2 and constraints."""
 
     def test_what_a_scope_means(self) -> None:
+        many = "patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final"
         for word, meaning in (
-                ("patient/*.rs", ("patient", "*", "rs", ())), ("user/Condition.read", ("user", "Condition", "rs", ())),
-                ("system/*.*", ("system", "*", "cruds", ())), ("patient/Patient.write", ("patient", "Patient", "cud", ())),
-                ("patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final", (
-                    "patient", "Observation", "rs", (("category", "laboratory,http://x|vital-signs"), ("status", "final"))))):
+                ("patient/*.rs", ("patient", "*", "rs", ())),
+                ("user/Condition.read", ("user", "Condition", "rs", ())),
+                ("system/*.*", ("system", "*", "cruds", ())),
+                ("patient/Patient.write", ("patient", "Patient", "cud", ())),
+                (many, ("patient", "Observation", "rs", (
+                    ("category", "laboratory,http://x|vital-signs"), ("status", "final"))))):
             with self.subTest(word=word):
                 parsed = s4s.parse_scope(word)
                 assert parsed
                 self.assertEqual((parsed.context, parsed.type, parsed.letters, parsed.constraints), meaning)
 
     def test_what_is_no_resource_scope(self) -> None:
-        for word in ("patient/*.", "patient/*.dus", "patient/*.sr", "Patient/*.rs", "patient/observation.rs", "patient/*",
-                     "patient/*.rs?", "patient/*.rs?x", "patient/*.rs?x=", "patient/*.rs?a=b&", "launch/patient",
-                     "patient/*.rs?code:in=x", "patient/*.rs?subject.name=x", "patient/*.rs?_filter=x", "patient/*.readx"):
+        for word in ("patient/*.", "patient/*.dus", "patient/*.sr", "Patient/*.rs", "patient/observation.rs",
+                     "patient/*", "patient/*.rs?", "patient/*.rs?x", "patient/*.rs?x=", "patient/*.rs?a=b&",
+                     "launch/patient", "patient/*.rs?code:in=x", "patient/*.rs?subject.name=x",
+                     "patient/*.rs?_filter=x", "patient/*.readx"):
             with self.subTest(word=word):
                 self.assertIsNone(s4s.parse_scope(word))
 
@@ -572,11 +576,13 @@ class ScopeWords(unittest.TestCase):
                 ("patient/*.rs", "patient/*.cruds", True), ("patient/Observation.rs", "patient/*.rs", False),
                 ("patient/*.r", "patient/*.rs", False), ("patient/*.rs", "user/*.rs", False),
                 ("user/*.rs", "patient/*.rs", False), ("launch/patient", "launch", True),
-                ("launch", "launch/patient", False), ("fhirUser", "profile", True),
+                ("launch", "launch/patient", False), ("fhirUser", "profile", True), ("", "openid", False),
                 ("patient/*.rs", "patient/Observation.rs?category=laboratory", True),
                 ("patient/Observation.rs?category=laboratory", "patient/Observation.rs", False),
-                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?category=b&status=final", True),
+                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?category=b&status=final",
+                 True),
                 ("patient/Observation.rs?category=a", "patient/Observation.rs?category=a,b", False),
+                ("patient/Observation.rs?category=a", "patient/Observation.rs?code=a", False),
                 ("patient/Observation.rs?category=a%5C,b", "patient/Observation.rs?category=b", False)):
             with self.subTest(registered=registered, word=word):
                 self.assertEqual(s4s.scope_covers(registered, word), covered)
@@ -591,19 +597,25 @@ class ScopeWords(unittest.TestCase):
                 ("nonsense patient/*.dus launch/imagingstudy fhirUser", "fhirUser")):
             with self.subTest(asked=asked):
                 self.assertEqual(s4s.negotiate_scope(asked, everything), granted)
-        self.assertEqual(s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",)), "system/*.read")
+        self.assertEqual(s4s.negotiate_scope("openid offline_access", "patient/*.rs openid"), "openid")
+        self.assertEqual(s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",)),
+                         "system/*.read")
 
     def test_a_constraint_that_can_not_be_kept_is_refused_not_dropped(self) -> None:
-        for word in ("patient/Observation.rs?code:in=x", "patient/Observation.rs?subject.name=x",
-                     "patient/Observation.rs?_filter=x", "patient/Observation.rs?"):
-            with self.subTest(word=word), self.assertRaisesRegex(s4s.PortalError, "invalid_scope"):
-                s4s.negotiate_scope("launch/patient " + word, "launch/patient patient/*.rs")
+        for constraint in ("?code:in=x", "?subject.name=x", "?_filter=x", "?"):
+            with self.subTest(constraint=constraint), self.assertRaisesRegex(s4s.PortalError,
+                                                                             "invalid_scope"):
+                s4s.negotiate_scope(f"launch/patient patient/Observation.rs{constraint}", "patient/*.rs")
 
     def test_scopes_in_words(self) -> None:
-        for word, needles in (("patient/*.rs", ("everything", "may be later")), ("patient/Condition.r", ("open Condition",)),
-                              ("user/*.rs", ("every record you may open",)), ("offline_access", ("when you are not there",))):
-            for needle in needles:
-                self.assertIn(needle, s4s.describe_scope(word))
+        for word, text in (
+                ("patient/*.rs",
+                 "open and search everything, of every kind there is now and may be later, in the record"),
+                ("patient/Condition.r", "open Condition records in the record"),
+                ("user/Condition.s", "search Condition records in every record you may open"),
+                ("offline_access", s4s.PLAIN_SCOPES["offline_access"])):
+            with self.subTest(word=word):
+                self.assertEqual(s4s.describe_scope(word), text)
 
 
 # ######################################################################## 4 the tables and the clock
@@ -1502,55 +1514,8 @@ class Cookies(PortalTest):
 # ######################################################################## 8 the authorization request
 
 
-class AuthorizationEndpoint(PortalTest):
-    """What is wrong with a request is said before anybody signs in."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.app = App(self.portal)
-
-    def test_an_unknown_client_or_redirect_uri_is_a_page_and_no_redirect(self) -> None:
-        for changed in ({"client_id": "nobody"}, {"client_id": None}, {"redirect_uri": "https://evil.example/"},
-                        {"redirect_uri": None}, {"redirect_uri": self.app.redirect_uri + "/x"}):
-            with self.subTest(changed=changed):
-                got = ask(self.app.authorize_url(**changed))
-                self.assertEqual(got.status, 400)
-                self.assertNotIn("location", got.headers)
-
-    def test_everything_else_goes_to_the_redirect_uri_with_the_state(self) -> None:
-        for error, changed in (
-                ("unsupported_response_type", {"response_type": "token"}), ("invalid_request", {"response_type": None}),
-                ("invalid_request", {"scope": None}), ("invalid_scope", {"scope": "nonsense"}),
-                ("invalid_request", {"aud": "https://other.example/fhir"}),
-                ("invalid_request", {"code_challenge_method": "plain"}),
-                ("invalid_request", {"code_challenge_method": None}), ("invalid_request", {"code_challenge": "short"})):
-            with self.subTest(changed=changed):
-                got = ask(self.app.authorize_url(**changed))
-                self.assertEqual((got.status, got.location["error"]), (303, error))
-                self.assertEqual(got.location["state"], self.app.state)
-
-    def test_a_request_without_state_is_refused(self) -> None:
-        self.assertEqual(ask(self.app.authorize_url(state=None)).location["error"], "invalid_request")
-
-    def test_a_parameter_given_twice_is_refused(self) -> None:
-        got = ask(self.app.authorize_url() + "&scope=patient/*.rs")
-        self.assertEqual(got.location["error"], "invalid_request")
-
-    def test_a_public_client_must_send_a_challenge(self) -> None:
-        app = App(self.portal, token_endpoint_auth_method="none")
-        got = ask(app.authorize_url(code_challenge=None, code_challenge_method=None))
-        self.assertEqual(got.location["error"], "invalid_request")
-
-    def test_the_request_may_come_as_a_form(self) -> None:
-        url, _, query = self.app.authorize_url().partition("?")
-        self.assertIn("/oauth/consent", ask(url, form=parse_qsl(query)).headers["location"])
-
-    def test_the_apps_redirect_uri_is_never_unencoded_in_the_portals_addresses(self) -> None:
-        self.assertNotIn("app.example", ask(self.app.authorize_url()).headers["location"])
-
-
 class AuthorizationRequest(PortalTest):
-    """GET and POST /oauth/authorize: each check, and where its error goes."""
+    """GET and POST /oauth/authorize: each check, and where its error goes, before anybody signs in."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -1559,30 +1524,48 @@ class AuthorizationRequest(PortalTest):
     def ask(self, **changed: str | None) -> Answer:
         return ask(self.app.authorize_url(**changed))
 
+    def signed_in(self) -> Browser:
+        """A browser in which somebody signed in a moment ago."""
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        browser.sign_in()
+        return browser
+
     def test_until_client_and_redirect_uri_are_good_nothing_redirects(self) -> None:
+        own = self.app.redirect_uri
         for changed in ({"client_id": "nobody"}, {"client_id": None}, {"redirect_uri": None},
-                        {"redirect_uri": "https://evil.example/"}, {"redirect_uri": "https://app.example/cb?own=1&x"}):
+                        {"redirect_uri": "https://evil.example/"}, {"redirect_uri": own + "/x"},
+                        {"redirect_uri": own + "&x"}):
             with self.subTest(changed=changed):
                 got = self.ask(**changed)
                 self.assertEqual((got.status, "location" in got.headers), (400, False))
 
-    def test_everything_else_goes_back_to_the_app_before_anybody_signs_in(self) -> None:
+    def test_everything_else_goes_back_to_the_app(self) -> None:
         for error, changed in (
-                ("invalid_request", {"response_type": None}), ("unsupported_response_type", {"response_type": "token"}),
+                ("invalid_request", {"response_type": None}),
+                ("unsupported_response_type", {"response_type": "token"}),
                 ("invalid_request", {"response_mode": "form_post"}), ("invalid_request", {"scope": None}),
                 ("invalid_scope", {"scope": "nonsense"}), ("invalid_scope", {"scope": 'patient/*.rs "'}),
+                ("invalid_scope", {"scope": "patient/Bundle.rs"}),
+                ("invalid_scope", {"scope": "system/*.rs"}),
                 ("invalid_request", {"aud": "https://evil.example/api/fhir"}),
+                ("invalid_request", {"aud": "/"}),
                 ("invalid_target", {"aud": None, "resource": "https://evil.example/api/fhir"}),
-                ("invalid_request", {"code_challenge_method": None}), ("invalid_request", {"code_challenge_method": "plain"}),
-                ("invalid_request", {"code_challenge": "short"}), ("invalid_request", {"code_challenge": None}),
-                ("request_not_supported", {"request": "x"}), ("request_uri_not_supported", {"request_uri": "x"}),
+                ("invalid_request", {"code_challenge_method": None}),
+                ("invalid_request", {"code_challenge_method": "plain"}),
+                ("invalid_request", {"code_challenge": "short"}),
+                ("invalid_request", {"code_challenge": None}),
+                ("request_not_supported", {"request": "x"}),
+                ("request_uri_not_supported", {"request_uri": "x"}),
+                ("registration_not_supported", {"registration": "{}"}),
                 ("invalid_request", {"max_age": "soon"}), ("invalid_request", {"prompt": "none login"}),
                 ("login_required", {"prompt": "none"}), ("invalid_request", {"scope": "launch patient/*.rs"}),
                 ("invalid_request", {"scope": "launch patient/*.rs", "launch": "unknown"})):
             with self.subTest(changed=changed):
                 got = self.ask(**changed)
-                self.assertEqual((got.status, got.location["error"]), (303, error))
-                self.assertEqual((got.location["state"], got.location["iss"]), (self.app.state, self.portal.url))
+                self.assertEqual((got.status, got.location.get("error")), (303, error))
+                self.assertEqual((got.location["state"], got.location["iss"]),
+                                 (self.app.state, self.portal.url))
                 self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
                 self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
 
@@ -1591,9 +1574,13 @@ class AuthorizationRequest(PortalTest):
         self.assertEqual((got.location["error"], "state" in got.location), ("invalid_request", False))
 
     def test_a_parameter_given_twice_is_refused(self) -> None:
-        for name, status in (("scope", 303), ("nonce", 303), ("client_id", 400), ("redirect_uri", 400)):
+        for name, status in (("scope", 303), ("nonce", 303), ("anything", 303), ("client_id", 400),
+                             ("redirect_uri", 400)):
             with self.subTest(name=name):
-                self.assertEqual(ask(self.app.authorize_url(nonce="n") + f"&{name}=x").status, status)
+                got = ask(self.app.authorize_url(**{name: self.app.scope}) + f"&{name}=x")
+                self.assertEqual(got.status, status)
+                if status == 303:
+                    self.assertEqual(got.location.get("error"), "invalid_request")
 
     def test_state_comes_back_as_it_was(self) -> None:
         for state in ("a;b", "a b+c%20", "\u00e9\u4e2d", "x&y=z#?", "'\"<>"):
@@ -1607,44 +1594,55 @@ class AuthorizationRequest(PortalTest):
         got = ask(url, form=parse_qsl(query))
         self.assertEqual(got.status, 303)
         self.assertIn("/oauth/consent?request=", got.headers["location"])
+        self.assertNotIn("app.example", got.headers["location"], "the app's redirect URI in our own address")
 
     def test_the_fhir_base_may_be_named_with_a_slash_and_by_any_name_of_loopback(self) -> None:
         port = self.portal.port
-        for aud in (f"http://localhost:{port}/api/fhir", f"http://127.0.0.1:{port}/api/fhir/", f"http://[::1]:{port}/api/fhir"):
+        for host, slash in (("localhost", ""), ("127.0.0.1", "/"), ("[::1]", "")):
             for name in ("aud", "resource"):
-                with self.subTest(aud=aud, name=name):
-                    back = self.portal.approve(self.app.authorize_url(**{"aud": None, name: aud}), username="daniel-adams")
-                    self.assertEqual(dict(parse_qsl(back))["iss"], aud.rstrip("/")[:-len("/api/fhir")])
-        for aud in (f"http://localhost:{port + 1}/api/fhir", f"https://localhost:{port}/api/fhir", self.portal.url):
+                with self.subTest(host=host, name=name):
+                    url = self.app.authorize_url(**{"aud": None,
+                                                    name: f"http://{host}:{port}/api/fhir{slash}"})
+                    back = self.portal.approve(url, username="daniel-adams")
+                    self.assertEqual(dict(parse_qsl(back))["iss"], f"http://{host}:{port}")
+        for aud in (f"http://localhost:{port + 1}/api/fhir", f"https://localhost:{port}/api/fhir",
+                    self.portal.url):
             with self.subTest(aud=aud):
                 self.assertEqual(self.ask(aud=aud).location["error"], "invalid_request")
 
     def test_login_hint_fills_in_the_user_name(self) -> None:
-        self.assertIn('value="joseph-ross"', Browser(self.portal).open(self.app.authorize_url(login_hint="joseph-ross")).text)
+        page = Browser(self.portal).open(self.app.authorize_url(login_hint="joseph-ross"))
+        self.assertIn('value="joseph-ross"', page.text)
 
     def test_prompt_none_never_shows_a_page(self) -> None:
-        browser = Browser(self.portal)
-        browser.open(self.portal.url + "/login")
-        browser.sign_in()
-        self.assertEqual(browser.open(self.app.authorize_url(prompt="none")).location["error"], "consent_required")
+        browser = self.signed_in()
+        self.portal.advance(100)
+        for changed, error in (({}, "consent_required"), ({"max_age": "200"}, "consent_required"),
+                               ({"max_age": "50"}, "login_required")):
+            with self.subTest(changed=changed):
+                got = browser.open(self.app.authorize_url(prompt="none", **changed))
+                self.assertEqual(got.location.get("error"), error)
 
     def test_prompt_login_and_max_age_ask_to_sign_in_again(self) -> None:
-        browser = Browser(self.portal)
-        browser.open(self.portal.url + "/login")
-        browser.sign_in()
+        browser = self.signed_in()
         self.portal.advance(100)
-        for changed, again in (({"max_age": "200"}, False), ({"max_age": "50"}, True), ({"prompt": "login"}, True)):
+        for changed, again in (({"max_age": "200"}, False), ({"max_age": "50"}, True),
+                               ({"prompt": "login"}, True)):
             with self.subTest(changed=changed):
-                self.assertEqual("Sign in" in browser.open(self.app.authorize_url(**changed)).text, again)
+                page = browser.open(self.app.authorize_url(**changed))
+                self.assertEqual("Sign in" in page.text, again)
         self.assertIn("Whose record?", browser.sign_in().text)
 
-    def test_a_client_that_did_not_register_for_the_code_flow_is_refused(self) -> None:
+    def test_what_a_client_did_not_register_for_it_does_not_get(self) -> None:
         self.app = App(self.portal, grant_types=["client_credentials"])
         self.assertEqual(self.ask().location["error"], "unauthorized_client")
-
-    def test_without_the_refresh_token_grant_there_is_no_offline_access(self) -> None:
         tokens = App(self.portal, grant_types=["authorization_code"]).tokens()
         self.assertEqual(("refresh_token" in tokens, tokens["scope"]), (False, "launch/patient patient/*.rs"))
+
+    def test_a_public_client_must_send_a_challenge(self) -> None:
+        self.app = App(self.portal, token_endpoint_auth_method="none")
+        got = self.ask(code_challenge=None, code_challenge_method=None)
+        self.assertEqual(got.location.get("error"), "invalid_request")
 
     def test_a_confidential_client_may_leave_out_pkce_and_aud(self) -> None:
         app = App(self.portal, token_endpoint_auth_method="client_secret_post")
@@ -1659,10 +1657,10 @@ class Strict(PortalTest):
 
     def test_pkce_and_aud_are_required_from_every_client(self) -> None:
         app = App(self.portal, token_endpoint_auth_method="client_secret_basic")
-        for missing in ("code_challenge", "aud"):
-            got = ask(app.authorize_url(**{missing: None, **({"code_challenge_method": None} if missing != "aud" else {})}))
+        for left_out in (("code_challenge", "code_challenge_method"), ("aud",)):
+            got = ask(app.authorize_url(**dict.fromkeys(left_out)))
             self.assertEqual(got.location["error"], "invalid_request")
-            self.assertIn(missing, got.location["error_description"])
+            self.assertIn(left_out[0], got.location["error_description"])
         self.assertEqual(app.exchange(app.code()).status, 200)
 
 
@@ -1670,16 +1668,15 @@ class SeveralNames(PortalTest):
     """Several base URLs: each app lives under the name it knows."""
     settings: ClassVar[dict[str, Any]] = {"base_url": ["http://portal.example", "http://smart:8000/"]}
 
-    def discover(self, host: str) -> Any:
-        return ask(f"{self.portal.address}/.well-known/openid-configuration", headers={"Host": host}).json
-
     def test_addresses_are_in_the_name_that_was_asked_and_the_browsers_in_the_first(self) -> None:
         for host, base in (("smart:8000", "http://smart:8000"), ("portal.example", "http://portal.example"),
                            ("localhost", "http://portal.example")):
             with self.subTest(host=host):
-                found = self.discover(host)
-                self.assertEqual((found["issuer"], found["token_endpoint"]), (base, base + "/oauth/token"))
-                self.assertEqual(found["authorization_endpoint"], "http://portal.example/oauth/authorize")
+                url = f"{self.portal.address}/.well-known/openid-configuration"
+                document = ask(url, headers={"Host": host}).json
+                self.assertEqual((document["issuer"], document["token_endpoint"]),
+                                 (base, base + "/oauth/token"))
+                self.assertEqual(document["authorization_endpoint"], "http://portal.example/oauth/authorize")
 
     def test_the_issuer_of_a_grant_is_the_name_that_aud_used(self) -> None:
         set_signing_key(self.portal)
@@ -1694,6 +1691,13 @@ class SeveralNames(PortalTest):
         self.assertEqual((claims["iss"], claims["fhirUser"]),
                          ("http://smart:8000", f"http://smart:8000/api/fhir/Patient/{DANIEL}"))
 
+    def test_the_issuer_is_spelled_as_this_server_spells_it(self) -> None:
+        with s4s.Server(base_url="http://localhost:8123") as portal:
+            app = App(portal)
+            back = portal.approve(app.authorize_url(aud="http://127.0.0.1:8123/api/fhir/"),
+                                  username="daniel-adams")
+        self.assertEqual(dict(parse_qsl(back))["iss"], "http://localhost:8123")
+
 
 # ######################################################################## 9 consent, and the code
 
@@ -1705,9 +1709,15 @@ class CodeFlow(PortalTest):
         super().setUp()
         self.app, self.browser = App(self.portal), Browser(self.portal)
 
+    def to_picker(self, username: str = "daniel-adams", **changed: str | None) -> None:
+        self.browser.open(self.app.authorize_url(**changed))
+        self.browser.sign_in(username)
+
+    def to_picker_again(self) -> None:
+        self.assertIn("Whose record?", self.browser.open(self.app.authorize_url()).text)
+
     def to_consent(self, patient_id: str = DANIEL) -> None:
-        self.browser.open(self.app.authorize_url())
-        self.browser.sign_in()
+        self.to_picker()
         self.browser.submit(patient_id)
 
     def test_sign_in_choose_approve_exchange_read(self) -> None:
@@ -1737,32 +1747,88 @@ class CodeFlow(PortalTest):
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 403)
         self.assertNotIn("entry", self.fhir(f"Condition?patient={DANIEL}", tokens).json)
 
-    def test_at_least_one_category_is_needed(self) -> None:
+    def test_a_form_that_says_too_little_or_too_much_is_refused(self) -> None:
+        for why, changed in (("no category", {"without": "security_labels"}),
+                             ("none of ours", {"without": "security_labels",
+                                               "security_labels": "everything"}),
+                             ("past", {"approval_expires": "2020-01-01"}),
+                             ("far", {"approval_expires": "2999-01-01"}),
+                             ("no date", {"approval_expires": "tomorrow"}),
+                             ("empty", {"approval_expires": ""}),
+                             ("a visit unasked", {"encounter_id": "visit-1"}),
+                             ("forged", {"form_token": "forged"})):
+            with self.subTest(why):
+                self.browser = Browser(self.portal)
+                self.to_consent()
+                got = self.browser.submit("authorize", 0, changed.pop("without", ""), **changed)
+                self.assertEqual(got.status, 403 if why == "forged" else 400)
+
+    def test_a_category_that_was_not_offered_can_not_be_added_by_hand(self) -> None:
+        self.app = App(self.portal, "launch/patient patient/Condition.rs")
         self.to_consent()
-        self.assertEqual(self.browser.submit("authorize", without="security_labels").status, 400)
+        self.assertEqual(self.browser.submit("authorize", security_labels="laboratory").status, 400)
+
+    def test_a_client_is_offered_what_its_security_labels_name(self) -> None:
+        self.app = App(self.portal, security_labels=["allergy", "problems"])
+        self.to_consent()
+        labels = [field["value"] for field in Form(self.browser.page.text).inputs
+                  if field.get("name") == "security_labels"]
+        self.assertEqual(labels, ["allergies", "problems"])
+        tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
+        for path, status in ((f"Condition?patient={DANIEL}", 200), (f"Patient/{DANIEL}", 403)):
+            self.assertEqual(self.fhir(path, tokens).status, status)
+
+    def test_who_has_no_choice_of_records_is_not_asked(self) -> None:
+        scopes = "launch/patient patient/*.rs user/*.rs"
+        for username, scope, asked in (
+                ("daniel-adams", "patient/*.rs", True), ("daniel-adams", "launch/patient", True),
+                ("joseph-ross", "patient/*.rs", False), ("daniel-adams", "user/*.rs", False),
+                ("clinician", "patient/*.rs", True), ("clinician", "launch/patient", True),
+                ("clinician", "user/*.rs", False)):
+            with self.subTest(username=username, scope=scope):
+                self.app, self.browser = App(self.portal, scopes), Browser(self.portal)
+                self.to_picker(username, scope=scope)
+                self.assertEqual("Whose record?" in self.browser.page.text, asked)
+
+    def test_a_user_without_a_record_approves_without_one(self) -> None:
+        visitor = {"username": "visitor", "password": "visitor-password", "name": "A visitor", "patients": []}
+        with s4s.Server(fixtures={"users": [visitor]}) as portal:
+            tokens = App(portal, "user/*.rs").tokens(username="visitor")
+        self.assertEqual(("access_token" in tokens, "patient" in tokens), (True, False))
 
     def test_the_end_date_bounds_every_token(self) -> None:
+        now = self.portal.portal.clock.now()
+        today, tomorrow = s4s.day_of(now), s4s.day_of(now + 86400)
         self.to_consent()
-        today = time.strftime("%Y-%m-%d", time.gmtime(self.portal.portal.clock.now()))
-        back = self.browser.submit("authorize", approval_expires=today)
+        self.assertIn("code", self.browser.submit("authorize", approval_expires=today).location)
+        self.portal.advance(s4s.end_of_day(tomorrow) - 100 - now)
+        self.browser = Browser(self.portal)
+        self.to_consent()
+        back = self.browser.submit("authorize", approval_expires=tomorrow)
         tokens = self.app.exchange(back.location["code"]).json
-        self.portal.advance(86400)
+        self.assertLessEqual(tokens["expires_in"], 100)
+        self.portal.advance(100)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
         self.assertEqual(self.app.refresh(tokens["refresh_token"]).json["error"], "invalid_grant")
 
-    def test_an_end_date_in_the_past_or_too_far_is_refused(self) -> None:
-        self.to_consent()
-        for date in ("2020-01-01", "2999-01-01", "tomorrow", ""):
-            with self.subTest(date=date):
-                self.assertEqual(self.browser.submit("authorize", approval_expires=date).status, 400)
-                self.browser.open(self.app.authorize_url())
-                self.browser.submit(DANIEL)
-
     def test_a_record_that_is_not_the_users_is_refused(self) -> None:
-        self.browser.open(self.app.authorize_url())
-        self.browser.sign_in()
-        self.assertEqual(self.browser.submit(DANIEL, patient_id=JOSEPH).status, 400)  # given twice
-        page = self.browser.open(self.browser.url.partition("?")[0], "POST", [("patient_id", JOSEPH)])
-        self.assertEqual(page.status, 403)
+        self.to_picker()
+        self.assertEqual(self.browser.submit(DANIEL, patient_id=JOSEPH).status, 400, "given twice")
+        for decision in ("", "approve"):
+            self.to_picker_again()
+            page = self.browser.submit(patient_id=JOSEPH, decision=decision)
+            self.assertEqual((page.status, "may not open the record" in page.text), (403, True))
+        self.to_picker_again()
+        self.assertEqual(self.browser.submit(patient_id=AMY).status, 200)
+
+    def test_a_link_to_the_consent_page_decides_nothing(self) -> None:
+        self.to_consent()
+        sent = urlencode(Form(self.browser.page.text).fields)
+        url = self.browser.url.partition("?")[0]
+        for decision in ("approve", "deny"):
+            page = self.browser.open(f"{url}?{sent}&decision={decision}")
+            self.assertEqual((page.status, "location" in page.headers), (200, False))
+        self.assertIn("code", self.browser.submit("authorize").location)
 
     def test_a_wrong_password_signs_nobody_in(self) -> None:
         self.browser.open(self.app.authorize_url())
@@ -1770,16 +1836,59 @@ class CodeFlow(PortalTest):
         self.assertEqual(page.status, 401)
         self.assertIn("do not match", page.text)
 
-    def test_a_form_without_its_token_is_refused(self) -> None:
-        self.to_consent()
-        self.assertEqual(self.browser.submit("authorize", form_token="forged").status, 403)
-
-    def test_a_request_is_answered_once(self) -> None:
+    def test_a_request_is_answered_once_and_within_half_an_hour(self) -> None:
         self.to_consent()
         page, url = self.browser.page, self.browser.url
         self.browser.submit("authorize")
         self.browser.page, self.browser.url = page, url
         self.assertEqual(self.browser.submit("authorize").status, 400)
+        self.browser = Browser(self.portal)
+        self.browser.open(self.app.authorize_url())
+        self.portal.advance(1801)
+        self.assertEqual(self.browser.sign_in().status, 400)
+
+    def test_of_two_clicks_at_once_one_gets_a_code(self) -> None:
+        self.to_consent()
+        statuses: list[int] = []
+        fields, url = [*Form(self.browser.page.text).fields, ("decision", "approve")], self.browser.url
+        cookie = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.browser.cookies.items())}
+        real, gate = s4s.new_grant, threading.Barrier(2)
+
+        def both_at_once(*given: Any) -> Any:
+            gate.wait(10)  # both have found the request open
+            return real(*given)
+        with mock.patch.object(s4s, "new_grant", both_at_once):
+            threads = [threading.Thread(target=lambda: statuses.append(
+                ask(url.partition("?")[0], form=fields, headers=cookie).status)) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(sorted(statuses), [303, 400])
+
+    def test_a_code_of_a_permission_that_was_taken_back_buys_nothing(self) -> None:
+        code = self.app.code()
+        tokens = self.app.tokens()
+        self.browser.open(self.portal.url + "/apps")
+        self.browser.sign_in()
+        self.browser.submit("Stop sharing")
+        self.browser.submit("Stop sharing")
+        for got in (self.app.exchange(code), self.app.refresh(tokens["refresh_token"])):
+            self.assertEqual(got.json["error"], "invalid_grant")
+            self.assertIn("revoked", got.json["error_description"])
+
+    def test_nobody_stops_sharing_for_somebody_else(self) -> None:
+        mine, theirs = self.app.tokens(), self.app.tokens(username="clinician", patient_id=DANIEL)
+        self.browser.open(self.portal.url + "/apps")
+        self.browser.sign_in()
+        self.browser.submit("Stop sharing")
+        url = urljoin(self.browser.url, Form(self.browser.page.text).action)
+        self.assertEqual(self.browser.open(url, "POST", [("form_token", "forged")]).status, 403)
+        self.browser.open(self.portal.url + "/apps")
+        self.browser.submit("Stop sharing")
+        self.browser.submit("Stop sharing")
+        for tokens, status in ((mine, 401), (theirs, 200)):
+            self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, status)
 
     def test_the_session_gets_a_new_id_at_sign_in(self) -> None:
         self.browser.open(self.app.authorize_url())
@@ -1798,19 +1907,19 @@ class CodeFlow(PortalTest):
         self.assertEqual(text.count('data-slide="next"'), 2)
         self.assertIn('id="consent-carousel"', text)
         form = Form(text)
-        confirms = [one for one in form.inputs if one.get("rel") == "confirm"]
+        confirms = [field for field in form.inputs if field.get("rel") == "confirm"]
         self.assertTrue(confirms)
         for box in confirms:
             self.assertEqual((box["class"], box["type"], "required" in box, "value" in box),
                              ("glyphbox", "checkbox", True, False))
-        labels = [one["value"] for one in form.inputs if one.get("name") == "security_labels"]
+        labels = [field["value"] for field in form.inputs if field.get("name") == "security_labels"]
         self.assertIn("vital-signs", labels)
         self.assertLess(text.index("glyphbox"), text.index("security_labels"))
-        until = next(one for one in form.inputs if one.get("name") == "approval_expires")
+        until = next(field for field in form.inputs if field.get("name") == "approval_expires")
         self.assertTrue(until["type"] == "date" and until["min"] < until["value"] < until["max"])
-        refusals = [one for one in form.buttons if one.get("class") == "btn-default"]
-        self.assertTrue(refusals and all("formnovalidate" in one for one in refusals))
-        self.assertIn("authorize", [one.get("id") for one in form.buttons])
+        refusals = [button for button in form.buttons if button.get("class") == "btn-default"]
+        self.assertTrue(refusals and all("formnovalidate" in button for button in refusals))
+        self.assertIn("authorize", [button.get("id") for button in form.buttons])
 
 
 class AppsPage(PortalTest):
@@ -1858,15 +1967,18 @@ class WhoAsks(PortalTest):
         return Page(browser.submit(DANIEL).text)
 
     def test_the_values_of_a_scope_stand_in_quotes(self) -> None:
-        page = self.consent(App(self.portal, "launch/patient patient/Observation.rs?code=it%20is%20yours,http://x%7C1&status=final"))
+        values = "code=it%20is%20yours,http://x%7C1&status=final"
+        page = self.consent(App(self.portal, f"launch/patient patient/Observation.rs?{values}"))
         main = page.texts["main"][0]
         self.assertIn('but only where code is "it is yours" or "http://x|1" and status is "final"', main)
         self.assertLessEqual({'"it is yours"', '"http://x|1"', '"final"'}, set(page.texts["code"]))
 
     def test_a_constraint_that_no_search_takes_is_refused_by_name(self) -> None:
-        for word, fine in (("patient/Observation.rs?_tag=x", False), ("patient/Observation.rs?birthdate=2000", False),
-                           ("patient/Observation.rs?date=soon", False), ("patient/*.rs?nonsense=x", False), ("patient/*.rs?birthdate=2000", True),
-                           ("patient/Observation.rs?date=ge2000", True), ("user/Patient.rs?birthdate=x", False)):
+        for word, fine in (
+                ("patient/Observation.rs?_tag=x", False), ("patient/Observation.rs?birthdate=2000", False),
+                ("patient/Observation.rs?date=soon", False), ("patient/*.rs?nonsense=x", False),
+                ("patient/*.rs?birthdate=2000", True), ("patient/Observation.rs?date=ge2000", True),
+                ("user/Patient.rs?birthdate=x", False)):
             with self.subTest(word=word):
                 app = App(self.portal, "launch/patient patient/*.rs user/*.rs")
                 got = ask(app.authorize_url(scope="launch/patient " + word))
@@ -1875,7 +1987,8 @@ class WhoAsks(PortalTest):
                     self.assertEqual(got.location["error"], "invalid_scope")
                     self.assertIn(word, got.location["error_description"])
                 self.assertEqual(self.post("/oauth/debug/token", {
-                    "client_id": app.client_id, "username": "daniel-adams", "scope": word}).status, 200 if fine else 400)
+                    "client_id": app.client_id, "username": "daniel-adams", "scope": word}).status,
+                                 200 if fine else 400)
         service = KeyedApp(self.portal)
         self.assertEqual(service.token(scope="system/Patient.rs?code=x").json["error"], "invalid_scope")
 
@@ -1884,7 +1997,8 @@ class WhoAsks(PortalTest):
         page = self.consent(app)
         main = page.texts["main"][0]
         self.assertIn(app.client_id, page.texts["code"])
-        for words in ("registered itself", "Approve only if you have just come from that app", "https://app.example"):
+        for words in ("registered itself", "Approve only if you have just come from that app",
+                      "https://app.example"):
             self.assertIn(words, main)
         app.client_id, app.redirect_uri = "test-suite", "http://tests.dev.syncfor.science:9003/authorized/"
         main = self.consent(app).texts["main"][0]
@@ -1893,8 +2007,8 @@ class WhoAsks(PortalTest):
         self.assertNotIn("False", main)
 
     def test_a_bad_client_option_is_named_without_its_secret(self) -> None:
-        for text in ("app:hunter2=not a url", "app:hunter2", "app:hunter2=javascript:x", "app:hunter2=x=y", "app=hunter2",
-                     "test-suite:hunter2=https://x.example/"):
+        for text in ("app:hunter2=not a url", "app:hunter2", "app:hunter2=javascript:x", "app:hunter2=x=y",
+                     "app=hunter2", "test-suite:hunter2=https://x.example/"):
             with self.subTest(text=text), self.assertRaises(s4s.StartError) as caught:
                 s4s.seeds(s4s.Settings(client=[text]))
             self.assertIn(f"--client {text.replace(':', '=').partition('=')[0]}: ", str(caught.exception))
@@ -1965,43 +2079,99 @@ class TokenEndpoint(PortalTest):
         super().setUp()
         self.app = App(self.portal)
 
+    def refused(self, got: Answer, error: str = "invalid_grant", status: int = 400, words: str = "") -> None:
+        """An answer is this error."""
+        self.assertEqual((got.status, got.json.get("error")), (status, error))
+        self.assertIn(words, got.json["error_description"])
+
     def test_the_answer_is_not_cached_and_says_what_was_granted(self) -> None:
         got = self.app.exchange(self.app.code())
         self.assertEqual((got.headers["cache-control"], got.headers["pragma"]), ("no-store", "no-cache"))
         self.assertEqual((got.json["token_type"], got.json["expires_in"], got.json["scope"]),
                          ("Bearer", 3600, self.app.scope))
 
-    def test_a_code_works_once_even_in_a_race_of_16(self) -> None:
-        code, answers = self.app.code(), []  # type: str, list[int]
-        gate = threading.Barrier(16)
+    def at_once(self, count: int, request: Callable[[], Answer]) -> list[int]:
+        """The statuses of so many equal requests that race, in order."""
+        gate, statuses = threading.Barrier(count), []  # type: threading.Barrier, list[int]
 
         def run() -> None:
             gate.wait()
-            answers.append(self.app.exchange(code).status)
-        threads = [threading.Thread(target=run) for _ in range(16)]
+            statuses.append(request().status)
+        threads = [threading.Thread(target=run) for _ in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertEqual(sorted(answers), [200] + [400] * 15)
+        return sorted(statuses)
+
+    def test_a_code_works_once_even_in_a_race_of_16(self) -> None:
+        code = self.app.code()
+        self.assertEqual(self.at_once(16, lambda: self.app.exchange(code)), [200] + [400] * 15)
+
+    def test_of_many_refreshes_at_once_one_wins_and_then_all_ends(self) -> None:
+        token = self.app.tokens()["refresh_token"]
+        self.assertEqual(self.at_once(8, lambda: self.app.refresh(token)), [200] + [400] * 7)
+        rows = self.portal.portal.state.rows("SELECT ended FROM grants WHERE client_id = ?",
+                                             self.app.client_id)
+        self.assertEqual([row["ended"] for row in rows], [1])
 
     def test_a_code_used_again_ends_what_it_gave(self) -> None:
         code = self.app.code()
         tokens = self.app.exchange(code).json
-        self.assertEqual(self.app.exchange(code).json["error"], "invalid_grant")
+        self.refused(self.app.exchange(code), words="used before")
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
+
+    def test_a_used_code_that_comes_back_long_after_is_still_known(self) -> None:
+        code = self.app.code()
+        tokens = self.app.exchange(code).json
+        self.portal.advance(1000)
+        self.app.code()  # old rows are forgotten now
+        self.refused(self.app.exchange(code), words="used before")
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
 
     def test_a_code_lasts_a_minute(self) -> None:
         code = self.app.code()
         self.portal.advance(61)
-        self.assertEqual(self.app.exchange(code).json["error"], "invalid_grant")
+        self.refused(self.app.exchange(code), words="expired")
 
-    def test_a_failed_exchange_uses_nothing_up(self) -> None:
+    def test_a_stolen_code_is_worth_nothing_without_its_verifier(self) -> None:
+        self.app = App(self.portal, token_endpoint_auth_method="none")  # its id is no secret
         code = self.app.code()
-        for changed in ({"code_verifier": "x" * 43}, {"redirect_uri": "https://app.example/other"},
-                        {"code_verifier": ""}, {"redirect_uri": ""}):
-            self.assertEqual(self.app.exchange(code, **changed).json["error"], "invalid_grant")
-        self.assertEqual(App(self.portal).exchange(code).json["error"], "invalid_grant")
+        for guess in ("", "x" * 43, self.app.verifier[:-1], self.app.verifier + "a"):
+            self.refused(self.app.exchange(code, code_verifier=guess), words="code_verifier")
+        self.assertEqual(self.app.exchange(code).status, 200, "a thief that fails uses nothing up")
+
+    def test_a_verifier_short_enough_to_guess_is_refused_though_it_matches(self) -> None:
+        for verifier, status in (("v" * 42, 400), ("v" * 43, 200), ("v" * 128, 200), ("v" * 129, 400),
+                                 ("v" * 42 + "+", 400)):
+            self.app.verifier = verifier
+            self.assertEqual(self.app.exchange(self.app.code()).status, status)
+
+    def test_a_code_of_another_client_buys_nothing(self) -> None:
+        thief = App(self.portal)  # it knows the verifier too, and has the same redirect URI
+        thief.verifier = self.app.verifier
+        code = self.app.code()
+        self.refused(thief.exchange(code), words="not issued to this client")
+        self.assertEqual(self.app.exchange(code).status, 200)
+
+    def test_a_code_is_bound_to_the_redirect_uri_it_was_sent_to(self) -> None:
+        code = self.app.code()
+        for uri in ("https://app.example/other", ""):
+            self.refused(self.app.exchange(code, redirect_uri=uri), words="redirect_uri")
+        self.assertEqual(self.app.exchange(code).status, 200)
+
+    def test_a_code_an_access_token_and_a_refresh_token_do_not_stand_for_each_other(self) -> None:
+        code, tokens = self.app.code(), self.app.tokens()
+        for value in (code, tokens["access_token"]):
+            self.refused(self.app.refresh(value), words="refresh_token was not issued")
+        for value in (tokens["access_token"], tokens["refresh_token"]):
+            self.refused(self.app.exchange(value), words="code was not issued")
+        for value in (code, tokens["refresh_token"]):
+            self.assertEqual(self.fhir(f"Patient/{DANIEL}", value).status, 401)
+        basic = (self.app.client_id, self.app.secret)
+        seen = ask(self.portal.url + "/oauth/introspect", form={"token": code}, basic=basic).json
+        self.assertEqual(seen, {"active": False})
+        ask(self.portal.url + "/oauth/revoke", form={"token": code}, basic=basic)
         self.assertEqual(self.app.exchange(code).status, 200)
 
     def test_a_client_authenticates_by_basic_or_post_and_never_both(self) -> None:
@@ -2011,18 +2181,17 @@ class TokenEndpoint(PortalTest):
         posted = {"client_id": self.app.client_id, "client_secret": secret}
         self.assertEqual(ask(url, form={**form, **posted, "code": self.app.code()}).status, 200)
         both = ask(url, form={**form, **posted, "code": self.app.code()}, basic=(self.app.client_id, secret))
-        self.assertEqual((both.status, both.json["error"]), (400, "invalid_request"))
+        self.refused(both, "invalid_request")
         wrong = ask(url, form={**form, "code": self.app.code()}, basic=(self.app.client_id, "guess"))
-        self.assertEqual((wrong.status, wrong.json["error"]), (401, "invalid_client"))
+        self.refused(wrong, "invalid_client", 401)
         self.assertTrue(wrong.headers["www-authenticate"].startswith("Basic"))
 
-    def test_a_public_client_says_its_name_only(self) -> None:
+    def test_a_public_client_says_its_name_only_and_in_a_refresh_not_even_that(self) -> None:
         app = App(self.portal, token_endpoint_auth_method="none")
         tokens = app.exchange(app.code())
         self.assertEqual(tokens.status, 200)
-        got = ask(self.portal.url + "/oauth/token",
-                  form={"grant_type": "refresh_token", "refresh_token": tokens.json["refresh_token"]})
-        self.assertEqual(got.status, 200, "a public client's refresh may leave out client_id")
+        form = {"grant_type": "refresh_token", "refresh_token": tokens.json["refresh_token"]}
+        self.assertEqual(ask(self.portal.url + "/oauth/token", form=form).status, 200)
 
     def test_refresh_tokens_rotate_and_earlier_access_tokens_live_on(self) -> None:
         first = self.app.tokens()
@@ -2035,27 +2204,33 @@ class TokenEndpoint(PortalTest):
     def test_a_refresh_token_used_twice_ends_the_authorization(self) -> None:
         first = self.app.tokens()
         second = self.app.refresh(first["refresh_token"]).json
-        self.assertEqual(self.app.refresh(first["refresh_token"]).json["error"], "invalid_grant")
+        self.refused(self.app.refresh(first["refresh_token"]), words="used before")
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", second).status, 401)
-        self.assertEqual(self.app.refresh(second["refresh_token"]).json["error"], "invalid_grant")
+        self.refused(self.app.refresh(second["refresh_token"]), words="revoked")
 
     def test_without_offline_access_there_is_no_refresh_token(self) -> None:
         self.assertNotIn("refresh_token", self.app.tokens(scope="launch/patient patient/*.rs"))
 
     def test_a_refresh_may_narrow_the_scope_and_never_widen_it(self) -> None:
-        tokens = self.app.tokens()
-        self.assertEqual(self.app.refresh(tokens["refresh_token"], scope="user/*.rs").json["error"], "invalid_scope")
-        got = self.app.refresh(tokens["refresh_token"], scope="patient/Observation.rs").json
-        self.assertEqual(got["scope"], "patient/Observation.rs")
-        self.assertEqual(self.app.refresh(got["refresh_token"]).json["scope"], self.app.scope)
+        tokens = self.app.tokens(scope="launch/patient patient/Observation.rs offline_access")
+        for wider in ("user/*.rs", "patient/*.rs", "patient/Observation.rs openid"):
+            self.refused(self.app.refresh(tokens["refresh_token"], scope=wider), "invalid_scope",
+                         words="not granted")
+        got = self.app.refresh(tokens["refresh_token"], scope="patient/Observation.r").json
+        self.assertEqual(got["scope"], "patient/Observation.r")
+        self.assertEqual(self.app.refresh(got["refresh_token"]).json["scope"], tokens["scope"])
 
     def test_what_is_wrong_is_said_with_the_rfcs_code(self) -> None:
+        long = {"grant_type": "refresh_token", "refresh_token": "x", "scope": "x" * 9000}
         for error, form in (("unsupported_grant_type", {"grant_type": "not_a_grant_type"}),
                             ("invalid_request", {}), ("invalid_request", {"grant_type": "refresh_token"}),
+                            ("invalid_request", {"grant_type": "authorization_code"}),
+                            ("invalid_scope", long),
+                            ("unauthorized_client", {"grant_type": "client_credentials"}),
                             ("invalid_grant", {"grant_type": "refresh_token", "refresh_token": "nothing"})):
             with self.subTest(form=form):
                 got = self.app.token_request(**form)
-                self.assertEqual((got.status, got.json["error"]), (400, error))
+                self.refused(got, error)
                 self.assertEqual(got.headers["cache-control"], "no-store")
 
     def test_get_is_405_and_json_415(self) -> None:
@@ -2067,50 +2242,69 @@ class TokenEndpoint(PortalTest):
 class TokenRules(PortalTest):
     """Rules of the token endpoint that have to do with several things at once."""
 
+    def token(self, form: Any, **how: Any) -> Answer:
+        return ask(self.portal.url + "/oauth/token", form=form, **how)
+
     def test_an_unknown_grant_type_is_judged_before_the_client(self) -> None:
-        got = ask(self.portal.url + "/oauth/token", form={"grant_type": "not_a_grant_type", "client_id": "nobody"})
+        got = self.token({"grant_type": "not_a_grant_type", "client_id": "nobody"})
         self.assertEqual((got.status, got.json["error"]), (400, "unsupported_grant_type"))
 
     def test_a_parameter_given_twice_is_refused(self) -> None:
-        got = ask(self.portal.url + "/oauth/token", form=[("grant_type", "refresh_token")] * 2)
-        self.assertEqual(got.json["error"], "invalid_request")
+        for name in ("grant_type", "of_no_meaning"):
+            got = self.token([("grant_type", "refresh_token"), ("refresh_token", "x"), (name, "x"),
+                              (name, "x")],
+                             basic=("test-suite", "demo-secret-s4s"))
+            self.assertEqual(got.json["error"], "invalid_request")
 
     def test_basic_credentials_may_be_form_encoded_first_or_not(self) -> None:
-        with s4s.Server(client=["my app+1".replace(" ", "_") + ":p%20w/+x=https://app.example/cb?own=1"]) as portal:
-            app = App(portal)
-            app.client_id = "my_app+1"
+        with s4s.Server(client="my_app+1:p%20w/+x=https://app.example/cb?own=1") as portal:
             for pair in (("my_app+1", "p%20w/+x"), ("my_app%2B1", "p%2520w%2F%2Bx")):
-                got = ask(portal.url + "/oauth/token", basic=pair, form={"grant_type": "refresh_token", "refresh_token": "x"})
+                got = ask(portal.url + "/oauth/token", basic=pair,
+                          form={"grant_type": "refresh_token", "refresh_token": "x"})
                 self.assertEqual(got.json["error"], "invalid_grant", pair)
 
     def test_a_confidential_clients_refresh_needs_its_proof(self) -> None:
         app = App(self.portal)
         token = app.tokens()["refresh_token"]
         for form in ({}, {"client_id": app.client_id}):
-            got = ask(self.portal.url + "/oauth/token", form={"grant_type": "refresh_token", "refresh_token": token, **form})
+            got = self.token({"grant_type": "refresh_token", "refresh_token": token, **form})
             self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
         self.assertEqual(app.refresh(token).status, 200)
 
-    def test_of_many_refreshes_at_once_one_wins_and_then_all_ends(self) -> None:
-        app = App(self.portal)
-        token, statuses = app.tokens()["refresh_token"], []
-        threads = [threading.Thread(target=lambda: statuses.append(app.refresh(token).status)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(sorted(statuses), [200] + [400] * 7)
-        rows = self.portal.portal.state.rows("SELECT ended FROM grants WHERE client_id = ?", app.client_id)
-        self.assertEqual([row["ended"] for row in rows], [1])
+    def test_whether_a_refresh_token_exists_is_told_to_no_other_client(self) -> None:
+        public = App(self.portal, token_endpoint_auth_method="none")
+        theirs = public.tokens()["refresh_token"]
+        other = App(self.portal, token_endpoint_auth_method="none")
+        keyed = KeyedApp(self.portal, grant_types=["refresh_token"], scope="patient/*.rs")
+        requests: list[Callable[[str], Answer]] = [
+            App(self.portal).refresh, other.refresh,
+            lambda value: keyed.token(grant_type="refresh_token", refresh_token=value)]
+        for refresh in requests:
+            got = refresh(theirs)
+            self.assertEqual((got.status, got.json), (400, refresh("nothing").json))
+        self.assertEqual(self.token({"grant_type": "refresh_token", "refresh_token": "nothing"}).status, 401)
+        self.assertEqual(public.refresh(theirs).status, 200)
+
+    def test_a_refresh_token_names_no_client_for_a_code(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="none")
+        got = self.token({"grant_type": "authorization_code", "code": app.code(),
+                          "code_verifier": app.verifier, "redirect_uri": app.redirect_uri, "refresh_token": app.tokens()["refresh_token"]})
+        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
 
     def test_a_failed_refresh_leaves_the_tokens_good(self) -> None:
-        app, other = App(self.portal), App(self.portal)
+        app, thief = App(self.portal), App(self.portal)
         tokens = app.tokens()
-        for got in (other.refresh(tokens["refresh_token"]), app.refresh(tokens["refresh_token"], scope="user/*.rs"),
-                    app.refresh("x"), app.refresh(tokens["refresh_token"], scope="patient/*.rs?a:b=c")):
+        value = tokens["refresh_token"]
+        for got in (thief.refresh(value), app.refresh(value, scope="user/*.rs"), app.refresh("x"),
+                    app.refresh(value, scope="patient/*.rs?a:b=c"),
+                    app.refresh(value, scope="patient/Observation.c"),
+                    app.refresh(value, scope="patient/Observation.write")):
             self.assertEqual(got.status, 400)
+        self.assertEqual(got.json["error"], "invalid_scope", "of what is left, nothing can be granted")
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 200)
-        self.assertEqual(app.refresh(tokens["refresh_token"], scope=app.scope).json["scope"], app.scope)
+        got = app.refresh(value, scope="patient/Observation.crs")
+        self.assertEqual(got.json["scope"], "patient/Observation.rs")
+        self.assertEqual(app.refresh(got.json["refresh_token"], scope=app.scope).json["scope"], app.scope)
 
     def test_a_client_narrowed_to_nothing_gets_nothing(self) -> None:
         app = App(self.portal, "launch/patient patient/Observation.rs", security_labels=["imaging"])
@@ -2123,10 +2317,10 @@ class TokenRules(PortalTest):
             self.portal.launch(launch_uri="https://app.example/launch")
             ask(app.authorize_url())
             self.portal.advance(2200)
-        for table, left in (("launches", 1), ("pending", 1), ("tokens", 1)):
+        for table in ("launches", "pending", "tokens"):
             rows = state.row(f"SELECT count(*) FROM {table}")
             assert rows
-            self.assertLessEqual(rows[0], left, table)
+            self.assertLessEqual(rows[0], 1, table)
 
 
 class Introspection(PortalTest):
@@ -2139,32 +2333,63 @@ class Introspection(PortalTest):
 
     def look(self, about: str, **how: Any) -> Answer:
         how = how or {"basic": (self.app.client_id, self.app.secret)}
-        return ask(self.portal.url + "/oauth/introspect", form={"token": about}, **how)
+        return ask(self.portal.url + "/oauth/introspect", form={"token": about, **how.pop("form", {})}, **how)
+
+    def revoke(self, token: str, app: App | None = None) -> None:
+        app = app or self.app
+        got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=(app.client_id, app.secret))
+        self.assertEqual((got.status, got.json), (200, {}))
 
     def test_it_says_what_the_token_response_said(self) -> None:
         seen = self.look(self.given["access_token"]).json
-        self.assertEqual((seen["active"], seen["scope"], seen["patient"], seen["client_id"], seen["token_type"]),
+        self.assertEqual((seen["active"], seen["scope"], seen["patient"], seen["client_id"],
+                          seen["token_type"]),
                          (True, self.given["scope"], DANIEL, self.app.client_id, "Bearer"))
+        self.assertNotIn("sub", seen, "nobody asked for openid")
 
-    def test_an_unknown_or_expired_token_is_inactive_and_nothing_else(self) -> None:
-        self.assertEqual(self.look("nothing").json, {"active": False})
+    def test_what_is_unknown_expired_revoked_or_ended_is_inactive_and_nothing_else(self) -> None:
+        first = self.given["access_token"]
+        second, third = self.app.tokens(), self.app.tokens()
+        self.revoke(second["access_token"])
+        self.revoke(third["refresh_token"])
+        for about in ("nothing", second["access_token"], third["access_token"], third["refresh_token"]):
+            self.assertEqual(self.look(about).json, {"active": False})
         self.portal.advance(3601)
-        self.assertEqual(self.look(self.given["access_token"]).json, {"active": False})
+        self.assertEqual(self.look(first).json, {"active": False})
 
     def test_a_refresh_token_is_active_and_its_value_is_not_repeated(self) -> None:
         got = self.look(self.given["refresh_token"])
-        self.assertTrue(got.json["active"])
+        self.assertEqual((got.json["active"], "token_type" in got.json), (True, False))
         self.assertNotIn(self.given["refresh_token"], got.text)
 
     def test_a_stranger_is_refused(self) -> None:
-        got = ask(self.portal.url + "/oauth/introspect", form={"token": self.given["access_token"]})
+        got = self.look(self.given["access_token"], headers={})
         self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        got = self.look(self.given["access_token"], basic=("test-suite", "x"))
+        self.assertEqual((got.status, got.headers["www-authenticate"]), (401, 'Basic realm="s4s"'))
 
-    def test_a_token_may_ask_about_its_own_authorization(self) -> None:
-        value = self.given["access_token"]
-        self.assertTrue(self.look(value, token=value).json["active"])
-        other = self.app.tokens()["access_token"]
-        self.assertEqual(self.look(other, token=value).status, 401)
+    def test_a_token_may_ask_about_its_own_authorization_alone(self) -> None:
+        value, other = self.given["access_token"], self.app.tokens()
+        for about, status in ((value, 200), (self.given["refresh_token"], 200), (other["access_token"], 401),
+                              (other["refresh_token"], 401), ("nothing", 401)):
+            self.assertEqual(self.look(about, token=value).status, status)
+
+    def test_a_public_client_proves_itself_by_a_token_and_not_by_its_name(self) -> None:
+        app = App(self.portal, token_endpoint_auth_method="none")
+        given = app.tokens()
+        got = self.look(given["access_token"], form={"client_id": app.client_id})
+        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.assertTrue(self.look(given["refresh_token"], token=given["access_token"]).json["active"])
+        methods = ask(self.portal.url + "/.well-known/oauth-authorization-server").json[
+            "introspection_endpoint_auth_methods_supported"]
+        self.assertEqual(("none" in methods, "Bearer" in methods), (False, True))
+
+    def test_a_bad_bearer_token_is_told_to_bring_a_better_one(self) -> None:
+        for token in ("nonsense", self.portal.issue_token(access_lifetime=0)["access_token"],
+                      self.portal.issue_token()["access_token"]):
+            got = self.look(self.given["access_token"], token=token)
+            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+            self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s", error="invalid_token"')
 
     def test_revoking_an_access_token_ends_it_alone(self) -> None:
         got = self.app.refresh(self.given["refresh_token"]).json
@@ -2177,53 +2402,29 @@ class Introspection(PortalTest):
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 401)
 
     def test_revoking_what_is_unknown_is_fine_and_anothers_token_stays(self) -> None:
-        self.revoke("nothing")
-        other = App(self.portal)
-        ask(self.portal.url + "/oauth/revoke", form={"token": self.given["access_token"]},
-            basic=(other.client_id, other.secret))
+        for token in ("nothing", self.given["access_token"], self.given["refresh_token"]):
+            self.revoke(token, App(self.portal))
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 200)
-
-    def revoke(self, token: str) -> None:
-        got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=(self.app.client_id, self.app.secret))
-        self.assertEqual(got.status, 200)
 
 
 class ByTheLetter(PortalTest):
-    """What the texts say of tokens and of who asks."""
-
-    def introspect(self, about: str, **how: Any) -> Answer:
-        form = {"token": about, **how.pop("form", {})}
-        return ask(self.portal.url + "/oauth/introspect", form=form, **how)
-
-    def test_a_refresh_of_which_nothing_can_be_granted_is_refused_and_consumes_nothing(self) -> None:
-        app = App(self.portal)
-        value = app.tokens()["refresh_token"]
-        for scope in ("patient/Observation.c", "patient/Observation.write"):
-            got = app.refresh(value, scope=scope)
-            self.assertEqual((got.status, got.json["error"]), (400, "invalid_scope"))
-        self.assertEqual(app.refresh(value, scope="patient/Observation.crs").json["scope"], "patient/Observation.rs")
+    """What the texts say of errors and of who asks."""
 
     def test_an_error_description_holds_no_quotes_backslashes_or_other_alphabets(self) -> None:
         for got in (self.post("/oauth/register", {"redirect_uris": ['\u00e9"\\']}),
-                    self.post("/oauth/debug/token", {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}),
+                    self.post("/oauth/debug/token",
+                              {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}),
                     ask(self.portal.url + "/oauth/token", form={"grant_type": '"\\\u00e9'})):
             self.assertEqual(got.status, 400)
             self.assertRegex(got.json["error_description"], r"^[ !#-\[\]-~]+$")
-        self.assertIn("got ['", self.post("/oauth/register", {"redirect_uris": ["x"]}).json["error_description"])
-
-    def test_a_bad_bearer_token_at_introspection_is_told_to_bring_a_better_one(self) -> None:
-        value = self.portal.issue_token()["access_token"]
-        for token in ("nonsense", self.portal.issue_token(access_lifetime=0)["access_token"],
-                      self.portal.issue_token()["access_token"]):
-            got = self.introspect(value, token=token)
-            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
-            self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s", error="invalid_token"')
-        self.assertEqual(self.introspect(value, basic=("test-suite", "x")).headers["www-authenticate"], 'Basic realm="s4s"')
+        got = self.post("/oauth/register", {"redirect_uris": ["x"]})
+        self.assertIn("got ['", got.json["error_description"])
 
     def test_another_scheme_gets_no_error_code_and_a_bad_token_does(self) -> None:
         for path in (f"/api/fhir/Patient/{DANIEL}", "/oauth/userinfo", "/api/me"):
             for header, pattern in (("", '^Bearer realm="s4s"$'), ("Basic YTpi", '^Bearer realm="s4s"$'),
-                                    ("Bearer", 'error="invalid_token"'), ("bearer x", 'error="invalid_token"')):
+                                    ("Bearer", 'error="invalid_token"'),
+                                    ("bearer x", 'error="invalid_token"')):
                 with self.subTest(path=path, header=header):
                     got = ask(self.portal.url + path, headers={"Authorization": header} if header else {})
                     self.assertEqual(got.status, 401)
@@ -2233,38 +2434,22 @@ class ByTheLetter(PortalTest):
     def test_an_assertion_whose_header_is_critical_is_refused(self) -> None:
         app = KeyedApp(self.portal)
         for crit in (["b64"], [], ["exp"]):
-            self.assertEqual(app.token(app.assertion(header={"crit": crit, "b64": True})).json["error"], "invalid_client")
+            got = app.token(app.assertion(header={"crit": crit, "b64": True}))
+            self.assertEqual(got.json["error"], "invalid_client")
 
     def test_a_key_for_something_else_proves_nothing(self) -> None:
-        for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401), ({"use": "sig", "alg": "RS384"}, 200)):
+        for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401),
+                                ({"use": "sig", "alg": "RS384"}, 200)):
             with self.subTest(members=members):
                 app = KeyedApp(self.portal, jwks={"keys": [{**RSA_JWK, **members}]})
                 self.assertEqual(app.token().status, status)
 
     def test_the_name_is_told_to_who_may_know_the_user(self) -> None:
-        for scope, told in (("openid patient/*.rs", False), ("openid profile", True), ("openid fhirUser", True)):
+        for scope, told in (("openid patient/*.rs", False), ("openid profile", True),
+                            ("openid fhirUser", True)):
             with self.subTest(scope=scope):
                 token = self.portal.issue_token(scope=scope)["access_token"]
                 self.assertEqual("name" in ask(self.portal.url + "/oauth/userinfo", token=token).json, told)
-
-    def test_revoking_anothers_token_is_answered_as_an_unknown_one(self) -> None:
-        value = self.portal.issue_token()["access_token"]
-        for token in (value, "nonsense"):
-            got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=("api-test", "api-secret"))
-            self.assertEqual((got.status, got.json), (200, {}))
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", value).status, 200)
-
-    def test_a_public_client_introspects_with_a_token_of_the_authorization(self) -> None:
-        app = App(self.portal, token_endpoint_auth_method="none")
-        given, other = app.tokens(), app.tokens()
-        got = self.introspect(given["access_token"], form={"client_id": app.client_id})
-        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
-        self.assertTrue(self.introspect(given["refresh_token"], token=given["access_token"]).json["active"])
-        self.assertEqual(self.introspect(given["refresh_token"], token=other["access_token"]).status, 401)
-        methods = ask(self.portal.url + "/.well-known/oauth-authorization-server").json[
-            "introspection_endpoint_auth_methods_supported"]
-        self.assertNotIn("none", methods)
-        self.assertIn("Bearer", methods)
 
 
 # ######################################################################## 11 the record's boundary
@@ -2939,7 +3124,8 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
 
 class Discovery(PortalTest):
     """The documents that say where everything is."""
-    paths: ClassVar[tuple[str, ...]] = ("/.well-known/oauth-authorization-server", "/.well-known/openid-configuration",
+    paths: ClassVar[tuple[str, ...]] = ("/.well-known/oauth-authorization-server",
+                                        "/.well-known/openid-configuration",
                                         "/api/fhir/.well-known/smart-configuration")
 
     def documents(self) -> list[Any]:
@@ -2962,17 +3148,17 @@ class Discovery(PortalTest):
                     self.assertNotEqual(ask(url, method="OPTIONS").status, 404)
 
     def test_the_metadata_names_the_same_endpoints(self) -> None:
-        smart = self.documents()[2]
+        named = [value for value in self.documents()[2].values() if isinstance(value, str)]
         extension = self.fhir("metadata").json["rest"][0]["security"]["extension"][0]["extension"]
-        self.assertLessEqual({one["valueUri"] for one in extension}, {value for value in smart.values() if
-                                                                     isinstance(value, str)})
+        self.assertLessEqual({endpoint["valueUri"] for endpoint in extension}, set(named))
 
     def test_every_capability_is_a_smart_2_2_word(self) -> None:
         self.assertLessEqual(set(self.documents()[2]["capabilities"]), {
-            "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+            "launch-ehr", "launch-standalone", "authorize-post", "client-public",
+            "client-confidential-symmetric",
             "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
-            "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter", "permission-offline",
-            "permission-patient", "permission-user", "permission-v1", "permission-v2"})
+            "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter",
+            "permission-offline", "permission-patient", "permission-user", "permission-v1", "permission-v2"})
 
     def test_every_scope_listed_can_be_granted(self) -> None:
         for word in self.documents()[0]["scopes_supported"]:
@@ -2992,7 +3178,8 @@ class EhrLaunch(PortalTest):
         set_signing_key(self.portal)
         for number in (1, 2):
             self.portal.portal.records.load({
-                "resourceType": "Encounter", "id": f"visit-{number}", "status": "finished", "type": [{"text": "Check-up"}],
+                "resourceType": "Encounter", "id": f"visit-{number}", "status": "finished",
+                "type": [{"text": "Check-up"}],
                 "subject": {"reference": f"Patient/{DANIEL}"}, "period": {"start": f"202{number}-01-01"}})
         self.app = App(self.portal, self.scope, launch_uris=["https://app.example/launch?own=1"])
 
@@ -3045,6 +3232,19 @@ class EhrLaunch(PortalTest):
         self.assertIn("code", browsers[0].submit("authorize").location)
         self.assertEqual(browsers[1].submit("authorize").status, 400)
 
+    def test_a_handle_that_was_guessed_is_refused_while_another_is_open(self) -> None:
+        self.launch()
+        self.assertEqual(ask(self.app.authorize_url(launch="guess")).location["error"], "invalid_request")
+
+    def test_a_visit_that_the_launch_names_stays(self) -> None:
+        self.app = App(self.portal, "launch launch/encounter patient/*.rs", launch_uris=["https://app.example/go"])
+        self.launch(encounter_id="visit-1")
+        self.assertEqual(self.tokens()["encounter"], "visit-1")
+        self.launch(encounter_id="visit-1")
+        with self.assertRaisesRegex(s4s.PortalError, "chosen already"):
+            self.portal.approve(self.app.authorize_url(launch=self.handle), username="daniel-adams",
+                                encounter_id="visit-2")
+
     def test_a_launch_lasts_minutes(self) -> None:
         self.launch()
         self.portal.advance(301)
@@ -3073,6 +3273,10 @@ class EhrLaunch(PortalTest):
         browser = Browser(self.portal)
         self.assertIn('value="daniel-adams"', browser.open(self.app.authorize_url(launch=self.handle)).text)
         self.assertEqual(browser.sign_in("clinician").status, 403)
+        self.launch(username="joseph-ross", patient_id=JOSEPH)
+        page = Browser(self.portal).open(self.app.authorize_url(launch=self.handle, login_hint="clinician"))
+        self.assertIn('value="joseph-ross"', page.text)
+        self.launch(username="daniel-adams")
         with self.assertRaisesRegex(s4s.PortalError, "daniel-adams"):
             self.portal.approve(self.app.authorize_url(launch=self.handle), username="clinician")
 
@@ -3090,7 +3294,8 @@ class EhrLaunch(PortalTest):
         self.assertEqual(self.app.exchange(browser.submit("authorize").location["code"]).json["patient"], AMY)
         self.launch()
         with self.assertRaises(s4s.PortalError):
-            self.portal.approve(self.app.authorize_url(launch=self.handle), username="daniel-adams", patient_id=AMY)
+            self.portal.approve(self.app.authorize_url(launch=self.handle), username="daniel-adams",
+                                patient_id=AMY)
 
     def test_a_launch_without_a_patient_lets_the_user_choose(self) -> None:
         self.launch(patient_id=None)
@@ -3098,7 +3303,8 @@ class EhrLaunch(PortalTest):
 
     def test_without_the_scope_launch_the_parameter_means_nothing(self) -> None:
         self.launch(intent="review")
-        tokens = self.app.exchange(self.app.code(launch=self.handle, scope="patient/*.rs", patient_id=AMY)).json
+        tokens = self.app.exchange(self.app.code(launch=self.handle, scope="patient/*.rs",
+                                                 patient_id=AMY)).json
         self.assertEqual((tokens["patient"], "intent" in tokens), (AMY, False))
         self.assertIn("access_token", self.tokens())
 
@@ -3111,16 +3317,24 @@ class EhrLaunch(PortalTest):
         for member, given in (
                 ("client_id", {"client_id": "nobody"}), ("launch_uri", {"client_id": plain.client_id}),
                 ("launch_uri", {"launch_uri": "https://evil.example/"}), ("client_id", {"client_id": None}),
-                ("launch_uri", {"client_id": None, "launch_uri": "javascript:alert(1)"}), ("username", {"username": "x"}),
-                ("launch_uri", {"client_id": None, "launch_uri": "/relative"}), ("patient_id", {"patient_id": "x"}),
-                ("patient_id", {"username": "joseph-ross"}), ("encounter_id", {"encounter_id": "x"}), ("intent", {"intent": 5}),
-                ("encounter_id", {"patient_id": AMY, "encounter_id": "visit-1"}), ("patient_id", {"patient_id": []}),
-                ("need_patient_banner", {"need_patient_banner": "yes"}), ("fhir_context", {"fhir_context": {}}),
-                ("fhir_context", {"fhir_context": [{}]}), ("fhir_context", {"fhir_context": [{"reference": "x"}]}),
+                ("launch_uri", {"client_id": None, "launch_uri": "javascript:alert(1)"}),
+                ("username", {"username": "x"}),
+                ("launch_uri", {"client_id": None, "launch_uri": "/relative"}),
+                ("patient_id", {"patient_id": "x"}),
+                ("patient_id", {"username": "joseph-ross"}), ("encounter_id", {"encounter_id": "x"}),
+                ("intent", {"intent": 5}),
+                ("encounter_id", {"patient_id": AMY, "encounter_id": "visit-1"}),
+                ("patient_id", {"patient_id": []}),
+                ("need_patient_banner", {"need_patient_banner": "yes"}),
+                ("fhir_context", {"fhir_context": {}}),
+                ("fhir_context", {"fhir_context": [{}]}),
+                ("fhir_context", {"fhir_context": [{"reference": "x"}]}),
                 ("fhir_context", {"fhir_context": [{"reference": "Patient/1"}]}),
-                ("fhir_context", {"fhir_context": [{"reference": "Task/1", "role": ""}]}), ("unknown", {"unknown": 1})):
+                ("fhir_context", {"fhir_context": [{"reference": "Task/1", "role": ""}]}),
+                ("unknown", {"unknown": 1})):
             with self.subTest(given=given):
-                got = self.post("/oauth/debug/launch", {"client_id": self.app.client_id, "patient_id": DANIEL, **given})
+                got = self.post("/oauth/debug/launch",
+                                {"client_id": self.app.client_id, "patient_id": DANIEL, **given})
                 self.assertEqual(got.status, 400)
                 self.assertIn(member, got.json["error_description"])
 
@@ -3128,12 +3342,14 @@ class EhrLaunch(PortalTest):
         browser = Browser(self.portal)
         browser.open(f"{self.portal.url}/launch?patient_id={DANIEL}")
         self.assertIn("2022-01-01 Check-up", browser.page.text)
-        got = browser.submit("launch", client_id=self.app.client_id, patient_id=DANIEL, encounter_id="visit-2",
+        got = browser.submit("launch", client_id=self.app.client_id, patient_id=DANIEL,
+                             encounter_id="visit-2",
                              intent="review")
         self.assertTrue(got.headers["location"].startswith("https://app.example/launch?own=1&iss="))
         self.handle = got.location["launch"]
         tokens = self.tokens()
-        self.assertEqual((tokens["encounter"], tokens["intent"], tokens["need_patient_banner"]), ("visit-2", "review", True))
+        self.assertEqual((tokens["encounter"], tokens["intent"], tokens["need_patient_banner"]),
+                         ("visit-2", "review", True))
 
     def test_the_launch_page_finds_patients_by_name(self) -> None:
         text = Browser(self.portal).open(f"{self.portal.url}/launch?name=amy&patient_id={DANIEL}").text
@@ -3141,9 +3357,10 @@ class EhrLaunch(PortalTest):
 
     def test_the_launch_page_takes_a_launch_uri_from_its_address(self) -> None:
         browser = Browser(self.portal)
-        page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": "http://localhost:3000/launch.html"}))
-        self.assertIn('value="http://localhost:3000/launch.html"', page.text)
-        self.assertTrue(browser.submit("launch").headers["location"].startswith("http://localhost:3000/launch.html?iss="))
+        there = "http://localhost:3000/launch.html"
+        page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": there}))
+        self.assertIn(f'value="{there}"', page.text)
+        self.assertTrue(browser.submit("launch").headers["location"].startswith(there + "?iss="))
 
     def test_no_other_site_can_launch_in_somebodys_name(self) -> None:
         got = ask(self.portal.url + "/launch", form={"launch_uri": "https://evil.example/"})
@@ -3151,8 +3368,10 @@ class EhrLaunch(PortalTest):
 
     def test_the_demo_app_lives_where_this_server_is(self) -> None:
         self.assertTrue(self.portal.launch(client_id="demo-app").startswith(self.portal.url + "/demo?iss="))
-        url = self.app.authorize_url(client_id="demo-app", redirect_uri=self.portal.url + "/demo", scope="launch/patient")
-        self.assertTrue(self.portal.approve(url, username="daniel-adams").startswith(self.portal.url + "/demo?code="))
+        url = self.app.authorize_url(client_id="demo-app", redirect_uri=self.portal.url + "/demo",
+                                     scope="launch/patient")
+        back = self.portal.approve(url, username="daniel-adams")
+        self.assertTrue(back.startswith(self.portal.url + "/demo?code="))
 
     def test_there_is_no_launch_page_without_debug_controls(self) -> None:
         with s4s.Server(debug=False) as portal:
@@ -3169,7 +3388,8 @@ class EhrLaunch(PortalTest):
         self.assertEqual(app.exchange(back.location["code"]).json["encounter"], "visit-1")
         self.assertEqual(app.tokens()["encounter"], "visit-2", "without a choice, the newest")
         self.assertNotIn("encounter", app.tokens(patient_id=AMY), "who was never here has none")
-        for url, encounter in ((app.authorize_url(), "visit-9"), (self.app.authorize_url(scope="patient/*.rs"), "visit-1")):
+        for url, encounter in ((app.authorize_url(), "visit-9"),
+                               (self.app.authorize_url(scope="patient/*.rs"), "visit-1")):
             with self.assertRaises(s4s.PortalError):
                 self.portal.approve(url, username="daniel-adams", encounter_id=encounter)
 
@@ -3210,6 +3430,16 @@ class Identity(PortalTest):
         self.assertAlmostEqual(claims["auth_time"], now, delta=5)
         self.assertEqual(claims["exp"] - claims["iat"], 3600)
         self.assertNotIn("nonce", self.claims(self.app.tokens()))
+
+    def test_auth_time_is_when_the_user_signed_in_and_not_when_they_approved(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.app.authorize_url())
+        browser.sign_in()
+        now = self.portal.portal.clock.now()
+        self.portal.advance(500)
+        browser.submit(DANIEL)
+        claims = self.claims(self.app.exchange(browser.submit("authorize").location["code"]).json)
+        self.assertAlmostEqual(claims["auth_time"], now, delta=10)
 
     def test_who_acts_for_another_is_not_the_patient(self) -> None:
         claims = self.claims(self.app.tokens(patient_id=AMY))
@@ -3255,12 +3485,14 @@ class Identity(PortalTest):
         claims = self.claims(tokens)
         for method in ("GET", "POST"):
             got = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"], method=method).json
-            self.assertEqual(got, {"sub": claims["sub"], "fhirUser": claims["fhirUser"], "name": "Daniel Adams"})
+            self.assertEqual(got, {"sub": claims["sub"], "fhirUser": claims["fhirUser"],
+                                   "name": "Daniel Adams"})
 
     def test_userinfo_needs_a_token_with_openid(self) -> None:
         url = self.portal.url + "/oauth/userinfo"
         for token, status, header in (("", 401, 'Bearer realm="s4s"'), ("x", 401, 'error="invalid_token"'), (
-                self.portal.issue_token(scope="patient/*.rs")["access_token"], 403, 'error="insufficient_scope"')):
+                self.portal.issue_token(scope="patient/*.rs")["access_token"], 403,
+                'error="insufficient_scope"')):
             got = ask(url, token=token)
             self.assertEqual(got.status, status)
             self.assertIn(header, got.headers["www-authenticate"])
