@@ -200,7 +200,6 @@ import json
 import math
 import operator
 import os
-import queue
 import re
 import secrets
 import selectors
@@ -208,6 +207,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -2824,7 +2824,7 @@ def key_set(value: Any) -> list[Json]:
     return keys
 
 
-def fetch(url: str, public_only: bool, watch: Watch, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
+def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
 
     At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
@@ -2841,7 +2841,7 @@ def fetch(url: str, public_only: bool, watch: Watch, seconds: float = 5, most: i
         found = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
         if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
             raise OSError("not public")
-        connection = Connection(secure, host, [(str(one[4][0]), int(one[4][1])) for one in found], deadline, watch, most)
+        connection = Connection(secure, host, [(str(one[4][0]), int(one[4][1])) for one in found], deadline, sockets, most)
         try:
             answer = connection.exchange(message, url, deadline)
         finally:
@@ -2865,7 +2865,7 @@ def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
     if fresh or until <= now:
         # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
         stranger = client.registered_itself and not portal.settings.serves_debug
-        text, lifetime = fetch(url, stranger, portal.watch)
+        text, lifetime = fetch(url, stranger, portal.sockets)
         keys = key_set(json.loads(text))
         portal.key_sets[url] = (now + lifetime, keys)
     return keys
@@ -4562,6 +4562,98 @@ class StaleConnection(Exception):
     """A kept-alive connection that the FHIR server closed before it saw the request."""
 
 
+class Connection:
+    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and
+    leanly: http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    def __init__(self, https: bool, host: str, addresses: Sequence[tuple[str, int]], deadline: float,
+                 sockets: OpenSockets, most: int):
+        """Connect to an address of `host`. No answer may be longer than `most` bytes."""
+        self.sockets, self.most = sockets, most
+        self.socket = connect_to_first(addresses, deadline - time.monotonic())
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if https:
+            import ssl  # takes long to import, and few need it
+            self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host,
+                                                                   do_handshake_on_connect=False)
+        self.timed = TimedSocket(self.socket)
+        self.stream = io.BufferedReader(self.timed, 64 << 10)
+        self.used = self.reusable = False
+        self.timed.deadline = deadline
+        sockets.add(self.timed)
+        try:
+            if https:
+                self.timed.handshake()
+        except BaseException:
+            self.close()
+            raise
+
+    def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
+        """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
+        self.timed.deadline, self.reusable = deadline, False
+        try:
+            self.timed.send(message)
+            alive = self.stream.peek(1)
+        except ConnectionError:
+            alive = b""
+        if not alive and self.used:
+            raise StaleConnection
+        if not alive:
+            raise BadRequest(400, "it closed the connection without an answer")
+        self.used = True
+        version, status, headers = self._read_head()
+        keep = version == b"1" and "close" not in headers.get("connection", "").lower()
+        announced = "content-length" in headers or "transfer-encoding" in headers
+        if status in (204, 304):  # these have no body; a server that announces one may send it all the same
+            body, keep = b"", keep and not announced
+        elif announced:
+            body = read_body(self.stream, body_size(headers, self.most), self.most)
+        else:  # up to the end of the connection
+            body, keep = self.stream.read(self.most + 1), False
+            if len(body) > self.most:
+                raise too_large(self.most)
+        self.reusable = keep
+        body = unpacked(body, headers.get("content-encoding", "identity").lower(), self.most)
+        return Answer(status, headers, body, url)
+
+    def _read_head(self) -> tuple[bytes, int, dict[str, str]]:
+        """HTTP's minor version, status and headers of the answer, past the interim ones (1xx)."""
+        for _ in range(MAX_INTERIM + 1):
+            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
+            if not match:
+                raise BadRequest(400, "its first line is not HTTP")
+            status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
+            if status >= 200:
+                return match[1], status, headers
+        raise BadRequest(400, f"it has no end of interim answers ({status})")
+
+    def is_quiet(self) -> bool:
+        """Whether nothing came since the last answer: no byte too many, no answer to a question yet to be
+        asked (a 408 to nothing, the body of a 304), not the end. Else the next answer might be taken from
+        what is there, and somebody would get what another had asked for."""
+        self.timed.deadline = DO_NOT_WAIT
+        try:
+            return self.stream.read(1) is None
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.sockets.discard(self.timed)
+        self.socket.close()
+
+
+def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> socket.socket:
+    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError
+    if none does."""
+    failure = OSError("no address")
+    for address in addresses:
+        try:
+            return socket.create_connection(address, max(seconds / len(addresses), 0.001))
+        except OSError as error:
+            failure = error
+    raise failure
+
+
 def unpacked(body: bytes, coding: str, most: int) -> bytes:
     """A body without its gzip; never more than so many bytes of it."""
     if coding == "identity":
@@ -4578,95 +4670,6 @@ def unpacked(body: bytes, coding: str, most: int) -> bytes:
     if not unpack.eof or unpack.unused_data:
         raise BadRequest(400, "its gzip is broken")
     return body
-
-
-def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> socket.socket:
-    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError
-    if none."""
-    failure = OSError("no address")
-    for address in addresses:
-        try:
-            return socket.create_connection(address, max(seconds / len(addresses), 0.001))
-        except OSError as error:
-            failure = error
-    raise failure
-
-
-class Connection:
-    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and
-    leanly: http.client's use of email.parser takes longer than all the rest of a forwarded read."""
-    def __init__(self, https: bool, host: str, addresses: Sequence[tuple[str, int]], deadline: float, watch: Watch,
-                 most: int):
-        """Connect to an address of `host`. No answer may be longer than `most` bytes."""
-        self.socket, self.watch, self.most = connect_to_first(addresses, deadline - time.monotonic()), watch, most
-        self.reader = SocketReader(self.socket)
-        self.stream = io.BufferedReader(self.reader, 64 << 10)
-        self.used = self.reusable = False
-        self.reader.deadline = deadline
-        watch.add(self.reader)
-        try:
-            self.socket.settimeout(None)
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if https:
-                import ssl  # takes long to import, and few need it
-                secure = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host,
-                                                                  do_handshake_on_connect=False)
-                self.socket = self.reader.connection = secure
-                secure.do_handshake()
-        except BaseException:
-            self.close()
-            raise
-
-    def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
-        """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
-        self.reader.deadline, self.reusable = deadline, False
-        try:
-            self.socket.sendall(message)
-            alive = self.stream.peek(1)
-        except ConnectionError:
-            alive = b""
-        if not alive and time.monotonic() >= deadline:
-            raise BadRequest(408, "it takes too long to read the request")
-        if not alive:
-            raise StaleConnection if self.used else BadRequest(400, "it closed the connection without an answer")
-        self.used = True
-        for _ in range(MAX_INTERIM + 1):
-            match = _STATUS_LINE.fullmatch(self.stream.readline(MAX_HEAD))
-            if not match:
-                raise BadRequest(400, "its first line is not HTTP")
-            status, headers = int(match[2]), read_headers(self.stream, MAX_HEAD)
-            if status >= 200:  # 1xx: the answer is still to come
-                break
-        else:
-            raise BadRequest(400, f"it has no end of interim answers ({status})")
-        keep = match[1] == b"1" and "close" not in headers.get("connection", "").lower()
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if status in (204, 304):
-            body = b""
-        elif coding is not None:
-            if coding.lower() != "chunked" or length is not None:
-                raise BadRequest(400, "it is not clear where the body ends")
-            body = read_chunks(self.stream, self.most)
-        elif length is None:  # up to the end of the connection
-            body, keep = self.stream.read(self.most + 1), False
-        elif not length.isdecimal() or len(length) > 18:
-            raise BadRequest(400, "its Content-Length is no number")
-        elif int(length) > self.most:
-            raise too_large(self.most)
-        else:
-            body = self.stream.read(int(length))
-            if len(body) < int(length):
-                raise BadRequest(400, "the connection broke off within the body")
-        if len(body) > self.most:
-            raise too_large(self.most)
-        self.reader.deadline, self.reusable = math.inf, keep
-        body = unpacked(body, headers.get("content-encoding", "identity").lower(), self.most)
-        return Answer(status, headers, body, url)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.watch.readers.discard(self.reader)
-        self.socket.close()
 
 
 def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
@@ -4715,30 +4718,17 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
     return own
 
 
-class Question:
-    """A request as urllib's opener takes it. urllib's own would take an address apart that is known to be
-    one, which costs a tenth of a forwarded read."""
-    def __init__(self, url: str, origin: str, data: bytes | None, headers: Mapping[str, str]):
-        path = url[len(origin):]
-        self.full_url, self.type, self.selector = url, origin.partition(":")[0], "/" * (path[:1] != "/") + path
-        self.data, self.headers, self.timeout = data, headers, 0.0
-
-    def get_method(self) -> str:
-        """What the opener calls."""
-        return "GET" if self.data is None else "POST"
-
-
 class Upstream:
     """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
 
     The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's
     server on loopback would be looked for at a company's proxy.
     """
-    def __init__(self, settings: Settings, watch: Watch):
-        import urllib.request  # takes long to import, and few need it
-        self.base, self.seconds, self.watch = settings.fhir_server or "", settings.fhir_timeout, watch
+    def __init__(self, settings: Settings, sockets: OpenSockets):
+        self.base, self.seconds, self.sockets = settings.fhir_server or "", settings.fhir_timeout, sockets
         parts = urlsplit(self.base)
-        self.origin, self.path, self.https = f"{parts.scheme}://{parts.netloc}", parts.path, parts.scheme == "https"
+        self.origin, self.path = f"{parts.scheme}://{parts.netloc}", parts.path
+        self.https = parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
         # DSTU2's media type is another. Asking for either spares asking for the version before the first
         # read.
@@ -4750,56 +4740,29 @@ class Upstream:
         self.forget()
         self._spell(parts.hostname or "", parts.port)
         self._idle: list[Connection] = []
+        self._urllib, self._opener = self._urllib_opener()
+
+    def _urllib_opener(self) -> tuple[Any, Any]:
+        """urllib.request, and its opener with one handler, ours, which keeps connections alive. It has no
+        others: none that follows redirects or proxies by itself, none that opens files."""
+        import urllib.request  # takes long to import, and few need it
         send = self._send
 
         class KeepAlive(urllib.request.BaseHandler):
             """Opens addresses over connections that are kept."""
-            def http_open(self, request: Question) -> Answer:
+            def http_open(self, request: urllib.request.Request) -> Answer:
                 """What the opener calls."""
                 return send(request)
             https_open = http_open
 
         opener = urllib.request.OpenerDirector()
         opener.add_handler(KeepAlive())
-        self._open: Callable[..., Answer] = opener.open
+        return urllib.request, opener
 
     def forget(self) -> None:
         """Forget what was found out of the server's names and abilities."""
         self.names.clear()
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
-
-    def close(self) -> None:
-        """Close the idle connections."""
-        while self._idle:
-            self._idle.pop().close()
-
-    def _send(self, request: Question) -> Answer:
-        """Answer a request over an idle connection, or over a new one.
-
-        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to
-        be closed.
-        """
-        deadline, body = time.monotonic() + request.timeout, request.data or b""
-        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}" + "".join(
-            f"{name}: {value}\r\n" for name, value in request.headers.items())
-        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
-        message = head.encode("latin-1", "replace") + body
-        try:
-            return self._exchange(self._idle.pop(), message, request.full_url, deadline)
-        except (IndexError, StaleConnection):
-            fresh = Connection(self.https, self.host, [(self.host, self.port)], deadline, self.watch, MAX_ANSWER)
-            return self._exchange(fresh, message, request.full_url, deadline)
-
-    def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
-        """Use a connection, then keep or close it. Each is in one thread's hands at a time: list.pop takes it
-        out."""
-        try:
-            return connection.exchange(message, url, deadline)
-        finally:
-            if connection.reusable and len(self._idle) < 64:
-                self._idle.append(connection)
-            else:
-                connection.close()
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
         """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be
@@ -4809,7 +4772,8 @@ class Upstream:
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
-                answer = self._open(Question(url, self.origin, form, headers), timeout=deadline - time.monotonic())
+                request = self._urllib.Request(url, form, dict(headers))
+                answer: Answer = self._opener.open(request, timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
                 url, form = self.inside(answer.headers.get("location", ""), url) or "", None
@@ -4824,6 +4788,51 @@ class Upstream:
             if time.monotonic() >= deadline:
                 raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
             raise refused(f"can't be reached, or broke off ({type(error).__name__})")
+
+    def _send(self, request: Any) -> Answer:
+        """Answer urllib's request over an idle connection, or over a new one.
+
+        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to
+        be closed.
+        """
+        deadline, body, url = time.monotonic() + request.timeout, request.data or b"", request.full_url
+        head = [f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}"]
+        head += [f"{name}: {value}\r\n" for name, value in request.header_items()]
+        head += [f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"]
+        message = "".join(head).encode("latin-1", "replace") + body
+        connection = self._quiet_connection()
+        if connection:
+            with contextlib.suppress(StaleConnection):
+                return self._exchange(connection, message, url, deadline)
+        address = (self.host, self.port)
+        fresh = Connection(self.https, self.host, [address], deadline, self.sockets, MAX_ANSWER)
+        return self._exchange(fresh, message, url, deadline)
+
+    def _quiet_connection(self) -> Connection | None:
+        """An idle connection on which nothing came unasked, if there is one; the others are closed."""
+        while True:
+            try:
+                connection = self._idle.pop()  # into this thread's hands
+            except IndexError:
+                return None
+            if connection.is_quiet():
+                return connection
+            connection.close()
+
+    def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
+        """Use a connection, then keep or close it."""
+        try:
+            return connection.exchange(message, url, deadline)
+        finally:
+            if connection.reusable and len(self._idle) < 64:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
 
     def inside(self, url: str, seen_at: str) -> str | None:
         """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its
@@ -4987,7 +4996,7 @@ class ForwardedRecords(Records):
     it judged, and only then sent on: as the text it came in, less what may not be seen, with this portal's
     addresses in it. It is trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
     def __init__(self, portal: Portal):
-        self.portal, self.upstream = portal, Upstream(portal.settings, portal.watch)
+        self.portal, self.upstream = portal, Upstream(portal.settings, portal.sockets)
         self.warnings: list[str] = []
         self._version = ("", 0.0)                            # and until when it holds
         # (grant_id, scope) -> ids found to be in its record
@@ -6076,7 +6085,8 @@ _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization
 
 
 class BadRequest(Exception):
-    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would begin."""
+    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would
+    begin."""
     def __init__(self, status: int, description: str):
         super().__init__(description)
         self.status = status
@@ -6087,98 +6097,176 @@ def too_large(most: int) -> BadRequest:
     return BadRequest(413, f"the body is longer than {most} bytes")
 
 
-class SocketReader(io.RawIOBase):
-    """Reads a socket until a deadline, however slowly the bytes drip; then BadRequest 408. A `Watch` must know it.
+# Deadlines: theory of operation.
+#
+# Nobody may hold a thread without end, by silence, by a byte a minute, or by reading nothing. So all that is
+# read or written has a deadline, a moment and not a number of seconds that each byte would begin anew. It is
+# in real time: a test that moves the portal's clock cuts nobody off. Who sets the deadline also says what
+# happens after it: an app gets a 408 in words, or is left without any if it had asked nothing; a FHIR server
+# behind is told of as a 504.
+#
+# How a thread wakes at its deadline: Python's settimeout() would do, but polls before each system call and
+# costs a quarter of the speed. So a plain socket blocks in reading, and the kernel wakes it (SO_RCVTIMEO).
+# The time is only given to the kernel anew where it differs much from what it was given before: an app that
+# asks again and again costs no system call more. Waking early does no harm, the clock is looked at again.
+# Writing first takes what room there is (MSG_DONTWAIT), mostly enough; the rest goes with settimeout(), since
+# what the kernel counts (SO_SNDTIMEO) begins anew, on some systems, with each byte read. TLS reads in layers
+# that know nothing of the kernel's timeouts, and on Windows a socket is unusable after one: both always use
+# settimeout().
+#
+# A stop wakes threads by shutting their sockets. On Windows that wakes nobody (cpython issue 91913), so there
+# a thread looks five times a second whether it was ended.
+#
+# What the author would like better: one way for all. It would be settimeout(), if Python tried to read before
+# it polls.
+TIMED_OUT = (BlockingIOError, TimeoutError, socket.timeout)  # the last is TimeoutError too since Python 3.10
+NO_DEADLINE, DO_NOT_WAIT = math.inf, -math.inf
 
-    The deadline is in real time: a test that moves the portal's clock cuts nobody off. Until one is set there is none.
+
+class TimedSocket(io.RawIOBase):
+    """A connected socket that is read and written until its `deadline`; then BadRequest 408.
+
+    With the deadline DO_NOT_WAIT it reads what is there: None (io's word for "would block") if nothing is.
     """
     def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, math.inf
-        self._woken = 0.0, 0.0  # for which deadline, and when
+        self.connection, self.deadline = connection, NO_DEADLINE
+        self.idle = False  # between two requests: a stop may end it
+        self.ended = False
+        self._given = 0.0  # seconds that the kernel lets a read wait; 0: without end
+        self._plain = type(connection) is socket.socket
+        self._by_kernel = self._plain and sys.platform != "win32"
+        self._longest = 0.2 if sys.platform == "win32" else 3600.0  # seconds without a look at `ended`
+        connection.settimeout(None)  # whatever socket.setdefaulttimeout says
 
     def readable(self) -> bool:
+        """What io wants to know."""
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        if time.monotonic() < self.deadline:
+    def readinto(self, buffer: Any) -> int | None:
+        """What io calls to read."""
+        if self.deadline == DO_NOT_WAIT:
+            return self._read_at_once(buffer)
+        try:
+            if self._by_kernel:
+                return self._read_by_kernel(buffer)
+            return int(self._polled(self.connection.recv_into, buffer))
+        except TimeoutError:
+            raise BadRequest(408, "the request took too long to arrive")
+
+    def send(self, data: bytes) -> None:
+        """Write all of it, or TimeoutError: it can't be told to somebody who doesn't read."""
+        sent = 0
+        if self._by_kernel:
+            with contextlib.suppress(BlockingIOError):
+                sent = self.connection.send(data, socket.MSG_DONTWAIT)
+        left = memoryview(data)[sent:]
+        while left:
+            left = left[self._polled(self.connection.send, left):]
+
+    def handshake(self) -> None:
+        """TLS's greetings, or TimeoutError: before them nobody can be told anything."""
+        self._polled(cast(Any, self.connection).do_handshake)
+
+    def _seconds_left(self) -> float:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the deadline has passed")
+        if self.ended:
+            raise ConnectionResetError("this server stops")
+        return min(left, self._longest)
+
+    def _read_by_kernel(self, buffer: Any) -> int:
+        while True:
+            left = self._seconds_left()
+            if not left / 2 < self._given < left * 1.1:
+                self._given = max(left, 0.001)
+                timeval = struct.pack("ll", int(self._given), int(self._given % 1 * 1_000_000))
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
             try:
-                size = self.connection.recv_into(buffer)
-            except OSError:
-                size = 0
-                if time.monotonic() < self.deadline:
-                    raise
-            if size or time.monotonic() < self.deadline:
-                return size
-        raise BadRequest(408, "the request took too long to arrive")
+                return self.connection.recv_into(buffer)
+            except TIMED_OUT:
+                pass  # or a little before the deadline: see what the clock says
 
-    def cut_off(self, now: float) -> None:
-        """The deadline has passed. Who reads wakes, and may answer; who has not woken in a second was writing."""
-        deadline, since = self._woken
-        if deadline != self.deadline:
-            self._woken = self.deadline, now
-            self.shut(socket.SHUT_RD)
-        elif now > since + 1:
-            self.shut(socket.SHUT_RDWR)
+    def _polled(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """A call that may have to wait, with Python's own timeout."""
+        try:
+            while True:
+                self.connection.settimeout(self._seconds_left())
+                try:
+                    return call(*arguments)
+                except TIMED_OUT:
+                    pass
+        finally:
+            if self._by_kernel:
+                self.connection.settimeout(None)
 
-    def shut(self, how: int) -> None:
-        """Wake whoever reads (SHUT_RD), or writes too (SHUT_RDWR): there is no more to come."""
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.connection, how)  # not SSLSocket's, which takes the session from who is in it
-            if sys.platform == "win32":  # there, only closing wakes a thread (cpython issue 91913)
-                socket.close(self.connection.detach())
-
-
-class Watch:
-    """Ends reads and writes that take too long, with one thread that looks at all connections a few times a second.
-
-    Timeouts of the sockets themselves would cost a quarter of the speed: Python then waits for a socket first and reads
-    it after, lets other threads run at either, and has to be told how long anew each time. So our sockets just block.
-    """
-    seconds = 0.2
-
-    def __init__(self) -> None:
-        self.readers: set[SocketReader] = set()
-        self.ended = False
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def add(self, reader: SocketReader) -> None:
-        """Watch over a reader; it is taken out of `readers` by whoever closes it."""
-        with self._lock:
-            self.readers.add(reader)
-            if not self._thread:
-                thread = threading.Thread(target=self._run, name="s4s watch", daemon=True)
-                with contextlib.suppress(RuntimeError):  # the system gives no more threads; the next connection asks again
-                    thread.start()
-                    self._thread = thread
-            if self.ended:
-                reader.shut(socket.SHUT_RDWR)
+    def _read_at_once(self, buffer: Any) -> int | None:
+        nothing_yet: type[OSError] = BlockingIOError
+        if self._by_kernel:
+            with contextlib.suppress(nothing_yet):
+                return self.connection.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+            return None
+        if not self._plain:
+            import ssl  # which is there already: this is its socket
+            nothing_yet = ssl.SSLWantReadError
+        self.connection.settimeout(0)
+        try:
+            return self.connection.recv_into(buffer)
+        except nothing_yet:
+            return None
+        finally:
+            self.connection.settimeout(None)
 
     def end(self) -> None:
-        """Shut all connections, those to come too."""
+        """Wake the thread that reads or writes: there is no more to come."""
+        self.ended = True
+        with contextlib.suppress(OSError):
+            # Not SSLSocket's own shutdown, which takes the session away from the thread that uses it.
+            socket.socket.shutdown(self.connection, socket.SHUT_RDWR)
+
+
+class OpenSockets:
+    """The connections that are open, to apps and to other servers, so that a stop can end them.
+
+    Whoever closes a connection discards it first: a number that the system has given to the next one is never
+    shut.
+    """
+    def __init__(self) -> None:
+        self._open: set[TimedSocket] = set()
+        self._ended = False
+        self._lock = threading.Lock()
+
+    def add(self, timed: TimedSocket) -> None:
+        """A connection begins. After the end, it ends at once."""
         with self._lock:
-            self.ended = True
-            for reader in self.readers.copy():
-                reader.shut(socket.SHUT_RDWR)
+            self._open.add(timed)
+            if self._ended:
+                timed.end()
 
-    def _run(self) -> None:
-        while not self._closed.wait(self.seconds):
-            now = time.monotonic()
-            for reader in self.readers.copy():
-                if reader.deadline < now:
-                    reader.cut_off(now)
+    def discard(self, timed: TimedSocket) -> None:
+        """A connection is about to be closed."""
+        with self._lock:
+            self._open.discard(timed)
 
-    def close(self) -> None:
-        """Stop watching; safe to call twice."""
-        self._closed.set()
-        if self._thread:
-            self._thread.join()
+    def end_idle(self) -> None:
+        """End those that wait for the next request."""
+        with self._lock:
+            for timed in self._open:
+                if timed.idle:
+                    timed.end()
+
+    def end(self) -> None:
+        """End all, and those to come."""
+        with self._lock:
+            self._ended = True
+            for timed in self._open:
+                timed.end()
 
 
 @remembered(100)  # a client sends the same lines again and again
 def parse_headers(lines: bytes) -> Mapping[str, str]:
-    """Header lines as name (lower case) -> value; BadRequest where they are not exactly as RFC 9112 section 5 says."""
+    """Header lines as name (lower case) -> value; BadRequest unless they are exactly as RFC 9112 section 5
+    says."""
     if not _HEADER_LINES.fullmatch(lines):
         raise BadRequest(400, "a header line is malformed")
     headers: dict[str, str] = {}
@@ -6211,6 +6299,38 @@ def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
         lines.append(line)
 
 
+CHUNKED = -1  # a body's size that only its end tells
+
+
+def body_size(headers: Mapping[str, str], most: int) -> int:
+    """How long a body is, as announced: by length or in chunks, never both, or two servers in a row may
+    disagree on where it ends (RFC 9112 section 6.3). Without either it is empty."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None and length is not None:
+        raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
+    if coding is not None:
+        if coding.lower() != "chunked":
+            raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
+        return CHUNKED
+    if length is None:
+        return 0
+    if not length.isdecimal() or len(length) > 18:
+        raise BadRequest(400, "Content-Length: expected a number of bytes")
+    if int(length) > most:
+        raise too_large(most)
+    return int(length)
+
+
+def read_body(stream: io.BufferedReader[Any], size: int, most: int) -> bytes:
+    """A body of the size that `body_size` says."""
+    if size == CHUNKED:
+        return read_chunks(stream, most)
+    body = stream.read(size)
+    if len(body) < size:
+        raise BadRequest(400, "the body is shorter than its Content-Length")
+    return body
+
+
 def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
     """A chunked body (RFC 9112 section 7.1); trailers are read and forgotten."""
     body = bytearray()
@@ -6230,7 +6350,7 @@ def read_chunks(stream: io.BufferedReader[Any], most: int) -> bytes:
         body += chunk[:-2]
 
 
-MAX_DEPTH = 100  # of arrays and objects within each other: what is taken must come out again, however deep the stack
+MAX_DEPTH = 100  # arrays and objects in each other: what is taken must come out again, however deep the stack
 
 
 def _refuse_constant(text: str) -> float:
@@ -6251,15 +6371,13 @@ def parse_json(data: bytes) -> Json:
         raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
-    if not isinstance(value, dict):
-        raise PortalError("invalid_request", f"the body is a JSON {type(value).__name__}; expected an object")
+    need(isinstance(value, dict), f"the body is a JSON {type(value).__name__}; expected an object")
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)
-                 if isinstance(inner, (dict, list))]
-    if level:
-        raise PortalError("invalid_request", too_deep)
-    return value
+        inside = [outer.values() if isinstance(outer, dict) else outer for outer in level]
+        level = [inner for values in inside for inner in values if isinstance(inner, (dict, list))]
+    need(not level, too_deep)
+    return cast(Json, value)
 
 
 FHIR_TYPE = "application/fhir+json"
@@ -6277,19 +6395,21 @@ def media_types(text: str) -> tuple[str, ...]:
 
 def accepted_types(request: Request) -> tuple[str, ...]:
     """The media types that a request takes: by _format, which browsers can set, else by Accept."""
-    return media_types(dict(request.pairs()).get("_format", "").replace(" ", "+") or request.headers.get("accept") or "*/*")
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+")
+    return media_types(wanted or request.headers.get("accept") or "*/*")
 
 
 def fhir_type(request: Request, version: str = "r4") -> str:
     """The JSON type asked for, else the version's own; 406 if no JSON will do."""
     accepted = accepted_types(request)
     if not _ANY_JSON.intersection(accepted):
-        raise FhirError("not-supported", f"{', '.join(accepted) or 'nothing'}: only JSON is served ({FHIR_TYPE})", 406)
+        asked = ", ".join(accepted) or "nothing"
+        raise FhirError("not-supported", f"{asked}: only JSON is served ({FHIR_TYPE})", 406)
     return "application/json" if accepted == ("application/json",) else FHIR_TYPES.get(version, FHIR_TYPE)
 
 
-def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Sequence[tuple[str, str]] = (),
-                  version: str = "r4") -> Response:
+def fhir_response(request: Request, body: Json | str, status: int = 200,
+                  headers: Sequence[tuple[str, str]] = (), version: str = "r4") -> Response:
     """A resource, or its JSON text, in the type that `fhir_type` says; errors whatever is accepted."""
     media_type = fhir_type(request, version) if status == 200 else FHIR_TYPES.get(version, FHIR_TYPE)
     if ("_pretty", "true") in request.pairs():
@@ -7806,7 +7926,7 @@ class Portal:
         self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
         self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
-        self.watch = Watch()                    # over all connections, to apps and to the FHIR server
+        self.sockets = OpenSockets()            # all connections, to apps and to the FHIR server
         self.faults: dict[str, list[Iterator[Fault]]] = {}  # of an endpoint, each order of a test
         self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with status
         self.key_lock = threading.Lock()        # held while the signing key is made
@@ -7849,7 +7969,6 @@ class Portal:
 
     def close(self) -> None:
         """Close the databases and what else is open."""
-        self.watch.close()
         self.state.close()
         self.records.close()
 
@@ -8398,6 +8517,7 @@ class Server(Controls):
 # ######################################################################## 27 HTTP
 
 MAX_BODY = 1 << 20        # bytes of a request's body
+IN_ONE_WRITE = 64 << 10   # bytes of a body: to join more with its head takes longer than to write twice
 
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/([0-9])\.([0-9])\r?\n")
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
@@ -8405,21 +8525,139 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
+class Listener(http.server.ThreadingHTTPServer):
+    """The listening socket, and a thread for each connection."""
+    request_queue_size = 1024     # clients that come together wait here; with the default of 5 most fail
+    allow_reuse_address = sys.platform != "win32"  # there it would let two servers share a port
+    idle_seconds, head_seconds, body_seconds, stop_seconds = 120.0, 20.0, 60.0, 2.0
+
+    def __init__(self, portal: Portal, host: str, port: int):
+        self.portal = portal
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.scheme = "https" if portal.settings.certfile else "http"
+        self._context = self._tls_context() if portal.settings.certfile else None
+        self._threads_of_connections: set[threading.Thread] = set()
+        self._accepts_no_more = threading.Event()
+        self._wake, self._woken = socket.socketpair()
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
+        self.socket.setblocking(False)  # a client that is gone before it is accepted holds nobody
+
+    def _tls_context(self) -> Any:
+        import ssl  # takes long to import, and few need it
+        settings = self.portal.settings
+        try:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(str(settings.certfile), settings.keyfile)
+        except (OSError, ssl.SSLError) as error:
+            raise StartError(f"--certfile {settings.certfile}: {error}; give PEM files")
+        return context
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def accept_until_stopped(self) -> None:
+        """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a
+        second."""
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.socket, selectors.EVENT_READ)
+                selector.register(self._woken, selectors.EVENT_READ)
+                while not self.portal.stopping.is_set():
+                    selector.select()
+                    try:
+                        self.process_request(*self.get_request())
+                    except OSError:  # stopped; or the client is gone again; or no file descriptor is left
+                        self.portal.stopping.wait(0.01)
+        finally:
+            self._accepts_no_more.set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread. ThreadingMixIn's own are waited for without end, or not at all."""
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address),
+                                  name="s4s connection", daemon=True)
+        self._threads_of_connections.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # the system gives no more threads; those there are go on
+            self._threads_of_connections.discard(thread)
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """The thread's life."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._threads_of_connections.discard(threading.current_thread())
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        """One connection, from its handshake to its end."""
+        if not self._context:
+            super().finish_request(request, client_address)
+            return
+        with self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secure:
+            super().finish_request(secure, client_address)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """What went wrong outside of any request."""
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and not isinstance(error, OSError):  # those: a client that went away
+            self.portal.log_bug("a connection", error)
+
+    def log_request(self, request: Request, status: int, seconds: float) -> None:
+        """A line a request, of nothing that could be a secret: no query, no header, no body."""
+        settings = self.portal.settings
+        if settings.quiet:
+            return
+        asked = scrubbed(f"{request.method} {request.path}")
+        client_and_user = " ".join(filter(None, (request.client_id, request.username)))
+        line = f"{asked} {status} {seconds * 1000:.1f} ms {client_and_user}"
+        notes = map(scrubbed, request.notes if settings.verbose else ())
+        self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda char: f"\\x{ord(char[0]):02x}", text)
+                                      for text in (line.rstrip(), *notes)))
+
+    def stop(self) -> None:
+        """Stop accepting, let requests in flight finish, for 2 seconds at most, close everything."""
+        self.portal.stopping.set()
+        self._wake.send(b"x")
+        self._accepts_no_more.wait()
+        self.portal.sockets.end_idle()  # and see Handler.wait_for_request
+        threads, deadline = list(self._threads_of_connections), time.monotonic() + self.stop_seconds
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self.portal.sockets.end()
+        for thread in threads:
+            thread.join(1)
+
+    def server_close(self) -> None:
+        """Close the listening socket and the wake sockets; also called where it can't listen."""
+        super().server_close()
+        self._wake.close()
+        self._woken.close()
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use of
-    email.parser takes longer than all that the portal does; and writes an answer at once: header and body in two
-    writes could cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed acknowledgement)."""
+    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose
+    use of email.parser takes longer than all that the portal does; and writes an answer at once: header and
+    body in two writes could cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed
+    acknowledgement)."""
     server: Listener
     disable_nagle_algorithm = True
 
     def setup(self) -> None:
+        """Before the first request."""
         super().setup()
-        self.reader = SocketReader(self.connection)
-        self.lines = io.BufferedReader(self.reader, 16 << 10)
-        self.server.portal.watch.add(self.reader)
+        self.timed = TimedSocket(self.connection)
+        self.lines = io.BufferedReader(self.timed, 16 << 10)
+        self.server.portal.sockets.add(self.timed)
 
     def finish(self) -> None:
-        self.server.portal.watch.readers.discard(self.reader)
+        """After the last one."""
+        self.server.portal.sockets.discard(self.timed)
         super().finish()
 
     def handle(self) -> None:
@@ -8427,51 +8665,52 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = False
         try:
             if self.server.scheme == "https":
-                self.reader.deadline = time.monotonic() + self.server.head_seconds
-                self.connection.do_handshake()
-            while not self.close_connection:
+                self.allow(self.server.head_seconds)
+                self.timed.handshake()
+            while not self.close_connection and self.wait_for_request():
                 self.handle_one_request()
-        except ConnectionAbortedError:  # a test ordered a drop
-            pass
         except BadRequest as error:
             self.refuse(error)
         except OSError:
-            pass  # the client went away
+            pass  # the client went away, or a test ordered a drop
+
+    def allow(self, seconds: float) -> None:
+        """Set the deadline of what is read or written next."""
+        self.timed.deadline = time.monotonic() + seconds
+
+    def wait_for_request(self) -> bool:
+        """Whether one comes. Between two requests the connection may be stopped, and needs no words to
+        end."""
+        self.allow(self.server.idle_seconds)
+        self.timed.idle = True
+        try:
+            return not self.server.portal.stopping.is_set() and bool(self.lines.peek(1))
+        except BadRequest:  # idle for long
+            return False
+        finally:
+            self.timed.idle = False
 
     def handle_one_request(self) -> None:
         """Read a request, answer it."""
         request = self.read_request()
-        if request is None:
-            self.close_connection = True
-            return
-        self.reader.deadline, started = math.inf, time.perf_counter()  # the rest is in our hands
+        started = time.perf_counter()
         response = dispatch(self.server.portal, request)
-        # First the log, so that who has the answer finds the story of it there.
+        # First the log, so that whoever has the answer finds the story of it there.
         self.server.log_request(request, response.status, time.perf_counter() - started)
         self.send(request.method, response)
         if request.broken:
             self.linger()
 
-    def read_request(self) -> Request | None:
-        """The next request; None when the client is done. Between two requests the connection may be stopped."""
-        server = self.server
-        self.reader.deadline = time.monotonic() + server.idle_seconds
-        server.waiting.add(self.reader)
-        try:
-            if server.stopping or not self.lines.peek(1):
-                return None
-        except BadRequest:
-            return None  # idle for long: nothing to complain of
-        finally:
-            server.waiting.discard(self.reader)
-        self.reader.deadline = time.monotonic() + server.head_seconds
+    def read_request(self) -> Request:
+        """The request that has begun to arrive."""
+        self.allow(self.server.head_seconds)
         line = self.lines.readline(MAX_HEAD + 1)
         if line in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: one empty line before a request is forgiven
             line = self.lines.readline(MAX_HEAD + 1)
         match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
+        if not match and len(line) > MAX_HEAD:
+            raise BadRequest(414, f"the request line is longer than {MAX_HEAD} bytes")
         if not match:
-            if len(line) > MAX_HEAD:
-                raise BadRequest(414, f"the request line is longer than {MAX_HEAD} bytes")
             raise BadRequest(400, "expected a request line such as GET / HTTP/1.1")
         method, target, major, minor = match.groups()
         if major != "1":
@@ -8480,18 +8719,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.close_connection = minor == "0" or "close" in headers.get("connection", "").lower()
         if minor == "0":
             headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
-            headers.setdefault("host", urlsplit(server.portal.address).netloc)
-        request = Request(method, self.own_target(method, target, headers), headers, scheme=server.scheme)
+            headers.setdefault("host", urlsplit(self.server.portal.address).netloc)
+        target = self.own_target(method, target, headers)
+        request = Request(method, target, headers, scheme=self.server.scheme)
         try:
-            request.body = self.read_body(request, headers)
-        except BadRequest as error:  # it is known who asks for what: so it is answered in the endpoint's own shape
+            request.body = self.read_body(request)
+        except BadRequest as error:  # it is known what was asked: the endpoint answers in its own shape
             request.broken = PortalError("invalid_request", str(error), error.status)
             self.close_connection = True
         return request
 
     @staticmethod
     def own_target(method: str, target: str, headers: dict[str, str]) -> str:
-        """The request target as path and query. An absolute one's host counts, not the header's (RFC 9112 3.2.2)."""
+        """The target as path and query. An absolute one's host counts, not the header's (RFC 9112 section
+        3.2.2)."""
         if target[0] != "/":
             absolute = re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
             if absolute:
@@ -8507,205 +8748,58 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BadRequest(400, "the Host header is malformed")
         return target
 
-    def read_body(self, request: Request, headers: dict[str, str]) -> bytes:
-        """The body as announced: by length or in chunks, never both, or two servers in a row may disagree on where
-        it ends (RFC 9112 section 6.3)."""
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is None and length is None:
+    def read_body(self, request: Request) -> bytes:
+        """The body, as its headers announce it."""
+        if "content-length" not in request.headers and "transfer-encoding" not in request.headers:
             return b""
-        most = MAX_LOAD if request.path == "/oauth/debug/load" and self.server.portal.settings.serves_debug else MAX_BODY
-        if coding is not None and length is not None:
-            raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
-        if length is not None and not (length.isdecimal() and len(length) <= 18):
-            raise BadRequest(400, "Content-Length: expected a number of bytes")
-        if length is not None and int(length) > most:
-            raise too_large(most)
-        if coding is not None and coding.lower() != "chunked":
-            raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
-        if headers.get("expect", "").lower() == "100-continue":
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.reader.deadline = time.monotonic() + self.server.body_seconds
-        body = read_chunks(self.lines, most) if coding is not None else self.lines.read(int(length or 0))
-        if coding is None and len(body) < int(length or 0):
-            raise BadRequest(400, "the body is shorter than its Content-Length")
-        return body
+        loads = request.path == "/oauth/debug/load" and self.server.portal.settings.serves_debug
+        most = MAX_LOAD if loads else MAX_BODY
+        size = body_size(request.headers, most)
+        self.allow(self.server.body_seconds)
+        if request.headers.get("expect", "").lower() == "100-continue":
+            self.timed.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return read_body(self.lines, size, most)
 
     def send(self, method: str, response: Response) -> None:
         """Write a response."""
-        if self.server.stopping:
+        if self.server.portal.stopping.is_set():
             self.close_connection = True
-        body = response.body
         headers = [("Date", http_date(int(self.server.portal.clock.now()))), *response.headers]
         if response.status not in (204, 304):
-            headers.append(("Content-Length", str(len(body))))
+            headers.append(("Content-Length", str(len(response.body))))
         if self.close_connection:
             headers.append(("Connection", "close"))
         if not "".join([value for _, value in headers]).isprintable():
-            # Whatever a value is made of, it stays one line: no one adds headers of their own.
+            # Whatever a value is made of, it stays one line: nobody adds headers of their own.
             headers = [(name, _CONTROL.sub("?", value)) for name, value in headers]
-        head = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        self.reader.deadline = time.monotonic() + self.server.body_seconds
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
         first = f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n"
-        data, body = f"{first}{head}\r\n".encode("latin-1", "replace"), b"" if method == "HEAD" else body
-        if len(body) < 64 << 10:
-            self.connection.sendall(data + body)
-        else:  # to put them together would take longer; and nothing waits, with Nagle's algorithm off
-            self.connection.sendall(data)
-            self.connection.sendall(body)
+        head = f"{first}{lines}\r\n".encode("latin-1", "replace")
+        body = b"" if method == "HEAD" else response.body
+        self.allow(self.server.body_seconds)
+        if len(body) < IN_ONE_WRITE:
+            self.timed.send(head + body)
+        else:
+            self.timed.send(head)
+            self.timed.send(body)
 
     def refuse(self, error: BadRequest) -> None:
         """Answer a request whose head can't be read."""
         self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.send("", json_response({"error": "invalid_request", "error_description": str(error)}, error.status))
+        with contextlib.suppress(OSError, BadRequest):
+            told = {"error": "invalid_request", "error_description": str(error)}
+            self.send("", json_response(told, error.status))
             self.linger()
 
     def linger(self) -> None:
-        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and the
-        client may never see the answer."""
+        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and
+        the client may never see the answer."""
         with contextlib.suppress(OSError, BadRequest):
             self.connection.shutdown(socket.SHUT_WR)
-            self.reader.deadline = time.monotonic() + 1
+            self.allow(1)
             for _ in range(1024):
                 if not self.lines.read1(64 << 10):
                     break
-
-
-class Listener(http.server.HTTPServer):
-    """The listening socket, and a thread for each connection; threads that are done wait for the next connection."""
-    request_queue_size = 1024     # clients that come at the same time wait here; with the default of 5 most fail
-    allow_reuse_address = sys.platform != "win32"  # there it would let two servers share a port
-    idle_seconds, head_seconds, body_seconds, stop_seconds = 120.0, 20.0, 60.0, 2.0
-    spare_threads = 64
-
-    def __init__(self, portal: Portal, host: str, port: int):
-        self.portal, self.scheme, self.stopping = portal, "http", False
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._lock = threading.Lock()
-        self._threads: set[threading.Thread] = set()
-        self.waiting: set[SocketReader] = set()      # connections between two requests: those may be ended
-        self._arrived: queue.SimpleQueue[socket.socket | None] = queue.SimpleQueue()
-        self._idle = 0                               # threads that no arrived connection is meant for
-        self._context: Any = None
-        self._wake, self._woken = socket.socketpair()
-        if portal.settings.certfile:
-            import ssl  # takes long to import, and few need it
-            try:
-                self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-                # A reader that `Watch` wakes is at the end, as without TLS, and may still answer (Python 3.10 has it).
-                self._context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-                self._context.load_cert_chain(portal.settings.certfile, portal.settings.keyfile)
-            except (OSError, ssl.SSLError) as error:
-                self._wake.close()
-                self._woken.close()
-                raise StartError(f"--certfile {portal.settings.certfile}: {error}; give PEM files")
-            self.scheme = "https"
-        try:
-            super().__init__((host, port), Handler)
-        except (OSError, OverflowError) as error:
-            raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
-
-    def server_bind(self) -> None:
-        """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
-    def log_request(self, request: Request, status: int, seconds: float) -> None:
-        """A line a request, of nothing that could be a secret: no query, no header, no body."""
-        settings = self.portal.settings
-        if settings.quiet:
-            return
-        who = " ".join(part for part in (request.client_id, request.username) if part)
-        line = f"{scrubbed(request.method + ' ' + request.path)} {status} {seconds * 1000:.1f} ms {who}".rstrip()
-        notes = map(scrubbed, request.notes if settings.verbose else ())
-        self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda found: f"\\x{ord(found[0]):02x}", text)
-                                      for text in (line, *notes)))
-
-    def accept_until_stopped(self) -> None:
-        """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a second."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.socket, selectors.EVENT_READ)
-            selector.register(self._woken, selectors.EVENT_READ)
-            while not self.stopping:
-                selector.select()
-                if self.stopping:
-                    break
-                try:
-                    connection = self.socket.accept()[0]
-                except OSError:  # the client is gone again, or no file descriptor is left
-                    self.portal.stopping.wait(0.01)
-                    continue
-                self._hand_over(connection)
-
-    def _hand_over(self, connection: socket.socket) -> None:
-        with self._lock:
-            if self._idle:
-                self._idle -= 1
-            else:
-                thread = threading.Thread(target=self._work, name="s4s connection", daemon=True)
-                try:
-                    thread.start()  # with the lock, so that stop() finds no thread that has not begun
-                except RuntimeError:  # the system gives no more threads; those there are go on
-                    connection.close()
-                    return
-                self._threads.add(thread)
-            self._arrived.put(connection)
-
-    def _work(self) -> None:
-        """A thread's life: connection after connection."""
-        connection = self._arrived.get()
-        while connection:
-            self._serve(connection)
-            with self._lock:
-                if self.stopping or self._idle >= self.spare_threads:
-                    break
-                self._idle += 1
-            connection = self._arrived.get()
-        with self._lock:
-            self._threads.discard(threading.current_thread())
-
-    def _serve(self, connection: socket.socket) -> None:
-        """One connection, from its handshake to its end."""
-        connection.settimeout(None)
-        try:
-            if self._context:
-                connection = self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
-            Handler(connection, ("", 0), self)
-        except (OSError, ValueError):
-            pass  # a client that went away
-        except Exception as error:  # noqa: BLE001
-            self.portal.log_bug("a connection", error)
-        finally:
-            connection.close()
-
-    def stop(self) -> None:
-        """Stop accepting, let requests in flight finish, for 2 seconds at most, close everything."""
-        with self._lock:
-            self.stopping = True
-            threads = list(self._threads)
-        self._wake.send(b"x")
-        self.portal.stopping.set()
-        for _ in threads:
-            self._arrived.put(None)
-        for reader in self.waiting.copy():  # whoever is about to wait sees `stopping`: see Handler.read_request
-            reader.shut(socket.SHUT_RDWR)
-        deadline = time.monotonic() + self.stop_seconds
-        for thread in threads:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self.portal.watch.end()
-        for thread in threads:
-            thread.join(1)
-
-    def server_close(self) -> None:
-        """Close the listening socket, the wake sockets, and connections that no thread has taken up."""
-        super().server_close()
-        with contextlib.suppress(queue.Empty):
-            while True:
-                connection = self._arrived.get_nowait()
-                if connection:
-                    connection.close()
-        self._wake.close()
-        self._woken.close()
 
 
 # ######################################################################## 28 command line
