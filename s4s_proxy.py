@@ -90,7 +90,7 @@ take two hours; who stops there has read a whole OAuth server.
     3  scopes                                               10 min   what an app may ask for
     4  the tables and the clock                             15 min   what is remembered, and until when
     5  request, response, route                             15 min   from a message to its endpoint
-    6  clients with a secret, or with none                  15 min   registration, authentication
+    6  clients with a secret, or none                       15 min   registration, authentication
     7  sign-in                                              10 min   who is at the browser
     8  the authorization request                            20 min   an ordered list of checks
     9  consent, and the code                                15 min   whose record, what, until when
@@ -99,7 +99,7 @@ take two hours; who stops there has read a whole OAuth server.
    12  discovery                                             5 min   how an app finds the endpoints
    13  launch by a health record                             5 min   the other way to start an app
    14  identity                                              5 min   who signed in, told to the app
-   15  keys instead of secrets, backend services            15 min   skip at first
+   15  keys, and backend services                           15 min   skip at first
    16  granular scopes                                       5 min   skip at first
 
 Part Two, the records. Skip at first; each section can be read alone.
@@ -183,7 +183,6 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
-import binascii
 import calendar
 import collections
 import contextlib
@@ -253,11 +252,11 @@ class StartError(Exception):
 
 
 class PortalError(Exception):
-    """A request refused: `status` is HTTP's, `error` a code of the endpoint's text, `description` is for people.
-
-    Test controls raise it as it is; over HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2).
-    """
-    def __init__(self, error: str, description: str, status: int = 400, headers: Sequence[tuple[str, str]] = ()):
+    """A request refused: `status` is HTTP's, `error` a code of the endpoint's text, `description` for people.
+    Over HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2); test controls raise it as it
+    is."""
+    def __init__(self, error: str, description: str, status: int = 400,
+                 headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
 
@@ -265,22 +264,6 @@ class PortalError(Exception):
     def error_description(self) -> str:
         """The description in the characters that OAuth's answers may hold (RFC 6749 section 5.2)."""
         return re.sub(r"[^ !#-\[\]-~]", "?", self.description.replace('"', "'"))
-
-
-def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
-    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
-    return "WWW-Authenticate", ", ".join([f'{scheme} realm="s4s"', *(f'{name}="{value}"' for name, value in members.items())])
-
-
-Good = TypeVar("Good")
-
-
-def need(good: Good | None, description: str, error: str = "invalid_request", status: int = 400,
-         kind: type[PortalError] = PortalError, headers: Sequence[tuple[str, str]] = ()) -> Good:
-    """Give back what is good; refuse with the description where it is nothing, false or empty."""
-    if not good:
-        raise kind(error, description, status, headers)
-    return good
 
 
 class PageError(PortalError):
@@ -299,20 +282,35 @@ class RedirectError(PortalError):
 
 
 class FhirError(PortalError):
-    """An error of the FHIR API: an OperationOutcome, whose issue code `error` is of FHIR's issue-type value set."""
+    """An error of the FHIR API, an OperationOutcome: `error` is a code of FHIR's value set issue-type."""
+
+
+Good = TypeVar("Good")
+
+
+def need(good: Good | None, description: str, error: str = "invalid_request", status: int = 400,
+         kind: type[PortalError] = PortalError, headers: Sequence[tuple[str, str]] = ()) -> Good:
+    """Give back what is good; refuse with the description where it is nothing, false or empty."""
+    if not good:
+        raise kind(error, description, status, headers)
+    return good
+
+
+def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
+    """The header that tells how to prove oneself, and what was wrong with the proof (RFC 6750 section 3)."""
+    told = [f'{name}="{value}"' for name, value in {"realm": "s4s", **members}.items()]
+    return "WWW-Authenticate", f"{scheme} {', '.join(told)}"
 
 
 # ######################################################################## 2 secrets, PKCE
 
 
-def base64url(data: bytes) -> str:
-    """Bytes in the alphabet that URLs leave alone, without padding (RFC 7515 section 2)."""
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
-
-
-def s256_challenge(verifier: str) -> str:
-    """The PKCE challenge of a verifier (RFC 7636 section 4.2)."""
-    return base64url(hashlib.sha256(verifier.encode("ascii")).digest())
+def new_token() -> str:
+    """A value nobody can guess: a random UUID, as S4S promised its clients. It holds 122 random bits, as
+    SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more."""
+    digits = secrets.token_hex(16)  # as RFC 9562 section 5.4 says; the module uuid takes long to import
+    variant = "89ab"[int(digits[16], 16) % 4]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def same_secret(one: str, other: str) -> bool:
@@ -325,24 +323,28 @@ def shorten(secret: str) -> str:
     return secret[:4] + "..."
 
 
-def new_token() -> str:
-    """A value nobody can guess: a random UUID, as S4S promised its clients.
-
-    It holds 122 random bits, as SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more.
-    """
-    digits = secrets.token_hex(16)
-    return (f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{'89ab'[int(digits[16], 16) % 4]}{digits[17:20]}-"
-            f"{digits[20:]}")  # as RFC 9562 section 5.4 says; the module uuid takes long to import
-
-
 def hash_secret(secret: str) -> str:
-    """A client's secret as kept. SHA-256 is enough for a secret drawn at random; a person's password needs more."""
+    """A client's secret as kept. SHA-256 is enough for what was drawn at random; a password needs more."""
     return hashlib.sha256(secret.encode("utf-8", "replace")).hexdigest()
 
 
 def hash_password(password: str, salt: str) -> str:
-    """A person's password as kept: slow on purpose (some 50 ms), so that a stolen table is hard to guess from."""
+    """A person's password as kept: slow on purpose (some 50 ms), or a stolen table were guessed from."""
     return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "replace"), salt.encode(), 200_000).hex()
+
+
+def base64url(data: bytes) -> str:
+    """Bytes in the alphabet that URLs leave alone, without padding (RFC 7515 section 2)."""
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode("ascii")
+
+
+def s256_challenge(verifier: str) -> str:
+    """The PKCE challenge of a verifier (RFC 7636 section 4.2; the example is its appendix B's).
+
+    >>> s256_challenge("dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk")
+    'E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM'
+    """
+    return base64url(hashlib.sha256(verifier.encode("ascii")).digest())
 
 
 # ######################################################################## 3 scopes
@@ -475,15 +477,15 @@ CREATE TABLE IF NOT EXISTS users (
     password_salt TEXT NOT NULL, password_hash TEXT NOT NULL,
     any_patient INTEGER NOT NULL DEFAULT 0);      -- 1: a clinician, who may open every record
 
--- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this patient,
--- if not who the user is anyway (a RelatedPerson).
+-- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this
+-- patient, if not who the user is anyway (a RelatedPerson).
 CREATE TABLE IF NOT EXISTS patients (
     username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL,
     name TEXT NOT NULL, is_user INTEGER NOT NULL, fhir_user TEXT,
     PRIMARY KEY (username, patient_id));
 
--- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client, or one with keys.
--- registered_itself: by /oauth/register, and not by who runs this server.
+-- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client, or one with
+-- keys. registered_itself: by /oauth/register, and not by whoever runs this server.
 CREATE TABLE IF NOT EXISTS clients (
     client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL,
     registered_itself INTEGER NOT NULL DEFAULT 0);
@@ -496,7 +498,8 @@ CREATE INDEX IF NOT EXISTS sessions_by_expiry ON sessions (expires);
 
 -- Launches by the EHR that wait for their app. context is JSON: the members of the token response.
 CREATE TABLE IF NOT EXISTS launches (
-    launch TEXT PRIMARY KEY, client_id TEXT REFERENCES clients,  -- NULL until an app uses it, if none was named
+    launch TEXT PRIMARY KEY,
+    client_id TEXT REFERENCES clients,            -- NULL until an app uses it, if none was named
     username TEXT, patient_id TEXT, context TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS launches_by_expiry ON launches (expires);
 
@@ -506,7 +509,7 @@ CREATE TABLE IF NOT EXISTS pending (
     details TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS pending_by_expiry ON pending (expires);
 
--- What users approved. A row stays when it ended, so that a used token that returns is known for what it is.
+-- What users approved. A row stays when it has ended, so that a used token that returns is known for one.
 CREATE TABLE IF NOT EXISTS grants (
     grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
     username TEXT REFERENCES users,               -- NULL: a backend service, which acts for nobody
@@ -520,13 +523,13 @@ CREATE TABLE IF NOT EXISTS grants (
     context TEXT NOT NULL DEFAULT '{}');          -- JSON: members of the token response beside patient
 CREATE INDEX IF NOT EXISTS grants_by_user ON grants (username, client_id, patient_id);
 
--- Codes, access tokens and refresh tokens. Values are kept as they are because S4S's debug endpoint shows them;
--- a production server keeps hashes, so that who steals the table can't use it.
+-- Codes, access tokens and refresh tokens. Values are kept as they are because S4S's debug endpoint shows
+-- them; a production server keeps hashes, so that anyone who steals the table can't use it.
 CREATE TABLE IF NOT EXISTS tokens (
     token TEXT PRIMARY KEY, kind TEXT NOT NULL CHECK (kind IN ('code', 'access', 'refresh')),
     grant_id TEXT NOT NULL REFERENCES grants, scope TEXT NOT NULL,
     issued REAL NOT NULL, expires REAL NOT NULL,
-    spent INTEGER NOT NULL DEFAULT 0,             -- a code exchanged, a refresh token rotated, a token revoked
+    spent INTEGER NOT NULL DEFAULT 0,             -- code exchanged, refresh token rotated, token revoked
     refresh_token TEXT);                          -- of an access token: the one issued with it
 CREATE INDEX IF NOT EXISTS tokens_by_grant ON tokens (grant_id);
 CREATE INDEX IF NOT EXISTS tokens_by_refresh ON tokens (refresh_token);
@@ -645,8 +648,8 @@ class Store:
 
 def forget_expired(database: sqlite3.Connection, table: str, now: float, which: str = "1") -> None:
     """Delete rows that have expired, a few whenever one is added, so that nobody ever waits for many."""
-    database.execute(f"DELETE FROM {table} WHERE rowid IN "
-                     f"(SELECT rowid FROM {table} WHERE {which} AND expires <= ? LIMIT 50)", (now,))
+    some = f"SELECT rowid FROM {table} WHERE {which} AND expires <= ? LIMIT 50"
+    database.execute(f"DELETE FROM {table} WHERE rowid IN ({some})", (now,))
 
 
 class Clock:
@@ -656,8 +659,8 @@ class Clock:
         self._lock = threading.Lock()
 
     def now(self) -> float:
-        """The portal's time, in Unix seconds. It goes on where the system's clock is set back: what has expired stays
-        expired, and a used assertion stays used."""
+        """The portal's time, in Unix seconds. It goes on where the system's clock is set back: what has
+        expired stays expired, and a used assertion stays used."""
         with self._lock:
             system = time.time()
             if system < self._system:
@@ -684,69 +687,182 @@ def http_date(seconds: float) -> str:
 
 # ######################################################################## 5 request, response, route
 
+# Two words for our own address, since with --base-url it may have several. Started with --base-url
+# https://portal.example and --base-url http://portal:8000, and asked by an app in a container at http://portal:8000,
+#     portal.base(request)          is http://portal:8000, as the sender knows us: issuer, audience, links
+#     portal.browser_base(request)  is https://portal.example, always the first: where people's browsers go.
+# Without --base-url both are what the Host header says, which is why `check_host` doubts it.
 
-def decode_plus(text: str, errors: str = "replace") -> str:
-    """Form decoding of a single name or value."""
-    return unquote(text.replace("+", " "), errors=errors) if "%" in text or "+" in text else text
 
-
-def decode_pairs(text: str) -> list[tuple[str, str]]:
-    """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
-    if not text:
-        return []
-    if "%" in text and re.search(r"%(?![0-9A-Fa-f]{2})", text):
-        raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
-    if text.count("&") >= 1000:
-        raise PortalError("invalid_request", "more than 1000 parameters")
+def dispatch(portal: Portal, request: Request) -> Response:
+    """Answer a request: the whole server without its sockets. ConnectionAbortedError: a test wants a drop."""
+    route = find_route(request)
+    response = None
     try:
-        pairs = [(decode_plus(name, "strict"), decode_plus(value, "strict"))
-                 for name, _, value in (part.partition("=") for part in text.split("&") if part)]
-    except ValueError as error:
-        raise PortalError("invalid_request", f"parameters can't be decoded: {error}")
-    if "%00" in text or "\0" in text:
-        raise PortalError("invalid_request", "a NUL character in a parameter")
-    return pairs
+        response = respond(portal, request, route)
+    finally:
+        if not request.path.startswith("/oauth/debug/"):
+            portal.recorded.append((request, response.status if response else 0))
+            request.body = request.body[:MAX_RECORDED_BODY]
+    if route and route.cors:
+        response.headers += ALLOWED_ORIGIN
+    response.headers.append(("X-Content-Type-Options", "nosniff"))
+    return response
 
 
-class Fields:
-    """The parameters of a query or a form. Each at most once (RFC 6749 section 3.1), empty the same as absent."""
-    def __init__(self, pairs: Iterable[tuple[str, str]]):
-        self.values: dict[str, str] = {}
-        self.repeated: list[str] = []
-        for name, value in pairs:
-            if name in self.values:
-                self.repeated.append(name)
-            self.values[name] = value
+def find_route(request: Request) -> Route | None:
+    """The route of a request's path; what its {} matched is request.rest."""
+    by_path, by_prefix = _routes_by_path()
+    if request.path in by_path:
+        return by_path[request.path]
+    for prefix, route in by_prefix:
+        if request.path.startswith(prefix) or request.path == prefix[:-1]:
+            request.rest = request.path[len(prefix):]
+            return route
+    return None
 
-    def get(self, name: str, default: str = "") -> str:
-        """A parameter's value, or the default."""
-        if name in self.repeated:
-            raise PortalError("invalid_request", f"{name} is given more than once")
-        return self.values.get(name) or default
 
-    def need(self, name: str) -> str:
-        """A parameter that must be there."""
-        value = self.get(name)
-        if not value:
-            raise PortalError("invalid_request", f"{name} is missing")
-        return value
+@functools.cache
+def _routes_by_path() -> tuple[dict[str, Route], list[tuple[str, Route]]]:
+    """The routes whose path is fixed, by it, and the others with what their path begins with."""
+    return ({route.path: route for route in ROUTES if not route.path.endswith("{}")},
+            [(route.path[:-2], route) for route in ROUTES if route.path.endswith("{}")])
+
+
+def respond(portal: Portal, request: Request, route: Route | None) -> Response:
+    """The response to a request, or to what went wrong with it."""
+    try:
+        return serve(portal, request, route)
+    except ConnectionAbortedError:
+        raise
+    except PortalError as error:
+        refusal = error
+    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
+        portal.log(f"DATABASE {error} in {request.method} {request.path}")
+        description = f"the database says: {error}; nothing was changed"
+        refusal = PortalError("temporarily_unavailable", description, 503)
+    except Exception as error:  # noqa: BLE001
+        portal.log_bug(f"{request.method} {request.path}", error)
+        refusal = PortalError("server_error", "this server has a bug; its log says where", 500)
+    return error_response(portal, request, route, refusal)
+
+
+def serve(portal: Portal, request: Request, route: Route | None) -> Response:
+    """What the endpoint answers, after the checks that all endpoints share."""
+    check_host(portal, request)
+    if not route:
+        raise PortalError("not_found", f"there is nothing at {request.path}", 404)
+    allowed = ("Allow", allowed_methods(route))
+    if request.method == "OPTIONS":
+        return Response(204, headers=[allowed, *PREFLIGHT] if route.cors else [allowed])
+    method = "GET" if request.method == "HEAD" else request.method
+    if method not in route.methods:
+        description = f"{request.method} is not possible here; possible are {allowed[1]}"
+        raise PortalError("invalid_request", description, 405, [allowed])
+    if route.kind == "debug":
+        check_same_origin(request)
+    if request.broken and method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
+        raise request.broken
+    if route.fault not in ("", "authorize"):  # an authorization error may travel: see begin_authorization
+        portal.meet_fault(route.fault)
+    return route.endpoint(portal, request)
+
+
+def allowed_methods(route: Route) -> str:
+    """A route's methods, as the Allow header lists them."""
+    head = ["HEAD"] if "GET" in route.methods else []
+    return ", ".join([*route.methods, *head, "OPTIONS"])
+
+
+def check_host(portal: Portal, request: Request) -> None:
+    """While anyone who can reach us is trusted, refuse names that aren't ours. Else a page elsewhere points
+    its own name at this machine (DNS rebinding): to the browser we are its site then, and its scripts read
+    our answers."""
+    settings = portal.settings
+    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir
+    if trusting and not portal.is_ours(request.host):
+        others = "" if settings.local else ", another IP address"
+        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, "
+                          f"127.0.0.1{others} or a --base-url", 421)
+
+
+def check_same_origin(request: Request) -> None:
+    """Debug endpoints obey no other web page, though browsers that show one can reach us (CSRF): a browser
+    names the page that sends (Origin), or says how far away it is (Fetch Metadata)."""
+    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
+    ours = f"{request.scheme}://{request.host}"
+    if origin not in (None, "", ours) or site not in ("same-origin", "none"):
+        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take "
+                          "no requests from other sites", 403)
+
+
+@remembered(1000)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this very machine."""
+    host = host.strip("[]").lower()
+    return (host in ("localhost", "::1") or host.endswith(".localhost")
+            or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host)))
+
+
+def same_address(one: str, other: str) -> bool:
+    """Whether two URLs are one: a slash at the end doesn't count, and loopback's names are all the same."""
+    def plain(url: str) -> str:
+        loopback = r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
+        return re.sub(loopback, r"\1loopback", url.rstrip("/"))
+    return plain(one) == plain(other)
+
+
+def error_response(portal: Portal, request: Request, route: Route | None, error: PortalError) -> Response:
+    """An error in the shape that this kind of endpoint's clients parse."""
+    request.note(f"refused: {error}")
+    kind = route.kind if route else kind_of_nowhere(request.path)
+    if kind == "page":
+        response = error_page(portal, error, request, route)
+    elif kind == "fhir":
+        response = Response(error.status, json.dumps(outcome(error)).encode(),
+                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
+    else:
+        told = {"error": error.error, "error_description": error.error_description}
+        response = json_response(told, error.status)
+    response.headers += error.headers
+    return response
+
+
+def kind_of_nowhere(path: str) -> str:
+    """Who may have asked for a path where nothing is."""
+    if path.startswith("/api/"):
+        return "fhir"
+    return "oauth" if path.startswith(("/oauth/", "/.well-known/")) else "page"
+
+
+ALLOWED_ORIGIN = [
+    ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
+    ("Access-Control-Expose-Headers",
+     "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
+PREFLIGHT = [
+    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+    # A wildcard would not cover Authorization (Fetch standard).
+    ("Access-Control-Allow-Headers", ("Authorization, Accept, Content-Type, Prefer, If-Match, If-None-Match, "
+                                      "If-Modified-Since, If-None-Exist")),
+    ("Access-Control-Max-Age", "600")]
 
 
 class Request:
-    """What came in. `headers` has lower-case names; `scheme` is http or https; `rest` is what a route's {} matched."""
-    def __init__(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"", scheme: str = "http"):
-        path, _, self.query = target.partition("?")
-        self.method, self.raw_path, self.headers, self.body, self.scheme = method, path, headers, body, scheme
-        self.path = path.rstrip("/") or "/"     # a trailing slash is ignored
+    """What came in. `headers` has lower-case names; `rest` is what a route's {} matched."""
+    def __init__(self, method: str, target: str, headers: Mapping[str, str], body: bytes = b"",
+                 scheme: str = "http"):
+        self.method, self.headers, self.body, self.scheme = method, headers, body, scheme
+        self.raw_path, _, self.query = target.partition("?")
+        self.path = self.raw_path.rstrip("/") or "/"  # a trailing slash is ignored
         self.host = headers.get("host", "")
         self.rest = ""
-        self.client_id = self.username = ""     # found out on the way, for the log
+        self.client_id = self.username = ""     # learnt on the way, for the log
         self._pairs: list[tuple[str, str]] | None = None
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
         self.broken: PortalError | None = None  # why the body could not be read
 
     def note(self, text: str) -> None:
-        """Tell what was decided, and which section says so. No secret may be in it, except through `shorten`."""
+        """Tell what was decided, and which section says so. Secrets only through `shorten`."""
         self.notes.append(text)
 
     def pairs(self) -> list[tuple[str, str]]:
@@ -763,26 +879,72 @@ class Request:
     def form(self) -> list[tuple[str, str]]:
         """The body's parameters: application/x-www-form-urlencoded in UTF-8 (RFC 6749 appendix B)."""
         if self.media_type != "application/x-www-form-urlencoded":
-            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
-                              "application/x-www-form-urlencoded", 415)
+            raise self.wrong_type("application/x-www-form-urlencoded")
         try:
             return decode_pairs(self.body.decode("utf-8"))
         except UnicodeDecodeError:
             raise PortalError("invalid_request", "the body is not UTF-8")
 
     def json(self) -> Json:
-        """The body as a JSON object."""
+        """The body as a JSON object. Its type must say so: pages elsewhere may send text as text/plain, but
+        this type only after a preflight, which opens no debug endpoint (CSRF)."""
         if not re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type):
-            raise PortalError("invalid_request", f"Content-Type is {self.media_type or 'missing'}; expected "
-                              "application/json", 415)
+            raise self.wrong_type("application/json")
         return parse_json(self.body)
+
+    def wrong_type(self, expected: str) -> PortalError:
+        """The refusal of a body of another type (RFC 9110 section 15.5.16)."""
+        description = f"Content-Type is {self.media_type or 'missing'}; expected {expected}"
+        return PortalError("invalid_request", description, 415)
 
     def cookie(self, name: str) -> str:
         """A cookie's value, or "". """
-        # Not http.cookies: it drops all cookies for one that it dislikes (localhost's come from every port), takes
+        # Not http.cookies: it drops all for one that it dislikes (localhost's come from every port), takes
         # time that grows with the square, and decodes line breaks, which would get into Set-Cookie.
-        found = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
-        return found[1] if found else ""
+        cookie = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
+        return cookie[1] if cookie else ""
+
+
+class Fields:
+    """The parameters of a query or a form. Each at most once: of two, this server and one in front of it
+    could each check another (RFC 6749 section 3.1). Empty is the same as absent."""
+    def __init__(self, pairs: Iterable[tuple[str, str]]):
+        self.values: dict[str, str] = {}
+        self.repeated: list[str] = []
+        for name, value in pairs:
+            if name in self.values:
+                self.repeated.append(name)
+            self.values[name] = value
+
+    def get(self, name: str, default: str = "") -> str:
+        """A parameter's value, or the default."""
+        if name in self.repeated:
+            raise PortalError("invalid_request", f"{name} is given more than once")
+        return self.values.get(name) or default
+
+    def need(self, name: str) -> str:
+        """A parameter that must be there."""
+        return need(self.get(name), f"{name} is missing")
+
+
+def decode_pairs(text: str) -> list[tuple[str, str]]:
+    """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
+    if "%" in text and re.search(r"%(?![0-9A-Fa-f]{2})", text):
+        raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
+    if text.count("&") >= 1000:
+        raise PortalError("invalid_request", "more than 1000 parameters")
+    if "%00" in text or "\0" in text:
+        raise PortalError("invalid_request", "a NUL character in a parameter")
+    parts = [part.partition("=") for part in text.split("&") if part]
+    try:
+        return [(decode_plus(name, "strict"), decode_plus(value, "strict")) for name, _, value in parts]
+    except ValueError as error:
+        raise PortalError("invalid_request", f"parameters can't be decoded: {error}")
+
+
+def decode_plus(text: str, errors: str = "replace") -> str:
+    """Form decoding of a single name or value."""
+    return unquote(text.replace("+", " "), errors=errors) if "%" in text or "+" in text else text
 
 
 class Response:
@@ -815,15 +977,13 @@ Endpoint = Callable[["Portal", Request], Response]
 
 
 class Route(NamedTuple):
-    """One endpoint: methods, path (`{}` stands for the rest), the text it implements, whether browsers of any origin
-    may read it, what kind of thing it is (oauth, fhir, page or debug; errors are shaped by that), and the name by
-    which a test makes it fail."""
+    """One endpoint, as `route` declares it."""
     methods: tuple[str, ...]
-    path: str
-    spec: str
-    cors: bool
-    kind: str
-    fault: str
+    path: str           # {} at its end stands for the rest
+    spec: str           # the text it implements
+    cors: bool          # whether pages of any origin may read it
+    kind: str           # oauth, fhir, page or debug: gives errors their shape
+    fault: str          # the name by which a test makes it fail
     endpoint: Endpoint
 
 
@@ -841,147 +1001,34 @@ def route(rule: str, spec: str, cors: bool = False, kind: str = "oauth",
     return declare
 
 
-@remembered(1000)
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this very machine."""
-    host = host.strip("[]").lower()
-    return host in ("localhost", "::1") or host.endswith(".localhost") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
-
-
-def same_address(one: str, other: str) -> bool:
-    """Whether two URLs are one: a slash at the end doesn't count, and the names of loopback are all the same."""
-    def plain(url: str) -> str:
-        return re.sub(r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)", r"\1loopback", url.rstrip("/"))
-    return plain(one) == plain(other)
-
-
-def check_host(portal: Portal, request: Request) -> None:
-    """Refuse names that aren't ours: a page elsewhere may have its name point at this machine (DNS rebinding)."""
-    settings = portal.settings
-    trusting = settings.local or settings.serves_debug or settings.serves_open_fhir  # of who can reach it
-    if trusting and not portal.is_ours(request.host):
-        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, 127.0.0.1"
-                          f"{'' if settings.local else ', another IP address'} or a --base-url", 421)
-
-
-def check_same_origin(request: Request) -> None:
-    """Debug endpoints obey no other web page: a browser names the page that sends, or how far away it is."""
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    if (origin and origin != f"{request.scheme}://{request.host}") or site not in ("same-origin", "none"):
-        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take no requests "
-                          "from other sites", 403)
-
-
-ALLOWED_ORIGIN = [
-    ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
-    ("Access-Control-Expose-Headers", "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
-PREFLIGHT = [
-    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-    # A wildcard would not cover Authorization (Fetch standard).
-    ("Access-Control-Allow-Headers", ("Authorization, Accept, Content-Type, Prefer, If-Match, If-None-Match, "
-                                      "If-Modified-Since, If-None-Exist")),
-    ("Access-Control-Max-Age", "600")]
-_NOWHERE = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}  # how to say that nothing is there
-
-
-@functools.cache
-def _routes_by_path() -> tuple[dict[str, Route], list[tuple[str, Route]]]:
-    """The routes whose path is fixed, by it, and the others with what their path begins with."""
-    return ({one.path: one for one in ROUTES if not one.path.endswith("{}")},
-            [(one.path[:-2], one) for one in ROUTES if one.path.endswith("{}")])
-
-
-def find_route(request: Request) -> Route | None:
-    """The route of a request's path; what its {} matched is request.rest."""
-    exact, prefixes = _routes_by_path()
-    found = exact.get(request.path)
-    if found:
-        return found
-    for prefix, candidate in prefixes:
-        if request.path.startswith(prefix) or request.path == prefix[:-1]:
-            request.rest = request.path[len(prefix):]
-            return candidate
-    return None
-
-
-def error_response(portal: Portal, kind: str, error: PortalError, request: Request, found: Route | None) -> Response:
-    """An error in the shape that this kind of endpoint's clients parse."""
-    request.note(f"refused: {error}")
-    if kind == "page":
-        response = error_page(portal, error, request, found)
-    elif kind == "fhir":
-        response = Response(error.status, json.dumps(outcome(error)).encode(),
-                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
-    else:
-        response = json_response({"error": error.error, "error_description": error.error_description}, error.status)
-    response.headers += error.headers
-    return response
-
-
-def allowed_methods(found: Route) -> str:
-    """A route's methods, as the Allow header lists them."""
-    return ", ".join([*found.methods, *(["HEAD"] if "GET" in found.methods else []), "OPTIONS"])
-
-
-def dispatch(portal: Portal, request: Request) -> Response:
-    """Answer a request: the whole server without its sockets. ConnectionAbortedError where a test ordered a drop."""
-    found = find_route(request)
-    response = None
-    try:
-        response = respond(portal, request, found)
-    finally:
-        if not request.path.startswith("/oauth/debug/"):
-            portal.recorded.append((request, response.status if response else 0))
-            request.body = request.body[:MAX_RECORDED_BODY]
-    if found and found.cors:
-        response.headers += ALLOWED_ORIGIN
-    response.headers.append(("X-Content-Type-Options", "nosniff"))
-    return response
-
-
-def respond(portal: Portal, request: Request, found: Route | None) -> Response:
-    """The response to a request, errors included."""
-    kind = found.kind if found else next(
-        (kind for prefix, kind in _NOWHERE.items() if request.path.startswith(prefix)), "page")
-    try:
-        check_host(portal, request)
-        if not found:
-            raise PortalError("not_found", f"there is nothing at {request.path}", 404)
-        if request.method == "OPTIONS":
-            return Response(204, headers=[("Allow", allowed_methods(found)), *(PREFLIGHT if found.cors else [])])
-        if (("GET" if request.method == "HEAD" else request.method) not in found.methods):
-            raise PortalError("invalid_request", f"{request.method} is not possible here; "
-                              f"possible are {allowed_methods(found)}", 405, [("Allow", allowed_methods(found))])
-        if found.kind == "debug":
-            check_same_origin(request)
-        if request.broken and request.method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
-            raise request.broken
-        if found.fault and found.fault != "authorize":  # an authorization error may travel: see begin_authorization
-            portal.meet_fault(found.fault)
-        return found.endpoint(portal, request)
-    except ConnectionAbortedError:
-        raise
-    except PortalError as error:
-        return error_response(portal, kind, error, request, found)
-    except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
-        portal.log(f"DATABASE {error} in {request.method} {request.path}")
-        full = PortalError("temporarily_unavailable", f"the database says: {error}; nothing was changed", 503)
-        return error_response(portal, kind, full, request, found)
-    except Exception as error:  # noqa: BLE001
-        portal.log_bug(f"{request.method} {request.path}", error)
-        bug = PortalError("server_error", "this server has a bug; its log says where", 500)
-        return error_response(portal, kind, bug, request, found)
-
-
 @route("GET /health", "for monitors", cors=True)
 def health(portal: Portal, request: Request) -> Response:
     """Whether the server is up, and its version."""
     return json_response({"status": "ok", "version": __version__})
 
 
-# ######################################################################## 6 clients with a secret, or with none
+# ######################################################################## 6 clients with a secret, or none
 
-DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_access"
+
+@route("POST /oauth/register", "RFC 7591 section 3", cors=True, fault="register")
+def register(portal: Portal, request: Request) -> Response:
+    """Register an app (RFC 7591 section 3.1): JSON in, id and secret out."""
+    return json_response(register_client(portal, request.json()), 201)
+
+
+def register_client(portal: Portal, metadata: Json) -> Json:
+    """Register an app; gives its id, its secret if it has one, and the metadata (RFC 7591 section 3.2.1). Id
+    and secret are drawn here: an app that chose its own id could pass for another."""
+    kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
+    kept["client_name"] = kept.get("client_name") or client_id
+    secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
+    with portal.state.transaction() as database:
+        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
+                         (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
+    answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
+    if secret:
+        answer.update(client_secret=secret, client_secret_expires_at=0)
+    return answer
 
 
 class Client(NamedTuple):
@@ -989,7 +1036,7 @@ class Client(NamedTuple):
     client_id: str
     secret_hash: str | None          # None: a public client, which can keep no secret, or one that has keys
     metadata: Json                   # RFC 7591 section 2, as `client_metadata` has checked it
-    registered_itself: bool = False  # by /oauth/register, and not by who runs this server
+    registered_itself: bool = False  # by /oauth/register, and not by whoever runs this server
 
     @property
     def name(self) -> str:
@@ -1011,44 +1058,8 @@ class Client(NamedTuple):
         return grant_type in self.metadata["grant_types"]
 
 
-def is_web_url(uri: Any) -> bool:
-    """Whether something is an absolute http or https URL, without user and password."""
-    if not isinstance(uri, str) or not re.fullmatch(r"(?i:https?)://[!-\[\]-~]+", uri):
-        return False
-    try:
-        parts = urlsplit(uri)
-        return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
-    except ValueError:
-        return False
-
-
-# RFC 8252 section 7.1 has an app's private scheme be a domain name of its maker's, backwards: com.example.app. Old S4S
-# apps have schemes without a period, so these are taken too, but for those that browsers and systems act on by
-# themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
-ACTED_UPON = (
-    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|resource|"
-    r"res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|"
-    r"shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|"
-    r"magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
-
-
-def is_redirect_uri(uri: Any) -> bool:
-    """Whether a URI may be registered to send browsers to: http, https or an app's private scheme, without fragment
-    (RFC 6749 section 3.1.2, RFC 8252 section 7.1)."""
-    if not isinstance(uri, str) or "#" in uri:
-        return False
-    private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and not re.fullmatch(ACTED_UPON, private[1].lower()))
-
-
-def without_loopback_port(uri: str) -> str:
-    """A URI less the port, if its host is an address of loopback: there, an app gets another one each time."""
-    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
-
-
-# What client metadata must be (RFC 7591 section 2; some are of OpenID Connect Registration, launch_uris and
-# security_labels our own). What is not named here is not registered, so it is not given back (section 3.2.1): the app
-# would take it for a promise.
+# Client metadata (RFC 7591 section 2; OpenID Connect Registration; launch_uris and security_labels: our own).
+DEFAULT_SCOPE = "openid fhirUser launch launch/patient patient/*.rs offline_access"
 METADATA_STRINGS = frozenset((
     "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
     "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
@@ -1063,91 +1074,139 @@ METADATA_CHOICES: dict[str, Sequence[str]] = {
 
 
 def client_metadata(metadata: Json) -> Json:
-    """Client metadata, checked, its defaults filled in; PortalError that names the member where it can't be
-    (RFC 7591 section 3.2.2)."""
-    def refuse(name: str, expected: str) -> PortalError:
-        error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
-        return PortalError(error, f"{name}: expected {expected}, got "
-                           f"{json.dumps(metadata.get(name), default=str)[:200]}")
-    registered: Json = {}
-    for name, value in metadata.items():
-        member = name.partition("#")[0]  # client_name#fr is the French one (RFC 7591 section 2.2)
-        if member in METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}:
-            registered[name] = value
-        if member in METADATA_STRINGS and not isinstance(value, str):
-            raise refuse(name, "a string")
-        if member in METADATA_LISTS and not (isinstance(value, list)
-                                             and all(isinstance(one, str) and one for one in value)):
-            raise refuse(name, "an array of strings")
-        if member in METADATA_URLS and not is_web_url(value):
-            raise refuse(name, "an absolute http or https URL")
-        known = (*CATEGORIES, *OLD_CATEGORIES) if name == "security_labels" else METADATA_CHOICES.get(name)
-        if known and not set([value] if isinstance(value, str) else value) <= set(known):
-            raise refuse(name, f"only {', '.join(known)}")
-    kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
-            "token_endpoint_auth_method": "client_secret_basic", "scope": DEFAULT_SCOPE, **registered}
-    asks_users = "authorization_code" in kept["grant_types"]
-    if ("code" in kept.setdefault("response_types", ["code"] if asks_users else [])) != asks_users:
-        raise refuse("response_types", "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
-    if not all(map(is_redirect_uri, kept["redirect_uris"])) or asks_users and not kept["redirect_uris"]:
-        raise refuse("redirect_uris", "one or more absolute http, https or private-use URIs without a fragment")
-    if not all(map(is_web_url, kept.get("launch_uris", []))):
-        raise refuse("launch_uris", "absolute http or https URLs")
-    if not SCOPE_SYNTAX.fullmatch(kept["scope"]):
-        raise refuse("scope", "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters "
-                     "at most")
-    if "jwks" in kept and "jwks_uri" in kept:
-        raise refuse("jwks_uri", "not to stand beside jwks")
-    if "jwks" in kept:
-        try:
-            for key in key_set(kept["jwks"]):
-                for algorithm, kty in KEY_TYPES.items():  # a key of another kind may be for something else
-                    if key.get("kty") == kty and (kty == "RSA" or key.get("crv") == "P-384"):
-                        verify(key, algorithm, b"", b"")
-        except ValueError as error:
-            raise PortalError("invalid_client_metadata", f"jwks: {error}")
-    if kept["token_endpoint_auth_method"] == "private_key_jwt" and not {"jwks", "jwks_uri"} & kept.keys():
-        raise PortalError("invalid_client_metadata", "private_key_jwt needs jwks or jwks_uri")
+    """Client metadata, checked, with its defaults; PortalError that names the member where it can't be."""
+    # What is unknown here is not registered and not given back: the app would take it for a promise (RFC 7591
+    # section 3.2.1). client_name#fr is the French client_name (section 2.2).
+    members = METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}
+    known = {name: value for name, value in metadata.items() if name.partition("#")[0] in members}
+    kept = {"grant_types": ["authorization_code", "refresh_token"], "scope": DEFAULT_SCOPE,
+            "token_endpoint_auth_method": "client_secret_basic", **known}
+    for name in known:
+        check_member(kept, name)
+    for name, is_good, expected in METADATA_CHECKS:
+        need_member(is_good(kept), kept, name, expected)
+    check_keys(kept)
+    kept.setdefault("response_types", ["code"] if asks_users(kept) else [])
+    kept.setdefault("redirect_uris", [])
     return kept
 
 
-@route("POST /oauth/register", "RFC 7591 section 3", cors=True, fault="register")
-def register(portal: Portal, request: Request) -> Response:
-    """Register an app (RFC 7591 section 3.1): JSON in, id and secret out."""
-    return json_response(register_client(portal, request.json()), 201)
+def need_member(good: object, metadata: Json, name: str, expected: str) -> None:
+    """Refuse a member that is not good, by its name (RFC 7591 section 3.2.2)."""
+    if not good:
+        error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
+        came = json.dumps(metadata.get(name), default=str)[:200]
+        raise PortalError(error, f"{name}: expected {expected}, got {came}")
 
 
-def register_client(portal: Portal, metadata: Json) -> Json:
-    """Register an app; gives its id, and its secret if it has one, beside the metadata (RFC 7591 section 3.2.1)."""
-    kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
-    kept["client_name"] = kept.get("client_name") or client_id
-    secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
-    with portal.state.transaction() as database:
-        database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
-                         (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
-    answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
-    if secret:
-        answer.update(client_secret=secret, client_secret_expires_at=0)
-    return answer
+def check_member(metadata: Json, name: str) -> None:
+    """A member's type, and that it is something this server can do (RFC 7591 section 2)."""
+    value, member = metadata[name], name.partition("#")[0]
+    if member in METADATA_STRINGS:
+        need_member(isinstance(value, str), metadata, name, "a string")
+    if member in METADATA_LISTS:
+        strings = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+        need_member(strings, metadata, name, "an array of strings")
+    if member in METADATA_URLS:  # our pages may link to them: javascript: would run in our name
+        need_member(is_web_url(value), metadata, name, "an absolute http or https URL")
+    choices = (*CATEGORIES, *OLD_CATEGORIES) if name == "security_labels" else METADATA_CHOICES.get(name)
+    if choices:
+        chosen = [value] if isinstance(value, str) else value
+        need_member(set(chosen) <= set(choices), metadata, name, f"only {', '.join(choices)}")
 
 
-def invalid_client(description: str) -> PortalError:
-    """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
-    return PortalError("invalid_client", description, 401, [challenge("Basic")])
+def asks_users(metadata: Json) -> bool:
+    """Whether an app has people asked here, and is not only a backend service."""
+    return "authorization_code" in metadata["grant_types"]
+
+
+def codes_and_grants_agree(metadata: Json) -> bool:
+    """The answer "code" and its grant type come together, or the app could ask for what it can't use."""
+    return "response_types" not in metadata or ("code" in metadata["response_types"]) == asks_users(metadata)
+
+
+REDIRECT_URIS = "one or more absolute http, https or private-use URIs without a fragment"
+METADATA_CHECKS: tuple[tuple[str, Callable[[Json], object], str], ...] = (  # member, check, what was expected
+    ("response_types", codes_and_grants_agree,
+     "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)"),
+    # Where codes may go is settled now, whole: no request can send one elsewhere (RFC 7591 section 5, RFC
+    # 9700 section 2.1). A launch sends browsers away too.
+    ("redirect_uris", lambda given: all(map(is_redirect_uri, given.get("redirect_uris", []))), REDIRECT_URIS),
+    ("redirect_uris", lambda given: given.get("redirect_uris") or not asks_users(given), REDIRECT_URIS),
+    ("launch_uris", lambda given: all(map(is_web_url, given.get("launch_uris", []))),
+     "absolute http or https URLs"),
+    # Scopes come back in headers, and must not break out of them.
+    ("scope", lambda given: SCOPE_SYNTAX.fullmatch(given["scope"]),
+     "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters at most"),
+    # Of two sets, one would be forgotten when a stolen key is taken out of the other (RFC 7591 section 2).
+    ("jwks_uri", lambda given: not {"jwks", "jwks_uri"} <= given.keys(), "not to stand beside jwks"))
+
+
+def check_keys(metadata: Json) -> None:
+    """Keys that are weak, or came with their private half, prove nothing, and no keys prove less (SMART,
+    "Client Authentication: Asymmetric"). A key of another kind is let be: it may be for something else."""
+    try:
+        for key in key_set(metadata["jwks"]) if "jwks" in metadata else []:
+            if key.get("kty") == "RSA":
+                verify(key, "RS384", b"", b"")
+            elif key.get("kty") == "EC" and key.get("crv") == "P-384":
+                verify(key, "ES384", b"", b"")
+    except ValueError as error:
+        raise PortalError("invalid_client_metadata", f"jwks: {error}")
+    if metadata["token_endpoint_auth_method"] == "private_key_jwt":
+        need({"jwks", "jwks_uri"} & metadata.keys(), "private_key_jwt needs jwks or jwks_uri",
+             "invalid_client_metadata")
+
+
+def is_web_url(uri: Any) -> bool:
+    """Whether something is an absolute http or https URL, without user and password."""
+    if not isinstance(uri, str) or not re.fullmatch(r"(?i:https?)://[!-\[\]-~]+", uri):
+        return False
+    try:
+        parts = urlsplit(uri)
+        return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:
+        return False
+
+
+# RFC 8252 section 7.1 has an app's private scheme be its maker's domain name, backwards: com.example.app. Old
+# S4S apps have schemes without a period, so these are taken too, but for those that browsers and systems act
+# on by themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = (
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|"
+    r"resource|res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|"
+    r".*-ms|hcp|its|mk|mhtml|shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|"
+    r"smb|afp|nfs|dav|git|svn|magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
+
+
+def is_redirect_uri(uri: Any) -> bool:
+    """Whether browsers may be sent to a URI: http, https or an app's private scheme, without fragment (RFC
+    6749 section 3.1.2, RFC 8252 section 7.1)."""
+    if not isinstance(uri, str) or "#" in uri:
+        return False
+    private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
+    return is_web_url(uri) or bool(private and not re.fullmatch(ACTED_UPON, private[1].lower()))
+
+
+def without_loopback_port(uri: str) -> str:
+    """A URI less the port, if its host is an address of loopback: an app gets another there each time."""
+    return re.sub(r"^(http://(?:127\.0\.0\.1|\[::1\])):\d{1,5}(?=[/?]|$)", r"\1", uri)
 
 
 def authenticate_client(portal: Portal, request: Request, form: Fields) -> Client:
-    """Which client asks, proven: HTTP Basic, secret in the form, signed assertion, or, for a public client, the id
-    alone. RFC 6749 section 2.3: one method in a request, never two."""
+    """Which client asks, by the one proof that came. Two are refused (RFC 6749 section 2.3): they might be of
+    two clients, and one part of a server believe one, another the other."""
     basic, posted = basic_credentials(request), form.get("client_secret")
-    asserted = form.get("client_assertion") or form.get("client_assertion_type")
-    if bool(basic) + bool(posted) + bool(asserted) > 1:
-        raise PortalError("invalid_request", "client authentication is given twice; expected one of the Authorization "
-                          "header, client_secret and client_assertion")
-    if asserted:
+    assertion = form.get("client_assertion") or form.get("client_assertion_type")
+    if bool(basic) + bool(posted) + bool(assertion) > 1:
+        raise PortalError("invalid_request", "client authentication is given twice; expected one of the "
+                          "Authorization header, client_secret and client_assertion")
+    if assertion:  # signed by the client's key: section 15
         client = client_of_assertion(portal, request, form)
-    else:
-        client = client_of_secret(portal, form, basic or (form.get("client_id"), posted))
+    elif basic:    # id and secret in the Authorization header
+        client = client_of_secret(portal, form, *basic)
+    else:          # id and secret in the form; a public client's id alone
+        client = client_of_secret(portal, form, form.get("client_id"), posted)
     request.client_id = client.client_id
     request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
     return client
@@ -1159,40 +1218,157 @@ def basic_credentials(request: Request) -> tuple[str, str] | None:
     if scheme.lower() != "basic":
         return None
     try:
-        client_id, colon, secret = base64.b64decode(value.strip(), validate=True).decode("utf-8").partition(":")
-    except (binascii.Error, ValueError):
+        text = base64.b64decode(value.strip(), validate=True).decode("utf-8")
+    except ValueError:
         raise invalid_client("the Basic credentials are not base64 of client_id:client_secret")
+    client_id, colon, secret = text.partition(":")
     if not colon:
         raise invalid_client("the Basic credentials have no colon between client_id and client_secret")
     return client_id, secret
 
 
-def client_of_secret(portal: Portal, form: Fields, given: tuple[str, str]) -> Client:
+def client_of_secret(portal: Portal, form: Fields, given_id: str, given_secret: str) -> Client:
     """The client of an id and a secret, or of an id without one; else PortalError 401."""
     # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
-    pairs = [given, (decode_plus(given[0]), decode_plus(given[1]))]
-    if form.get("client_id", given[0]) not in (pairs[0][0], pairs[1][0]):
+    pairs = [(given_id, given_secret), (decode_plus(given_id), decode_plus(given_secret))]
+    if form.get("client_id", given_id) not in (given_id, pairs[1][0]):
         raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
-    for client_id, secret in pairs:
-        client = portal.client(client_id)
-        if client and client.secret_hash and secret and same_secret(hash_secret(secret), client.secret_hash):
-            return client
-        if client and client.auth_method == "none" and not secret:
-            return client
-    if not given[0]:
+    if not given_id:
         raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
                              "client_assertion, or a public client's client_id")
-    found = next(filter(None, (portal.client(client_id) for client_id, _ in pairs)), None)
-    if not found:
-        raise invalid_client(f"client_id {given[0]!r} is not registered here")
-    raise invalid_client(f"client {given[0]!r}: " + (
-        "a public client has no secret" if found.auth_method == "none" else
-        "the secret is missing or wrong" if found.secret_hash else "it registered for private_key_jwt"))
+    named = None
+    for client_id, secret in pairs:
+        client = portal.client(client_id)
+        if client and is_proven(client, secret):
+            return client
+        named = named or client
+    if not named:
+        raise invalid_client(f"client_id {given_id!r} is not registered here")
+    wrong = "the secret is missing or wrong" if named.secret_hash else "it registered for private_key_jwt"
+    if named.auth_method == "none":
+        wrong = "a public client has no secret"
+    raise invalid_client(f"client {given_id!r}: {wrong}")
+
+
+def is_proven(client: Client, secret: str) -> bool:
+    """Whether this secret, "" for none, is all that the client has to show. A client with keys has more."""
+    if client.secret_hash:
+        return same_secret(hash_secret(secret), client.secret_hash)
+    return client.auth_method == "none" and not secret
+
+
+def invalid_client(description: str) -> PortalError:
+    """401, naming a scheme by which an app could prove who it is (RFC 6749 section 5.2)."""
+    return PortalError("invalid_client", description, 401, [challenge("Basic")])
 
 
 # ######################################################################## 7 sign-in
 
 SESSION_SECONDS = 1800
+
+
+def to_sign_in(portal: Portal, request: Request, back: str = "", username: str = "") -> Response:
+    """Send the browser to sign in and then back, by default to this page; `username` is filled in."""
+    back = back or request.path + ("?" + request.query if request.query else "")
+    hint = {"username": username} if username else {}
+    return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
+
+
+@route("GET,POST /login", "S4S", kind="page")
+def login(portal: Portal, request: Request) -> Response:
+    """Sign a user in."""
+    if request.method != "POST":
+        fields = Fields(request.pairs())
+        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
+        first = "SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid LIMIT 1"
+        row = portal.state.row(first)
+        username = fields.get("username", row["username"] if row else "")
+        return sign_in_page(portal, request, username, "", local_path(fields.get("next")))
+    form = guarded_form(portal, request)
+    username, next_path = form.get("username"), local_path(form.get("next"))
+    # An unknown user costs the time of a wrong password, and gets its words, or strangers could learn who has
+    # an account (enumeration).
+    user = portal.user(username)
+    salt, kept_hash = (user["password_salt"], user["password_hash"]) if user else (DEMO_SALT, "")
+    if not same_secret(hash_password(form.get("password"), salt), kept_hash):
+        return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
+    session_id = start_session(portal, username, browser_session(portal, request))
+    return redirect(portal.browser_base(request) + next_path, [set_cookie(portal, request, session_id)])
+
+
+def local_path(text: str) -> str:
+    """Where to go after signing in: a path of this server, or a link with our name on it could lead anywhere,
+    to a page that asks for the password once more (open redirect).
+
+    >>> [local_path(text) for text in ("/apps?x=1", "https://evil.example/", "//evil.example")]
+    ['/apps?x=1', '/apps', '/apps']
+    """
+    return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
+
+
+def start_session(portal: Portal, username: str, earlier: str) -> str:
+    """Sign a user in; gives the session's id. Always a new one: an id that somebody planted in the browser,
+    and so knows, must not become this user's (session fixation). The browser's earlier session ends."""
+    session_id, now = new_session_id(), portal.clock.now()
+    with portal.state.transaction() as database:
+        forget_expired(database, "sessions", now)
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
+        database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)",
+                         (session_id, username, now, now + SESSION_SECONDS))
+    return session_id
+
+
+@route("POST /logout", "S4S", kind="page")
+def logout(portal: Portal, request: Request) -> Response:
+    """Sign out: the session ends on the server, so a cookie copied before is worth nothing."""
+    guarded_form(portal, request)
+    with portal.state.transaction() as database:
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
+    return redirect(portal.browser_base(request) + "/")
+
+
+def session_user(portal: Portal, request: Request) -> Row | None:
+    """The user signed in at this browser, or None."""
+    user = portal.state.row("SELECT users.*, started FROM sessions JOIN users USING (username) "
+                            "WHERE session_id = ? AND expires > ?",
+                            browser_session(portal, request), portal.clock.now())
+    if user:
+        request.username = user["username"]
+    return user
+
+
+def guarded_form(portal: Portal, request: Request) -> Fields:
+    """A posted form, after a check that our own page sent it: else any site could click in the user's name
+    (CSRF).
+
+    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows;
+    then the browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
+    """
+    form, session_id = Fields(request.form()), browser_session(portal, request)
+    again = "Go back to the start page and try again."
+    ours = session_id and same_secret(form.get("form_token"), form_token(session_id))
+    need(ours, "This form is not from this browser's session: it may have ended, or cookies are off. " + again,
+         "forbidden", 403, PageError)
+    need(request.headers.get("sec-fetch-site", "none") in ("same-origin", "none"),
+         f"This form stood on another site (Sec-Fetch-Site). {again}", "forbidden", 403, PageError)
+    return form
+
+
+def form_token(session_id: str) -> str:
+    """A hidden field that shows a form is of our page: made from the cookie, which no other site can read."""
+    return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
+
+
+def new_session_id() -> str:
+    """A session's id: 192 random bits."""
+    return secrets.token_urlsafe(24)
+
+
+def browser_session(portal: Portal, request: Request) -> str:
+    """The session id in this browser's cookie, "" if none. A value that `new_session_id` can't have drawn was
+    planted by a neighbour, and gets into no header and no page."""
+    value = request.cookie(cookie_name(portal))
+    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
 
 
 def cookie_name(portal: Portal) -> str:
@@ -1201,105 +1377,10 @@ def cookie_name(portal: Portal) -> str:
 
 
 def set_cookie(portal: Portal, request: Request, value: str) -> str:
-    """A Set-Cookie value that scripts can't read and other sites' forms don't send."""
+    """A Set-Cookie value. HttpOnly: no script that got into a page can read it. SameSite: other sites' forms
+    are sent without it (CSRF). Secure, where we have https: nobody on the way hears it."""
     secure = "; Secure" if portal.browser_base(request).startswith("https:") else ""
     return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
-
-
-def browser_session(portal: Portal, request: Request) -> str:
-    """The session id that this browser's cookie holds, "" if none: a value that `new_session_id` can't have drawn was
-    planted, and comes back in no header and no page."""
-    value = request.cookie(cookie_name(portal))
-    return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
-
-
-def new_session_id() -> str:
-    """A session's id: 192 random bits."""
-    return secrets.token_urlsafe(24)
-
-
-def form_token(session_id: str) -> str:
-    """The hidden field that shows a form came from our own page: derived from the cookie, which no other site knows."""
-    return hmac.new(session_id.encode(), b"s4s form token", hashlib.sha256).hexdigest()
-
-
-def session_user(portal: Portal, request: Request) -> Row | None:
-    """The user signed in at this browser, or None."""
-    session_id = browser_session(portal, request)
-    user = session_id and portal.state.row(
-        "SELECT users.*, started FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?",
-        session_id, portal.clock.now())
-    if user:
-        request.username = user["username"]
-    return user or None
-
-
-def guarded_form(portal: Portal, request: Request) -> Fields:
-    """A posted form, after a check that our own page sent it: else any site could click in the user's name (CSRF).
-
-    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows; then the
-    browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
-    """
-    form = Fields(request.form())
-    session_id = browser_session(portal, request)
-    if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
-        raise PageError("forbidden", "This form is not from this browser's session: it may have ended, or cookies "
-                        "are off. Go back to the start page and try again.", 403)
-    if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
-        raise PageError("forbidden", "This form stood on another site (Sec-Fetch-Site). Go back to the start page and "
-                        "try again.", 403)
-    return form
-
-
-def local_path(text: str) -> str:
-    """Where to go after signing in: a path of this server, nothing else, or a link could lead anywhere."""
-    return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
-
-
-@route("GET,POST /login", "S4S", kind="page")
-def login(portal: Portal, request: Request) -> Response:
-    """Sign a user in. The session gets a new id then, so that one planted before is worth nothing."""
-    if request.method != "POST":
-        fields = Fields(request.pairs())
-        # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
-        row = portal.state.row("SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid LIMIT 1")
-        return sign_in_page(portal, request, fields.get("username", row["username"] if row else ""), "",
-                            local_path(fields.get("next")))
-    form = guarded_form(portal, request)
-    username, next_path = form.get("username"), local_path(form.get("next"))
-    user = portal.user(username)
-    kept_hash, salt = (user["password_hash"], user["password_salt"]) if user else ("", DEMO_SALT)
-    # An unknown user costs the same time as a wrong password, and gets the same words.
-    if not same_secret(hash_password(form.get("password"), salt), kept_hash) or not user:
-        return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
-    return redirect(portal.browser_base(request) + next_path,
-                    [set_cookie(portal, request, start_session(portal, username, browser_session(portal, request)))])
-
-
-def start_session(portal: Portal, username: str, earlier: str) -> str:
-    """Sign a user in; gives the new session's id. The browser's earlier session ends."""
-    session_id, now = new_session_id(), portal.clock.now()
-    with portal.state.transaction() as database:
-        forget_expired(database, "sessions", now)
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
-        database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)", (session_id, username, now, now + SESSION_SECONDS))
-    return session_id
-
-
-@route("POST /logout", "S4S", kind="page")
-def logout(portal: Portal, request: Request) -> Response:
-    """Sign out: the session ends on the server, whatever becomes of the cookie."""
-    guarded_form(portal, request)
-    with portal.state.transaction() as database:
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
-    return redirect(portal.browser_base(request) + "/")
-
-
-def to_sign_in(portal: Portal, request: Request, back: str = "", username: str = "") -> Response:
-    """Send the browser to sign in and then back, to this very page if no other is named; `username` is filled in."""
-    back = back or request.path + ("?" + request.query if request.query else "")
-    hint = {"username": username} if username else {}
-    return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
 
 
 # ######################################################################## 8 the authorization request
@@ -2807,29 +2888,169 @@ def userinfo(portal: Portal, request: Request) -> Response:
     return json_response({**claims, "name": user["name"]} if user and may_know_who(row) else claims)
 
 
-# ######################################################################## 15 keys instead of secrets, backend services
+# ######################################################################## 15 keys, and backend services
+
+ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
+ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion; how far two clocks may differ
+
+
+def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
+    """The client that signed the assertion (RFC 7523 section 3; SMART, "Client Authentication:
+    Asymmetric")."""
+    if form.get("client_assertion_type") != ASSERTION_TYPE:
+        raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
+    try:
+        jwt = read_jwt(form.get("client_assertion"))
+    except ValueError as error:
+        raise invalid_client(f"client_assertion: {error}")
+    client = claimed_client(portal, form, jwt.claims)
+    check_assertion_header(client, jwt.header)
+    check_assertion_signature(portal, client, jwt)
+    # From here on it is known to be the client who says all this.
+    check_assertion_audience(portal, request, jwt.claims)
+    check_assertion_times(jwt.claims, portal.clock.now())
+    spend_assertion(portal, client, jwt.claims)
+    return client
+
+
+def assertion_need(good: object, description: str) -> None:
+    """Each way to fail has its own words, and the same error (RFC 7523 section 3.2)."""
+    if not good:
+        raise invalid_client(f"client_assertion: {description}")
+
+
+def claimed_client(portal: Portal, form: Fields, claims: Json) -> Client:
+    """Who it says it is, everywhere the same: of two, one part of a server could believe one, one the
+    other."""
+    client_id = claims.get("iss")
+    client = portal.client(client_id) if isinstance(client_id, str) else None
+    if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
+        raise invalid_client("client_assertion: expected a registered client_id as both iss and sub, and as "
+                             "client_id if that is sent")
+    assertion_need(client.auth_method == "private_key_jwt",
+                   f"client {client_id!r} did not register for private_key_jwt")
+    return client
+
+
+def check_assertion_header(client: Client, header: Json) -> None:
+    """The sender writes the header, so it may choose only from what was registered: "none" would need no key,
+    HS256 take the public key for a secret (RFC 8725 section 2.1), another jku bring the sender's own key."""
+    registered = client.metadata.get("token_endpoint_auth_signing_alg")
+    known = [registered] if registered else list(KEY_TYPES)
+    assertion_need(header.get("alg") in known, f"alg is {header.get('alg')!r}; expected {' or '.join(known)}")
+    assertion_need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")  # not a token of another use
+    assertion_need(isinstance(header.get("kid"), str), "the header has no kid")
+    assertion_need(header.get("jku") in (None, client.metadata.get("jwks_uri")),
+                   "jku is not the jwks_uri that was registered")
+    assertion_need("crit" not in header, "crit names what must be understood, and this server understands "
+                   "none (RFC 7515 section 4.1.11)")
+
+
+def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
+    """Anyone may write the rest; only the client has the private half of its key."""
+    algorithm = str(jwt.header["alg"])
+    try:
+        key = assertion_key(portal, client, jwt.header["kid"], algorithm)
+        good = verify(key, algorithm, jwt.signed, jwt.signature)
+    except (ValueError, RecursionError) as error:
+        raise invalid_client(f"client_assertion: {error}")
+    assertion_need(good, "the signature is not by this key")
+
+
+def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> None:
+    """It is meant for us. Another server, for which one was meant, could else send it on here; without base
+    URLs, where the Host says who we are, even under its own name."""
+    assertion_need(portal.settings.base_url or portal.is_ours(request.host),
+                   f"aud: {request.host!r} may be another server's name; start this one with --base-url")
+    bases = portal.settings.base_url or [portal.base(request)]
+    ours = [base + path for base in bases for path in ("", "/oauth/token")]
+    given = claims.get("aud")
+    audiences = [name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)]
+    assertion_need(any(same_address(name, url) for name in audiences for url in ours),
+                   f"aud: expected {ours[1]} or {ours[0]}")
+
+
+def check_assertion_times(claims: Json, now: float) -> None:
+    """It is good now, and for minutes only: one that leaks is soon worth nothing."""
+    assertion_need(is_moment(claims.get("exp")), "exp: expected a Unix time")
+    for name in {"nbf", "iat"} & claims.keys():
+        assertion_need(is_moment(claims[name]), f"{name}: expected a Unix time")
+    assertion_need(claims["exp"] > now, "exp: it has expired")
+    latest = now + LEEWAY_SECONDS
+    assertion_need(claims["exp"] <= latest + ASSERTION_SECONDS, "exp: more than five minutes ahead")
+    assertion_need(max(claims.get("nbf", 0), claims.get("iat", 0)) <= latest, "nbf or iat is in the future")
+
+
+def spend_assertion(portal: Portal, client: Client, claims: Json) -> None:
+    """It counts once, so anyone who sees it on its way can't send it again (replay). Last, since only what
+    the client signed may use up its jti; in one statement, so that of two that race one is first."""
+    jti = claims.get("jti")
+    assertion_need(jti and isinstance(jti, str), "jti: expected a string that was never used before")
+    with portal.state.transaction() as database:
+        forget_expired(database, "assertions", portal.clock.now())
+        added = database.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?, ?)",
+                                 (client.client_id, jti, claims["exp"])).rowcount
+    assertion_need(added, "jti was used before")
+
+
+def is_moment(value: Any) -> bool:
+    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
+
+
+def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
+    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError
+    if there is none, or no way to get it."""
+    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
+        keys = [key for key in client_keys(portal, client, fresh)
+                if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
+                and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
+        if keys or "jwks" in client.metadata:
+            break
+    if len(keys) != 1:
+        raise ValueError(f"{len(keys)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, "
+                         f"if they say so, use sig and alg {algorithm}; expected one")
+    return keys[0]
+
+
+def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
+    """A client's keys: registered, or fetched and kept as long as Cache-Control says; `fresh`: not kept."""
+    if "jwks" in client.metadata:
+        return key_set(client.metadata["jwks"])
+    url, now = client.metadata["jwks_uri"], portal.clock.now()
+    until, keys = portal.key_sets.get(url, (0.0, []))
+    if fresh or until <= now:
+        # A stranger's URL could make this server ask its neighbours things for the stranger (SSRF).
+        stranger = client.registered_itself and not portal.settings.serves_debug
+        text, lifetime = fetch(url, stranger, portal.sockets)
+        keys = key_set(json.loads(text))
+        portal.key_sets[url] = (now + lifetime, keys)
+    return keys
 
 
 def key_set(value: Any) -> list[Json]:
-    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError, with words, where an app should mend its set."""
+    """The keys of a JSON Web Key Set (RFC 7517 section 5); ValueError that says how an app should mend it."""
     keys = value.get("keys") if isinstance(value, dict) else None
     if not isinstance(keys, list) or not all(isinstance(key, dict) for key in keys):
         raise ValueError('expected a JSON object with "keys", an array of objects')
     for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
         if any(name in key for key in keys):
-            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make new keys")
-    names = [json.dumps([key.get("kty"), key.get("kid")]) for key in keys]
-    if len(set(names)) < len(names):
+            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make "
+                             "new keys")
+    names = {json.dumps([key.get("kty"), key.get("kid")]) for key in keys}
+    if len(names) < len(keys):
         raise ValueError("two keys have the same kty and kid")
     return keys
 
 
-def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5, most: int = 64 << 10) -> tuple[bytes, float]:
+def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5,
+          most: int = 64 << 10) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
 
-    At most so many bytes and seconds, and no redirect is followed. public_only: nothing is sent but to the public
-    internet. A name is looked up once, and the addresses that were judged are those connected to: it may mean others
-    the next time. Why it failed is not told then, or a stranger could learn which ports are open where.
+    At most so many bytes and seconds, and no redirect is followed. public_only: only the public internet is
+    asked, and why it failed is not told, or a stranger could learn which ports are open where. A name is
+    looked up once, and the addresses that were judged are those connected to: it may mean others the next
+    time.
     """
     import ipaddress  # takes long to import, and few need it
     parts, deadline = urlsplit(url), time.monotonic() + seconds
@@ -2839,118 +3060,21 @@ def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5,
         message = (f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
                    "Connection: close\r\n\r\n").encode("ascii")
         found = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
-        if public_only and not all(ipaddress.ip_address(one[4][0]).is_global for one in found):
+        addresses = [(str(where[0]), int(where[1])) for *_, where in found]
+        if public_only and not all(ipaddress.ip_address(address).is_global for address, _ in addresses):
             raise OSError("not public")
-        connection = Connection(secure, host, [(str(one[4][0]), int(one[4][1])) for one in found], deadline, sockets, most)
-        try:
+        with contextlib.closing(Connection(secure, host, addresses, deadline, sockets, most)) as connection:
             answer = connection.exchange(message, url, deadline)
-        finally:
-            connection.close()
         if answer.status != 200:
             raise OSError(f"it answered {answer.status}")
     except (OSError, BadRequest, UnicodeError) as error:
-        raise ValueError(f"{url} could not be fetched: expected a {'public ' if public_only else ''}server that answers "
-                         f"200 and at most {most} bytes in time{'' if public_only else f', got {error!r}'}")
+        public, reason = ("public ", "") if public_only else ("", f", got {error!r}")
+        raise ValueError(f"{url} could not be fetched: expected a {public}server that answers 200 and at "
+                         f"most {most} bytes in time{reason}")
     control = answer.headers.get("cache-control", "").lower()
     age = re.search(r"\bmax-age=(\d{1,9})\b", control)
-    return answer.body, 0 if not age or "no-store" in control or "no-cache" in control else min(int(age[1]), 86400)
-
-
-def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
-    """A client's keys: registered, or fetched and kept as long as its Cache-Control says; `fresh`: not the kept ones."""
-    if "jwks" in client.metadata:
-        return key_set(client.metadata["jwks"])
-    url, now = client.metadata["jwks_uri"], portal.clock.now()
-    until, keys = portal.key_sets.get(url, (0.0, []))
-    if fresh or until <= now:
-        # Registered by a stranger, a URL could make this server ask its neighbours things on the stranger's behalf.
-        stranger = client.registered_itself and not portal.settings.serves_debug
-        text, lifetime = fetch(url, stranger, portal.sockets)
-        keys = key_set(json.loads(text))
-        portal.key_sets[url] = (now + lifetime, keys)
-    return keys
-
-
-def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
-    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError if there
-    is none, or no way to get it."""
-    for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
-        keys = client_keys(portal, client, fresh)
-        found = [key for key in keys if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
-                 and key.get("use", "sig") == "sig" and key.get("alg", algorithm) == algorithm]
-        if found or "jwks" in client.metadata:
-            break
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} keys of the client have kid {kid!r}, kty {KEY_TYPES[algorithm]} and, if they "
-                         f"say so, use sig and alg {algorithm}; expected one")
-    return found[0]
-
-
-def is_moment(value: Any) -> bool:
-    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
-
-
-ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
-ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion, and how far two clocks may differ
-
-
-def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
-    """The client whose signed assertion came (RFC 7523 section 3; SMART, "Client Authentication: Asymmetric").
-
-    Each way to fail has its own words, and the same error, invalid_client.
-    """
-    def need(good: object, description: str) -> None:
-        if not good:
-            raise invalid_client(f"client_assertion: {description}")
-    if form.get("client_assertion_type") != ASSERTION_TYPE:
-        raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
-    try:
-        jwt = read_jwt(form.get("client_assertion"))
-    except ValueError as error:
-        raise invalid_client(f"client_assertion: {error}")
-    header, claims, now = jwt.header, jwt.claims, portal.clock.now()
-    client_id = claims.get("iss")
-    client = portal.client(client_id) if isinstance(client_id, str) else None
-    if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
-        raise invalid_client("client_assertion: expected a registered client_id as both iss and sub, and as client_id "
-                             "if that is sent")
-    need(client.auth_method == "private_key_jwt", f"client {client_id!r} did not register for private_key_jwt")
-    algorithm, registered = header.get("alg"), client.metadata.get("token_endpoint_auth_signing_alg")
-    need(algorithm in ([registered] if registered else list(KEY_TYPES)),
-         f"alg is {algorithm!r}; expected {registered or ' or '.join(KEY_TYPES)}")
-    need(header.get("typ", "JWT") == "JWT", "typ: expected JWT")
-    need(isinstance(header.get("kid"), str), "the header has no kid")
-    need(header.get("jku") in (None, client.metadata.get("jwks_uri")), "jku is not the jwks_uri that was registered")
-    need("crit" not in header, "crit names what must be understood, and this server understands none (RFC 7515 "
-         "section 4.1.11)")
-    try:
-        key = assertion_key(portal, client, header["kid"], str(algorithm))
-        need(verify(key, str(algorithm), jwt.signed, jwt.signature), "the signature is not by this key")
-    except (ValueError, RecursionError) as error:
-        raise invalid_client(f"client_assertion: {error}")
-    # From here on it is known to be the client who says all this.
-    audience = claims.get("aud")
-    # Without base URLs, the Host says who we are. Another server, for which this assertion was meant, could send it on
-    # under its own name.
-    need(portal.settings.base_url or portal.is_ours(request.host),
-         f"aud: {request.host!r} may be another server's name; start this one with --base-url")
-    ours = [base + path for base in (portal.settings.base_url or [portal.base(request)]) for path in ("", "/oauth/token")]
-    need(any(isinstance(one, str) and same_address(one, url) for url in ours
-             for one in (audience if isinstance(audience, list) else [audience])),
-         f"aud: expected {ours[1]} or {ours[0]}")
-    for name in ("exp", "nbf", "iat"):
-        need(is_moment(claims[name]) if name in claims else name != "exp", f"{name}: expected a Unix time")
-    need(claims["exp"] > now, "exp: it has expired")
-    need(claims["exp"] <= now + ASSERTION_SECONDS + LEEWAY_SECONDS, "exp: more than five minutes ahead")
-    need(max(claims.get("nbf", 0), claims.get("iat", 0)) <= now + LEEWAY_SECONDS, "nbf or iat is in the future")
-    jti = claims.get("jti")
-    need(isinstance(jti, str) and jti, "jti: expected a string that was never used before")
-    with portal.state.transaction() as database:  # of two that race with the same jti, one is first
-        forget_expired(database, "assertions", now)
-        need(database.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?, ?)",
-                              (client_id, jti, claims["exp"])).rowcount, "jti was used before")
-    return client
+    forbidden = "no-store" in control or "no-cache" in control
+    return answer.body, min(int(age[1]), 86400) if age and not forbidden else 0
 
 
 BACKEND_SECONDS = 300
@@ -2958,20 +3082,20 @@ BACKEND_SECONDS = 300
 
 @grant_type("client_credentials")
 def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
-    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one that proves
-    itself by its keys may, and no refresh token comes with it: it just asks again."""
-    if client.auth_method != "private_key_jwt":
-        raise PortalError("unauthorized_client", "client_credentials is for clients that registered for private_key_jwt")
-    if client.registered_itself and not portal.settings.serves_debug:
-        raise PortalError("unauthorized_client", "this client registered itself; while debug controls are off, system/ "
-                          "scopes are for clients of --fixtures only")
+    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one
+    that proves itself by its keys may, and no refresh token comes with it: it just asks again."""
+    refused = "unauthorized_client"
+    need(client.auth_method == "private_key_jwt",
+         "client_credentials is for clients that registered for private_key_jwt", refused)
+    need(portal.settings.serves_debug or not client.registered_itself, "this client registered itself; while "
+         "debug controls are off, system/ scopes are for clients of --fixtures only", refused)
     wanted = form.need("scope")
     scope = served_scope(portal, wanted, client.scope, ("system",))
-    if not scope:
-        raise PortalError("invalid_scope", f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes "
-                          f"within {client.scope!r}")
+    need(scope, f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes within "
+         f"{client.scope!r}", "invalid_scope")
     now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, now + BACKEND_SECONDS, portal.base(request))
+    until = now + BACKEND_SECONDS
+    grant = Grant(new_token(), client.client_id, None, None, scope, until, portal.base(request))
     with portal.state.transaction() as database:
         return issue_access(database, store_grant(database, grant, now), scope, now, None)
 
@@ -6421,10 +6545,41 @@ def fhir_response(request: Request, body: Json | str, status: int = 200,
 
 # ######################################################################## 22 signing
 
+# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384
+# or ES384, the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes
+# milliseconds, and how many tells something about the key: a production server leaves this to a library.
 
-# JSON Web Signatures (RFC 7515). This server signs id_tokens with RS256; apps prove who they are with RS384 or ES384,
-# the two that SMART names. The arithmetic is the textbooks', on Python's own integers. It takes milliseconds, and how
-# many tells something about the key: a production server leaves this to a library.
+
+def sign_jwt(key: RsaKey, claims: Json) -> str:
+    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
+    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
+    parts = [json.dumps(part, separators=(",", ":")).encode("ascii") for part in (header, claims)]
+    signed = ".".join(map(base64url, parts))
+    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
+
+
+class Jwt(NamedTuple):
+    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
+    header: Json
+    claims: Json
+    signed: bytes
+    signature: bytes
+
+
+def read_jwt(text: str) -> Jwt:
+    """Take a JWT apart; ValueError for what is none."""
+    parts = text.split(".")
+    try:
+        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
+        signature = base64url_bytes(parts[2])
+        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
+    except (ValueError, IndexError, RecursionError):
+        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
+    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
+        raise ValueError("expected a JWT whose header and claims are JSON objects")
+    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
+
+
 def base64url_bytes(text: str) -> bytes:
     """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
     data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
@@ -6433,8 +6588,18 @@ def base64url_bytes(text: str) -> bytes:
     return data
 
 
+KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
+
+
+def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
+    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a bad key."""
+    if algorithm == "ES384":
+        return es384_verify(jwk, message, signature)
+    return rsa_verify(jwk, algorithm, message, signature)
+
+
 def _jwk_number(jwk: Json, name: str) -> int:
-    """A member of a JWK that is a number: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
+    """A number in a JWK: big-endian, in base64url (RFC 7518 section 2). 0 if there is none."""
     text = jwk.get(name)
     return int.from_bytes(base64url_bytes(text) if isinstance(text, str) else b"", "big")
 
@@ -6444,17 +6609,16 @@ def _jwk_text(number: int) -> str:
     return base64url(number.to_bytes((number.bit_length() + 7) // 8, "big"))
 
 
+def thumbprint(jwk: Json) -> str:
+    """A name for an RSA key that follows from the key itself (RFC 7638)."""
+    text = json.dumps({name: jwk[name] for name in ("e", "kty", "n")}, separators=(",", ":"))
+    return base64url(hashlib.sha256(text.encode("ascii")).digest())
+
+
 RSA_EXPONENT = 65537
 RSA_HASHES = {  # the hash, and its name as it stands before the hash in a signature (RFC 8017 section 9.2)
     "RS256": (hashlib.sha256, bytes.fromhex("3031300d060960864801650304020105000420")),
     "RS384": (hashlib.sha384, bytes.fromhex("3041300d060960864801650304020205000430"))}
-
-
-def thumbprint(jwk: Json) -> str:
-    """A name for a key that follows from the key itself (RFC 7638)."""
-    members = {"RSA": ("e", "kty", "n"), "EC": ("crv", "kty", "x", "y")}[jwk["kty"]]
-    text = json.dumps({name: jwk[name] for name in members}, separators=(",", ":"))
-    return base64url(hashlib.sha256(text.encode("ascii")).digest())
 
 
 class RsaKey(NamedTuple):
@@ -6463,13 +6627,28 @@ class RsaKey(NamedTuple):
     q: int
 
     def public_jwk(self) -> Json:
-        """The public half as a JWK; its kid is the thumbprint, so that the same key has the same name everywhere."""
+        """The public half as a JWK. Its kid is the thumbprint: the same key has the same name everywhere."""
         jwk = {"kty": "RSA", "n": _jwk_text(self.p * self.q), "e": _jwk_text(RSA_EXPONENT)}
         return {**jwk, "kid": thumbprint(jwk), "use": "sig", "alg": "RS256"}
 
 
+def new_rsa_key(bits: int = 2048) -> RsaKey:
+    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
+    primes = [number for number in range(3, 4000, 2)
+              if all(number % part for part in range(3, math.isqrt(number) + 1, 2))]
+    small = math.prod(primes)
+
+    def prime() -> int:
+        while True:
+            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
+            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
+                return number
+    key = RsaKey(prime(), prime())
+    return key if key.p != key.q else new_rsa_key(bits)
+
+
 def is_prime(number: int) -> bool:
-    """Whether an odd number is prime (Miller and Rabin): wrong once in far more than 2**100 random numbers."""
+    """Whether an odd number is prime (Miller and Rabin): wrong once in over 2**100 random numbers."""
     halvings = ((number - 1) & (1 - number)).bit_length() - 1
     for _ in range(5):
         power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
@@ -6484,26 +6663,6 @@ def is_prime(number: int) -> bool:
     return True
 
 
-def new_rsa_key(bits: int = 2048) -> RsaKey:
-    """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
-    small = math.prod(one for one in range(3, 4000, 2) if all(one % two for two in range(3, math.isqrt(one) + 1, 2)))
-
-    def prime() -> int:
-        while True:
-            number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
-            if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
-                return number
-    key = RsaKey(prime(), prime())
-    return key if key.p != key.q else new_rsa_key(bits)
-
-
-def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
-    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
-    make, name = RSA_HASHES[algorithm]
-    end = b"\0" + name + make(message).digest()
-    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
-
-
 def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
     """RSASSA-PKCS1-v1_5 (RFC 8017 section 8.2.1), by way of the two primes, which is four times as fast."""
     length = ((key.p * key.q).bit_length() + 7) // 8
@@ -6514,7 +6673,7 @@ def rsa_sign(key: RsaKey, algorithm: str, message: bytes) -> bytes:
 
 
 def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
-    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a key that is none or is too weak."""
+    """Whether a signature is the key's (RFC 8017 section 8.2.2). ValueError for a weak key or none."""
     modulus, exponent = _jwk_number(jwk, "n"), _jwk_number(jwk, "e")
     if not 2048 <= modulus.bit_length() <= 8192 or not 3 <= exponent < 1 << 64:
         raise ValueError("expected an RSA key of 2048 to 8192 bits (RFC 7518 section 3.3)")
@@ -6523,13 +6682,44 @@ def rsa_verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> b
             and pow(number, exponent, modulus) == _padded_hash(algorithm, message, length))
 
 
-# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p, and a point g of the prime order n.
+def _padded_hash(algorithm: str, message: bytes, length: int) -> int:
+    """A message's hash, padded to the length of the modulus (EMSA-PKCS1-v1_5, RFC 8017 section 9.2)."""
+    make, name = RSA_HASHES[algorithm]
+    end = b"\0" + name + make(message).digest()
+    return int.from_bytes(b"\0\1" + end.rjust(length - 2, b"\xff"), "big")
+
+
+# The curve P-384 (FIPS 186-4 appendix D.1.2.4): y^2 = x^3 - 3x + b modulo p; a point g of the prime order n.
 P384_P = 2 ** 384 - 2 ** 128 - 2 ** 96 + 2 ** 32 - 1
 P384_N = 0xffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973
 P384_B = 0xb3312fa7e23ee7e4988e056be3f82d19181d9c6efe8141120314088f5013875ac656398d8a2ed19d2a85c8edd3ec2aef
-P384_G = (0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
-          0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
-Point = tuple[int, int, int]  # x/z^2 and y/z^3 (Jacobian coordinates: they add without dividing); z = 0: infinity
+P384_G = (
+    0xaa87ca22be8b05378eb1c71ef320ad746e1d3b628ba79b9859f741e082542a385502f25dbf55296c3a545e3872760ab7,
+    0x3617de4a96262c6f5d9e98bf9292dc29f8f41dbd289a147ce9da3113b5f0b8c00a60b1ce1d7e819d7a431d7c90ea0e5f, 1)
+Point = tuple[int, int, int]  # x/z^2, y/z^3 (Jacobian coordinates add without dividing); z = 0: infinity
+
+
+def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
+    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4
+    section 6.4). ValueError for a key that is not a point of P-384."""
+    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
+    x, y, _ = key
+    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
+        raise ValueError("expected a point of the curve P-384 as x and y")
+    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
+    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
+        return False
+    inverse = pow(s, -1, P384_N)
+    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
+    u2 = r * inverse % P384_N
+    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
+    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
+    for bit in range(383, -1, -1):
+        total = _double(total)
+        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
+        if which:
+            total = _add(total, sums[which])
+    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
 
 
 def _double(point: Point) -> Point:
@@ -6555,70 +6745,6 @@ def _add(one: Point, other: Point) -> Point:
     mean, cube = u1 * cube % P384_P, cube * width % P384_P
     x3 = (height * height - cube - 2 * mean) % P384_P
     return x3, (height * (mean - x3) - s1 * cube) % P384_P, width * z1 * z2 % P384_P
-
-
-def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
-    """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4 section 6.4).
-
-    ValueError for a key that is not a point of P-384.
-    """
-    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
-    x, y, _ = key
-    if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
-        raise ValueError("expected a point of the curve P-384 as x and y")
-    r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
-    if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
-        return False
-    inverse = pow(s, -1, P384_N)
-    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
-    u2 = r * inverse % P384_N
-    # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
-    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
-    for bit in range(383, -1, -1):
-        total = _double(total)
-        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
-        if which:
-            total = _add(total, sums[which])
-    return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
-
-
-KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
-
-
-def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
-    """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a key that is not good."""
-    if algorithm == "ES384":
-        return es384_verify(jwk, message, signature)
-    return rsa_verify(jwk, algorithm, message, signature)
-
-
-def sign_jwt(key: RsaKey, claims: Json) -> str:
-    """A JSON Web Token: header, claims and an RS256 signature over both (RFC 7519 section 7.1)."""
-    header = {"alg": "RS256", "kid": key.public_jwk()["kid"], "typ": "JWT"}
-    signed = ".".join(base64url(json.dumps(part, separators=(",", ":")).encode("ascii")) for part in (header, claims))
-    return f"{signed}.{base64url(rsa_sign(key, 'RS256', signed.encode('ascii')))}"
-
-
-class Jwt(NamedTuple):
-    """A JSON Web Token as it came: nothing in it is true before its signature has been verified."""
-    header: Json
-    claims: Json
-    signed: bytes
-    signature: bytes
-
-
-def read_jwt(text: str) -> Jwt:
-    """Take a JWT apart; ValueError for what is none."""
-    parts = text.split(".")
-    try:
-        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
-        signature = base64url_bytes(parts[2])
-        json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
-    except (ValueError, IndexError, RecursionError):
-        raise ValueError("expected a JWT: three parts in base64url, joined by dots")
-    if len(parts) != 3 or not isinstance(header, dict) or not isinstance(claims, dict):
-        raise ValueError("expected a JWT whose header and claims are JSON objects")
-    return Jwt(header, claims, ".".join(parts[:2]).encode("ascii"), signature)
 
 
 # ######################################################################## 23 pages
