@@ -1075,12 +1075,13 @@ class OtherSites(PortalTest):
         self.assertIn("Stop sharing", browser.page.text)
 
     def test_a_session_planted_before_is_worth_nothing_after_signing_in(self) -> None:
-        browser, name = Browser(self.portal), s4s.cookie_name(self.portal.portal)
-        browser.cookies[name] = "planted"
+        browser, name, planted = Browser(self.portal), s4s.cookie_name(self.portal.portal), "planted-" * 4
+        browser.cookies[name] = planted  # of the shape of ours, so the sign-in page takes it
         browser.open(self.portal.url + "/login")
-        browser.sign_in()
-        self.assertNotEqual(browser.cookies[name], "planted")
-        self.assertEqual(ask(self.portal.url + "/apps", headers={"Cookie": f"{name}=planted"}).status, 303)
+        self.assertEqual(browser.cookies[name], planted)
+        self.assertIn("Sign out", browser.sign_in().text)
+        self.assertNotEqual(browser.cookies[name], planted)
+        self.assertEqual(ask(self.portal.url + "/apps", headers={"Cookie": f"{name}={planted}"}).status, 303)
 
     def test_a_session_ended_by_signing_out_stays_ended(self) -> None:
         browser = self.signed_in()
@@ -1402,6 +1403,33 @@ class ClientMetadata(PortalTest):
                                             "token_endpoint_auth_method": "private_key_jwt", "jwks": {"keys": [RSA_JWK]}})
         self.assertEqual((got.status, got.json["redirect_uris"], got.json["response_types"]), (201, [], []))
 
+    def test_an_app_proves_itself_by_one_secret_in_one_way(self) -> None:
+        given = self.register().json
+        client_id, secret = given["client_id"], given["client_secret"]
+        other, public = self.register().json, self.register(token_endpoint_auth_method="none").json["client_id"]
+        keyed = KeyedApp(self.portal).client_id
+        encoded = base64.b64encode(client_id.encode()).decode()
+        cases: Any = (
+            ("the secret of another", {}, (client_id, other["client_secret"]), 401, "the secret is missing or wrong"),
+            ("no secret", {"client_id": client_id}, None, 401, "the secret is missing or wrong"),
+            ("an empty secret", {}, (client_id, ""), 401, "the secret is missing or wrong"),
+            ("a secret of a public client", {"client_id": public, "client_secret": "x"}, None, 401, "no secret"),
+            ("no keys", {"client_id": keyed}, None, 401, "registered for private_key_jwt"),
+            ("a secret for keys", {}, (keyed, "x"), 401, "registered for private_key_jwt"),
+            ("nobody", {"client_id": "nobody", "client_secret": "x"}, None, 401, "is not registered"),
+            ("nothing", {}, None, 401, "no client authentication"),
+            ("two clients", {"client_id": other["client_id"]}, (client_id, secret), 400, "client_id differs"),
+            ("twice", {"client_id": client_id, "client_secret": secret}, (client_id, secret), 400, "given twice"),
+            ("no colon", {}, encoded, 401, "no colon"), ("no base64", {}, "?" + encoded, 401, "not base64"),
+            ("right", {}, (client_id, secret), 400, "refresh_token"))
+        for why, form, basic, status, words in cases:
+            with self.subTest(why):
+                headers = {"Authorization": "Basic " + basic} if isinstance(basic, str) else {}
+                got = ask(self.portal.url + "/oauth/token", basic=None if headers else basic, headers=headers,
+                          form={"grant_type": "refresh_token", "refresh_token": "x", **form})
+                self.assertEqual(got.status, status)
+                self.assertIn(words, got.json["error_description"])
+
     def test_an_app_can_not_choose_its_own_secret(self) -> None:
         got = self.register(client_id="mine", client_secret="mine").json
         self.assertNotIn("mine", (got["client_id"], got["client_secret"]))
@@ -1516,6 +1544,22 @@ class Cookies(PortalTest):
                 browser = Browser(self.portal)
                 browser.open(self.portal.url + "/login")
                 self.assertEqual(self.sign_in(browser, site).status, status)
+
+    def test_a_session_left_open_ends_by_itself(self) -> None:
+        browser = Browser(self.portal)
+        browser.open(self.portal.url + "/login")
+        self.assertIn("Sign out", browser.sign_in().text)
+        self.portal.advance(s4s.SESSION_SECONDS + 1)
+        self.assertNotIn("Sign out", browser.open(self.portal.url + "/apps").text)
+
+    def test_a_stranger_can_not_learn_who_has_an_account(self) -> None:
+        answers = []
+        for username, password in (("nobody", "demo-password"), ("daniel-adams", "wrong"), ("nobody", "")):
+            browser = Browser(self.portal)
+            browser.open(self.portal.url + "/login")
+            page = browser.sign_in(username, password)
+            answers.append((page.status, "User name and password do not match." in page.text))
+        self.assertEqual(answers, [(401, True)] * 3)
 
     def test_signing_in_again_ends_the_earlier_session(self) -> None:
         browser = Browser(self.portal)
@@ -3553,7 +3597,7 @@ class Assertions(PortalTest):
         for header, claims in (
                 ({"alg": "none"}, {}), ({"alg": "HS256"}, {}), ({"alg": "RS256"}, {}), ({"alg": "ES384"}, {}),
                 ({"alg": ["RS384"]}, {}), ({"alg": "RS"}, {}), ({"typ": "at+jwt"}, {}), ({"kid": None}, {}),
-                ({"kid": 1}, {}), ({"kid": "else"}, {}), ({"kid": "e"}, {}), ({"jku": "https://app.example/jwks"}, {}),
+                ({"kid": 1}, {}), ({"kid": "else"}, {}), ({"crit": ["b64"]}, {}), ({"kid": "e"}, {}), ({"jku": "https://app.example/jwks"}, {}),
                 ({}, {"iss": "nobody"}), ({}, {"iss": None}), ({}, {"iss": ["x"]}), ({}, {"sub": "nobody"}),
                 ({}, {"iss": other.client_id, "sub": other.client_id}), ({}, {"aud": "https://else.example"}),
                 ({}, {"aud": None}), ({}, {"aud": {}}), ({}, {"exp": None}), ({}, {"exp": now - 1}), ({}, {"exp": "soon"}),
@@ -3569,6 +3613,17 @@ class Assertions(PortalTest):
         for bent in (f"{head}.{claims}.{signature[:-6]}AAAAAA", f"{head}.{claims}.", f"{head}.{claims}", "x",
                      f"{head}.{b64(base64.urlsafe_b64decode(claims + '==') + b' ')}.{signature}"):
             self.assertEqual(self.app.token(bent).json["error"], "invalid_client")
+
+    def test_an_algorithm_that_was_not_registered_is_refused_though_the_key_is_good(self) -> None:
+        app = KeyedApp(self.portal, token_endpoint_auth_signing_alg="ES384")
+        self.assertEqual(app.token(app.assertion("ES384")).status, 200)
+        self.assertIn("alg is 'RS384'", app.token(app.assertion("RS384")).json["error_description"])
+
+    def test_a_key_made_for_another_use_signs_nothing(self) -> None:
+        for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401), ({"use": "sig", "alg": "RS384"}, 200)):
+            with self.subTest(members=members):
+                app = KeyedApp(self.portal, jwks={"keys": [{**RSA_JWK, **members}]})
+                self.assertEqual(app.token().status, status)
 
     def test_an_assertion_counts_once(self) -> None:
         assertion = self.app.assertion()
@@ -3666,6 +3721,22 @@ class KeysByUrl(PortalTest):
         self.portal.advance(61)
         app.token()
         self.assertEqual(self.asked, 4)
+
+    def test_keys_that_no_cache_may_keep_are_not_kept(self) -> None:
+        for control in ("no-store, max-age=60", "no-cache, max-age=60"):
+            app, self.asked = self.app(), 0
+            self.answer[1]["Cache-Control"] = control
+            for _ in range(2):
+                self.assertEqual(app.token().status, 200)
+            self.assertEqual(self.asked, 2, control)
+
+    def test_keys_are_kept_for_a_day_at_most(self) -> None:
+        app = self.app()
+        self.answer[1]["Cache-Control"] = "max-age=999999999"
+        app.token()
+        self.portal.advance(86401)
+        app.token()
+        self.assertEqual(self.asked, 2)
 
     def test_a_key_that_is_not_among_those_kept_is_looked_for_again(self) -> None:
         app, keys = self.app(), self.answer[2]
