@@ -1300,7 +1300,7 @@ class Bugs(PortalTest):
         self.assertNotIn("the secret", lines[0])
 
 
-# ######################################################################## 6 clients with a secret, or with none
+# ######################################################################## 6 clients with a secret, or none
 
 
 class Registration(PortalTest):
@@ -3571,7 +3571,7 @@ class Identity(PortalTest):
                          [claims[name] for name in ("iss", "sub", "fhirUser")])
 
 
-# ######################################################################## 15 keys instead of secrets, backend services
+# ######################################################################## 15 keys, and backend services
 
 
 class Assertions(PortalTest):
@@ -3597,7 +3597,9 @@ class Assertions(PortalTest):
         for header, claims in (
                 ({"alg": "none"}, {}), ({"alg": "HS256"}, {}), ({"alg": "RS256"}, {}), ({"alg": "ES384"}, {}),
                 ({"alg": ["RS384"]}, {}), ({"alg": "RS"}, {}), ({"typ": "at+jwt"}, {}), ({"kid": None}, {}),
-                ({"kid": 1}, {}), ({"kid": "else"}, {}), ({"crit": ["b64"]}, {}), ({"kid": "e"}, {}), ({"jku": "https://app.example/jwks"}, {}),
+                ({"kid": 1}, {}), ({"kid": "else"}, {}), ({"crit": ["b64"]}, {}),
+                ({}, {"iss": "nobody", "sub": "nobody"}), ({}, {"nbf": True}), ({}, {"nbf": -1}), ({"kid": "e"}, {}),
+                ({"jku": "https://app.example/jwks"}, {}),
                 ({}, {"iss": "nobody"}), ({}, {"iss": None}), ({}, {"iss": ["x"]}), ({}, {"sub": "nobody"}),
                 ({}, {"iss": other.client_id, "sub": other.client_id}), ({}, {"aud": "https://else.example"}),
                 ({}, {"aud": None}), ({}, {"aud": {}}), ({}, {"exp": None}), ({}, {"exp": now - 1}), ({}, {"exp": "soon"}),
@@ -3618,6 +3620,21 @@ class Assertions(PortalTest):
         app = KeyedApp(self.portal, token_endpoint_auth_signing_alg="ES384")
         self.assertEqual(app.token(app.assertion("ES384")).status, 200)
         self.assertIn("alg is 'RS384'", app.token(app.assertion("RS384")).json["error_description"])
+
+    def test_two_keys_of_one_name_are_told_apart_by_their_kind(self) -> None:
+        app = KeyedApp(self.portal, jwks={"keys": [RSA_JWK, {**RFC_6979_JWK, "kid": "r"}]})
+        self.assertEqual(app.token().status, 200)
+
+    def test_the_audience_is_a_base_url_whatever_host_was_asked(self) -> None:
+        with s4s.Server(base_url="https://portal.example") as portal:
+            app = KeyedApp.__new__(KeyedApp)
+            app.portal, app.client_id = portal, KeyedApp(portal).client_id
+            for aud, status in (("https://portal.example/oauth/token", 200), (portal.address, 401)):
+                with self.subTest(aud=aud):
+                    got = ask(portal.address + "/oauth/token", form={
+                        "grant_type": "client_credentials", "scope": "system/*.rs",
+                        "client_assertion_type": s4s.ASSERTION_TYPE, "client_assertion": app.assertion(aud=aud)})
+                    self.assertEqual(got.status, status)
 
     def test_a_key_made_for_another_use_signs_nothing(self) -> None:
         for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401), ({"use": "sig", "alg": "RS384"}, 200)):
@@ -3746,7 +3763,7 @@ class KeysByUrl(PortalTest):
         self.assertEqual(app.token().status, 200)
 
     def test_what_is_no_key_set_is_invalid_client_with_words(self) -> None:
-        for answer in ((404, {}, b""), (302, {"Location": self.url}, b""), (200, {}, b"<html>"), (200, {}, b"[" * 5000),
+        for answer in ((404, {}, self.answer[2]), (404, {}, b""), (302, {"Location": self.url}, b""), (200, {}, b"<html>"), (200, {}, b"[" * 5000),
                        (200, {}, b'{"keys": [{"kty": "RSA", "kid": ["r"]}, 5]}'), (200, {}, b" " * (64 << 10) + b"{}"),
                        (200, {}, json.dumps({"keys": [RSA_JWK, RSA_JWK]}).encode()), (200, {"Content-Length": "999"}, b"{")):
             with self.subTest(answer=answer[2][:20]):
@@ -3763,6 +3780,14 @@ class KeysByUrl(PortalTest):
             got = self.app(portal).token()
         self.assertEqual((got.json["error"], self.asked), ("invalid_client", 0))
         self.assertIn("expected a public server", got.json["error_description"])
+
+    def test_an_exposed_server_asks_neighbours_for_a_client_of_its_own_fixtures(self) -> None:
+        service = {"client_id": "service", "jwks_uri": self.url, "grant_types": ["client_credentials"],
+                   "scope": "system/*.rs"}
+        with s4s.Server(debug=False, fixtures={"clients": [service]}) as portal:
+            app = KeyedApp.__new__(KeyedApp)
+            app.portal, app.client_id = portal, "service"
+            self.assertEqual(app.token().status, 200)
 
     def test_a_fetch_that_drips_is_cut_off(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as quiet, self.assertRaises(ValueError):
