@@ -212,7 +212,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 __version__ = "0.1.0"
@@ -240,7 +240,7 @@ def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
 # ======================================================================== Part One: the protocol
 # It uses of what stands below: search_table and parse_term (the records), fhir_response,
 # FHIR_TYPE, FHIR_TYPES, JSON_TYPES, parse_json, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt,
-# read_jwt, verify and KEY_TYPES (signing), error_page, sign_in_page, picker_page and consent_page (pages), DEMO_SALT and
+# read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages), DEMO_SALT and
 # MAX_RECORDED_BODY.
 
 
@@ -2128,12 +2128,12 @@ def open_fhir(portal: Portal, request: Request) -> Response:
     need(portal.settings.serves_open_fhir, "open FHIR access is off; --open-fhir turns it on", "not-found",
          404, FhirError)
     if request.rest == "metadata":
-        return fhir_response(request, capability_statement(portal, request, False),
-                             version=portal.records.version)
+        statement = capability_statement(portal, request, False)
+        return fhir_response(request, statement, version=portal.records.version)
     need(request.method != "POST" or request.rest.endswith("/_search"), "POST: only [type]/_search",
          "not-supported", 405, FhirError, [("Allow", "GET, HEAD")])
-    return answer_fhir(portal.records, fhir_request(request, OPEN_ACCESS,
-                                                    portal.base(request) + "/api/open-fhir", ""))
+    base = portal.base(request) + "/api/open-fhir"
+    return answer_fhir(portal.records, fhir_request(request, OPEN_ACCESS, base, ""))
 
 
 class FhirRequest(NamedTuple):
@@ -2156,8 +2156,9 @@ class FhirRequest(NamedTuple):
 
 # The shapes that a path may have. Each of its parts is decoded by itself, and one that decodes to anything
 # else than such characters fits no shape: what a path hides in dots, slashes or semicolons, encoded once or
-# twice, ends here.
+# twice, ends here. An id is what FHIR says, less . and .., which climb in a path.
 _TYPE, _ID = "[A-Z][A-Za-z]{1,63}", r"(?!\.{1,2}(?:/|$))[A-Za-z0-9.-]{1,64}"
+FHIR_ID = re.compile(_ID)
 PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction, shape in (
     ("GET", "search", rf"(?P<type>{_TYPE})"),
     ("POST", "search", rf"(?P<type>{_TYPE})/_search"),
@@ -2188,39 +2189,33 @@ def answer_fhir(records: Records, asked: FhirRequest) -> Response:
     """Answer an interaction that the scope allows at all; which resources then come is the judge's to say."""
     records.check_type(asked)
     for letter in LETTERS_OF[asked.interaction]:
-        if not asked.access.allows(asked.type, letter, asked.id if asked.interaction == "read" else ""):
-            raise too_little_scope(asked.type, letter)
-    if asked.interaction == "search":
-        need(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported", 403,
-             FhirError)
-        return records.answer_search(asked)
+        if not asked.access.allows(asked.type, letter, asked.id):
+            wanted = f"patient/{asked.type}.{letter}"  # named in the header too (RFC 6750 section 3.1)
+            raise FhirError("forbidden", f"the token's scope does not allow this; it would take {wanted}",
+                            403, [challenge(error="insufficient_scope", scope=wanted)])
     if asked.interaction == "read":
         return records.answer_read(asked)
+    if asked.interaction == "search":
+        permit(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported")
+        return records.answer_search(asked)
     for letter in "rs":
-        permit(asked.id in asked.access.patients("Patient", letter), f"Patient/{asked.id}: the token is not "
-               "for this patient's record")
+        permit(asked.id in asked.access.patients("Patient", letter),
+               f"Patient/{asked.id}: the token is not for this patient's record")
     return records.answer_everything(asked)
 
 
-def permit(good: object, description: str) -> None:
+def permit(good: object, description: str, error: str = "forbidden") -> None:
     """`need`, with FHIR's 403."""
-    need(good, description, "forbidden", 403, FhirError)
-
-
-def too_little_scope(type_name: str, letter: str) -> FhirError:
-    """403 that names the scope it would take (RFC 6750 section 3.1)."""
-    needed = f"patient/{type_name}.{letter}"
-    return FhirError("forbidden", f"the token's scope does not allow this; it would take {needed}", 403,
-                     [challenge(error="insufficient_scope", scope=needed)])
+    need(good, description, error, 403, FhirError)
 
 
 def not_in_record(asked: FhirRequest) -> FhirError:
     """403 for a resource that this token does not reach."""
-    return FhirError("forbidden", f"{asked.type}/{asked.id} is not in the record that the token opens, or "
-                     "in a category that was not approved", 403)
+    return FhirError("forbidden", f"{asked.type}/{asked.id} is not in the record that the token opens, or in "
+                     "a category that was not approved", 403)
 
 
-class Records:
+class Records(Protocol):
     """The records as the protocol knows them. Two kinds stand behind this: those of section 18 lie in SQLite,
     those of section 19 are another FHIR server's. No endpoint asks which it is."""
     version: str         # of FHIR: a key of FHIR_VERSIONS
@@ -2228,31 +2223,26 @@ class Records:
 
     def check_type(self, asked: FhirRequest) -> None:
         """FhirError for a type that is not served."""
-        raise NotImplementedError
-
     def answer_search(self, asked: FhirRequest) -> Response:
         """A Bundle of the resources of a type that match and may be seen."""
-        raise NotImplementedError
-
     def answer_read(self, asked: FhirRequest) -> Response:
         """One resource, if it may be seen."""
-        raise NotImplementedError
-
     def answer_everything(self, asked: FhirRequest) -> Response:
         """A Bundle of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
-        raise NotImplementedError
-
     def describe(self, statement: Json, secured: bool) -> None:
         """Complete a CapabilityStatement with the types, parameters and operations that are served."""
-        raise NotImplementedError
-
     def find_patients(self, text: str = "") -> list[tuple[str, str]]:
         """(id, name) of the first patients, with a text of those that it names."""
-        raise NotImplementedError
-
     def patient_name(self, patient_id: str) -> str | None:
         """A patient's name; None where there is none of this id."""
-        raise NotImplementedError
+    def visits(self, patient_id: str) -> list[Json]:
+        """A patient's Encounters, the first hundred."""
+    def load(self, document: Json) -> int:
+        """Add a resource, or those of a Bundle; gives how many."""
+    def reset(self) -> None:
+        """As at the start."""
+    def close(self) -> None:
+        """Let go of files and connections."""
 
     def lacks_patient(self, patient_id: str) -> bool:
         """Whether a patient whom an account names is surely not there."""
@@ -2262,25 +2252,10 @@ class Records:
         """The name of a patient who signs in by id; None where there is none, or where patients don't."""
         return None
 
-    def visits(self, patient_id: str) -> list[Json]:
-        """A patient's Encounters, the first hundred."""
-        raise NotImplementedError
-
-    def load(self, document: Json) -> int:
-        """Add a resource, or those of a Bundle; gives how many."""
-        raise NotImplementedError
-
-    def reset(self) -> None:
-        """As at the start."""
-
-    def close(self) -> None:
-        """Let go of files and connections."""
-
 
 class Resource:
     """A resource as the judge looks at it: what it is, whose, of which categories. This one was sent by a
-    FHIR server, and says so in its JSON; of one that lies in SQLite it was noted when it was written
-    (StoredResource)."""
+    FHIR server, and says so in its JSON; for one that lies in SQLite it was noted before (StoredResource)."""
     content: Json
 
     def __init__(self, content: Json, base: str = ""):
@@ -2314,14 +2289,13 @@ class Access:
     def __init__(self, scope: str, patient_id: str | None = None,
                  users_patients: frozenset[str] = frozenset(), labels: frozenset[str] = NO_LIMIT,
                  fhir_user: str = "", version: str = "r4", unlimited: bool = False):
-        self.scope = scope
+        self.scope, self.scopes = scope, resource_scopes(scope)
         self.patient_id = patient_id          # whose record patient/ scopes open
         self.users_patients = users_patients  # whose records user/ scopes open
         self.labels = labels                  # the categories approved
         self.fhir_user = fhir_user            # Type/id that the token's fhirUser claim names
         self.version = version                # of FHIR, for what ?param=value means
         self.unlimited = unlimited            # no token: /api/open-fhir
-        self.scopes = resource_scopes(scope)
         self._known: dict[tuple[str, str], list[tuple[frozenset[str], Any]]] = {}
 
     def may_see(self, resource: Resource, letters: str) -> bool:
@@ -2371,10 +2345,8 @@ class Access:
 
     @property
     def narrowed(self) -> bool:
-        """Whether categories or ?param=value leave something out that the scope's types would show.
-
-        A count of what was found would tell how much that is, so Bundle.total must not be sent then.
-        """
+        """Whether categories or ?param=value leave something out that the scope's types would show. A count
+        of what was found would tell how much that is, so Bundle.total must not be sent then."""
         return bool(self.labels) or any(scope.constraints for scope in self.scopes)
 
     def patients(self, type_name: str, letter: str) -> frozenset[str]:
@@ -2385,7 +2357,7 @@ class Access:
         return frozenset().union(*reaches)
 
     def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str], Any]]:
-        """The scopes that open a type, for all these letters: of each the patients it reaches, and its
+        """The scopes that open a type, for all these letters: of each the patients it reaches, its
         ?param=value."""
         known = self._known.get((type_name, letters))
         if known is None:
@@ -2402,12 +2374,11 @@ class Access:
         return {binary_id for document in documents if document.type in DOCUMENT_TYPES
                 and (self.may_see(document, "r") or self.may_see(document, "s"))
                 for url in attachments(document.content)
-                if (binary_id := _id_in(url, _BINARY_REFERENCE, document.base))}
+                if (binary_id := _id_in(url, "Binary", document.base))}
 
 
 OPEN_ACCESS = Access("", unlimited=True)  # what /api/open-fhir shows
-# one for all requests of a token: it remembers what it found out
-access_for = functools.lru_cache(maxsize=1000)(Access)
+access_for = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -2439,27 +2410,20 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("subject",):
         "Account AdverseEvent Basic CarePlan CareTeam ChargeItem Communication CommunicationRequest "
         "Composition DeviceRequest DeviceUseRequest DeviceUseStatement DiagnosticOrder DiagnosticReport "
-        "DocumentManifest DocumentReference Flag Goal Invoice List Media MedicationRequest Observation "
-        "Order Procedure ProcedureRequest QuestionnaireResponse RequestGroup RiskAssessment ServiceRequest "
+        "DocumentManifest DocumentReference Flag Goal Invoice List Media MedicationRequest Observation Order "
+        "Procedure ProcedureRequest QuestionnaireResponse RequestGroup RiskAssessment ServiceRequest "
         "Specimen",
     ("patient", "subject"):  # the first in DSTU2, and some in STU3
         "ClinicalImpression Condition Encounter ImagingStudy MeasureReport MedicationAdministration "
         "MedicationDispense MedicationStatement ReferralRequest",
-    ("beneficiary",): "Coverage",
-    ("for",): "Task",
-    ("individual",): "ResearchSubject",
-    ("actor",): "AppointmentResponse",
-    ("participant",): "Appointment",
-    ("securityContext",): "Binary",
+    ("beneficiary",): "Coverage", ("for",): "Task", ("individual",): "ResearchSubject",
+    ("actor",): "AppointmentResponse", ("participant",): "Appointment", ("securityContext",): "Binary",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
                 "Endpoint")
 NOBODY, UNKNOWN = "", "?"  # owners: of what belongs to nobody, of what can't be told; no ids that FHIR allows
-FHIR_ID = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9.-]{1,64}")  # FHIR's own rule, less the two that climb in a path
-_PATIENT_REFERENCE = re.compile(r"Patient/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
-_NO_PATIENT = re.compile("(?:.*/)?(?:Practitioner|PractitionerRole|Location|Device|HealthcareService)/"
-                         "[A-Za-z0-9.-]+")
-_BINARY_REFERENCE = re.compile(r"Binary/([A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?")
+_REFERENCES = {name: re.compile(rf"{name}/({_ID})(?:/_history/{_ID})?") for name in ("Patient", "Binary")}
+_NO_PATIENT = re.compile("(?:.*/)?(?:Practitioner(?:Role)?|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 
 
 def owner(resource: Json, base: str = "") -> str:
@@ -2475,8 +2439,7 @@ def owner(resource: Json, base: str = "") -> str:
     Patient.link, and it opens nothing: what was filed under a linked Patient needs a token for that one.
     """
     named = named_patients(resource, base)
-    if not named and (resource.get("resourceType") == "Device"
-                      or resource.get("resourceType") in SHARED_TYPES):
+    if not named and resource.get("resourceType") in ("Device", *SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
         is_plain = isinstance(inner, dict) and "contained" not in inner
@@ -2493,21 +2456,19 @@ def named_patients(resource: Json, base: str) -> set[str]:
         return {id_of(resource) or UNKNOWN}
     if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
         return {UNKNOWN}
+    values = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
-        actors = [reference_of(participant.get("actor") if isinstance(participant, dict) else None)
-                  for participant in as_list(resource.get("participant"))]
-        return {_id_in(actor, _PATIENT_REFERENCE, base) or UNKNOWN for actor in actors
-                if not _NO_PATIENT.fullmatch(actor)}
-    return {_id_in(reference_of(value), _PATIENT_REFERENCE, base) or UNKNOWN
-            for name in OWNER_ELEMENTS[type_name] if name in resource for value in as_list(resource[name])}
+        values = [person.get("actor") if isinstance(person, dict) else None for person in values]
+        values = [actor for actor in values if not _NO_PATIENT.fullmatch(reference_of(actor))]
+    return {_id_in(reference_of(value), "Patient", base) or UNKNOWN for value in values}
 
 
 @remembered(1000)  # the same few stand in every resource of a record
-def _id_in(reference: str, pattern: re.Pattern[str], base: str) -> str | None:
-    """The id in a reference, relative or below `base`, if it is one to what the pattern says."""
+def _id_in(reference: str, type_name: str, base: str) -> str | None:
+    """The id in a reference to a Patient or Binary, relative or below `base`; None for any other."""
     if base and reference.startswith(base + "/"):
         reference = reference[len(base) + 1:]
-    match = pattern.fullmatch(reference)
+    match = _REFERENCES[type_name].fullmatch(reference)
     return match[1] if match else None
 
 
@@ -2533,34 +2494,28 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "coverage": ("Insurance coverage", ("Coverage",)),
     "explanation-of-benefit": ("Insurance payments", ("ExplanationOfBenefit",)),
     "imaging": ("Imaging studies", ("ImagingStudy",)),
-    "encounters": ("Visits", ("Encounter",)),
-}
+    "encounters": ("Visits", ("Encounter",))}
 _BY_CONTENT = ("Observation", "DiagnosticReport")  # whose own category decides
-_CATEGORY_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
-                     if name not in _BY_CONTENT}
-CATEGORIES["other"] = ("Everything else", tuple(name for name in OWNER_ELEMENTS
-                                                if name not in _CATEGORY_OF_TYPE))
+_LABEL_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
+                  if name not in _BY_CONTENT}
+CATEGORIES["other"] = "Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _LABEL_OF_TYPE)
 OLD_CATEGORIES = {"allergy": "allergies"}
 
 
 def categories(resource: Json) -> list[str]:
-    """The data categories a resource falls into; empty for what belongs to nobody. Contained ones go with
-    it."""
-    type_name = resource.get("resourceType", "")
+    """The categories a resource falls into, contained ones with it; none for what belongs to nobody."""
+    type_name = resource.get("resourceType")
     if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
         return []
     if type_name not in _BY_CONTENT:
-        return [_CATEGORY_OF_TYPE.get(type_name, "other")]
+        return [_LABEL_OF_TYPE.get(str(type_name), "other")]
     codes = {code for _, code in tokens_of(elements(resource, "category"))}
-    found = []
-    if type_name == "Observation" and "vital-signs" in codes:
-        found.append("vital-signs")
-    if "laboratory" in codes or (type_name == "DiagnosticReport" and "LAB" in codes):
-        found.append("laboratory")
-    if type_name == "Observation" and ("social-history" in codes
-                                       or ("http://loinc.org", "72166-2") in tokens_of(elements(resource, "code"))):
-        found.append("smoking")
-    return found or ["other"]
+    if type_name == "DiagnosticReport":
+        return ["other"] if codes.isdisjoint(("laboratory", "LAB")) else ["laboratory"]
+    labels: list[str] = [label for label in ("vital-signs", "laboratory") if label in codes]
+    if "social-history" in codes or ("http://loinc.org", "72166-2") in tokens_of(elements(resource, "code")):
+        labels.append("smoking")
+    return labels or ["other"]
 
 
 def within(values: list[Any], path: str) -> list[Any]:
@@ -2586,20 +2541,19 @@ def attachments(document: Json) -> list[str]:
 
 def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
     """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
-    found: list[tuple[str, str]] = []
+    tokens: list[tuple[str, str]] = []
     for value in values:
         if isinstance(value, dict):
             codings = value.get("coding")
-            for one in codings if isinstance(codings, list) else (value,):
-                if isinstance(one, dict):
-                    code = one["code"] if "code" in one else one.get("value")
-                    if isinstance(code, str):
-                        found.append((str(one.get("system", "")), code))
+            for coding in codings if isinstance(codings, list) else [value]:
+                code = coding.get("code", coding.get("value")) if isinstance(coding, dict) else None
+                if isinstance(code, str):
+                    tokens.append((str(coding.get("system", "")), code))
         elif isinstance(value, bool):
-            found.append(("", "true" if value else "false"))
+            tokens.append(("", "true" if value else "false"))
         elif isinstance(value, str):
-            found.append(("", value))
-    return found
+            tokens.append(("", value))
+    return tokens
 
 
 def as_list(value: Any) -> list[Any]:
@@ -2614,8 +2568,8 @@ def reference_of(element: Any) -> str:
 
 
 # FHIR's issue-type value set, where a status says nothing more particular.
-ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted", 429: "throttled",
-               503: "transient", 504: "timeout"}
+ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted",
+               429: "throttled", 503: "transient", 504: "timeout"}
 
 
 def outcome(error: PortalError) -> Json:
@@ -2628,20 +2582,18 @@ def outcome(error: PortalError) -> Json:
 
 @route("GET /api/me", "S4S", cors=True, kind="fhir")
 def me(portal: Portal, request: Request) -> Response:
-    """The client of this token, and the tokens of the same user and client that are still good; never their
-    values."""
+    """The client of this token, and the good tokens of the same user and client; never their values."""
     row = bearer(portal, request)
-    now = portal.clock.now()
     client = portal.client(row["client_id"])
-    rows = portal.state.rows(
-        "SELECT tokens.scope AS token_scope, expires, approval_expires, patient_id FROM tokens JOIN grants "
-        "USING (grant_id) WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = "
-        "? AND username IS ? ORDER BY issued", now, row["client_id"], row["username"])
+    tokens = portal.state.rows(
+        "SELECT tokens.scope, expires, approval_expires, patient_id FROM tokens JOIN grants USING (grant_id) "
+        "WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
+        "AND username IS ? ORDER BY issued", portal.clock.now(), row["client_id"], row["username"])
     return json_response({
         "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
-            {"scope": one["token_scope"], "patient": one["patient_id"],
-             "access_expires": http_date(one["expires"]),
-             "approval_expires": http_date(one["approval_expires"])} for one in rows]})
+            {"scope": token["scope"], "patient": token["patient_id"],
+             "access_expires": http_date(token["expires"]),
+             "approval_expires": http_date(token["approval_expires"])} for token in tokens]})
 
 
 # ######################################################################## 12 discovery
@@ -2892,6 +2844,7 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion; how far two clocks may differ
+KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with, and the kind of key it takes
 
 
 def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
@@ -2942,8 +2895,7 @@ def check_assertion_header(client: Client, header: Json) -> None:
     assertion_need(isinstance(header.get("kid"), str), "the header has no kid")
     assertion_need(header.get("jku") in (None, client.metadata.get("jwks_uri")),
                    "jku is not the jwks_uri that was registered")
-    assertion_need("crit" not in header, "crit names what must be understood, and this server understands "
-                   "none (RFC 7515 section 4.1.11)")
+    assertion_need("crit" not in header, "crit: no extension is understood here (RFC 7515 section 4.1.11)")
 
 
 def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
@@ -2964,21 +2916,24 @@ def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> 
                    f"aud: {request.host!r} may be another server's name; start this one with --base-url")
     bases = portal.settings.base_url or [portal.base(request)]
     ours = [base + path for base in bases for path in ("", "/oauth/token")]
-    given = claims.get("aud")
-    audiences = [name for name in (given if isinstance(given, list) else [given]) if isinstance(name, str)]
+    audiences = [name for name in as_list(claims.get("aud")) if isinstance(name, str)]
     assertion_need(any(same_address(name, url) for name in audiences for url in ours),
                    f"aud: expected {ours[1]} or {ours[0]}")
 
 
 def check_assertion_times(claims: Json, now: float) -> None:
     """It is good now, and for minutes only: one that leaks is soon worth nothing."""
-    assertion_need(is_moment(claims.get("exp")), "exp: expected a Unix time")
-    for name in ("nbf", "iat"):
-        assertion_need(is_moment(claims.get(name, 0)), f"{name}: expected a Unix time")
-    assertion_need(claims["exp"] > now, "exp: it has expired")
-    latest = now + LEEWAY_SECONDS
-    assertion_need(claims["exp"] <= latest + ASSERTION_SECONDS, "exp: more than five minutes ahead")
-    assertion_need(max(claims.get("nbf", 0), claims.get("iat", 0)) <= latest, "nbf or iat is in the future")
+    moments, latest = {"nbf": 0, "iat": 0, "exp": None, **claims}, now + LEEWAY_SECONDS
+    for name in ("exp", "nbf", "iat"):
+        assertion_need(is_moment(moments[name]), f"{name} is {moments[name]!r}; expected a Unix time")
+    assertion_need(moments["exp"] > now, "exp: it has expired")
+    assertion_need(moments["exp"] <= latest + ASSERTION_SECONDS, "exp: more than five minutes ahead")
+    assertion_need(max(moments["nbf"], moments["iat"]) <= latest, "nbf or iat is in the future")
+
+
+def is_moment(value: Any) -> bool:
+    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
 def spend_assertion(portal: Portal, client: Client, claims: Json) -> None:
@@ -2991,11 +2946,6 @@ def spend_assertion(portal: Portal, client: Client, claims: Json) -> None:
         added = database.execute("INSERT OR IGNORE INTO assertions VALUES (?, ?, ?)",
                                  (client.client_id, jti, claims["exp"])).rowcount
     assertion_need(added, "jti was used before")
-
-
-def is_moment(value: Any) -> bool:
-    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
 def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
@@ -3035,10 +2985,8 @@ def key_set(value: Any) -> list[Json]:
         raise ValueError('expected a JSON object with "keys", an array of objects')
     for name in ("d", "p", "q", "dp", "dq", "qi", "oth", "k"):
         if any(name in key for key in keys):
-            raise ValueError(f"a key has the private member {name}: give the public halves alone, and make "
-                             "new keys")
-    names = {json.dumps([key.get("kty"), key.get("kid")]) for key in keys}
-    if len(names) < len(keys):
+            raise ValueError(f"a key has the private member {name}: make new keys, give their public halves")
+    if len({json.dumps([key.get("kty"), key.get("kid")]) for key in keys}) < len(keys):
         raise ValueError("two keys have the same kty and kid")
     return keys
 
@@ -3059,8 +3007,8 @@ def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5,
     try:
         message = (f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
                    "Connection: close\r\n\r\n").encode("ascii")
-        found = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
-        addresses = [(str(where[0]), int(where[1])) for *_, where in found]
+        known = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+        addresses = [(str(address[0]), int(address[1])) for *_, address in known]
         if public_only and not all(ipaddress.ip_address(address).is_global for address, _ in addresses):
             raise OSError("not public")
         with contextlib.closing(Connection(secure, host, addresses, deadline, sockets, most)) as connection:
@@ -3077,25 +3025,20 @@ def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5,
     return answer.body, min(int(age[1]), 86400) if age and not forbidden else 0
 
 
-BACKEND_SECONDS = 300
-
-
 @grant_type("client_credentials")
 def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one
-    that proves itself by its keys may, and no refresh token comes with it: it just asks again."""
-    refused = "unauthorized_client"
-    need(client.auth_method == "private_key_jwt",
-         "client_credentials is for clients that registered for private_key_jwt", refused)
+    that proves itself by its keys may, for five minutes, and no refresh token comes with it: it just asks
+    again."""
+    need(client.auth_method == "private_key_jwt", "client_credentials is for clients that registered for "
+         "private_key_jwt", "unauthorized_client")
     need(portal.settings.serves_debug or not client.registered_itself, "this client registered itself; while "
-         "debug controls are off, system/ scopes are for clients of --fixtures only", refused)
+         "debug controls are off, system/ scopes are for clients of --fixtures only", "unauthorized_client")
     wanted = form.need("scope")
-    scope = served_scope(portal, wanted, client.scope, ("system",))
-    need(scope, f"scope {wanted!r}: nothing of it can be granted; expected system/ scopes within "
-         f"{client.scope!r}", "invalid_scope")
+    scope = need(served_scope(portal, wanted, client.scope, ("system",)), f"scope {wanted!r}: nothing of it "
+                 f"can be granted; expected system/ scopes within {client.scope!r}", "invalid_scope")
     now = portal.clock.now()
-    until = now + BACKEND_SECONDS
-    grant = Grant(new_token(), client.client_id, None, None, scope, until, portal.base(request))
+    grant = Grant(new_token(), client.client_id, None, None, scope, now + 300, portal.base(request))
     with portal.state.transaction() as database:
         return issue_access(database, store_grant(database, grant, now), scope, now, None)
 
@@ -6588,9 +6531,6 @@ def base64url_bytes(text: str) -> bytes:
     return data
 
 
-KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with
-
-
 def verify(jwk: Json, algorithm: str, message: bytes, signature: bytes) -> bool:
     """Whether a signature by one of KEY_TYPES is the key's. ValueError, with words, for a bad key."""
     if algorithm == "ES384":
@@ -6652,13 +6592,10 @@ def is_prime(number: int) -> bool:
     halvings = ((number - 1) & (1 - number)).bit_length() - 1
     for _ in range(5):
         power = pow(secrets.randbelow(number - 3) + 2, (number - 1) >> halvings, number)
-        if power in (1, number - 1):
-            continue
+        squares = [power]
         for _ in range(halvings - 1):
-            power = power * power % number
-            if power == number - 1:
-                break
-        else:
+            squares.append(squares[-1] * squares[-1] % number)
+        if power != 1 and number - 1 not in squares:  # a prime has 1 at once, or -1 on the way to it
             return False
     return True
 
@@ -6702,23 +6639,19 @@ Point = tuple[int, int, int]  # x/z^2, y/z^3 (Jacobian coordinates add without d
 def es384_verify(jwk: Json, message: bytes, signature: bytes) -> bool:
     """Whether an ECDSA signature (r and s, 48 bytes each, RFC 7518 section 3.4) is the key's (FIPS 186-4
     section 6.4). ValueError for a key that is not a point of P-384."""
-    key = (_jwk_number(jwk, "x"), _jwk_number(jwk, "y"), 1)
-    x, y, _ = key
+    x, y = _jwk_number(jwk, "x"), _jwk_number(jwk, "y")
     if jwk.get("crv") != "P-384" or max(x, y) >= P384_P or (y * y - x * (x * x - 3) - P384_B) % P384_P:
         raise ValueError("expected a point of the curve P-384 as x and y")
     r, s = int.from_bytes(signature[:48], "big"), int.from_bytes(signature[48:], "big")
     if len(signature) != 96 or not 0 < r < P384_N or not 0 < s < P384_N:
         return False
-    inverse = pow(s, -1, P384_N)
-    u1 = int.from_bytes(hashlib.sha384(message).digest(), "big") * inverse % P384_N
-    u2 = r * inverse % P384_N
+    inverse, hashed = pow(s, -1, P384_N), int.from_bytes(hashlib.sha384(message).digest(), "big")
+    u1, u2 = hashed * inverse % P384_N, r * inverse % P384_N
     # u1 * g + u2 * key, both in one pass from the highest bit down (Shamir's trick).
-    sums, total = ((1, 1, 0), P384_G, key, _add(P384_G, key)), (1, 1, 0)
+    key, total = (x, y, 1), (1, 1, 0)
+    sums = (total, P384_G, key, _add(P384_G, key))
     for bit in range(383, -1, -1):
-        total = _double(total)
-        which = (u1 >> bit & 1) + 2 * (u2 >> bit & 1)
-        if which:
-            total = _add(total, sums[which])
+        total = _add(_double(total), sums[(u1 >> bit & 1) + 2 * (u2 >> bit & 1)])
     return bool(total[2]) and (total[0] * pow(total[2], -2, P384_P) - r) % P384_P % P384_N == 0
 
 
@@ -6731,16 +6664,16 @@ def _double(point: Point) -> Point:
     return x3, (slope * (mean - x3) - 8 * square * square) % P384_P, 2 * y * z % P384_P
 
 
-def _add(one: Point, other: Point) -> Point:
+def _add(point: Point, other: Point) -> Point:
     """The sum of two points."""
-    (x1, y1, z1), (x2, y2, z2) = one, other
+    (x1, y1, z1), (x2, y2, z2) = point, other
     if not z1 or not z2:
-        return other if not z1 else one
+        return other if not z1 else point
     zz1, zz2 = z1 * z1 % P384_P, z2 * z2 % P384_P
     u1, s1 = x1 * zz2 % P384_P, y1 * zz2 * z2 % P384_P
     width, height = (x2 * zz1 - u1) % P384_P, (y2 * zz1 * z1 - s1) % P384_P
     if not width:
-        return (1, 1, 0) if height else _double(one)
+        return (1, 1, 0) if height else _double(point)
     cube = width * width % P384_P
     mean, cube = u1 * cube % P384_P, cube * width % P384_P
     x3 = (height * height - cube - 2 * mean) % P384_P
