@@ -345,10 +345,11 @@ def es384_sign(message: bytes) -> bytes:
 class KeyedApp:
     """An app that proves itself by its keys (private_key_jwt)."""
     def __init__(self, portal: s4s.Server, **metadata: Any):
+        keys = {} if "jwks_uri" in metadata else {"jwks": {"keys": [RSA_JWK, RFC_6979_JWK]}}
         self.portal = portal
         self.client_id = portal.register_client(**{
-            "token_endpoint_auth_method": "private_key_jwt", "grant_types": ["client_credentials"], "scope": "system/*.rs",
-            "jwks": {"keys": [RSA_JWK, RFC_6979_JWK]}, **metadata})["client_id"]
+            "token_endpoint_auth_method": "private_key_jwt", "grant_types": ["client_credentials"],
+            "scope": "system/*.rs", **keys, **metadata})["client_id"]
 
     def assertion(self, algorithm: str = "RS384", header: Any = None, **changed: Any) -> str:
         """A signed assertion, as of the portal's time; None leaves a claim out."""
@@ -2516,69 +2517,75 @@ class ByTheLetter(PortalTest):
 # ######################################################################## 11 the record's boundary
 
 
+def token_for(portal: s4s.Server, *labels: str) -> str:
+    """An access token for my record, of these categories alone."""
+    app = App(portal)
+    back = portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=labels)
+    return str(app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"])
+
+
 class FhirApi(PortalTest):
     """/api/fhir: one patient, and nothing else."""
 
-    def test_without_a_token_it_is_401_without_an_error_code(self) -> None:
-        got = self.fhir(f"Patient/{DANIEL}")
-        self.assertEqual((got.status, got.headers["www-authenticate"]), (401, 'Bearer realm="s4s"'))
-        self.assertEqual(got.json["resourceType"], "OperationOutcome")
+    def statuses(self, token: Any, expected: Mapping[str, int], **how: Any) -> None:
+        """What each of these paths is answered with."""
+        for path, status in expected.items():
+            with self.subTest(path=path):
+                self.assertEqual(self.fhir(path, token, **how).status, status)
 
-    def test_a_bad_token_is_401_invalid_token(self) -> None:
-        got = self.fhir(f"Patient/{DANIEL}", "nonsense")
-        self.assertEqual(got.status, 401)
-        self.assertIn('error="invalid_token"', got.headers["www-authenticate"])
+    def found(self, path: str, token: Any = None, **how: Any) -> list[str]:
+        """The ids in a Bundle."""
+        bundle = self.fhir(path, token or self.portal.issue_token(scope="patient/*.rs"), **how).json
+        return [entry["resource"]["id"] for entry in bundle["entry"]]
 
-    def test_too_small_a_scope_is_403_insufficient_scope(self) -> None:
-        token = self.portal.issue_token(scope="patient/Observation.rs")
-        got = self.fhir(f"Condition?patient={DANIEL}", token)
-        self.assertEqual(got.status, 403)
-        self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
+    def test_without_a_good_token_it_is_401_and_with_too_small_a_scope_403(self) -> None:
+        small = self.portal.issue_token(scope="patient/Observation.rs")
+        for token, path, status, error in (
+                ("", f"Patient/{DANIEL}", 401, None), ("nonsense", f"Patient/{DANIEL}", 401, "invalid_token"),
+                (small, f"Condition?patient={DANIEL}", 403, "insufficient_scope")):
+            with self.subTest(error):
+                got = self.fhir(path, token)
+                self.assertEqual((got.status, got.json["resourceType"]), (status, "OperationOutcome"))
+                if error:
+                    self.assertIn(f'error="{error}"', got.headers["www-authenticate"])
+                else:  # RFC 6750 section 3.1: a request without a token is told no error code
+                    self.assertEqual(got.headers["www-authenticate"], 'Bearer realm="s4s"')
 
     def test_another_patients_resources_are_403(self) -> None:
-        token = self.portal.issue_token(scope="patient/*.rs")
-        for path in (f"Patient/{AMY}", "Condition/smart-Condition-120", f"Condition?patient={AMY}",
-                     f"Condition?patient={DANIEL},{AMY}", f"Observation?subject=Patient/{AMY}", f"Patient?_id={AMY}"):
-            with self.subTest(path=path):
-                self.assertEqual(self.fhir(path, token).status, 403)
+        self.statuses(self.portal.issue_token(scope="patient/*.rs"), dict.fromkeys((
+            f"Patient/{AMY}", "Condition/smart-Condition-120", f"Condition?patient={AMY}",
+            f"Condition?patient={DANIEL},{AMY}", f"Observation?subject=Patient/{AMY}",
+            f"Patient?_id={AMY}"), 403))
 
     def test_a_search_finds_the_tokens_patient_only(self) -> None:
         token = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
-        found = self.fhir("Condition?_count=100", token).json["entry"]
-        self.assertEqual({entry["resource"]["subject"]["reference"] for entry in found}, {f"Patient/{AMY}"})
+        entries = self.fhir("Condition?_count=100", token).json["entry"]
+        self.assertEqual({entry["resource"]["subject"]["reference"] for entry in entries}, {f"Patient/{AMY}"})
 
     def test_a_compartments_path_is_a_search_of_ones_own(self) -> None:
-        token = self.portal.issue_token(scope="patient/*.rs")
-        got = self.fhir(f"Patient/{DANIEL}/Condition?code=48167000", token).json
-        self.assertEqual([entry["resource"]["id"] for entry in got["entry"]], ["smart-Condition-14"])
-        for path, status in ((f"Patient/{AMY}/Condition", 403), (f"Patient/{DANIEL},{AMY}/Condition", 404),
-                             (f"Patient/{DANIEL}/Condition?patient={AMY}", 403), ("Patient//Condition", 404),
-                             (f"Patient/Patient%2F{AMY}/Condition", 404)):
-            self.assertEqual(self.fhir(path, token).status, status, path)
+        self.assertEqual(self.found(f"Patient/{DANIEL}/Condition?code=48167000"), ["smart-Condition-14"])
+        self.statuses(self.portal.issue_token(scope="patient/*.rs"), {
+            f"Patient/{AMY}/Condition": 403, f"Patient/{DANIEL},{AMY}/Condition": 404,
+            f"Patient/{DANIEL}/Condition?patient={AMY}": 403, "Patient//Condition": 404,
+            f"Patient/Patient%2F{AMY}/Condition": 404})
         narrow = self.portal.issue_token(scope="patient/Patient.rs")
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}/Condition", narrow).status, 403)
+        self.statuses(narrow, {f"Patient/{DANIEL}/Condition": 403})
 
     def test_operations_and_batches_are_refused(self) -> None:
         token = self.portal.issue_token(scope="patient/*.rs")
-        for path in ("$export", "Patient/$export", "Observation/$lastn", "Observation/x/$meta"):
-            self.assertEqual(self.fhir(path, token).status, 403, path)
-        for path in ("", "Nope", "Patient"):
-            self.assertEqual(self.fhir(path, token, data={"resourceType": "Bundle"}).status, 403, path)
+        self.statuses(token, dict.fromkeys(
+            ("$export", "Patient/$export", "Observation/$lastn", "Observation/x/$meta"), 403))
+        self.statuses(token, dict.fromkeys(("", "Nope", "Patient"), 403), data={"resourceType": "Bundle"})
 
     def test_letters_of_a_v2_scope_count(self) -> None:
-        only_read = self.portal.issue_token(scope="patient/Condition.r")
-        self.assertEqual(self.fhir("Condition/smart-Condition-14", only_read).status, 200)
-        self.assertEqual(self.fhir(f"Condition?patient={DANIEL}", only_read).status, 403)
-        only_search = self.portal.issue_token(scope="patient/Condition.s")
-        self.assertEqual(self.fhir("Condition/smart-Condition-14", only_search).status, 403)
-        self.assertEqual(self.fhir(f"Condition?patient={DANIEL}", only_search).status, 200)
+        for letter, read, searched in (("r", 200, 403), ("s", 403, 200)):
+            self.statuses(self.portal.issue_token(scope=f"patient/Condition.{letter}"), {
+                "Condition/smart-Condition-14": read, f"Condition?patient={DANIEL}": searched})
 
     def test_writing_is_refused_before_the_body_is_judged(self) -> None:
-        token = self.portal.issue_token()
         for method in ("POST", "PUT", "PATCH", "DELETE"):
-            with self.subTest(method=method):
-                self.assertEqual(self.fhir("Patient/x", method=method, body=b"{").status, 401)
-                self.assertEqual(self.fhir("Patient/x", token, method=method, body=b"{").status, 403)
+            for token, status in (("", 401), (self.portal.issue_token(), 403)):
+                self.statuses(token, {"Patient/x": status}, method=method, body=b"{")
 
     def test_pages_lead_from_the_first_entry_to_the_last(self) -> None:
         token, url, seen = self.portal.issue_token(), f"Observation?category=laboratory&patient={DANIEL}", []
@@ -2591,9 +2598,8 @@ class FhirApi(PortalTest):
         self.assertEqual((len(seen), len(set(seen))), (bundle["total"], bundle["total"]))
 
     def test_post_search_is_the_same_search(self) -> None:
-        token = self.portal.issue_token()
-        got = self.fhir("Condition/_search", token, form={"patient": DANIEL, "code": "http://snomed.info/sct|48167000"})
-        self.assertEqual([entry["resource"]["id"] for entry in got.json["entry"]], ["smart-Condition-14"])
+        form = {"patient": DANIEL, "code": "http://snomed.info/sct|48167000"}
+        self.assertEqual(self.found("Condition/_search", form=form), ["smart-Condition-14"])
 
     def test_an_unknown_parameter_is_named(self) -> None:
         got = self.fhir("Condition?colour=red", self.portal.issue_token())
@@ -2612,7 +2618,7 @@ class FhirApi(PortalTest):
 
     def test_a_head_request_has_the_headers_of_get_and_no_body(self) -> None:
         token = self.portal.issue_token()
-        got, head = self.fhir(f"Patient/{DANIEL}", token), self.fhir(f"Patient/{DANIEL}", token, method="HEAD")
+        got, head = (self.fhir(f"Patient/{DANIEL}", token, method=method) for method in ("GET", "HEAD"))
         self.assertEqual((head.status, head.body), (200, b""))
         self.assertEqual(head.headers["content-length"], got.headers["content-length"])
 
@@ -2621,83 +2627,81 @@ class WhoseItIs(unittest.TestCase):
     """owner() and Access, resource by resource."""
     base = "https://p.example/api/fhir"
 
-    def test_references_that_count(self) -> None:
-        for text in (f"Patient/{ME}", f"Patient/{ME}/_history/2", f"https://p.example/api/fhir/Patient/{ME}"):
-            with self.subTest(text):
-                self.assertEqual(s4s.owner(observation("x", subject={"reference": text}), self.base), ME)
-
-    def test_references_that_do_not_count(self) -> None:
-        for subject in ({"reference": "Group/1"}, {"reference": "#p"}, {"identifier": {"value": ME}}, {"display": "me"},
-                        {"reference": f"https://elsewhere.example/Patient/{ME}"}, {"reference": f"patient/{ME}"},
-                        {"reference": f"Patient/{ME}/x"}, {"reference": f"{self.base}XPatient/{ME}"},
-                        {"reference": f"/Patient/{ME}"}, {"reference": [ME]},
-                        f"Patient/{ME}", None, 7):
+    def test_references_that_count_and_references_that_do_not(self) -> None:
+        person = f"Patient/{ME}"
+        for texts, expected in (
+                ((person, f"{person}/_history/2", f"{self.base}/{person}"), ME),
+                (("Group/1", "#p", f"https://elsewhere.example/{person}", f"patient/{ME}", f"{person}/x",
+                  "Patient/..", f"{self.base}X{person}", f"/{person}", [ME], None), s4s.UNKNOWN)):
+            for text in texts:
+                with self.subTest(text):
+                    resource = observation("x", subject={"reference": text})
+                    self.assertEqual(s4s.owner(resource, self.base), expected)
+        for subject in ({"identifier": {"value": ME}}, {"display": "me"}, person, None, 7, [[person]]):
             with self.subTest(subject):
                 self.assertEqual(s4s.owner(observation("x", subject=subject), self.base), s4s.UNKNOWN)
 
-    def test_each_version_of_fhir_has_its_element(self) -> None:
-        person, doctor = {"reference": f"Patient/{ME}"}, {"reference": "Practitioner/1"}
-        for name, more in (("Condition", {"patient": person}), ("Condition", {"subject": person}),
-                           ("Coverage", {"beneficiary": person}), ("Task", {"for": person}),
-                           ("Account", {"subject": [person]}), ("Patient", {"id": ME}), ("Device", {"patient": person}),
-                           ("Appointment", {"participant": [{"actor": doctor}, {"actor": person}]})):
-            with self.subTest(name):
-                self.assertEqual(s4s.owner({"resourceType": name, **more}), ME)
-
-    def test_several_patients_are_nobodys_answer(self) -> None:
-        me, other = {"reference": f"Patient/{ME}"}, {"reference": f"Patient/{OTHER}"}
-        for resource in ({"resourceType": "Condition", "subject": me, "patient": other},
-                         {"resourceType": "Account", "subject": [me, other]},
-                         {"resourceType": "Appointment", "participant": [{"actor": me}, {"actor": other}]},
-                         {"resourceType": "Practitioner", "contained": [observation("x", OTHER)]},
-                         observation("x", contained=[observation("y", contained=[observation("z", OTHER)])])):
-            with self.subTest(resource["resourceType"]):
-                self.assertEqual(s4s.owner(resource), s4s.UNKNOWN)
+    def test_each_type_and_version_of_fhir_has_its_element(self) -> None:
+        me, other, doctor = (
+            {"reference": text} for text in (f"Patient/{ME}", f"Patient/{OTHER}", "Practitioner/1"))
+        theirs = observation("x", OTHER)
+        cases: list[tuple[Any, Any, str]] = [
+            ("Condition", {"patient": me}, ME), ("Condition", {"subject": me}, ME),
+            ("Coverage", {"beneficiary": me}, ME), ("Account", {"subject": [me]}, ME),
+            ("Device", {"patient": me}, ME), ("Patient", {"id": ME}, ME), ("Task", {"for": me}, ME),
+            ("Appointment", {"participant": [{"actor": doctor}, {"actor": me}]}, ME),
+            # Several patients are nobody's answer.
+            ("Condition", {"subject": me, "patient": other}, s4s.UNKNOWN),
+            ("Account", {"subject": [me, other]}, s4s.UNKNOWN),
+            ("Appointment", {"participant": [{"actor": me}, {"actor": other}]}, s4s.UNKNOWN),
+            ("Practitioner", {"contained": [theirs]}, s4s.UNKNOWN),
+            ("Basic", {"subject": me, "contained": [observation("y", contained=[theirs])]}, s4s.UNKNOWN),
+            # A Patient without an id is not nobody's, a Device without a patient is.
+            *(("Patient", {"id": key}, s4s.UNKNOWN) for key in (s4s.NOBODY, "..", "a b", None, 7)),
+            ("Device", {}, s4s.NOBODY), ("Device", {"patient": {"display": "somebody"}}, s4s.UNKNOWN),
+            # A type that is no text is unheard of.
+            *((name, {"id": ME, "subject": me}, s4s.UNKNOWN)
+              for name in (["Patient"], {}, None, 7, True, ""))]
+        for name, more, expected in cases:
+            with self.subTest((name, more)):
+                self.assertEqual(s4s.owner({"resourceType": name, **more}), expected)
 
     def test_an_appointment_with_somebody_unknown_is_nobodys_answer(self) -> None:
-        mine, doctor = {"reference": f"Patient/{ME}"}, {"reference": "https://p.example/api/fhir/PractitionerRole/1"}
-        for other in ({"type": "Patient", "identifier": {"value": "1"}}, {"display": "Amy"}, {"reference": "#p"},
-                      {"reference": "https://elsewhere.example/fhir/Patient/9"}, {"reference": "RelatedPerson/1"}, None):
-            with self.subTest(other):
-                self.assertEqual(s4s.owner({"resourceType": "Appointment", "participant": [
-                    {"actor": mine}, {"actor": doctor}, {"actor": other}]}, self.base), s4s.UNKNOWN)
-        self.assertEqual(s4s.owner({"resourceType": "Appointment", "participant": [{"actor": mine}, "Amy"]}), s4s.UNKNOWN)
-
-    def test_a_patient_without_an_id_is_not_nobodys(self) -> None:
-        for key in (s4s.NOBODY, "..", "a b", None, 7):
-            with self.subTest(key):
-                self.assertEqual(s4s.owner({"resourceType": "Patient", "id": key}), s4s.UNKNOWN)
-
-    def test_a_device_without_a_patient_is_nobodys(self) -> None:
-        self.assertEqual(s4s.owner({"resourceType": "Device"}), s4s.NOBODY)
-        self.assertEqual(s4s.owner({"resourceType": "Device", "patient": {"display": "somebody"}}), s4s.UNKNOWN)
+        mine, doctor = (
+            {"actor": {"reference": text}} for text in (f"Patient/{ME}", f"{self.base}/PractitionerRole/1"))
+        for actor in ({"type": "Patient", "identifier": {"value": "1"}}, {"display": "Amy"},
+                      {"reference": "https://elsewhere.example/fhir/Patient/9"}, {"reference": "#p"},
+                      {"reference": "RelatedPerson/1"}, None):
+            for participant in ({"actor": actor}, "Amy", {}):
+                with self.subTest(participant):
+                    appointment = {"resourceType": "Appointment", "participant": [mine, doctor, participant]}
+                    self.assertEqual(s4s.owner(appointment, self.base), s4s.UNKNOWN)
 
     def test_fhir_user_may_be_read_and_not_searched(self) -> None:
         access = s4s.Access("openid fhirUser", ME, fhir_user="Practitioner/dr")
-        me, colleague = ({"resourceType": "Practitioner", "id": name} for name in ("dr", "other"))
-        self.assertTrue(access.allows("Practitioner", "r", "dr") and access.may_see(s4s.Resource(me), "r"))
-        self.assertFalse(access.allows("Practitioner", "s", "dr") or access.may_see(s4s.Resource(me), "s"))
-        self.assertFalse(access.allows("Practitioner", "r", "other") or access.may_see(s4s.Resource(colleague), "r"))
+        for name, letter, expected in (("dr", "r", True), ("dr", "s", False), ("other", "r", False)):
+            with self.subTest((name, letter)):
+                resource = s4s.Resource({"resourceType": "Practitioner", "id": name})
+                self.assertIs(access.allows("Practitioner", letter, name), expected)
+                self.assertIs(access.may_see(resource, letter), expected)
 
-    def test_a_scope_narrowed_by_a_parameter(self) -> None:
-        access = s4s.Access("patient/Observation.rs?status=final,amended", ME)
-        self.assertTrue(access.narrowed)
-        self.assertTrue(access.may_see(s4s.Resource(observation("x")), "r"))
-        self.assertFalse(access.may_see(s4s.Resource(observation("x", status="preliminary")), "r"))
-
-    def test_scopes_of_the_system_open_every_record(self) -> None:
-        access = s4s.Access("system/Observation.r")
-        self.assertTrue(access.may_see(s4s.Resource(observation("theirs", OTHER)), "r"))
-        self.assertFalse(access.may_see(s4s.Resource(observation("theirs", OTHER)), "s"))
-        self.assertFalse(access.may_see(s4s.Resource({"resourceType": "Patient", "id": OTHER}), "r"))
-        self.assertFalse(s4s.Access("system/*.rs").may_see(s4s.Resource({"resourceType": "AuditEvent"}), "r"), "cannot be placed")
-
-    def test_categories_hide_and_hide_their_number(self) -> None:
-        access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
-        self.assertTrue(access.narrowed)
-        for code, seen in (("vital-signs", True), ("laboratory", False)):
-            with self.subTest(code):
-                self.assertIs(access.may_see(s4s.Resource(observation("x", category=[{"coding": [{"code": code}]}])), "s"), seen)
+    def test_what_scopes_and_categories_open(self) -> None:
+        narrowed, vital = "patient/Observation.rs?status=final,amended", frozenset(["vital-signs"])
+        theirs, labelled = observation("theirs", OTHER), [[{"coding": [{"code": code}]}] for code in (
+            "vital-signs", "laboratory")]
+        for scope, labels, letter, resource, expected in (
+                (narrowed, s4s.NO_LIMIT, "r", observation("x"), True),
+                (narrowed, s4s.NO_LIMIT, "r", observation("x", status="preliminary"), False),
+                ("patient/*.rs", vital, "s", observation("x", category=labelled[0]), True),
+                ("patient/*.rs", vital, "s", observation("x", category=labelled[1]), False),
+                ("system/Observation.r", s4s.NO_LIMIT, "r", theirs, True),
+                ("system/Observation.r", s4s.NO_LIMIT, "s", theirs, False),
+                ("system/Observation.r", s4s.NO_LIMIT, "r", {"resourceType": "Patient", "id": OTHER}, False),
+                ("system/*.rs", s4s.NO_LIMIT, "r", {"resourceType": "AuditEvent"}, False)):  # can't be placed
+            with self.subTest((scope, labels, letter, resource)):
+                access = s4s.Access(scope, ME, labels=labels)
+                self.assertIs(access.may_see(s4s.Resource(resource), letter), expected)
+                self.assertIs(access.narrowed, scope.startswith("patient/"))
 
     def test_every_type_of_a_patient_has_a_category(self) -> None:
         covered = {name for _, types in s4s.CATEGORIES.values() for name in types}
@@ -2707,190 +2711,119 @@ class WhoseItIs(unittest.TestCase):
 class OnePatientAndNothingElse(ForwardingTest):
     """Attacks on the record's boundary, each of which a careless proxy lets through."""
 
-    def test_my_own_resource_is_read(self) -> None:
-        self.assertEqual(self.read("Observation/mine")["id"], "mine")
+    def test_resources_are_read_by_whose_they_are(self) -> None:
+        old, my_file = "Observation/mine/_history/1", {"resourceType": "Binary", "id": "my-file"}
+        for attack, path, scripted, expected in (
+                ("my own resource", "Observation/mine", None, 200),
+                ("my own resource in an older version", old, observation("mine"), 200),
+                ("another patient", f"Patient/{OTHER}", None, 403),
+                ("another patient's resource", "Observation/theirs", None, 403),
+                ("another patient's, in an older version", "Observation/theirs/_history/1",
+                 observation("theirs", OTHER), 403),
+                ("a version that was another patient's", old, observation("mine", OTHER), 403),
+                ("another resource than the one asked for", "Observation/mine", observation("theirs"), 502),
+                ("a type that is no text", "Observation/mine",
+                 {**observation("mine"), "resourceType": ["Observation"]}, 502),
+                ("an id that is no text", "Observation/mine", {**observation("mine"), "id": ["mine"]}, 502),
+                ("what belongs to nobody", "Practitioner/dr", None, 200),
+                ("a Binary of another's document", "Binary/their-file", None, 403),
+                ("a Binary that my document points to", "Binary/my-file", None, 200),
+                ("a Binary that says it is mine", "Binary/my-file",
+                 {**my_file, "securityContext": {"reference": f"Patient/{ME}"}}, 200),
+                ("a Binary that says it is another's", "Binary/my-file",
+                 {**my_file, "securityContext": {"reference": f"Patient/{OTHER}"}}, 403)):
+            with self.subTest(attack):
+                self.behind.script.clear()
+                if scripted:
+                    self.script(path, scripted)
+                if expected == 200:
+                    self.assertEqual(self.read(path)["id"], path.split("/")[1])
+                else:
+                    self.assert_refused(path, expected)
 
-    def test_another_patient_is_not_read(self) -> None:
-        self.assert_refused(f"Patient/{OTHER}")
-
-    def test_another_patients_resource_is_not_read(self) -> None:
-        self.assert_refused("Observation/theirs")
-
-    def test_another_patients_resource_is_not_read_in_an_older_version(self) -> None:
-        self.script("Observation/theirs/_history/1", observation("theirs", OTHER))
-        self.assert_refused("Observation/theirs/_history/1")
-
-    def test_my_own_resource_is_read_in_an_older_version(self) -> None:
-        self.script("Observation/mine/_history/1", observation("mine"))
-        self.assertEqual(self.read("Observation/mine/_history/1")["id"], "mine")
-
-    def test_a_version_that_was_another_patients_is_not_read(self) -> None:
-        self.script("Observation/mine/_history/1", observation("mine", OTHER))
-        self.assert_refused("Observation/mine/_history/1")
-
-    def test_not_modified_tells_nothing_about_another_patients_resource(self) -> None:
-        answers = [json_answer(b"", 304), json_answer(observation("theirs", OTHER))]
+    def test_not_modified_comes_back_for_my_own_and_tells_nothing_of_another_patients(self) -> None:
+        unless = {"If-None-Match": 'W/"7"'}
+        answers = [json_answer(b"", 304), json_answer(observation("mine"), ETag='W/"7"'),
+                   json_answer(b"", 304), json_answer(observation("theirs", OTHER))]
         with mock.patch.object(self.behind, "answer", lambda target: answers.pop(0)):
-            self.assert_refused("Observation/theirs", headers={"If-None-Match": 'W/"7"'})
-
-    def test_not_modified_comes_back_for_my_own(self) -> None:
-        answers = [json_answer(b"", 304), json_answer(observation("mine"), ETag='W/"7"')]
-        with mock.patch.object(self.behind, "answer", lambda target: answers.pop(0)):
-            got = self.get("Observation/mine", headers={"If-None-Match": 'W/"7"'})
-        self.assertEqual((got.status, got.headers["etag"], got.body), (304, 'W/"7"', b""))
+            got = self.get("Observation/mine", headers=unless)
+            self.assertEqual((got.status, got.headers["etag"], got.body), (304, 'W/"7"', b""))
+            self.assert_refused("Observation/theirs", headers=unless)
 
     def test_a_search_answered_with_everybodys_records_shows_mine(self) -> None:
-        bundle = self.read("Observation?code=x")
-        self.assertEqual(sorted(entry["resource"]["id"] for entry in bundle["entry"]),
-                         ["dr", "mine", "my-doc", ME])
-        self.assertNotIn("total", bundle)
-
-    def test_a_search_is_pinned_to_the_patient(self) -> None:
-        self.get("Observation?code=x")
-        self.get("Coverage")
-        self.get("Patient?name=x")
-        self.assertEqual([target for target, _, _ in self.behind.seen], [
-            f"/fhir/Observation?code=x&patient=Patient/{ME}", f"/fhir/Coverage?beneficiary=Patient/{ME}",
-            f"/fhir/Patient?name=x&_id={ME}"])
-
-    def test_the_patient_may_be_named_in_any_way(self) -> None:
-        for query in (f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
+        for query in ("code=x", f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
                       f"patient={self.portal.fhir_url}/Patient/{ME}"):
             with self.subTest(query):
-                self.assertIn("mine", self.ids(f"Observation?{query}"))
-
-    def test_total_comes_where_nothing_was_dropped(self) -> None:
+                self.assertEqual(sorted(self.ids(f"Observation?{query}")), ["dr", "mine", "my-doc", ME])
+                self.assertNotIn("total", self.read(f"Observation?{query}"))
         self.script("Observation", self.behind.bundle(observation("mine")))
-        self.assertEqual(self.read("Observation")["total"], 1)
+        self.assertEqual(self.read("Observation")["total"], 1, "nothing was dropped")
 
-    def test_a_search_for_another_patient(self) -> None:
-        self.assert_not_forwarded(f"Observation?patient={OTHER}")
-
-    def test_a_search_for_another_patient_by_absolute_reference(self) -> None:
-        self.assert_not_forwarded(f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}")
-
-    def test_a_reference_under_another_name_of_the_server_makes_nobody_the_owner(self) -> None:
-        there = "http://other.example/fhir"
-        named = observation("mine", subject={"reference": f"{there}/Patient/{ME}"})
-        self.script("Observation/mine", named)
-        for links in ({}, {"self": f"{there}/Observation"}):
-            self.script("Observation", json.dumps(self.behind.bundle(named, **links)).replace(
-                self.behind.url, there).encode())
-            self.assertEqual(self.ids("Observation"), [])
-            self.assert_refused("Observation/mine")
-
-    def test_a_search_for_another_patient_among_several(self) -> None:
-        self.assert_not_forwarded(f"Observation?patient={ME},{OTHER}")
-
-    def test_a_search_for_another_patient_by_id(self) -> None:
-        self.assert_not_forwarded(f"Patient?_id={OTHER}")
-
-    def test_a_post_search_for_another_patient(self) -> None:
-        self.assert_not_forwarded("Observation/_search", form={"patient": OTHER})
-
-    def test_a_post_search_with_me_in_the_query_and_another_in_the_body(self) -> None:
-        self.assert_not_forwarded(f"Observation/_search?patient={ME}", form={"patient": OTHER})
-
-    def test_a_post_search_is_posted_and_pinned(self) -> None:
+    def test_a_search_is_pinned_to_the_patient(self) -> None:
+        pinned = f"/fhir/Observation?patient=Patient/{ME}"
+        for path, expected in (
+                ("Observation?code=x", f"/fhir/Observation?code=x&patient=Patient/{ME}"),
+                ("Coverage", f"/fhir/Coverage?beneficiary=Patient/{ME}"),
+                ("Patient?name=x", f"/fhir/Patient?name=x&_id={ME}"), (f"Patient/{ME}/Observation", pinned),
+                # Parts of resources are not asked for: they could not be judged.
+                ("Observation?_elements=code&_summary=true&_format=json", pinned),
+                (f"Patient/{ME}/$everything?_count=5", f"/fhir/Patient/{ME}/$everything?_count=5")):
+            with self.subTest(path):
+                self.get(path)
+                self.assertEqual([target for target, _, _ in self.behind.seen], [expected])
+                self.behind.seen.clear()
         self.assertIn("mine", self.ids("Observation/_search", form={"code": "a b"}))
         target, headers, body = self.behind.seen[-1]
-        self.assertEqual((target, body), ("/fhir/Observation/_search", f"code=a%20b&patient=Patient/{ME}".encode()))
+        self.assertEqual(target, "/fhir/Observation/_search")
+        self.assertEqual(body, f"code=a%20b&patient=Patient/{ME}".encode())
         self.assertEqual(headers["content-type"], "application/x-www-form-urlencoded")
 
-    def test_a_repeated_parameter(self) -> None:
-        self.assert_not_forwarded(f"Observation?patient={ME}&patient={OTHER}")
-
-    def test_a_differently_cased_parameter(self) -> None:
-        self.assert_not_forwarded(f"Observation?Patient={OTHER}")
-
-    def test_an_encoded_parameter_name(self) -> None:
-        self.assert_not_forwarded(f"Observation?p%61tient={OTHER}")
-
-    def test_a_parameter_with_a_type(self) -> None:
-        self.assert_not_forwarded(f"Observation?subject:Patient={OTHER}")
-
-    def test_another_reference_with_a_type(self) -> None:
-        self.assert_not_forwarded(f"Observation?performer:Patient={OTHER}")
-
-    def test_another_reference_to_a_patient(self) -> None:
-        self.assert_not_forwarded(f"Observation?performer=Patient/{OTHER}")
-
-    def test_a_modifier_that_cannot_be_judged(self) -> None:
-        for parameter in ("patient:identifier=http://ids.example%7C1", f"patient:not={ME}", "subject:missing=true"):
-            with self.subTest(parameter):
-                self.assert_not_forwarded(f"Observation?{parameter}")
-
-    def test_a_chain_with_a_type(self) -> None:
-        self.assert_not_forwarded(f"Observation?subject:Patient._id={OTHER}")
-
-    def test_a_chain(self) -> None:
-        self.assert_not_forwarded("Observation?performer.name=Smith")
-        self.assert_not_forwarded("Observation?performer:Practitioner.name=Smith")
-
-    def test_a_reverse_chain(self) -> None:
-        self.assert_not_forwarded(f"Practitioner?_has:Observation:performer:patient={OTHER}")
-
-    def test_the_filter_language(self) -> None:
-        self.assert_not_forwarded(f"Observation?_filter=patient%20eq%20{OTHER}")
-
-    def test_a_named_query(self) -> None:
-        self.assert_not_forwarded("Observation?_query=everybody")
-
-    def test_a_search_over_types(self) -> None:
-        self.assert_not_forwarded("?_type=Patient,Observation")
-
-    def test_types_within_a_search(self) -> None:
-        self.assert_not_forwarded("Observation?_type=Patient")
-
-    def test_the_fhir_servers_own_paging_parameter(self) -> None:
-        self.assert_not_forwarded("Observation?_getpages=0d33d1e1")
-
-    def test_another_patient_does_not_come_along_by_include(self) -> None:
-        mine = observation("mine", performer=[{"reference": f"Patient/{OTHER}"}])
-        self.script("Observation", self.behind.bundle(mine, self.behind.records[f"Patient/{OTHER}"]))
-        self.assertEqual(self.ids("Observation?_include=Observation:performer"), ["mine"])
-
-    def test_another_patients_resource_does_not_come_along_by_revinclude(self) -> None:
-        self.assertEqual(self.ids("Practitioner?_revinclude=Observation:performer"), [ME, "mine", "dr", "my-doc"])
-
-    def test_parts_of_resources_are_not_asked_for_since_they_could_not_be_judged(self) -> None:
-        self.get("Observation?_elements=code&_summary=true&_format=json")
-        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
-
-    def test_my_compartment(self) -> None:
-        self.assertIn("mine", self.ids(f"Patient/{ME}/Observation"))
-        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Observation?patient=Patient/{ME}")
-
-    def test_another_patients_compartment(self) -> None:
-        self.assert_not_forwarded(f"Patient/{OTHER}/Observation")
-
-    def test_my_everything(self) -> None:
-        self.assertEqual(self.ids(f"Patient/{ME}/$everything?_count=5"), [ME, "mine", "dr", "my-doc"])
-        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Patient/{ME}/$everything?_count=5")
-
-    def test_another_patients_everything(self) -> None:
-        self.assert_not_forwarded(f"Patient/{OTHER}/$everything")
-
-    def test_everything_takes_reading_and_searching(self) -> None:
-        for scope in ("patient/*.s", "patient/*.r", "patient/Observation.rs"):
-            got = self.get(f"Patient/{ME}/$everything", token=self.issue(scope))
-            self.assertEqual((got.status, self.behind.seen), (403, []))
-            self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
-
-    def test_other_operations(self) -> None:
-        for path in ("$export", "Patient/$export", "Patient/$match", f"Patient/{ME}/$summary", "Observation/$lastn",
-                     "Observation/mine/%24meta", f"Observation/{ME}/$everything"):
-            with self.subTest(path):
+    def test_what_would_look_into_another_record_is_not_forwarded(self) -> None:
+        for attack, path in (
+                ("another patient", f"Observation?patient={OTHER}"), ("by id", f"Patient?_id={OTHER}"),
+                ("by absolute reference", f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}"),
+                ("among several", f"Observation?patient={ME},{OTHER}"),
+                ("a repeated parameter", f"Observation?patient={ME}&patient={OTHER}"),
+                ("a differently cased parameter", f"Observation?Patient={OTHER}"),
+                ("an encoded parameter name", f"Observation?p%61tient={OTHER}"),
+                ("a parameter with a type", f"Observation?subject:Patient={OTHER}"),
+                ("another reference to a patient", f"Observation?performer=Patient/{OTHER}"),
+                ("another reference with a type", f"Observation?performer:Patient={OTHER}"),
+                ("a modifier that can't be judged", "Observation?patient:identifier=http://ids.example%7C1"),
+                ("a modifier that turns it round", f"Observation?patient:not={ME}"),
+                ("a modifier that takes it away", "Observation?subject:missing=true"),
+                ("a chain", "Observation?performer.name=Smith"),
+                ("a chain with a type", "Observation?performer:Practitioner.name=Smith"),
+                ("a chain to the owner", f"Observation?subject:Patient._id={OTHER}"),
+                ("a reverse chain", f"Practitioner?_has:Observation:performer:patient={OTHER}"),
+                ("the filter language", f"Observation?_filter=patient%20eq%20{OTHER}"),
+                ("a named query", "Observation?_query=everybody"),
+                ("a search over types", "?_type=Patient,Observation"),
+                ("types within a search", "Observation?_type=Patient"),
+                ("the FHIR server's own paging", "Observation?_getpages=0d33d1e1"),
+                ("another patient's compartment", f"Patient/{OTHER}/Observation"),
+                ("another patient's everything", f"Patient/{OTHER}/$everything"),
+                *(("another operation", name) for name in (
+                    "$export", "Patient/$export", "Patient/$match", f"Patient/{ME}/$summary",
+                    "Observation/$lastn", "Observation/mine/%24meta", f"Observation/{ME}/$everything")),
+                *(("a type nobody can place", f"{name}{rest}") for rest in ("", "/1") for name in (
+                    "AuditEvent", "Provenance", "Group", "Bundle", "Person", "Unheard")),
+                ("a search for Binaries", "Binary")):
+            with self.subTest(attack, path=path):
                 self.assert_not_forwarded(path)
+        for path, form in (("Observation/_search", {"patient": OTHER}),
+                           (f"Observation/_search?patient={ME}", {"patient": OTHER})):
+            with self.subTest("a search that is posted", path=path):
+                self.assert_not_forwarded(path, form=form)
 
     def test_paths_that_hide_something_never_reach_the_fhir_server(self) -> None:
         for path in (
-                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient",
+                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient", "Observation//mine",
                 "Observation/%2E%2E%2FPatient", "Observation/%252e%252e/Patient", "Observation/mine;a=b",
-                "Observation;a=b", "Observation//mine",
-                "/Observation/mine", "Observation/mine%2f_history", "Observation/mine%3fa=b", "Observation%5cmine",
-                "Observation\\mine", "Observation/mine%00", "Observation/mine%0d%0aX:y", "Observation/.", "metadata/..",
-                "observation/mine", "Observation/mine/_history/..", "Observation/mine/x", "Observation/_search",
+                "Observation;a=b", "/Observation/mine", "Observation/mine%2f_history",
+                "Observation/mine%3fa=b", "Observation%5cmine", "Observation\\mine", "Observation/mine%00",
+                "Observation/mine%0d%0aX:y", "Observation/.", "metadata/..", "observation/mine",
+                "Observation/mine/_history/..", "Observation/mine/x", "Observation/_search",
                 f"Patient/{ME}/Observation/mine", "http://127.0.0.1/fhir/Observation/mine"):
             with self.subTest(path):
                 self.assertIn(self.get(path).status, (400, 403, 404))
@@ -2903,92 +2836,118 @@ class OnePatientAndNothingElse(ForwardingTest):
                                    f"Authorization: Bearer {self.token}\r\n\r\n".encode())
                 self.assertIn(f"HTTP/1.1 {expected} ".encode(), connection.recv(4096))
 
-    def test_a_batch_is_not_forwarded(self) -> None:
-        self.assert_not_forwarded("", method="POST", body=b"{}")
-
-    def test_writing_is_refused_before_the_body_is_judged(self) -> None:
-        for method, path in (("POST", "Observation"), ("PUT", "Observation/mine"), ("PATCH", "Observation/mine"),
-                             ("DELETE", "Observation/mine"), ("POST", "Observation/mine/_search")):
-            with self.subTest(method):
+    def test_writing_and_batches_are_refused_before_the_body_is_judged(self) -> None:
+        for method, path in (("POST", ""), ("POST", "Observation"), ("POST", "Observation/mine/_search"),
+                             *((method, "Observation/mine") for method in ("PUT", "PATCH", "DELETE"))):
+            with self.subTest(method, path=path):
                 self.assert_not_forwarded(path, method=method, body=b"{")
                 self.assert_not_forwarded(path, 401, method=method, body=b"{", token="")
 
     def test_open_access_reads_everybodys_and_writes_nothing(self) -> None:
-        self.assertEqual(len(self.ids("Observation", token="", api="/api/open-fhir/")), len(self.behind.records))
-        self.assertEqual(self.read("Observation", token="", api="/api/open-fhir/")["total"], len(self.behind.records))
-        self.assertEqual(self.get("Observation/theirs", token="", api="/api/open-fhir/").status, 200)
+        how, number = {"token": "", "api": "/api/open-fhir/"}, len(self.behind.records)
+        bundle = self.read("Observation", **how)
+        self.assertEqual((len(bundle["entry"]), bundle["total"]), (number, number))
+        self.assertEqual(self.read("Observation/theirs", **how)["id"], "theirs")
         self.behind.seen.clear()
         for method, path in (("POST", ""), ("PUT", "Observation/mine"), ("DELETE", "Observation/mine")):
             with self.subTest(method):
-                got = self.get(path, method=method, body=b"{}", token="", api="/api/open-fhir/")
-                self.assertEqual(got.status, 405)
-        self.assertEqual(self.behind.seen, [])
+                self.assert_not_forwarded(path, 405, method=method, body=b"{}", **how)
 
-    def test_another_patient_inside_my_resource(self) -> None:
-        for inner in ({"resourceType": "Patient", "id": OTHER}, observation("x", OTHER), {"resourceType": "Bundle"},
-                      observation("x", contained=[observation("y")])):
-            with self.subTest(inner["resourceType"]):
-                self.script("Observation/mine", observation("mine", contained=[inner]))
-                self.assert_refused("Observation/mine")
+    def test_what_my_resource_contains_is_mine_or_nobodys(self) -> None:
+        for inner, expected in (
+                ([observation("x"), {"resourceType": "Medication"}, {"resourceType": "Specimen"}], 200),
+                ([{"resourceType": "Patient", "id": OTHER}], 403), ([observation("x", OTHER)], 403),
+                ([{"resourceType": "Bundle"}], 403), ([observation("x", contained=[observation("y")])], 403),
+                ([{"resourceType": ["Patient"]}], 403), ("x", 403), ([[]], 403)):
+            with self.subTest(inner):
+                self.script("Observation/mine", observation("mine", contained=inner))
+                self.assertEqual(self.get("Observation/mine").status, expected)
 
-    def test_my_resource_may_contain_what_is_mine_or_nobodys(self) -> None:
-        self.script("Observation/mine", observation("mine", contained=[
-            observation("x"), {"resourceType": "Medication", "id": "m"}, {"resourceType": "Specimen", "id": "s"}]))
-        self.assertEqual(len(self.read("Observation/mine")["contained"]), 3)
+    def test_what_comes_along_in_a_bundle_is_judged_by_itself(self) -> None:
+        mine, theirs, patient = (self.behind.records[name] for name in (
+            "Observation/mine", "Observation/theirs", f"Patient/{OTHER}"))
+        performed, bundle = {**mine, "performer": [{"reference": f"Patient/{OTHER}"}]}, self.behind.bundle
+        member = '"resource": '
+        twice = json.dumps(bundle(mine)).replace(member, f"{member}{json.dumps(theirs)}, {member}")
+        outcome = {"resourceType": "OperationOutcome", "id": "o", "issue": [{"diagnostics": OTHER}]}
+        anything = {**bundle(mine), "signature": {"who": OTHER}, "issues": OTHER}
+        anything["entry"][0]["response"] = {"location": OTHER}
+        for attack, scripted, expected in (
+                ("another patient, by _include", bundle(performed, patient), ["mine"]),
+                ("another's resource", bundle(mine, theirs), ["mine"]),
+                ("a resource under a member given twice", twice.encode(), []),
+                ("a Bundle within the Bundle", bundle(bundle(theirs)), []),
+                ("an outcome that quotes something", bundle(mine, outcome), ["mine"]),
+                ("members that may hold anything", anything, ["mine"])):
+            with self.subTest(attack):
+                self.script("Observation", scripted)
+                self.assertEqual(self.ids("Observation?_include=Observation:performer"), expected)
+                if scripted is anything:
+                    self.assertNotIn(OTHER, self.get("Observation").text)
+        seen = self.ids("Practitioner?_revinclude=Observation:performer")
+        self.assertEqual(seen, [ME, "mine", "dr", "my-doc"])
 
-    def test_a_resource_under_a_member_given_twice(self) -> None:
-        mine, theirs = (json.dumps(self.behind.records[f"Observation/{name}"]) for name in ("mine", "theirs"))
-        self.script("Observation", ('{"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": ' + theirs
-                                    + ', "resource": ' + mine + "}]}").encode())
-        self.assertEqual(self.ids("Observation"), [])
+    def test_json_of_the_wrong_type_shows_nothing_and_breaks_nothing(self) -> None:
+        report = {"resourceType": "DiagnosticReport", "id": "r", "subject": {"reference": f"Patient/{ME}"}}
+        self.script("Binary/my-file", {"resourceType": "Binary", "id": "my-file", "securityContext": 7})
+        tokens = {self.token: ["m1", "m2", "r"], token_for(self.portal, "vital-signs"): [],
+                  self.issue("patient/*.rs?status=final"): ["m2"]}
+        values: list[Any] = [["Patient"], {"a": ["b"]}, 7, None, True, [[]], "\ud800"]
+        for wrong in values:
+            unplaced = [{**observation("x"), "resourceType": wrong}, {"resourceType": "Patient", "id": wrong},
+                        observation("x", subject=wrong), observation("x", subject={"reference": wrong}),
+                        {"resourceType": "Appointment", "id": "a", "participant": wrong}]
+            placed = [
+                observation("m1", category=wrong, code=wrong, status=wrong, performer=wrong),
+                observation("m2", meta=wrong, category=[{"coding": [wrong, {"code": wrong, "system": 7}]}]),
+                {**report, "category": wrong, "presentedForm": [wrong, {"url": wrong}]}]
+            bundle: dict[str, Any] = {"resourceType": "Bundle", "type": "searchset", "link": [wrong, {
+                "relation": wrong, "url": wrong}], "entry": [wrong, {"resource": wrong}, *(
+                    {"resource": resource, "search": wrong} for resource in (*unplaced, *placed))]}
+            for path in ("Observation", f"Patient/{ME}/$everything", "DocumentReference", "DiagnosticReport"):
+                self.script(path, bundle)
+            for token, expected in tokens.items():
+                for path in ("Observation", f"Patient/{ME}/$everything"):
+                    with self.subTest(path, wrong=wrong, expected=expected):
+                        self.assertEqual(self.ids(path, token=token), expected)
+                self.assertEqual(self.get("Binary/my-file", token=token).status, 403)
+            self.assertEqual(self.get("Observation", token="", api="/api/open-fhir/").status, 200)
 
-    def test_a_bundle_within_the_bundle(self) -> None:
-        self.script("Observation", self.behind.bundle(self.behind.bundle(observation("theirs", OTHER))))
-        self.assertEqual(self.ids("Observation"), [])
-
-    def test_members_of_a_bundle_that_may_hold_anything(self) -> None:
-        bundle = {**self.behind.bundle(observation("mine")), "signature": {"who": OTHER}, "issues": OTHER}
-        bundle["entry"][0]["response"] = {"location": OTHER}
-        self.script("Observation", bundle)
-        self.assertNotIn(OTHER, self.get("Observation").text)
-        self.assertEqual(self.ids("Observation"), ["mine"])
-
-    def test_an_outcome_that_quotes_something(self) -> None:
-        outcome = {"resourceType": "OperationOutcome", "id": "o", "issue": [{"diagnostics": f"Patient/{OTHER}"}]}
-        self.script("Observation", self.behind.bundle(observation("mine"), outcome))
-        self.assertEqual(self.ids("Observation"), ["mine"])
-
-    def test_types_nobody_can_place_are_refused(self) -> None:
-        for name in ("AuditEvent", "Provenance", "Group", "Bundle", "Person", "Unheard"):
-            with self.subTest(name):
-                self.assert_not_forwarded(f"{name}/1")
-                self.assert_not_forwarded(name)
-
-    def test_what_belongs_to_nobody_needs_only_the_scope(self) -> None:
-        self.assertEqual(self.read("Practitioner/dr")["id"], "dr")
-        self.assert_refused("Practitioner/dr", token=self.issue("patient/Observation.rs"))
+    def test_a_reference_under_another_name_of_the_server_makes_nobody_the_owner(self) -> None:
+        there = "http://other.example/fhir"
+        named = observation("mine", subject={"reference": f"{there}/Patient/{ME}"})
+        self.script("Observation/mine", named)
+        for links in ({}, {"self": f"{there}/Observation"}):
+            bundle = json.dumps(self.behind.bundle(named, **links)).replace(self.behind.url, there)
+            self.script("Observation", bundle.encode())
+            self.assertEqual(self.ids("Observation"), [])
+            self.assert_refused("Observation/mine")
 
     def test_the_scopes_letters_and_types_hold(self) -> None:
+        for scope in ("patient/*.s", "patient/*.r", "patient/Observation.rs"):  # it reads and searches
+            got = self.get(f"Patient/{ME}/$everything", token=self.issue(scope))
+            self.assertEqual((got.status, self.behind.seen), (403, []))
+            self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
+        self.assert_not_forwarded("Practitioner/dr", token=self.issue("patient/Observation.rs"))
         token = self.issue("patient/Observation.s patient/Practitioner.r")
         self.assert_not_forwarded("Observation/mine", token=token)
         self.assert_not_forwarded("Practitioner", token=token)
         self.assertEqual(self.ids("Observation?_include=*", token=token), ["mine"])
+        self.assertEqual(self.ids(f"Patient/{ME}/$everything?_count=5"), [ME, "mine", "dr", "my-doc"])
 
     def test_a_scope_narrowed_by_a_parameter_leaves_the_rest_and_the_number_out(self) -> None:
-        self.script("metadata", WhatIsBehind.STATEMENT)
         draft = observation("draft", status="preliminary")
+        token = self.issue("patient/Observation.rs?status=final")
+        self.script("metadata", WhatIsBehind.STATEMENT)
         self.script("Observation", self.behind.bundle(observation("mine")))
         self.script("Observation/draft", draft)
-        token = self.issue("patient/Observation.rs?status=final")
         self.assertNotIn("total", self.read("Observation", token=token))
         self.script("Observation", self.behind.bundle(observation("mine"), draft))
         self.assertEqual(self.ids("Observation", token=token), ["mine"])
         self.assert_refused("Observation/draft", token=token)
 
     def test_a_category_left_out_is_left_out(self) -> None:
-        app = App(self.portal)
-        back = self.portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=["problems"])
-        token = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        token = token_for(self.portal, "problems")
         self.assertEqual(self.ids("Observation", token=token), ["dr"])
         self.assert_refused("Observation/mine", token=token)
 
@@ -3001,123 +2960,101 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assert_not_forwarded("Practitioner/dr", token=token)
         self.assert_not_forwarded("Practitioner?_id=smart-clinician", token=token)
 
-    def test_a_clinician_sees_every_record(self) -> None:
+    def test_a_clinician_sees_every_record_and_a_representative_those_of_both(self) -> None:
         token = self.issue("user/*.rs", username="clinician", patient_id=ME)
         self.assertEqual(self.read("Observation/theirs", token=token)["id"], "theirs")
         self.assertIn("theirs", self.ids("Observation", token=token))
+        self.script("Observation", self.behind.bundle(*(observation(who, who) for who in (ME, AMY, OTHER))))
+        self.assertEqual(self.ids("Observation", token=self.issue("user/*.rs")), [ME, AMY])
+        self.assertIn(f"patient=Patient/{AMY},Patient/{ME}", self.behind.seen[-1][0])
 
-    def test_a_representative_sees_the_records_of_both(self) -> None:
-        self.script("Observation", self.behind.bundle(*(observation(one, one) for one in (ME, "smart-1032702", OTHER))))
-        self.assertEqual(self.ids("Observation", token=self.issue("user/*.rs")), [ME, "smart-1032702"])
-        self.assertIn(f"patient=Patient/smart-1032702,Patient/{ME}", self.behind.seen[-1][0])
-
-    def test_binary_of_another(self) -> None:
-        self.assert_refused("Binary/their-file")
-
-    def test_binary_that_my_document_points_to(self) -> None:
-        self.assertEqual(self.read("Binary/my-file")["id"], "my-file")
+    def test_what_points_to_a_binary_is_remembered_and_may_be_a_report(self) -> None:
+        self.read("Binary/my-file")
         asked = len(self.behind.seen)
         self.read("Binary/my-file")
         self.assertEqual(len(self.behind.seen), asked + 1, "remembered")
-
-    def test_binary_that_my_report_points_to(self) -> None:
+        unreached = self.issue("patient/Binary.rs")  # which doesn't reach its document
+        self.assert_refused("Binary/my-file", token=unreached)
         self.script("DocumentReference", b"", 404)
         self.script("DiagnosticReport", self.behind.bundle({
             "resourceType": "DiagnosticReport", "id": "r", "subject": {"reference": f"Patient/{ME}"},
             "presentedForm": [{"url": "Binary/my-file"}]}))
-        self.assertEqual(self.read("Binary/my-file")["id"], "my-file")
-
-    def test_binary_by_its_security_context(self) -> None:
-        for patient, expected in ((ME, 200), (OTHER, 403)):
-            with self.subTest(patient):
-                self.script("Binary/my-file", {"resourceType": "Binary", "id": "my-file",
-                                               "securityContext": {"reference": f"Patient/{patient}"}})
-                self.assertEqual(self.get("Binary/my-file").status, expected)
-
-    def test_binary_of_a_document_that_the_scope_does_not_reach(self) -> None:
-        self.assert_refused("Binary/my-file", token=self.issue("patient/Binary.rs"))
-
-    def test_binaries_are_not_searched(self) -> None:
-        self.assert_not_forwarded("Binary")
+        self.portal.reset()
+        self.assertEqual(self.read("Binary/my-file", token=self.issue(self.scope))["id"], "my-file")
 
     def test_the_search_for_a_binarys_document_ends(self) -> None:
-        self.script("DocumentReference", self.behind.bundle(next="?_getpages=again"))
-        self.behind.script["/fhir?_getpages=again"] = json_answer(self.behind.bundle(next="?_getpages=again"))
+        again = self.behind.bundle(next="?_getpages=again")
+        self.script("DocumentReference", again)
+        self.behind.script["/fhir?_getpages=again"] = json_answer(again)
         self.assert_refused("Binary/my-file")
         self.assertLess(len(self.behind.seen), 30)
 
-    def test_an_answer_about_another_resource_than_the_one_asked_for(self) -> None:
-        self.script("Observation/mine", observation("theirs"))
-        self.assert_refused("Observation/mine", 502)
-
 
 class WhatIsHiddenIsNotCounted(ForwardingTest):
-    """A token for vital signs alone, before a server that filters and pages well, three to a page: neither a link nor
-    a number nor an empty place tells what else is there."""
+    """A token for vital signs alone, before a server that filters and pages well, three to a page: neither a
+    link nor a number nor an empty place tells what else is there."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.found: list[dict[str, Any]] = []
+        self.stored: list[dict[str, Any]] = []
         patch = mock.patch.object(self.behind, "answer", self.answer)
         patch.start()
         self.addCleanup(patch.stop)
-        app = App(self.portal)
-        back = self.portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=["vital-signs"])
-        self.narrow = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        self.narrow = token_for(self.portal, "vital-signs")
         self.behind.seen.clear()
 
     def answer(self, target: str) -> tuple[int, dict[str, str], bytes]:
-        """Some of `found`, by _offset and _count; with their number."""
+        """Some of `stored`, by _offset and _count; with their number."""
         query = dict(parse_qsl(urlsplit(target).query))
         offset, count = int(query.get("_offset", 0)), min(3, int(query.get("_count", 3)))
-        end = offset + count
-        links = {"next": f"{self.behind.url}/Observation?_count={count}&_offset={end}"} if end < len(self.found) else {}
-        page = self.behind.bundle(*self.found[offset:end], **links, previous=f"{self.behind.url}/Observation")
-        return json_answer({**page, "total": len(self.found)})
+        end, links = offset + count, {"previous": f"{self.behind.url}/Observation"}
+        if end < len(self.stored):
+            links["next"] = f"{self.behind.url}/Observation?_count={count}&_offset={end}"
+        page = self.behind.bundle(*self.stored[offset:end], **links)
+        return json_answer({**page, "total": len(self.stored)})
 
     def fill(self, kinds: str) -> None:
         """Observations: v may be seen, h not."""
-        self.found = [observation(f"{kind}{number}", category=[{"coding": [
-            {"code": "vital-signs" if kind == "v" else "laboratory"}]}]) for number, kind in enumerate(kinds)]
+        codes = {"v": "vital-signs", "h": "laboratory"}
+        self.stored = [observation(f"{kind}{number}", category=[{"coding": [{"code": codes[kind]}]}])
+                       for number, kind in enumerate(kinds)]
 
-    def shown(self, path: str, **how: Any) -> dict[str, Any]:
+    def make_another_patients(self, number: int) -> None:
+        """Give one of `stored` to another patient."""
+        self.stored[number] = {**self.stored[number], "subject": {"reference": f"Patient/{OTHER}"}}
+
+    def shown(self, path: str, **how: Any) -> str:
         """A page for the token, less what is different each time."""
         page = self.read(path, token=self.narrow, **how)
+        self.assertNotIn("total", page)
         page["link"] = [link["relation"] for link in page["link"]]
-        return page
+        return re.sub(r"v\d+", "v", json.dumps(page))
 
     def test_what_is_hidden_leaves_no_trace(self) -> None:
         for seen, with_hidden in (("v", "vh"), ("v", "hhhhhhhhv"), ("v", "hhhhhhvhhhhhhh"), ("", "hhhhhhh"),
                                   ("vv", "vhhhhvhhh"), ("vvv", "hvhvhvhhhhhh")):
             for query in ("_count=1", "_count=2", "_count=3", "_count=20", "_summary=count", "_count=0"):
-                for method in ("GET", "POST"):
-                    with self.subTest((seen, with_hidden, query, method)):
-                        how = {"form": {"code": "x"}} if method == "POST" else {}
-                        path = f"Observation{'/_search' * (method == 'POST')}?{query}"
+                for path, how in (("Observation", {}), ("Observation/_search", {"form": {"code": "x"}})):
+                    with self.subTest((seen, with_hidden, query, path)):
                         self.fill(seen)
-                        expected = json.dumps(self.shown(path, **how))
+                        expected = self.shown(f"{path}?{query}", **how)
                         self.fill(with_hidden)
-                        got = self.shown(path, **how)
-                        self.assertEqual(re.sub(r"v\d+", "v", json.dumps(got)), re.sub(r"v\d+", "v", expected))
-                        self.assertNotIn("total", got)
+                        self.assertEqual(self.shown(f"{path}?{query}", **how), expected)
 
     def test_all_that_may_be_seen_comes_once_and_in_full_pages(self) -> None:
         self.fill("hvvvhhhhhvhvvhvhhhhhvvvvv" * 2)
-        expected = [one["id"] for one in self.found if one["id"][0] == "v"]
+        expected = [resource["id"] for resource in self.stored if resource["id"][0] == "v"]
         for size in (1, 2, 3, 4, 7, 100):
-            for how in ({}, {"form": {"_count": str(size)}}):
-                with self.subTest(size):
-                    got: list[list[str]] = []
-                    page = self.read("Observation/_search" if how else f"Observation?_count={size}", token=self.narrow,
-                                     **how)
-                    while True:
-                        got.append([entry["resource"]["id"] for entry in page["entry"]])
+            for path, how in ((f"Observation?_count={size}", {}),
+                              ("Observation/_search", {"form": {"_count": str(size)}})):
+                with self.subTest(size, path=path):
+                    page, pages = self.read(path, token=self.narrow, **how), []
+                    while page:
+                        pages.append([entry["resource"]["id"] for entry in page["entry"]])
                         links = {link["relation"]: link["url"] for link in page["link"]}
-                        if "next" not in links:
-                            break
-                        page = ask(links["next"], token=self.narrow).json
-                    self.assertEqual([one for part in got for one in part], expected)
-                    self.assertEqual({len(part) for part in got[:-1]} | {size}, {size})
+                        page = ask(links["next"], token=self.narrow).json if "next" in links else {}
+                    self.assertEqual([name for page in pages for name in page], expected)
+                    self.assertEqual({len(page) for page in pages[:-1]} | {size}, {size})
 
     def test_a_long_stretch_of_nothing_ends_the_page_not_the_search(self) -> None:
         self.fill("h" * 3 * s4s.MAX_PAGES + "v")
@@ -3125,45 +3062,46 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
         self.assertNotIn("entry", page)
         self.assertEqual(len(self.behind.seen), s4s.MAX_PAGES)
         page = ask(page["link"][1]["url"], token=self.narrow).json
-        self.assertEqual([entry["resource"]["id"] for entry in page["entry"]], [self.found[-1]["id"]])
+        self.assertEqual([entry["resource"]["id"] for entry in page["entry"]], [self.stored[-1]["id"]])
 
     def test_the_servers_total_comes_only_where_it_was_seen_to_be_true(self) -> None:
         self.fill("vhvhv")
         self.assertNotIn("total", self.read("Observation"), "there are more pages")
         self.fill("vh")
         self.assertEqual(self.read("Observation")["total"], 2)
-        self.script("Observation", {**self.behind.bundle(*self.found), "total": 7})
-        with mock.patch.object(self.behind, "answer", lambda target: self.behind.script["Observation"]):
+        page = json_answer({**self.behind.bundle(*self.stored), "total": 7})
+        with mock.patch.object(self.behind, "answer", lambda target: page):
             self.assertNotIn("total", self.read("Observation"), "it counts more than came")
-        self.found = self.found[:1] * 2
-        self.found[1] = {**self.found[1], "subject": {"reference": f"Patient/{OTHER}"}}
-        self.assertNotIn("total", self.read("Observation?_count=1"), "the other one is somebody else's")
-        self.assertNotIn("total", self.read("Observation"))
+        self.make_another_patients(1)
+        for path in ("Observation?_count=1", "Observation"):
+            self.assertNotIn("total", self.read(path), "the other one is somebody else's")
 
     def test_a_number_asked_for_is_counted_here(self) -> None:
-        for query in ("_summary=count", "_count=0"):
+        for path in ("Observation?_summary=count", "Observation?_count=0"):
             self.fill("vhvhvhv")
-            page = self.read(f"Observation?{query}")
+            page = self.read(path)
             self.assertEqual((page["total"], "entry" in page, len(page["link"])), (7, False, 1))
-            self.found[6]["subject"] = {"reference": f"Patient/{OTHER}"}
-            self.assertNotIn("total", self.read(f"Observation?{query}"))
+            self.make_another_patients(6)
+            self.assertNotIn("total", self.read(path))
             self.fill("v" * (3 * s4s.MAX_PAGES + 1))
-            self.assertNotIn("total", self.read(f"Observation?{query}"), "too many to count")
+            self.assertNotIn("total", self.read(path), "too many to count")
 
     def test_what_was_included_comes_with_what_is_shown_alone(self) -> None:
         self.fill("vhv")
-        for number, one in enumerate(self.found):
-            one["performer"] = [{"reference": f"Practitioner/dr{number}"}]
+        doctors = [{"resourceType": "Practitioner", "id": f"dr{number}"} for number in range(3)]
+        for resource, doctor in zip(self.stored, doctors):
+            resource["performer"] = [{"reference": f"Practitioner/{doctor['id']}"}]
+        part = {**self.stored[0], "id": "part", "hasMember": [{"reference": "Observation/v0"}]}
         sample = {"resourceType": "Specimen", "id": "s", "subject": {"reference": f"Patient/{ME}"}}
-        page = self.behind.bundle(*self.found, *({"resourceType": "Practitioner", "id": f"dr{number}"} for number in range(3)),
-                                  observation("x", OTHER), {**self.found[0], "id": "part", "hasMember": [
-                                      {"reference": "Observation/v0"}]}, sample)
+        page = self.behind.bundle(*self.stored, *doctors, observation("x", OTHER), part, sample)
         for entry in page["entry"][3:]:
             entry["search"] = {"mode": "include"}
         with mock.patch.object(self.behind, "answer", lambda target: json_answer(page)):
-            self.assertEqual(self.ids("Observation?_count=1", token=self.narrow), ["v0", "dr0", "part"])
-            self.assertEqual(self.ids("Observation", token=self.narrow), ["v0", "v2", "dr0", "dr2", "part"])
-            self.assertEqual(self.ids("Observation"), ["v0", "h1", "v2", "dr0", "dr1", "dr2", "part", "s"])
+            for path, token, expected in (
+                    ("Observation?_count=1", self.narrow, ["v0", "dr0", "part"]),
+                    ("Observation", self.narrow, ["v0", "v2", "dr0", "dr2", "part"]),
+                    ("Observation", self.token, ["v0", "h1", "v2", "dr0", "dr1", "dr2", "part", "s"])):
+                self.assertEqual(self.ids(path, token=token), expected)
 
     def test_a_count_that_is_none(self) -> None:
         self.assert_not_forwarded("Observation?_count=-1", 400)
@@ -3171,7 +3109,7 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
     def test_the_embedded_search_tells_as_little(self) -> None:
         self.fill("hvhh")
         with s4s.Server(data=["none"]) as portal:
-            portal.load(self.behind.bundle({"resourceType": "Patient", "id": ME}, *self.found))
+            portal.load(self.behind.bundle({"resourceType": "Patient", "id": ME}, *self.stored))
             access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
             for limit, number in ((1, 1), (2, 1), (0, 0)):
                 query = s4s.parse_query("r4", "Observation", (("_count", str(limit)),))
@@ -3581,105 +3519,106 @@ class Assertions(PortalTest):
         super().setUp()
         self.app = KeyedApp(self.portal)
 
-    def test_rs384_and_es384_prove_who_it_is(self) -> None:
-        for algorithm in ("RS384", "ES384"):
-            self.assertEqual(self.app.token(self.app.assertion(algorithm)).status, 200)
+    def assert_refused(self, got: Answer) -> None:
+        """The token endpoint says invalid_client."""
+        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.assertIn("www-authenticate", got.headers)
 
-    def test_the_audience_is_the_token_endpoint_or_the_issuer_and_may_be_a_list(self) -> None:
+    def test_what_proves_who_it_is(self) -> None:
         url = self.portal.url
-        for aud in (url, url + "/", [url + "/oauth/token"], ["https://else.example", url],
-                    f"http://localhost:{self.portal.port}/oauth/token"):
-            with self.subTest(aud=aud):
-                self.assertEqual(self.app.token(self.app.assertion(aud=aud)).status, 200)
+        for algorithm, aud in (
+                ("RS384", url + "/oauth/token"), ("ES384", url + "/oauth/token"), ("RS384", url),
+                ("RS384", url + "/"), ("RS384", [url + "/oauth/token"]),
+                ("RS384", ["https://else.example", 5, url]),
+                ("RS384", f"http://localhost:{self.portal.port}/oauth/token")):
+            with self.subTest(algorithm, aud=aud):
+                self.assertEqual(self.app.token(self.app.assertion(algorithm, aud=aud)).status, 200)
 
     def test_each_rule_is_enforced(self) -> None:
-        now, other = self.portal.portal.clock.now(), App(self.portal)
-        for header, claims in (
-                ({"alg": "none"}, {}), ({"alg": "HS256"}, {}), ({"alg": "RS256"}, {}), ({"alg": "ES384"}, {}),
-                ({"alg": ["RS384"]}, {}), ({"alg": "RS"}, {}), ({"typ": "at+jwt"}, {}), ({"kid": None}, {}),
-                ({"kid": 1}, {}), ({"kid": "else"}, {}), ({"crit": ["b64"]}, {}),
-                ({}, {"iss": "nobody", "sub": "nobody"}), ({}, {"nbf": True}), ({}, {"nbf": -1}), ({"kid": "e"}, {}),
-                ({"jku": "https://app.example/jwks"}, {}),
-                ({}, {"iss": "nobody"}), ({}, {"iss": None}), ({}, {"iss": ["x"]}), ({}, {"sub": "nobody"}),
-                ({}, {"iss": other.client_id, "sub": other.client_id}), ({}, {"aud": "https://else.example"}),
-                ({}, {"aud": None}), ({}, {"aud": {}}), ({}, {"exp": None}), ({}, {"exp": now - 1}), ({}, {"exp": "soon"}),
-                ({}, {"exp": True}), ({}, {"exp": now + 400}), ({}, {"exp": 1e300}), ({}, {"nbf": now + 60}),
-                ({}, {"iat": now + 60}), ({}, {"iat": "x"}), ({}, {"jti": None}), ({}, {"jti": ""}), ({}, {"jti": 5})):
-            with self.subTest(header=header, claims=claims):
-                got = self.app.token(self.app.assertion(header=header, **claims))
-                self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
-                self.assertIn("www-authenticate", got.headers)
+        now, other = self.portal.portal.clock.now(), App(self.portal).client_id
+        headers: dict[str, list[Any]] = {
+            "alg": ["none", "HS256", "RS256", "ES384", ["RS384"], "RS"], "typ": ["at+jwt", ["JWT"]],
+            "kid": [None, 1, ["r"], "else", "e"], "crit": [["b64"]],
+            "jku": ["https://app.example/jwks", ["x"], {}]}
+        claims: list[dict[str, Any]] = [
+            {"iss": "nobody", "sub": "nobody"}, {"iss": "nobody"}, {"iss": None}, {"iss": ["x"]},
+            {"sub": "nobody"}, {"sub": [self.app.client_id]}, {"iss": other, "sub": other}]
+        values: dict[str, list[Any]] = {
+            "aud": ["https://else.example", None, {}, 5, [[self.portal.url]]],
+            "exp": [None, now - 1, "soon", True, now + 400, 1e300, [now]], "nbf": [True, -1, now + 60, {}],
+            "iat": [now + 60, "x", []], "jti": [None, "", 5, ["x"]]}
+        claims += [{name: value} for name in values for value in values[name]]
+        for header, changed in (*(({name: value}, {}) for name in headers for value in headers[name]),
+                                *(({}, changed) for changed in claims)):
+            with self.subTest(header=header, claims=changed):
+                self.assert_refused(self.app.token(self.app.assertion(header=header, **changed)))
 
     def test_another_keys_signature_is_refused(self) -> None:
         head, claims, signature = self.app.assertion().split(".")
+        changed = b64(base64.urlsafe_b64decode(claims + "==") + b" ")
         for bent in (f"{head}.{claims}.{signature[:-6]}AAAAAA", f"{head}.{claims}.", f"{head}.{claims}", "x",
-                     f"{head}.{b64(base64.urlsafe_b64decode(claims + '==') + b' ')}.{signature}"):
-            self.assertEqual(self.app.token(bent).json["error"], "invalid_client")
+                     f"{head}.{changed}.{signature}"):
+            self.assert_refused(self.app.token(bent))
 
     def test_an_algorithm_that_was_not_registered_is_refused_though_the_key_is_good(self) -> None:
         app = KeyedApp(self.portal, token_endpoint_auth_signing_alg="ES384")
         self.assertEqual(app.token(app.assertion("ES384")).status, 200)
         self.assertIn("alg is 'RS384'", app.token(app.assertion("RS384")).json["error_description"])
 
-    def test_two_keys_of_one_name_are_told_apart_by_their_kind(self) -> None:
-        app = KeyedApp(self.portal, jwks={"keys": [RSA_JWK, {**RFC_6979_JWK, "kid": "r"}]})
-        self.assertEqual(app.token().status, 200)
+    def test_a_key_is_chosen_by_its_kind_and_use_too(self) -> None:
+        for keys, status in (
+                ([RSA_JWK, {**RFC_6979_JWK, "kid": "r"}], 200), ([{**RSA_JWK, "use": "enc"}], 401),
+                ([{**RSA_JWK, "alg": "RS256"}], 401), ([{**RSA_JWK, "use": "sig", "alg": "RS384"}], 200)):
+            with self.subTest(keys=keys):
+                self.assertEqual(KeyedApp(self.portal, jwks={"keys": keys}).token().status, status)
 
     def test_the_audience_is_a_base_url_whatever_host_was_asked(self) -> None:
         with s4s.Server(base_url="https://portal.example") as portal:
-            app = KeyedApp.__new__(KeyedApp)
-            app.portal, app.client_id = portal, KeyedApp(portal).client_id
+            app = KeyedApp(portal)
             for aud, status in (("https://portal.example/oauth/token", 200), (portal.address, 401)):
                 with self.subTest(aud=aud):
                     got = ask(portal.address + "/oauth/token", form={
-                        "grant_type": "client_credentials", "scope": "system/*.rs",
-                        "client_assertion_type": s4s.ASSERTION_TYPE, "client_assertion": app.assertion(aud=aud)})
+                        "grant_type": "client_credentials", "client_assertion_type": s4s.ASSERTION_TYPE,
+                        "scope": "system/*.rs", "client_assertion": app.assertion(aud=aud)})
                     self.assertEqual(got.status, status)
-
-    def test_a_key_made_for_another_use_signs_nothing(self) -> None:
-        for members, status in (({"use": "enc"}, 401), ({"alg": "RS256"}, 401), ({"use": "sig", "alg": "RS384"}, 200)):
-            with self.subTest(members=members):
-                app = KeyedApp(self.portal, jwks={"keys": [{**RSA_JWK, **members}]})
-                self.assertEqual(app.token().status, status)
 
     def test_an_assertion_counts_once(self) -> None:
         assertion = self.app.assertion()
         self.assertEqual(self.app.token(assertion).status, 200)
-        self.assertEqual(self.app.token(assertion).json["error"], "invalid_client")
+        self.assert_refused(self.app.token(assertion))
 
     def test_of_many_requests_with_one_assertion_one_is_first(self) -> None:
         assertion, statuses = self.app.assertion(), []
-        threads = [threading.Thread(target=lambda: statuses.append(self.app.token(assertion).status)) for _ in range(8)]
+
+        def send() -> None:
+            statuses.append(self.app.token(assertion).status)
+        threads = [threading.Thread(target=send) for _ in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         self.assertEqual(sorted(statuses), [200] + [401] * 7)
 
-    def test_a_forged_assertion_does_not_use_up_the_true_ones_jti(self) -> None:
-        self.app.token(self.app.assertion(jti="one")[:-6] + "AAAAAA")
+    def test_a_forged_assertion_uses_up_no_jti_and_an_expired_one_frees_it(self) -> None:
+        self.assert_refused(self.app.token(self.app.assertion(jti="one")[:-6] + "AAAAAA"))
         self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
-
-    def test_a_jti_is_free_again_when_its_assertion_has_expired(self) -> None:
-        self.app.token(self.app.assertion(jti="one"))
         self.portal.advance(301)
         self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
 
-    def test_the_type_of_assertion_must_be_named_exactly(self) -> None:
-        got = self.app.token(client_assertion_type="urn:ietf:params:oauth:client-assertion-type:saml2-bearer")
-        self.assertEqual(got.json["error"], "invalid_client")
-
-    def test_client_id_if_sent_is_the_same(self) -> None:
-        self.assertEqual(self.app.token(client_id=self.app.client_id).status, 200)
-        self.assertEqual(self.app.token(client_id="test-suite").json["error"], "invalid_client")
-
-    def test_two_ways_at_once_are_refused(self) -> None:
-        got = self.app.token(client_secret="x")
-        self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
+    def test_what_is_sent_beside_the_assertion(self) -> None:
+        saml = "urn:ietf:params:oauth:client-assertion-type:saml2-bearer"
+        for why, changed, expected in (
+                ("the type must be named exactly", {"client_assertion_type": saml}, (401, "invalid_client")),
+                ("its own client_id", {"client_id": self.app.client_id}, (200, None)),
+                ("another client_id", {"client_id": "test-suite"}, (401, "invalid_client")),
+                ("two ways at once", {"client_secret": "x"}, (400, "invalid_request"))):
+            with self.subTest(why):
+                got = self.app.token(**changed)
+                self.assertEqual((got.status, got.json.get("error")), expected)
 
     def test_an_app_with_users_may_prove_itself_so_too(self) -> None:
-        app = KeyedApp(self.portal, grant_types=["authorization_code", "refresh_token"], scope="launch/patient patient/*.rs",
-                       redirect_uris=[App.redirect_uri])
+        app = KeyedApp(self.portal, grant_types=["authorization_code", "refresh_token"],
+                       scope="launch/patient patient/*.rs", redirect_uris=[App.redirect_uri])
         flow = App(self.portal)
         back = self.portal.approve(flow.authorize_url(client_id=app.client_id), username="daniel-adams")
         got = app.token(grant_type="authorization_code", code=dict(parse_qsl(back))["code"], scope="",
@@ -3692,7 +3631,9 @@ class KeysByUrl(PortalTest):
 
     def setUp(self) -> None:
         super().setUp()
-        self.asked, self.answer = 0, (200, {"Content-Type": "application/json"}, json.dumps({"keys": [RSA_JWK]}).encode())
+        self.asked, self.headers = 0, {"Content-Type": "application/json"}
+        self.keys = json.dumps({"keys": [RSA_JWK]}).encode()
+        self.answer: tuple[int, dict[str, str], bytes] = (200, self.headers, self.keys)
         test = self
 
         class Keys(http.server.BaseHTTPRequestHandler):
@@ -3710,115 +3651,94 @@ class KeysByUrl(PortalTest):
         server = http.server.HTTPServer(("127.0.0.1", 0), Keys)
         thread = threading.Thread(target=lambda: server.serve_forever(0.01))
         thread.start()
-        self.addCleanup(server.server_close)
-        self.addCleanup(thread.join)
-        self.addCleanup(server.shutdown)
+        for clean in (server.server_close, thread.join, server.shutdown):
+            self.addCleanup(clean)
         self.url = f"http://127.0.0.1:{server.server_port}/keys?a=b"
 
     def app(self, portal: s4s.Server | None = None) -> KeyedApp:
-        app = KeyedApp.__new__(KeyedApp)
-        app.portal = portal or self.portal
-        app.client_id = app.portal.register_client(
-            token_endpoint_auth_method="private_key_jwt", grant_types=["client_credentials"], scope="system/*.rs",
-            jwks_uri=self.url)["client_id"]
-        return app
+        """An app that registered the address of its keys."""
+        return KeyedApp(portal or self.portal, jwks_uri=self.url)
 
-    def test_keys_are_fetched(self) -> None:
-        self.assertEqual(self.app().token().status, 200)
-
-    def test_keys_are_kept_as_long_as_cache_control_says_and_no_longer(self) -> None:
-        app = self.app()
-        app.token()
-        app.token()
-        self.assertEqual(self.asked, 2, "without Cache-Control nothing is kept")
-        self.answer[1]["Cache-Control"] = "public, max-age=60"
-        for _ in range(3):
-            self.assertEqual(app.token().status, 200)
-        self.assertEqual(self.asked, 3)
-        self.portal.advance(61)
-        app.token()
-        self.assertEqual(self.asked, 4)
-
-    def test_keys_that_no_cache_may_keep_are_not_kept(self) -> None:
-        for control in ("no-store, max-age=60", "no-cache, max-age=60"):
-            app, self.asked = self.app(), 0
-            self.answer[1]["Cache-Control"] = control
-            for _ in range(2):
+    def test_keys_are_kept_as_long_as_cache_control_says_and_a_day_at_most(self) -> None:
+        for control, seconds, expected in (
+                ("", 0, 2), ("public, max-age=60", 0, 1), ("max-age=60", 59, 1), ("max-age=60", 61, 2),
+                ("no-store, max-age=60", 0, 2), ("no-cache, max-age=60", 0, 2),
+                ("max-age=999999999", 86401, 2)):
+            with self.subTest(control, seconds=seconds):
+                self.portal.reset()
+                app, self.asked, self.headers["Cache-Control"] = self.app(), 0, control
                 self.assertEqual(app.token().status, 200)
-            self.assertEqual(self.asked, 2, control)
-
-    def test_keys_are_kept_for_a_day_at_most(self) -> None:
-        app = self.app()
-        self.answer[1]["Cache-Control"] = "max-age=999999999"
-        app.token()
-        self.portal.advance(86401)
-        app.token()
-        self.assertEqual(self.asked, 2)
+                self.portal.advance(seconds)
+                self.assertEqual((app.token().status, self.asked), (200, expected))
 
     def test_a_key_that_is_not_among_those_kept_is_looked_for_again(self) -> None:
-        app, keys = self.app(), self.answer[2]
+        app = self.app()
         self.answer = (200, {"Cache-Control": "max-age=600"}, json.dumps({"keys": [RFC_6979_JWK]}).encode())
         self.assertEqual(app.token(app.assertion("ES384")).status, 200)
-        self.answer = (200, {}, keys)
+        self.answer = (200, {}, self.keys)
         self.assertEqual(app.token().status, 200)
 
     def test_what_is_no_key_set_is_invalid_client_with_words(self) -> None:
-        for answer in ((404, {}, self.answer[2]), (404, {}, b""), (302, {"Location": self.url}, b""), (200, {}, b"<html>"), (200, {}, b"[" * 5000),
-                       (200, {}, b'{"keys": [{"kty": "RSA", "kid": ["r"]}, 5]}'), (200, {}, b" " * (64 << 10) + b"{}"),
-                       (200, {}, json.dumps({"keys": [RSA_JWK, RSA_JWK]}).encode()), (200, {"Content-Length": "999"}, b"{")):
-            with self.subTest(answer=answer[2][:20]):
-                self.answer = answer
+        answers: list[tuple[int, dict[str, str], bytes]] = [
+            (404, {}, self.keys), (404, {}, b""), (302, {"Location": self.url}, b""),
+            (200, {"Content-Length": "999"}, b"{")]
+        answers += [(200, {}, body) for body in (
+            b"<html>", b"[" * 5000, b" " * (64 << 10) + b"{}", b"[]", b"7", b'{"keys": {}}',
+            b'{"keys": [["kid"]]}', b'{"keys": [{"kty": "RSA", "kid": ["r"]}, 5]}')]
+        wrong: dict[str, list[Any]] = {
+            "n": [["x"], {}], "e": [7], "kty": [["RSA"]], "kid": [["r"]], "use": [[]], "alg": [{}]}
+        bad = [[{**RSA_JWK, name: value}] for name, values in wrong.items() for value in values]
+        answers += [(200, {}, json.dumps({"keys": keys}).encode()) for keys in ([RSA_JWK, RSA_JWK], *bad)]
+        for self.answer in answers:
+            with self.subTest(answer=self.answer[2][:60]):
                 got = self.app().token()
                 self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
-
-    def test_an_address_where_nobody_listens_is_invalid_client(self) -> None:
-        self.url = "http://127.0.0.1:1/keys"
+        self.url = "http://127.0.0.1:1/keys"  # where nobody listens
         self.assertEqual(self.app().token().json["error"], "invalid_client")
 
-    def test_an_exposed_server_asks_no_neighbours_for_a_stranger(self) -> None:
-        with s4s.Server(debug=False) as portal:
-            got = self.app(portal).token()
-        self.assertEqual((got.json["error"], self.asked), ("invalid_client", 0))
-        self.assertIn("expected a public server", got.json["error_description"])
-
-    def test_an_exposed_server_asks_neighbours_for_a_client_of_its_own_fixtures(self) -> None:
+    def test_an_exposed_server_asks_neighbours_for_its_own_fixtures_and_for_no_stranger(self) -> None:
         service = {"client_id": "service", "jwks_uri": self.url, "grant_types": ["client_credentials"],
                    "scope": "system/*.rs"}
         with s4s.Server(debug=False, fixtures={"clients": [service]}) as portal:
-            app = KeyedApp.__new__(KeyedApp)
-            app.portal, app.client_id = portal, "service"
+            app = self.app(portal)
+            got = app.token()
+            self.assertEqual((got.json["error"], self.asked), ("invalid_client", 0))
+            self.assertIn("expected a public server", got.json["error_description"])
+            app.client_id = "service"
             self.assertEqual(app.token().status, 200)
 
     def test_a_fetch_that_drips_is_cut_off(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as quiet, self.assertRaises(ValueError):
-            s4s.fetch(f"http://127.0.0.1:{quiet.getsockname()[1]}/", False, self.portal.portal.sockets, seconds=0.05)
+            url = f"http://127.0.0.1:{quiet.getsockname()[1]}/"
+            s4s.fetch(url, False, self.portal.portal.sockets, seconds=0.05)
 
 
 class BackendServices(PortalTest):
     """client_credentials (SMART, "Backend Services")."""
 
-    def test_a_token_lasts_five_minutes_and_has_no_refresh_token(self) -> None:
+    def test_a_token_lasts_five_minutes_has_no_refresh_token_and_stands_for_no_user(self) -> None:
         got = KeyedApp(self.portal).token().json
         self.assertEqual((got["expires_in"], got["scope"], got["token_type"]), (300, "system/*.rs", "Bearer"))
-        self.assertLessEqual({"refresh_token", "patient", "id_token"} & got.keys(), set())
+        self.assertEqual({"refresh_token", "patient", "id_token"} & got.keys(), set())
+        got = ask(self.portal.url + "/oauth/userinfo", token=got["access_token"])
+        self.assertEqual((got.status, got.json["error"]), (403, "insufficient_scope"))
 
     def test_only_system_scopes_within_the_registered_are_granted(self) -> None:
         app = KeyedApp(self.portal, scope="system/Observation.rs patient/*.rs openid")
-        self.assertEqual(app.token(scope="system/Observation.read system/*.rs patient/*.rs openid").json["scope"],
-                         "system/Observation.read")
+        asked = "system/Observation.read system/*.rs patient/*.rs openid"
+        self.assertEqual(app.token(scope=asked).json["scope"], "system/Observation.read")
         for scope in ("system/*.rs", "patient/*.rs", "openid", "nonsense"):
             self.assertEqual(app.token(scope=scope).json["error"], "invalid_scope")
         self.assertEqual(app.token(scope="").json["error"], "invalid_request")
 
-    def test_a_client_with_a_secret_or_none_may_not(self) -> None:
+    def test_a_client_with_a_secret_or_none_or_that_did_not_register_for_it_may_not(self) -> None:
         for method in ("client_secret_basic", "none"):
-            app = App(self.portal, "system/*.rs", grant_types=["client_credentials"], token_endpoint_auth_method=method)
+            app = App(self.portal, "system/*.rs", grant_types=["client_credentials"],
+                      token_endpoint_auth_method=method)
             got = app.token_request(grant_type="client_credentials", scope="system/*.rs")
             self.assertEqual((got.status, got.json["error"]), (400, "unauthorized_client"))
-
-    def test_a_client_that_did_not_register_for_it_may_not(self) -> None:
-        app = KeyedApp(self.portal, grant_types=["authorization_code"], redirect_uris=["https://app.example/cb"])
-        self.assertEqual(app.token().json["error"], "unauthorized_client")
+        other = KeyedApp(self.portal, grant_types=["authorization_code"], redirect_uris=[App.redirect_uri])
+        self.assertEqual(other.token().json["error"], "unauthorized_client")
 
     def test_while_debug_controls_are_off_only_clients_of_the_fixtures_may(self) -> None:
         service = {"client_id": "service", "jwks": {"keys": [RSA_JWK]}, "grant_types": ["client_credentials"],
@@ -3830,15 +3750,12 @@ class BackendServices(PortalTest):
             self.assertEqual(app.token().status, 200)
 
     def test_its_token_may_introspect_every_token(self) -> None:
-        service, other = KeyedApp(self.portal).token().json["access_token"], self.portal.issue_token()["access_token"]
-        for value in (service, other):
-            got = ask(self.portal.url + "/oauth/introspect", form={"token": value}, token=service).json
+        service, other = (given["access_token"] for given in (
+            KeyedApp(self.portal).token().json, self.portal.issue_token()))
+        for token in (service, other):
+            got = ask(self.portal.url + "/oauth/introspect", form={"token": token}, token=service).json
             self.assertTrue(got["active"])
-        self.assertNotIn("sub", ask(self.portal.url + "/oauth/introspect", form={"token": service}, token=service).json)
-
-    def test_it_stands_for_no_user(self) -> None:
-        got = ask(self.portal.url + "/oauth/userinfo", token=KeyedApp(self.portal).token().json["access_token"])
-        self.assertEqual((got.status, got.json["error"]), (403, "insufficient_scope"))
+            self.assertFalse(token == service and "sub" in got)
 
 
 # ######################################################################## 17 search
@@ -5527,39 +5444,38 @@ class SampleRecords(unittest.TestCase):
 class Signatures(unittest.TestCase):
     """JSON Web Signatures, their keys, and the arithmetic below."""
 
-    def test_the_rs256_signature_of_rfc_7515_appendix_a_2(self) -> None:
-        self.assertEqual(b64(s4s.rsa_sign(RFC_7515_KEY, "RS256", RFC_7515_INPUT)), RFC_7515_SIGNATURE)
-
-    def test_the_p_384_signature_of_rfc_6979_appendix_a_2_6(self) -> None:
-        self.assertTrue(s4s.verify(RFC_6979_JWK, "ES384", b"sample", RFC_6979_SIGNATURE))
-
-    def test_the_thumbprint_of_rfc_7638_section_3_1(self) -> None:
-        self.assertEqual(s4s.thumbprint({"kty": "RSA", "e": "AQAB", "alg": "RS256", "kid": "2011-04-29", "n": (
-            "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPebWKRXjB"
-            "ZCiFV4n3oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368QQMicAtaSqzs8"
-            "KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2NcRwr3XPksINHaQ-G_"
-            "xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw")}), "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs")
+    def test_the_examples_of_the_rfcs(self) -> None:
+        signature = b64(s4s.rsa_sign(RFC_7515_KEY, "RS256", RFC_7515_INPUT))
+        self.assertEqual(signature, RFC_7515_SIGNATURE, "RFC 7515 appendix A.2")
+        good = s4s.verify(RFC_6979_JWK, "ES384", b"sample", RFC_6979_SIGNATURE)
+        self.assertTrue(good, "RFC 6979 appendix A.2.6")
+        modulus = (
+            "0vx7agoebGcQSuuPiLJXZptN9nndrQmbXEps2aiAFbWhM78LhWx4cbbfAAtVT86zwu1RK7aPFFxuhDR1L6tSoc_BJECPeb"
+            "WKRXjBZCiFV4n3oknjhMstn64tZ_2W-5JsGY4Hc5n9yBXArwl93lqt7_RN5w6Cf0h4QyQ5v-65YGjQR0_FDW2QvzqY368Q"
+            "QMicAtaSqzs8KJZgnYb9c7d0zgdAZHzu6qMQvRL5hajrn1n91CbOpbISD08qNLyrdkt-bFTWhAI4vMQFh6WeZu0fM4lFd2"
+            "NcRwr3XPksINHaQ-G_xBniIqbw0Ls1jF44-csFCur-kEgU8awapJzKnqDKgw")
+        jwk = {"kty": "RSA", "e": "AQAB", "alg": "RS256", "kid": "2011-04-29", "n": modulus}
+        expected = "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs"
+        self.assertEqual(s4s.thumbprint(jwk), expected, "RFC 7638 section 3.1")
 
     def test_a_signature_is_good_for_its_message_key_and_algorithm_only(self) -> None:
-        for algorithm, jwk, signature in (
-                ("RS384", RSA_JWK, s4s.rsa_sign(RFC_7515_KEY, "RS384", b"m")), ("ES384", RFC_6979_JWK, es384_sign(b"m"))):
-            with self.subTest(algorithm=algorithm):
-                self.assertTrue(s4s.verify(jwk, algorithm, b"m", signature))
-                self.assertFalse(s4s.verify(jwk, algorithm, b"n", signature))
-                for at in (0, 50, -1):
-                    bent = bytearray(signature)
-                    bent[at] ^= 1
-                    self.assertFalse(s4s.verify(jwk, algorithm, b"m", bytes(bent)))
-                for wrong in (b"", signature[:-1], signature + b"\0", b"\0" * len(signature), b"\xff" * len(signature)):
+        rs384, rs256 = (s4s.rsa_sign(RFC_7515_KEY, name, b"m") for name in ("RS384", "RS256"))
+        for algorithm, jwk, good in (("RS384", RSA_JWK, rs384), ("ES384", RFC_6979_JWK, es384_sign(b"m"))):
+            self.assertTrue(s4s.verify(jwk, algorithm, b"m", good))
+            self.assertFalse(s4s.verify(jwk, algorithm, b"n", good))
+            bent = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1:] for at in (0, 50, len(good) - 1)]
+            for wrong in (*bent, b"", good[:-1], good + b"\0", b"\0" * len(good), b"\xff" * len(good), rs256):
+                with self.subTest(algorithm, wrong=wrong):
                     self.assertFalse(s4s.verify(jwk, algorithm, b"m", wrong))
-        self.assertFalse(s4s.verify(RSA_JWK, "RS384", b"m", s4s.rsa_sign(RFC_7515_KEY, "RS256", b"m")))
 
     def test_a_key_that_is_weak_or_none_is_refused_in_words(self) -> None:
+        rsa: list[dict[str, Any]] = [
+            {"n": b64(b"\xff" * 128)}, {"e": "AQ"}, {"n": 7}, {"n": None}, {"n": "a b"}, {"n": ["x"]}]
+        curve: list[dict[str, Any]] = [
+            {"x": b64(b"\1")}, {"crv": "P-256"}, {"crv": ["P-384"]}, {"y": b64(b"\xff" * 48)}, {"x": {}}]
         for algorithm, jwk in (
-                ("RS384", {"kty": "RSA", "n": b64(b"\xff" * 128), "e": "AQAB"}), ("RS384", {**RSA_JWK, "e": "AQ"}),
-                ("RS384", {**RSA_JWK, "n": 7}), ("RS384", {"kty": "RSA"}), ("RS384", {**RSA_JWK, "n": "a b"}),
-                ("ES384", {**RFC_6979_JWK, "x": b64(b"\1")}), ("ES384", {**RFC_6979_JWK, "crv": "P-256"}),
-                ("ES384", {**RFC_6979_JWK, "y": b64(b"\xff" * 48)}), ("ES384", RSA_JWK)):
+                *(("RS384", {**RSA_JWK, **wrong}) for wrong in rsa), ("RS384", {"kty": "RSA"}),
+                *(("ES384", {**RFC_6979_JWK, **wrong}) for wrong in curve), ("ES384", RSA_JWK)):
             with self.subTest(jwk=jwk), self.assertRaises(ValueError):
                 s4s.verify(jwk, algorithm, b"m", b"")
 
@@ -5569,22 +5485,24 @@ class Signatures(unittest.TestCase):
         for prime in key:  # Fermat's test, which the code does not use
             self.assertEqual([pow(base, prime - 1, prime) for base in (2, 3, 5, 7)], [1] * 4)
 
-    def test_composites_are_not_taken_for_primes(self) -> None:
-        for number in (561, 41041, 825265, 3215031751, RFC_7515_KEY.p * RFC_7515_KEY.q):  # the first are Carmichael's
+    def test_primes_are_told_from_composites(self) -> None:
+        carmichaels = (561, 41041, 825265, 3215031751)
+        for number in (*carmichaels, RFC_7515_KEY.p * RFC_7515_KEY.q):
             self.assertFalse(s4s.is_prime(number))
+        for number in (5, 7, 17, 97, 257, 65537, 2 ** 127 - 1, s4s.P384_P, s4s.P384_N, *RFC_7515_KEY):
+            self.assertTrue(s4s.is_prime(number))
 
-    def test_base64url_is_read_strictly(self) -> None:
+    def test_what_is_no_base64url_or_no_jwt_is_refused_in_words(self) -> None:
         self.assertEqual(s4s.base64url_bytes("_-8"), b"\xff\xef")
-        for text in ("_-9", "_-8=", "/+8", "a", "ab c", "Zm9v\n", "\u00e9"):
-            with self.subTest(text=text), self.assertRaises(ValueError):
-                s4s.base64url_bytes(text)
-
-    def test_what_is_no_jwt_is_refused_in_words(self) -> None:
         part = b64(b"{}")
-        for text in ("", "a.b", f"{part}.{part}", f"{part}.{part}.{part}.{part}", f"{part}.{b64(b'[]')}.", f"{part}.x.",
-                     f"{b64(b'[' * 5000)}.{part}.", part + "." + b64(b'{"iss": "\\ud800"}') + "."):
-            with self.subTest(text=text[:40]), self.assertRaises(ValueError):
-                s4s.read_jwt(text)
+        for read, texts in (
+                (s4s.base64url_bytes, ("_-9", "_-8=", "/+8", "a", "ab c", "Zm9v\n", "\u00e9")),
+                (s4s.read_jwt, ("", "a.b", f"{part}.{part}", f"{part}.{part}.{part}.{part}", f"{part}.x.",
+                                f"{b64(b'[' * 5000)}.{part}.", f"{b64(b'[]')}.{part}.", *(
+                    f"{part}.{b64(text)}." for text in (b"[]", b"7", b"null", b'{"iss": "\\ud800"}'))))):
+            for text in texts:
+                with self.subTest(text=text[:40]), self.assertRaises(ValueError):
+                    read(text)
 
 
 # ######################################################################## 23 pages
