@@ -2274,8 +2274,7 @@ class Resource:
 
 
 class _Everybody(frozenset[str]):
-    """The patients whose records an unlimited scope opens. Not None: a forgotten value must not open
-    everything."""
+    """Whose records an unlimited scope opens. Not None: a forgotten value must not open everything."""
     def __contains__(self, patient_id: object) -> bool:
         return True
 
@@ -2285,8 +2284,7 @@ NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to ca
 
 
 class Access:
-    """What one token lets its bearer see: the one place that judges. All that leaves the FHIR API passed
-    `may_see`."""
+    """What one token lets its bearer see. All that leaves the FHIR API passed `may_see`."""
     def __init__(self, scope: str, patient_id: str | None = None,
                  users_patients: frozenset[str] = frozenset(), labels: frozenset[str] = NO_LIMIT,
                  fhir_user: str = "", version: str = "r4", unlimited: bool = False):
@@ -2301,9 +2299,7 @@ class Access:
 
     def may_see(self, resource: Resource, letters: str) -> bool:
         """THE JUDGE: whether this very resource may be seen, by owner, scope and category. In doubt, no.
-
-        letters: how it is reached: r (read), s (search), or both for an operation that does both.
-        """
+        `letters` says how it is reached: r (read), s (search), or both for an operation that does both."""
         if self.unlimited or (letters == "r" and f"{resource.type}/{resource.id}" == self.fhir_user):
             return True
         if self._opens(resource, letters):
@@ -2311,8 +2307,7 @@ class Access:
         return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
 
     def _opens(self, resource: Resource, letters: str) -> bool:
-        """Whether a scope reaches the resource's owner, its type and itself, and all its categories were
-        approved."""
+        """Whether a scope reaches the owner, type and resource, and all its categories were approved."""
         if resource.owner == UNKNOWN:
             return False
         for patients, constraints in self._openings(str(resource.type), letters):
@@ -2334,13 +2329,10 @@ class Access:
         return binary.is_pointed_to(self)
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
-        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very
-        resource.
-
-        A token with fhirUser may read the one resource that stands for its user, whatever its scope, patient
-        and categories: with that word the user approved to be known (SMART, "Scopes for requesting identity
-        data").
-        """
+        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very one: a
+        token with fhirUser may read the resource that stands for its user, whatever its patient and
+        categories. With that word the user approved to be known (SMART, "Scopes for requesting identity
+        data")."""
         return (self.unlimited or bool(self._openings(type_name, letter))
                 or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
 
@@ -2358,8 +2350,7 @@ class Access:
         return frozenset().union(*reaches)
 
     def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str], Any]]:
-        """The scopes that open a type, for all these letters: of each the patients it reaches, its
-        ?param=value."""
+        """Of each scope that opens a type for these letters: the patients it reaches, its ?param=value."""
         known = self._known.get((type_name, letters))
         if known is None:
             reach = {"patient": frozenset([self.patient_id] if self.patient_id else []),
@@ -2370,8 +2361,7 @@ class Access:
         return known
 
     def binaries_in(self, documents: Iterable[Resource]) -> set[str]:
-        """The ids of the Binaries that DocumentReferences and DiagnosticReports point to, if these may be
-        seen."""
+        """The ids of the Binaries to which those documents point that may be seen."""
         return {binary_id for document in documents if document.type in DOCUMENT_TYPES
                 and (self.may_see(document, "r") or self.may_see(document, "s"))
                 for url in attachments(document.content)
@@ -2431,10 +2421,9 @@ def owner(resource: Json, base: str = "") -> str:
     """The id of the patient a resource belongs to; NOBODY if to none; UNKNOWN if that can't be told.
 
     Where several patients are named, in several elements or in contained resources, they must be the same
-    one: a record of two people may be shown to neither. A contained resource has no life of its own, so it
-    need not say whose it is, but it must be of a type that could. References may be relative, or absolute
-    below `base`; those to a version count, those by identifier alone or into the resource itself (#) can't be
-    told.
+    one: a record of two people may be shown to neither. A contained resource has no life of its own: it need
+    not say whose it is, but it must be of a type that could. References may be relative, or absolute below
+    `base`, and to a version; those by identifier alone or into the resource itself (#) can't be told.
 
     A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does
     Patient.link, and it opens nothing: what was filed under a linked Patient needs a token for that one.
@@ -2849,8 +2838,7 @@ KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with, and th
 
 
 def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Client:
-    """The client that signed the assertion (RFC 7523 section 3; SMART, "Client Authentication:
-    Asymmetric")."""
+    """The client that signed the assertion (RFC 7523; SMART, "Client Authentication: Asymmetric")."""
     if form.get("client_assertion_type") != ASSERTION_TYPE:
         raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
     try:
@@ -2874,8 +2862,7 @@ def assertion_need(good: object, description: str) -> None:
 
 
 def claimed_client(portal: Portal, form: Fields, claims: Json) -> Client:
-    """Who it says it is, everywhere the same: of two, one part of a server could believe one, one the
-    other."""
+    """Who it says it is, everywhere the same: of two names, two parts of a server could believe one each."""
     client_id = claims.get("iss")
     client = portal.client(client_id) if isinstance(client_id, str) else None
     if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
@@ -2950,8 +2937,7 @@ def spend_assertion(portal: Portal, client: Client, claims: Json) -> None:
 
 
 def assertion_key(portal: Portal, client: Client, kid: str, algorithm: str) -> Json:
-    """The one key of a client with this name that signs with this algorithm (RFC 7517 section 4); ValueError
-    if there is none, or no way to get it."""
+    """The one key of a client with this name and for this algorithm (RFC 7517 section 4); else ValueError."""
     for fresh in (False, True):  # keys that were changed since they were fetched are fetched again
         keys = [key for key in client_keys(portal, client, fresh)
                 if key.get("kid") == kid and key.get("kty") == KEY_TYPES[algorithm]
@@ -3028,9 +3014,8 @@ def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5,
 
 @grant_type("client_credentials")
 def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
-    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. Only one
-    that proves itself by its keys may, for five minutes, and no refresh token comes with it: it just asks
-    again."""
+    """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. It must
+    prove itself by its keys, and gets five minutes and no refresh token: it just asks again."""
     need(client.auth_method == "private_key_jwt", "client_credentials is for clients that registered for "
          "private_key_jwt", "unauthorized_client")
     need(portal.settings.serves_debug or not client.registered_itself, "this client registered itself; while "

@@ -2644,7 +2644,7 @@ class WhoseItIs(unittest.TestCase):
     def test_each_type_and_version_of_fhir_has_its_element(self) -> None:
         me, other, doctor = (
             {"reference": text} for text in (f"Patient/{ME}", f"Patient/{OTHER}", "Practitioner/1"))
-        theirs = observation("x", OTHER)
+        theirs, no_types = observation("x", OTHER), [["Patient"], {}, None, 7, True, ""]  # type: Any, list[Any]
         cases: list[tuple[Any, Any, str]] = [
             ("Condition", {"patient": me}, ME), ("Condition", {"subject": me}, ME),
             ("Coverage", {"beneficiary": me}, ME), ("Account", {"subject": [me]}, ME),
@@ -2659,9 +2659,7 @@ class WhoseItIs(unittest.TestCase):
             # A Patient without an id is not nobody's, a Device without a patient is.
             *(("Patient", {"id": key}, s4s.UNKNOWN) for key in (s4s.NOBODY, "..", "a b", None, 7)),
             ("Device", {}, s4s.NOBODY), ("Device", {"patient": {"display": "somebody"}}, s4s.UNKNOWN),
-            # A type that is no text is unheard of.
-            *((name, {"id": ME, "subject": me}, s4s.UNKNOWN)
-              for name in (["Patient"], {}, None, 7, True, ""))]
+            *((name, {"id": ME, "subject": me}, s4s.UNKNOWN) for name in no_types)]
         for name, more, expected in cases:
             with self.subTest((name, more)):
                 self.assertEqual(s4s.owner({"resourceType": name, **more}), expected)
