@@ -760,6 +760,7 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
         description = f"{request.method} is not possible here; possible are {allowed[1]}"
         raise PortalError("invalid_request", description, 405, [allowed])
     if route.kind == "debug":
+        need(portal.settings.serves_debug, "debug endpoints are off; --debug turns them on", "not_found", 404)
         check_same_origin(request)
     if request.broken and method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
         raise request.broken
@@ -6834,7 +6835,7 @@ def page(portal: Portal, title: str, *content: Any, status: int = 200, username:
 
 def link_root(portal: Portal) -> str:
     """What stands before the path in links: nothing, unless a reverse proxy serves it below a path."""
-    return urlsplit(portal.public_url()).path
+    return urlsplit(portal.browser_base()).path
 
 
 def page_headers(style: str, script: str) -> list[tuple[str, str]]:
@@ -7684,51 +7685,48 @@ class Option(NamedTuple):
     placeholder: str = ""
 
 
-_option: Any = Option  # Any, since what stands for an attribute's type is not its value yet
+option: Any = Option  # Any, since what stands for an attribute's type is not its value yet
 
 
-def start_needs(good: object, message: str) -> None:
-    """Refuse to start unless something is good; the message says how to mend it."""
+def start_needs(good: Good | None, message: str) -> Good:
+    """Give back what is good; else refuse to start. The message says how to mend it."""
     if not good:
         raise StartError(message)
+    return good
 
 
 class Settings:
-    """Everything that can be chosen: keywords of `Server`, options of the command line.
-
-    A list may be given as one value. None for open_fhir and debug: it depends on the address, see `local`.
-    """
-    host: str = _option("127.0.0.1", "address to listen on", "ADDR")
-    port: int = _option(8000, "port to listen on; 0 takes any free one", "N")
-    base_url: list[str] = _option(
+    """Keywords of `Server`, options of the command line. A list may be given as one value. Where open_fhir
+    and debug are None, the address decides: see `local`."""
+    host: str = option("127.0.0.1", "address to listen on", "ADDR")
+    port: int = option(8000, "port to listen on; 0 takes any free one", "N")
+    base_url: list[str] = option(
         [], "the public address, if not the one that each request names; repeatable", "URL")
-    name: str = _option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
-    fhir_server: str | None = _option(
+    name: str = option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
+    fhir_server: str | None = option(
         None, "forward FHIR requests to this server (default: the embedded records)", "URL")
-    fhir_header: list[str] = _option([], "added to every forwarded request; repeatable", '"Name: value"')
-    fhir_timeout: float = _option(30, "longest wait for the FHIR server", "SECONDS")
-    fhir_version: str = _option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
-    data: list[Any] = _option(
+    fhir_header: list[str] = option([], "added to every forwarded request; repeatable", '"Name: value"')
+    fhir_timeout: float = option(30, "longest wait for the FHIR server", "SECONDS")
+    fhir_version: str = option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
+    data: list[Any] = option(
         [], "FHIR JSON to load beside the sample patients: resource, Bundle, NDJSON, .gz of these, or a "
         "folder; none leaves the sample patients out; repeatable", "PATH")
-    fixtures: str | Json | None = _option(None, "users and clients known from the start, as JSON", "FILE")
-    client: list[str] = _option(
-        [], "a client known from the start; without a secret it is public; repeatable",
-        "ID[:SECRET]=REDIRECT_URI")
-    db: str | None = _option(None, "keep state in this SQLite file (default: in memory)", "FILE")
-    strict: bool = _option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: bool | None = _option(
+    fixtures: str | Json | None = option(None, "users and clients known from the start, as JSON", "FILE")
+    client: list[str] = option([], "a client known from the start; without a secret it is public; repeatable",
+                               "ID[:SECRET]=REDIRECT_URI")
+    db: str | None = option(None, "keep state in this SQLite file (default: in memory)", "FILE")
+    strict: bool = option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    open_fhir: bool | None = option(
         None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
-    debug: bool | None = _option(None, "serve /oauth/debug/* (default: on loopback only)")
-    certfile: str | None = _option(None, "serve https with this certificate (PEM)", "FILE")
-    keyfile: str | None = _option(None, "its key, if not in the same file", "FILE")
-    quiet: bool = _option(False, "no request log")
-    verbose: bool = _option(False, "explain each decision in the request log")
+    debug: bool | None = option(None, "serve /oauth/debug/* (default: on loopback only)")
+    certfile: str | None = option(None, "serve https with this certificate (PEM)", "FILE")
+    keyfile: str | None = option(None, "its key, if not in the same file", "FILE")
+    quiet: bool = option(False, "no request log")
+    verbose: bool = option(False, "explain each decision in the request log")
 
     def __init__(self, **chosen: Any) -> None:
-        for name in chosen:
-            if name not in OPTIONS:
-                raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
+        for name in chosen.keys() - OPTIONS.keys():
+            raise TypeError(f"{name} is no setting; these are {', '.join(OPTIONS)}")
         for name, option in OPTIONS.items():
             value = chosen.get(name, option.default)
             if isinstance(option.default, list):
@@ -7757,8 +7755,8 @@ class Settings:
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether anyone, any page in a browser too, may read every record. What --fhir-server and its
-        --fhir-header open to this portal is not opened to everybody unless told."""
+        """Whether anyone, any page in a browser too, may read every record. Not what --fhir-server and its
+        --fhir-header open to this portal, unless told."""
         if self.open_fhir is not None:
             return self.open_fhir
         return self.local and self.fhir_server is None
@@ -7781,8 +7779,7 @@ def fhir_base(url: str) -> str:
     url = url.rstrip("/")
     match = re.fullmatch(r"(?i)(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?", url)
     if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
-        raise StartError(f"--fhir-server {url}: give the address of its FHIR base, http or https, without "
-                         "user, query or fragment")
+        raise StartError(f"--fhir-server {url}: give its FHIR base, http(s), without user, query or fragment")
     return match[1].lower() + (match[3] or "")
 
 
@@ -7797,8 +7794,7 @@ def check_fhir_header(header: str) -> None:
 
 
 # The demo accounts' password is no secret, so its hash may stand here: no start waits for hash_password.
-DEMO_PASSWORD = "demo-password"
-DEMO_SALT = "s4s-demo"
+DEMO_PASSWORD, DEMO_SALT = "demo-password", "s4s-demo"
 DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
 DEMO_USERS = (            # username, name, fhir_user, may open any record
     ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
@@ -7808,121 +7804,113 @@ DEMO_PATIENTS = (         # username, patient, the patient's name, is it the use
     ("daniel-adams", "smart-1288992", "Daniel Adams", True, None),
     ("daniel-adams", "smart-1032702", "Amy Shaw", False, "RelatedPerson/daniel-adams-amy-shaw"),
     ("joseph-ross", "smart-1081332", "Joseph Ross", True, None))
-DEMO_SCOPE = "launch/patient patient/*.read offline_access"
 DEMO_CLIENTS = (          # client_id, secret, redirect URI
     ("test-suite", "demo-secret-s4s", "http://tests.dev.syncfor.science:9003/authorized/"),
     ("api-test", "api-secret", "http://localhost:9001/authorized"))
-
-
-class Seeds(NamedTuple):
-    """Who and what is there from the start, as rows of the tables users, patients and clients."""
-    users: list[tuple[Any, ...]]
-    patients: list[tuple[Any, ...]]
-    clients: dict[str, Client]
-
-
-def seeds(settings: Settings) -> Seeds:
-    """The demo accounts and apps, those of --client and of --fixtures; StartError where those can't be."""
-    found = Seeds([], [], {})
-    samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
-    for username, name, fhir_user, any_patient in DEMO_USERS:
-        if samples or any_patient:
-            resource = fhir_user if samples else None
-            found.users.append((username, name, resource, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
-    if samples:
-        found.patients.extend(DEMO_PATIENTS)
-    for client_id, secret, uri in DEMO_CLIENTS:
-        add_client(found, "demo", client_id, secret, {"redirect_uris": [uri], "scope": DEMO_SCOPE})
-    metadata = {"client_name": "Demo app", "redirect_uris": ["http://this.server"]}
-    demo = add_client(found, "demo", "demo-app", None, metadata)
-    # It is wherever this server is: its addresses are paths, which nobody else can register.
-    demo.metadata.update(redirect_uris=["/demo"], launch_uris=["/demo"])
-    for text in settings.client:
-        add_client_option(found, text)
-    if settings.fixtures is not None:
-        add_fixtures(found, settings.fixtures)
-    return found
-
-
-def add_client(found: Seeds, where: str, client_id: Any, secret: Any, metadata: Json) -> Client:
-    """Add a client, public if it has no secret and no keys; StartError, with `where` it comes from."""
-    start_needs(isinstance(client_id, str) and re.fullmatch(r"[!-~]+", client_id),
-                f"{where}: client_id is missing or not a string of ASCII")
-    start_needs(secret is None or (isinstance(secret, str) and secret),
-                f"{where}: client_secret: expected a string")
-    method = "private_key_jwt" if {"jwks", "jwks_uri"} & metadata.keys() else "none"
-    try:
-        kept = client_metadata({
-            "token_endpoint_auth_method": "client_secret_basic" if secret else method, **metadata})
-    except PortalError as error:
-        raise StartError(f"{where}: {error.description}")
-    method = kept["token_endpoint_auth_method"]
-    start_needs(method.startswith("client_secret") == bool(secret), f"{where}: token_endpoint_auth_method is "
-                f"{method}, {'but' if secret else 'without'} a client_secret")
-    client = found.clients[client_id] = Client(client_id, hash_secret(secret) if secret else None, kept)
-    return client
-
-
-def add_client_option(found: Seeds, text: str) -> None:
-    """Add what --client says: a client, or one more redirect URI of a client that is there already."""
-    option = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
-    match = re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text)
-    if not match:
-        raise StartError(f"{option}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
-    client_id, secret, uri = match.groups()
-    earlier = found.clients.get(client_id)
-    client = add_client(found, option, client_id, secret, {"redirect_uris": [uri]})
-    if earlier:
-        start_needs(client.secret_hash in (None, earlier.secret_hash),
-                    f"{option}: it was given with another secret before")
-        earlier.metadata["redirect_uris"].append(uri)
-        found.clients[client_id] = earlier
-
-
-# The members of --fixtures: name -> type; those of clients are client metadata.
+# What --fixtures may hold, member -> type; a client there is client metadata.
 FIXTURES: Json = {"users": list, "clients": list}
 FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
 FIXTURE_PATIENT: Json = {"patient_id": str, "name": str, "is_user": bool}
 JSON_KINDS = {str: "a string", list: "an array", bool: "true or false"}
 
 
-def add_fixtures(found: Seeds, source: str | Json) -> None:
-    """Add the users and clients of a fixtures file, or of the object that is in one."""
-    where = f"--fixtures {source}" if isinstance(source, str) else "fixtures"
-    fixtures = read_fixtures(where, source)
-    check_fixture(f"{where}: the whole", fixtures, FIXTURES)
-    salt, hashed = new_token(), functools.cache(hash_password)  # slow, so once for users who share a password
-    for number, user in enumerate(fixtures.get("users", [])):
-        place = f"{where}: users[{number}]"
-        check_fixture(place, user, FIXTURE_USER, "username", "password")
-        username = user["username"]
-        start_needs(re.fullmatch(r"[!-~]{1,255}", username),
-                    f"{place}: username is not 1 to 255 characters of ASCII without spaces")
-        found.users.append((username, user.get("name") or username, user.get("fhir_user"), salt,
-                            hashed(user["password"], salt), False))
-        for index, patient in enumerate(user.get("patients", [])):
-            check_fixture(f"{place}.patients[{index}]", patient, FIXTURE_PATIENT, "patient_id")
-            patient_id, is_user = patient["patient_id"], patient.get("is_user", False)
-            found.patients.append((username, patient_id, patient.get("name") or patient_id, is_user, None))
-    for number, client in enumerate(fixtures.get("clients", [])):
-        place = f"{where}: clients[{number}]"
-        start_needs(isinstance(client, dict), f"{place} is not a JSON object")
-        metadata = dict(client)
-        client_id, secret = metadata.pop("client_id", None), metadata.pop("client_secret", None)
-        add_client(found, place, client_id, secret, metadata)
+class Seeds:
+    """Who and what is there from the start, of the demo, --client and --fixtures, as rows of the tables."""
+    def __init__(self, settings: Settings):
+        self.users: list[tuple[Any, ...]] = []
+        self.patients: list[tuple[Any, ...]] = []
+        self.clients: dict[str, Client] = {}
+        samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+        for username, name, fhir_user, any_patient in DEMO_USERS:
+            if samples or any_patient:
+                resource = fhir_user if samples else None
+                self.users.append((username, name, resource, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
+        if samples:
+            self.patients.extend(DEMO_PATIENTS)
+        for client_id, secret, uri in DEMO_CLIENTS:
+            self.add_client("demo", client_id, secret, {
+                "redirect_uris": [uri], "scope": "launch/patient patient/*.read offline_access"})
+        metadata = {"client_name": "Demo app", "redirect_uris": ["http://this.server"]}
+        demo = self.add_client("demo", "demo-app", None, metadata)
+        # It is wherever this server is: its addresses are paths, which nobody else can register.
+        demo.metadata.update(redirect_uris=["/demo"], launch_uris=["/demo"])
+        for text in settings.client:
+            self.add_option(text)
+        if settings.fixtures is not None:
+            self.add_fixtures(settings.fixtures)
 
+    def write(self, database: sqlite3.Connection, now: float) -> None:
+        """Write them down, in place of older ones."""
+        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in self.users])
+        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", self.users)
+        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", self.patients)
+        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
+            (client.client_id, client.secret_hash, json.dumps(client.metadata), now)
+            for client in self.clients.values()])
 
-def read_fixtures(where: str, source: str | Json) -> Any:
-    """What is in a fixtures file; or the object itself, of which it must be possible to make such a file."""
-    try:
-        fixtures: Any = source
-        if isinstance(source, str):
-            with open(source, encoding="utf-8") as file:
-                fixtures = json.load(file)
-        json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
-        return fixtures
-    except (OSError, TypeError, ValueError, RecursionError) as error:
-        raise StartError(f"{where}: {error}; give a file of JSON")
+    def add_client(self, where: str, client_id: Any, secret: Any, metadata: Json) -> Client:
+        """Add a client, public if it has no secret and no keys; errors say `where` it comes from."""
+        start_needs(isinstance(client_id, str) and re.fullmatch(r"[!-~]+", client_id),
+                    f"{where}: client_id is missing or not a string of ASCII")
+        start_needs(secret is None or (isinstance(secret, str) and secret),
+                    f"{where}: client_secret: expected a string")
+        usual = "private_key_jwt" if {"jwks", "jwks_uri"} & metadata.keys() else "none"
+        usual = "client_secret_basic" if secret else usual
+        try:
+            kept = client_metadata({"token_endpoint_auth_method": usual, **metadata})
+        except PortalError as error:
+            raise StartError(f"{where}: {error.description}")
+        method, but = kept["token_endpoint_auth_method"], "but" if secret else "without"
+        start_needs(method.startswith("client_secret") == bool(secret),
+                    f"{where}: token_endpoint_auth_method is {method}, {but} a client_secret")
+        self.clients[client_id] = Client(client_id, hash_secret(secret) if secret else None, kept)
+        return self.clients[client_id]
+
+    def add_option(self, text: str) -> None:
+        """Add what --client says: a client, or one more redirect URI of a client that is there already."""
+        where = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
+        match = start_needs(re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text),
+                            f"{where}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+        client_id, secret, uri = match.groups()
+        earlier = self.clients.get(client_id)
+        client = self.add_client(where, client_id, secret, {"redirect_uris": [uri]})
+        if earlier:
+            start_needs(client.secret_hash in (None, earlier.secret_hash),
+                        f"{where}: it was given with another secret before")
+            earlier.metadata["redirect_uris"].append(uri)
+            self.clients[client_id] = earlier
+
+    def add_fixtures(self, source: str | Json) -> None:
+        """Add the users and clients of a fixtures file, or of an object such as could be in one."""
+        where, fixtures = "fixtures", source  # type: str, Any
+        try:
+            if isinstance(source, str):
+                where = f"--fixtures {source}"
+                with open(source, encoding="utf-8") as file:
+                    fixtures = json.load(file)
+            json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
+        except (OSError, TypeError, ValueError, RecursionError) as error:
+            raise StartError(f"{where}: {error}; give a file of JSON")
+        check_fixture(f"{where}: the whole", fixtures, FIXTURES)
+        salt, hashed = new_token(), functools.cache(hash_password)  # slow: once for users of one password
+        for number, user in enumerate(fixtures.get("users", [])):
+            place = f"{where}: users[{number}]"
+            check_fixture(place, user, FIXTURE_USER, "username", "password")
+            username, name = user["username"], user.get("name") or user["username"]
+            start_needs(re.fullmatch(r"[!-~]{1,255}", username),
+                        f"{place}: username is not 1 to 255 characters of ASCII without spaces")
+            password = hashed(user["password"], salt)
+            self.users.append((username, name, user.get("fhir_user"), salt, password, False))
+            for index, patient in enumerate(user.get("patients", [])):
+                check_fixture(f"{place}.patients[{index}]", patient, FIXTURE_PATIENT, "patient_id")
+                patient_id, is_user = patient["patient_id"], patient.get("is_user", False)
+                self.patients.append((username, patient_id, patient.get("name") or patient_id, is_user, None))
+        for number, client in enumerate(fixtures.get("clients", [])):
+            place = f"{where}: clients[{number}]"
+            start_needs(isinstance(client, dict), f"{place} is not a JSON object")
+            metadata = dict(client)
+            client_id, secret = metadata.pop("client_id", None), metadata.pop("client_secret", None)
+            self.add_client(place, client_id, secret, metadata)
 
 
 def check_fixture(place: str, value: Any, known: Json, *needed: str) -> None:
@@ -7956,61 +7944,47 @@ class Fault(NamedTuple):
         elif self.status == 401 or self.error == "insufficient_scope":
             headers.append(challenge(error=self.error or "invalid_token"))
         kind = PortalError if self.error else PageError
-        by_status = {429: "slow_down", 503: "temporarily_unavailable"}
-        return kind(self.error or by_status.get(self.status, "server_error"), "a test made this request fail",
-                    self.status, headers)
+        usual = {429: "slow_down", 503: "temporarily_unavailable"}.get(self.status, "server_error")
+        return kind(self.error or usual, "a test made this request fail", self.status, headers)
 
 
 class Portal:
     """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
-        self.settings = settings
-        self.clock = Clock()
-        self._seeds = seeds(settings)           # before anything is open that would have to be closed
+        self.settings, self.clock = settings, Clock()
+        self.seeds = Seeds(settings)       # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
-        self.address = ""                       # http://127.0.0.1:8000, known when the socket listens
+        self.address = ""                  # http://127.0.0.1:8000, known when the socket listens
         self.log: Callable[[str], None] = lambda line: None
-        self.stopping = threading.Event()       # set when the server stops, so that nobody waits on
-        self.sockets = OpenSockets()            # all connections, to apps and to the FHIR server
+        self.stopping = threading.Event()  # set when the server stops, so that nobody waits on
+        self.sockets = OpenSockets()       # all connections, to apps and to the FHIR server
         self.faults: dict[str, list[Iterator[Fault]]] = {}  # of an endpoint, each order of a test
         self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with status
-        self.key_lock = threading.Lock()        # held while the signing key is made
+        self.key_lock = threading.Lock()   # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what a jwks_uri gave: until when, keys
-        self.records: Records
-        try:
-            self.records = ForwardedRecords(self) if settings.fhir_server else EmbeddedRecords(settings, self.clock)
-        except BaseException:
-            self.state.close()
-            raise
-        try:
-            with self.state.transaction() as database:
-                self._seed(database)
-        except sqlite3.Error as error:
-            self.close()
-            raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
-
-    def _seed(self, database: sqlite3.Connection) -> None:
-        """The accounts and clients that are there from the start."""
-        users, patients, clients = self._seeds
-        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in users])
-        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", users)
-        database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", patients)
-        database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
-            (client.client_id, client.secret_hash, json.dumps(client.metadata), self.clock.now())
-            for client in clients.values()])
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.state.close)
+            self.records: Records = (
+                ForwardedRecords(self) if settings.fhir_server else EmbeddedRecords(settings, self.clock))
+            undo.callback(self.records.close)
+            try:
+                with self.state.transaction() as database:
+                    self.seeds.write(database, self.clock.now())
+            except sqlite3.Error as error:
+                raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
+            undo.pop_all()
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
         self.clock.offset = 0.0
-        self.faults.clear()
-        self.recorded.clear()
-        self.key_sets.clear()
+        for kept in (self.faults, self.recorded, self.key_sets):
+            kept.clear()
         self.records.reset()
         with self.state.transaction() as database:
             for table_name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions",
                                "clients", "patients", "users"):
                 database.execute(f"DELETE FROM {table_name}")
-            self._seed(database)
+            self.seeds.write(database, self.clock.now())
 
     def close(self) -> None:
         """Close the databases and what else is open."""
@@ -8022,36 +7996,39 @@ class Portal:
         row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
         if not row:
             return None
-        return Client(row["client_id"], row["secret_hash"], json.loads(row["metadata"]),
-                      bool(row["registered_itself"]))
+        registered_itself = bool(row["registered_itself"])
+        return Client(client_id, row["secret_hash"], json.loads(row["metadata"]), registered_itself)
 
     def user(self, username: str) -> Row | None:
-        """A user's row, or None. A patient who was loaded signs in by id: that account is made when first asked for."""
+        """A user's row. A patient who was loaded signs in by id: that account is made when asked for."""
         sql = "SELECT * FROM users WHERE username = ?"
+        has_account = "SELECT 1 FROM patients WHERE patient_id = ? AND is_user"
         row = self.state.row(sql, username)
         name = None if row else self.records.account_name(username)
-        if name is not None and not self.state.row("SELECT 1 FROM patients WHERE patient_id = ? AND is_user", username):
-            with self.state.transaction() as database:
-                database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
-                    username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
-                database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)", (username, username, name))
-            return self.state.row(sql, username)
-        return row
+        if name is None or self.state.row(has_account, username):
+            return row
+        with self.state.transaction() as database:
+            database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
+                username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
+            database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)",
+                             (username, username, name))
+        return self.state.row(sql, username)
 
     def patients_of(self, username: str, text: str = "") -> dict[str, str]:
-        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this id or whose
-        name has it. Of one who may open any record, the first few."""
+        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this
+        id or whose name has it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
-            found = dict(self.records.find_patients(text))
+            patients = dict(self.records.find_patients(text))
             if FHIR_ID.fullmatch(text):
                 with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
-                    name = self.patient_name(username, text)
-                    found.update({text: name} if name else {})
-            return found
-        return {row["patient_id"]: row["name"] for row in self.state.rows(
-            "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name", username)
-            if row["patient_id"] == text or re.search(r"\b" + re.escape(text), row["name"], re.IGNORECASE)}
+                    name = self.records.patient_name(text)
+                    patients.update({text: name} if name else {})
+            return patients
+        sql = "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name"
+        word = re.compile(r"\b" + re.escape(text), re.IGNORECASE)
+        return {row["patient_id"]: row["name"] for row in self.state.rows(sql, username)
+                if row["patient_id"] == text or word.search(row["name"])}
 
     def patient_name(self, username: str, patient_id: str) -> str | None:
         """A patient's name; None if this user may not open that record."""
@@ -8061,12 +8038,13 @@ class Portal:
         return self.patients_of(username).get(patient_id)
 
     def fhir_user(self, username: str, patient_id: str | None) -> str:
-        """The resource that stands for a user (SMART: fhirUser); for somebody else's record that may be another one."""
-        row = self.state.row("SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?", username, patient_id)
-        user = self.user(username)
-        own = self.state.row("SELECT patient_id FROM patients WHERE username = ? AND is_user", username)
-        return ((row and row["fhir_user"]) or (user and user["fhir_user"])
-                or (f"Patient/{own['patient_id']}" if own else ""))
+        """The resource that stands for a user (SMART: fhirUser), for another's record maybe another one."""
+        row = self.state.row(
+            "SELECT coalesce((SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?), "
+            "(SELECT nullif(fhir_user, '') FROM users WHERE username = ?), "
+            "(SELECT 'Patient/' || patient_id FROM patients WHERE username = ? AND is_user), '')",
+            username, patient_id, username, username)
+        return str(row and row[0])
 
     def meet_fault(self, endpoint: str) -> None:
         """Do what a test ordered for this endpoint: wait, then refuse; ConnectionAbortedError for a drop."""
@@ -8088,34 +8066,30 @@ class Portal:
         self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
 
     def base(self, request: Request) -> str:
-        """The base URL that this request's sender knows the server by."""
-        ours = f"{request.scheme}://{request.host}"
+        """The name by which this request's sender knows the server: see section 5."""
         if not self.settings.base_url:
-            return ours if request.host else self.address
+            return f"{request.scheme}://{request.host}" if request.host else self.address
         return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
                     self.settings.base_url[0])
 
+    def browser_base(self, request: Request | None = None) -> str:
+        """The address for people's browsers: the first --base-url, else `base`, else the one listened on."""
+        if self.settings.base_url:
+            return self.settings.base_url[0]
+        return self.base(request) if request else self.address
+
     def is_ours(self, host: str) -> bool:
-        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it, the one
-        listened on or any IP address. Every other name may be pointed here by whoever owns it."""
+        """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it,
+        the one listened on or any IP address. Other names may be pointed here by whoever owns them."""
         if host in [urlsplit(url).netloc for url in self.settings.base_url]:
             return True
-        name = host[:host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
+        name = re.sub(r"^(\[[^]]*\]|[^:]*).*", r"\1", host)  # without the port
         return is_loopback(name) or (not self.settings.local and (
             name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
-
-    def public_url(self) -> str:
-        """The base URL where no request names one: the first, or the address listened on."""
-        return self.settings.base_url[0] if self.settings.base_url else self.address
-
-    def browser_base(self, request: Request) -> str:
-        """The base URL for addresses that a person's browser goes to: always the first."""
-        return self.settings.base_url[0] if self.settings.base_url else self.base(request)
 
 
 # ######################################################################## 26 test controls and Server
 
-DEBUG_APPROVAL_SECONDS = 7 * DAY
 MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
 MAX_RECORDED_BODY = 64 << 10
 FAULTS = sorted({served.fault for served in ROUTES if served.fault})  # the endpoints that can be made to fail
@@ -8124,54 +8098,38 @@ Control = TypeVar("Control", bound=Callable[..., Any])
 CONTROLS: dict[str, Callable[..., Any]] = {}
 
 
-def parameters_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The names that a control takes, without self; inspect would tell too, but takes long to import."""
-    code = function.__code__
-    return code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]
-
-
 def control(path: str, answer: Callable[[Any], Json | None] = lambda given: given, whole: str = "",
-            required: Sequence[str] = (), **aliases: str) -> Callable[[Control], Control]:
+            required: str = "", **aliases: str) -> Callable[[Control], Control]:
     """Declare the other door of a control: POST /oauth/debug/`path`, whose JSON members are its parameters.
 
     `answer` makes of what the control gives the JSON that goes out (None: 204); `whole` is the parameter that
-    the body is as a whole; `required` have a default for the method only; `aliases` are other member names.
+    the body is as a whole; `required` names those that HTTP needs; `aliases` are other member names.
     """
     def declare(function: Control) -> Control:
-        CONTROLS[function.__name__] = function
-        names, positional = parameters_of(function), function.__code__.co_argcount - 1
-        needed = [*names[:positional - len(function.__defaults__ or ())], *required]
+        CONTROLS[function.__name__], code = function, function.__code__
+        names = code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]  # inspect takes long to import
         known = ", ".join(names) or "nothing"
 
         def over_http(portal: Portal, request: Request) -> Response:
-            only_with_debug(portal)
             members = request.json() if names or request.body else {}
             members = {aliases.get(name, name): value for name, value in members.items()}
             if whole:
                 members = {whole: members}
             for name in members:
                 need(name in names, f"{name}: unknown; {function.__name__} takes {known}")
-            for name in needed:
+            for name in required.split():
                 need(name in members, f"{name} is missing")
             given = answer(function(Controls(portal), **members))
             return Response(204) if given is None else json_response(given)
-        over_http.__doc__ = function.__doc__
-        over_http.__name__ = f"debug_{function.__name__}"
+        over_http.__doc__, over_http.__name__ = function.__doc__, f"debug_{function.__name__}"
         route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
         return function
     return declare
 
 
-def only_with_debug(portal: Portal) -> None:
-    """Debug endpoints are there on loopback only, unless told."""
-    need(portal.settings.serves_debug, "the debug endpoints are off; --debug turns them on", "not_found", 404)
-
-
 class Controls:
-    """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`).
-
-    What can't be done raises a PortalError, which over HTTP is the answer.
-    """
+    """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`). What
+    can't be done raises a PortalError, which over HTTP is the answer."""
     portal: Portal
 
     def __init__(self, portal: Portal):
@@ -8181,7 +8139,7 @@ class Controls:
         """Register an app, by the members of RFC 7591 section 2: over HTTP that is /oauth/register."""
         return register_client(self.portal, metadata)
 
-    @control("token", required=("client_id", "username"), user_name="username")
+    @control("token", required="client_id username", user_name="username")
     def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams",
                     scope: str | None = None, patient_id: str | None = None,
                     access_lifetime: float = ACCESS_SECONDS, approval_expires: float | None = None) -> Json:
@@ -8191,26 +8149,25 @@ class Controls:
         past, the tokens are born expired.
         """
         portal, now = self.portal, self.portal.clock.now()
-        client, user = known_client(portal, client_id), known_user(portal, username)
+        client = need(portal.client(need_text("client_id", client_id)),
+                      f"client_id: {client_id!r} is not registered here")
+        known_user(portal, username)
         asked = client.scope if scope is None else need_text("scope", scope)
         granted = need(served_scope(portal, asked, asked), f"scope: nothing of {asked!r} can be granted",
                        "invalid_scope")
-        lifetime, until = need_number("access_lifetime", access_lifetime), now + DEBUG_APPROVAL_SECONDS
-        need_moment("access_lifetime", now + lifetime)
+        lifetime = need_number("access_lifetime", access_lifetime, "seconds that end from 1970 to 9999",
+                               -now, LAST_SECOND - now)
+        until = now + 7 * DAY
         if approval_expires is not None:
-            until = need_moment("approval_expires", need_number("approval_expires", approval_expires))
-        patient = None
-        if needs_patient(granted):
-            patient = need_patient(portal, username, patient_id)
-        elif patient_id is not None or not user["any_patient"]:
-            patient = users_patient(portal, username, patient_id)
-        grant = Grant(new_token(), client.client_id, user["username"], patient, granted, until,
-                      portal.public_url())
+            until = need_number("approval_expires", approval_expires, "a Unix time to the year 9999",
+                                0, LAST_SECOND)
+        patient = users_patient(portal, username, patient_id, needs_patient(granted))
+        grant = Grant(new_token(), client.client_id, username, patient, granted, until, portal.browser_base())
         with portal.state.transaction() as database:
             row = store_grant(database, grant, now)
             return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
 
-    @control("authorize", lambda url: {"redirect_to": url})
+    @control("authorize", lambda url: {"redirect_to": url}, required="url username")
     def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False) -> str:
@@ -8220,8 +8177,8 @@ class Controls:
         Without patient_id it is the launch's patient, or the user's own; without security_labels all offered
         stay checked; approval_expires is a date (default: a year from today).
         """
-        portal, request = self.portal, authorization_request(self.portal, url)
-        user = known_user(portal, username)
+        portal, request, now = self.portal, authorization_request(self.portal, url), self.portal.clock.now()
+        known_user(portal, username)
         try:
             request_id = begin_authorization(portal, request, Fields(request.pairs()))
         except RedirectError as error:
@@ -8233,18 +8190,17 @@ class Controls:
         chosen = TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id)
         patient = whose_record(portal, username, details, chosen)
         if patient == TO_CHOOSE:
-            patient = whose_record(portal, username, details, need_patient(portal, username, None))
+            own = users_patient(portal, username, None, needed=True)
+            patient = whose_record(portal, username, details, str(own))
         if security_labels is None:
             security_labels = offered_categories(portal, client, details["scope"])
         need(isinstance(security_labels, (list, tuple))
              and all(isinstance(label, str) for label in security_labels),
              "security_labels: expected an array of strings")
-        now = portal.clock.now()
-        until = day_of(now, 1) if approval_expires is None else approval_expires
+        day = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
         visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
         return decide(portal, request_id, new_grant(
-            portal, client, user["username"], patient, details, security_labels,
-            need_text("approval_expires", until), visit, now))
+            portal, client, username, patient, details, security_labels, day, visit, now))
 
     # The launch URL ends with the parameters iss and launch.
     @control("launch", lambda url: {"launch_url": url, **dict(parse_qsl(url.partition("?")[2])[-2:])})
@@ -8253,19 +8209,18 @@ class Controls:
                need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
         """Launch an app as the EHR does, without the page: see create_launch. Gives the app's launch URL."""
         return str(create_launch(
-            self.portal, self.portal.public_url(), client_id=client_id, launch_uri=launch_uri,
+            self.portal, self.portal.browser_base(), client_id=client_id, launch_uri=launch_uri,
             username=username, patient_id=patient_id, encounter_id=encounter_id, intent=intent,
             need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
 
-    @control("clock", lambda now: {"now": now})
+    @control("clock", lambda now: {"now": now}, required="seconds")
     def advance(self, seconds: float) -> float:
         """Move the portal's clock by seconds, which may be fractional; gives its time, in Unix seconds."""
-        step = need_number("seconds", seconds)
-        need(0 <= self.portal.clock.now() + step <= LAST_NOW,
-             "seconds: the clock goes from the year 1970 to the year 9990")
-        return self.portal.clock.advance(step)
+        now = self.portal.clock.now()
+        return self.portal.clock.advance(need_number(
+            "seconds", seconds, "a number that keeps the clock from 1970 to 9990", -now, LAST_NOW - now))
 
-    @control("fail")
+    @control("fail", required="endpoint")
     def fail(self, endpoint: str, status: int | None = None, error: str | None = None,
              retry_after: int | None = None, delay: float = 0, drop: bool = False,
              times: int | None = 1) -> Json:
@@ -8275,31 +8230,27 @@ class Controls:
         retry_after and delay are seconds; drop closes the connection unanswered. A delay alone only delays.
         """
         need(endpoint in FAULTS, expected("endpoint", f"one of {', '.join(FAULTS)}", endpoint))
-        need(status is None or is_whole(status, 400, 599), expected("status", "400 to 599", status))
         need(error is None or re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)),
              f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
         need(drop in (True, False), expected("drop", "true or false", drop))
-        need(times is None or is_whole(times, 1), expected("times", "a whole number from 1", times))
-        need(retry_after is None or is_whole(retry_after, 0),
-             expected("retry_after", "a whole number from 0", retry_after))
-        wait = need_number("delay", delay)
-        need(0 <= wait <= 300, f"delay: expected 0 to 300 seconds, got {wait:g}")
+        need_whole("status", status, 400, 599)
+        need_whole("times", times, 1)
+        need_whole("retry_after", retry_after, 0)
+        wait = need_number("delay", delay, "0 to 300 seconds", 0, 300)
         if not status and error:
             status = ERROR_STATUS.get(error, 400)
         elif not status and retry_after is not None:
             status = 503
         need(status or wait or drop, "fail: give at least one of status, error, retry_after, delay, drop")
-        count = sys.maxsize if times is None else min(times, sys.maxsize)
-        order = itertools.repeat(Fault(status or 0, error or "", retry_after, wait, drop), count)
+        fault = Fault(status or 0, error or "", retry_after, wait, drop)
+        order = itertools.repeat(fault, sys.maxsize if times is None else min(times, sys.maxsize))
         self.portal.faults.setdefault(endpoint, []).append(order)
         return {"endpoint": endpoint, "times": times}
 
     @control("load", lambda stored: {"stored": stored}, whole="resource")
     def load(self, resource: Json) -> int:
         """Add a resource, or the resources of a Bundle, to the embedded records; gives how many were stored.
-
-        Those of the same type and id are replaced, until reset. All or none.
-        """
+        Those of the same type and id are replaced, until reset. All or none."""
         return self.portal.records.load(resource)
 
     @control("reset")
@@ -8327,31 +8278,20 @@ def need_text(name: str, value: Any) -> str:
     return str(value)
 
 
-def is_whole(value: Any, least: int, most: float = math.inf) -> bool:
-    """Whether something is a whole number within bounds; to Python, True is one."""
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def need_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
+    """Refuse what is neither None nor a whole number within bounds; to Python, True is one."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    need(value is None or whole, expected(name, f"a whole number, {least} to {most:g}", value))
 
 
-def need_number(name: str, value: Any) -> float:
-    """A finite number; it may come as a string."""
+def need_number(name: str, value: Any, what: str, least: float, most: float) -> float:
+    """A number within bounds, and so not NaN; it may come as a string."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    need(math.isfinite(number), expected(name, "a number", value))
+    need(least <= number <= most, expected(name, what, value))
     return number
-
-
-def need_moment(name: str, seconds: float) -> float:
-    """A Unix time that a calendar can write: within the years 1970 to 9999."""
-    need(0 <= seconds <= LAST_SECOND, f"{name}: {seconds:.0f} is not a Unix time from 1970 to 9999")
-    return seconds
-
-
-def known_client(portal: Portal, client_id: Any) -> Client:
-    """A registered client; PortalError for a stranger."""
-    client = portal.client(need_text("client_id", client_id))
-    return need(client, f"client_id: {client_id!r} is not registered here")
 
 
 def known_user(portal: Portal, username: Any) -> Row:
@@ -8359,21 +8299,18 @@ def known_user(portal: Portal, username: Any) -> Row:
     return need(portal.user(need_text("username", username)), f"username: there is no user {username!r}")
 
 
-def users_patient(portal: Portal, username: str, patient_id: Any) -> str | None:
+def users_patient(portal: Portal, username: str, patient_id: Any, needed: bool) -> str | None:
     """The patient asked for, if this user may open the record; else the user's own, or the only one."""
     if patient_id is not None:
-        known = portal.patient_name(username, need_text("patient_id", patient_id)) is not None
-        need(known, f"patient_id: {patient_id!r} is not a patient of {username!r}")
+        need(portal.patient_name(username, need_text("patient_id", patient_id)) is not None,
+             f"patient_id: {patient_id!r} is not a patient of {username!r}")
         return str(patient_id)
     rows = portal.state.rows("SELECT patient_id, is_user FROM patients WHERE username = ? "
                              "ORDER BY is_user DESC LIMIT 2", username)
-    return str(rows[0]["patient_id"]) if len(rows) == 1 or (rows and rows[0]["is_user"]) else None
-
-
-def need_patient(portal: Portal, username: str, patient_id: Any) -> str:
-    """The same where there must be one."""
-    return need(users_patient(portal, username, patient_id),
-                f"patient_id is missing, and {username!r} has no record of their own")
+    if len(rows) == 1 or (rows and rows[0]["is_user"]):
+        return str(rows[0]["patient_id"])
+    need(not needed, f"patient_id is missing, and {username!r} has no record of their own")
+    return None
 
 
 def authorization_request(portal: Portal, url: Any) -> Request:
@@ -8388,20 +8325,17 @@ def authorization_request(portal: Portal, url: Any) -> Request:
 @route("GET /oauth/debug/introspect", "S4S", kind="debug")
 def debug_introspect(portal: Portal, request: Request) -> Response:
     """All that is known of an access or refresh token, its values too; no client needs to ask (S4S)."""
-    only_with_debug(portal)
     value = Fields(request.pairs()).need("token")
     row = known_token(portal, value)
     if not row:
         return json_response({"active": False})
+    refresh, access, expires = row["refresh_token"], value, row["expires"]  # type: str, str | None, float
     if row["kind"] == "refresh":
-        newest = "SELECT * FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC LIMIT 1"
-        refresh, access = value, portal.state.row(newest, value)
-    else:
-        refresh, access = row["refresh_token"], row
+        newest = "SELECT token, expires FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC LIMIT 1"
+        refresh, (access, expires) = value, portal.state.row(newest, value) or (None, expires)
     return json_response({
-        "active": is_active(portal, row), "access_token": access["token"] if access else None,
-        "refresh_token": refresh, "access_expires": http_date((access or row)["expires"]),
-        "approval_expires": http_date(row["approval_expires"]), "client_id": row["client_id"],
+        "active": is_active(portal, row), "access_token": access, "refresh_token": refresh,
+        "access_expires": http_date(expires), "approval_expires": http_date(row["approval_expires"]), "client_id": row["client_id"],
         "scope": row["token_scope"], "token_type": "Bearer",
         "security_labels": json.loads(row["security_labels"]), "username": row["username"]})
 
@@ -8409,7 +8343,6 @@ def debug_introspect(portal: Portal, request: Request) -> Response:
 @route("GET,DELETE /oauth/debug/requests", "test control", kind="debug")
 def debug_requests(portal: Portal, request: Request) -> Response:
     """What the app really sent, oldest first, without secrets; DELETE forgets it."""
-    only_with_debug(portal)
     if request.method == "DELETE":
         portal.recorded.clear()
         return Response(204)
@@ -8429,16 +8362,13 @@ class RecordedRequest(NamedTuple):
 
     def redacted(self) -> Json:
         """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
-        body, media_type = self.body, self.headers.get("content-type", "").lower()
-        try:
-            if "json" in media_type:
-                body = json.dumps(redact(json.loads(body)))
-            elif "x-www-form-urlencoded" in media_type:
-                body = redact_pairs(body)
-            elif body:
-                body = REDACTED  # who can say what is in it
-        except (ValueError, RecursionError):
-            body = body and REDACTED
+        media_type = self.headers.get("content-type", "").lower()
+        body = self.body and REDACTED  # unless it is of a kind in which secrets have names
+        if "json" in media_type:
+            with contextlib.suppress(ValueError, RecursionError):
+                body = json.dumps(redact(json.loads(self.body)))
+        elif "x-www-form-urlencoded" in media_type:
+            body = redact_pairs(self.body)
         return {**self._asdict(), "path": scrubbed(self.path), "query": redact_pairs(self.query),
                 "headers": redact(self.headers), "body": body}
 
@@ -8451,7 +8381,6 @@ SECRET_NAMES = frozenset((
     "d", "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request",
     "set-cookie", "token"))
 REDACTED = "[redacted]"
-_LOOKS_SECRET = re.compile(r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}")
 
 
 def redact(value: Any) -> Any:
@@ -8471,7 +8400,8 @@ def redact_pairs(text: str) -> str:
 
 def scrubbed(text: str) -> str:
     """A text in which what looks like a token is cut short: an app may send one anywhere, in a path too."""
-    return _LOOKS_SECRET.sub(lambda match: shorten(match[0]), text)
+    token = r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}"
+    return re.sub(token, lambda match: shorten(match[0]), text)
 
 
 def write_log(line: str) -> None:
@@ -8504,8 +8434,7 @@ class Server(Controls):
             portal.close()
             raise
         portal.address = f"{self._listener.scheme}://{self.host}:{self._listener.server_port}"
-        portal.log = write_log
-        self.portal = portal
+        portal.log, self.portal = write_log, portal
         accept = self._listener.accept_until_stopped
         self._thread = threading.Thread(target=accept, name="s4s accept", daemon=True)
         self._thread.start()
@@ -8534,7 +8463,7 @@ class Server(Controls):
     @property
     def url(self) -> str:
         """The base URL, and issuer: the first base_url, or the address listened on."""
-        return self.portal.public_url()
+        return self.portal.browser_base()
 
     @property
     def fhir_url(self) -> str:
