@@ -7685,11 +7685,11 @@ class Option(NamedTuple):
     placeholder: str = ""
 
 
-option: Any = Option  # Any, since what stands for an attribute's type is not its value yet
+option: Any = Option  # to mypy: not the value that the attribute's type promises, yet
 
 
 def start_needs(good: Good | None, message: str) -> Good:
-    """Give back what is good; else refuse to start. The message says how to mend it."""
+    """Give back what is good; else refuse to start."""
     if not good:
         raise StartError(message)
     return good
@@ -7755,8 +7755,7 @@ class Settings:
 
     @property
     def serves_open_fhir(self) -> bool:
-        """Whether anyone, any page in a browser too, may read every record. Not what --fhir-server and its
-        --fhir-header open to this portal, unless told."""
+        """Whether anyone, any page in a browser too, may read every record; of --fhir-server only if told."""
         if self.open_fhir is not None:
             return self.open_fhir
         return self.local and self.fhir_server is None
@@ -7771,7 +7770,7 @@ OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance
 
 
 def fhir_base(url: str) -> str:
-    """A FHIR server's address, checked, such that paths can be put below it.
+    """A FHIR server's address, such that paths can be put below it.
 
     >>> fhir_base("HTTPS://Example.org/R4/")
     'https://example.org/R4'
@@ -7792,8 +7791,9 @@ def check_fhir_header(header: str) -> None:
                 f"--fhir-header {name}: expected \"Name: value\", and not a name that HTTP itself needs")
 
 
-# The demo accounts' password is no secret, so its hash may stand here: no start waits for hash_password.
-DEMO_PASSWORD, DEMO_SALT = "demo-password", "s4s-demo"
+# The password is no secret, so its hash may stand here: no start waits for hash_password.
+DEMO_PASSWORD = "demo-password"
+DEMO_SALT = "s4s-demo"
 DEMO_PASSWORD_HASH = "ed504b57dc89d0d90ebb784eb00ff225e805bcb7c4b28e98bd09147072c462c9"
 DEMO_USERS = (            # username, name, fhir_user, may open any record
     ("daniel-adams", "Daniel Adams", "Patient/smart-1288992", False),
@@ -7822,8 +7822,8 @@ class Seeds:
         samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
         for username, name, fhir_user, any_patient in DEMO_USERS:
             if samples or any_patient:
-                resource = fhir_user if samples else None
-                self.users.append((username, name, resource, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
+                who = fhir_user if samples else None
+                self.users.append((username, name, who, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
         if samples:
             self.patients.extend(DEMO_PATIENTS)
         for client_id, secret, uri in DEMO_CLIENTS:
@@ -7839,7 +7839,7 @@ class Seeds:
             self.add_fixtures(settings.fixtures)
 
     def write(self, database: sqlite3.Connection, now: float) -> None:
-        """Write them down, in place of older ones."""
+        """Put them in place of older ones."""
         database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in self.users])
         database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", self.users)
         database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", self.patients)
@@ -7850,16 +7850,16 @@ class Seeds:
     def add_client(self, where: str, client: Any) -> Client:
         """Add a client, public if it has no secret and no keys; errors say `where` it comes from."""
         start_needs(isinstance(client, dict), f"{where} is not a JSON object")
-        metadata = dict(client)
-        client_id, secret = metadata.pop("client_id", None), metadata.pop("client_secret", None)
+        given = dict(client)
+        client_id, secret = given.pop("client_id", None), given.pop("client_secret", None)
         start_needs(isinstance(client_id, str) and re.fullmatch(r"[!-~]+", client_id),
                     f"{where}: client_id is missing or not a string of ASCII")
         start_needs(secret is None or (isinstance(secret, str) and secret),
                     f"{where}: client_secret: expected a string")
-        usual = "private_key_jwt" if {"jwks", "jwks_uri"} & metadata.keys() else "none"
-        usual = "client_secret_basic" if secret else usual
+        method = "private_key_jwt" if {"jwks", "jwks_uri"} & given.keys() else "none"
+        method = "client_secret_basic" if secret else method
         try:
-            kept = client_metadata({"token_endpoint_auth_method": usual, **metadata})
+            kept = client_metadata({"token_endpoint_auth_method": method, **given})
         except PortalError as error:
             raise StartError(f"{where}: {error.description}")
         method, but = kept["token_endpoint_auth_method"], "but" if secret else "without"
@@ -7869,7 +7869,7 @@ class Seeds:
         return self.clients[client_id]
 
     def add_option(self, text: str) -> None:
-        """Add what --client says: a client, or one more redirect URI of a client that is there already."""
+        """Add what --client says: a client, or one more redirect URI of an earlier one."""
         where = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
         match = start_needs(re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text),
                             f"{where}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
@@ -7948,7 +7948,7 @@ class Fault(NamedTuple):
 
 
 class Portal:
-    """One portal: its settings, its clock, its state, its records. It knows nothing of sockets."""
+    """One portal: settings, clock, state, records. It knows nothing of sockets."""
     def __init__(self, settings: Settings):
         self.settings, self.clock = settings, Clock()
         self.seeds = Seeds(settings)       # before anything is open that would have to be closed
@@ -7980,9 +7980,9 @@ class Portal:
             kept.clear()
         self.records.reset()
         with self.state.transaction() as database:
-            for table_name in ("pages", "tokens", "grants", "pending", "launches", "sessions", "assertions",
-                               "clients", "patients", "users"):
-                database.execute(f"DELETE FROM {table_name}")
+            tables = "pages tokens grants pending launches sessions assertions clients patients users"
+            for table in tables.split():
+                database.execute(f"DELETE FROM {table}")
             self.seeds.write(database, self.clock.now())
 
     def close(self) -> None:
@@ -7995,8 +7995,8 @@ class Portal:
         row = self.state.row("SELECT * FROM clients WHERE client_id = ?", client_id)
         if not row:
             return None
-        registered_itself = bool(row["registered_itself"])
-        return Client(client_id, row["secret_hash"], json.loads(row["metadata"]), registered_itself)
+        metadata, itself = json.loads(row["metadata"]), bool(row["registered_itself"])
+        return Client(client_id, row["secret_hash"], metadata, itself)
 
     def user(self, username: str) -> Row | None:
         """A user's row. A patient who was loaded signs in by id: that account is made when asked for."""
@@ -8014,15 +8014,14 @@ class Portal:
         return self.state.row(sql, username)
 
     def patients_of(self, username: str, text: str = "") -> dict[str, str]:
-        """The patients a user may open, id -> name, the user's own record first; with `text`, those of this
-        id or whose name has it. Of one who may open any record, the first few."""
+        """The patients a user may open, id -> name, the user's own first; with `text`, those of this id or
+        with a name that has it. Of one who may open any record, the first few."""
         user = self.user(username)
         if user and user["any_patient"]:
             patients = dict(self.records.find_patients(text))
-            if FHIR_ID.fullmatch(text):
-                with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
-                    name = self.records.patient_name(text)
-                    patients.update({text: name} if name else {})
+            with contextlib.suppress(FhirError):  # a server may dislike a name where an id belongs
+                if FHIR_ID.fullmatch(text) and (name := self.records.patient_name(text)):
+                    patients[text] = name
             return patients
         sql = "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name"
         word = re.compile(r"\b" + re.escape(text), re.IGNORECASE)
@@ -8060,9 +8059,10 @@ class Portal:
     def log_bug(self, during: str, error: Exception) -> None:
         """Log a bug of ours: what and where, but no value and no line of source, which may hold a secret."""
         import traceback  # takes long to import, and nobody should need it
-        calls = traceback.extract_tb(error.__traceback__)
-        where = [f"\n    {call.filename}:{call.lineno} {call.name}" for call in calls]
-        self.log(f"BUG {type(error).__name__} in {during}" + "".join(where))
+        lines = [f"BUG {type(error).__name__} in {during}"]
+        for call in traceback.extract_tb(error.__traceback__):
+            lines.append(f"    {call.filename}:{call.lineno} {call.name}")
+        self.log("\n".join(lines))
 
     def base(self, request: Request) -> str:
         """The name by which this request's sender knows the server: see section 5."""
@@ -8079,7 +8079,7 @@ class Portal:
 
     def is_ours(self, host: str) -> bool:
         """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it,
-        the one listened on or any IP address. Other names may be pointed here by whoever owns them."""
+        the one listened on or any IP address. Others may be pointed here by whoever owns them."""
         if host in [urlsplit(url).netloc for url in self.settings.base_url]:
             return True
         name = re.sub(r"^(\[[^]]*\]|[^:]*).*", r"\1", host)  # without the port
@@ -8101,8 +8101,8 @@ def control(path: str, answer: Callable[[Any], Json | None] = lambda given: give
             required: str = "", **aliases: str) -> Callable[[Control], Control]:
     """Declare the other door of a control: POST /oauth/debug/`path`, whose JSON members are its parameters.
 
-    `answer` makes of what the control gives the JSON that goes out (None: 204); `whole` is the parameter that
-    the body is as a whole; `required` names those that HTTP needs; `aliases` are other member names.
+    `answer` makes JSON of what the control gives (None: 204); `whole` is the parameter that the body is as a
+    whole; `required` names those that HTTP needs; `aliases` are other member names.
     """
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__], code = function, function.__code__
@@ -8127,8 +8127,8 @@ def control(path: str, answer: Callable[[Any], Json | None] = lambda given: give
 
 
 class Controls:
-    """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`). What
-    can't be done raises a PortalError, which over HTTP is the answer."""
+    """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`). They
+    raise PortalError, which over HTTP is the answer."""
     portal: Portal
 
     def __init__(self, portal: Portal):
@@ -8260,19 +8260,19 @@ class Controls:
     @property
     def requests(self) -> list[RecordedRequest]:
         """The last requests, oldest first, as they came."""
-        return [RecordedRequest(request.method, request.path, request.query, status, dict(request.headers),
-                                request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"),
-                                request.client_id, request.username)
-                for request, status in list(self.portal.recorded)]
+        return [RecordedRequest(
+            request.method, request.path, request.query, status, dict(request.headers),
+            request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"), request.client_id, request.username)
+            for request, status in list(self.portal.recorded)]
 
 
 def expected(name: str, what: str, value: Any) -> str:
-    """What to say of a control's parameter that is something else."""
+    """What is wrong with a control's parameter."""
     return f"{name}: expected {what}, got {json.dumps(value, default=str)}"
 
 
 def need_text(name: str, value: Any) -> str:
-    """A control's parameter that must be a string with something in it."""
+    """A string with something in it."""
     need(isinstance(value, str) and value, expected(name, "a string", value))
     return str(value)
 

@@ -2072,12 +2072,12 @@ class WhoAsks(PortalTest):
         for text in ("app:hunter2=not a url", "app:hunter2", "app:hunter2=javascript:x", "app:hunter2=x=y",
                      "app=hunter2", "test-suite:hunter2=https://x.example/"):
             with self.subTest(text=text), self.assertRaises(s4s.StartError) as caught:
-                s4s.seeds(s4s.Settings(client=[text]))
+                s4s.Seeds(s4s.Settings(client=[text]))
             self.assertIn(f"--client {text.replace(':', '=').partition('=')[0]}: ", str(caught.exception))
             self.assertNotIn("hunter2", str(caught.exception))
 
     def test_a_secret_may_hold_an_equals_sign(self) -> None:
-        client = s4s.seeds(s4s.Settings(client=["app:a=b==https://x.example/?c=d"])).clients["app"]
+        client = s4s.Seeds(s4s.Settings(client=["app:a=b==https://x.example/?c=d"])).clients["app"]
         self.assertEqual((client.secret_hash, client.metadata["redirect_uris"]),
                          (s4s.hash_secret("a=b="), ["https://x.example/?c=d"]))
 
@@ -6306,7 +6306,8 @@ class Secrets(unittest.TestCase):
                      ask(f"{portal.url}/oauth/userinfo", token=direct["refresh_token"]))
         self.written += [ask(portal.url + path, token=token).text for path in (
             "/api/fhir/Patient", f"/api/fhir/Patient/{DANIEL}", "/api/fhir/metadata", "/oauth/userinfo",
-            "/api/me", "/health", "/api/fhir/Observation?_count=5", "/oauth/jwks", "/.well-known/openid-configuration")]
+            "/api/fhir/Observation?_count=5", "/api/me", "/health", "/oauth/jwks",
+            "/.well-known/openid-configuration")]
 
     def misplace(self, portal: s4s.Server, app: App, tokens: Any, direct: Any) -> None:
         """Send secrets where they don't belong: in a path, in a query, in broken JSON, into a bug."""
