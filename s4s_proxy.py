@@ -691,7 +691,8 @@ def http_date(seconds: float) -> str:
 # https://portal.example and --base-url http://portal:8000, and asked by an app in a container at http://portal:8000,
 #     portal.base(request)          is http://portal:8000, as the sender knows us: issuer, audience, links
 #     portal.browser_base(request)  is https://portal.example, always the first: where people's browsers go.
-# Without --base-url both are what the Host header says, which is why `check_host` doubts it.
+# Without --base-url both are what the Host header says, which is why `check_host` doubts it. Where there is no
+# request, portal.browser_base() is then the address listened on.
 
 
 def dispatch(portal: Portal, request: Request) -> Response:
@@ -8042,7 +8043,7 @@ class Portal:
             "(SELECT nullif(fhir_user, '') FROM users WHERE username = ?), "
             "(SELECT 'Patient/' || patient_id FROM patients WHERE username = ? AND is_user), '')",
             username, patient_id, username, username)
-        return str(row and row[0])
+        return str(row[0]) if row else ""
 
     def meet_fault(self, endpoint: str) -> None:
         """Do what a test ordered for this endpoint: wait, then refuse; ConnectionAbortedError for a drop."""
@@ -8183,7 +8184,7 @@ class Controls:
         except RedirectError as error:
             return error.url
         client, details = pending_request(portal, request_id)
-        need(isinstance(deny, bool), expected("deny", "true or false", deny))
+        must(isinstance(deny, bool), "deny", "true or false", deny)
         if deny:
             return decide(portal, request_id, None)
         chosen = TO_CHOOSE if patient_id is None else need_text("patient_id", patient_id)
@@ -8191,15 +8192,15 @@ class Controls:
         if patient == TO_CHOOSE:
             own = users_patient(portal, username, None, needed=True)
             patient = whose_record(portal, username, details, str(own))
-        if security_labels is None:
-            security_labels = offered_categories(portal, client, details["scope"])
-        need(isinstance(security_labels, (list, tuple))
-             and all(isinstance(label, str) for label in security_labels),
-             "security_labels: expected an array of strings")
+        labels = security_labels
+        if labels is None:
+            labels = offered_categories(portal, client, details["scope"])
+        must(isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels),
+             "security_labels", "an array of strings", labels)
         day = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
         visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
         return decide(portal, request_id, new_grant(
-            portal, client, username, patient, details, security_labels, day, visit, now))
+            portal, client, username, patient, details, labels, day, visit, now))
 
     # The launch URL ends with the parameters iss and launch.
     @control("launch", lambda url: {"launch_url": url, **dict(parse_qsl(url.partition("?")[2])[-2:])})
@@ -8228,10 +8229,10 @@ class Controls:
         status is HTTP's, error a code of the endpoint's text (alone: with the status that the text gives it),
         retry_after and delay are seconds; drop closes the connection unanswered. A delay alone only delays.
         """
-        need(endpoint in FAULTS, expected("endpoint", f"one of {', '.join(FAULTS)}", endpoint))
+        must(endpoint in FAULTS, "endpoint", f"one of {', '.join(FAULTS)}", endpoint)
         need(error is None or re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)),
              f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
-        need(drop in (True, False), expected("drop", "true or false", drop))
+        must(drop in (True, False), "drop", "true or false", drop)
         need_whole("status", status, 400, 599)
         need_whole("times", times, 1)
         need_whole("retry_after", retry_after, 0)
@@ -8266,21 +8267,21 @@ class Controls:
             for request, status in list(self.portal.recorded)]
 
 
-def expected(name: str, what: str, value: Any) -> str:
-    """What is wrong with a control's parameter."""
-    return f"{name}: expected {what}, got {json.dumps(value, default=str)}"
+def must(good: object, name: str, what: str, value: Any) -> None:
+    """Refuse a control's parameter that is something else."""
+    need(good, f"{name}: expected {what}, got {json.dumps(value, default=str)}")
 
 
 def need_text(name: str, value: Any) -> str:
     """A string with something in it."""
-    need(isinstance(value, str) and value, expected(name, "a string", value))
+    must(isinstance(value, str) and value, name, "a string", value)
     return str(value)
 
 
 def need_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
     """Refuse what is neither None nor a whole number within bounds; to Python, True is one."""
     whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-    need(value is None or whole, expected(name, f"a whole number, {least} to {most:g}", value))
+    must(value is None or whole, name, f"a whole number, {least} to {most:g}", value)
 
 
 def need_number(name: str, value: Any, what: str, least: float, most: float) -> float:
@@ -8289,7 +8290,7 @@ def need_number(name: str, value: Any, what: str, least: float, most: float) -> 
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    need(least <= number <= most, expected(name, what, value))
+    must(least <= number <= most, name, what, value)
     return number
 
 
