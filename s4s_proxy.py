@@ -7744,8 +7744,12 @@ class Settings:
                     "--data and --fhir-server exclude each other: load the data into that server")
         if self.fhir_server is not None:
             self.fhir_server = fhir_base(str(self.fhir_server))
+        of_http = "accept accept-encoding connection content-length expect host te transfer-encoding upgrade"
         for header in self.fhir_header:
-            check_fhir_header(header)
+            name = header.partition(":")[0]
+            good = re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: *[!-~][ -~]*", header)
+            start_needs(good and name.lower() not in of_http.split(),  # not the value: it may be secret
+                        f"--fhir-header {name}: expected \"Name: value\", and no name that HTTP itself needs")
         start_needs(isinstance(self.fhir_timeout, (int, float)) and 0 < self.fhir_timeout <= 3600,
                     f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
 
@@ -7781,15 +7785,6 @@ def fhir_base(url: str) -> str:
     if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
         raise StartError(f"--fhir-server {url}: give its FHIR base, http(s), without user, query or fragment")
     return match[1].lower() + (match[3] or "")
-
-
-def check_fhir_header(header: str) -> None:
-    """Refuse what is no header, and what would disturb HTTP itself."""
-    name = header.partition(":")[0]
-    good = re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: *[!-~][ -~]*", header)
-    of_http = "accept accept-encoding connection content-length expect host te transfer-encoding upgrade"
-    start_needs(good and name.lower() not in of_http.split(),  # the value may be a secret: it is not repeated
-                f"--fhir-header {name}: expected \"Name: value\", and not a name that HTTP itself needs")
 
 
 # The password is no secret, so its hash may stand here: no start waits for hash_password.
@@ -7929,7 +7924,7 @@ ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope
 
 
 class Fault(NamedTuple):
-    """Trouble that a test ordered for an endpoint."""
+    """Trouble that a test ordered."""
     status: int              # HTTP's; 0: none
     error: str
     retry_after: int | None  # seconds
@@ -8157,10 +8152,8 @@ class Controls:
                        "invalid_scope")
         lifetime = need_number("access_lifetime", access_lifetime, "seconds that end from 1970 to 9999",
                                -now, LAST_SECOND - now)
-        until = now + 7 * DAY
-        if approval_expires is not None:
-            until = need_number("approval_expires", approval_expires, "a Unix time to the year 9999",
-                                0, LAST_SECOND)
+        until = now + 7 * DAY if approval_expires is None else approval_expires
+        until = need_number("approval_expires", until, "a Unix time from 1970 to 9999", 0, LAST_SECOND)
         patient = users_patient(portal, username, patient_id, needs_patient(granted))
         grant = Grant(new_token(), client.client_id, username, patient, granted, until, portal.browser_base())
         with portal.state.transaction() as database:
