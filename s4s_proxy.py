@@ -225,8 +225,7 @@ AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
 def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
-    """functools.lru_cache for a function of texts that anybody may send: what is long is not kept, or a stranger could
-    fill the memory."""
+    """functools.lru_cache for texts that anybody may send: long ones, which would fill it, are not kept."""
     def decorate(function: AnyFunction) -> AnyFunction:
         kept = functools.lru_cache(count)(function)
 
@@ -238,10 +237,9 @@ def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
 
 
 # ======================================================================== Part One: the protocol
-# It uses of what stands below: search_table and parse_term (the records), fhir_response,
-# FHIR_TYPE, FHIR_TYPES, JSON_TYPES, parse_json, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt,
-# read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages), DEMO_SALT and
-# MAX_RECORDED_BODY.
+# It uses of what stands below: search_table and parse_term (the records), fhir_response, FHIR_TYPE,
+# FHIR_TYPES, JSON_TYPES, parse_json, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt,
+# read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages).
 
 
 # ######################################################################## 1 errors
@@ -252,9 +250,8 @@ class StartError(Exception):
 
 
 class PortalError(Exception):
-    """A request refused: `status` is HTTP's, `error` a code of the endpoint's text, `description` for people.
-    Over HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2); test controls raise it as it
-    is."""
+    """A refusal: `status` is HTTP's, `error` a code of the endpoint's text, `description` for people. Over
+    HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2)."""
     def __init__(self, error: str, description: str, status: int = 400,
                  headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{error}: {description}")
@@ -271,11 +268,9 @@ class PageError(PortalError):
 
 
 class RedirectError(PortalError):
-    """An authorization error that travels to the app's redirect URI (RFC 6749 section 4.1.2.1).
-
-    Raised only after client and redirect URI have been found good: before that, a redirect would make this
-    server a tool for sending people anywhere (RFC 6749 section 10.15). `url` is where the browser goes.
-    """
+    """An authorization error that travels to the app (RFC 6749 section 4.1.2.1): `url` is where the browser
+    goes. Only for a client and redirect URI that were found good: before, a redirect would make this server a
+    tool for sending people anywhere (section 10.15)."""
     def __init__(self, error: PortalError, url: str):
         super().__init__(error.error, error.description)
         self.url = url
@@ -306,8 +301,8 @@ def challenge(scheme: str = "Bearer", **members: str) -> tuple[str, str]:
 
 
 def new_token() -> str:
-    """A value nobody can guess: a random UUID, as S4S promised its clients. It holds 122 random bits, as
-    SMART asks; RFC 6749 section 10.10 wants 128, so a production server draws more."""
+    """A value nobody can guess: a random UUID, as S4S promised. It holds 122 random bits, as SMART asks; RFC
+    6749 section 10.10 wants 128, so a production server draws more."""
     digits = secrets.token_hex(16)  # as RFC 9562 section 5.4 says; the module uuid takes long to import
     variant = "89ab"[int(digits[16], 16) % 4]
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
@@ -358,10 +353,9 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
     "launch": "know whose record is open",
     "launch/patient": "know whose record you choose",
     "launch/encounter": "know which visit is open",
-    "offline_access": ("come back for new data when you are not there, until the date below or until "
-                       "you stop it"),
-}
+    "offline_access": "come back for new data when you are not there, until the date below or you stop it"}
 SCOPE_SYNTAX = re.compile(r"(?= *[^ ])[!#-\[\]-~ ]{1,8192}")  # RFC 6749 section 3.3, but not without end
+SCOPE_WORDS = "words of ASCII without quotes and backslashes, 8192 characters at most (RFC 6749 section 3.3)"
 _RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
                              r"\.(read|write|\*|(?=[cruds])c?r?u?d?s?)(\?.*)?")
 
@@ -407,33 +401,29 @@ def scope_covers(registered: str, word: str) -> bool:
     >>> scope_covers("user/*.rs", "patient/*.rs")  # they open different records
     False
     """
-    wanted, allowed = parse_scope(word), registered.split()
+    wanted = parse_scope(word)
     if wanted:
         return any(scope.covers(wanted) for scope in resource_scopes(registered))
-    wider = {"launch": "launch/patient", "profile": "fhirUser"}.get(word)
-    return word in allowed or wider in allowed
+    wider = {"launch": "launch/patient", "profile": "fhirUser"}.get(word, word)
+    return not {word, wider}.isdisjoint(registered.split())
 
 
 def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
     """What of the scope asked for can be granted: the words that this server knows, can do, and the client
-    registered. Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3).
-
-    PortalError for what is no scope at all. `contexts`: system/ is for backend services, which have no user
-    and no consent; the others are for users.
+    registered. Granting less than asked is allowed, saying so is a duty (RFC 6749 section 3.3). `contexts`:
+    system/ is for backend services, which have no user and no consent; the others are for users.
 
     >>> negotiate_scope("openid patient/*.cruds patient/*.* user/*.rs", "openid patient/*.rs")
     'openid patient/*.rs patient/*.read'
     """
-    need(SCOPE_SYNTAX.fullmatch(asked), f"scope {asked[:200]!r}: expected words of ASCII without quotes and "
-         "backslashes, 8192 characters at most", "invalid_scope")
+    need(SCOPE_SYNTAX.fullmatch(asked), f"scope {asked[:200]!r}: expected {SCOPE_WORDS}", "invalid_scope")
     granted = [grantable(word, registered, contexts) for word in asked.split()]
-    return " ".join(dict.fromkeys(word for word in granted if word))  # each once, in the order asked
+    return " ".join(dict.fromkeys(filter(None, granted)))  # each once, in the order asked
 
 
 def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
-    """What of one word can be granted, "" for nothing: of writing beside reading what remains, in the
-    spelling that was asked. PortalError for a constraint that this server can't keep: without it, the app
-    would get more than it asked for."""
+    """What of one word can be granted, "" for nothing: of writing beside reading what remains, as it was
+    spelt. A constraint that can't be kept is refused: without it, the app would get more than it asked."""
     parsed = parse_scope(word)
     head, question, constraints = word.partition("?")
     if not parsed:
@@ -471,18 +461,17 @@ def describe_scope(word: str) -> str:
 # ######################################################################## 4 the tables and the clock
 
 STATE_SCHEMA = """
--- Who may sign in. fhir_user is the resource that stands for this person.
+-- Who may sign in. fhir_user is the resource that stands for this person. any_patient: a clinician, who may
+-- open every record.
 CREATE TABLE IF NOT EXISTS users (
-    username TEXT PRIMARY KEY, name TEXT NOT NULL, fhir_user TEXT,
-    password_salt TEXT NOT NULL, password_hash TEXT NOT NULL,
-    any_patient INTEGER NOT NULL DEFAULT 0);      -- 1: a clinician, who may open every record
+    username TEXT PRIMARY KEY, name TEXT NOT NULL, fhir_user TEXT, password_salt TEXT NOT NULL,
+    password_hash TEXT NOT NULL, any_patient INTEGER NOT NULL DEFAULT 0);
 
 -- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this
 -- patient, if not who the user is anyway (a RelatedPerson).
 CREATE TABLE IF NOT EXISTS patients (
-    username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL,
-    name TEXT NOT NULL, is_user INTEGER NOT NULL, fhir_user TEXT,
-    PRIMARY KEY (username, patient_id));
+    username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL, name TEXT NOT NULL,
+    is_user INTEGER NOT NULL, fhir_user TEXT, PRIMARY KEY (username, patient_id));
 
 -- The apps. metadata is what RFC 7591 calls client metadata, as JSON. No secret: a public client, or one with
 -- keys. registered_itself: by /oauth/register, and not by whoever runs this server.
@@ -498,8 +487,7 @@ CREATE INDEX IF NOT EXISTS sessions_by_expiry ON sessions (expires);
 
 -- Launches by the EHR that wait for their app. context is JSON: the members of the token response.
 CREATE TABLE IF NOT EXISTS launches (
-    launch TEXT PRIMARY KEY,
-    client_id TEXT REFERENCES clients,            -- NULL until an app uses it, if none was named
+    launch TEXT PRIMARY KEY, client_id TEXT REFERENCES clients,  -- NULL until an app uses it, if not named
     username TEXT, patient_id TEXT, context TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS launches_by_expiry ON launches (expires);
 
@@ -513,10 +501,8 @@ CREATE INDEX IF NOT EXISTS pending_by_expiry ON pending (expires);
 CREATE TABLE IF NOT EXISTS grants (
     grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
     username TEXT REFERENCES users,               -- NULL: a backend service, which acts for nobody
-    patient_id TEXT, scope TEXT NOT NULL,
-    security_labels TEXT NOT NULL,                -- JSON list of categories; empty: not limited
-    approved REAL NOT NULL, approval_expires REAL NOT NULL,
-    ended INTEGER NOT NULL DEFAULT 0,
+    patient_id TEXT, scope TEXT NOT NULL, security_labels TEXT NOT NULL,  -- JSON list; empty: no limit
+    approved REAL NOT NULL, approval_expires REAL NOT NULL, ended INTEGER NOT NULL DEFAULT 0,
     issuer TEXT,                                  -- the base URL that the app knows this server by
     redirect_uri TEXT, code_challenge TEXT,       -- what the code is bound to
     nonce TEXT, signed_in REAL,                   -- what the id_token repeats, and when the user signed in
@@ -557,8 +543,7 @@ MAX_KNOWN, MAX_KNOWN_OF_ONE = 5_000_000, 100_000  # characters that a Store reme
 
 @functools.cache
 def empty_database(schema: str) -> sqlite3.Connection:
-    """A database in memory with the tables of a schema, made once in a process. Servers copy it: reading a
-    schema takes SQLite twenty times as long (measured)."""
+    """A database that servers copy: to read a schema takes SQLite twenty times as long (measured)."""
     connection = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     atexit.register(connection.close)
     connection.executescript(schema)
@@ -569,11 +554,10 @@ class Store:
     """A SQLite database that many threads share.
 
     Theory of operation. There is one connection and one lock, so a `transaction` is alone from its first look
-    to its last write, and nobody need ask who sees what. What `rows` found is remembered, by its SQL and
-    values, until anything is written. No reader of this code has to think of that: every write is a
-    transaction, each forgets everything as it begins, and until it ends nothing is remembered and other
-    threads wait. The memory is bounded: where it is full it is emptied, and a long answer is not kept. A file
-    that another process may write to has none.
+    to its last write. What `rows` found is remembered, by its SQL and values, until anything is written. No
+    reader of this code has to think of that: every write is a transaction, each forgets everything as it
+    begins, and until it ends nothing is remembered and other threads wait. A memory that is full is emptied,
+    and a long answer not kept. A file, to which another process may write, has no memory.
 
     What we would like better: to forget only what a write has touched, but nobody tells us which tables a
     query read; and readers that do not wait for each other, but a connection for each was slower (measured).
@@ -581,8 +565,8 @@ class Store:
     def __init__(self, path: str | None, schema: str):
         """Open the file at `path`, or memory if None, and create the tables that are missing."""
         self._known: dict[tuple[Any, ...], list[Row]] = {}
-        self._known_size = 0
-        self._remembers = path is None
+        self._known_size, self._remembers = 0, path is None
+        self._lock = threading.RLock()
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
                                               check_same_thread=False)
@@ -594,33 +578,30 @@ class Store:
             else:
                 empty_database(schema).backup(self.connection)
         except sqlite3.Error as error:
-            raise StartError(
-                f"--db {path}: {error}; name a file that is a database of this program, or a new one")
-        self._lock = threading.RLock()
+            raise StartError(f"--db {path}: {error}; expected a database of this program, or a new file")
 
     def rows(self, sql: str, *values: Any) -> Sequence[Row]:
         """All rows of a query."""
         key = (sql, *values)
-        try:
-            return self._known[key]
-        except KeyError:
-            pass
+        known = self._known.get(key)
+        if known is not None:
+            return known
         with self._lock:
-            found = self.connection.execute(sql, values).fetchall()
+            rows = self.connection.execute(sql, values).fetchall()
             if self._remembers and not self.connection.in_transaction:
-                texts = [value for row in (values, *found) for value in row if isinstance(value, str)]
+                texts = [value for row in (values, *rows) for value in row if isinstance(value, str)]
                 size = 500 + sum(map(len, texts))
                 if size <= MAX_KNOWN_OF_ONE:
                     if self._known_size >= MAX_KNOWN:
                         self.changed()
                     self._known_size += size
-                    self._known[key] = found
-            return found
+                    self._known[key] = rows
+            return rows
 
     def row(self, sql: str, *values: Any) -> Row | None:
         """The first row of a query, or None."""
-        found = self.rows(sql, *values)
-        return found[0] if found else None
+        rows = self.rows(sql, *values)
+        return rows[0] if rows else None
 
     def changed(self) -> None:
         """Forget the rows looked up: something else is written now, or may be."""
@@ -663,8 +644,7 @@ class Clock:
         expired stays expired, and a used assertion stays used."""
         with self._lock:
             system = time.time()
-            if system < self._system:
-                self.offset += self._system - system
+            self.offset += max(self._system - system, 0)
             self._system = system
             return system + self.offset
 
@@ -688,22 +668,24 @@ def http_date(seconds: float) -> str:
 # ######################################################################## 5 request, response, route
 
 # Two words for our own address, since with --base-url it may have several. Started with --base-url
-# https://portal.example and --base-url http://portal:8000, and asked by an app in a container at http://portal:8000,
+# https://portal.example --base-url http://portal:8000, and asked by an app in a container at the second,
 #     portal.base(request)          is http://portal:8000, as the sender knows us: issuer, audience, links
 #     portal.browser_base(request)  is https://portal.example, always the first: where people's browsers go.
 # Without --base-url both are what the Host header says, which is why `check_host` doubts it. Where there is no
 # request, portal.browser_base() is then the address listened on.
 
+MAX_RECORDED_BODY = 64 << 10  # of a request that tests may look at
+
 
 def dispatch(portal: Portal, request: Request) -> Response:
     """Answer a request: the whole server without its sockets. ConnectionAbortedError: a test wants a drop."""
-    route = find_route(request)
-    response = None
+    route, status = find_route(request), 0
     try:
         response = respond(portal, request, route)
+        status = response.status
     finally:
         if not request.path.startswith("/oauth/debug/"):
-            portal.recorded.append((request, response.status if response else 0))
+            portal.recorded.append((request, status))
             request.body = request.body[:MAX_RECORDED_BODY]
     if route and route.cors:
         response.headers += ALLOWED_ORIGIN
@@ -740,8 +722,8 @@ def respond(portal: Portal, request: Request, route: Route | None) -> Response:
         refusal = error
     except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
         portal.log(f"DATABASE {error} in {request.method} {request.path}")
-        description = f"the database says: {error}; nothing was changed"
-        refusal = PortalError("temporarily_unavailable", description, 503)
+        told = f"the database says: {error}; nothing was changed"
+        refusal = PortalError("temporarily_unavailable", told, 503)
     except Exception as error:  # noqa: BLE001
         portal.log_bug(f"{request.method} {request.path}", error)
         refusal = PortalError("server_error", "this server has a bug; its log says where", 500)
@@ -753,16 +735,16 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
     check_host(portal, request)
     if not route:
         raise PortalError("not_found", f"there is nothing at {request.path}", 404)
-    allowed = ("Allow", allowed_methods(route))
-    if request.method == "OPTIONS":
-        return Response(204, headers=[allowed, *PREFLIGHT] if route.cors else [allowed])
+    if route.kind == "debug":
+        check_debug(portal, request)
     method = "GET" if request.method == "HEAD" else request.method
     if method not in route.methods:
-        description = f"{request.method} is not possible here; possible are {allowed[1]}"
+        head = ["HEAD"] if "GET" in route.methods else []
+        allowed = ("Allow", ", ".join([*route.methods, *head, "OPTIONS"]))
+        if method == "OPTIONS":
+            return Response(204, headers=[allowed, *PREFLIGHT] if route.cors else [allowed])
+        description = f"{method} is not possible here; possible are {allowed[1]}"
         raise PortalError("invalid_request", description, 405, [allowed])
-    if route.kind == "debug":
-        need(portal.settings.serves_debug, "debug endpoints are off; --debug turns them on", "not_found", 404)
-        check_same_origin(request)
     if request.broken and method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
         raise request.broken
     if route.fault not in ("", "authorize"):  # an authorization error may travel: see begin_authorization
@@ -770,54 +752,49 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
     return route.endpoint(portal, request)
 
 
-def allowed_methods(route: Route) -> str:
-    """A route's methods, as the Allow header lists them."""
-    head = ["HEAD"] if "GET" in route.methods else []
-    return ", ".join([*route.methods, *head, "OPTIONS"])
-
-
 def check_host(portal: Portal, request: Request) -> None:
     """While anyone who can reach us is trusted, refuse names that aren't ours. Else a page elsewhere points
-    its own name at this machine (DNS rebinding): to the browser we are its site then, and its scripts read
-    our answers."""
+    its own name at this machine (DNS rebinding): its scripts read our answers, as if we were its site."""
     settings = portal.settings
     trusting = settings.local or settings.serves_debug or settings.serves_open_fhir
     if trusting and not portal.is_ours(request.host):
         others = "" if settings.local else ", another IP address"
-        raise PortalError("misdirected_request", f"Host is {request.host!r}; expected localhost, "
-                          f"127.0.0.1{others} or a --base-url", 421)
+        description = f"Host is {request.host!r}; expected localhost, 127.0.0.1{others} or a --base-url"
+        raise PortalError("misdirected_request", description, 421)
 
 
-def check_same_origin(request: Request) -> None:
-    """Debug endpoints obey no other web page, though browsers that show one can reach us (CSRF): a browser
-    names the page that sends (Origin), or says how far away it is (Fetch Metadata)."""
+def check_debug(portal: Portal, request: Request) -> None:
+    """Debug endpoints are there on loopback only, unless told, and obey no other web page, though browsers
+    can reach us (CSRF): these name the page (Origin), or say how far away it is (Fetch Metadata)."""
+    need(portal.settings.serves_debug, "the debug endpoints are off; --debug turns them on", "not_found", 404)
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    ours = f"{request.scheme}://{request.host}"
-    if origin not in (None, "", ours) or site not in ("same-origin", "none"):
-        raise PortalError("forbidden", f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints take "
-                          "no requests from other sites", 403)
+    ours = origin in (None, "", f"{request.scheme}://{request.host}") and site in ("same-origin", "none")
+    need(ours, f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints obey no other site",
+         "forbidden", 403)
 
 
 @remembered(1000)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
     host = host.strip("[]").lower()
-    return (host in ("localhost", "::1") or host.endswith(".localhost")
-            or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host)))
+    return bool(re.fullmatch(r"::1|(.*\.)?localhost|127(\.\d{1,3}){3}", host))
 
 
 def same_address(one: str, other: str) -> bool:
     """Whether two URLs are one: a slash at the end doesn't count, and loopback's names are all the same."""
-    def plain(url: str) -> str:
-        loopback = r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
-        return re.sub(loopback, r"\1loopback", url.rstrip("/"))
-    return plain(one) == plain(other)
+    loopback = r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
+    return len({re.sub(loopback, r"\1loopback", url.rstrip("/")) for url in (one, other)}) == 1
 
 
 def error_response(portal: Portal, request: Request, route: Route | None, error: PortalError) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
     request.note(f"refused: {error}")
-    kind = route.kind if route else kind_of_nowhere(request.path)
+    if route:
+        kind = route.kind
+    elif request.path.startswith("/api/"):
+        kind = "fhir"
+    else:
+        kind = "oauth" if request.path.startswith(("/oauth/", "/.well-known/")) else "page"
     if kind == "page":
         response = error_page(portal, error, request, route)
     elif kind == "fhir":
@@ -830,23 +807,15 @@ def error_response(portal: Portal, request: Request, route: Route | None, error:
     return response
 
 
-def kind_of_nowhere(path: str) -> str:
-    """Who may have asked for a path where nothing is."""
-    if path.startswith("/api/"):
-        return "fhir"
-    return "oauth" if path.startswith(("/oauth/", "/.well-known/")) else "page"
-
-
 ALLOWED_ORIGIN = [
     ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
     ("Access-Control-Expose-Headers",
      "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
 PREFLIGHT = [
     ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-    # A wildcard would not cover Authorization (Fetch standard).
+    ("Access-Control-Max-Age", "600"),
     ("Access-Control-Allow-Headers", ("Authorization, Accept, Content-Type, Prefer, If-Match, If-None-Match, "
-                                      "If-Modified-Since, If-None-Exist")),
-    ("Access-Control-Max-Age", "600")]
+                                      "If-Modified-Since, If-None-Exist"))]  # * would not cover Authorization
 
 
 class Request:
@@ -856,8 +825,7 @@ class Request:
         self.method, self.headers, self.body, self.scheme = method, headers, body, scheme
         self.raw_path, _, self.query = target.partition("?")
         self.path = self.raw_path.rstrip("/") or "/"  # a trailing slash is ignored
-        self.host = headers.get("host", "")
-        self.rest = ""
+        self.host, self.rest = headers.get("host", ""), ""
         self.client_id = self.username = ""     # learnt on the way, for the log
         self._pairs: list[tuple[str, str]] | None = None
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
@@ -878,38 +846,37 @@ class Request:
         """The body's type, without parameters."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
+    def need_type(self, good: object, expected: str) -> None:
+        """Refuse a body of another type (RFC 9110 section 15.5.16)."""
+        need(good, f"Content-Type is {self.media_type or 'missing'}; expected {expected}", status=415)
+
     def form(self) -> list[tuple[str, str]]:
         """The body's parameters: application/x-www-form-urlencoded in UTF-8 (RFC 6749 appendix B)."""
-        if self.media_type != "application/x-www-form-urlencoded":
-            raise self.wrong_type("application/x-www-form-urlencoded")
+        expected = "application/x-www-form-urlencoded"
+        self.need_type(self.media_type == expected, expected)
         try:
             return decode_pairs(self.body.decode("utf-8"))
         except UnicodeDecodeError:
             raise PortalError("invalid_request", "the body is not UTF-8")
 
     def json(self) -> Json:
-        """The body as a JSON object. Its type must say so: pages elsewhere may send text as text/plain, but
-        this type only after a preflight, which opens no debug endpoint (CSRF)."""
-        if not re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type):
-            raise self.wrong_type("application/json")
+        """The body as a JSON object. Its type must say so: pages elsewhere may send text/plain, but this type
+        only after a preflight, which opens no debug endpoint (CSRF)."""
+        is_json = re.fullmatch(r"application/(fhir\+)?json(\+fhir)?", self.media_type)
+        self.need_type(is_json, "application/json")
         return parse_json(self.body)
-
-    def wrong_type(self, expected: str) -> PortalError:
-        """The refusal of a body of another type (RFC 9110 section 15.5.16)."""
-        description = f"Content-Type is {self.media_type or 'missing'}; expected {expected}"
-        return PortalError("invalid_request", description, 415)
 
     def cookie(self, name: str) -> str:
         """A cookie's value, or "". """
-        # Not http.cookies: it drops all for one that it dislikes (localhost's come from every port), takes
-        # time that grows with the square, and decodes line breaks, which would get into Set-Cookie.
+        # Not http.cookies: it drops all for one that it dislikes (localhost's come from every port), is slow
+        # (quadratic), and decodes line breaks, which would get into Set-Cookie.
         cookie = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
         return cookie[1] if cookie else ""
 
 
 class Fields:
-    """The parameters of a query or a form. Each at most once: of two, this server and one in front of it
-    could each check another (RFC 6749 section 3.1). Empty is the same as absent."""
+    """The parameters of a query or a form; empty is the same as absent. Each at most once: of two, this
+    server and one in front of it could each check another (RFC 6749 section 3.1)."""
     def __init__(self, pairs: Iterable[tuple[str, str]]):
         self.values: dict[str, str] = {}
         self.repeated: list[str] = []
@@ -931,12 +898,10 @@ class Fields:
 
 def decode_pairs(text: str) -> list[tuple[str, str]]:
     """The name-value pairs of a query string or form body; PortalError where the encoding is broken."""
-    if "%" in text and re.search(r"%(?![0-9A-Fa-f]{2})", text):
-        raise PortalError("invalid_request", "a % is not followed by two hexadecimal digits")
-    if text.count("&") >= 1000:
-        raise PortalError("invalid_request", "more than 1000 parameters")
-    if "%00" in text or "\0" in text:
-        raise PortalError("invalid_request", "a NUL character in a parameter")
+    broken = "%" in text and re.search(r"%(?![0-9A-Fa-f]{2})", text)
+    need(not broken, "a % is not followed by two hexadecimal digits")
+    need(text.count("&") < 1000, "more than 1000 parameters")
+    need("%00" not in text and "\0" not in text, "a NUL character in a parameter")
     parts = [part.partition("=") for part in text.split("&") if part]
     try:
         return [(decode_plus(name, "strict"), decode_plus(value, "strict")) for name, _, value in parts]
@@ -1023,13 +988,14 @@ def register_client(portal: Portal, metadata: Json) -> Json:
     and secret are drawn here: an app that chose its own id could pass for another."""
     kept, client_id, now = client_metadata(metadata), new_token(), portal.clock.now()
     kept["client_name"] = kept.get("client_name") or client_id
-    secret = new_token() if kept["token_endpoint_auth_method"].startswith("client_secret") else None
+    answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
+    secret_hash = None
+    if kept["token_endpoint_auth_method"].startswith("client_secret"):
+        answer.update(client_secret=new_token(), client_secret_expires_at=0)
+        secret_hash = hash_secret(answer["client_secret"])
     with portal.state.transaction() as database:
         database.execute("INSERT INTO clients VALUES (?, ?, ?, ?, 1)",
-                         (client_id, hash_secret(secret) if secret else None, json.dumps(kept), now))
-    answer = {**kept, "client_id": client_id, "client_id_issued_at": int(now)}
-    if secret:
-        answer.update(client_secret=secret, client_secret_expires_at=0)
+                         (client_id, secret_hash, json.dumps(kept), now))
     return answer
 
 
@@ -1066,8 +1032,8 @@ METADATA_STRINGS = frozenset((
     "client_name", "scope", "token_endpoint_auth_method", "token_endpoint_auth_signing_alg", "software_id",
     "software_version", "application_type", "subject_type", "id_token_signed_response_alg"))
 METADATA_URLS = frozenset(("client_uri", "logo_uri", "tos_uri", "policy_uri", "jwks_uri"))
-METADATA_LISTS = frozenset(("redirect_uris", "grant_types", "response_types", "contacts", "launch_uris",
-                            "security_labels"))
+METADATA_LISTS = frozenset((
+    "redirect_uris", "grant_types", "response_types", "contacts", "launch_uris", "security_labels"))
 METADATA_CHOICES: dict[str, Sequence[str]] = {
     "grant_types": ("authorization_code", "refresh_token", "client_credentials"), "response_types": ("code",),
     "token_endpoint_auth_method": ("none", "client_secret_basic", "client_secret_post", "private_key_jwt"),
@@ -1076,20 +1042,28 @@ METADATA_CHOICES: dict[str, Sequence[str]] = {
 
 
 def client_metadata(metadata: Json) -> Json:
-    """Client metadata, checked, with its defaults; PortalError that names the member where it can't be."""
-    # What is unknown here is not registered and not given back: the app would take it for a promise (RFC 7591
-    # section 3.2.1). client_name#fr is the French client_name (section 2.2).
+    """Client metadata, checked, with its defaults. What is unknown is not registered and not given back: an
+    app would take it for a promise (RFC 7591 section 3.2.1). client_name#fr is a name in French (2.2)."""
     members = METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}
     known = {name: value for name, value in metadata.items() if name.partition("#")[0] in members}
-    kept = {"grant_types": ["authorization_code", "refresh_token"], "scope": DEFAULT_SCOPE,
-            "token_endpoint_auth_method": "client_secret_basic", **known}
+    kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
+            "scope": DEFAULT_SCOPE, "token_endpoint_auth_method": "client_secret_basic", **known}
     for name in known:
         check_member(kept, name)
-    for name, is_good, expected in METADATA_CHECKS:
-        need_member(is_good(kept), kept, name, expected)
+    code = ["code"] if "authorization_code" in kept["grant_types"] else []  # else only a backend service
+    kept.setdefault("response_types", code)
+    # The answer "code" and its grant type come together, or the app could ask for what it can't use.
+    need_member(set(kept["response_types"]) == set(code), kept, "response_types",
+                "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
+    # Where codes may go is settled now, whole (RFC 7591 section 5, 9700 section 2.1). So are launches.
+    uris = kept["redirect_uris"]
+    need_member(all(map(is_redirect_uri, uris)) and (uris or not code), kept, "redirect_uris",
+                "one or more absolute http, https or private-use URIs without a fragment")
+    launch_uris = map(is_web_url, kept.get("launch_uris", []))
+    need_member(all(launch_uris), kept, "launch_uris", "absolute http or https URLs")
+    # Scopes come back in headers, and must not break out of them.
+    need_member(SCOPE_SYNTAX.fullmatch(kept["scope"]), kept, "scope", SCOPE_WORDS)
     check_keys(kept)
-    kept.setdefault("response_types", ["code"] if asks_users(kept) else [])
-    kept.setdefault("redirect_uris", [])
     return kept
 
 
@@ -1117,38 +1091,14 @@ def check_member(metadata: Json, name: str) -> None:
         need_member(set(chosen) <= set(choices), metadata, name, f"only {', '.join(choices)}")
 
 
-def asks_users(metadata: Json) -> bool:
-    """Whether an app has people asked here, and is not only a backend service."""
-    return "authorization_code" in metadata["grant_types"]
-
-
-def codes_and_grants_agree(metadata: Json) -> bool:
-    """The answer "code" and its grant type come together, or the app could ask for what it can't use."""
-    return "response_types" not in metadata or ("code" in metadata["response_types"]) == asks_users(metadata)
-
-
-REDIRECT_URIS = "one or more absolute http, https or private-use URIs without a fragment"
-METADATA_CHECKS: tuple[tuple[str, Callable[[Json], object], str], ...] = (  # member, check, what was expected
-    ("response_types", codes_and_grants_agree,
-     "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)"),
-    # Where codes may go is settled now, whole: no request can send one elsewhere (RFC 7591 section 5, RFC
-    # 9700 section 2.1). A launch sends browsers away too.
-    ("redirect_uris", lambda given: all(map(is_redirect_uri, given.get("redirect_uris", []))), REDIRECT_URIS),
-    ("redirect_uris", lambda given: given.get("redirect_uris") or not asks_users(given), REDIRECT_URIS),
-    ("launch_uris", lambda given: all(map(is_web_url, given.get("launch_uris", []))),
-     "absolute http or https URLs"),
-    # Scopes come back in headers, and must not break out of them.
-    ("scope", lambda given: SCOPE_SYNTAX.fullmatch(given["scope"]),
-     "words of ASCII without quotes and backslashes (RFC 6749 section 3.3), 8192 characters at most"),
-    # Of two sets, one would be forgotten when a stolen key is taken out of the other (RFC 7591 section 2).
-    ("jwks_uri", lambda given: not {"jwks", "jwks_uri"} <= given.keys(), "not to stand beside jwks"))
-
-
 def check_keys(metadata: Json) -> None:
     """Keys that are weak, or came with their private half, prove nothing, and no keys prove less (SMART,
     "Client Authentication: Asymmetric"). A key of another kind is let be: it may be for something else."""
+    given = {"jwks", "jwks_uri"} & metadata.keys()
+    # Of two sets, one would be forgotten when a stolen key is taken out of the other (RFC 7591 section 2).
+    need_member(len(given) < 2, metadata, "jwks_uri", "not to stand beside jwks")
     try:
-        for key in key_set(metadata["jwks"]) if "jwks" in metadata else []:
+        for key in key_set(metadata["jwks"]) if "jwks" in given else []:
             if key.get("kty") == "RSA":
                 verify(key, "RS384", b"", b"")
             elif key.get("kty") == "EC" and key.get("crv") == "P-384":
@@ -1156,8 +1106,7 @@ def check_keys(metadata: Json) -> None:
     except ValueError as error:
         raise PortalError("invalid_client_metadata", f"jwks: {error}")
     if metadata["token_endpoint_auth_method"] == "private_key_jwt":
-        need({"jwks", "jwks_uri"} & metadata.keys(), "private_key_jwt needs jwks or jwks_uri",
-             "invalid_client_metadata")
+        need(given, "private_key_jwt needs jwks or jwks_uri", "invalid_client_metadata")
 
 
 def is_web_url(uri: Any) -> bool:
@@ -1171,14 +1120,15 @@ def is_web_url(uri: Any) -> bool:
         return False
 
 
-# RFC 8252 section 7.1 has an app's private scheme be its maker's domain name, backwards: com.example.app. Old
-# S4S apps have schemes without a period, so these are taken too, but for those that browsers and systems act
-# on by themselves: javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+# An app's private scheme should be its maker's domain name, backwards (RFC 8252 section 7.1). Old S4S apps
+# have none with a period, so all are taken but those that browsers and systems act on by themselves:
+# javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
 ACTED_UPON = (
-    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|view-source|"
-    r"resource|res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|skype|ms|ms-.*|"
-    r".*-ms|hcp|its|mk|mhtml|shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|telnet|rlogin|ldaps?|"
-    r"smb|afp|nfs|dav|git|svn|magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|vscode.*|urn|cid|mid")
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|"
+    r"view-source|resource|res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|"
+    r"skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|"
+    r"telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|"
+    r"vscode.*|urn|cid|mid")
 
 
 def is_redirect_uri(uri: Any) -> bool:
@@ -1200,9 +1150,8 @@ def authenticate_client(portal: Portal, request: Request, form: Fields) -> Clien
     two clients, and one part of a server believe one, another the other."""
     basic, posted = basic_credentials(request), form.get("client_secret")
     assertion = form.get("client_assertion") or form.get("client_assertion_type")
-    if bool(basic) + bool(posted) + bool(assertion) > 1:
-        raise PortalError("invalid_request", "client authentication is given twice; expected one of the "
-                          "Authorization header, client_secret and client_assertion")
+    need(bool(basic) + bool(posted) + bool(assertion) <= 1, "client authentication is given twice; expected "
+         "one of the Authorization header, client_secret and client_assertion")
     if assertion:  # signed by the client's key: section 15
         client = client_of_assertion(portal, request, form)
     elif basic:    # id and secret in the Authorization header
@@ -1220,12 +1169,9 @@ def basic_credentials(request: Request) -> tuple[str, str] | None:
     if scheme.lower() != "basic":
         return None
     try:
-        text = base64.b64decode(value.strip(), validate=True).decode("utf-8")
+        client_id, secret = base64.b64decode(value.strip(), validate=True).decode("utf-8").split(":", 1)
     except ValueError:
         raise invalid_client("the Basic credentials are not base64 of client_id:client_secret")
-    client_id, colon, secret = text.partition(":")
-    if not colon:
-        raise invalid_client("the Basic credentials have no colon between client_id and client_secret")
     return client_id, secret
 
 
@@ -1233,8 +1179,8 @@ def client_of_secret(portal: Portal, form: Fields, given_id: str, given_secret: 
     """The client of an id and a secret, or of an id without one; else PortalError 401."""
     # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
     pairs = [(given_id, given_secret), (decode_plus(given_id), decode_plus(given_secret))]
-    if form.get("client_id", given_id) not in (given_id, pairs[1][0]):
-        raise PortalError("invalid_request", "client_id differs from the one in the Authorization header")
+    need(form.get("client_id", given_id) in (given_id, pairs[1][0]),
+         "client_id differs from the one in the Authorization header")
     if not given_id:
         raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
                              "client_assertion, or a public client's client_id")
@@ -1246,9 +1192,8 @@ def client_of_secret(portal: Portal, form: Fields, given_id: str, given_secret: 
         named = named or client
     if not named:
         raise invalid_client(f"client_id {given_id!r} is not registered here")
-    wrong = "the secret is missing or wrong" if named.secret_hash else "it registered for private_key_jwt"
-    if named.auth_method == "none":
-        wrong = "a public client has no secret"
+    told = {"none": "a public client has no secret", "private_key_jwt": "it registered for private_key_jwt"}
+    wrong = told.get(named.auth_method, "the secret is missing or wrong")
     raise invalid_client(f"client {given_id!r}: {wrong}")
 
 
@@ -1288,10 +1233,9 @@ def login(portal: Portal, request: Request) -> Response:
         return sign_in_page(portal, request, username, "", local_path(fields.get("next")))
     form = guarded_form(portal, request)
     username, next_path = form.get("username"), local_path(form.get("next"))
-    # An unknown user costs the time of a wrong password, and gets its words, or strangers could learn who has
-    # an account (enumeration).
+    # An unknown user costs the time of a wrong password, or strangers could learn who has an account.
     user = portal.user(username)
-    salt, kept_hash = (user["password_salt"], user["password_hash"]) if user else (DEMO_SALT, "")
+    salt, kept_hash = (user["password_salt"], user["password_hash"]) if user else ("nobody", "")
     if not same_secret(hash_password(form.get("password"), salt), kept_hash):
         return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
     session_id = start_session(portal, username, browser_session(portal, request))
@@ -1331,9 +1275,9 @@ def logout(portal: Portal, request: Request) -> Response:
 
 def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
-    user = portal.state.row("SELECT users.*, started FROM sessions JOIN users USING (username) "
-                            "WHERE session_id = ? AND expires > ?",
-                            browser_session(portal, request), portal.clock.now())
+    sql = ("SELECT users.*, started FROM sessions JOIN users USING (username) "
+           "WHERE session_id = ? AND expires > ?")
+    user = portal.state.row(sql, browser_session(portal, request), portal.clock.now())
     if user:
         request.username = user["username"]
     return user
@@ -1341,18 +1285,16 @@ def session_user(portal: Portal, request: Request) -> Row | None:
 
 def guarded_form(portal: Portal, request: Request) -> Fields:
     """A posted form, after a check that our own page sent it: else any site could click in the user's name
-    (CSRF).
-
-    A site that shares our domain, or a port of this machine, can plant a cookie whose form token it knows;
-    then the browser's word for where the form stood (Fetch Metadata, Sec-Fetch-Site) still refuses it.
-    """
+    (CSRF). A site that shares our domain, or a port of this machine, can plant a cookie whose form token it
+    knows; then the browser's word for where the form stood (Sec-Fetch-Site) still refuses it."""
     form, session_id = Fields(request.form()), browser_session(portal, request)
+    wrong = ""
+    if not session_id or not same_secret(form.get("form_token"), form_token(session_id)):
+        wrong = "is not from this browser's session: it may have ended, or cookies are off"
+    elif request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+        wrong = "stood on another site (Sec-Fetch-Site)"
     again = "Go back to the start page and try again."
-    ours = session_id and same_secret(form.get("form_token"), form_token(session_id))
-    need(ours, "This form is not from this browser's session: it may have ended, or cookies are off. "
-         f"{again}", "forbidden", 403, PageError)
-    need(request.headers.get("sec-fetch-site", "none") in ("same-origin", "none"),
-         f"This form stood on another site (Sec-Fetch-Site). {again}", "forbidden", 403, PageError)
+    need(not wrong, f"This form {wrong}. {again}", "forbidden", 403, PageError)
     return form
 
 
@@ -8086,7 +8028,6 @@ class Portal:
 # ######################################################################## 26 test controls and Server
 
 MAX_LOAD = 64 << 20          # bytes of a body for /oauth/debug/load
-MAX_RECORDED_BODY = 64 << 10
 FAULTS = sorted({served.fault for served in ROUTES if served.fault})  # the endpoints that can be made to fail
 
 Control = TypeVar("Control", bound=Callable[..., Any])

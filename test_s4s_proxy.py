@@ -45,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 DANIEL, AMY, JOSEPH = "smart-1288992", "smart-1032702", "smart-1081332"
 
 
-# ######################################################################## helpers: a client, an app, a browser
+# ######################################################################## helpers: client, app, browser
 
 
 class Answer:
@@ -73,14 +73,15 @@ class Answer:
 
 
 def ask(url: str, *, method: str = "", form: Any = None, data: Any = None, body: bytes | None = None,
-        basic: tuple[str, str] | None = None, token: str = "", headers: dict[str, str] | None = None) -> Answer:
+        basic: tuple[str, str] | None = None, token: str = "",
+        headers: dict[str, str] | None = None) -> Answer:
     """One request, redirects not followed: `form` is sent as a form, `data` as JSON, `body` as it is."""
     parts, sent = urlsplit(url), dict(headers or {})
     if form is not None:
         body = urlencode(form).encode()
         sent.setdefault("Content-Type", "application/x-www-form-urlencoded")
     elif data is not None:
-        body = json.dumps(data).encode()
+        body = data if isinstance(data, bytes) else json.dumps(data).encode()
         sent.setdefault("Content-Type", "application/json")
     if basic:
         sent["Authorization"] = "Basic " + base64.b64encode(":".join(basic).encode()).decode()
@@ -97,19 +98,22 @@ def ask(url: str, *, method: str = "", form: Any = None, data: Any = None, body:
 
 
 class Form(html.parser.HTMLParser):
-    """A form of a page: its method, its action, and what it would send untouched; buttons by id, name or text."""
+    """A form of a page: its method, its action, its buttons, and what it would send untouched."""
     def __init__(self, page: str, index: int = 0):
         super().__init__()
-        self.method, self.action, self.fields, self.buttons = "get", "", [], []  # type: str, str, list[Any], list[Any]
+        self.method, self.action = "get", ""
+        self.fields: list[Any] = []
         self.inputs: list[dict[str, Any]] = []
-        self._index, self._at, self._inside, self._button = index, -1, False, None  # type: int, int, bool, Any
+        self.buttons: list[dict[str, Any]] = []
+        self._index, self._inside = index, False
+        self._button: dict[str, Any] | None = None
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         attributes = dict(attrs)
         if tag == "form":
-            self._at += 1
-            self._inside = self._at == self._index
+            self._inside = self._index == 0
+            self._index -= 1
             if self._inside:
                 self.method, self.action = attributes.get("method") or "get", attributes.get("action") or ""
         elif self._inside and tag == "input":
@@ -132,18 +136,23 @@ class Form(html.parser.HTMLParser):
 
 
 class Browser:
-    """What a person uses: cookies, links, forms. It follows redirects within the portal and stops at the app's."""
+    """What a person uses: cookies, links, forms. It follows redirects, but stops at the app's."""
     def __init__(self, portal: s4s.Server):
-        self.portal, self.cookies, self.page = portal, {}, Answer(0, [], b"")  # type: Any, dict[str, str], Answer
-        self.url = portal.url
+        self.portal, self.url, self.page = portal, portal.url, Answer(0, [], b"")
+        self.cookies: dict[str, str] = {}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What goes with every request."""
+        cookies = "; ".join(f"{name}={value}" for name, value in self.cookies.items())
+        return {"Cookie": cookies} if cookies else {}
 
     def open(self, url: str, method: str = "GET", fields: list[tuple[str, str]] | None = None) -> Answer:
         """Go to a URL; the answer is that of the last page, or the redirect that leaves the portal."""
         for _ in range(10):
-            headers = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.cookies.items())}
             self.url = url
-            self.page = ask(url, method=method, form=fields if method == "POST" else None,
-                            headers=headers if self.cookies else {})
+            form = fields if method == "POST" else None
+            self.page = ask(url, method=method, form=form, headers=self.headers)
             for cookie in self.page.cookies:
                 name, _, value = cookie.partition(";")[0].partition("=")
                 self.cookies[name] = value
@@ -154,24 +163,24 @@ class Browser:
         raise AssertionError("redirects without end")
 
     def submit(self, button: str = "", form: int = 0, without: str = "", **changed: str) -> Answer:
-        """Submit a form of the page by a button (its id, value, name or text), with some fields changed, those of the
-        name `without` left out."""
-        found = Form(self.page.text, form)
-        fields = [(name, changed.pop(name, value)) for name, value in found.fields if name != without]
+        """Submit a form of the page by a button (its id, value or text), with some fields changed, those of
+        the name `without` left out."""
+        sent = Form(self.page.text, form)
+        fields = [(name, changed.pop(name, value)) for name, value in sent.fields if name != without]
         fields += list(changed.items())
-        for one in found.buttons:
-            if button and button in (one.get("id"), one.get("value"), one.get("data-patient-id"), one["text"]):
-                fields += [(one["name"], one.get("value", ""))] if "name" in one else []
-                break
-        else:
-            assert not button, f"no button {button!r} in {found.buttons}"
-        url = urljoin(self.url, found.action)
-        if found.method.lower() == "post":
+        if button:
+            pressed = next(shown for shown in sent.buttons if button in (
+                shown.get("id"), shown.get("value"), shown.get("data-patient-id"), shown["text"]))
+            fields += [(pressed["name"], pressed.get("value", ""))] if "name" in pressed else []
+        url = urljoin(self.url, sent.action)
+        if sent.method.lower() == "post":
             return self.open(url, "POST", fields)
         return self.open(url + "?" + urlencode(fields))
 
     def sign_in(self, username: str = "daniel-adams", password: str = "demo-password") -> Answer:
-        """Fill in the sign-in page."""
+        """Fill in the sign-in page, opened if none is."""
+        if 'id="sign-in"' not in self.page.text:
+            self.open(self.portal.url + "/login")
         return self.submit("sign-in", username=username, password=password)
 
 
@@ -189,11 +198,11 @@ class App:
 
     def authorize_url(self, **changed: str | None) -> str:
         """The address the app sends the browser to; None leaves a parameter out."""
-        challenge = base64.urlsafe_b64encode(hashlib.sha256(self.verifier.encode()).digest()).rstrip(b"=").decode()
+        challenge = b64(hashlib.sha256(self.verifier.encode()).digest())
         fields: dict[str, str | None] = {
             "response_type": "code", "client_id": self.client_id, "redirect_uri": self.redirect_uri,
-            "scope": self.scope, "state": self.state, "aud": self.portal.fhir_url, "code_challenge": challenge,
-            "code_challenge_method": "S256", **changed}
+            "scope": self.scope, "state": self.state, "aud": self.portal.fhir_url,
+            "code_challenge": challenge, "code_challenge_method": "S256", **changed}
         return f"{self.portal.url}/oauth/authorize?" + urlencode(
             {name: value for name, value in fields.items() if value is not None})
 
@@ -204,14 +213,16 @@ class App:
 
     def token_request(self, **form: str) -> Answer:
         """A request of the token endpoint, with this app's authentication."""
+        url = f"{self.portal.url}/oauth/token"
         if self.secret:
-            return ask(f"{self.portal.url}/oauth/token", form=form, basic=(self.client_id, self.secret))
-        return ask(f"{self.portal.url}/oauth/token", form={"client_id": self.client_id, **form})
+            return ask(url, form=form, basic=(self.client_id, self.secret))
+        return ask(url, form={"client_id": self.client_id, **form})
 
     def exchange(self, code: str, **changed: str) -> Answer:
         """Tokens for a code."""
-        return self.token_request(**{"grant_type": "authorization_code", "code": code,
-                                     "redirect_uri": self.redirect_uri, "code_verifier": self.verifier, **changed})
+        return self.token_request(**{
+            "grant_type": "authorization_code", "code": code, "redirect_uri": self.redirect_uri,
+            "code_verifier": self.verifier, **changed})
 
     def refresh(self, refresh_token: str, **changed: str) -> Answer:
         """New tokens for a refresh token."""
@@ -244,6 +255,25 @@ class PortalTest(unittest.TestCase):
         """JSON to the portal."""
         return ask(self.portal.url + path, data=data, **how)
 
+    def signed_in(self) -> Browser:
+        """A browser in which somebody signed in a moment ago."""
+        browser = Browser(self.portal)
+        browser.sign_in()
+        return browser
+
+    def log(self) -> list[str]:
+        """What the portal logs from now on."""
+        lines: list[str] = []
+        self.portal.portal.log = lines.append
+        return lines
+
+    def serve_instead(self, path: str, endpoint: Callable[[Any, s4s.Request], s4s.Response]) -> None:
+        """Put another endpoint at a path, for this test."""
+        routes = s4s._routes_by_path()[0]
+        patch = mock.patch.dict(routes, {path: routes[path]._replace(endpoint=endpoint)})
+        patch.start()
+        self.addCleanup(patch.stop)
+
 
 # ######################################################################## helpers: bytes over a socket
 
@@ -264,18 +294,12 @@ class RawTest(PortalTest):
         """What a connection still brings, until it is closed."""
         answers: list[Answer] = []
         with connection.makefile("rb") as stream:
-            while True:
-                line = stream.readline()
-                if not line:
-                    return answers
-                headers = []
-                while True:
-                    name, _, value = stream.readline().decode("latin-1").rstrip("\r\n").partition(": ")
-                    if not name:
-                        break
-                    headers.append((name, value))
+            for line in iter(stream.readline, b""):
+                lines = iter(lambda: stream.readline().decode("latin-1").rstrip("\r\n"), "")
+                headers = [(name, value) for name, _, value in (text.partition(": ") for text in lines)]
                 length = int(dict(headers).get("Content-Length", 0))
                 answers.append(Answer(int(line.split()[1]), headers, stream.read(length)))
+        return answers
 
     def request(self, line: str, *headers: str, body: bytes = b"", close: bool = True) -> bytes:
         """A request as bytes, with the Host header."""
@@ -284,8 +308,8 @@ class RawTest(PortalTest):
 
     def form(self, *headers: str, body: bytes = b"") -> bytes:
         """A form for the token endpoint as bytes."""
-        return self.request("POST /oauth/token", "Content-Type: application/x-www-form-urlencoded", *headers,
-                            body=body)
+        form = "Content-Type: application/x-www-form-urlencoded"
+        return self.request("POST /oauth/token", form, *headers, body=body)
 
     def limits(self, **seconds: float) -> None:
         """Shorter waits than the server's own, for this test."""
@@ -307,20 +331,23 @@ def b64(data: bytes) -> str:
 
 # RFC 7515 appendix A.2: the key's two primes, and what is signed.
 RFC_7515_KEY = s4s.RsaKey(*(int.from_bytes(base64.urlsafe_b64decode(text + "=="), "big") for text in (
-    ("4BzEEOtIpmVdVEZNCqS7baC4crd0pqnRH_5IB3jw3bcxGn6QLvnEtfdUdiYrqBdss1l58BQ3KhooKeQTa9AB0Hw_Py5PJdTJNPY8cQn7ouZ2KKDcmnPG"
-     "BY5t7yLc1QlQ5xHdwW1VhvKn-nXqhJTBgIPgtldC-KDV5z-y2XDwGUc"),
-    ("uQPEfgmVtjL0Uyyx88GZFF1fOunH3-7cepKmtH4pxhtCoHqpWmT8YAmZxaewHgHAjLYsp1ZSe7zFYHj7C6ul7TjeLQeZD_YwD66t62wDmpe_HlB-TnBA"
-     "-njbglfIsRLtXlnDzQkv5dTltRJ11BKBBypeeF6689rjcJIDEz9RWdc"))))
-RFC_7515_INPUT = (b"eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9p"
-                  b"c19yb290Ijp0cnVlfQ")
+    ("4BzEEOtIpmVdVEZNCqS7baC4crd0pqnRH_5IB3jw3bcxGn6QLvnEtfdUdiYrqBdss1l58BQ3KhooKeQTa9AB0Hw_Py5PJdTJNPY8cQ"
+     "n7ouZ2KKDcmnPGBY5t7yLc1QlQ5xHdwW1VhvKn-nXqhJTBgIPgtldC-KDV5z-y2XDwGUc"),
+    ("uQPEfgmVtjL0Uyyx88GZFF1fOunH3-7cepKmtH4pxhtCoHqpWmT8YAmZxaewHgHAjLYsp1ZSe7zFYHj7C6ul7TjeLQeZD_YwD66t62"
+     "wDmpe_HlB-TnBA-njbglfIsRLtXlnDzQkv5dTltRJ11BKBBypeeF6689rjcJIDEz9RWdc"))))
+RFC_7515_INPUT = (
+    b"eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9p"
+    b"c19yb290Ijp0cnVlfQ")
 RFC_7515_SIGNATURE = (
-    "cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJdbF9CUAr7t1dnZ"
-    "cAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-e"
-    "OkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw")
-RSA_JWK = {**{name: value for name, value in RFC_7515_KEY.public_jwk().items() if name in ("kty", "n", "e")}, "kid": "r"}
+    "cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJdb"
+    "F9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9383"
+    "LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWy"
+    "wlVmtVrBp0igcN_IoypGlUPQGe77Rw")
+RSA_JWK = {**{name: RFC_7515_KEY.public_jwk()[name] for name in ("kty", "n", "e")}, "kid": "r"}
 
-# RFC 6979 appendix A.2.6: the private key x and the public key U of P-384, and the signature of "sample" (SHA-384).
-RFC_6979_X = int("6B9D3DAD2E1B8C1C05B19875B6659F4DE23C3B667BF297BA9AA47740787137D896D5724E4C70A825F872C9EA60D2EDF5", 16)
+# RFC 6979 appendix A.2.6: private key x and public key U of P-384, and the signature of "sample" (SHA-384).
+RFC_6979_X = int(
+    "6B9D3DAD2E1B8C1C05B19875B6659F4DE23C3B667BF297BA9AA47740787137D896D5724E4C70A825F872C9EA60D2EDF5", 16)
 RFC_6979_JWK = {"kty": "EC", "crv": "P-384", "kid": "e", "x": b64(bytes.fromhex(
     "EC3A4E415B4E19A4568618029F427FA5DA9A8BC4AE92E02E06AAE5286B300C64DEF8F0EA9055866064A254515480BC13")),
     "y": b64(bytes.fromhex(
@@ -355,78 +382,46 @@ class KeyedApp:
         """A signed assertion, as of the portal's time; None leaves a claim out."""
         claims = {"iss": self.client_id, "sub": self.client_id, "aud": self.portal.url + "/oauth/token",
                   "exp": self.portal.portal.clock.now() + 300, "jti": secrets.token_urlsafe(8), **changed}
-        head = {"alg": algorithm, "kid": {"RS384": "r", "ES384": "e"}.get(algorithm), "typ": "JWT", **(header or {})}
-        signed = ".".join(b64(json.dumps({name: value for name, value in part.items() if value is not None}).encode())
-                          for part in (head, claims))
-        signature = (es384_sign(signed.encode()) if algorithm == "ES384" else
-                     s4s.rsa_sign(RFC_7515_KEY, "RS384", signed.encode()))
-        return f"{signed}.{b64(signature)}"
+        kid = {"RS384": "r", "ES384": "e"}.get(algorithm)
+        head = {"alg": algorithm, "kid": kid, "typ": "JWT", **(header or {})}
+        def part(members: dict[str, Any]) -> str:
+            given = {name: value for name, value in members.items() if value is not None}
+            return b64(json.dumps(given).encode())
+        signed = f"{part(head)}.{part(claims)}"
+        if algorithm == "ES384":
+            return f"{signed}.{b64(es384_sign(signed.encode()))}"
+        return f"{signed}.{b64(s4s.rsa_sign(RFC_7515_KEY, 'RS384', signed.encode()))}"
 
     def token(self, assertion: str | None = None, **changed: str) -> Answer:
         """A request of the token endpoint as a backend service."""
         return ask(self.portal.url + "/oauth/token", form={
-            "grant_type": "client_credentials", "scope": "system/*.rs", "client_assertion_type": s4s.ASSERTION_TYPE,
-            "client_assertion": assertion or self.assertion(), **changed})
+            "grant_type": "client_credentials", "scope": "system/*.rs",
+            "client_assertion_type": s4s.ASSERTION_TYPE, "client_assertion": assertion or self.assertion(),
+            **changed})
 
 
-# ######################################################################## helpers: a FHIR server that can't be trusted
+# ######################################################################## helpers: a FHIR server
 
 
-class FhirServer:
+class FhirServer(http.server.ThreadingHTTPServer):
     """A FHIR server that can't be trusted: it answers each search with all it has, whatever was asked, and
     `script` makes it worse (path -> status, headers, body; or bytes to send as they are, and close unless
     keeps_open)."""
 
     def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FhirHandler)
         self.script: dict[str, tuple[int, dict[str, str], bytes] | bytes] = {}
         self.records: dict[str, dict[str, Any]] = {}
         self.seen: list[tuple[str, dict[str, str], bytes]] = []   # target, headers, body
-        self.connections = 0
-        self.keeps_open = False
+        self.connections, self.keeps_open = 0, False
         self.writers: list[Any] = []   # of the connections, oldest first
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            wbufsize = -1
-            disable_nagle_algorithm = True
-
-            def setup(self) -> None:
-                super().setup()
-                outer.connections += 1
-                outer.writers.append(self.wfile)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                outer.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-                answer = outer.answer(self.path)
-                if isinstance(answer, bytes):
-                    self.wfile.write(answer)
-                    self.wfile.flush()
-                    self.close_connection = not outer.keeps_open
-                    return
-                status, headers, text = answer
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(text)), **headers}.items():
-                    if value:
-                        self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text)
-                self.wfile.flush()
-            do_POST = do_GET
-
-        class Quiet(http.server.ThreadingHTTPServer):
-            def handle_error(self, *args: Any) -> None:
-                """The portal went away, on purpose."""
-
-        self.server = Quiet(("127.0.0.1", 0), Handler)
-        self.port = self.server.server_port
+        self.port = self.server_port
         self.url = f"http://127.0.0.1:{self.port}/fhir"
-        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.005,), daemon=True)
+        self.thread = threading.Thread(target=self.serve_forever, args=(0.005,), daemon=True)
         self.thread.start()
+
+    def handle_error(self, *args: Any) -> None:
+        """The portal went away, on purpose."""
 
     def answer(self, target: str) -> tuple[int, dict[str, str], bytes] | bytes:
         path = target.partition("?")[0].removeprefix("/fhir/")
@@ -441,15 +436,51 @@ class FhirServer:
 
     def bundle(self, /, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
         """A searchset of resources."""
-        return {"resourceType": "Bundle", "type": "searchset", "total": len(resources),
-                "link": [{"relation": name, "url": url} for name, url in links.items()],
-                "entry": [{"fullUrl": f"{self.url}/{one['resourceType']}/{one.get('id')}", "resource": one}
-                          for one in resources]}
+        entries = [{"fullUrl": f"{self.url}/{resource['resourceType']}/{resource.get('id')}",
+                    "resource": resource} for resource in resources]
+        return {"resourceType": "Bundle", "type": "searchset", "total": len(resources), "entry": entries,
+                "link": [{"relation": name, "url": url} for name, url in links.items()]}
 
     def stop(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
         self.thread.join()
+
+
+class FhirHandler(http.server.BaseHTTPRequestHandler):
+    """A connection to that server."""
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+    server: FhirServer
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+        self.server.writers.append(self.wfile)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.seen.append((self.path, headers, body))
+        answer = self.server.answer(self.path)
+        if isinstance(answer, bytes):
+            self.wfile.write(answer)
+            self.wfile.flush()
+            self.close_connection = not self.server.keeps_open
+            return
+        status, given, text = answer
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(text)), **given}.items():
+            if value:
+                self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text)
+        self.wfile.flush()
+    do_POST = do_GET
 
 
 def json_answer(value: Any, status: int = 200, **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -488,8 +519,8 @@ class ForwardingTest(PortalTest):
     def setUpClass(cls) -> None:
         cls.behind = FhirServer()
         cls.addClassCleanup(cls.behind.stop)
-        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish", "fhir_timeout": 5,
-                        "open_fhir": True}
+        cls.settings = {"fhir_server": cls.behind.url + "/", "fhir_header": "X-Api-Key: swordfish",
+                        "fhir_timeout": 5, "open_fhir": True}
         super().setUpClass()
 
     def setUp(self) -> None:
@@ -497,10 +528,11 @@ class ForwardingTest(PortalTest):
         self.behind.script.clear()
         self.behind.seen.clear()
         url = self.behind.url
-        self.behind.records = {f"{one['resourceType']}/{one['id']}": one for one in (
+        self.behind.records = {f"{resource['resourceType']}/{resource['id']}": resource for resource in (
             {"resourceType": "Patient", "id": ME}, {"resourceType": "Patient", "id": OTHER},
             observation("mine"), observation("theirs", OTHER), {"resourceType": "Practitioner", "id": "dr"},
-            document("my-doc", ME, f"{url}/Binary/my-file"), document("their-doc", OTHER, f"{url}/Binary/their-file"),
+            document("my-doc", ME, f"{url}/Binary/my-file"),
+            document("their-doc", OTHER, f"{url}/Binary/their-file"),
             {"resourceType": "Binary", "id": "my-file", "contentType": "text/plain", "data": "aGk="},
             {"resourceType": "Binary", "id": "their-file", "contentType": "text/plain", "data": "aGk="})}
         self.token = self.issue(self.scope)
@@ -517,8 +549,7 @@ class ForwardingTest(PortalTest):
         """The JSON of a request that must succeed."""
         got = self.get(path, **how)
         self.assertEqual(got.status, 200, got)
-        found: dict[str, Any] = got.json
-        return found
+        return dict(got.json)
 
     def ids(self, path: str, **how: Any) -> list[str]:
         """The ids in a Bundle that must come."""
@@ -535,20 +566,10 @@ class ForwardingTest(PortalTest):
         self.assert_refused(path, status, **how)
         self.assertEqual(self.behind.seen, [])
 
-    def script(self, path: str, resource: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    def script(self, path: str, resource: Any, status: int = 200,
+               headers: Mapping[str, str] | None = None) -> None:
         """What the FHIR server answers at a path."""
         self.behind.script[path] = json_answer(resource, status, **(headers or {}))
-
-
-# ######################################################################## 2 secrets, PKCE
-
-
-class PublishedVectors(unittest.TestCase):
-    """Examples that the texts themselves give."""
-
-    def test_the_s256_challenge_of_rfc_7636_appendix_b(self) -> None:
-        self.assertEqual(s4s.s256_challenge("dBjftJeZ4CVP-mB92K27uhbUJU1p1r_wW1gFWFOEjXk"),
-                         "E9Melhoa2OwvFrEMTJguCHaoeK1t8URWbuGJSstw-cM")
 
 
 # ######################################################################## 3 scopes
@@ -567,9 +588,8 @@ class ScopeWords(unittest.TestCase):
                 (many, ("patient", "Observation", "rs", (
                     ("category", "laboratory,http://x|vital-signs"), ("status", "final"))))):
             with self.subTest(word=word):
-                parsed = s4s.parse_scope(word)
-                assert parsed
-                self.assertEqual((parsed.context, parsed.type, parsed.letters, parsed.constraints), meaning)
+                context, kind, letters, constraints = meaning
+                self.assertEqual(s4s.parse_scope(word), (context, kind, letters, word, constraints))
 
     def test_what_is_no_resource_scope(self) -> None:
         for word in ("patient/*.", "patient/*.dus", "patient/*.sr", "Patient/*.rs", "patient/observation.rs",
@@ -588,8 +608,7 @@ class ScopeWords(unittest.TestCase):
                 ("launch", "launch/patient", False), ("fhirUser", "profile", True), ("", "openid", False),
                 ("patient/*.rs", "patient/Observation.rs?category=laboratory", True),
                 ("patient/Observation.rs?category=laboratory", "patient/Observation.rs", False),
-                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?category=b&status=final",
-                 True),
+                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?status=c&category=b", True),
                 ("patient/Observation.rs?category=a", "patient/Observation.rs?category=a,b", False),
                 ("patient/Observation.rs?category=a", "patient/Observation.rs?code=a", False),
                 ("patient/Observation.rs?category=a%5C,b", "patient/Observation.rs?category=b", False)):
@@ -607,13 +626,12 @@ class ScopeWords(unittest.TestCase):
             with self.subTest(asked=asked):
                 self.assertEqual(s4s.negotiate_scope(asked, everything), granted)
         self.assertEqual(s4s.negotiate_scope("openid offline_access", "patient/*.rs openid"), "openid")
-        self.assertEqual(s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",)),
-                         "system/*.read")
+        system = s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",))
+        self.assertEqual(system, "system/*.read")
 
     def test_a_constraint_that_can_not_be_kept_is_refused_not_dropped(self) -> None:
         for constraint in ("?code:in=x", "?subject.name=x", "?_filter=x", "?"):
-            with self.subTest(constraint=constraint), self.assertRaisesRegex(s4s.PortalError,
-                                                                             "invalid_scope"):
+            with self.subTest(constraint), self.assertRaisesRegex(s4s.PortalError, "invalid_scope"):
                 s4s.negotiate_scope(f"launch/patient patient/Observation.rs{constraint}", "patient/*.rs")
 
     def test_scopes_in_words(self) -> None:
@@ -633,20 +651,26 @@ class ScopeWords(unittest.TestCase):
 class Stores(unittest.TestCase):
     """The tables, and what is remembered of them."""
 
-    def test_what_was_looked_up_is_remembered_until_something_is_written(self) -> None:
-        store = s4s.Store(None, "CREATE TABLE t (a INTEGER)")
+    def store(self, path: str | None = None) -> s4s.Store:
+        store = s4s.Store(path, "CREATE TABLE IF NOT EXISTS t (a INTEGER)")
         self.addCleanup(store.close)
+        return store
+
+    def insert(self, store: s4s.Store, number: int) -> None:
+        with store.transaction() as database:
+            database.execute("INSERT INTO t VALUES (?)", (number,))
+
+    def test_what_was_looked_up_is_remembered_until_something_is_written(self) -> None:
+        store = self.store()
         self.assertIsNone(store.row("SELECT a FROM t"))
         for number in range(3):
-            with store.transaction() as database:
-                database.execute("INSERT INTO t VALUES (?)", (number,))
-            found = store.rows("SELECT a FROM t")
-            self.assertEqual([row["a"] for row in found], list(range(number + 1)))
-            self.assertIs(store.rows("SELECT a FROM t"), found)
+            self.insert(store, number)
+            rows = store.rows("SELECT a FROM t")
+            self.assertEqual([row["a"] for row in rows], list(range(number + 1)))
+            self.assertIs(store.rows("SELECT a FROM t"), rows)
 
     def test_what_is_remembered_is_bounded(self) -> None:
-        store = s4s.Store(None, "CREATE TABLE t (a INTEGER)")
-        self.addCleanup(store.close)
+        store = self.store()
         long = "x" * s4s.MAX_KNOWN_OF_ONE
         self.assertIsNot(store.rows("SELECT ?", long), store.rows("SELECT ?", long))
         for number in range(300):
@@ -655,11 +679,9 @@ class Stores(unittest.TestCase):
 
     def test_what_another_process_writes_is_seen_at_once(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            schema = "CREATE TABLE IF NOT EXISTS t (a INTEGER)"
-            ours, theirs = s4s.Store(f"{folder}/db", schema), s4s.Store(f"{folder}/db", schema)
+            ours, theirs = self.store(f"{folder}/db"), self.store(f"{folder}/db")
             self.assertEqual(len(ours.rows("SELECT a FROM t")), 0)
-            with theirs.transaction() as database:
-                database.execute("INSERT INTO t VALUES (1)")
+            self.insert(theirs, 1)
             self.assertEqual(len(ours.rows("SELECT a FROM t")), 1)
             ours.close()
             theirs.close()
@@ -668,28 +690,32 @@ class Stores(unittest.TestCase):
 class Clocks(PortalTest):
     """Whatever clock and zone the machine has."""
 
+    @staticmethod
+    def system_clock(seconds: float) -> Any:
+        return mock.patch.object(time, "time", lambda: seconds)
+
     def test_a_system_clock_set_back_brings_nothing_back(self) -> None:
         now, app = time.time(), App(self.portal)
         code = app.code()
         short = self.portal.issue_token(access_lifetime=60)
-        with mock.patch.object(time, "time", lambda: now + 120):
+        with self.system_clock(now + 120):
             self.assertEqual(self.fhir("Patient", short).status, 401)
-        with mock.patch.object(time, "time", lambda: now - 7200):
+        with self.system_clock(now - 7200):
             self.assertGreaterEqual(self.portal.portal.clock.now(), now + 120)
             self.assertEqual(self.fhir("Patient", short).status, 401)
             self.assertEqual(app.exchange(code).json["error"], "invalid_grant")
             token = self.portal.issue_token()
             self.assertEqual(self.fhir("Patient", token).status, 200)
-        with mock.patch.object(time, "time", lambda: now - 7200 + 3601):
+        with self.system_clock(now - 7200 + 3601):
             self.assertEqual(self.fhir("Patient", token).status, 401)
 
     def test_a_system_clock_set_back_lets_no_assertion_in_again(self) -> None:
         service, now = KeyedApp(self.portal), time.time()
         assertion = service.assertion()
         self.assertEqual(service.token(assertion).status, 200)
-        with mock.patch.object(time, "time", lambda: now + 400):
+        with self.system_clock(now + 400):
             self.assertEqual(service.token().status, 200)  # forgets the first, which has expired
-        with mock.patch.object(time, "time", lambda: now):
+        with self.system_clock(now):
             self.assertEqual(service.token(assertion).status, 401)
 
     def to(self, *date: int) -> None:
@@ -698,9 +724,8 @@ class Clocks(PortalTest):
 
     def test_a_leap_day_is_a_day_like_others(self) -> None:
         self.to(2028, 2, 29, 23, 59, 50)
-        app, browser = App(self.portal), Browser(self.portal)
+        app, browser = App(self.portal), self.signed_in()
         browser.open(app.authorize_url())
-        browser.sign_in()
         browser.submit(DANIEL)
         [date] = [field for field in Form(browser.page.text).inputs if field.get("type") == "date"]
         self.assertEqual([date[name] for name in ("min", "value", "max")],
@@ -718,8 +743,7 @@ class Clocks(PortalTest):
 
     def test_the_clock_goes_as_far_as_dates_can_be_written(self) -> None:
         self.to(9989, 1, 1)
-        app = App(self.portal)
-        tokens = app.tokens()
+        tokens = App(self.portal).tokens()
         self.assertEqual(self.fhir("Patient", tokens).status, 200)
         got = ask(f"{self.portal.url}/oauth/debug/introspect?token={tokens['access_token']}")
         self.assertTrue(got.json["approval_expires"].endswith("9990 23:59:59 GMT"))
@@ -800,9 +824,8 @@ class Durability(unittest.TestCase):
         with s4s.Server(db=self.path) as portal:
             token = portal.issue_token()["access_token"]
             portal.portal.log = lambda line: None
-            pages = portal.portal.state.row("PRAGMA page_count")
-            assert pages
-            portal.portal.state.row(f"PRAGMA max_page_count = {pages[0]}")
+            [[pages]] = portal.portal.state.rows("PRAGMA page_count")
+            portal.portal.state.row(f"PRAGMA max_page_count = {pages}")
             metadata = {"redirect_uris": ["https://app.example/" + "x" * 900]}
             answers = [ask(portal.url + "/oauth/register", data=metadata) for _ in range(60)]
             self.assertEqual({answer.status for answer in answers}, {201, 503})
@@ -836,9 +859,7 @@ class Concurrency(unittest.TestCase):
             with together(64, lambda: run(next(numbers))):
                 pass
             self.assertEqual(problems, [])
-            grants = portal.portal.state.row("SELECT count(*) FROM grants WHERE NOT ended")
-            assert grants
-            self.assertEqual(grants[0], 64)
+            self.assertEqual(len(portal.portal.state.rows("SELECT * FROM grants WHERE NOT ended")), 64)
 
     def test_reset_in_the_middle_of_traffic_is_safe(self) -> None:
         with s4s.Server() as portal:
@@ -864,44 +885,37 @@ class Nonsense(PortalTest):
 
     def setUp(self) -> None:
         super().setUp()
-        self.lines: list[str] = []
-        self.portal.portal.log = self.lines.append
-        self.addCleanup(lambda: self.assertEqual([line for line in self.lines if line.startswith("BUG")], []))
+        lines = self.log()
+        self.addCleanup(lambda: self.assertEqual([line for line in lines if line.startswith("BUG")], []))
 
-    def test_percent_signs_without_digits_and_bytes_that_are_no_utf_8(self) -> None:
-        for text in ("%", "%2", "%zz", "%ff", "%c0%80", "%ed%a0%80", "a=%00", "%00=a"):
-            with self.subTest(text=text):
-                for path in ("/oauth/authorize", "/login", "/launch", "/api/open-fhir/Patient",
-                             "/oauth/debug/introspect"):
-                    self.assertEqual(ask(f"{self.portal.url}{path}?{text}").status, 400, path)
-                for path in ("/oauth/token", "/oauth/introspect", "/oauth/revoke", "/api/open-fhir/Patient/_search"):
-                    got = ask(self.portal.url + path, body=text.encode(), headers={
-                        "Content-Type": "application/x-www-form-urlencoded"})
+    def test_percent_signs_without_digits_bytes_that_are_no_utf_8_and_too_many_parameters(self) -> None:
+        for text in ("%", "%2", "%zz", "%ff", "%c0%80", "%ed%a0%80", "a=%00", "%00=a", "a&" * 2000):
+            with self.subTest(text=text[:9]):
+                for path in ("oauth/authorize", "login", "launch", "api/open-fhir/Patient",
+                             "oauth/debug/introspect"):
+                    self.assertEqual(ask(f"{self.portal.url}/{path}?{text}").status, 400, path)
+                form = {"Content-Type": "application/x-www-form-urlencoded"}
+                for path in ("oauth/token", "oauth/introspect", "oauth/revoke",
+                             "api/open-fhir/Patient/_search"):
+                    got = ask(f"{self.portal.url}/{path}", body=text.encode(), headers=form)
                     self.assertEqual(got.status, 400, path)
-
-    def test_more_parameters_than_anybody_has(self) -> None:
-        self.assertEqual(ask(self.portal.url + "/login?" + "a&" * 2000).status, 400)
+        got = ask(self.portal.url + "/oauth/token", body=b"client_id=\0", headers=form)
+        self.assertIn("NUL", got.json["error_description"])
 
     def test_a_path_may_hold_anything(self) -> None:
-        for path in ("/%00", "/..", "/%2e%2e/", "//evil.example/", "/api/fhir/%00", "/api/open-fhir/%ff", "/;x",
-                     "/oauth/", "/revoke/", "/api/open-fhir/Patient/" + "x" * 60_000):
+        for path in ("/%00", "/..", "/%2e%2e/", "//evil.example/", "/api/fhir/%00", "/api/open-fhir/%ff",
+                     "/;x", "/oauth/", "/revoke/", "/api/open-fhir/Patient/" + "x" * 60_000):
             with self.subTest(path=path[:40]):
                 self.assertIn(ask(self.portal.url + path).status, (401, 404, 405))
 
-    def test_numbers_that_json_has_not(self) -> None:
-        for number in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "01", "0x1", ".5"):
-            with self.subTest(number=number[:9]):
+    def test_what_json_has_not(self) -> None:
+        for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "1" + "0" * 400 + ".5",
+                      "01", "0x1", ".5", '"\\ud800"', '{"\\udfff": 1}', '["\\ud83d"]', "[NaN]"):
+            with self.subTest(value=value[:9]):
                 for path, body in (("/oauth/register", '{"redirect_uris": ["https://a.example/"], "x": %s}'),
                                    ("/oauth/debug/clock", '{"seconds": %s}')):
-                    got = ask(self.portal.url + path, body=(body % number).encode(),
-                              headers={"Content-Type": "application/json"})
-                    self.assertEqual(got.status, 400, path)
-
-    def test_half_a_character_is_no_text(self) -> None:
-        for name in ('"a": "\\ud800"', '"\\udfff": 1', '"a": ["\\ud83d"]'):
-            got = ask(self.portal.url + "/oauth/register", body=b'{"redirect_uris": ["https://a.example/"], %s}'
-                      % name.encode(), headers={"Content-Type": "application/json"})
-            self.assertEqual(got.status, 400)
+                    got = self.post(path, (body % value).encode())
+                    self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), path)
 
     def test_json_as_deep_as_is_taken_comes_out_again_everywhere(self) -> None:
         def nested(depth: int) -> Any:
@@ -911,8 +925,9 @@ class Nonsense(PortalTest):
         got = self.post("/oauth/register", {**metadata, "x": nested(s4s.MAX_DEPTH - 1)})
         self.assertEqual(got.status, 201)
         self.assertEqual(ask(self.portal.url + "/launch").status, 200)
-        self.assertEqual(ask(self.portal.url + "/oauth/token", basic=(got.json["client_id"], got.json["client_secret"]),
-                             form={"grant_type": "refresh_token", "refresh_token": "x"}).status, 400)
+        app = App(self.portal)
+        app.client_id, app.secret = got.json["client_id"], got.json["client_secret"]
+        self.assertEqual(app.refresh("x").status, 400)
         self.assertEqual(ask(self.portal.url + "/oauth/debug/requests").status, 200)
 
     def test_every_member_of_every_control_may_be_of_a_wrong_type(self) -> None:
@@ -922,7 +937,7 @@ class Nonsense(PortalTest):
             "issue_token": {"client_id": "test-suite", "username": "daniel-adams"}, "advance": {"seconds": 0},
             "approve": {"url": App(self.portal).authorize_url(), "username": "daniel-adams"},
             "launch": {"launch_uri": "https://a.example/"}, "fail": {"endpoint": "jwks", "status": 503}}
-        paths = {one.endpoint.__name__: one.path for one in s4s.ROUTES}
+        paths = {route.endpoint.__name__: route.path for route in s4s.ROUTES}
         for control, function in s4s.CONTROLS.items():
             for name in list(inspect.signature(function).parameters)[1:]:
                 for value in wrong:
@@ -945,13 +960,13 @@ class Nonsense(PortalTest):
                         self.assertIn(name, got.json["error_description"])
 
     def test_a_repeated_parameter_is_refused_by_name(self) -> None:
-        for path, fields in (("token", [("grant_type", "x")]), ("introspect", [("token", "x")]),
-                             ("revoke", [("token", "x")]),
-                             ("token", [("grant_type", "refresh_token"), ("scope", "x")])):
-            got = ask(f"{self.portal.url}/oauth/{path}", form=[*fields, fields[-1]],
-                      basic=("test-suite", "demo-secret-s4s"))
+        basic = ("test-suite", "demo-secret-s4s")
+        for endpoint in ("token grant_type", "token scope", "introspect token", "revoke token"):
+            path, name = endpoint.split()
+            fields = [*{"grant_type": "refresh_token", name: "x"}.items(), (name, "x")]
+            got = ask(f"{self.portal.url}/oauth/{path}", form=fields, basic=basic)
             self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
-            self.assertIn(fields[-1][0], got.json["error_description"])
+            self.assertIn(name, got.json["error_description"])
 
     def test_a_scope_is_judged_in_a_moment_however_long(self) -> None:
         started = time.process_time()  # what others take from the machine doesn't count
@@ -959,40 +974,31 @@ class Nonsense(PortalTest):
             got = self.post("/oauth/register", {"redirect_uris": ["https://a.example/"], "scope": scope})
             self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
         words = [f"patient/Observation.r?code={number}" for number in range(250)]
-        tokens = self.portal.issue_token(scope=" ".join(words))
-        got = ask(self.portal.url + "/oauth/token", basic=("test-suite", "demo-secret-s4s"), form={
-            "grant_type": "refresh_token", "refresh_token": tokens["refresh_token"], "scope": (words[-1] + " ") * 25_000})
+        app, tokens = App(self.portal), self.portal.issue_token(scope=" ".join(words))
+        app.client_id, app.secret = "test-suite", "demo-secret-s4s"
+        got = app.refresh(tokens["refresh_token"], scope=(words[-1] + " ") * 25_000)
         self.assertEqual((got.status, got.json["error"]), (400, "invalid_scope"))
         self.assertLess(time.process_time() - started, 5)
 
     def test_an_authorization_url_that_is_no_url_is_refused(self) -> None:
         for url in ("http://[", "javascript://localhost/oauth/authorize", "//", "http://\0/oauth/authorize",
                     "x" * 9999):
-            self.assertEqual(self.post("/oauth/debug/authorize", {"url": url, "username": "daniel-adams"}).status, 400)
+            got = self.post("/oauth/debug/authorize", {"url": url, "username": "daniel-adams"})
+            self.assertEqual(got.status, 400, url)
 
     def test_cookies_of_others_neither_hide_ours_nor_cost_time(self) -> None:
-        browser = Browser(self.portal)
-        browser.open(self.portal.url + "/login")
-        browser.sign_in()
-        [(name, value)] = browser.cookies.items()
+        [(name, value)] = self.signed_in().cookies.items()
         started = time.process_time()  # what others take from the machine doesn't count
         for other in ('theirs={"a": [1, "x"]}', "=", ";;", "a b", '"', 'x="' + "\\\\" * 29_000 + '"', "é"):
             for cookie in (f"{other}; {name}={value}", f"{name}={value}; {other}"):
-                got = ask(self.portal.url + "/apps", headers={"Cookie": cookie.encode("utf-8").decode("latin-1")})
+                headers = {"Cookie": cookie.encode("utf-8").decode("latin-1")}
+                got = ask(self.portal.url + "/apps", headers=headers)
                 self.assertEqual(got.status, 200, cookie[:50])
         self.assertLess(time.process_time() - started, 5)
 
-    def test_a_cookie_can_not_hold_a_line_break(self) -> None:
-        name = s4s.cookie_name(self.portal.portal)
-        got = ask(self.portal.url + "/login", headers={"Cookie": f'{name}="a\\015\\012X-Evil: 1"'})
-        self.assertNotIn("x-evil", got.headers)
-        self.assertRegex(got.cookies[0], rf"^{name}=[A-Za-z0-9_-]{{32}}; ")
-
     def test_a_header_that_would_break_the_line_is_kept_in_it(self) -> None:
-        route = s4s._routes_by_path()[0]["/health"]
-        self.addCleanup(s4s._routes_by_path()[0].__setitem__, "/health", route)
-        s4s._routes_by_path()[0]["/health"] = route._replace(endpoint=lambda portal, request: s4s.Response(
-            200, headers=[("X-Text", "a\r\nX-Evil: 1\0é\u20ac")]))
+        headers = [("X-Text", "a\r\nX-Evil: 1\0é\u20ac")]
+        self.serve_instead("/health", lambda portal, request: s4s.Response(200, headers=headers))
         got = ask(self.portal.url + "/health")
         self.assertEqual(got.headers["x-text"], "a??X-Evil: 1?é?")
         self.assertNotIn("x-evil", got.headers)
@@ -1003,28 +1009,20 @@ class OtherSites(PortalTest):
 
     NASTY = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
 
-    def signed_in(self, username: str = "daniel-adams") -> Browser:
-        browser = Browser(self.portal)
-        browser.open(self.portal.url + "/login")
-        browser.sign_in(username)
-        return browser
-
-    def cookie(self, browser: Browser) -> dict[str, str]:
-        return {"Cookie": "; ".join(f"{name}={value}" for name, value in browser.cookies.items())}
-
     def pages(self) -> Iterator[tuple[str, Answer]]:
         """Every page of the portal, with a nasty app, patient and user in it."""
         patients = [{"patient_id": DANIEL, "name": self.NASTY}, {"patient_id": AMY, "name": self.NASTY}]
         users = [{"username": "maria", "password": "x", "name": self.NASTY, "patients": patients}]
         with s4s.Server(name=self.NASTY, fixtures={"users": users}) as portal:
-            app, browser = App(portal, client_name=self.NASTY, launch_uris=["https://app.example/l"]), Browser(portal)
+            app = App(portal, client_name=self.NASTY, launch_uris=["https://app.example/l"])
+            browser = Browser(portal)
             wrong = [app.authorize_url(**{name: self.NASTY})[len(portal.url):]
                      for name in ("client_id", "redirect_uri")]
-            for path in ("/", "/login", "/launch", "/demo", "/apps", "/nothing", "/revoke/x", "/oauth/consent",
-                         "/oauth/authorize", "/" + quote(self.NASTY), *wrong,
+            for path in ("/", "/login", "/launch", "/demo", "/apps", "/nothing", "/revoke/x",
+                         "/oauth/consent", "/oauth/authorize", "/" + quote(self.NASTY), *wrong,
                          "/login?" + urlencode({"username": self.NASTY, "next": self.NASTY}),
-                         "/launch?" + urlencode(dict.fromkeys(("launch_uri", "intent", "patient_id"), self.NASTY)),
-                         "/oauth/consent?" + urlencode({"request": self.NASTY})):
+                         "/oauth/consent?" + urlencode({"request": self.NASTY}), "/launch?" + urlencode(
+                             dict.fromkeys(("launch_uri", "intent", "patient_id"), self.NASTY))):
                 yield path[:40], browser.open(portal.url + path)
             browser.open(app.authorize_url(state=self.NASTY, login_hint=self.NASTY, nonce=self.NASTY))
             yield "sign-in with a hint", browser.page
@@ -1038,16 +1036,11 @@ class OtherSites(PortalTest):
             yield "apps", browser.open(portal.url + "/apps")
             yield "stop", browser.submit("Stop sharing")
 
-    def test_no_script_gets_into_a_page_through_any_field(self) -> None:
+    def test_no_script_gets_into_a_page_and_each_refuses_frames_scripts_caches_and_referrers(self) -> None:
         for name, page in self.pages():
             with self.subTest(page=name):
-                self.assertNotIn("<script>alert", page.text)
-                self.assertNotIn("<img", page.text)
-                self.assertNotIn("javascript:", page.text)
-
-    def test_every_page_refuses_frames_scripts_caches_and_referrers(self) -> None:
-        for name, page in self.pages():
-            with self.subTest(page=name):
+                for text in ("<script>alert", "<img", "javascript:"):
+                    self.assertNotIn(text, page.text)
                 policy = page.headers["content-security-policy"]
                 self.assertIn("frame-ancestors 'none'", policy)
                 self.assertIn("default-src 'none'", policy)
@@ -1057,19 +1050,21 @@ class OtherSites(PortalTest):
                     self.assertEqual(page.headers[header], value)
 
     def test_no_form_works_without_the_token_of_its_own_page(self) -> None:
-        browser, other, app = self.signed_in(), self.signed_in("joseph-ross"), App(self.portal)
+        browser, other, app = self.signed_in(), Browser(self.portal), App(self.portal)
+        other.sign_in("joseph-ross")
         app.tokens()
-        grant = self.portal.portal.state.row("SELECT grant_id FROM grants")
-        assert grant
+        [[grant_id]] = self.portal.portal.state.rows("SELECT grant_id FROM grants")
         foreign = Form(other.open(self.portal.url + "/apps").text).fields[0][1]
         request_id = ask(app.authorize_url()).location["request"]
-        for path, fields in (("/login", {"username": "joseph-ross", "password": "demo-password"}), ("/logout", {}),
-                             ("/revoke/" + grant["grant_id"], {}), ("/launch", {"launch_uri": "https://a.example/"}),
-                             ("/oauth/consent", {"request": request_id, "decision": "approve", "patient_id": DANIEL,
-                                                 "security_labels": "patient", "approval_expires": "2099-01-01"})):
+        consent = {"request": request_id, "decision": "approve", "patient_id": DANIEL,
+                   "security_labels": "patient", "approval_expires": "2099-01-01"}
+        for path, fields in (
+                ("/login", {"username": "joseph-ross", "password": "demo-password"}), ("/logout", {}),
+                ("/revoke/" + grant_id, {}), ("/launch", {"launch_uri": "https://a.example/"}),
+                ("/oauth/consent", consent)):
             for token in ({}, {"form_token": ""}, {"form_token": "x" * 64}, {"form_token": foreign}):
                 with self.subTest(path=path, token=token):
-                    got = ask(self.portal.url + path, form={**fields, **token}, headers=self.cookie(browser))
+                    got = ask(self.portal.url + path, form={**fields, **token}, headers=browser.headers)
                     self.assertEqual(got.status, 403)
                     self.assertNotIn("set-cookie", got.headers)
         self.assertIn("Signed in as Daniel", browser.open(self.portal.url + "/apps").text)
@@ -1086,16 +1081,16 @@ class OtherSites(PortalTest):
 
     def test_a_session_ended_by_signing_out_stays_ended(self) -> None:
         browser = self.signed_in()
-        cookie = self.cookie(browser)
+        cookie = browser.headers
         browser.open(self.portal.url + "/apps")
         browser.open(self.portal.url + "/logout", "POST", Form(browser.page.text).fields)
         self.assertEqual(ask(self.portal.url + "/apps", headers=cookie).status, 303)
 
     def test_signing_in_leads_nowhere_else(self) -> None:
         for target in ("https://evil.example/", "//evil.example", "///evil.example", "/\\evil.example",
-                       "\\\\evil.example", "/..//evil.example", "/a:b@evil.example", "/apps#@evil", "@evil", "?x",
-                       ".evil.example", "/.evil",
-                       "/%0d%0aX: y", "%2f%2fevil", "/\tevil", "/ e", "/apps\r\nX-Evil: 1", "javascript:alert(1)",
+                       "\\\\evil.example", "/..//evil.example", "/a:b@evil.example", "/apps#@evil", "@evil",
+                       "?x", ".evil.example", "/.evil", "/%0d%0aX: y", "%2f%2fevil", "/\tevil", "/ e",
+                       "/apps\r\nX-Evil: 1", "javascript:alert(1)",
                        "http:evil.example"):
             with self.subTest(target=target):
                 page = ask(self.portal.url + "/login?" + urlencode({"next": target})).text
@@ -1103,31 +1098,22 @@ class OtherSites(PortalTest):
         for target in ("//evil.example", "/apps\r\nX-Evil: 1"):
             browser = Browser(self.portal)
             browser.open(self.portal.url + "/login")
-            fields = [(name, target if name == "next" else value) for name, value in Form(browser.page.text).fields]
-            got = ask(self.portal.url + "/login", form=fields, headers=self.cookie(browser))
+            form = {**dict(Form(browser.page.text).fields), "next": target, "password": "demo-password"}
+            got = ask(self.portal.url + "/login", form=form, headers=browser.headers)
             self.assertEqual((got.status, got.headers["location"]), (303, self.portal.url + "/apps"))
             self.assertNotIn("x-evil", got.headers)
 
     def test_a_redirect_uri_is_what_was_registered_to_the_letter(self) -> None:
         app = App(self.portal)
-        for uri in ("https://evil.example/", App.redirect_uri + "&x", App.redirect_uri + "/..",
-                    App.redirect_uri.upper(),
-                    App.redirect_uri.replace("https:", "http:"), App.redirect_uri.replace(".example", ".example.evil"),
-                    App.redirect_uri.replace("app.", "evil@app."), App.redirect_uri + "#", " " + App.redirect_uri,
-                    App.redirect_uri.replace("//", "/\\"), App.redirect_uri + "\r\n", App.redirect_uri + "\0"):
+        own = app.redirect_uri
+        for uri in ("https://evil.example/", own + "&x", own + "/..", own.upper(),
+                    own.replace("https:", "http:"), own.replace(".example", ".example.evil"),
+                    own.replace("app.", "evil@app."), own + "#", " " + own, own.replace("//", "/\\"),
+                    own + "\r\n", own + "\0"):
             with self.subTest(uri=uri):
                 got = ask(app.authorize_url(redirect_uri=uri))
                 self.assertEqual(got.status, 400)
                 self.assertNotIn("location", got.headers)
-
-    def test_addresses_that_run_or_break_lines_can_not_be_registered(self) -> None:
-        for uri in ("javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x", "blob:https://a/",
-                    "https://a\r\nX: y", "https://a\\b/", "https://a b/", "\thttps://a/", "https://a\0/",
-                    "https://me:pw@a/", "//a/", "https:a", "http://["):
-            for member in ("redirect_uris", "launch_uris"):
-                with self.subTest(uri=uri, member=member):
-                    got = self.post("/oauth/register", {"redirect_uris": ["https://a.example/"], member: [uri]})
-                    self.assertEqual(got.status, 400)
 
     def test_a_launch_leads_only_where_the_client_registered(self) -> None:
         app = App(self.portal, launch_uris=["https://app.example/launch"])
@@ -1141,7 +1127,8 @@ class OtherSites(PortalTest):
     def test_no_value_breaks_out_of_a_location(self) -> None:
         app, nasty = App(self.portal), "a\r\nSet-Cookie: x=y\r\n\r\n<html>&code=stolen#\u20ac"
         for changed in ({"state": nasty}, {"state": nasty, "scope": nasty}, {"state": nasty, "aud": nasty},
-                        {"state": nasty, "response_type": nasty}, {"state": nasty, "prompt": "none " + nasty}):
+                        {"state": nasty, "response_type": nasty},
+                        {"state": nasty, "prompt": "none " + nasty}):
             with self.subTest(changed=changed):
                 got = ask(app.authorize_url(**changed))
                 if got.location.get("error"):
@@ -1170,7 +1157,8 @@ class OtherSites(PortalTest):
         [cookie] = ask(self.portal.url + "/login").cookies
         self.assertRegex(cookie, r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
         with s4s.Server(base_url="https://portal.example") as portal:
-            self.assertTrue(ask(portal.address + "/login").cookies[0].endswith("; HttpOnly; SameSite=Lax; Secure"))
+            [cookie] = ask(portal.address + "/login").cookies
+            self.assertTrue(cookie.endswith("; HttpOnly; SameSite=Lax; Secure"))
 
     def test_a_name_that_is_not_ours_reaches_nothing(self) -> None:
         for host in ("evil.example", f"evil.example:{self.portal.port}", "127.0.0.1.evil.example",
@@ -1183,23 +1171,24 @@ class OtherSites(PortalTest):
 
     def test_debug_endpoints_obey_no_other_site(self) -> None:
         own, url = {"Origin": self.portal.url}, self.portal.url
-        for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": url + ".evil.example"},
-                        {"Origin": url.replace("http:", "https:")}, {"Origin": "http://127.0.0.1:1"},
-                        {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
-                        {**own, "Sec-Fetch-Site": "same-site"}):
-            for method, path, data in (("POST", "reset", {}), ("POST", "clock", {"seconds": 1}),
-                                       ("POST", "token", {"client_id": "test-suite", "username": "clinician"}),
-                                       ("DELETE", "requests", None), ("GET", "requests", None),
-                                       ("GET", "introspect?token=x", None)):
+        for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"},
+                        {"Origin": url + ".evil.example"}, {"Origin": url.replace("http:", "https:")},
+                        {"Origin": "http://127.0.0.1:1"}, {"Sec-Fetch-Site": "cross-site"},
+                        {"Sec-Fetch-Site": "same-site"}, {**own, "Sec-Fetch-Site": "same-site"}):
+            for method, path, data in (
+                    ("POST", "reset", {}), ("POST", "clock", {"seconds": 1}), ("DELETE", "requests", None),
+                    ("POST", "token", {"client_id": "test-suite", "username": "clinician"}),
+                    ("GET", "requests", None), ("GET", "introspect?token=x", None)):
                 with self.subTest(headers=headers, path=path):
-                    got = ask(f"{self.portal.url}/oauth/debug/{path}", method=method, data=data, headers=headers)
+                    got = ask(f"{url}/oauth/debug/{path}", method=method, data=data, headers=headers)
                     self.assertEqual(got.status, 403)
                     self.assertNotIn("access-control-allow-origin", got.headers)
         for headers in (own, {"Sec-Fetch-Site": "none"}, {**own, "Sec-Fetch-Site": "same-origin"}):
-            self.assertEqual(ask(url + "/oauth/debug/clock", data={"seconds": 0}, headers=headers).status, 200)
+            self.assertEqual(self.post("/oauth/debug/clock", {"seconds": 0}, headers=headers).status, 200)
 
     def test_debug_endpoints_take_no_body_that_a_plain_form_could_send(self) -> None:
-        for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        for media_type in ("text/plain", "application/x-www-form-urlencoded",
+                           "multipart/form-data; boundary=x", ""):
             got = ask(self.portal.url + "/oauth/debug/token", headers={"Content-Type": media_type},
                       body=b'{"client_id": "test-suite", "username": "clinician"}')
             self.assertEqual(got.status, 415, media_type)
@@ -1218,16 +1207,14 @@ class Exposed(unittest.TestCase):
         self.addCleanup(portal.close)
         return s4s.dispatch(portal, s4s.Request("GET", "/health", {"host": host})).status
 
-    def test_while_it_trusts_who_reaches_it_only_names_that_are_its_own_are_served(self) -> None:
+    def test_only_while_it_trusts_nobody_names_that_are_not_its_own_are_served(self) -> None:
+        self.assertEqual(self.status("rebound.example:8000"), 200)
         for settings in ({"debug": True}, {"open_fhir": True}):
-            for host, status in (("rebound.example:8000", 421), ("portal.example", 200), ("10.1.2.3:8000", 200),
-                                 ("[fd00::1]:8000", 200), ("localhost:8000", 200), ("0.0.0.0", 200),
-                                 ("10.1.2.3.example", 421), ("[x", 421), ("", 421)):
+            for host, status in (("rebound.example:8000", 421), ("portal.example", 200),
+                                 ("10.1.2.3:8000", 200), ("[fd00::1]:8000", 200), ("localhost:8000", 200),
+                                 ("0.0.0.0", 200), ("10.1.2.3.example", 421), ("[x", 421), ("", 421)):
                 with self.subTest(settings=settings, host=host):
                     self.assertEqual(self.status(host, base_url="http://portal.example", **settings), status)
-
-    def test_while_it_trusts_nobody_any_name_is_served(self) -> None:
-        self.assertEqual(self.status("rebound.example:8000"), 200)
 
     def test_an_assertion_for_another_server_is_refused_whatever_the_host_header(self) -> None:
         service = {"client_id": "service", "jwks": {"keys": [RSA_JWK]}, "grant_types": ["client_credentials"],
@@ -1251,22 +1238,23 @@ class Exposed(unittest.TestCase):
     def test_a_stranger_learns_nothing_of_the_neighbours_ports(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as neighbour:
             neighbour.settimeout(0.05)
+            place = f"127.0.0.1:{neighbour.getsockname()[1]}"
             told = {self.fetch(url) for url in (
-                f"http://127.0.0.1:{neighbour.getsockname()[1]}/", f"https://127.0.0.1:{neighbour.getsockname()[1]}/",
-                "http://127.0.0.1:1/", "http://[::1]:1/", "http://localhost:1/", "http://10.0.0.1/",
-                "http://[::ffff:127.0.0.1]/", "http://169.254.169.254/", "http://nowhere.invalid/", f"http://{'x' * 64}/")}
+                f"http://{place}/", f"https://{place}/", "http://127.0.0.1:1/", "http://[::1]:1/",
+                "http://localhost:1/", "http://10.0.0.1/", "http://[::ffff:127.0.0.1]/",
+                "http://169.254.169.254/", "http://nowhere.invalid/", f"http://{'x' * 64}/")}
             self.assertEqual(len(told), 1, told)
             with self.assertRaises(TimeoutError if sys.version_info >= (3, 10) else socket.timeout):
                 neighbour.accept()  # nobody came
 
     def test_the_address_that_was_judged_is_the_one_connected_to(self) -> None:
-        def changing(host: Any, port: Any, *_: Any, **__: Any) -> Any:
-            looked_up.append(host)
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("8.8.8.8" if len(looked_up) == 1 else "127.0.0.1", port))]
-        looked_up: list[str] = []
-        with mock.patch("socket.getaddrinfo", changing), mock.patch("socket.create_connection", side_effect=OSError) as to:
+        answers = [[(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
+                   for address in ("8.8.8.8", "127.0.0.1")]
+        with mock.patch("socket.getaddrinfo", side_effect=answers) as asked, \
+                mock.patch("socket.create_connection", side_effect=OSError) as to:
             self.fetch("http://rebound.example/")
-        self.assertEqual((looked_up, to.call_args[0][0]), (["rebound.example"], ("8.8.8.8", 80)))
+        self.assertEqual((asked.call_count, asked.call_args[0][0]), (1, "rebound.example"))
+        self.assertEqual(to.call_args[0][0], ("8.8.8.8", 80))
 
     def test_without_a_stranger_the_reason_is_told(self) -> None:
         self.assertIn("ConnectionRefusedError", self.fetch("http://127.0.0.1:1/", False))
@@ -1276,27 +1264,20 @@ class Bugs(PortalTest):
     """A bug of ours is a 500 in words, and its log shows no value."""
 
     def test_the_log_names_the_place_and_no_secret(self) -> None:
-        lines: list[str] = []
-
-        def broken(portal: s4s.Portal, request: s4s.Request) -> s4s.Response:
-            raise RuntimeError("the secret is demo-secret-s4s")
-        route = s4s._routes_by_path()[0]["/oauth/token"]
-        s4s._routes_by_path()[0]["/oauth/token"] = route._replace(endpoint=broken)
-        self.addCleanup(s4s._routes_by_path()[0].__setitem__, "/oauth/token", route)
-        self.portal.portal.log = lines.append
+        lines = self.log()
+        bug = RuntimeError("the secret is demo-secret-s4s")
+        self.serve_instead("/oauth/token", mock.Mock(side_effect=bug))
         got = ask(self.portal.url + "/oauth/token", form={"a": "b"})
         self.assertEqual((got.status, got.json["error"]), (500, "server_error"))
         self.assertIn("RuntimeError", lines[0])
         self.assertNotIn("demo-secret-s4s", lines[0])
 
     def test_a_bug_outside_of_requests_ends_one_connection_and_is_logged(self) -> None:
-        lines: list[str] = []
-        with s4s.Server() as portal:
-            portal.portal.log = lines.append
-            with mock.patch.object(s4s.Handler, "read_request", side_effect=RuntimeError("the secret")), \
-                    self.assertRaises((OSError, http.client.HTTPException)):
-                ask(portal.url + "/health")
-            self.assertEqual(ask(portal.url + "/health").status, 200)
+        lines, url = self.log(), self.portal.url + "/health"
+        with mock.patch.object(s4s.Handler, "read_request", side_effect=RuntimeError("the secret")), \
+                self.assertRaises((OSError, http.client.HTTPException)):
+            ask(url)
+        self.assertEqual(ask(url).status, 200)
         self.assertIn("RuntimeError", lines[0])
         self.assertNotIn("the secret", lines[0])
 
@@ -1305,153 +1286,46 @@ class Bugs(PortalTest):
 
 
 class Registration(PortalTest):
-    """POST /oauth/register (RFC 7591), as S4S documented it."""
+    """POST /oauth/register (RFC 7591): metadata is checked and given back, id and secret are drawn here."""
 
-    def test_an_app_gets_an_id_and_a_secret(self) -> None:
-        sent = {"client_name": "My App", "redirect_uris": ["https://app.example/cb"], "scope": "patient/*.read"}
-        got = self.post("/oauth/register", sent)
+    def register(self, **members: Any) -> Answer:
+        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
+
+    def assert_refused(self, error: str, member: str, value: Any) -> None:
+        """The member is refused, and named."""
+        with self.subTest(member=member, value=value):
+            got = self.register(**{member: value})
+            self.assertEqual((got.status, got.json["error"]), (400, error))
+            self.assertIn(member.partition("#")[0], got.json["error_description"])
+
+    def test_an_app_gets_an_id_and_a_secret_and_can_not_choose_them(self) -> None:
+        sent = {"client_name": "My App", "redirect_uris": ["https://a.example/cb"], "scope": "patient/*.read"}
+        got = self.register(**sent)
         self.assertEqual(got.status, 201)
         self.assertEqual({name: got.json[name] for name in sent}, sent)
         self.assertRegex(got.json["client_id"], r"^[0-9a-f-]{36}$")
         self.assertRegex(got.json["client_secret"], r"^[0-9a-f-]{36}$")
         self.assertEqual(got.json["client_secret_expires_at"], 0)
         self.assertEqual(got.headers["cache-control"], "no-store")
-
-    def test_the_name_of_an_app_without_one_is_its_id(self) -> None:
-        got = self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"]}).json
-        self.assertEqual(got["client_name"], got["client_id"])
-
-    def test_redirect_uris_that_would_run_or_lead_astray_are_refused(self) -> None:
-        for uri in ("javascript:alert(1)", "data:text/html,x", "/relative", "https://a.example/#fragment", "https://",
-                    "http://user@host/", "", 7, None, "file:///etc/passwd", "https://a b/", "https://a.example:0/"):
-            with self.subTest(uri=uri):
-                got = self.post("/oauth/register", {"redirect_uris": [uri]})
-                self.assertEqual(got.status, 400)
-                self.assertIn(got.json["error"], ("invalid_redirect_uri", "invalid_client_metadata"))
-
-    def test_a_private_use_scheme_is_fine(self) -> None:
-        got = self.post("/oauth/register", {"redirect_uris": ["com.example.app:/cb", "org.app://callback"]})
-        self.assertEqual(got.status, 201)
-
-    def test_at_least_one_redirect_uri_is_needed_for_the_code_flow(self) -> None:
-        self.assertEqual(self.post("/oauth/register", {"client_name": "x"}).json["error"], "invalid_redirect_uri")
-
-    def test_members_of_a_wrong_type_are_named(self) -> None:
-        for member, value in (("client_name", 5), ("scope", ["a"]), ("redirect_uris", "https://app.example/cb"),
-                              ("grant_types", "authorization_code"), ("token_endpoint_auth_method", 1)):
-            with self.subTest(member=member):
-                got = self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], member: value})
-                self.assertEqual(got.status, 400)
-                self.assertIn(member, got.json["error_description"])
-
-    def test_a_body_that_is_no_json_object_is_refused_in_words(self) -> None:
-        for body in (b"", b"{", b"[]", b"7", b"\xff", b'{"a": NaN}', b"[" * 100_000, b'{"a":' * 50_000):
-            with self.subTest(body=body[:20]):
-                got = ask(self.portal.url + "/oauth/register", body=body, headers={"Content-Type": "application/json"})
-                self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
-
-    def test_another_content_type_is_415(self) -> None:
-        self.assertEqual(ask(self.portal.url + "/oauth/register", form={"a": "b"}).status, 415)
-
-
-class ClientMetadata(PortalTest):
-    """RFC 7591 metadata: checked, and given back."""
-
-    def register(self, **members: Any) -> Answer:
-        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
+        chosen = self.register(client_id="mine", client_secret="mine").json
+        self.assertNotIn("mine", (chosen["client_id"], chosen["client_secret"]))
 
     def test_what_was_sent_is_given_back(self) -> None:
         sent = {"client_name": "App", "client_name#fr": "Appli", "client_uri": "https://app.example/#about",
-                "contacts": ["a@app.example"], "software_id": "x", "software_version": "1", "jwks": {"keys": [RSA_JWK]},
-                "token_endpoint_auth_method": "private_key_jwt", "token_endpoint_auth_signing_alg": "RS384",
-                "application_type": "web", "launch_uris": ["https://app.example/launch"],
-                "grant_types": ["authorization_code", "client_credentials"], "response_types": ["code"]}
+                "contacts": ["a@app.example"], "software_id": "x", "software_version": "1",
+                "jwks": {"keys": [RSA_JWK]}, "token_endpoint_auth_method": "private_key_jwt",
+                "token_endpoint_auth_signing_alg": "RS384", "application_type": "web",
+                "launch_uris": ["https://app.example/launch"], "response_types": ["code"],
+                "grant_types": ["authorization_code", "client_credentials"]}
         got = self.register(**sent)
         self.assertEqual(got.status, 201)
         self.assertEqual({name: got.json[name] for name in sent}, sent)
         self.assertNotIn("client_secret", got.json)
 
-    def test_the_defaults_are_told(self) -> None:
-        got = self.register().json
-        self.assertEqual((got["grant_types"], got["response_types"], got["token_endpoint_auth_method"]),
-                         (["authorization_code", "refresh_token"], ["code"], "client_secret_basic"))
-        self.assertEqual(got["scope"], "openid fhirUser launch launch/patient patient/*.rs offline_access")
-
-    def test_a_member_that_can_not_be_is_named(self) -> None:
-        for member, value in (
-                ("client_name", 1), ("client_uri", "ftp://a/"), ("logo_uri", []), ("contacts", "a"), ("contacts", [1]),
-                ("grant_types", ["implicit"]), ("grant_types", [""]), ("response_types", ["token"]), ("software_id", {}),
-                ("token_endpoint_auth_method", "client_secret_jwt"), ("launch_uris", ["/x"]), ("launch_uris", ["app:/x"]),
-                ("id_token_signed_response_alg", "none"), ("scope", 'a"b'), ("scope", " "), ("jwks", 1), ("jwks", {}),
-                ("jwks", {"keys": [1]}), ("jwks", {"keys": [{**RSA_JWK, "d": "x"}]}), ("jwks", {"keys": [RSA_JWK] * 2}),
-                ("jwks", {"keys": [{**RSA_JWK, "n": "AQAB"}]}), ("jwks_uri", "x"), ("security_labels", ["nonsense"]),
-                ("client_uri#fr", 1), ("subject_type", "pairwise"), ("tos_uri", None)):
-            with self.subTest(member=member, value=value):
-                got = self.register(**{member: value})
-                self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
-                self.assertIn(member.partition("#")[0], got.json["error_description"])
-
-    def test_half_a_character_is_no_text(self) -> None:
-        self.assertEqual(self.register(client_name="\ud800").json["error"], "invalid_request")
-
-    def test_keys_come_in_one_way(self) -> None:
-        both = {"jwks": {"keys": [RSA_JWK]}, "jwks_uri": "https://app.example/jwks"}
-        self.assertEqual(self.register(**both).status, 400)
-        self.assertEqual(self.register(token_endpoint_auth_method="private_key_jwt").status, 400)
-
-    def test_a_backend_service_needs_no_redirect_uri(self) -> None:
-        got = self.post("/oauth/register", {"grant_types": ["client_credentials"], "scope": "system/*.rs",
-                                            "token_endpoint_auth_method": "private_key_jwt", "jwks": {"keys": [RSA_JWK]}})
-        self.assertEqual((got.status, got.json["redirect_uris"], got.json["response_types"]), (201, [], []))
-
-    def test_an_app_proves_itself_by_one_secret_in_one_way(self) -> None:
-        given = self.register().json
-        client_id, secret = given["client_id"], given["client_secret"]
-        other, public = self.register().json, self.register(token_endpoint_auth_method="none").json["client_id"]
-        keyed = KeyedApp(self.portal).client_id
-        encoded = base64.b64encode(client_id.encode()).decode()
-        cases: Any = (
-            ("the secret of another", {}, (client_id, other["client_secret"]), 401, "the secret is missing or wrong"),
-            ("no secret", {"client_id": client_id}, None, 401, "the secret is missing or wrong"),
-            ("an empty secret", {}, (client_id, ""), 401, "the secret is missing or wrong"),
-            ("a secret of a public client", {"client_id": public, "client_secret": "x"}, None, 401, "no secret"),
-            ("no keys", {"client_id": keyed}, None, 401, "registered for private_key_jwt"),
-            ("a secret for keys", {}, (keyed, "x"), 401, "registered for private_key_jwt"),
-            ("nobody", {"client_id": "nobody", "client_secret": "x"}, None, 401, "is not registered"),
-            ("nothing", {}, None, 401, "no client authentication"),
-            ("two clients", {"client_id": other["client_id"]}, (client_id, secret), 400, "client_id differs"),
-            ("twice", {"client_id": client_id, "client_secret": secret}, (client_id, secret), 400, "given twice"),
-            ("no colon", {}, encoded, 401, "no colon"), ("no base64", {}, "?" + encoded, 401, "not base64"),
-            ("right", {}, (client_id, secret), 400, "refresh_token"))
-        for why, form, basic, status, words in cases:
-            with self.subTest(why):
-                headers = {"Authorization": "Basic " + basic} if isinstance(basic, str) else {}
-                got = ask(self.portal.url + "/oauth/token", basic=None if headers else basic, headers=headers,
-                          form={"grant_type": "refresh_token", "refresh_token": "x", **form})
-                self.assertEqual(got.status, status)
-                self.assertIn(words, got.json["error_description"])
-
-    def test_an_app_can_not_choose_its_own_secret(self) -> None:
-        got = self.register(client_id="mine", client_secret="mine").json
-        self.assertNotIn("mine", (got["client_id"], got["client_secret"]))
-
-
-class Registered(PortalTest):
-    """Client metadata that can't be, and what is told of the rest (RFC 7591)."""
-
-    def register(self, **members: Any) -> Answer:
-        return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
-
-    def test_a_key_without_a_type_or_of_another_kind_is_let_be(self) -> None:
-        for key in ({"crv": "P-384", "kid": "x"}, {"kty": ["RSA"]}, {"kty": "OKP", "crv": "Ed25519", "x": "AA"},
-                    {"kty": "EC", "crv": "P-256"}):
-            self.assertEqual(self.register(jwks={"keys": [key]}).status, 201, key)
-        for key in ({"kty": "EC", "crv": "P-384"}, {"kty": "RSA"}):
-            self.assertEqual(self.register(jwks={"keys": [key]}).json["error"], "invalid_client_metadata", key)
-
     def test_what_is_not_registered_is_not_given_back(self) -> None:
-        sent = {"registration_client_uri": "https://x.example/", "registration_access_token": "x", "request_uris": ["https://x/"],
-                "id_token_encrypted_response_alg": "RSA-OAEP", "default_max_age": 5, "of_our_own": 1, "client_id": "mine"}
+        sent = {"registration_client_uri": "https://x.example/", "registration_access_token": "x",
+                "request_uris": ["https://x/"], "id_token_encrypted_response_alg": "RSA-OAEP",
+                "default_max_age": 5, "of_our_own": 1, "client_id": "mine"}
         got = self.register(**sent, **{"client_name#fr": "Appli"}).json
         self.assertEqual({name for name in sent if name in got and got[name] == sent[name]}, set())
         self.assertEqual(got["client_name#fr"], "Appli")
@@ -1459,21 +1333,114 @@ class Registered(PortalTest):
         assert client
         self.assertEqual(sent.keys() & client.metadata.keys(), set())
 
-    def test_the_code_and_its_grant_type_come_together(self) -> None:
-        cases: Any = ({"response_types": []}, {"grant_types": ["client_credentials"], "response_types": ["code"]},
-                      {"grant_types": ["authorization_code"], "response_types": []})
-        for members in cases:
-            got = self.register(**members)
-            self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
-            self.assertIn("response_types", got.json["error_description"])
-        self.assertEqual(self.register(response_types=["code"]).status, 201)
+    def test_the_defaults_are_told(self) -> None:
+        got = self.register().json
+        self.assertEqual((got["grant_types"], got["response_types"], got["token_endpoint_auth_method"]),
+                         (["authorization_code", "refresh_token"], ["code"], "client_secret_basic"))
+        self.assertEqual(got["scope"], "openid fhirUser launch launch/patient patient/*.rs offline_access")
+        self.assertEqual(got["client_name"], got["client_id"])
+
+    def test_addresses_that_run_or_break_lines_or_lead_astray_can_not_be_registered(self) -> None:
+        for uri in ("javascript:alert(1)", "JaVaScRiPt:alert(1)", "data:text/html,x", "vbscript:x",
+                    "blob:https://a/", "https://a\r\nX: y", "https://a\\b/", "https://a b/", "\thttps://a/",
+                    "https://a\0/", "https://me:pw@a/", "//a/", "https:a", "http://[", "/relative",
+                    "https://", "http://user@host/", "file:///etc/passwd", "https://a.example:0/"):
+            self.assert_refused("invalid_redirect_uri", "redirect_uris", [uri])
+            self.assert_refused("invalid_client_metadata", "launch_uris", [uri])
+        self.assert_refused("invalid_redirect_uri", "redirect_uris", ["https://a.example/#fragment"])
 
     def test_a_scheme_without_a_period_is_taken_unless_something_else_acts_on_it(self) -> None:
-        for uri, fine in (("myapp:/cb", True), ("com.example.app:/cb", True), ("smart-app://cb", True), ("sms:1", False),
-                          ("ms-msdt:/id", False), ("search-ms:query", False), ("MS-Settings:x", False), ("intent:x", False),
-                          ("JavaScript:alert(1)", False), ("chrome-extension://x/", False), ("vscode://x", False)):
-            with self.subTest(uri=uri):
-                self.assertEqual(s4s.is_redirect_uri(uri), fine)
+        for uri in ("myapp:/cb", "com.example.app:/cb", "smart-app://cb", "org.app://callback"):
+            self.assertEqual(self.register(redirect_uris=[uri]).status, 201, uri)
+        for uri in ("sms:1", "ms-msdt:/id", "search-ms:query", "MS-Settings:x", "intent:x",
+                    "chrome-extension://x/", "vscode://x"):
+            self.assert_refused("invalid_redirect_uri", "redirect_uris", [uri])
+
+    def test_a_member_that_can_not_be_is_named(self) -> None:
+        self.assert_refused("invalid_redirect_uri", "redirect_uris", [])
+        for member, value in (
+                ("client_name", 5), ("client_uri", "ftp://a/"), ("logo_uri", []), ("contacts", "a"),
+                ("contacts", [1]), ("redirect_uris", "https://app.example/cb"), ("redirect_uris", [7]),
+                ("redirect_uris", [None]), ("redirect_uris", [""]), ("grant_types", "authorization_code"),
+                ("grant_types", ["implicit"]), ("grant_types", [""]), ("response_types", ["token"]),
+                ("token_endpoint_auth_method", 1), ("token_endpoint_auth_method", "client_secret_jwt"),
+                ("software_id", {}), ("launch_uris", ["/x"]), ("launch_uris", ["app:/x"]), ("scope", ["a"]),
+                ("id_token_signed_response_alg", "none"), ("scope", 'a"b'), ("scope", " "), ("jwks", 1),
+                ("jwks", {}), ("jwks", {"keys": [1]}), ("jwks", {"keys": [{**RSA_JWK, "d": "x"}]}),
+                ("jwks", {"keys": [RSA_JWK] * 2}), ("jwks", {"keys": [{**RSA_JWK, "n": "AQAB"}]}),
+                ("jwks_uri", "x"), ("security_labels", ["nonsense"]), ("client_uri#fr", 1),
+                ("subject_type", "pairwise"), ("tos_uri", None), ("response_types", []),
+                ("jwks", {"keys": [{"kty": "EC", "crv": "P-384"}]}), ("jwks", {"keys": [{"kty": "RSA"}]})):
+            error = "invalid_redirect_uri" if member == "redirect_uris" else "invalid_client_metadata"
+            self.assert_refused(error, member, value)
+
+    def test_a_body_that_is_no_json_object_is_refused_in_words(self) -> None:
+        for body in (b"", b"{", b"[]", b"7", b"\xff", b'{"a": NaN}', b"[" * 100_000, b'{"a":' * 50_000):
+            with self.subTest(body=body[:20]):
+                got = self.post("/oauth/register", body)
+                self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
+        self.assertEqual(ask(self.portal.url + "/oauth/register", form={"a": "b"}).status, 415)
+
+    def test_keys_come_in_one_way(self) -> None:
+        got = self.register(jwks={"keys": [RSA_JWK]}, jwks_uri="https://app.example/jwks")
+        self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+        self.assertIn("jwks_uri", got.json["error_description"])
+        got = self.register(token_endpoint_auth_method="private_key_jwt")
+        self.assertIn("private_key_jwt needs jwks or jwks_uri", got.json["error_description"])
+
+    def test_a_key_without_a_type_or_of_another_kind_is_let_be(self) -> None:
+        for key in ({"crv": "P-384", "kid": "x"}, {"kty": ["RSA"]}, {"kty": "EC", "crv": "P-256"},
+                    {"kty": "OKP", "crv": "Ed25519", "x": "AA"}):
+            self.assertEqual(self.register(jwks={"keys": [key]}).status, 201, key)
+
+    def test_a_backend_service_needs_no_redirect_uri(self) -> None:
+        got = self.post("/oauth/register", {
+            "grant_types": ["client_credentials"], "scope": "system/*.rs", "jwks": {"keys": [RSA_JWK]},
+            "token_endpoint_auth_method": "private_key_jwt"})
+        self.assertEqual((got.status, got.json["redirect_uris"], got.json["response_types"]), (201, [], []))
+
+    def test_the_code_and_its_grant_type_come_together(self) -> None:
+        cases: Any = (({"response_types": []}, 400), ({"response_types": ["code"]}, 201),
+                      ({"grant_types": ["client_credentials"], "response_types": ["code"]}, 400),
+                      ({"grant_types": ["authorization_code"], "response_types": []}, 400))
+        for members, status in cases:
+            with self.subTest(members=members):
+                got = self.register(**members)
+                self.assertEqual(got.status, status)
+                if status == 400:
+                    self.assertEqual(got.json["error"], "invalid_client_metadata")
+                    self.assertIn("response_types", got.json["error_description"])
+
+
+class ClientAuthentication(PortalTest):
+    """How an app proves who it is at the token endpoint (RFC 6749 section 2.3), and where it listens."""
+
+    def test_an_app_proves_itself_by_one_secret_in_one_way(self) -> None:
+        app, other = App(self.portal), App(self.portal)
+        mine, secret = app.client_id, app.secret
+        public = App(self.portal, token_endpoint_auth_method="none").client_id
+        keyed, encoded = KeyedApp(self.portal).client_id, base64.b64encode(mine.encode()).decode()
+        cases: Any = (
+            ("another's", {}, (mine, other.secret), 401, "the secret is missing or wrong"),
+            ("no secret", {"client_id": mine}, None, 401, "the secret is missing or wrong"),
+            ("an empty secret", {}, (mine, ""), 401, "the secret is missing or wrong"),
+            ("a public one's", {"client_id": public, "client_secret": "x"}, None, 401, "no secret"),
+            ("no keys", {"client_id": keyed}, None, 401, "registered for private_key_jwt"),
+            ("a secret for keys", {}, (keyed, "x"), 401, "registered for private_key_jwt"),
+            ("nobody", {"client_id": "nobody", "client_secret": "x"}, None, 401, "is not registered"),
+            ("nothing", {}, None, 401, "no client authentication"),
+            ("two clients", {"client_id": other.client_id}, (mine, secret), 400, "client_id differs"),
+            ("twice", {"client_id": mine, "client_secret": secret}, (mine, secret), 400, "given twice"),
+            ("no colon", {}, encoded, 401, "not base64 of client_id:client_secret"),
+            ("no base64", {}, "?" + encoded, 401, "not base64 of client_id:client_secret"),
+            ("right", {}, (mine, secret), 400, "refresh_token"))
+        for why, form, basic, status, words in cases:
+            with self.subTest(why):
+                headers = {"Authorization": "Basic " + basic} if isinstance(basic, str) else {}
+                got = ask(self.portal.url + "/oauth/token", basic=None if headers else basic, headers=headers,
+                          form={"grant_type": "refresh_token", "refresh_token": "x", **form})
+                self.assertEqual(got.status, status)
+                self.assertIn(words, got.json["error_description"])
 
     def test_a_native_app_may_listen_on_any_port_of_loopback(self) -> None:
         for method, registered, asked, fine in (
@@ -1489,19 +1456,11 @@ class Registered(PortalTest):
                 ("client_secret_basic", "http://127.0.0.1/cb", "http://127.0.0.1:51004/cb", False)):
             with self.subTest(method=method, asked=asked):
                 app = App(self.portal)
-                app.client_id = self.portal.register_client(
-                    redirect_uris=[registered], token_endpoint_auth_method=method)["client_id"]
-                got = ask(app.authorize_url(redirect_uri=asked))
-                self.assertEqual(got.status, 303 if fine else 400)
+                app.client_id, app.secret, app.redirect_uri = self.portal.register_client(
+                    redirect_uris=[registered], token_endpoint_auth_method=method)["client_id"], "", asked
+                self.assertEqual(ask(app.authorize_url()).status, 303 if fine else 400)
                 if fine:
-                    app.redirect_uri, app.secret = asked, ""
                     self.assertEqual(app.tokens()["patient"], DANIEL)
-
-    def test_a_number_that_would_become_infinity_is_refused(self) -> None:
-        for number in (b"1e400", b"-1e400", b"NaN", b"Infinity", b"1" + b"0" * 400 + b".5"):
-            got = ask(self.portal.url + "/oauth/register", headers={"Content-Type": "application/json"},
-                      body=b'{"redirect_uris": ["https://app.example/cb"], "x": [' + number + b"]}")
-            self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), number)
 
 
 # ######################################################################## 7 sign-in
@@ -1510,26 +1469,24 @@ class Registered(PortalTest):
 class Cookies(PortalTest):
     """The session cookie, and the forms that hang on it."""
 
-    def cookie(self, value: str) -> dict[str, str]:
-        return {"Cookie": f"{s4s.cookie_name(self.portal.portal)}={value}"}
-
-    def sign_in(self, browser: Browser, site: str | None = None) -> Answer:
-        form = {**dict(Form(browser.page.text).fields), "username": "daniel-adams", "password": "demo-password"}
-        return ask(self.portal.url + "/login", form=form, headers={
-            **self.cookie(browser.cookies[s4s.cookie_name(self.portal.portal)]), **({"Sec-Fetch-Site": site} if site else {})})
+    def cookies_for(self, cookie: str) -> tuple[list[str], str]:
+        """What the sign-in page sets where this cookie came, and the name it goes by."""
+        name = s4s.cookie_name(self.portal.portal)
+        got = ask(self.portal.url + "/login", headers={"Cookie": cookie.format(name)})
+        self.assertEqual(got.status, 200)
+        self.assertNotIn("x-evil", got.headers)
+        return got.cookies, name
 
     def test_a_planted_cookie_comes_back_in_no_header(self) -> None:
-        for value in ('"a\\015\\012Set-Cookie: planted=1"', "a%0d%0ab", "short", "x" * 31 + "=", "x" * 33, "'" * 32):
+        for value in ('"a\\015\\012X-Evil: 1"', "a%0d%0ab", "short", "x" * 31 + "=", "x" * 33, "'" * 32):
             with self.subTest(value=value):
-                got = ask(self.portal.url + "/login", headers=self.cookie(value))
-                self.assertEqual((got.status, len(got.cookies)), (200, 1))
-                self.assertNotIn(value, got.cookies[0])
-                self.assertRegex(got.cookies[0], r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
+                [cookie], name = self.cookies_for("{}=" + value)
+                self.assertNotIn(value, cookie)
+                self.assertRegex(cookie, rf"^{name}=[A-Za-z0-9_-]{{32}}; Path=/; HttpOnly; SameSite=Lax$")
 
     def test_among_other_cookies_ours_is_found(self) -> None:
-        mine = "x" * 32
-        got = ask(self.portal.url + "/login", headers={"Cookie": "a=b; " + self.cookie(mine)["Cookie"] + '; c="d;e'})
-        self.assertIn(f"={mine};", got.cookies[0])
+        [cookie], _ = self.cookies_for("a=b; {}=" + "x" * 32 + '; c="d;e')
+        self.assertIn(f"={'x' * 32};", cookie)
 
     def test_the_name_filled_in_is_one_that_can_sign_in(self) -> None:
         for settings, username in (({}, "daniel-adams"), ({"data": "none"}, "clinician")):
@@ -1540,35 +1497,32 @@ class Cookies(PortalTest):
                 self.assertIn("Sign out", browser.submit("sign-in").text)
 
     def test_a_form_that_stood_on_another_site_is_refused(self) -> None:
-        for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403), ("same-site", 403)):
+        for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403),
+                             ("same-site", 403)):
             with self.subTest(site=site):
                 browser = Browser(self.portal)
-                browser.open(self.portal.url + "/login")
-                self.assertEqual(self.sign_in(browser, site).status, status)
+                page = browser.open(self.portal.url + "/login")
+                form = {**dict(Form(page.text).fields), "password": "demo-password"}
+                headers = {**browser.headers, **({"Sec-Fetch-Site": site} if site else {})}
+                self.assertEqual(ask(self.portal.url + "/login", form=form, headers=headers).status, status)
 
     def test_a_session_left_open_ends_by_itself(self) -> None:
-        browser = Browser(self.portal)
-        browser.open(self.portal.url + "/login")
-        self.assertIn("Sign out", browser.sign_in().text)
+        browser = self.signed_in()
+        self.assertIn("Sign out", browser.page.text)
         self.portal.advance(s4s.SESSION_SECONDS + 1)
         self.assertNotIn("Sign out", browser.open(self.portal.url + "/apps").text)
 
     def test_a_stranger_can_not_learn_who_has_an_account(self) -> None:
-        answers = []
         for username, password in (("nobody", "demo-password"), ("daniel-adams", "wrong"), ("nobody", "")):
-            browser = Browser(self.portal)
-            browser.open(self.portal.url + "/login")
-            page = browser.sign_in(username, password)
-            answers.append((page.status, "User name and password do not match." in page.text))
-        self.assertEqual(answers, [(401, True)] * 3)
+            with mock.patch.object(s4s, "hash_password", wraps=s4s.hash_password) as hashed:
+                page = Browser(self.portal).sign_in(username, password)
+            self.assertEqual((page.status, hashed.call_count), (401, 1), username)
+            self.assertIn("User name and password do not match.", page.text)
 
     def test_signing_in_again_ends_the_earlier_session(self) -> None:
-        browser = Browser(self.portal)
-        for _ in range(2):
-            browser.open(self.portal.url + "/login")
-            earlier = dict(browser.cookies)
-            browser.sign_in()
-        self.assertIn("Sign out", browser.page.text)
+        browser = self.signed_in()
+        earlier = dict(browser.cookies)
+        self.assertIn("Sign out", browser.sign_in().text)
         browser.cookies = earlier
         self.assertNotIn("Sign out", browser.open(self.portal.url + "/apps").text)
 
