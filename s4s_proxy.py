@@ -671,8 +671,8 @@ def http_date(seconds: float) -> str:
 # https://portal.example --base-url http://portal:8000, and asked by an app in a container at the second,
 #     portal.base(request)          is http://portal:8000, as the sender knows us: issuer, audience, links
 #     portal.browser_base(request)  is https://portal.example, always the first: where people's browsers go.
-# Without --base-url both are what the Host header says, which is why `check_host` doubts it; and where there is
-# no request, portal.browser_base() is the address listened on.
+# Without --base-url both are what the Host header says, which is why `check_host` doubts it. Without
+# a request, portal.browser_base() is the address listened on.
 
 MAX_RECORDED_BODY = 64 << 10  # of a request that tests may look at
 
