@@ -3055,13 +3055,15 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 # name in camel case, or into those after "=", with "+" between; [x] is each type that an element may have.
 # Versions behind a type or parameter are those that have it; none: all. The names are those of each version's
 # registry (Coverage's `patient` in STU3 is ours). What has no row is not served.
-SEARCH_PARAMETERS = """\
+_ADDRESS = """address, address-city=address.city,
+    address-state=address.state, address-postalcode=address.postalCode, name"""
+SEARCH_PARAMETERS = f"""\
 AllergyIntolerance | owner: patient | token: identifier, category, criticality, type, status dstu2,
     substance=substance+reaction.substance dstu2, clinical-status stu3 r4, verification-status stu3 r4,
     code=code+reaction.substance stu3 r4 | date: date=recordedDate+assertedDate, onset=reaction.onset
 Binary
-CarePlan | owner: patient, subject
-    | token: identifier stu3 r4, category stu3 r4, intent stu3 r4, status stu3 r4 | date: date=period
+CarePlan | owner: patient, subject | token: identifier stu3 r4, category stu3 r4, intent stu3 r4,
+    status stu3 r4 | date: date=period
 CareTeam stu3 r4 | owner: patient, subject | token: identifier, category, status | date: date=period
     | reference: participant=participant.member
 Claim | owner: patient | token: identifier, use, status r4 | date: created stu3 r4
@@ -3070,64 +3072,59 @@ Condition | owner: patient, subject stu3 r4 | token: identifier, category, code,
     | date: onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4,
     abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
     | reference: encounter=encounter+context, asserter
-Coverage stu3 r4 | owner: patient, beneficiary | token: identifier, type, status r4
-    | reference: payor, subscriber
+Coverage stu3 r4 | owner: patient, beneficiary | token: identifier, type, status r4 | reference: payor,
+    subscriber
 Device | owner: patient | token: identifier, type, status stu3 r4
 DiagnosticOrder dstu2 | owner: patient, subject | token: identifier, status, code=item.code
 DiagnosticReport | owner: patient, subject | token: identifier, category, code, status
-    | date: date=effective[x], issued
-    | reference: encounter=encounter+context, result, specimen, performer=performer+performer.actor
+    | date: date=effective[x], issued | reference: encounter=encounter+context, result, specimen,
+    performer=performer+performer.actor
 DocumentReference | owner: patient, subject | token: identifier=masterIdentifier+identifier, status, type,
     class dstu2 stu3, category r4, contenttype=content.attachment.contentType r4
-    | date: period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4
-    | reference: author, custodian, encounter=context.encounter
+    | date: period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4 | reference: author,
+    custodian, encounter=context.encounter
 Encounter | owner: patient, subject stu3 r4 | token: identifier, status, type, class stu3 r4, reason-code r4
-    | date: date=period
-    | reference: participant=participant.individual, location=location.location, service-provider stu3 r4
+    | date: date=period | reference: participant=participant.individual, location=location.location,
+    service-provider stu3 r4
 Endpoint stu3 r4 | token: identifier, status, connection-type | reference: organization=managingOrganization
     | string: name
 ExplanationOfBenefit stu3 r4 | owner: patient | token: identifier, status r4 | date: created
     | reference: claim, provider, coverage=insurance.coverage, encounter=item.encounter
 FamilyMemberHistory | owner: patient | token: identifier, code=condition.code, status stu3 r4 | date: date
-Goal | owner: patient, subject
-    | token: identifier, category, status dstu2 stu3, lifecycle-status r4, achievement-status r4
-    | date: start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
+Goal | owner: patient, subject | token: identifier, category, status dstu2 stu3, lifecycle-status r4,
+    achievement-status r4 | date: start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
 ImagingStudy | owner: patient, subject r4 | token: modality=series.modality, identifier stu3 r4, status r4
     | date: started | reference: endpoint=endpoint+series.endpoint stu3 r4, encounter r4
 Immunization | owner: patient | token: identifier, status, vaccine-code,
     notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4, reason-code r4 | date: date=date+occurrence[x]
     | reference: location, manufacturer | string: lot-number
-Location | token: identifier, status, type | reference: organization=managingOrganization | string: address,
-    address-city=address.city, address-state=address.state, address-postalcode=address.postalCode, name
+Location | token: identifier, status, type | reference: organization=managingOrganization | string: {_ADDRESS}
 Media | owner: patient, subject | token: identifier, type
 Medication | token: code, status stu3 r4, identifier r4
 MedicationAdministration | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x]
     | date: effectivetime=effectiveTime[x] dstu2, effective-time=effective[x] stu3 r4
     | reference: medication=medication[x], context stu3 r4, prescription dstu2 stu3, request r4
 MedicationDispense | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x], type
-    | date: whenhandedover=whenHandedOver, whenprepared=whenPrepared
-    | reference: medication=medication[x], context stu3 r4, prescription=authorizingPrescription
+    | date: whenhandedover=whenHandedOver, whenprepared=whenPrepared | reference: medication=medication[x],
+    context stu3 r4, prescription=authorizingPrescription
 MedicationOrder dstu2 | owner: patient | token: identifier, status, code=medication[x]
     | date: datewritten=dateWritten | reference: encounter, prescriber, medication=medication[x]
-MedicationRequest stu3 r4 | owner: patient, subject
-    | token: identifier, status, intent, category, priority, code=medication[x] | date: authoredon=authoredOn
-    | reference: medication=medication[x], requester=requester+requester.agent, context stu3, encounter r4
-MedicationStatement | owner: patient, subject stu3 r4
-    | token: identifier, status, code=medication[x], category stu3 r4
-    | date: effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
+MedicationRequest stu3 r4 | owner: patient, subject | token: identifier, status, intent, category, priority,
+    code=medication[x] | date: authoredon=authoredOn | reference: medication=medication[x],
+    requester=requester+requester.agent, context stu3, encounter r4
+MedicationStatement | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x],
+    category stu3 r4 | date: effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
     | reference: medication=medication[x], context stu3 r4
 Observation | owner: patient, subject | token: identifier, category, code, status, value-concept=value[x],
     component-code=component.code, data-absent-reason | date: date=effective[x], value-date=value[x]
     | reference: encounter=encounter+context, performer, specimen, has-member r4, derived-from r4
-Organization | token: identifier, type, active | reference: partof=partOf | string: address,
-    address-city=address.city, address-state=address.state, address-postalcode=address.postalCode, name
+Organization | token: identifier, type, active | reference: partof=partOf | string: {_ADDRESS}
 Patient | token: identifier, gender, active, telecom, language=communication.language
     | date: birthdate=birthDate | reference: organization=managingOrganization, general-practitioner stu3 r4
-    | string: address, address-city=address.city, address-state=address.state,
-    address-postalcode=address.postalCode, name, family=name.family, given=name.given
+    | string: {_ADDRESS}, family=name.family, given=name.given
 Practitioner | token: identifier, gender | string: name, family=name.family, given=name.given
-PractitionerRole stu3 r4 | token: identifier, active, specialty, role=code
-    | reference: practitioner, organization, location
+PractitionerRole stu3 r4 | token: identifier, active, specialty, role=code | reference: practitioner,
+    organization, location
 Procedure | owner: patient, subject | token: identifier, code, category stu3 r4, status stu3 r4
     | date: date=performed[x] | reference: encounter=encounter+context, location, performer=performer.actor
 ProcedureRequest dstu2 stu3 | owner: patient, subject | token: identifier, code stu3, intent stu3, status stu3
@@ -3181,12 +3178,17 @@ _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("Codeab
 def search_table(version: str) -> dict[str, dict[str, Parameter]]:
     """The types that a version of the embedded records serves, and what each can be searched by."""
     served: dict[str, dict[str, Parameter]] = {}
-    for type_and_versions, *cells in table(SEARCH_PARAMETERS.replace("\n    ", " ")):
-        type_name = _if_in(version, type_and_versions)
-        if type_name:
-            served[type_name] = dict(COMMON_PARAMETERS)
-            for cell in cells:
-                served[type_name].update(_parameters_in(version, cell))
+    for head, *cells in table(SEARCH_PARAMETERS.replace("\n    ", " ")):
+        known = dict(COMMON_PARAMETERS)
+        for kind, _, words in (cell.partition(": ") for cell in cells):
+            for word in filter(None, (_if_in(version, word) for word in words.split(", "))):
+                name, _, paths = word.partition("=")
+                paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
+                known[name] = Parameter(kind, tuple(
+                    path.replace("[x]", choice) for path in paths.split("+")
+                    for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
+        if _if_in(version, head):
+            served[_if_in(version, head)] = known
     return served
 
 
@@ -3194,17 +3196,6 @@ def _if_in(version: str, text: str) -> str:
     """Of "name stu3 r4" the name, or "" if the version is not among those behind it; no versions are all."""
     name, *versions = text.split()
     return name if not versions or version in versions else ""
-
-
-def _parameters_in(version: str, cell: str) -> Iterator[tuple[str, Parameter]]:
-    """The parameters that a version has of a cell such as "date: date=period, created stu3 r4"."""
-    kind, _, words = cell.partition(": ")
-    for word in filter(None, (_if_in(version, word) for word in words.split(", "))):
-        name, _, paths = word.partition("=")
-        paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
-        yield name, Parameter(kind, tuple(
-            path.replace("[x]", choice) for path in paths.split("+")
-            for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
 
 
 def referring(type_name: str, version: str) -> list[tuple[str, str]]:
@@ -3238,34 +3229,32 @@ class Query(NamedTuple):
 def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
                 lenient: bool = False) -> Query:
     """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
-    need(sum(text.count(",") + 1 for _, text in parameters) <= MAX_VALUES,
-         f"a search takes at most {MAX_VALUES} values", "too-costly", kind=FhirError)
+    _check(sum(text.count(",") + 1 for _, text in parameters) <= MAX_VALUES,
+           f"a search takes at most {MAX_VALUES} values", "too-costly")
     terms: list[SearchTerm] = []
     includes: dict[Include, None] = {}
     sort: dict[str, bool] = {}
     effective: list[tuple[str, str]] = []
     shown = {"_count": "20", "_summary": "false", "_total": "accurate", "_elements": "", "_page": ""}
     for name, text in parameters:
-        if name in shown:
-            shown[name] = text
-        elif name in ("_include", "_revinclude"):
-            includes[_parse_include(version, type_name, name, text)] = None
-        elif name == "_sort":
-            _parse_sort(version, type_name, text, sort)
-        elif name not in ("_format", "_pretty"):
-            try:
+        try:
+            if name in shown:
+                shown[name] = text
+            elif name in ("_include", "_revinclude"):
+                includes[_parse_include(version, type_name, name, text)] = None
+            elif name == "_sort":
+                _parse_sort(version, type_name, text, sort)
+            elif name not in ("_format", "_pretty"):
                 terms.append(parse_term(version, type_name, name, text, base))
-            except FhirError as error:
-                if lenient and error.error == "not-supported":
-                    continue  # FHIR search, "Handling Errors": Prefer: handling=lenient
+            effective.append((name, text))
+        except FhirError as error:  # FHIR search, "Handling Errors": Prefer: handling=lenient
+            if not lenient or error.error != "not-supported":
                 raise
-        effective.append((name, text))
-    for name, possible in (("_summary", ("count", "false")), ("_total", ("accurate", "estimate", "none"))):
-        need(shown[name] in possible, f"{name}={shown[name]}: expected one of {', '.join(possible)}", "value",
-             kind=FhirError)
-    need(re.fullmatch(r"[0-9]{1,18}", shown["_count"]), f"_count={shown['_count']}: expected a whole number",
-         "value", kind=FhirError)
-    limit = 0 if shown["_summary"] == "count" else min(int(shown["_count"]), 1000)
+    for name, possible in (("_summary", "count, false"), ("_total", "accurate, estimate, none")):
+        _check(shown[name] in possible.split(", "), f"{name}={shown[name]}: expected one of {possible}")
+    count = shown["_count"]
+    _check(re.fullmatch(r"[0-9]{1,18}", count), f"_count={count}: expected a whole number")
+    limit = 0 if shown["_summary"] == "count" else min(int(count), 1000)
     names = tuple(filter(None, shown["_elements"].split(",")))
     return Query(type_name, tuple(terms), tuple(sort.items()), tuple(includes), limit,
                  shown["_total"] != "none", names, _parse_mark(shown["_page"]), tuple(effective))
@@ -3277,6 +3266,11 @@ parsed_query = functools.lru_cache(maxsize=100)(parse_query)  # for those that a
 def are_short(parameters: Sequence[tuple[str, str]]) -> bool:
     """Whether search parameters are short enough to remember what became of them: see `remembered`."""
     return sum(len(name) + len(text) for name, text in parameters) < 2000
+
+
+def _check(good: object, description: str, error: str = "value") -> None:
+    """`need`, with an error of FHIR's about a search."""
+    need(good, description, error, kind=FhirError)
 
 
 class Include(NamedTuple):
@@ -3294,9 +3288,9 @@ def _parse_include(version: str, type_name: str, name: str, text: str) -> Includ
     possible = [(type_name, own) for own in known if known[own].type == "reference"]
     if reverse:
         possible = referring(type_name, version)
-    need((source, parameter) in possible and (not reverse or target in ("", type_name)),
-         f"{name}={text}: not possible for {type_name}; possible are "
-         + (", ".join(sorted(map(":".join, possible))) or "none"), "value", kind=FhirError)
+    words = ", ".join(sorted(map(":".join, possible))) or "none"
+    _check((source, parameter) in possible and (not reverse or target in ("", type_name)),
+           f"{name}={text}: not possible for {type_name}; possible are {words}")
     return Include(reverse, source, parameter, target)
 
 
@@ -3305,8 +3299,7 @@ def _parse_sort(version: str, type_name: str, text: str, sort: dict[str, bool]) 
     known = search_table(version)[type_name]
     for word in text.split(","):
         name = word.lstrip("-")
-        need(name in known, f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can",
-             "value", kind=FhirError)
+        _check(name in known, f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can")
         sort.setdefault(name, word.startswith("-"))
 
 
@@ -3354,7 +3347,6 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
     "contains": operator.contains}
 _PLACES = {"value": 1, "system": 2, "first": 3, "last": 4}  # of the columns in a SearchValue
-_ANY_VALUE: Comparisons = ()
 
 
 class SearchTerm(NamedTuple):
@@ -3367,13 +3359,12 @@ class SearchTerm(NamedTuple):
     def as_sql(self, pinned: bool) -> Sql:
         """pinned: few resources are left to look at, so look at each; else start from the value."""
         own = _OWN_COLUMNS.get(self.parameter.kind, {})
-        alternatives = [" AND ".join(comparison.sql(own) for comparison in comparisons) or "1"
-                        for comparisons in self.alternatives]
-        sql = "(" + " OR ".join(alternatives) + ")"
+        sql = " OR ".join(" AND ".join(comparison.sql(own) for comparison in comparisons) or "1"
+                          for comparisons in self.alternatives)
         values = tuple(comparison.value for comparisons in self.alternatives for comparison in comparisons)
         if own:
-            return Sql(sql, values)
-        rows = f"FROM search_values WHERE parameter = ? AND {sql}"
+            return Sql(f"({sql})", values)
+        rows = f"FROM search_values WHERE parameter = ? AND ({sql})"
         if not pinned and not self.negated:
             return Sql(f"r.number IN (SELECT number {rows})", (self.name, *values))
         exists = "NOT EXISTS" if self.negated else "EXISTS"
@@ -3381,14 +3372,12 @@ class SearchTerm(NamedTuple):
 
     def met_by(self, resource: Json) -> bool:
         """The same in Python."""
-        kind = self.parameter.kind
-        if kind == "owner":
-            rows: list[SearchValue] = [("", owner(resource), "Patient", 0, 0)]
-        elif kind == "id":
-            rows = [("", str(resource.get("id")), "", 0, 0)]
+        kind, paths = self.parameter
+        if kind in ("owner", "id"):
+            value = owner(resource) if kind == "owner" else str(resource.get("id"))
+            rows: list[SearchValue] = [("", value, "", 0, 0)]
         else:
-            values = [value for path in self.parameter.paths for value in elements(resource, path)]
-            rows = values_of("", kind, values)
+            rows = values_of("", kind, elements(resource, *paths))
         met = any(all(comparison.holds(row) for comparison in comparisons)
                   for row in rows for comparisons in self.alternatives)
         return met != self.negated
@@ -3420,9 +3409,8 @@ def parse_term(version: str, type_name: str, name: str, text: str, base: str = "
         raise FhirError("not-supported",
                         f"{name}: unknown modifier; {bare} takes {', '.join(possible) or 'none'}")
     if modifier == "missing":
-        if text not in ("true", "false"):
-            raise FhirError("value", f"{name}={text}: expected true or false")
-        return SearchTerm(bare, parameter, (_ANY_VALUE,), negated=text == "true")
+        _check(text in ("true", "false"), f"{name}={text}: expected true or false")
+        return SearchTerm(bare, parameter, ((),), negated=text == "true")  # (): any value will do
     alternatives = [comparisons for word in _COMMA.split(text.replace("\\\\", "\0"))
                     for comparisons in _comparisons(bare, parameter.kind, modifier, word, base)]
     return SearchTerm(bare, parameter, tuple(alternatives), negated=modifier == "not")
@@ -3490,8 +3478,7 @@ def search_values(resource: Json, version: str) -> set[SearchValue]:
             values.update(values_of(name, kind, within(inside, path) if path else inside))
     # One that nobody can search by: the Binary that a document points to. Anyone who sees it may read that.
     if resource["resourceType"] in DOCUMENT_TYPES:
-        for url in attachments(resource):
-            type_name, target = reference_parts(url)
+        for type_name, target in map(reference_parts, attachments(resource)):
             values.add(("_attachment", target, type_name, 0, 0))
     return values
 
@@ -3502,11 +3489,10 @@ def _parameters_by_element(version: str) -> dict[str, dict[str, list[tuple[str, 
     types: dict[str, dict[str, list[tuple[str, str, str]]]] = {}
     for type_name, known in search_table(version).items():
         types[type_name] = {}
-        for name, parameter in known.items():
-            if parameter.kind not in _OWN_COLUMNS:
-                for path in parameter.paths:
-                    element, _, inner = path.partition(".")
-                    types[type_name].setdefault(element, []).append((name, parameter.kind, inner))
+        for name, (kind, paths) in known.items():
+            for path in paths if kind not in _OWN_COLUMNS else ():
+                element, _, inner = path.partition(".")
+                types[type_name].setdefault(element, []).append((name, kind, inner))
     return types
 
 
@@ -3531,18 +3517,13 @@ def reference_parts(text: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", text)
 
 
-_PARTS_WITH_TEXT = ("family", "given", "text", "prefix", "suffix",
-                    "line", "city", "district", "state", "postalCode", "country")
-
-
 def strings_of(values: Iterable[Any]) -> Iterator[str]:
     """The text in strings, and in the parts of HumanNames and Addresses."""
     for value in values:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict):
-            for part in _PARTS_WITH_TEXT:
-                yield from (text for text in elements(value, part) if isinstance(text, str))
+        parts = [value] if isinstance(value, str) else elements(
+            value, "family", "given", "text", "prefix", "suffix",
+            "line", "city", "district", "state", "postalCode", "country")
+        yield from (part for part in parts if isinstance(part, str))
 
 
 def fold(text: str) -> str:
@@ -3552,12 +3533,6 @@ def fold(text: str) -> str:
         letters = unicodedata.normalize("NFKD", text)
         text = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return text.casefold()
-
-
-_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?"
-                   r"(Z|[+-]\d\d:\d\d)?)?)?)?")
-_EPOCH = datetime.date(1970, 1, 1).toordinal()
-_EVER = 1e15  # seconds: the end of a Period that has none
 
 
 def period_of(value: Any) -> tuple[float, float] | None:
@@ -3573,10 +3548,14 @@ def period_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
+_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+_EPOCH = datetime.date(1970, 1, 1).toordinal()
+_EVER = 1e15  # seconds: the end of a Period that has none
+
+
 @functools.lru_cache(maxsize=4096)
 def date_range(text: str) -> tuple[float, float]:
     """The span of time that a FHIR date or time may mean: from its first moment to the one after its last.
-
     What has no time zone is UTC. ValueError if it is none.
 
     >>> date_range("1970-01")  # all of January
