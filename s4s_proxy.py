@@ -3046,15 +3046,15 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 # Query of SearchTerms, and a term compares columns of such rows with what was asked for: in SQL, where they
 # lie in a table (section 18), and in Python, where one resource is held against a scope's ?param=value.
 
-# What can be searched, a row for each type. An example:
+# What can be searched, a row for each type that is served. An example:
 #
 #     Goal | owner: patient, subject | token: status dstu2 stu3 | date: target-date=target.due[x] stu3 r4
 #
 # A Goal is found by `patient` and `subject`, which say whose record it is in (kind `owner`), before R4 by the
 # code in `status`, from STU3 on by the date in target.dueDate. A parameter looks into the element of its own
 # name in camel case, or into those after "=", with "+" between; [x] is each type that an element may have.
-# Versions behind a type or parameter are those that have it; none: all. The names are those of each version's
-# registry (Coverage's `patient` in STU3 is ours). What has no row is not served.
+# Behind a type or parameter stand the versions that have it, if not all. The names are those of each
+# version's registry (Coverage's `patient` in STU3 is ours).
 _ADDRESS = """address, address-city=address.city,
     address-state=address.state, address-postalcode=address.postalCode, name"""
 SEARCH_PARAMETERS = f"""\
@@ -3395,9 +3395,7 @@ DATE_PREFIXES = {
 
 def parse_term(version: str, type_name: str, name: str, text: str, base: str = "") -> SearchTerm:
     """A search parameter and its values. `base` is what this server's own absolute references begin with.
-
-    FhirError: not-supported where the parameter or its modifier isn't known, value where a value is none.
-    """
+    FhirError: not-supported where the parameter or its modifier isn't known, value where a value is none."""
     known = search_table(version)[type_name]
     bare, colon, modifier = name.partition(":")
     if bare not in known:
@@ -3406,8 +3404,8 @@ def parse_term(version: str, type_name: str, name: str, text: str, base: str = "
     parameter = known[bare]
     possible = [*_MODIFIERS.get(parameter.kind, ()), *REFERENCE_TARGETS.get(bare, ())]
     if colon and modifier not in possible:
-        raise FhirError("not-supported",
-                        f"{name}: unknown modifier; {bare} takes {', '.join(possible) or 'none'}")
+        takes = ", ".join(possible) or "none"
+        raise FhirError("not-supported", f"{name}: unknown modifier; {bare} takes {takes}")
     if modifier == "missing":
         _check(text in ("true", "false"), f"{name}={text}: expected true or false")
         return SearchTerm(bare, parameter, ((),), negated=text == "true")  # (): any value will do
@@ -3548,7 +3546,8 @@ def period_of(value: Any) -> tuple[float, float] | None:
     return None
 
 
-_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
+_DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)"
+                   r"(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
 _EPOCH = datetime.date(1970, 1, 1).toordinal()
 _EVER = 1e15  # seconds: the end of a Period that has none
 
@@ -3598,9 +3597,8 @@ CREATE TABLE IF NOT EXISTS resources (
     json TEXT NOT NULL, UNIQUE (type, id));
 CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
 
--- A row for each value of each search parameter: a token has system and value; a reference its id as value,
--- its type as system; a string what it is compared as, and itself as system; a date the span that it may
--- mean.
+-- A row for each value of each search parameter: a token has system and value; a reference its id as value, its
+-- type as system; a string what it is compared as, and itself as system; a date the span that it may mean.
 CREATE TABLE IF NOT EXISTS search_values (
     number INTEGER NOT NULL, parameter TEXT NOT NULL, value TEXT NOT NULL, system TEXT NOT NULL,
     first REAL NOT NULL, last REAL NOT NULL,
@@ -3620,20 +3618,19 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 
 
 class StoredResource(Resource):
-    """A resource as it lies in the database: its JSON is sent as it is, and parsed only where somebody looks
-    into it. Its owner and categories were noted when it was written."""
+    """A resource as it lies in the database, its JSON parsed only where somebody looks into it. Its owner and
+    categories were noted when it was written."""
     base = ""
 
     def __init__(self, row: Row, records: EmbeddedRecords):
         self.number, self.type, self.id, self.owner, self.labels = row[:5]
         self.updated, self.version, self.text = row[5:8]
-        self.row, self.records, self.name = row, records, f"{self.type}/{self.id}"
+        self.row, self.records = row, records
 
     @functools.cached_property
     def content(self) -> Json:  # type: ignore[override]
         """The resource, parsed."""
-        content: Json = json.loads(self.text)
-        return content
+        return cast(Json, json.loads(self.text))
 
     def categories(self) -> list[str]:
         """Those noted when the resource was written."""
@@ -3647,31 +3644,25 @@ class StoredResource(Resource):
 class Page(NamedTuple):
     """One page of a search."""
     matches: list[StoredResource]
-    included: list[StoredResource]
-    next: str          # the mark of the page after, "" if there is none
-    total: int | None  # how many match in all, where that may be told
-
-
-def access_condition(access: Access, type_name: str) -> Sql:
-    """What SQL can do of `access.may_see`, which has the last word: keep to the patients."""
-    patients = access.patients(type_name, "s")
-    if patients is EVERYBODY:
-        return Sql("1")
-    whose = sorted(patients)
-    if type_name in SHARED_TYPES or type_name == "Device":
-        whose.append(NOBODY)
-    return Sql(f"r.patient_id IN ({_marks(whose)})", tuple(whose))
+    next: str                   # the mark of the page after, "" if there is none
+    hidden: bool                # whether something matched that may not be seen
+    total: int | None = None    # how many match in all, where that may be told
+    included: Sequence[StoredResource] = ()
 
 
 def search_condition(query: Query, access: Access) -> Sql:
-    """All that a match must meet. Where the patient is known, or the id, SQLite looks at that record; else it
-    starts from the values searched for (the plus keeps it from going through the whole type)."""
-    of_patients = query.type not in SHARED_TYPES and access.patients(query.type, "s") is not EVERYBODY
-    pinned = of_patients or any(term.parameter.kind in ("owner", "id") for term in query.terms)
-    terms = [term.as_sql(pinned) for term in query.terms]
-    by_value = any(term.sql.startswith("r.number IN") for term in terms)
-    of_type = Sql("+r.type = ?" if by_value else "r.type = ?", (query.type,))
-    parts = [of_type, access_condition(access, query.type), *terms]
+    """All that a match must meet; of `access.may_see`, which has the last word, only whose it is. Where patient
+    or id are known, SQLite looks at that record; else it starts from the values searched for (the plus keeps
+    it from going through the whole type)."""
+    patients, is_shared = access.patients(query.type, "s"), query.type in SHARED_TYPES
+    pinned = ((patients is not EVERYBODY and not is_shared)
+              or any(term.parameter.kind in ("owner", "id") for term in query.terms))
+    parts = [term.as_sql(pinned) for term in query.terms]
+    if patients is not EVERYBODY:
+        whose = (*sorted(patients), NOBODY) if is_shared or query.type == "Device" else sorted(patients)
+        parts.insert(0, Sql(f"r.patient_id IN ({_marks(whose)})", tuple(whose)))
+    by_value = any(part.sql.startswith("r.number IN") for part in parts)
+    parts.insert(0, Sql("+r.type = ?" if by_value else "r.type = ?", (query.type,)))
     values = [value for part in parts for value in part.values]
     return Sql(" AND ".join(part.sql for part in parts), tuple(values))
 
@@ -3697,28 +3688,34 @@ def _comes_after(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Sql:
 _quote = remembered(1000)(quote)  # the same few names and values stand in most searches
 
 
-def bundle_response(asked: FhirRequest, page: Page, links: Sequence[tuple[str, Sequence[tuple[str, str]]]],
-                    url: str, version: str, names: Sequence[str] = ()) -> Response:
-    """A page as a Bundle, its entries as they lie in the database: parsed only to be judged, and not written anew."""
-    head: Json = {"resourceType": "Bundle", "type": "searchset", "total": page.total, "link": [
-        {"relation": relation, "url": url + ("?" if pairs else "") + urlencode(pairs, quote_via=_quote,
-                                                                               safe=",:/")}
-        for relation, pairs in links]}
-    if page.total is None:
-        del head["total"]
+def bundle_response(asked: FhirRequest, page: Page, parameters: Sequence[tuple[str, str]], path: str,
+                    version: str, names: Sequence[str] = ()) -> Response:
+    """A page as a Bundle, with links to itself, the first and the next. Entries are sent as they lie in the
+    database, parsed only to be judged."""
+    rest = [(name, value) for name, value in parameters if name != "_page"]
+    links = {"self": parameters}
+    if len(rest) < len(parameters):
+        links["first"] = rest
+    if page.next:
+        links["next"] = [*rest, ("_page", page.next)]
+    total = {} if page.total is None else {"total": page.total}
+    url = f"{asked.base}/{path}?"
+    text = json.dumps({"resourceType": "Bundle", "type": "searchset", **total, "link": [
+        {"relation": relation, "url": (url + urlencode(pairs, quote_via=_quote, safe=",:/")).rstrip("?")}
+        for relation, pairs in links.items()]})
     start, entries = '{"fullUrl":' + json.dumps(asked.base)[:-1], []
     for mode, resources in (("match", page.matches), ("include", page.included)):
         for resource in resources:
-            text = json.dumps(only_elements(resource.content, names, version)) if names else resource.text
-            entries.append(f'{start}/{resource.name}","resource":{text},"search":{{"mode":"{mode}"}}}}')
-    text = json.dumps(head)
+            body = json.dumps(only_elements(resource.content, names, version)) if names else resource.text
+            name = f"{resource.type}/{resource.id}"
+            entries.append(f'{start}/{name}","resource":{body},"search":{{"mode":"{mode}"}}}}')
     if entries:
         text = text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}"
     return fhir_response(asked.request, text, version=version)
 
 
 def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
-    """A resource cut down to some of its elements, and marked so that nobody writes it back (FHIR, _elements)."""
+    """Some of a resource's elements, marked so that nobody writes it back (FHIR search, "Elements")."""
     system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
     meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
     return {name: meta if name == "meta" else value for name, value in resource.items()
@@ -3729,15 +3726,15 @@ def is_unchanged(request: Request, tag: str, updated: float) -> bool:
     """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
     known, since = request.headers.get("if-none-match"), request.headers.get("if-modified-since")
     if known is not None:
-        return known.strip() == "*" or tag in [one.strip().replace("W/", "") for one in known.split(",")]
+        return known.strip() == "*" or tag in [kept.strip().replace("W/", "") for kept in known.split(",")]
     try:
         return since is not None and updated < email.utils.parsedate_to_datetime(since).timestamp() + 1
     except (TypeError, ValueError, IndexError, OverflowError):
         return False
 
 
-# What shows of which version of FHIR a resource is: the versions that have it so | types or elements. A JSON
-# type stands with an element that others have too, with another type.
+# What shows of which version of FHIR a resource is: versions | types or elements, where others have the same
+# element with its JSON type.
 TELLTALES = """\
 dstu2 | AllergyIntolerance.substance Condition.patient DiagnosticOrder Encounter.class:string \
     Encounter.patient Immunization.wasNotGiven MedicationDispense.patient MedicationOrder \
@@ -3749,8 +3746,8 @@ stu3 | AllergyIntolerance.clinicalStatus:string ExplanationOfBenefit.insurance:o
 stu3 r4 | CareTeam Encounter.class:object Endpoint MedicationRequest Observation.category:array \
     Patient.name.family:string Practitioner.name:array PractitionerRole
 r4 | AllergyIntolerance.clinicalStatus:object Condition.clinicalStatus:object DocumentReference.date \
-    DiagnosticReport.category:array ExplanationOfBenefit.insurance:array Immunization.occurrenceDateTime \
-    ServiceRequest
+    DiagnosticReport.category:array ExplanationOfBenefit.insurance:array ServiceRequest \
+    Immunization.occurrenceDateTime
 """
 _JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
 
@@ -3760,10 +3757,9 @@ def check_version(resource: Json, version: str) -> None:
     for path, kind, versions in _telltales(version).get(resource["resourceType"], ()):
         above, _, name = path.rpartition(".")
         for holder in elements(resource, above) if above else [resource]:
-            present = not path or (isinstance(holder, dict) and name in holder)
-            if present and (not kind or kind == _JSON_TYPES.get(type(holder[name]))):
-                sign = f"{path} {kind}".strip() or "the type"
-                theirs = versions.replace(" ", " or ")
+            if (isinstance(holder, dict) and name in holder
+                    and kind in ("", _JSON_TYPES.get(type(holder[name])))):
+                sign, theirs = f"{path} {kind}".strip(), versions.replace(" ", " or ")
                 raise PortalError("invalid_request", f"{sign} is of {theirs}, the records are {version}: "
                                   "choose with --fhir-version")
 
@@ -3776,7 +3772,7 @@ def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
         for sign in signs.split() if version not in versions else ():
             place, _, kind = sign.partition(":")
             type_name, _, path = place.partition(".")
-            against.setdefault(type_name, []).append((path, kind, versions))
+            against.setdefault(type_name, []).append((path or "resourceType", kind, versions))
     return against
 
 
@@ -3788,10 +3784,10 @@ _OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|[A-Z][A-Za-z]+\?)[^"]+)"')
 class Prepared(NamedTuple):
     """A resource ready to be written: all that takes time is done, and no lock was held."""
     resource: Json
-    row: tuple[Any, ...]                   # as the table resources has it, less the number
+    row: tuple[Any, ...]     # as the table resources has it, less the number
     values: set[SearchValue]
-    unresolved: set[str]                   # references that are no Type/id yet
-    given: Json                            # its meta, as it came
+    unresolved: set[str]     # references that are no Type/id yet
+    given: Json              # its meta, as it came
 
 
 def prepare(resource: Json, version: str, now: str = "") -> Prepared:
@@ -3802,8 +3798,7 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     resource = {**resource, "meta": meta}
     try:
         updated = date_range(meta["lastUpdated"])[0]
-        if not FHIR_ID.fullmatch(meta["versionId"]):
-            raise ValueError("versionId is no id")
+        need(FHIR_ID.fullmatch(meta["versionId"]), "meta: versionId is no id")
     except (ValueError, TypeError) as error:
         raise PortalError("invalid_request", f"meta: {error}")
     try:
@@ -3822,35 +3817,29 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
         database.execute(f"DELETE FROM {name} WHERE number = ?", (number,))
 
 
-def _index(database: sqlite3.Connection, written: Sequence[tuple[int, Prepared]]) -> None:
-    """Write down what leads to resources that were written."""
-    database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)", [
-        (number, *value) for number, new in written for value in new.values])
-    database.executemany("INSERT INTO unresolved VALUES (?, ?)", [
-        (number, reference) for number, new in written for reference in new.unresolved])
-
-
-def _write(database: sqlite3.Connection, number: int, new: Prepared) -> None:
-    """Put a resource where `number` says, in place of what is there."""
-    _erase(database, number)
-    database.execute("INSERT INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (number, *new.row))
-    _index(database, [(number, new)])
+def _write(database: sqlite3.Connection, number: int | None, new: Prepared) -> int:
+    """Put a resource in the place `number`; with None after all others, unless there is one of its type and
+    id. Gives its number, or 0."""
+    if number is not None:
+        _erase(database, number)
+    sql = "INSERT OR IGNORE INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
+    added = database.execute(sql, (number, *new.row))
+    if not added.rowcount:
+        return 0
+    number = int(added.lastrowid or 0)
+    database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)",
+                         [(number, *value) for value in new.values])
+    if new.unresolved:
+        database.executemany("INSERT INTO unresolved VALUES (?, ?)",
+                             [(number, reference) for reference in new.unresolved])
+    return number
 
 
 Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
 
 
-def document_of(given: Json) -> Document:
-    """A document that was given as a dict, read as if it were text; PortalError if it is no JSON."""
-    try:
-        text = json.dumps(given).encode()
-    except (ValueError, TypeError, RecursionError) as error:
-        raise PortalError("invalid_request", f"not JSON: {error}")
-    return parse_document(text)
-
-
-def parse_document(data: bytes) -> Document:
-    """A text as JSON; PortalError, which says where it goes wrong."""
+def parse_document(given: bytes | Json) -> Document:
+    """A text as JSON, or a dict as if it were text; PortalError, which says where it goes wrong."""
     pointers: list[Json] = []
 
     def notice(inner: Json) -> Json:
@@ -3858,8 +3847,9 @@ def parse_document(data: bytes) -> Document:
             pointers.append(inner)
         return inner
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_hook=notice)
-    except (ValueError, RecursionError) as error:
+        text = json.dumps(given) if isinstance(given, dict) else given.decode("utf-8-sig")
+        value = json.loads(text, object_hook=notice)
+    except (ValueError, TypeError, RecursionError) as error:
         raise PortalError("invalid_request", f"not JSON: {error}")
     need(isinstance(value, dict), f"a JSON {type(value).__name__}: expected a FHIR resource or Bundle")
     return value, pointers
@@ -3867,9 +3857,7 @@ def parse_document(data: bytes) -> Document:
 
 def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
     """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
-
-    Beside them, what the entries' fullUrls mean: Type/id.
-    """
+    Beside them, what the entries' fullUrls mean: Type/id."""
     if document.get("resourceType") != "Bundle":
         return [("", _with_id(document, {}, ""))], {}
     entries = document.get("entry", [])
@@ -3895,13 +3883,12 @@ def _with_id(resource: Any, entry: Json, where: str) -> Json:
          f"{where}not a FHIR resource: expected an object with a resourceType")
     key = resource.get("id")
     if key is None:
-        for text in [*elements(entry, "fullUrl"), *elements(entry, "request.url")]:
+        for text in elements(entry, "fullUrl", "request.url"):
             match = re.fullmatch(r"(?:urn:uuid:|urn:oid:|.*/)([A-Za-z0-9.-]{1,64})", str(text))
             key = key or (match and match[1])
         key = key or hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
         resource = {**resource, "id": key}
-    if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
-        raise PortalError("invalid_request", f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
+    need(id_of(resource), f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
     return cast(Json, resource)
 
 
@@ -3909,7 +3896,7 @@ def display_name(patient: Json) -> str:
     """A Patient's name as people are shown it; its id if it has none."""
     for name in elements(patient, "name"):
         if isinstance(name, dict):
-            words = [name["text"]] if name.get("text") else elements(name, "given") + elements(name, "family")
+            words = [name["text"]] if name.get("text") else elements(name, "given", "family")
             if words:
                 return " ".join(map(str, words))
     return str(patient.get("id"))
@@ -3923,27 +3910,21 @@ class Source(NamedTuple):
 
     def documents(self) -> Iterator[tuple[str, Document, int]]:
         """The JSON texts in it, one a line or one in all, each with its place and the bytes read by then.
-
-        A line at a time, so that a file of any length takes no more memory than its longest line.
-        """
+        A line at a time, so that a file of any length takes no more memory than its longest line."""
         if self.given is not None:
-            yield "", document_of(self.given), self.size
+            yield "", parse_document(self.given), self.size
             return
         import gzip  # only where it is needed: it takes long
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
-            line = stream.readline()
-            try:
-                document = parse_document(line)
-            except PortalError:  # one text over many lines
-                yield "", parse_document(line + stream.read()), self.size
-                return
-            yield "line 1: ", document, raw.tell()
-            for number, line in enumerate(stream, 2):
-                if line.strip():
-                    try:
-                        document = parse_document(line)
-                    except PortalError as error:
+            for number, line in enumerate(itertools.chain([stream.readline()], stream), 1):
+                try:
+                    document = parse_document(line)
+                except PortalError as error:
+                    if number == 1:  # one text over many lines
+                        yield "", parse_document(line + stream.read()), self.size
+                    elif line.strip():
                         raise PortalError(error.error, f"line {number}: {error.description}")
+                else:
                     yield f"line {number}: ", document, raw.tell()
 
 
@@ -3954,14 +3935,15 @@ def sources(data: Any) -> list[Source]:
     if not isinstance(data, (str, os.PathLike)):
         raise StartError(f"data {data!r}: expected a path, or a resource or Bundle as a dict")
     path = os.fspath(data)
+    files = [path]
     try:
-        if not os.path.isdir(path):
-            return [Source(path, os.stat(path).st_size)]
-        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                 if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
-        if files:
+        if os.path.isdir(path):
+            files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                     if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
             # swapcase: Synthea's hospitalInformation and practitionerInformation before what refers to them
-            return [Source(name, os.stat(name).st_size) for name in sorted(files, key=str.swapcase)]
+            files.sort(key=str.swapcase)
+        if files:
+            return [Source(name, os.stat(name).st_size) for name in files]
     except OSError as error:
         raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
     raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
@@ -3989,28 +3971,28 @@ def sample_database(version: str) -> sqlite3.Connection:
     atexit.register(store.close)
     with store.transaction() as database:
         database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
-        for number, resource in enumerate(sample_resources(version), 1):
-            _write(database, number, prepare(resource, version))
+        for resource in sample_resources(version):
+            _write(database, None, prepare(resource, version))
     return store.connection
 
 
 class EmbeddedRecords(Records):
     """The embedded records: FHIR resources of one version in SQLite.
 
-    Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of
-    the last entry shown. Not how many entries came before: what is loaded meanwhile would shift others over
-    the edge, to be shown twice or never. SQL finds what matches, `Access` judges each resource, and some may
-    not be seen. A page that was shorter for it would tell how many hidden resources match, and question by
-    question what is in them. So it is filled from what follows until it is full and one more is seen, the
-    total is not told, and the mark is of an entry that was shown. An app may make up a mark: it chooses where
-    to begin, and that is all.
+    Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of the
+    last entry shown. Not how many came before: what is loaded meanwhile would shift others over the edge, to
+    be shown twice or never. SQL finds what matches, `Access` judges each resource, and some may not be seen. A
+    page shorter for it would tell how many hidden resources match, and question by question what is in them.
+    So it is filled from what follows until it is full and one more is seen, the total is not told, and the
+    mark is of an entry that was shown. An app that makes up a mark chooses where to begin, and that is all.
 
-    What we would like better: the time that a page takes still tells a little; a search of which nothing may
-    be seen looks at all that matches, in one request; each page of a sorted search works out all keys anew.
+    What we would like better: the time of a page still tells a little; a search of which nothing may be seen
+    looks at all that matches in one request; each page of a sorted search works out all keys anew.
     """
     def __init__(self, settings: Settings, clock: Clock):
         """Open them and load what --data names, or StartError; `warnings` tell what was left out."""
         self.version, self.clock = settings.fhir_version, clock
+        self.served = search_table(self.version)
         self.store = Store(settings.db, RECORD_SCHEMA)
         self.warnings: list[str] = []
         self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
@@ -4024,7 +4006,11 @@ class EmbeddedRecords(Records):
                                  f"start with --fhir-version {kept}, or name another file")
             given = [source for item in settings.data if item != "none" for source in sources(item)]
             if given:
-                self._load_sources(given)
+                is_new = not self.store.row("SELECT 1 FROM resources LIMIT 1")
+                before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
+                load = Load(self, later=False)
+                load.sources(given, is_new)
+                self.warnings += load.warnings(before)
         except BaseException as error:
             self.store.close()
             if isinstance(error, sqlite3.Error):
@@ -4056,26 +4042,14 @@ class EmbeddedRecords(Records):
             Load(self, later=False).put(prepare(json.loads(text), self.version) for (text,) in texts)
             database.execute("INSERT INTO record_facts VALUES ('samples', 'yes')")
 
-    def _load_sources(self, given: Sequence[Source]) -> None:
-        """Load what the start names, and note what was left out."""
-        before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
-        samples = 0
-        if self._with_samples:
-            (samples,) = sample_database(self.version).execute("SELECT count(*) FROM resources").fetchone()
-        load = Load(self, later=False)
-        load.sources(given, alone=before == samples)
-        self.warnings += load.warnings(before)
-
     def load(self, document: Json) -> int:
-        """Add a resource, or those of a Bundle, or replace those of the same type and id; all or none.
-
-        Gives how many. PortalError if it is not FHIR of this version, or nothing of it is served.
-        """
+        """Add or replace a resource, or those of a Bundle, all or none; gives how many.
+        PortalError if it is not FHIR of this version, or nothing of it is served."""
         self._filled()
         load = Load(self, later=True)
-        prepared = list(load.prepared(document_of(document)))
-        need(prepared or not load.skipped, f"{', '.join(load.skipped)}: not served; these are "
-             + ", ".join(sorted(search_table(self.version))))
+        prepared = list(load.prepared(parse_document(document)))
+        need(prepared or not load.skipped,
+             f"{', '.join(load.skipped)}: not served; these are {', '.join(sorted(self.served))}")
         with self.store.transaction():
             load.put(prepared)
             load.resolve()
@@ -4087,8 +4061,9 @@ class EmbeddedRecords(Records):
             return
         with self.store.transaction() as database:
             for number, text in database.execute("SELECT number, json FROM before_load").fetchall():
-                _erase(database, number)
-                if text is not None:
+                if text is None:
+                    _erase(database, number)
+                else:
                     _write(database, number, prepare(json.loads(text), self.version))
             database.execute("DELETE FROM before_load")
 
@@ -4097,80 +4072,62 @@ class EmbeddedRecords(Records):
         row = self._filled().row("SELECT * FROM resources WHERE type = ? AND id = ?", type_name, resource_id)
         return StoredResource(row, self) if row else None
 
-    def read(self, type_name: str, resource_id: str) -> Json | None:
-        """One resource, parsed, or None."""
-        found = self.find(type_name, resource_id)
-        return found.content if found else None
+    def _select(self, sql: str, *values: Any) -> list[StoredResource]:
+        """The resources that some SQL after SELECT finds."""
+        return [StoredResource(row, self) for row in self._filled().rows("SELECT " + sql, *values)]
 
-    def patients(self, text: str = "", limit: int = 100) -> list[tuple[str, str]]:
-        """(id, name) of patients, by id; with a text, of those who have all its words. limit -1: all."""
+    def find_patients(self, text: str = "", limit: int = 200) -> list[tuple[str, str]]:
+        """(id, name) of patients, by id; with a text, of those who have all its words in name or id."""
         words = fold(text).split()
         has_word = (" AND (instr(lower(r.id), ?) OR EXISTS (SELECT 1 FROM search_values "
                     "WHERE number = r.number AND parameter = 'name' AND instr(value, ?)))")
-        rows = self._filled().rows(
-            f"SELECT json FROM resources r WHERE type = 'Patient'{has_word * len(words)} "
-            "ORDER BY patient_id LIMIT ?", *(value for word in words for value in (word, word)), limit)
-        patients = [json.loads(row["json"]) for row in rows]
-        return [(patient["id"], display_name(patient)) for patient in patients]
+        patients = self._select(
+            f"* FROM resources r WHERE type = 'Patient'{has_word * len(words)} ORDER BY patient_id LIMIT ?",
+            *(value for word in words for value in (word, word)), limit)
+        return [(str(patient.id), display_name(patient.content)) for patient in patients]
 
-    def pointing_to(self, binary_id: str) -> list[Resource]:
+    def pointing_to(self, binary_id: str) -> Sequence[Resource]:
         """The DocumentReferences and DiagnosticReports whose content is a Binary."""
-        return [StoredResource(row, self) for row in self._filled().rows(
-            "SELECT * FROM resources WHERE number IN (SELECT number FROM search_values "
-            "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)]
+        return self._select("* FROM resources WHERE number IN (SELECT number FROM search_values "
+                            "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)
 
     def search(self, query: Query, access: Access) -> Page:
         """A page of what matches and may be seen, sorted as asked, else patient by patient as loaded."""
         where = (_known_condition if are_short(query.parameters) else search_condition)(query, access)
-        sort = [(self._sort_key(query.type, name, falling), falling) for name, falling in query.sort]
-        sort = sort or [("r.patient_id", False)]
+        sort = [(self._sort_key(query.type, *key), key[1]) for key in query.sort] or [("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
         select = Sql(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}", where.values)
-        page, hidden = self._page(select, keys, query.limit, query.after, access, "s")
-        total = len(page.matches) if query.total and not hidden and not access.narrowed else None
+        page = self._page(select, keys, query.limit, query.after, access, "s")
+        total = len(page.matches) if query.total and not page.hidden and not access.narrowed else None
         if total is not None and (not query.limit or page.next or query.after):  # this page is not all
             sql = f"SELECT count(*) FROM resources r WHERE {where.sql}"
             total = self.store.rows(sql, *where.values)[0][0]
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
-    def everything(self, patient_id: str, access: Access, count: int, after: Sequence[Any]) -> Page:
-        """A page of a patient's compartment, and what it refers to that belongs to nobody."""
-        served = search_table(self.version)
-        select = Sql(f"SELECT * FROM resources WHERE type IN ({_marks(served)}) AND patient_id = ?",
-                     (*served, patient_id))
-        page, _ = self._page(select, [("number", False)], count, after, access, "rs")
-        targets = dict.fromkeys(
-            target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
-            if target[0] in SHARED_TYPES or target[0] == "Device")
-        others = [other for other in (self.find(*target) for target in targets) if other]
-        return page._replace(included=[
-            other for other in others if other.owner == NOBODY and access.may_see(other, "rs")])
-
     def _page(self, select: Sql, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
-              access: Access, letters: str) -> tuple[Page, bool]:
-        """A page of what `select` finds, by its `keys` (name, falling), and whether something was hidden."""
-        need(len(after) in (0, len(keys)), "_page: not a link of this search", "value", kind=FhirError)
+              access: Access, letters: str) -> Page:
+        """A page of what `select` finds, by its `keys` (name, falling)."""
+        _check(len(after) in (0, len(keys)), "_page: not a link of this search")
         order = ", ".join(f"{name} DESC" if falling else name for name, falling in keys)
         seen: list[StoredResource] = []
         hidden, more = False, count > 0
         while more and len(seen) <= count:  # until the page is full and one more is seen
             rest = _comes_after(keys, after) if after else Sql("1")
             wanted = 500 if hidden else count + 1
-            sql = f"SELECT * FROM ({select.sql}) WHERE {rest.sql} ORDER BY {order} LIMIT ?"
-            rows = self._filled().rows(sql, *select.values, *rest.values, wanted)
-            found = [StoredResource(row, self) for row in rows]
+            found = self._select(f"* FROM ({select.sql}) WHERE {rest.sql} ORDER BY {order} LIMIT ?",
+                                 *select.values, *rest.values, wanted)
             good = [match for match in found if access.may_see(match, letters)]
             seen += good
-            hidden = hidden or len(good) < len(rows)
-            more = len(rows) == wanted
-            after = [rows[-1][name] for name, _ in keys] if rows else []
+            hidden = hidden or len(good) < len(found)
+            more = len(found) == wanted
+            after = [found[-1].row[name] for name, _ in keys] if found else []
         mark = page_mark([seen[count - 1].row[name] for name, _ in keys]) if len(seen) > count > 0 else ""
-        return Page(seen[:count], [], mark, None), hidden
+        return Page(seen[:count], mark, hidden)
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. No value comes last."""
-        kind = search_table(self.version)[type_name][name].kind
+        kind = self.served[type_name][name].kind
         if kind in _OWN_COLUMNS:
             return next(iter(_OWN_COLUMNS[kind].values()))
         column = "first" if kind == "date" else "value"
@@ -4184,46 +4141,36 @@ class EmbeddedRecords(Records):
         """What _include and _revinclude add to a page: each once, and only what may be seen itself."""
         known = {match.number for match in matches}
         included: list[StoredResource] = []
-        for include in query.includes:
-            other_end = self._referring_to if include.reverse else self._referred_to
-            for match in matches:
-                for other in other_end(include, match):
-                    if other.number not in known and access.may_see(other, "s"):
-                        known.add(other.number)
-                        included.append(other)
-                need(len(included) <= MAX_INCLUDED, f"more than {MAX_INCLUDED} resources would be included; "
-                     "ask for fewer matches with _count", "too-costly", kind=FhirError)
+        for include, match in itertools.product(query.includes, matches):
+            for other in self._other_ends(include, match):
+                if other.number not in known and access.may_see(other, "s"):
+                    known.add(other.number)
+                    included.append(other)
+            _check(len(included) <= MAX_INCLUDED, f"more than {MAX_INCLUDED} resources would be included; "
+                   "ask for fewer matches with _count", "too-costly")
         return included
 
-    def _referring_to(self, include: Include, match: StoredResource) -> Iterable[StoredResource]:
-        """What _revinclude finds: the resources that refer to a match."""
-        if search_table(self.version)[include.source][include.parameter].kind == "owner":
-            where = Sql("type = ? AND patient_id = ?", (include.source, match.id))
-        else:
-            where = Sql("+type = ? AND number IN (SELECT number FROM search_values "
-                        "WHERE parameter = ? AND value = ? AND system = ?)",
-                        (include.source, include.parameter, match.id, match.type))
-        rows = self.store.rows(f"SELECT * FROM resources WHERE {where.sql} LIMIT ?",
-                               *where.values, MAX_INCLUDED + 1)
-        return [StoredResource(row, self) for row in rows]
-
-    def _referred_to(self, include: Include, match: StoredResource) -> Iterable[StoredResource]:
-        """What _include finds: the resources that a match refers to."""
-        if search_table(self.version)[include.source][include.parameter].kind == "owner":
-            targets = [("Patient", match.owner)]
-        else:
-            targets = [(row["system"], row["value"]) for row in self.store.rows(
-                "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?",
-                match.number, include.parameter)]
+    def _other_ends(self, include: Include, match: StoredResource) -> list[StoredResource]:
+        """The resources that refer to a match (_revinclude), or that it refers to (_include)."""
+        source, parameter = include.source, include.parameter
+        names_owner = self.served[source][parameter].kind == "owner"
+        if include.reverse and names_owner:
+            return self._select("* FROM resources WHERE type = ? AND patient_id = ? LIMIT ?",
+                                source, match.id, MAX_INCLUDED + 1)
+        if include.reverse:
+            return self._select("* FROM resources WHERE +type = ? AND number IN (SELECT number FROM search_values"
+                                " WHERE parameter = ? AND value = ? AND system = ?) LIMIT ?",
+                                source, parameter, match.id, match.type, MAX_INCLUDED + 1)
+        sql = "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?"
+        targets = self.store.rows(sql, match.number, parameter) if not names_owner else [("Patient", match.owner)]
         found = [self.find(*target) for target in targets if include.target in ("", target[0])]
-        return filter(None, found)
+        return [other for other in found if other]
 
     def check_type(self, asked: FhirRequest) -> None:
         """See Records."""
-        served = search_table(self.version)
-        if asked.type not in served:
-            raise FhirError("not-supported", f"{asked.type}: not a type that is served; these are "
-                            + ", ".join(sorted(served)), 404)
+        if asked.type not in self.served:
+            known = ", ".join(sorted(self.served))
+            raise FhirError("not-supported", f"{asked.type}: not a type that is served; these are {known}", 404)
 
     def visible(self, asked: FhirRequest) -> StoredResource:
         """One resource: fetched, then judged."""
@@ -4234,8 +4181,7 @@ class EmbeddedRecords(Records):
         return resource
 
     def answer_read(self, asked: FhirRequest) -> Response:
-        """One resource; 304 if the client has it already; a Binary's content where its own media type is
-        asked for."""
+        """One resource; 304 if the client has it; a Binary's content where its media type is asked for."""
         resource, request = self.visible(asked), asked.request
         need(asked.version in ("", resource.version), "only the current version of a resource is kept: "
              "[type]/[id]/_history/[version]", "not-found", 404, FhirError)
@@ -4243,91 +4189,84 @@ class EmbeddedRecords(Records):
         headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(resource.updated))]
         if is_unchanged(request, tag, resource.updated):
             return Response(304, headers=headers)
-        if resource.type == "Binary":
-            kind = str(resource.content.get("contentType", ""))
-            if re.fullmatch(r"[!-~ ]+",
-                            kind) and kind.partition(";")[0].strip().lower() in accepted_types(request):
-                with contextlib.suppress(TypeError, ValueError):  # it is not base64
-                    data = base64.b64decode(str(resource.content.get("data", resource.content.get("content",
-                                                                                                  ""))))
-                    # sandbox: content that somebody loaded must not run as a page of this portal
-                    return Response(200, data, kind, [*headers, ("Content-Security-Policy", "sandbox")])
+        kind = str(resource.content.get("contentType", "")) if resource.type == "Binary" else ""
+        media_type = kind.partition(";")[0].strip().lower()
+        if re.fullmatch(r"[!-~ ]+", kind) and media_type in accepted_types(request):
+            data = str(resource.content.get("data", resource.content.get("content", "")))
+            # sandbox: content that somebody loaded must not run as a page of this portal
+            headers = [*headers, ("Content-Security-Policy", "sandbox")]
+            with contextlib.suppress(ValueError):  # it is not base64
+                return Response(200, base64.b64decode(data), kind, headers)
         return fhir_response(request, resource.text, headers=headers, version=self.version)
 
     def answer_search(self, asked: FhirRequest) -> Response:
         """A page of a type's resources that match and may be seen, with a link to the next (FHIR search)."""
         request, pin = asked.request, []
         if asked.compartment:  # the path of a compartment is a search in it (FHIR search, "Compartments")
-            owners = [name for name, parameter in search_table(self.version)[asked.type].items()
-                      if parameter.kind == "owner"]
+            owners = [name for name, (kind, _) in self.served[asked.type].items() if kind == "owner"]
             need(owners, f"{asked.type} is in no patient's compartment", "not-supported", 404, FhirError)
             pin = [(owners[0], asked.compartment)]
         given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
         pairs = tuple((name, value) for name, value in given if value)
         lenient = "handling=lenient" in request.headers.get("prefer", "").replace(" ", "")
-        query = (parsed_query if are_short(pairs) else parse_query)(self.version, asked.type, pairs,
-                                                                    asked.base, lenient)
+        parse = parsed_query if are_short(pairs) else parse_query
+        query = parse(self.version, asked.type, pairs, asked.base, lenient)
         allowed = asked.access.patients(asked.type, "s")
         others = [patient for patient in sorted(query.patients()) if patient not in allowed]
         permit(not others, f"{', '.join(others)}: the token is not for this patient's record")
         page = self.search(query, asked.access)
         request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each "
                      "judged: patient, scope, category")
-        rest = [(name, value) for name, value in query.parameters if name != "_page"]
-        links: list[tuple[str, Sequence[tuple[str, str]]]] = [("self", query.parameters)]
-        if query.after:
-            links.append(("first", rest))
-        if page.next:
-            links.append(("next", [*rest, ("_page", page.next)]))
-        return bundle_response(asked, page, links, f"{asked.base}/{asked.type}", self.version, query.elements)
+        return bundle_response(asked, page, query.parameters, asked.type, self.version, query.elements)
 
     def answer_everything(self, asked: FhirRequest) -> Response:
-        """A page of all that is in a patient's record and may be seen."""
+        """A page of a patient's compartment, with what it refers to that is nobody's, each if it may be seen."""
         self.visible(asked)
         pairs = asked.request.pairs()
         for name, _ in pairs:
             need(name in ("_count", "_page", "_format", "_pretty"), f"{name}: unknown parameter of "
                  "$everything; known are _count, _format, _pretty", "not-supported", kind=FhirError)
         query = parse_query(self.version, "Patient", (("_count", "1000"), *pairs))
-        page = self.everything(asked.id, asked.access, query.limit, query.after)
-        links: list[tuple[str, Sequence[tuple[str, str]]]] = [("self", pairs)]
-        if page.next:
-            links.append(("next", [*(pair for pair in pairs if pair[0] != "_page"), ("_page", page.next)]))
-        return bundle_response(asked, page, links, f"{asked.base}/Patient/{asked.id}/$everything",
+        select = Sql(f"SELECT * FROM resources WHERE type IN ({_marks(self.served)}) AND patient_id = ?",
+                     (*self.served, asked.id))
+        page = self._page(select, [("number", False)], query.limit, query.after, asked.access, "rs")
+        targets = dict.fromkeys(
+            target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
+            if target[0] in SHARED_TYPES or target[0] == "Device")
+        others = [other for other in (self.find(*target) for target in targets)
+                  if other and other.owner == NOBODY and asked.access.may_see(other, "rs")]
+        return bundle_response(asked, page._replace(included=others), pairs, f"Patient/{asked.id}/$everything",
                                self.version)
 
     def describe(self, statement: Json, secured: bool) -> None:
         """See Records."""
-        operation = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
-        resources = [self._describe_type(name, known) for name,
-                     known in sorted(search_table(self.version).items())]
+        operation: Json = {"name": "everything",
+                           "definition": "http://hl7.org/fhir/OperationDefinition/Patient-everything"}
+        resources = [self._describe_type(name) for name in sorted(self.served)]
         statement["rest"][0]["resource"] = resources
         if self.version == "r4":
             patient = next(resource for resource in resources if resource["type"] == "Patient")
-            patient["operation"] = [{"name": "everything", "definition": operation}]
+            patient["operation"] = [operation]
         else:
-            statement["rest"][0]["operation"] = [{"name": "everything",
-                                                  "definition": {"reference": operation}}]
+            operation["definition"] = {"reference": operation["definition"]}
+            statement["rest"][0]["operation"] = [operation]
 
-    def _describe_type(self, name: str, known: Mapping[str, Parameter]) -> Json:
+    def _describe_type(self, name: str) -> Json:
         """What a CapabilityStatement says of a type. An empty list is left out (FHIR has none)."""
-        interactions = ["read", "vread"] if name == "Binary" else ["read", "vread", "search-type"]
-        described: Json = {"type": name, "interaction": [{"code": code} for code in interactions]}
-        if name != "Binary":
-            described["searchInclude"] = [f"{name}:{word}" for word in sorted(known)
-                                          if known[word].type == "reference"]
-            described["searchRevInclude"] = sorted(map(":".join, referring(name, self.version)))
-            described["searchParam"] = [{"name": word, "type": known[word].type} for word in sorted(known)]
+        if name == "Binary":
+            return {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]}
+        known = sorted(self.served[name].items())
+        described = {
+            "type": name, "interaction": [{"code": code} for code in ("read", "vread", "search-type")],
+            "searchInclude": [f"{name}:{word}" for word, parameter in known if parameter.type == "reference"],
+            "searchRevInclude": sorted(map(":".join, referring(name, self.version))),
+            "searchParam": [{"name": word, "type": parameter.type} for word, parameter in known]}
         return {member: value for member, value in described.items() if value}
-
-    def find_patients(self, text: str = "") -> list[tuple[str, str]]:
-        """See Records."""
-        return self.patients(text, 200)
 
     def patient_name(self, patient_id: str) -> str | None:
         """See Records."""
-        patient = self.read("Patient", patient_id)
-        return display_name(patient) if patient else None
+        patient = self.find("Patient", patient_id)
+        return display_name(patient.content) if patient else None
 
     def account_name(self, username: str) -> str | None:
         """Every patient who was loaded signs in by id."""
@@ -4345,19 +4284,17 @@ class EmbeddedRecords(Records):
 
 class Load:
     """Resources on their way into the records. What comes `later` than the start is taken back by reset.
-
-    `put` and `resolve` are called within a transaction.
-    """
+    `put` and `resolve` are called within a transaction."""
     def __init__(self, records: EmbeddedRecords, later: bool):
         self.store, self.database, self.later = records.store, records.store.connection, later
-        self.version, self.clock = records.version, records.clock
+        self.version, self.served, self.clock = records.version, records.served, records.clock
         self.skipped: collections.Counter[str] = collections.Counter()  # types that aren't served
         self._indexed = True
         self._identified: dict[str, str] = {}  # Practitioner?identifier=system|value -> Practitioner/id
 
-    def sources(self, given: Sequence[Source], alone: bool) -> None:
+    def sources(self, given: Sequence[Source], is_new: bool) -> None:
         """Load one after the other: a bad one is refused whole, those before it stay."""
-        if alone:  # nothing else is there: the longest index is faster made at once, at the end
+        if is_new:  # but for samples nothing was there: the longest index is faster made at once, at the end
             self.database.execute("DROP INDEX IF EXISTS search_by_value")
             self._indexed = False
         ends = list(itertools.accumulate(source.size for source in given))
@@ -4378,20 +4315,14 @@ class Load:
         """Write a source, or, if it is bad, nothing of it; gives what is wrong, or ""."""
         self.database.execute("SAVEPOINT source")
         try:
-            self.put(self._read(source, begin, progress))
+            for place, document, read in source.documents():
+                progress.at(begin + read)
+                self.put(self.prepared(document, place))
             return ""
-        except PortalError as error:
-            reason = error.description
-        except (OSError, EOFError, zlib.error) as error:
-            reason = str(error)
+        except (PortalError, OSError, EOFError, zlib.error) as error:
+            reason = error.description if isinstance(error, PortalError) else error
         self.database.execute("ROLLBACK TO source")
         return f"--data {source.path}: {reason}"
-
-    def _read(self, source: Source, begin: int, progress: Progress) -> Iterator[Prepared]:
-        """The resources of a source, ready to be written."""
-        for place, document, read in source.documents():
-            progress.at(begin + read)
-            yield from self.prepared(document, place)
 
     def prepared(self, document: Document, place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. What isn't served is counted and left out."""
@@ -4402,38 +4333,27 @@ class Load:
             self._point(document[1], names)
             for where, resource in resources:
                 check_version(resource, self.version)
-                if resource["resourceType"] not in search_table(self.version):
-                    self.skipped[resource["resourceType"]] += 1
+                type_name = resource["resourceType"]
+                if type_name not in self.served:
+                    self.skipped[type_name] += 1
                     continue
                 new = prepare(resource, self.version, now)
-                self._remember(new)
+                if type_name in SHARED_TYPES:  # whom conditional references in later documents mean
+                    self._identified.update({
+                        f"{type_name}?identifier={system}|{value}": f"{type_name}/{resource['id']}"
+                        for name, value, system, *_ in new.values if name == "identifier"})
                 yield new
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
 
-    def _remember(self, new: Prepared) -> None:
-        """Note what conditional references to a practitioner or organization mean in later documents."""
-        type_name, key = new.row[:2]
-        for name, value, system, *_ in new.values if type_name in SHARED_TYPES else ():
-            if name == "identifier":
-                self._identified[f"{type_name}?identifier={system}|{value}"] = f"{type_name}/{key}"
-
     def put(self, resources: Iterable[Prepared]) -> None:
-        """Write resources, many at once."""
-        written: list[tuple[int, Prepared]] = []
+        """Write resources."""
         for new in resources:
-            added = self.database.execute(
-                "INSERT OR IGNORE INTO resources VALUES (NULL, ?, ?, ?, ?, ?, ?, ?)", new.row)
-            if added.rowcount:
-                written.append((int(added.lastrowid or 0), new))
-                if self.later:
-                    self.database.execute("INSERT INTO before_load VALUES (?, NULL)", (added.lastrowid,))
-            if not added.rowcount or len(written) == 100:
-                _index(self.database, written)
-                written.clear()
-            if not added.rowcount:  # there is one of this type and id
+            number = _write(self.database, None, new)
+            if not number:
                 self._renew(new)
-        _index(self.database, written)
+            elif self.later:
+                self.database.execute("INSERT INTO before_load VALUES (?, NULL)", (number,))
 
     def _renew(self, new: Prepared) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
@@ -4457,18 +4377,19 @@ class Load:
         _write(self.database, number, new)
 
     def resolve(self) -> None:
-        """Turn references that were open when their resource was written into Type/id, where that is known now."""
+        """Make references that were open when their resource was written Type/id, where that is known now."""
         names: dict[str, str | None] = {}
         waiting = self.database.execute("SELECT number, reference FROM unresolved").fetchall()
         known = [number for number, reference in waiting if self.resolve_reference(reference, names)]
         for number in dict.fromkeys(known):
-            (text,) = self.database.execute("SELECT json FROM resources WHERE number = ?", (number,)).fetchone()
+            sql = "SELECT json FROM resources WHERE number = ?"
+            (text,) = self.database.execute(sql, (number,)).fetchone()
             resource, pointers = parse_document(text.encode())
             self._point(pointers, names)
             self._replace(number, text, prepare(resource, self.version))
 
     def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
-        """Make references, and addresses of attachments, say Type/id where another way of saying it is understood."""
+        """Make references, and addresses of attachments, say Type/id where that is what they mean."""
         for pointer in pointers:
             for key in ("reference", "url"):
                 text = pointer.get(key)
@@ -4476,10 +4397,8 @@ class Load:
                     pointer[key] = self.resolve_reference(text, names) or text
 
     def resolve_reference(self, reference: str, names: dict[str, str | None]) -> str | None:
-        """The Type/id that a reference means, or None: by what was read, by `names`, else by what is in the records.
-
-        `names` has what a Bundle's fullUrls mean, and is told what was looked up.
-        """
+        """The Type/id that a reference means, or None: by what was read, by `names` (what a Bundle's fullUrls
+        mean, and what was looked up before), else by what is in the records."""
         if reference in self._identified:
             return self._identified[reference]
         if reference not in names and self._indexed:
@@ -4488,17 +4407,17 @@ class Load:
         return names.get(reference)
 
     def _meant_by(self, reference: str) -> Sequence[Row]:
-        """The resources that Type?search finds, which must be one (FHIR, transaction), or that have urn:uuid:'s id."""
+        """What Type?search finds, which must be one (FHIR, transaction), or what has the id of urn:uuid:id."""
         type_name, conditional, search = reference.partition("?")
-        served = search_table(self.version)
+        select = "SELECT type, id FROM resources r WHERE"
         if reference.startswith("urn:"):
-            return self.store.rows(f"SELECT type, id FROM resources WHERE type IN ({_marks(served)}) AND id = ?",
-                                   *served, reference.rpartition(":")[2])
-        if conditional and type_name in served:
+            return self.store.rows(f"{select} type IN ({_marks(self.served)}) AND id = ?",
+                                   *self.served, reference.rpartition(":")[2])
+        if conditional and type_name in self.served:
             with contextlib.suppress(FhirError, ValueError):
                 query = parse_query(self.version, type_name, tuple(parse_qsl(search)))
                 where = search_condition(query, OPEN_ACCESS)
-                return self.store.rows(f"SELECT type, id FROM resources r WHERE {where.sql} LIMIT 2", *where.values)
+                return self.store.rows(f"{select} {where.sql} LIMIT 2", *where.values)
         return ()
 
     def warnings(self, before: int) -> Iterator[str]:
@@ -4506,12 +4425,11 @@ class Load:
         if self.skipped:
             yield (f"{sum(self.skipped.values())} resources of types that are not served were left out: "
                    + ", ".join(f"{name} ({count})" for name, count in sorted(self.skipped.items())))
-        served = search_table(self.version)
         count, example = self.store.rows(
             "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
             "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment' "
-            f"AND system IN ({_marks(served)}) "
-            "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))", before, *served)[0]
+            f"AND system IN ({_marks(self.served)}) "
+            "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))", before, *self.served)[0]
         if count:
             yield f"{count} references lead to nothing that was loaded, such as {example}; they were kept"
 

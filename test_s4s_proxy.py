@@ -4213,7 +4213,7 @@ class LoadingRecords(unittest.TestCase):
 
     def read(self, records: Any, name: str) -> Any:
         """A resource that was loaded, as Type/id names it."""
-        return records.read(*name.split("/"))
+        return records.find(*name.split("/")).content
 
     def dump(self, records: Any) -> list[Any]:
         """All that the database holds."""
@@ -4248,7 +4248,7 @@ class LoadingRecords(unittest.TestCase):
         self.file("e.json.gz", gzip.compress(json.dumps(self.patient("e")).encode()))
         self.file("README.md", "not FHIR")
         records = self.records(str(self.folder))
-        self.assertEqual(records.patients(), [(key, key.title()) for key in "abcde"])
+        self.assertEqual(records.find_patients(), [(key, key.title()) for key in "abcde"])
         self.assertEqual(records.warnings, [])
 
     def test_server_takes_paths_and_dicts_beside_the_samples_or_without(self) -> None:
@@ -4364,7 +4364,7 @@ class LoadingRecords(unittest.TestCase):
         with self.assertRaises(s4s.StartError):
             lines = json.dumps(self.patient("b")) + "\n{}"
             self.records(self.patient("a"), self.file("b.ndjson", lines), db=db)
-        self.assertEqual(self.records(db=db).patients(), [("a", "A")])
+        self.assertEqual(self.records(db=db).find_patients(), [("a", "A")])
 
     def test_data_of_another_version_is_noticed(self) -> None:
         for version, type_name, elements in (
@@ -4392,11 +4392,11 @@ class LoadingRecords(unittest.TestCase):
         db = str(self.folder / "state.db")
         for expected in (3, 3):
             records = s4s.EmbeddedRecords(s4s.Settings(db=db), s4s.Clock())
-            self.assertEqual(len(records.patients()), expected)
+            self.assertEqual(len(records.find_patients()), expected)
             before = self.dump(records)
             records.store.close()
         records = self.with_samples(db=db)
-        records.patients()
+        records.find_patients()
         self.assertEqual(self.dump(records), before)
 
     def test_load_is_all_or_nothing(self) -> None:
@@ -4409,7 +4409,7 @@ class LoadingRecords(unittest.TestCase):
                     self.bundle({"resource": self.patient("a")}, {"resource": 5})):
             with self.subTest(bad=bad), self.assertRaises(s4s.PortalError):
                 records.load(bad)
-        self.assertEqual(records.patients(), [])
+        self.assertEqual(records.find_patients(), [])
         good = self.bundle({"resource": self.patient("a")}, {"resource": self.patient("b")})
         self.assertEqual(records.load(good), 2)
 
@@ -4419,8 +4419,8 @@ class LoadingRecords(unittest.TestCase):
             resource = {"resourceType": "Patient", "gender": "male", **key}
             records.load(resource)
             records.load(resource)
-        self.assertEqual(len(records.patients()), 2)
-        self.assertTrue(all(key for key, _ in records.patients()))
+        self.assertEqual(len(records.find_patients()), 2)
+        self.assertTrue(all(key for key, _ in records.find_patients()))
 
     def test_reset_brings_back_exactly_what_was_there_at_the_start(self) -> None:
         records = self.with_samples(data=[self.patient("a"), self.visit("Practitioner?identifier=7")])
@@ -4436,10 +4436,10 @@ class LoadingRecords(unittest.TestCase):
     def test_patients_are_found_by_parts_of_their_names_or_by_id(self) -> None:
         records = self.records(*({"resourceType": "Patient", "id": f"p{number}", "name": [
             {"family": f"M\u00fcller{number}", "given": ["Ada"]}]} for number in range(5)))
-        self.assertEqual(records.patients("ULLER3"), [("p3", "Ada M\u00fcller3")])
-        self.assertEqual(records.patients("ada muller4"), [("p4", "Ada M\u00fcller4")])
-        self.assertEqual(records.patients("P2"), [("p2", "Ada M\u00fcller2")])
-        self.assertEqual((len(records.patients("ada")), len(records.patients(limit=2))), (5, 2))
+        self.assertEqual(records.find_patients("ULLER3"), [("p3", "Ada M\u00fcller3")])
+        self.assertEqual(records.find_patients("ada muller4"), [("p4", "Ada M\u00fcller4")])
+        self.assertEqual(records.find_patients("P2"), [("p2", "Ada M\u00fcller2")])
+        self.assertEqual((len(records.find_patients("ada")), len(records.find_patients(limit=2))), (5, 2))
 
     def test_readers_go_on_while_records_are_loaded(self) -> None:
         records = self.with_samples()
