@@ -3597,7 +3597,7 @@ CREATE TABLE IF NOT EXISTS resources (
     json TEXT NOT NULL, UNIQUE (type, id));
 CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
 
--- A row for each value of each search parameter: a token has system and value; a reference its id as value, its
+-- A row for each value of each search parameter: a token has system and value; a reference its id as value,
 -- type as system; a string what it is compared as, and itself as system; a date the span that it may mean.
 CREATE TABLE IF NOT EXISTS search_values (
     number INTEGER NOT NULL, parameter TEXT NOT NULL, value TEXT NOT NULL, system TEXT NOT NULL,
@@ -3651,9 +3651,8 @@ class Page(NamedTuple):
 
 
 def search_condition(query: Query, access: Access) -> Sql:
-    """All that a match must meet; of `access.may_see`, which has the last word, only whose it is. Where patient
-    or id are known, SQLite looks at that record; else it starts from the values searched for (the plus keeps
-    it from going through the whole type)."""
+    """All that a match must meet; of `access.may_see`, which has the last word, only whose it is. Where the
+    patient or id are known, SQLite looks there; else it starts from the values (the plus keeps it off the type)."""
     patients, is_shared = access.patients(query.type, "s"), query.type in SHARED_TYPES
     pinned = ((patients is not EVERYBODY and not is_shared)
               or any(term.parameter.kind in ("owner", "id") for term in query.terms))
@@ -3723,7 +3722,7 @@ def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
 
 
 def is_unchanged(request: Request, tag: str, updated: float) -> bool:
-    """Whether the client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
+    """Whether a client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
     known, since = request.headers.get("if-none-match"), request.headers.get("if-modified-since")
     if known is not None:
         return known.strip() == "*" or tag in [kept.strip().replace("W/", "") for kept in known.split(",")]
@@ -3979,10 +3978,10 @@ def sample_database(version: str) -> sqlite3.Connection:
 class EmbeddedRecords(Records):
     """The embedded records: FHIR resources of one version in SQLite.
 
-    Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of the
-    last entry shown. Not how many came before: what is loaded meanwhile would shift others over the edge, to
-    be shown twice or never. SQL finds what matches, `Access` judges each resource, and some may not be seen. A
-    page shorter for it would tell how many hidden resources match, and question by question what is in them.
+    Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of
+    the last entry shown. Not how many came before: what is loaded meanwhile would shift others over the edge,
+    to be shown twice or never. SQL finds what matches, `Access` judges each resource; some may not be seen. A
+    page shorter for it would tell how many hidden resources match, and question by question what they hold.
     So it is filled from what follows until it is full and one more is seen, the total is not told, and the
     mark is of an entry that was shown. An app that makes up a mark chooses where to begin, and that is all.
 
@@ -4158,11 +4157,13 @@ class EmbeddedRecords(Records):
             return self._select("* FROM resources WHERE type = ? AND patient_id = ? LIMIT ?",
                                 source, match.id, MAX_INCLUDED + 1)
         if include.reverse:
-            return self._select("* FROM resources WHERE +type = ? AND number IN (SELECT number FROM search_values"
-                                " WHERE parameter = ? AND value = ? AND system = ?) LIMIT ?",
+            return self._select("* FROM resources WHERE +type = ? AND number IN (SELECT number FROM "
+                                "search_values WHERE parameter = ? AND value = ? AND system = ?) LIMIT ?",
                                 source, parameter, match.id, match.type, MAX_INCLUDED + 1)
-        sql = "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?"
-        targets = self.store.rows(sql, match.number, parameter) if not names_owner else [("Patient", match.owner)]
+        targets: Sequence[Any] = [("Patient", match.owner)]
+        if not names_owner:
+            sql = "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?"
+            targets = self.store.rows(sql, match.number, parameter)
         found = [self.find(*target) for target in targets if include.target in ("", target[0])]
         return [other for other in found if other]
 
@@ -4170,7 +4171,7 @@ class EmbeddedRecords(Records):
         """See Records."""
         if asked.type not in self.served:
             known = ", ".join(sorted(self.served))
-            raise FhirError("not-supported", f"{asked.type}: not a type that is served; these are {known}", 404)
+            raise FhirError("not-supported", f"{asked.type}: is not served; these types are {known}", 404)
 
     def visible(self, asked: FhirRequest) -> StoredResource:
         """One resource: fetched, then judged."""
@@ -4220,7 +4221,7 @@ class EmbeddedRecords(Records):
         return bundle_response(asked, page, query.parameters, asked.type, self.version, query.elements)
 
     def answer_everything(self, asked: FhirRequest) -> Response:
-        """A page of a patient's compartment, with what it refers to that is nobody's, each if it may be seen."""
+        """A page of a patient's compartment, and what it refers to that is nobody's; all of it judged."""
         self.visible(asked)
         pairs = asked.request.pairs()
         for name, _ in pairs:
@@ -4235,8 +4236,8 @@ class EmbeddedRecords(Records):
             if target[0] in SHARED_TYPES or target[0] == "Device")
         others = [other for other in (self.find(*target) for target in targets)
                   if other and other.owner == NOBODY and asked.access.may_see(other, "rs")]
-        return bundle_response(asked, page._replace(included=others), pairs, f"Patient/{asked.id}/$everything",
-                               self.version)
+        page = page._replace(included=others)
+        return bundle_response(asked, page, pairs, f"Patient/{asked.id}/$everything", self.version)
 
     def describe(self, statement: Json, secured: bool) -> None:
         """See Records."""
