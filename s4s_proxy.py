@@ -3652,7 +3652,7 @@ class Page(NamedTuple):
 
 def search_condition(query: Query, access: Access) -> Sql:
     """All that a match must meet; of `access.may_see`, which has the last word, only whose it is. Where the
-    patient or id are known, SQLite looks there; else it starts from the values (the plus keeps it off the type)."""
+    patient or id is known SQLite looks there, else it starts from the values (so the plus before the type)."""
     patients, is_shared = access.patients(query.type, "s"), query.type in SHARED_TYPES
     pinned = ((patients is not EVERYBODY and not is_shared)
               or any(term.parameter.kind in ("owner", "id") for term in query.terms))
@@ -3722,7 +3722,7 @@ def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
 
 
 def is_unchanged(request: Request, tag: str, updated: float) -> bool:
-    """Whether a client's copy is good still: If-None-Match, else If-Modified-Since (RFC 9110 section 13.1)."""
+    """Whether a client's copy is still good: If-None-Match, else If-Modified-Since (RFC 9110 13.1)."""
     known, since = request.headers.get("if-none-match"), request.headers.get("if-modified-since")
     if known is not None:
         return known.strip() == "*" or tag in [kept.strip().replace("W/", "") for kept in known.split(",")]
@@ -4171,7 +4171,7 @@ class EmbeddedRecords(Records):
         """See Records."""
         if asked.type not in self.served:
             known = ", ".join(sorted(self.served))
-            raise FhirError("not-supported", f"{asked.type}: is not served; these types are {known}", 404)
+            raise FhirError("not-supported", f"{asked.type}: not a type that is served: {known}", 404)
 
     def visible(self, asked: FhirRequest) -> StoredResource:
         """One resource: fetched, then judged."""
