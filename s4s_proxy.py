@@ -3652,7 +3652,7 @@ class Page(NamedTuple):
 
 def search_condition(query: Query, access: Access) -> Sql:
     """All that a match must meet; of `access.may_see`, which has the last word, only whose it is. Where the
-    patient or id is known SQLite looks there, else it starts from the values (so the plus before the type)."""
+    patient or id is known SQLite looks there, else it starts from the values (hence the plus)."""
     patients, is_shared = access.patients(query.type, "s"), query.type in SHARED_TYPES
     pinned = ((patients is not EVERYBODY and not is_shared)
               or any(term.parameter.kind in ("owner", "id") for term in query.terms))
