@@ -3042,9 +3042,9 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 
 # ######################################################################## 17 search
 
-# All that a resource can be found by is a row of values (SearchValue). A search is understood once, as a
-# Query of SearchTerms, and a term compares columns of such rows with what was asked for: in SQL, where they
-# lie in a table (section 18), and in Python, where one resource is held against a scope's ?param=value.
+# What a resource can be found by are rows of values (SearchValue). A search is understood once, as a Query of
+# SearchTerms, and a term compares columns of such rows with what was asked for: in SQL, where they lie in a
+# table (section 18), and in Python, where one resource is held against a scope's ?param=value.
 
 # What can be searched, a row for each type that is served. An example:
 #
@@ -3285,9 +3285,8 @@ def _parse_include(version: str, type_name: str, name: str, text: str) -> Includ
     """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
     source, parameter, target = (*text.split(":", 2), "", "")[:3]
     reverse, known = name == "_revinclude", search_table(version)[type_name]
-    possible = [(type_name, own) for own in known if known[own].type == "reference"]
-    if reverse:
-        possible = referring(type_name, version)
+    possible = referring(type_name, version) if reverse else [
+        (type_name, own) for own in known if known[own].type == "reference"]
     words = ", ".join(sorted(map(":".join, possible))) or "none"
     _check((source, parameter) in possible and (not reverse or target in ("", type_name)),
            f"{name}={text}: not possible for {type_name}; possible are {words}")
@@ -3495,7 +3494,7 @@ def _parameters_by_element(version: str) -> dict[str, dict[str, list[tuple[str, 
 
 
 def values_of(name: str, kind: str, values: Iterable[Any]) -> list[SearchValue]:
-    """What a search parameter of a kind makes of the values of its elements."""
+    """What a search parameter of a kind makes of its elements' values."""
     if kind == "token":
         return [(name, code, system, 0, 0) for system, code in tokens_of(values)]
     if kind == "reference":
@@ -3536,14 +3535,12 @@ def fold(text: str) -> str:
 def period_of(value: Any) -> tuple[float, float] | None:
     """The span of a date or a Period, which may lack its start or end; None if it is neither."""
     try:
-        if isinstance(value, str):
-            return date_range(value)
         if isinstance(value, dict) and ("start" in value or "end" in value):
             return (date_range(value["start"])[0] if "start" in value else -_EVER,
                     date_range(value["end"])[1] if "end" in value else _EVER)
+        return date_range(value)
     except (ValueError, TypeError):
-        pass
-    return None
+        return None
 
 
 _DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)"
@@ -3855,8 +3852,7 @@ def parse_document(given: bytes | Json) -> Document:
 
 
 def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
-    """The resources of a document, each with its place in it: a Bundle's entries, or the document itself.
-    Beside them, what the entries' fullUrls mean: Type/id."""
+    """The resources of a document with their places in it, and what their fullUrls mean: Type/id."""
     if document.get("resourceType") != "Bundle":
         return [("", _with_id(document, {}, ""))], {}
     entries = document.get("entry", [])
@@ -3876,7 +3872,7 @@ def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | No
 
 
 def _with_id(resource: Any, entry: Json, where: str) -> Json:
-    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else made from
+    """A resource with an id: its own, else from the entry's fullUrl (urn:uuid:...) or request, else a hash of
     its content, so that loading it twice gives the same. PortalError if it is no FHIR resource."""
     need(isinstance(resource, dict) and isinstance(resource.get("resourceType"), str),
          f"{where}not a FHIR resource: expected an object with a resourceType")
@@ -3894,10 +3890,9 @@ def _with_id(resource: Any, entry: Json, where: str) -> Json:
 def display_name(patient: Json) -> str:
     """A Patient's name as people are shown it; its id if it has none."""
     for name in elements(patient, "name"):
-        if isinstance(name, dict):
-            words = [name["text"]] if name.get("text") else elements(name, "given", "family")
-            if words:
-                return " ".join(map(str, words))
+        words = [text for text in elements(name, "text") if text] or elements(name, "given", "family")
+        if words:
+            return " ".join(map(str, words))
     return str(patient.get("id"))
 
 
@@ -3908,8 +3903,8 @@ class Source(NamedTuple):
     given: Json | None = None
 
     def documents(self) -> Iterator[tuple[str, Document, int]]:
-        """The JSON texts in it, one a line or one in all, each with its place and the bytes read by then.
-        A line at a time, so that a file of any length takes no more memory than its longest line."""
+        """The JSON texts in it, one a line or one in all, each with its place and the bytes read by then. No
+        more than a line of a file is in memory."""
         if self.given is not None:
             yield "", parse_document(self.given), self.size
             return
@@ -3976,7 +3971,7 @@ def sample_database(version: str) -> sqlite3.Connection:
 
 
 class EmbeddedRecords(Records):
-    """The embedded records: FHIR resources of one version in SQLite.
+    """FHIR resources of one version in SQLite.
 
     Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of
     the last entry shown. Not how many came before: what is loaded meanwhile would shift others over the edge,
@@ -4080,9 +4075,8 @@ class EmbeddedRecords(Records):
         words = fold(text).split()
         has_word = (" AND (instr(lower(r.id), ?) OR EXISTS (SELECT 1 FROM search_values "
                     "WHERE number = r.number AND parameter = 'name' AND instr(value, ?)))")
-        patients = self._select(
-            f"* FROM resources r WHERE type = 'Patient'{has_word * len(words)} ORDER BY patient_id LIMIT ?",
-            *(value for word in words for value in (word, word)), limit)
+        sql = f"* FROM resources r WHERE type = 'Patient'{has_word * len(words)} ORDER BY patient_id LIMIT ?"
+        patients = self._select(sql, *(value for word in words for value in (word, word)), limit)
         return [(str(patient.id), display_name(patient.content)) for patient in patients]
 
     def pointing_to(self, binary_id: str) -> Sequence[Resource]:
@@ -4175,8 +4169,8 @@ class EmbeddedRecords(Records):
 
     def visible(self, asked: FhirRequest) -> StoredResource:
         """One resource: fetched, then judged."""
-        resource = need(self.find(asked.type, asked.id), f"there is no {asked.type}/{asked.id}", "not-found",
-                        404, FhirError)
+        absent = f"there is no {asked.type}/{asked.id}"
+        resource = need(self.find(asked.type, asked.id), absent, "not-found", 404, FhirError)
         if not asked.access.may_see(resource, "r"):
             raise not_in_record(asked)
         return resource
@@ -4225,11 +4219,11 @@ class EmbeddedRecords(Records):
         self.visible(asked)
         pairs = asked.request.pairs()
         for name, _ in pairs:
-            need(name in ("_count", "_page", "_format", "_pretty"), f"{name}: unknown parameter of "
-                 "$everything; known are _count, _format, _pretty", "not-supported", kind=FhirError)
+            _check(name in ("_count", "_page", "_format", "_pretty"), f"{name}: unknown parameter of "
+                   "$everything; known are _count, _format, _pretty", "not-supported")
         query = parse_query(self.version, "Patient", (("_count", "1000"), *pairs))
-        select = Sql(f"SELECT * FROM resources WHERE type IN ({_marks(self.served)}) AND patient_id = ?",
-                     (*self.served, asked.id))
+        sql = f"SELECT * FROM resources WHERE type IN ({_marks(self.served)}) AND patient_id = ?"
+        select = Sql(sql, (*self.served, asked.id))
         page = self._page(select, [("number", False)], query.limit, query.after, asked.access, "rs")
         targets = dict.fromkeys(
             target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
@@ -4241,16 +4235,13 @@ class EmbeddedRecords(Records):
 
     def describe(self, statement: Json, secured: bool) -> None:
         """See Records."""
-        operation: Json = {"name": "everything",
-                           "definition": "http://hl7.org/fhir/OperationDefinition/Patient-everything"}
-        resources = [self._describe_type(name) for name in sorted(self.served)]
-        statement["rest"][0]["resource"] = resources
+        url, rest = "http://hl7.org/fhir/OperationDefinition/Patient-everything", statement["rest"][0]
+        rest["resource"] = [self._describe_type(name) for name in sorted(self.served)]
         if self.version == "r4":
-            patient = next(resource for resource in resources if resource["type"] == "Patient")
-            patient["operation"] = [operation]
+            patient = next(kind for kind in rest["resource"] if kind["type"] == "Patient")
+            patient["operation"] = [{"name": "everything", "definition": url}]
         else:
-            operation["definition"] = {"reference": operation["definition"]}
-            statement["rest"][0]["operation"] = [operation]
+            rest["operation"] = [{"name": "everything", "definition": {"reference": url}}]
 
     def _describe_type(self, name: str) -> Json:
         """What a CapabilityStatement says of a type. An empty list is left out (FHIR has none)."""
@@ -4284,8 +4275,8 @@ class EmbeddedRecords(Records):
 
 
 class Load:
-    """Resources on their way into the records. What comes `later` than the start is taken back by reset.
-    `put` and `resolve` are called within a transaction."""
+    """Resources on their way into the records. What comes `later` than the start is taken back by reset. `put`
+    and `resolve` are called within a transaction."""
     def __init__(self, records: EmbeddedRecords, later: bool):
         self.store, self.database, self.later = records.store, records.store.connection, later
         self.version, self.served, self.clock = records.version, records.served, records.clock
@@ -4358,8 +4349,8 @@ class Load:
 
     def _renew(self, new: Prepared) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
-        number, text = self.database.execute(
-            "SELECT number, json FROM resources WHERE type = ? AND id = ?", new.row[:2]).fetchone()
+        sql = "SELECT number, json FROM resources WHERE type = ? AND id = ?"
+        number, text = self.database.execute(sql, new.row[:2]).fetchone()
         was = json.loads(text)
         kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
         if {**new.resource, "meta": {**kept, **new.given}} == was:

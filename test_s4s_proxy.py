@@ -3764,8 +3764,9 @@ class Dates(unittest.TestCase):
         day = 86400
         for text, start, length in (
                 ("1970", 0, 365 * day), ("1972-02", 761 * day, 29 * day), ("1970-01-02", day, day),
-                ("1970-01-01T00:01", 60, 60), ("1970-01-01T00:00:01Z", 1, 1), ("1970-01-01T02:00+02:00", 0, 60),
-                ("1969-12-31T19:00:00-05:00", 0, 1), ("1970-01-01T00:00:00.25Z", 0.25, 0.01)):
+                ("1970-01-01T00:01", 60, 60), ("1970-01-01T00:00:01Z", 1, 1),
+                ("1970-01-01T00:00:00.25Z", 0.25, 0.01), ("1970-01-01T02:00:00+02:00", 0, 1),
+                ("1969-12-31T19:00:00-05:00", 0, 1)):
             with self.subTest(text=text):
                 first, last = s4s.date_range(text)
                 self.assertEqual(first, start)
@@ -3831,9 +3832,9 @@ class Searching(RecordsTest):
     def test_modifiers_ids_times_and_repeated_parameters(self) -> None:
         moment = self.open(f"Patient/{DANIEL}").json["meta"]["lastUpdated"]
         self.finds(("Patient?gender=male&birthdate=ge1926", [JOSEPH]), ("Patient?gender:not=male", [AMY]),
-                   ("Patient?birthdate=gt1925&birthdate=lt2005", [JOSEPH]), ("Patient?gender:missing=true", []),
+                   ("Patient?birthdate=gt1925&birthdate=lt2005", [JOSEPH]),
                    ("Patient?gender:missing=false", [AMY, JOSEPH, DANIEL]),
-                   (f"Patient?_id={DANIEL},{AMY},x", [AMY, DANIEL]),
+                   ("Patient?gender:missing=true", []), (f"Patient?_id={DANIEL},{AMY},x", [AMY, DANIEL]),
                    (f"Patient?_lastUpdated={moment}", [DANIEL]))
         self.assertNotIn(DANIEL, self.ids(f"Patient?_lastUpdated=gt{moment}"))
         for these, others in (("encounter:missing=false", "encounter:missing=true"),
@@ -3900,7 +3901,8 @@ class Searching(RecordsTest):
                 self.assertEqual(at_start - set(seen), set())
 
     def test_a_made_up_page_is_refused(self) -> None:
-        for mark in "x %00 bnVsbA WzFd WyJhIiwgMWU5OTld WyJhIiwgOTk5OTk5OTk5OTk5OTk5OTk5OTldw".split():
+        marks = "x %00 bnVsbA WzFd WyJhIiwgMWU5OTld WyJhIiwgOTk5OTk5OTk5OTk5OTk5OTk5OTldw"
+        for mark in marks.split():
             self.assertEqual(self.open(f"Patient?_page={mark}").status, 400, mark)
 
     def test_a_search_may_only_count_and_elements_leave_the_rest_out_and_say_so(self) -> None:
@@ -3935,9 +3937,9 @@ class Searching(RecordsTest):
     def test_what_is_not_known_is_named_with_what_is(self) -> None:
         for query, *words in (
                 ("colour=red", "colour", "category", "_sort"), ("_include=*", "Observation:encounter"),
-                ("category:text=x", "category:text", "missing"), ("code:=x", "code:"), ("_filter=x", "_filter"),
-                ("patient:not=x", "patient:not", "Patient"), ("patient.name=x", "patient.name"),
-                ("_has:Provenance:target:x=y", "_has"), ("_include=Observation:code", "Observation:encounter"),
+                ("category:text=x", "category:text", "missing"), ("_has:Provenance:target:x=y", "_has"),
+                ("patient:not=x", "patient:not", "Patient"), ("_filter=x", "_filter"), ("code:=x", "code:"),
+                ("patient.name=x", "patient.name"), ("_include=Observation:code", "Observation:encounter"),
                 ("_revinclude=Patient:link", "DiagnosticReport:result"), ("_sort=colour", "colour", "date"),
                 ("_include:iterate=Observation:encounter", "_include:iterate"), ("_summary=text", "count"),
                 ("date=soon", "soon", "2008-07-10"), ("_count=many", "_count", "number"),
@@ -4339,8 +4341,8 @@ class LoadingRecords(unittest.TestCase):
                 ("r4", "MedicationOrder", {}), ("stu3", "MedicationOrder", {}),
                 ("r4", "Condition", {"clinicalStatus": "active"}), ("dstu2", "Observation", {"category": []}),
                 ("stu3", "Condition", {"clinicalStatus": {}}), ("r4", "Observation", {"category": {}}),
-                ("r4", "Patient", {"name": [{"family": ["A"]}]}), ("stu3", "Immunization", {"occurrenceDateTime": 1}),
-                ("dstu2", "Patient", {"name": [{"family": "A"}]})):
+                ("r4", "Patient", {"name": [{"family": ["A"]}]}), ("dstu2", "Patient", {"name": {"family": ""}}),
+                ("stu3", "Immunization", {"occurrenceDateTime": "2008"})):
             with self.subTest(version=version, type=type_name), \
                     self.assertRaisesRegex(s4s.StartError, "--fhir-version"):
                 self.records({"resourceType": type_name, **elements}, fhir_version=version)
