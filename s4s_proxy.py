@@ -4275,8 +4275,8 @@ class EmbeddedRecords(Records):
 
 
 class Load:
-    """Resources on their way into the records. What comes `later` than the start is taken back by reset. `put`
-    and `resolve` are called within a transaction."""
+    """Resources on their way into the records; what comes `later` than the start, reset takes back. `put` and
+    `resolve` are called within a transaction."""
     def __init__(self, records: EmbeddedRecords, later: bool):
         self.store, self.database, self.later = records.store, records.store.connection, later
         self.version, self.served, self.clock = records.version, records.served, records.clock
@@ -4399,7 +4399,7 @@ class Load:
         return names.get(reference)
 
     def _meant_by(self, reference: str) -> Sequence[Row]:
-        """What Type?search finds, which must be one (FHIR, transaction), or what has the id of urn:uuid:id."""
+        """What Type?search finds, which must be one (FHIR, transaction), or what has urn:uuid:'s id."""
         type_name, conditional, search = reference.partition("?")
         select = "SELECT type, id FROM resources r WHERE"
         if reference.startswith("urn:"):
@@ -4419,9 +4419,9 @@ class Load:
                    + ", ".join(f"{name} ({count})" for name, count in sorted(self.skipped.items())))
         count, example = self.store.rows(
             "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
-            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment' "
-            f"AND system IN ({_marks(self.served)}) "
-            "AND NOT EXISTS (SELECT 1 FROM resources WHERE type = system AND id = value))", before, *self.served)[0]
+            "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment'"
+            f" AND system IN ({_marks(self.served)}) AND NOT EXISTS "
+            "(SELECT 1 FROM resources WHERE type = system AND id = value))", before, *self.served)[0]
         if count:
             yield f"{count} references lead to nothing that was loaded, such as {example}; they were kept"
 

@@ -4341,7 +4341,7 @@ class LoadingRecords(unittest.TestCase):
                 ("r4", "MedicationOrder", {}), ("stu3", "MedicationOrder", {}),
                 ("r4", "Condition", {"clinicalStatus": "active"}), ("dstu2", "Observation", {"category": []}),
                 ("stu3", "Condition", {"clinicalStatus": {}}), ("r4", "Observation", {"category": {}}),
-                ("r4", "Patient", {"name": [{"family": ["A"]}]}), ("dstu2", "Patient", {"name": {"family": ""}}),
+                ("r4", "Patient", {"name": [{"family": []}]}), ("dstu2", "Patient", {"name": {"family": ""}}),
                 ("stu3", "Immunization", {"occurrenceDateTime": "2008"})):
             with self.subTest(version=version, type=type_name), \
                     self.assertRaisesRegex(s4s.StartError, "--fhir-version"):
