@@ -3326,19 +3326,15 @@ class Sql(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A column of a SearchValue held against a value. SQL and Python read it alike: see `SearchTerm`."""
+    """A column of a SearchValue held against a value, in SQL or in Python (_COMPARE)."""
     column: str
     operator: str
     value: str | float
 
     def sql(self, columns: Mapping[str, str]) -> str:
-        """As SQL; columns: what some have for names there."""
+        """As SQL; columns: what some are called there."""
         column = columns.get(self.column, self.column)
         return f"instr({column}, ?) > 0" if self.operator == "contains" else f"{column} {self.operator} ?"
-
-    def holds(self, row: SearchValue) -> bool:
-        """In Python."""
-        return _COMPARE[self.operator](row[_PLACES[self.column]], self.value)
 
 
 Comparisons = tuple[Comparison, ...]  # all of which must hold
@@ -3373,11 +3369,11 @@ class SearchTerm(NamedTuple):
         """The same in Python."""
         kind, paths = self.parameter
         if kind in ("owner", "id"):
-            value = owner(resource) if kind == "owner" else str(resource.get("id"))
-            rows: list[SearchValue] = [("", value, "", 0, 0)]
+            name = owner(resource) if kind == "owner" else str(resource.get("id"))
+            rows: list[SearchValue] = [("", name, "", 0, 0)]
         else:
             rows = values_of("", kind, elements(resource, *paths))
-        met = any(all(comparison.holds(row) for comparison in comparisons)
+        met = any(all(_COMPARE[sign](row[_PLACES[column]], value) for column, sign, value in comparisons)
                   for row in rows for comparisons in self.alternatives)
         return met != self.negated
 

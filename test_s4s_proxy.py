@@ -3878,8 +3878,7 @@ class Searching(RecordsTest):
         self.assertEqual(keys, sorted(by_code, key=lambda key: key[0], reverse=True))
         visits = [resource.get("encounter", {}).get("reference", "~")
                   for resource in self.resources("Observation?_sort=encounter")]
-        self.assertEqual(visits, sorted(visits))
-        self.assertEqual(visits[-1], "~")
+        self.assertEqual((visits, visits[-1]), (sorted(visits), "~"))
         self.assertEqual(self.ids("Patient?_sort=-_id"), [DANIEL, JOSEPH, AMY])
 
     def test_a_walk_over_the_pages_is_whole_though_records_are_loaded_meanwhile(self) -> None:
@@ -3948,10 +3947,9 @@ class Searching(RecordsTest):
                 self.refused(f"Observation?{query}", *words)
 
     def test_lenient_handling_leaves_out_what_is_not_known(self) -> None:
-        lenient = {"Prefer": "handling=lenient"}
+        lenient, url = {"Prefer": "handling=lenient"}, f"{self.portal.open_fhir_url}/Patient?gender=female"
         got = self.open("Patient?colour=red&gender=female&name:text=x", headers=lenient).json
-        self.assertEqual(got["total"], 1)
-        self.assertEqual(got["link"][0]["url"], f"{self.portal.open_fhir_url}/Patient?gender=female")
+        self.assertEqual((got["total"], got["link"][0]["url"]), (1, url))
         self.refused("Patient?birthdate=soon", "soon", headers=lenient)
 
     def test_a_total_tells_nothing_of_what_is_hidden(self) -> None:
@@ -3964,10 +3962,10 @@ class Searching(RecordsTest):
 
     def test_a_page_is_full_though_much_of_what_matches_may_not_be_seen(self) -> None:
         token = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory")["access_token"]
-        pages = list(self.pages(f"{self.portal.fhir_url}/Observation?_count=30", token))
-        self.assertEqual({len(page["entry"]) for page in pages[:-1]}, {30})
-        seen = sum(len(page["entry"]) for page in pages)
-        self.assertEqual(seen, len(self.ids(f"Observation?category=laboratory&patient={DANIEL}")))
+        pages = self.pages(f"{self.portal.fhir_url}/Observation?_count=30", token)
+        sizes = [len(page["entry"]) for page in pages]
+        self.assertEqual(set(sizes[:-1]), {30})
+        self.assertEqual(sum(sizes), len(self.ids(f"Observation?category=laboratory&patient={DANIEL}")))
 
     def test_each_version_has_its_own_names(self) -> None:
         for row in """\
@@ -4037,8 +4035,8 @@ class Reading(RecordsTest):
         as_fhir = self.open("Binary/smart-Binary-1").json
         raw = self.open("Binary/smart-Binary-1", headers={"Accept": as_fhir["contentType"]})
         self.assertEqual(raw.body, base64.b64decode(as_fhir["data"]))
-        self.assertEqual(raw.headers["content-type"], as_fhir["contentType"])
-        self.assertEqual(raw.headers["content-security-policy"], "sandbox")
+        kept = [raw.headers[name] for name in ("content-type", "content-security-policy")]
+        self.assertEqual(kept, [as_fhir["contentType"], "sandbox"])
         self.assertEqual(self.open("Binary/smart-Binary-1", headers={"Accept": "*/*"}).json, as_fhir)
 
     def test_a_binary_of_nobody_is_read_through_the_document_that_points_to_it(self) -> None:
@@ -4280,8 +4278,7 @@ class LoadingRecords(unittest.TestCase):
         self.assertEqual(self.doctor_of(records), "Practitioner?identifier=http://npi|7")
 
     def test_types_that_are_not_served_are_left_out_and_counted(self) -> None:
-        records = self.records(self.bundle({"resource": self.patient("a")},
-                                           {"resource": {"resourceType": "Provenance"}}))
+        records = self.records(self.patient("a"), {"resourceType": "Provenance"})
         self.assertEqual(records.warnings, [
             "1 resources of types that are not served were left out: Provenance (1)"])
 
@@ -4326,9 +4323,10 @@ class LoadingRecords(unittest.TestCase):
             for word in (name, *words):
                 self.assertIn(word, str(caught.exception))
             self.assertNotIn("\n", str(caught.exception))
-        for path in (str(self.folder / "absent"), self.file("nothing/here.txt", "")[:-len("/here.txt")]):
-            with self.subTest(path=path), self.assertRaises(s4s.StartError):
-                self.records(path)
+        self.file("nothing/here.txt", "")
+        for name in ("absent", "nothing"):
+            with self.subTest(name=name), self.assertRaises(s4s.StartError):
+                self.records(str(self.folder / name))
 
     def test_what_was_loaded_before_a_bad_file_stays(self) -> None:
         lines = json.dumps(self.patient("b")) + "\n{}"
@@ -4379,12 +4377,9 @@ class LoadingRecords(unittest.TestCase):
 
     def test_a_resource_without_an_id_gets_one_from_its_content(self) -> None:
         records = self.records()
-        for key in ({}, {"id": None}):
-            resource = {"resourceType": "Patient", "gender": "male", **key}
-            records.load(resource)
-            records.load(resource)
-        self.assertEqual(len(records.find_patients()), 2)
-        self.assertTrue(all(key for key, _ in records.find_patients()))
+        for key in ({}, {"id": None}) * 2:
+            records.load({"resourceType": "Patient", "gender": "male", **key})
+        self.assertEqual([len(key) for key, _ in records.find_patients()], [32, 32])
 
     def test_reset_brings_back_exactly_what_was_there_at_the_start(self) -> None:
         records = self.with_samples(data=[self.patient("a"), self.visit("Practitioner?identifier=7")])
