@@ -2111,19 +2111,29 @@ PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction,
     ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"))]
 
 
-def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> FhirRequest:
-    """What a path asks for; FhirError where that is nothing this server does."""
-    parts = [unquote(part) for part in request.rest.split("/")]
-    path = "/".join(parts) if all(re.fullmatch("[A-Za-z0-9._$-]*", part) for part in parts) else "?"
+@remembered(1000)
+def interaction_of(path: str, posted: bool) -> tuple[str, Mapping[str, str]]:
+    """The interaction that a path below the base asks for, and the parts of the path by name; "" for none."""
+    parts = [unquote(part) for part in path.split("/")]
+    plain = "/".join(parts) if all(re.fullmatch("[A-Za-z0-9._$-]*", part) for part in parts) else "?"
     for method, interaction, shape in PATH_SHAPES:
-        match = shape.fullmatch(path) if (request.method == "POST") == (method == "POST") else None
+        match = shape.fullmatch(plain) if posted == (method == "POST") else None
         if match:
-            return FhirRequest(request, access, base, grant_id, interaction, **match.groupdict(default=""))
-    permit(request.method != "POST", "writing and batches are not possible here; only POST [type]/_search")
-    permit("$" not in "".join(parts), f"{request.path}: of operations only Patient/[id]/$everything")
-    permit(path, "a search over all types is not possible here: name a type")
-    raise FhirError("not-supported", f"{request.path}: expected [type], [type]/_search, [type]/[id], "
-                    "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+            return interaction, match.groupdict(default="")
+    return "", {}
+
+
+def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> FhirRequest:
+    """What a request asks for; FhirError where that is nothing this server does."""
+    posted = request.method == "POST"
+    interaction, parts = interaction_of(request.rest, posted)
+    if not interaction:
+        permit(not posted, "writing and batches are not possible here; only POST [type]/_search")
+        permit("$" not in unquote(request.rest), f"{request.path}: of operations only Patient/[id]/$everything")
+        permit(request.rest, "a search over all types is not possible here: name a type")
+        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/_search, [type]/[id], "
+                        "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+    return FhirRequest(request, access, base, grant_id, interaction, **parts)
 
 
 LETTERS_OF = {"read": "r", "search": "s", "everything": "rs"}  # what a scope must hold for each interaction
