@@ -1329,11 +1329,10 @@ def set_cookie(portal: Portal, request: Request, value: str) -> str:
 
 # ######################################################################## 8 the authorization request
 
-PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, DAY = 1800, 60, 3600, 86400  # how long each is good
+PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, LAUNCH_SECONDS, DAY = 1800, 60, 3600, 300, 86400
 
 
-@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART App Launch", kind="page",
-       fault="authorize")
+@route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART", kind="page", fault="authorize")
 def authorize(portal: Portal, request: Request) -> Response:
     """An app asks for a user's permission: check the request, remember it, send the browser on to consent."""
     fields = Fields(request.form() if request.method == "POST" else request.pairs())
@@ -1345,10 +1344,8 @@ def authorize(portal: Portal, request: Request) -> Response:
 
 
 def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str:
-    """Check an authorization request and remember it; gives the id by which the consent page knows it.
-
-    A failed check is a PortalError for the person at the browser, or a RedirectError for the app.
-    """
+    """Check an authorization request and remember it; gives the id by which the consent page knows it. A
+    failed check is a PortalError for the person at the browser, or a RedirectError for the app."""
     asked = Authorization(portal, request, fields)
     for check in PAGE_CHECKS:
         check(asked)
@@ -1361,8 +1358,8 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PortalError as error:
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(
-            asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
-            error=error.error, error_description=error.error_description))
+            asked.redirect_uri, fields.values.get("state", ""), asked.issuer, error=error.error,
+            error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer,
                "launch": asked.launch, "signed_in_since": asked.signed_in_since,
@@ -1389,41 +1386,35 @@ class Authorization:
 def check_client(asked: Authorization) -> None:
     """Which app asks. Not yet a reason to send the browser anywhere."""
     client_id = asked.fields.need("client_id")
-    asked.client = need(
-        asked.portal.client(client_id), f"client_id {client_id!r} is not registered here: register at "
-        "/oauth/register (RFC 7591 section 3), or start this server with --client", "invalid_client")
+    asked.client = need(asked.portal.client(client_id), f"client_id {client_id!r} is not registered here: "
+                        "do so at /oauth/register, or start this server with --client", "invalid_client")
     asked.request.client_id = client_id
 
 
 def check_redirect_uri(asked: Authorization) -> None:
-    """Exactly one of those registered, to the letter, or somebody else may get the code (RFC 6749 section
-    3.1.2.3).
-
-    But for the port of a native app that listens on an address of loopback: RFC 8252 section 7.3 has the
-    server take any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets
-    nothing anyway.
-    """
-    uri = asked.fields.need("redirect_uri")
-    registered = uris_of(asked.portal, asked.request, asked.client, "redirect_uris")
-    native = asked.client.auth_method == "none" and is_redirect_uri(uri)
+    """One of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
+    But for the port of a native app that listens on this machine: RFC 8252 section 7.3 has the server take
+    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing
+    anyway."""
+    uri, client = asked.fields.need("redirect_uri"), asked.client
+    registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
+    native = client.auth_method == "none" and is_redirect_uri(uri)
     but_for_port = native and without_loopback_port(uri) in map(without_loopback_port, registered)
-    need(uri in registered or but_for_port,
-         f"redirect_uri {uri!r} is not registered for {asked.client.client_id!r}; expected, to the letter, "
-         f"{' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
+    need(uri in registered or but_for_port, f"redirect_uri {uri!r} is not of {client.client_id!r}: expected, "
+         f"to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
-    asked.request.note(f"redirect_uri {uri} was registered by {asked.client.client_id}; errors now go there")
+    asked.request.note(f"redirect_uri {uri} was registered by {client.client_id}; errors now go there")
 
 
-def uris_of(portal: Portal, request: Request, client: Client, member: str) -> list[str]:
-    """The redirect or launch URIs of a client; the demo app's are paths of this server, wherever that is."""
-    base = portal.browser_base(request)
+def uris_of(client: Client, base: str, member: str) -> list[str]:
+    """A client's redirect_uris or launch_uris; the demo app's are paths of this server, wherever that is."""
     return [base + uri if uri.startswith("/") else uri for uri in client.metadata.get(member, [])]
 
 
 def check_audience(asked: Authorization) -> None:
     """The FHIR server that the app means must be this one: else a false server could fetch tokens for the
-    true one (SMART). The issuer is the name that the app knows this server by. `resource` is RFC 8707's word
-    for aud."""
+    true one (SMART). The issuer is the name that the app knows us by. `resource` is RFC 8707's word for
+    aud."""
     settings, fields = asked.portal.settings, asked.fields
     name = "aud" if fields.get("aud") else "resource"
     if not fields.get(name):
@@ -1442,8 +1433,7 @@ def check_audience(asked: Authorization) -> None:
 
 def check_repeats(asked: Authorization) -> None:
     """No parameter twice (RFC 6749 section 3.1)."""
-    for name in asked.fields.repeated:
-        raise PortalError("invalid_request", f"{name} is given more than once")
+    need(not asked.fields.repeated, f"{', '.join(asked.fields.repeated)}: given more than once")
 
 
 def check_state(asked: Authorization) -> None:
@@ -1469,11 +1459,9 @@ def check_pkce(asked: Authorization) -> None:
         need(not method, "code_challenge_method is given without code_challenge")
         asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
         return
-    need(method == "S256",
-         f"code_challenge_method is {method or 'missing, which means plain'}; expected S256")
+    need(method == "S256", f"code_challenge_method is {method or 'missing, so plain'}; expected S256")
     need(re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge), "code_challenge: expected 43 characters of base64url")
-    asked.request.note("PKCE: only who knows the verifier of this challenge can exchange the code (RFC 7636 "
-                       "section 4.6)")
+    asked.request.note("PKCE: only who knows the verifier can exchange the code (RFC 7636 section 4.6)")
 
 
 def check_scope(asked: Authorization) -> None:
@@ -1498,10 +1486,9 @@ def served_scope(portal: Portal, asked: str, registered: str,
 
 
 def check_request_object(asked: Authorization) -> None:
-    """Plain parameters only: the objects of OpenID Connect Core sections 6 and 7.2.1 are not supported."""
+    """Plain parameters only: no objects of OpenID Connect Core sections 6 and 7.2.1."""
     for name in ("request", "request_uri", "registration"):
-        need(not asked.fields.get(name), f"{name} is not supported: give plain parameters",
-             f"{name}_not_supported")
+        need(not asked.fields.get(name), f"{name}: give plain parameters instead", f"{name}_not_supported")
 
 
 def check_prompt(asked: Authorization) -> None:
@@ -1527,31 +1514,26 @@ def check_launch(asked: Authorization) -> None:
     Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may
     stand only beside launch/patient, in an app that can be launched either way.
     """
-    handle, words = asked.fields.get("launch"), asked.scope.split()
+    handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if "launch" not in words:
         return
     if not handle:
         need("launch/patient" in words, "launch is missing: the scope launch is for an app that the EHR "
              "launched; one that starts by itself asks for launch/patient")
         return
-    client_id, now = asked.client.client_id, asked.portal.clock.now()
     with asked.portal.state.transaction() as database:
-        bound = database.execute(
-            "UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? "
-            "AND coalesce(client_id, ?) = ?",
-            (client_id, handle, now, client_id, client_id))
-        need(bound.rowcount, "launch: this handle is unknown, has expired, was used before, or is for "
-             "another app")
+        bound = database.execute("UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? "
+                                 "AND (client_id IS NULL OR client_id = ?)",
+                                 (client_id, handle, asked.portal.clock.now(), client_id))
+        need(bound.rowcount, "launch: this handle is unknown, expired, used before, or for another app")
         row = database.execute("SELECT * FROM launches WHERE launch = ?", (handle,)).fetchone()
     asked.launch = {"handle": handle, "username": row["username"], "patient_id": row["patient_id"],
                     "context": json.loads(row["context"])}
-    asked.request.note(f"launch {shorten(handle)}: patient {row['patient_id']}, user "
-                       f"{row['username'] or 'any'}")
+    asked.request.note(f"launch {shorten(handle)}: of {row['patient_id']}, for {row['username'] or 'any'}")
 
 
 # In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead.
-# Then check_audience, because an error that travels says who answers (iss), and that is what it finds out.
-# The last is the only one that changes anything.
+# Then check_audience, because an error that travels says who answers (iss). Only the last changes anything.
 #
 # Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of
 # a host that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to
@@ -1612,35 +1594,31 @@ TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user ha
 
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
     """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE
-    while there is still a choice to make; None where the scope is about no patient's record and the user has
-    none of their own.
+    while there is a choice to make; None where the scope is about no patient's record and the user has none.
 
     PageError for a record that this user may not open, and for a user whom the launch is not for: a launch
     handle signs nobody in, since whoever sees the link has it.
     """
     wanted, fixed = details["launch"].get("username"), details["launch"].get("patient_id")
-    need(wanted in (None, username), f"This launch is for the user {wanted}, and {username} is signed in "
-         "here. Sign out, then launch the app again.", "forbidden", 403, PageError)
+    need(wanted in (None, username), f"This launch is for the user {wanted}, and {username} is signed in. "
+         "Sign out, then launch the app again.", "forbidden", 403, PageError)
     need(not fixed or chosen in (TO_CHOOSE, fixed),
          f"This launch is for the record {fixed}, not for {chosen}.", kind=PageError)
-    patient_id = fixed or chosen or only_record(portal, username, needs_patient(details["scope"]))
-    if not patient_id:
-        return patient_id
-    need(portal.patient_name(username, patient_id) is not None,
-         f"{username} may not open the record {patient_id!r}.", "forbidden", 403, PageError)
-    need(not portal.records.lacks_patient(patient_id),
-         f"The FHIR server behind this portal has no Patient/{patient_id}.", "not_found", 404, PageError)
-    return str(patient_id)
+    patient_id: str | None = fixed or chosen or only_record(portal, username, needs_patient(details["scope"]))
+    if patient_id:
+        need(portal.patient_name(username, patient_id) is not None,
+             f"{username} may not open the record {patient_id!r}.", "forbidden", 403, PageError)
+        need(not portal.records.lacks_patient(patient_id),
+             f"The FHIR server behind this portal has no Patient/{patient_id}.", "not_found", 404, PageError)
+    return patient_id
 
 
 def only_record(portal: Portal, username: str, needed: bool) -> str | None:
     """The record of a user who can mean no other; TO_CHOOSE if one is needed that only the user can name.
-    Where none is needed, the first is taken all the same, since S4S's apps find a patient in every token
-    response; None if there is none, and of a clinician."""
+    Where none is needed, the first is taken all the same (not of a clinician): S4S's apps find a patient in
+    every token response."""
     user = portal.user(username)
-    if user and user["any_patient"]:
-        return TO_CHOOSE if needed else None
-    patients = list(portal.patients_of(username))
+    patients = [] if user and user["any_patient"] else list(portal.patients_of(username))
     if needed and len(patients) != 1:
         return TO_CHOOSE
     return patients[0] if patients else None
@@ -1656,32 +1634,30 @@ class Grant(NamedTuple):
     approval_expires: float
     issuer: str
     security_labels: str = "[]"
-    redirect_uri: str | None = None
-    code_challenge: str | None = None
-    nonce: str | None = None
+    redirect_uri: str = ""
+    code_challenge: str = ""
+    nonce: str = ""
     signed_in: float | None = None
     context: str = "{}"
 
 
 def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json,
               labels: Sequence[str], until: str, encounter_id: str, signed_in: float) -> Grant:
-    """What the consent form says, as a grant for the patient that `whose_record` gave; PageError where the
-    form can't be."""
-    now = portal.clock.now()
+    """What the consent form says, as a grant for the patient of `whose_record`; PageError where it can't
+    be."""
     approved = approved_categories(offered_categories(portal, client, details["scope"]), client, labels)
-    expires = end_of_approval(until, now)
+    expires = end_of_approval(until, portal.clock.now())
     context = context_with_visit(portal, patient, details, encounter_id)
     return Grant(new_token(), client.client_id, username, patient, details["scope"], expires,
-                 details["issuer"], json.dumps(approved), details["redirect_uri"],
-                 details["code_challenge"] or None,
-                 details["nonce"] or None, signed_in, json.dumps(context))
+                 details["issuer"], json.dumps(approved), details["redirect_uri"], details["code_challenge"],
+                 details["nonce"], signed_in, json.dumps(context))
 
 
 def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
     """The categories that a scope reaches; a client's security_labels narrow them."""
     access = Access(scope, "any", frozenset(["any"]))
-    wanted = present_names(client.metadata.get("security_labels"))
-    return [label for label, (_, types) in CATEGORIES.items() if (not wanted or label in wanted)
+    wanted = present_names(client.metadata.get("security_labels")) or CATEGORIES
+    return [label for label, (_, types) in CATEGORIES.items() if label in wanted
             and any(access.allows(type_name, letter) for type_name in types for letter in GRANTABLE_LETTERS)]
 
 
@@ -1695,8 +1671,7 @@ def approved_categories(offered: Sequence[str], client: Client, checked: Sequenc
     approved = present_names(checked)
     for label in approved:
         need(label in offered, f"{label!r} is not a category offered here.", kind=PageError)
-    need(approved or not offered, "Nothing is checked: choose at least one category, or do not approve.",
-         kind=PageError)
+    need(approved or not offered, "Nothing is checked: choose a category, or do not approve.", kind=PageError)
     # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
     return approved or present_names(client.metadata.get("security_labels"))
 
@@ -1705,15 +1680,15 @@ def context_with_visit(portal: Portal, patient: str | None, details: Json, encou
     """The launch's context, and where the app asked for a visit and the launch has none, the one that the
     user chose, or the newest."""
     context = dict(details["launch"].get("context", {}))
-    if patient and "launch/encounter" in details["scope"].split() and "encounter" not in context:
-        visits = encounters_of(portal, patient)
-        need(not encounter_id or encounter_id in visits, f"{encounter_id!r} is not a visit of this patient.",
-             kind=PageError)
-        if visits:
-            context["encounter"] = encounter_id or next(iter(visits))
+    if not patient or "encounter" in context or "launch/encounter" not in details["scope"].split():
+        need(encounter_id in ("", context.get("encounter")),
+             "The app did not ask for a visit (launch/encounter), or it is chosen already.", kind=PageError)
         return context
-    need(encounter_id in ("", context.get("encounter")),
-         "The app did not ask for a visit (launch/encounter), or it is chosen already.", kind=PageError)
+    visits = encounters_of(portal, patient)
+    need(not encounter_id or encounter_id in visits, f"{encounter_id!r} is not a visit of this patient.",
+         kind=PageError)
+    if visits:
+        context["encounter"] = encounter_id or next(iter(visits))
     return context
 
 
@@ -1753,6 +1728,7 @@ def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
     """Close a pending request: a code for the grant, or access_denied. Gives where the browser goes."""
     details = pending_request(portal, request_id)[1]
     code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
+    answer = {"error": "access_denied", "error_description": "the user did not approve"}
     with portal.state.transaction() as database:
         closed = database.execute("DELETE FROM pending WHERE request_id = ?", (request_id,)).rowcount
         need(closed, "This request was answered already.", kind=PageError)  # a double click
@@ -1763,8 +1739,7 @@ def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
             forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
             database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
                              (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
-    refusal = {"error": "access_denied", "error_description": "the user did not approve"}
-    answer = {"code": code} if grant else refusal
+            answer = {"code": code}
     return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
 
 
@@ -1784,77 +1759,53 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
     if not user:
         return to_sign_in(portal, request)
     guarded_form(portal, request)
-    grant = need(portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?", request.rest,
-                                  user["username"]), "You gave no such permission.", "not_found", 404,
-                 PageError)
+    row = portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?",
+                           request.rest, user["username"])
+    grant = need(row, "You gave no such permission.", "not_found", 404, PageError)
+    whose = (grant["username"], grant["client_id"], grant["patient_id"])
     with portal.state.transaction() as database:
-        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? "
-                         "AND patient_id IS ?",
-                         (grant["username"], grant["client_id"], grant["patient_id"]))
+        database.execute(
+            "UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id IS ?", whose)
     return redirect(portal.browser_base(request) + "/apps")
 
 
 # ######################################################################## 10 tokens
-
-# A grant's life in the tables' rows:
-#   decide        the row of `pending` becomes one of `grants`, and one of `tokens`: a code, for a minute
-#   exchange_code the code is spent; an access token for an hour and, with offline_access, a refresh token
-#   refresh       the refresh token is spent; the next one, with the next access token. Earlier ones live on
-#   spending      what was spent comes back: ended = 1 in `grants`, and with it every token is worthless
-#   revoke        an access token is spent; a refresh token ends the grant, as the user does at /apps
-# No row goes then: a stolen token that returns must be known for what it is.
 
 # A token with all that is known of its grant. live: nothing has ended it yet but perhaps time.
 TOKEN_SQL = """SELECT tokens.token, tokens.kind, tokens.scope AS token_scope, tokens.issued, tokens.expires,
     tokens.spent, tokens.refresh_token, NOT tokens.spent AND NOT grants.ended AS live, grants.*
     FROM tokens JOIN grants USING (grant_id) WHERE token = ?"""
 
-GRANT_TYPES: dict[str, Callable[..., Json]] = {}
-AnyGrant = TypeVar("AnyGrant", bound=Callable[..., Json])
-
-
-def grant_type(name: str) -> Callable[[AnyGrant], AnyGrant]:
-    """Declare the function that answers the token endpoint for a grant type."""
-    def declare(function: AnyGrant) -> AnyGrant:
-        GRANT_TYPES[name] = function
-        return function
-    return declare
-
 
 @route("POST /oauth/token", "RFC 6749 section 3.2", cors=True, fault="token")
 def token_endpoint(portal: Portal, request: Request) -> Response:
     """Tokens for a code, for a refresh token, or for a backend service (RFC 6749 section 3.2)."""
+    answers = {"authorization_code": exchange_code, "refresh_token": refresh,
+               "client_credentials": backend_token}
     form = Fields(request.form())
-    for name in form.repeated:
-        raise PortalError("invalid_request", f"{name} is given more than once")
+    need(not form.repeated, f"{', '.join(form.repeated)}: given more than once")
     kind = form.need("grant_type")
-    need(kind in GRANT_TYPES, f"grant_type {kind!r}: expected one of {', '.join(GRANT_TYPES)}",
-         "unsupported_grant_type")
+    need(kind in answers, f"grant_type {kind!r}: expected {', '.join(answers)}", "unsupported_grant_type")
     named = request.headers.get("authorization") or form.get("client_id") or form.get("client_assertion")
     if kind == "refresh_token" and not named:
-        # A public client's refresh may leave client_id out: the token names it. A confidential one must prove
-        # itself.
+        # A public client's refresh may leave client_id out: the token names it. Another must prove itself.
         row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
         form.values["client_id"] = row["client_id"] if row else ""
     client = authenticate_client(portal, request, form)
-    need(client.may_use(kind), f"client {client.client_id!r} did not register for {kind}",
-         "unauthorized_client")
-    return json_response(GRANT_TYPES[kind](portal, request, client, form))
+    need(client.may_use(kind), f"{client.client_id!r} did not register for {kind}", "unauthorized_client")
+    return json_response(answers[kind](portal, request, client, form))
 
 
-@grant_type("authorization_code")
 def exchange_code(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """authorization_code (RFC 6749 section 4.1.3): tokens for a code that its own app brings."""
     code, redirect_uri, verifier = form.need("code"), form.get("redirect_uri"), form.get("code_verifier")
-    now = portal.clock.now()
     with spending(portal, client, "code", code) as (database, row):
         check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        refresh_token = issue_refresh(database, row, now) if offline else None
-        answer = issue_access(database, row, row["scope"], now, refresh_token)
-    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, "
-                 f"{'its verifier' if verifier else 'no PKCE'}, in time, for the first time (RFC 6749 "
-                 "section 4.1.3)")
+        answer = issue_tokens(database, row, row["scope"], portal.clock.now(), offline)
+    proof = "its verifier" if verifier else "no PKCE"
+    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, {proof}, in time, for the "
+                 "first time (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
         answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
@@ -1873,8 +1824,7 @@ def spending(portal: Portal, client: Client, kind: str,
     name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
-        # A code is good in its own client's hands alone (RFC 6749 section 4.1.3), a refresh token likewise
-        # (section 6).
+        # It is good in its own client's hands alone (RFC 6749 sections 4.1.3 and 6).
         ours = row and row["kind"] == kind and row["client_id"] == client.client_id
         need(ours, f"this {name} was not issued to this client", "invalid_grant")
         if not row["spent"]:
@@ -1906,43 +1856,33 @@ def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
          "code_verifier does not match the code_challenge", "invalid_grant")
 
 
-def issue_access(database: sqlite3.Connection, grant: Row, scope: str, now: float,
-                 refresh_token: str | None, lifetime: float = ACCESS_SECONDS) -> Json:
-    """A new access token, in an answer of RFC 6749 section 5.1. It never outlives the approval."""
-    token, expires = new_token(), min(now + lifetime, grant["approval_expires"])
-    database.execute("INSERT INTO tokens VALUES (?, 'access', ?, ?, ?, ?, 0, ?)",
-                     (token, grant["grant_id"], scope, now, expires, refresh_token))
-    answer = {"access_token": token, "token_type": "Bearer", "expires_in": max(0, int(expires - now)),
+def issue_tokens(database: sqlite3.Connection, grant: Row, scope: str, now: float, offline: bool,
+                 lifetime: float = ACCESS_SECONDS) -> Json:
+    """An access token for the scope, in an answer of RFC 6749 section 5.1; with a refresh token for all that
+    was granted, if `offline`. It lasts as long as the approval, which the access token never outlives."""
+    insert, grant_id = "INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, 0, ?)", grant["grant_id"]
+    access, end, refresh_token = new_token(), grant["approval_expires"], None
+    expires = min(now + lifetime, end)
+    answer = {"access_token": access, "token_type": "Bearer", "expires_in": max(0, int(expires - now)),
               "scope": scope, **launch_context(grant)}
-    if refresh_token:
-        answer["refresh_token"] = refresh_token
+    if offline:
+        refresh_token = answer["refresh_token"] = new_token()
+        database.execute(insert, (refresh_token, "refresh", grant_id, grant["scope"], now, end, None))
+    database.execute(insert, (access, "access", grant_id, scope, now, expires, refresh_token))
     return answer
-
-
-def issue_refresh(database: sqlite3.Connection, grant: Row, now: float) -> str:
-    """A new refresh token; it lasts as long as the approval."""
-    token = new_token()
-    database.execute("INSERT INTO tokens VALUES (?, 'refresh', ?, ?, ?, ?, 0, NULL)",
-                     (token, grant["grant_id"], grant["scope"], now, grant["approval_expires"]))
-    return token
 
 
 def launch_context(grant: Row) -> Json:
     """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch
     context arrives with your access_token")."""
-    context: Json = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
-    if grant["context"] != "{}":
-        context.update(json.loads(grant["context"]))
-    return context
+    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
+    return {**patient, **json.loads(grant["context"])}
 
 
-@grant_type("refresh_token")
 def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
-    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one.
-
-    A narrower scope is the new access token's alone; the refresh token keeps what was granted.
-    """
-    value, wanted, now = form.need("refresh_token"), form.get("scope"), portal.clock.now()
+    """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one. A
+    narrower scope is the new access token's alone; the refresh token keeps what was granted."""
+    value, wanted = form.need("refresh_token"), form.get("scope")
     need(not wanted or SCOPE_SYNTAX.fullmatch(wanted),
          "scope: expected words of ASCII, 8192 characters at most", "invalid_scope")
     with spending(portal, client, "refresh", value) as (database, row):
@@ -1951,7 +1891,7 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
                  f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
         need(scope, f"scope {wanted!r}: nothing of it can be granted", "invalid_scope")
-        answer = issue_access(database, row, scope, now, issue_refresh(database, row, now))
+        answer = issue_tokens(database, row, scope, portal.clock.now(), True)
     request.note("refresh token rotated: the old one, used again, ends all (RFC 9700 section 4.14.2)")
     return answer
 
@@ -1978,8 +1918,7 @@ def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None)
     """Introspection answers a client that proves who it is, a backend service's token, and the bearer of a
     token of the same authorization. A public client proves nothing by its id, so it shows a token too (RFC
     7662 section 2.1: against scanning)."""
-    expected = ("expected a bearer token that is valid, and is for system/ scopes or of the authorization "
-                "asked about")
+    expected = "expected a valid bearer token, for system/ scopes or of the authorization asked about"
     if bearer_value(request) is None:
         if authenticate_client(portal, request, form).auth_method == "none":
             raise invalid_client(f"a public client proves nothing by its id: {expected}")
@@ -1998,13 +1937,12 @@ def bearer(portal: Portal, request: Request) -> Row:
     told that it takes one: an error code is for those that tried (RFC 6750 section 3.1)."""
     value = bearer_value(request)
     if value is None:
-        raise PortalError("invalid_token", "no access token: send Authorization: Bearer ...", 401,
-                          [challenge()])
+        raise PortalError("invalid_token", "no token: send Authorization: Bearer ...", 401, [challenge()])
     row = known_token(portal, value)
     if not row or row["kind"] != "access" or not is_active(portal, row):
         why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
-        raise PortalError("invalid_token", why, 401,
-                          [challenge(error="invalid_token", error_description=why)])
+        told = challenge(error="invalid_token", error_description=why)
+        raise PortalError("invalid_token", why, 401, [told])
     request.client_id, request.username = row["client_id"], row["username"]
     request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope "
                  f"{row['token_scope']} (RFC 6750 section 2.1)")
@@ -2543,27 +2481,14 @@ def me(portal: Portal, request: Request) -> Response:
 # ######################################################################## 12 discovery
 
 
-@route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", cors=True, fault="discovery")
+# With a base URL that has a path, RFC 8414 section 3.1 looks at the host's
+# /.well-known/oauth-authorization-server followed by the path. That never reaches a server below the path:
+# the reverse proxy must send it here.
+@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", True, fault="discovery")
+@route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
-    """Where the endpoints are and what they can do, for OAuth clients (RFC 8414)."""
-    # With a base URL that has a path, RFC 8414 section 3.1 looks at the host's
-    # /.well-known/oauth-authorization-server followed by the path. That never reaches a server below the
-    # path: the reverse proxy must send it here.
+    """Where the endpoints are and what they can do, for OAuth and OpenID Connect clients."""
     return json_response(server_metadata(portal, request))
-
-
-@route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", cors=True,
-       fault="discovery")
-def openid_configuration(portal: Portal, request: Request) -> Response:
-    """The same for OpenID Connect clients, which look for it here."""
-    return json_response(server_metadata(portal, request))
-
-
-CAPABILITIES = (  # SMART, "Capabilities": each is a promise
-    "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
-    "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
-    "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter",
-    "permission-offline", "permission-patient", "permission-user", "permission-v1", "permission-v2")
 
 
 @route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
@@ -2575,27 +2500,28 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
     document = server_metadata(portal, request)
     document["grant_types_supported"].remove("refresh_token")
     document["token_endpoint_auth_methods_supported"].remove("none")
-    return json_response({**document, "capabilities": CAPABILITIES})
+    return json_response({**document, "capabilities": [  # each is a promise
+        "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
+        "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
+        "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter",
+        "permission-offline", "permission-patient", "permission-user", "permission-v1", "permission-v2"]})
 
 
 def server_metadata(portal: Portal, request: Request) -> Json:
     """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
     Discovery section 3. What a member says is what the other sections do."""
     methods, algorithms = METADATA_CHOICES["token_endpoint_auth_method"], list(KEY_TYPES)
+    scopes = [f"{whose}/*.{suffix}" for whose in ("patient", "user", "system") for suffix in ("rs", "read")]
     return {
         **addresses(portal.base(request), portal.browser_base(request)),
-        "scopes_supported": [*PLAIN_SCOPES, *(f"{context}/*.{suffix}"
-                                              for context in ("patient", "user", "system")
-                                              for suffix in ("rs", "read"))],
+        "scopes_supported": [*PLAIN_SCOPES, *scopes],
         "response_types_supported": ["code"], "response_modes_supported": ["query"],
         "grant_types_supported": list(METADATA_CHOICES["grant_types"]),
         "code_challenge_methods_supported": ["S256"],
         "token_endpoint_auth_methods_supported": list(methods),
         "token_endpoint_auth_signing_alg_values_supported": algorithms,
-        # A public client shows a token of its own: Bearer stands here by the name of its kind (RFC 8414
-        # section 2).
-        "introspection_endpoint_auth_methods_supported": [*(name for name in methods if name != "none"),
-                                                          "Bearer"],
+        # Not none: a public client shows a token of its own, by the name of its kind (RFC 8414 section 2).
+        "introspection_endpoint_auth_methods_supported": [*methods[1:], "Bearer"],
         "introspection_endpoint_auth_signing_alg_values_supported": algorithms,
         "revocation_endpoint_auth_methods_supported": list(methods),
         "revocation_endpoint_auth_signing_alg_values_supported": algorithms,
@@ -2609,44 +2535,38 @@ def addresses(base: str, browser_base: str) -> dict[str, str]:
     """The endpoints, absolute. One source for every document that names them, so that all agree."""
     return {"issuer": base, "authorization_endpoint": f"{browser_base}/oauth/authorize",
             "token_endpoint": f"{base}/oauth/token", "registration_endpoint": f"{base}/oauth/register",
-            "management_endpoint": f"{browser_base}/apps",
+            "management_endpoint": f"{browser_base}/apps", "revocation_endpoint": f"{base}/oauth/revoke",
             "introspection_endpoint": f"{base}/oauth/introspect",
-            "revocation_endpoint": f"{base}/oauth/revoke", "userinfo_endpoint": f"{base}/oauth/userinfo",
-            "jwks_uri": f"{base}/oauth/jwks"}
+            "userinfo_endpoint": f"{base}/oauth/userinfo", "jwks_uri": f"{base}/oauth/jwks"}
 
 
-# The patient picker of a user who may open any record asks the FHIR server itself, in the portal's own name.
-@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", cors=True, kind="fhir",
-       fault="metadata")
+@route("GET /api/fhir/metadata", "FHIR capabilities, SMART oauth-uris", True, "fhir", "metadata")
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
     return fhir_response(request, capability_statement(portal, request, True), version=portal.records.version)
 
 
-OAUTH_URIS = {"authorize": "authorization_endpoint", "token": "token_endpoint", "register": "registration_endpoint",
-              "manage": "management_endpoint", "introspect": "introspection_endpoint", "revoke": "revocation_endpoint"}
-
-
 def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
-    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris).
-
-    A CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4.
-    """
-    version, url = portal.records.version, f"{portal.base(request)}/api/{'fhir' if secured else 'open-fhir'}"
+    """What the FHIR API can do; with the OAuth addresses as SMART's first apps look for them (oauth-uris). A
+    CapabilityStatement; in DSTU2 it was called Conformance, and told operations by reference until R4."""
+    version, base = portal.records.version, portal.base(request)
     rest: Json = {"mode": "server"}
     if secured:
-        known = addresses(portal.base(request), portal.browser_base(request))
+        known = addresses(base, portal.browser_base(request))
+        words = {"authorize": "authorization", "token": "token", "register": "registration",
+                 "manage": "management", "introspect": "introspection", "revoke": "revocation"}
         system = "http://terminology.hl7.org/CodeSystem/" if version == "r4" else "http://hl7.org/fhir/"
         service = {"system": system + "restful-security-service", "code": "SMART-on-FHIR"}
         rest["security"] = {"cors": True, "service": [{"coding": [service]}], "extension": [{
-            "url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris",
-            "extension": [{"url": word, "valueUri": known[name]} for word, name in OAUTH_URIS.items()]}]}
+            "url": "http://fhir-registry.smarthealthit.org/StructureDefinition/oauth-uris", "extension": [
+                {"url": word, "valueUri": known[f"{name}_endpoint"]} for word, name in words.items()]}]}
     statement = {
         "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
         "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
         "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
         "software": {"name": "s4s_proxy.py", "version": __version__},
-        "implementation": {"description": "A test server with made-up patients", "url": url}, "rest": [rest]}
+        "implementation": {"description": "A test server with made-up patients",
+                           "url": f"{base}/api/{'fhir' if secured else 'open-fhir'}"}, "rest": [rest]}
     if version != "r4":
         statement["acceptUnknown"] = "no"
     portal.records.describe(statement, secured)
@@ -2654,8 +2574,6 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
 
 
 # ######################################################################## 13 launch by a health record
-
-LAUNCH_SECONDS = 300
 
 
 def create_launch(portal: Portal, base: str, *, client_id: str | None = None, launch_uri: str | None = None,
@@ -2671,9 +2589,9 @@ def create_launch(portal: Portal, base: str, *, client_id: str | None = None, la
     for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username),
                         ("intent", intent), ("patient_id", patient_id), ("encounter_id", encounter_id)):
         need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
-    uri, whose = launch_address(portal, base, client_id, launch_uri), username or "clinician"
+    uri = launch_address(portal, base, client_id, launch_uri)
     need(username is None or portal.user(username), f"username: there is no user {username!r}")
-    need(patient_id is None or portal.patient_name(whose, patient_id),
+    need(patient_id is None or portal.patient_name(username or "clinician", patient_id),
          f"patient_id: {patient_id!r} is not a patient {f'of {username!r}' if username else 'known here'}")
     need(encounter_id is None or (patient_id and encounter_id in encounters_of(portal, patient_id)),
          f"encounter_id: {encounter_id!r} is not a visit of the patient")
@@ -2693,13 +2611,12 @@ def create_launch(portal: Portal, base: str, *, client_id: str | None = None, la
 
 def launch_address(portal: Portal, base: str, client_id: str | None, launch_uri: str | None) -> str:
     """Where to open an app: what was given, if it is the client's, else the first that it registered."""
-    client = portal.client(client_id) if client_id else None
-    need(client or not client_id, f"client_id: {client_id!r} is not registered here")
-    registered = client.metadata.get("launch_uris", []) if client else []
-    registered = [base + uri if uri.startswith("/") else uri for uri in registered]
-    nowhere = "launch_uri is missing, and the client registered no launch_uris"
-    nothing = nowhere if client else "give client_id or launch_uri"
-    uri: str = need(launch_uri or next(iter(registered), ""), nothing)
+    registered = []
+    if client_id:
+        client = need(portal.client(client_id), f"client_id: {client_id!r} is not registered here")
+        registered = uris_of(client, base, "launch_uris")
+    uri = need(launch_uri or next(iter(registered), ""),
+               "launch_uri is missing: give it, or the client_id of an app that registered launch_uris")
     ours = f"one of the client's: {', '.join(registered)}"
     expected = ours if registered else "an absolute http or https URL"
     need(is_web_url(uri) and (uri in registered or not registered), f"launch_uri: {uri!r} is not {expected}")
@@ -2718,7 +2635,7 @@ def check_fhir_context(value: Any) -> None:
         need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role),
              "fhir_context: expected an absolute URI as role")
         need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
-             "fhir_context: expected Patient and Encounter only with a role: the launch's own are patient_id "
+             "fhir_context: expected Patient and Encounter only with a role; the launch's own are patient_id "
              "and encounter_id")
 
 
@@ -2755,16 +2672,15 @@ def id_token(portal: Portal, grant: Row) -> str:
 
 def signing_key(portal: Portal) -> RsaKey:
     """The key that signs id_tokens: made when first needed, then kept with the state."""
-    sql = "SELECT p, q FROM keys"
     with portal.key_lock:  # not the database's, since making a key takes half a second
-        if not portal.state.row(sql):
-            key = new_rsa_key()
-            with portal.state.transaction() as database:  # another process may have been first
-                database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
-                                 (f"{key.p:x}", f"{key.q:x}"))
-        row = portal.state.row(sql)
-    assert row
-    return RsaKey(int(row["p"], 16), int(row["q"], 16))
+        row = portal.state.row("SELECT p, q FROM keys")
+        if row:
+            return RsaKey(int(row["p"], 16), int(row["q"], 16))
+        key = new_rsa_key()
+        with portal.state.transaction() as database:  # another process may have been first
+            database.execute("INSERT INTO keys SELECT ?, ? WHERE NOT EXISTS (SELECT * FROM keys)",
+                             (f"{key.p:x}", f"{key.q:x}"))
+    return signing_key(portal)
 
 
 @route("GET /oauth/jwks", "RFC 7517 section 5", cors=True, fault="jwks")
@@ -2778,9 +2694,9 @@ def userinfo(portal: Portal, request: Request) -> Response:
     """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
     row = bearer(portal, request)
     user = portal.user(row["username"] or "")
-    claims = need(claims_of(portal, row) if user else None, "the token's scope has no openid",
-                  "insufficient_scope", 403,
-                  headers=[challenge(error="insufficient_scope", scope="openid")])
+    claims = claims_of(portal, row) if user else {}
+    need(claims, "the token's scope has no openid", "insufficient_scope", 403,
+         headers=[challenge(error="insufficient_scope", scope="openid")])
     return json_response({**claims, "name": user["name"]} if user and may_know_who(row) else claims)
 
 
@@ -2966,7 +2882,6 @@ def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5,
     return answer.body, min(int(age[1]), 86400) if age and not forbidden else 0
 
 
-@grant_type("client_credentials")
 def backend_token(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
     """client_credentials (SMART, "Backend Services"): an app that acts for nobody, on all records. It must
     prove itself by its keys, and gets five minutes and no refresh token: it just asks again."""
@@ -2980,7 +2895,7 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
     now = portal.clock.now()
     grant = Grant(new_token(), client.client_id, None, None, scope, now + 300, portal.base(request))
     with portal.state.transaction() as database:
-        return issue_access(database, store_grant(database, grant, now), scope, now, None)
+        return issue_tokens(database, store_grant(database, grant, now), scope, now, False)
 
 
 # ######################################################################## 16 granular scopes
@@ -3014,14 +2929,14 @@ def constraints_cover(wide: Sequence[tuple[str, str]], narrow: Sequence[tuple[st
 def check_constraints(portal: Portal, granted: str) -> None:
     """Each constraint is a search parameter of the records' version, with a value it takes; else PortalError.
     Any other would find nothing, and would put words of the app's choice before the person who decides."""
+    version = portal.records.version
     for scope in resource_scopes(granted):
+        types = search_table(version).keys() & ({scope.type} if scope.type != "*" else search_table(version))
+        which = scope.type if scope.type != "*" else "any type"
         for name, value in scope.constraints:
-            version, any_type = portal.records.version, scope.type == "*"
-            types = [type_name for type_name in search_table(version) if any_type or type_name == scope.type]
             need(any(is_search(version, type_name, name, value) for type_name in types),
-                 f"scope {scope.text!r}: {name} is no search parameter of "
-                 f"{'any type' if any_type else scope.type}, "
-                 f"or does not take {value!r}", "invalid_scope")
+                 f"scope {scope.text!r}: {name} is no search parameter of {which}, or does not take "
+                 f"{value!r}", "invalid_scope")
 
 
 def is_search(version: str, type_name: str, name: str, value: str) -> bool:
@@ -3034,10 +2949,8 @@ def is_search(version: str, type_name: str, name: str, value: str) -> bool:
 
 
 def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:
-    """Whether a resource meets search parameters (name, value), as a search for them would find it.
-
-    False where a type isn't served, a parameter isn't known or a value is none: see `parse_term`.
-    """
+    """Whether a resource meets search parameters (name, value), as a search for them would find it. False
+    where a type isn't served, a parameter isn't known or a value is none: see `parse_term`."""
     type_name = resource.get("resourceType", "")
     if type_name not in search_table(version):
         return False
@@ -7994,7 +7907,7 @@ class Controls:
         grant = Grant(new_token(), client.client_id, username, patient, granted, until, portal.browser_base())
         with portal.state.transaction() as database:
             row = store_grant(database, grant, now)
-            return issue_access(database, row, granted, now, issue_refresh(database, row, now), lifetime)
+            return issue_tokens(database, row, granted, now, True, lifetime)
 
     @control("authorize", lambda url: {"redirect_to": url}, required="url username")
     def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
