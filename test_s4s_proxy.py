@@ -1530,6 +1530,19 @@ class Cookies(PortalTest):
 # ######################################################################## 8 the authorization request
 
 
+def query_of(url: str) -> dict[str, str]:
+    """The parameters of an address."""
+    return dict(parse_qsl(urlsplit(url).query))
+
+
+def signed_in(portal: s4s.Server, path: str = "/login", username: str = "daniel-adams") -> Browser:
+    """A browser that went to a page and signed in there."""
+    browser = Browser(portal)
+    browser.open(path if path.startswith("http") else portal.url + path)
+    browser.sign_in(username)
+    return browser
+
+
 class AuthorizationRequest(PortalTest):
     """GET and POST /oauth/authorize: each check, and where its error goes, before anybody signs in."""
 
@@ -1539,13 +1552,6 @@ class AuthorizationRequest(PortalTest):
 
     def ask(self, **changed: str | None) -> Answer:
         return ask(self.app.authorize_url(**changed))
-
-    def signed_in(self) -> Browser:
-        """A browser in which somebody signed in a moment ago."""
-        browser = Browser(self.portal)
-        browser.open(self.portal.url + "/login")
-        browser.sign_in()
-        return browser
 
     def test_until_client_and_redirect_uri_are_good_nothing_redirects(self) -> None:
         own = self.app.redirect_uri
@@ -1557,21 +1563,19 @@ class AuthorizationRequest(PortalTest):
                 self.assertEqual((got.status, "location" in got.headers), (400, False))
 
     def test_everything_else_goes_back_to_the_app(self) -> None:
+        evil = "https://evil.example/api/fhir"
         for error, changed in (
                 ("invalid_request", {"response_type": None}),
                 ("unsupported_response_type", {"response_type": "token"}),
                 ("invalid_request", {"response_mode": "form_post"}), ("invalid_request", {"scope": None}),
                 ("invalid_scope", {"scope": "nonsense"}), ("invalid_scope", {"scope": 'patient/*.rs "'}),
                 ("invalid_scope", {"scope": "patient/Bundle.rs"}),
-                ("invalid_scope", {"scope": "system/*.rs"}),
-                ("invalid_request", {"aud": "https://evil.example/api/fhir"}),
-                ("invalid_request", {"aud": "/"}),
-                ("invalid_target", {"aud": None, "resource": "https://evil.example/api/fhir"}),
+                ("invalid_scope", {"scope": "system/*.rs"}), ("invalid_request", {"aud": evil}),
+                ("invalid_request", {"aud": "/"}), ("invalid_target", {"aud": None, "resource": evil}),
                 ("invalid_request", {"code_challenge_method": None}),
                 ("invalid_request", {"code_challenge_method": "plain"}),
                 ("invalid_request", {"code_challenge": "short"}),
-                ("invalid_request", {"code_challenge": None}),
-                ("request_not_supported", {"request": "x"}),
+                ("invalid_request", {"code_challenge": None}), ("request_not_supported", {"request": "x"}),
                 ("request_uri_not_supported", {"request_uri": "x"}),
                 ("registration_not_supported", {"registration": "{}"}),
                 ("invalid_request", {"max_age": "soon"}), ("invalid_request", {"prompt": "none login"}),
@@ -1580,8 +1584,8 @@ class AuthorizationRequest(PortalTest):
             with self.subTest(changed=changed):
                 got = self.ask(**changed)
                 self.assertEqual((got.status, got.location.get("error")), (303, error))
-                self.assertEqual((got.location["state"], got.location["iss"]),
-                                 (self.app.state, self.portal.url))
+                self.assertEqual(got.location["state"], self.app.state)
+                self.assertEqual(got.location["iss"], self.portal.url)
                 self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
                 self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
 
@@ -1617,10 +1621,9 @@ class AuthorizationRequest(PortalTest):
         for host, slash in (("localhost", ""), ("127.0.0.1", "/"), ("[::1]", "")):
             for name in ("aud", "resource"):
                 with self.subTest(host=host, name=name):
-                    url = self.app.authorize_url(**{"aud": None,
-                                                    name: f"http://{host}:{port}/api/fhir{slash}"})
-                    back = self.portal.approve(url, username="daniel-adams")
-                    self.assertEqual(dict(parse_qsl(back))["iss"], f"http://{host}:{port}")
+                    named = {"aud": None, name: f"http://{host}:{port}/api/fhir{slash}"}
+                    back = self.portal.approve(self.app.authorize_url(**named), username="daniel-adams")
+                    self.assertEqual(query_of(back)["iss"], f"http://{host}:{port}")
         for aud in (f"http://localhost:{port + 1}/api/fhir", f"https://localhost:{port}/api/fhir",
                     self.portal.url):
             with self.subTest(aud=aud):
@@ -1631,7 +1634,7 @@ class AuthorizationRequest(PortalTest):
         self.assertIn('value="joseph-ross"', page.text)
 
     def test_prompt_none_never_shows_a_page(self) -> None:
-        browser = self.signed_in()
+        browser = signed_in(self.portal)
         self.portal.advance(100)
         for changed, error in (({}, "consent_required"), ({"max_age": "200"}, "consent_required"),
                                ({"max_age": "50"}, "login_required")):
@@ -1640,7 +1643,7 @@ class AuthorizationRequest(PortalTest):
                 self.assertEqual(got.location.get("error"), error)
 
     def test_prompt_login_and_max_age_ask_to_sign_in_again(self) -> None:
-        browser = self.signed_in()
+        browser = signed_in(self.portal)
         self.portal.advance(100)
         for changed, again in (({"max_age": "200"}, False), ({"max_age": "50"}, True),
                                ({"prompt": "login"}, True)):
@@ -1685,20 +1688,20 @@ class SeveralNames(PortalTest):
     settings: ClassVar[dict[str, Any]] = {"base_url": ["http://portal.example", "http://smart:8000/"]}
 
     def test_addresses_are_in_the_name_that_was_asked_and_the_browsers_in_the_first(self) -> None:
-        for host, base in (("smart:8000", "http://smart:8000"), ("portal.example", "http://portal.example"),
-                           ("localhost", "http://portal.example")):
+        url, first = f"{self.portal.address}/.well-known/openid-configuration", "http://portal.example"
+        for host, base in (("smart:8000", "http://smart:8000"), ("portal.example", first),
+                           ("localhost", first)):
             with self.subTest(host=host):
-                url = f"{self.portal.address}/.well-known/openid-configuration"
                 document = ask(url, headers={"Host": host}).json
                 self.assertEqual((document["issuer"], document["token_endpoint"]),
                                  (base, base + "/oauth/token"))
-                self.assertEqual(document["authorization_endpoint"], "http://portal.example/oauth/authorize")
+                self.assertEqual(document["authorization_endpoint"], first + "/oauth/authorize")
 
     def test_the_issuer_of_a_grant_is_the_name_that_aud_used(self) -> None:
         set_signing_key(self.portal)
         app = App(self.portal, "openid fhirUser launch/patient patient/*.rs")
-        back = dict(parse_qsl(urlsplit(self.portal.approve(
-            app.authorize_url(aud="http://smart:8000/api/fhir"), username="daniel-adams")).query))
+        url = app.authorize_url(aud="http://smart:8000/api/fhir")
+        back = query_of(self.portal.approve(url, username="daniel-adams"))
         self.assertEqual(back["iss"], "http://smart:8000")
         got = ask(f"{self.portal.address}/oauth/token", basic=(app.client_id, app.secret), form={
             "grant_type": "authorization_code", "code": back["code"], "redirect_uri": app.redirect_uri,
@@ -1709,13 +1712,32 @@ class SeveralNames(PortalTest):
 
     def test_the_issuer_is_spelled_as_this_server_spells_it(self) -> None:
         with s4s.Server(base_url="http://localhost:8123") as portal:
-            app = App(portal)
-            back = portal.approve(app.authorize_url(aud="http://127.0.0.1:8123/api/fhir/"),
-                                  username="daniel-adams")
-        self.assertEqual(dict(parse_qsl(back))["iss"], "http://localhost:8123")
+            url = App(portal).authorize_url(aud="http://127.0.0.1:8123/api/fhir/")
+            back = portal.approve(url, username="daniel-adams")
+        self.assertEqual(query_of(back)["iss"], "http://localhost:8123")
 
 
 # ######################################################################## 9 consent, and the code
+
+
+def at_once(count: int, action: Callable[[], Any]) -> list[Any]:
+    """What so many threads get that do the same at the same time."""
+    gate, results = threading.Barrier(count), []  # type: threading.Barrier, list[Any]
+
+    def run() -> None:
+        gate.wait()
+        results.append(action())
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def labels_in(page: Answer) -> list[str]:
+    """The categories that a consent page offers."""
+    return [field["value"] for field in Form(page.text).inputs if field.get("name") == "security_labels"]
 
 
 class CodeFlow(PortalTest):
@@ -1725,25 +1747,24 @@ class CodeFlow(PortalTest):
         super().setUp()
         self.app, self.browser = App(self.portal), Browser(self.portal)
 
-    def to_picker(self, username: str = "daniel-adams", **changed: str | None) -> None:
-        self.browser.open(self.app.authorize_url(**changed))
-        self.browser.sign_in(username)
+    def to_consent(self) -> None:
+        """A new browser, as far as the consent page for Daniel's record."""
+        self.browser = signed_in(self.portal, self.app.authorize_url())
+        self.browser.submit(DANIEL)
 
-    def to_picker_again(self) -> None:
-        self.assertIn("Whose record?", self.browser.open(self.app.authorize_url()).text)
+    def approve(self, **changed: Any) -> Answer:
+        return self.browser.submit("authorize", **changed)
 
-    def to_consent(self, patient_id: str = DANIEL) -> None:
-        self.to_picker()
-        self.browser.submit(patient_id)
+    def approved(self, **changed: Any) -> Any:
+        """The tokens that the app gets when the consent page is approved."""
+        return self.app.exchange(self.approve(**changed).location["code"]).json
 
     def test_sign_in_choose_approve_exchange_read(self) -> None:
-        self.assertEqual(self.browser.open(self.app.authorize_url()).status, 200)
-        self.assertIn("Sign in", self.browser.page.text)
-        self.browser.sign_in()
-        self.assertIn(f'data-patient-id="{AMY}"', self.browser.page.text)
-        self.browser.submit(AMY)
-        self.assertIn("Amy Shaw", self.browser.page.text)
-        back = self.browser.submit("authorize")
+        page = self.browser.open(self.app.authorize_url())
+        self.assertEqual((page.status, "Sign in" in page.text), (200, True))
+        self.assertIn(f'data-patient-id="{AMY}"', self.browser.sign_in().text)
+        self.assertIn("Amy Shaw", self.browser.submit(AMY).text)
+        back = self.approve()
         self.assertTrue(back.headers["location"].startswith("https://app.example/cb?own=1&"))
         self.assertEqual((back.location["state"], back.location["iss"]), (self.app.state, self.portal.url))
         tokens = self.app.exchange(back.location["code"])
@@ -1757,54 +1778,47 @@ class CodeFlow(PortalTest):
 
     def test_only_the_categories_left_checked_are_shared(self) -> None:
         self.to_consent()
-        back = self.browser.submit("authorize", without="security_labels", security_labels="medications")
-        tokens = self.app.exchange(back.location["code"]).json
+        tokens = self.approved(without="security_labels", security_labels="medications")
         self.assertEqual(self.fhir(f"MedicationRequest?patient={DANIEL}", tokens).status, 200)
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 403)
         self.assertNotIn("entry", self.fhir(f"Condition?patient={DANIEL}", tokens).json)
 
     def test_a_form_that_says_too_little_or_too_much_is_refused(self) -> None:
-        for why, changed in (("no category", {"without": "security_labels"}),
-                             ("none of ours", {"without": "security_labels",
-                                               "security_labels": "everything"}),
-                             ("past", {"approval_expires": "2020-01-01"}),
-                             ("far", {"approval_expires": "2999-01-01"}),
-                             ("no date", {"approval_expires": "tomorrow"}),
-                             ("empty", {"approval_expires": ""}),
-                             ("a visit unasked", {"encounter_id": "visit-1"}),
-                             ("forged", {"form_token": "forged"})):
+        for why, status, changed in (
+                ("no category", 400, {"without": "security_labels"}),
+                ("none of ours", 400, {"without": "security_labels", "security_labels": "everything"}),
+                ("past", 400, {"approval_expires": "2020-01-01"}),
+                ("far", 400, {"approval_expires": "2999-01-01"}),
+                ("no date", 400, {"approval_expires": "tomorrow"}), ("empty", 400, {"approval_expires": ""}),
+                ("a visit unasked", 400, {"encounter_id": "visit-1"}),
+                ("forged", 403, {"form_token": "forged"})):
             with self.subTest(why):
-                self.browser = Browser(self.portal)
                 self.to_consent()
-                got = self.browser.submit("authorize", 0, changed.pop("without", ""), **changed)
-                self.assertEqual(got.status, 403 if why == "forged" else 400)
+                self.assertEqual(self.approve(**changed).status, status)
 
     def test_a_category_that_was_not_offered_can_not_be_added_by_hand(self) -> None:
         self.app = App(self.portal, "launch/patient patient/Condition.rs")
         self.to_consent()
-        self.assertEqual(self.browser.submit("authorize", security_labels="laboratory").status, 400)
+        self.assertEqual(self.approve(security_labels="laboratory").status, 400)
 
     def test_a_client_is_offered_what_its_security_labels_name(self) -> None:
         self.app = App(self.portal, security_labels=["allergy", "problems"])
         self.to_consent()
-        labels = [field["value"] for field in Form(self.browser.page.text).inputs
-                  if field.get("name") == "security_labels"]
-        self.assertEqual(labels, ["allergies", "problems"])
-        tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
+        self.assertEqual(labels_in(self.browser.page), ["allergies", "problems"])
+        tokens = self.approved()
         for path, status in ((f"Condition?patient={DANIEL}", 200), (f"Patient/{DANIEL}", 403)):
             self.assertEqual(self.fhir(path, tokens).status, status)
 
     def test_who_has_no_choice_of_records_is_not_asked(self) -> None:
-        scopes = "launch/patient patient/*.rs user/*.rs"
         for username, scope, asked in (
                 ("daniel-adams", "patient/*.rs", True), ("daniel-adams", "launch/patient", True),
                 ("joseph-ross", "patient/*.rs", False), ("daniel-adams", "user/*.rs", False),
                 ("clinician", "patient/*.rs", True), ("clinician", "launch/patient", True),
                 ("clinician", "user/*.rs", False)):
             with self.subTest(username=username, scope=scope):
-                self.app, self.browser = App(self.portal, scopes), Browser(self.portal)
-                self.to_picker(username, scope=scope)
-                self.assertEqual("Whose record?" in self.browser.page.text, asked)
+                app = App(self.portal, "launch/patient patient/*.rs user/*.rs")
+                page = signed_in(self.portal, app.authorize_url(scope=scope), username).page
+                self.assertEqual("Whose record?" in page.text, asked)
 
     def test_a_user_without_a_record_approves_without_one(self) -> None:
         visitor = {"username": "visitor", "password": "visitor-password", "name": "A visitor", "patients": []}
@@ -1816,48 +1830,44 @@ class CodeFlow(PortalTest):
         now = self.portal.portal.clock.now()
         today, tomorrow = s4s.day_of(now), s4s.day_of(now + 86400)
         self.to_consent()
-        self.assertIn("code", self.browser.submit("authorize", approval_expires=today).location)
+        self.assertIn("code", self.approve(approval_expires=today).location)
         self.portal.advance(s4s.end_of_day(tomorrow) - 100 - now)
-        self.browser = Browser(self.portal)
         self.to_consent()
-        back = self.browser.submit("authorize", approval_expires=tomorrow)
-        tokens = self.app.exchange(back.location["code"]).json
+        tokens = self.approved(approval_expires=tomorrow)
         self.assertLessEqual(tokens["expires_in"], 100)
         self.portal.advance(100)
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
         self.assertEqual(self.app.refresh(tokens["refresh_token"]).json["error"], "invalid_grant")
 
     def test_a_record_that_is_not_the_users_is_refused(self) -> None:
-        self.to_picker()
+        self.browser = signed_in(self.portal, self.app.authorize_url())
         self.assertEqual(self.browser.submit(DANIEL, patient_id=JOSEPH).status, 400, "given twice")
         for decision in ("", "approve"):
-            self.to_picker_again()
+            self.assertIn("Whose record?", self.browser.open(self.app.authorize_url()).text)
             page = self.browser.submit(patient_id=JOSEPH, decision=decision)
             self.assertEqual((page.status, "may not open the record" in page.text), (403, True))
-        self.to_picker_again()
+        self.assertIn("Whose record?", self.browser.open(self.app.authorize_url()).text)
         self.assertEqual(self.browser.submit(patient_id=AMY).status, 200)
 
     def test_a_link_to_the_consent_page_decides_nothing(self) -> None:
         self.to_consent()
-        sent = urlencode(Form(self.browser.page.text).fields)
-        url = self.browser.url.partition("?")[0]
+        sent, url = urlencode(Form(self.browser.page.text).fields), self.browser.url.partition("?")[0]
         for decision in ("approve", "deny"):
             page = self.browser.open(f"{url}?{sent}&decision={decision}")
             self.assertEqual((page.status, "location" in page.headers), (200, False))
-        self.assertIn("code", self.browser.submit("authorize").location)
+        self.assertIn("code", self.approve().location)
 
     def test_a_wrong_password_signs_nobody_in(self) -> None:
         self.browser.open(self.app.authorize_url())
         page = self.browser.sign_in(password="guess")
-        self.assertEqual(page.status, 401)
-        self.assertIn("do not match", page.text)
+        self.assertEqual((page.status, "do not match" in page.text), (401, True))
 
     def test_a_request_is_answered_once_and_within_half_an_hour(self) -> None:
         self.to_consent()
         page, url = self.browser.page, self.browser.url
-        self.browser.submit("authorize")
+        self.approve()
         self.browser.page, self.browser.url = page, url
-        self.assertEqual(self.browser.submit("authorize").status, 400)
+        self.assertEqual(self.approve().status, 400)
         self.browser = Browser(self.portal)
         self.browser.open(self.app.authorize_url())
         self.portal.advance(1801)
@@ -1865,7 +1875,6 @@ class CodeFlow(PortalTest):
 
     def test_of_two_clicks_at_once_one_gets_a_code(self) -> None:
         self.to_consent()
-        statuses: list[int] = []
         fields, url = [*Form(self.browser.page.text).fields, ("decision", "approve")], self.browser.url
         cookie = {"Cookie": "; ".join(f"{name}={value}" for name, value in self.browser.cookies.items())}
         real, gate = s4s.new_grant, threading.Barrier(2)
@@ -1874,37 +1883,8 @@ class CodeFlow(PortalTest):
             gate.wait(10)  # both have found the request open
             return real(*given)
         with mock.patch.object(s4s, "new_grant", both_at_once):
-            threads = [threading.Thread(target=lambda: statuses.append(
-                ask(url.partition("?")[0], form=fields, headers=cookie).status)) for _ in range(2)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        self.assertEqual(sorted(statuses), [303, 400])
-
-    def test_a_code_of_a_permission_that_was_taken_back_buys_nothing(self) -> None:
-        code = self.app.code()
-        tokens = self.app.tokens()
-        self.browser.open(self.portal.url + "/apps")
-        self.browser.sign_in()
-        self.browser.submit("Stop sharing")
-        self.browser.submit("Stop sharing")
-        for got in (self.app.exchange(code), self.app.refresh(tokens["refresh_token"])):
-            self.assertEqual(got.json["error"], "invalid_grant")
-            self.assertIn("revoked", got.json["error_description"])
-
-    def test_nobody_stops_sharing_for_somebody_else(self) -> None:
-        mine, theirs = self.app.tokens(), self.app.tokens(username="clinician", patient_id=DANIEL)
-        self.browser.open(self.portal.url + "/apps")
-        self.browser.sign_in()
-        self.browser.submit("Stop sharing")
-        url = urljoin(self.browser.url, Form(self.browser.page.text).action)
-        self.assertEqual(self.browser.open(url, "POST", [("form_token", "forged")]).status, 403)
-        self.browser.open(self.portal.url + "/apps")
-        self.browser.submit("Stop sharing")
-        self.browser.submit("Stop sharing")
-        for tokens, status in ((mine, 401), (theirs, 200)):
-            self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, status)
+            answers = at_once(2, lambda: ask(url.partition("?")[0], form=fields, headers=cookie).status)
+        self.assertEqual(sorted(answers), [303, 400])
 
     def test_the_session_gets_a_new_id_at_sign_in(self) -> None:
         self.browser.open(self.app.authorize_url())
@@ -1913,12 +1893,11 @@ class CodeFlow(PortalTest):
         self.assertNotEqual(before, self.browser.cookies)
 
     def test_old_automation_finds_its_ids_and_attributes(self) -> None:
-        self.browser.open(self.app.authorize_url())
+        page = self.browser.open(self.app.authorize_url())
         for needle in ('id="username"', 'id="password"', 'id="sign-in"', 'value="daniel-adams"',
                        'value="demo-password"'):
-            self.assertIn(needle, self.browser.page.text)
-        self.browser.sign_in()
-        self.browser.submit(DANIEL)
+            self.assertIn(needle, page.text)
+        self.to_consent()
         text = self.browser.page.text
         self.assertEqual(text.count('data-slide="next"'), 2)
         self.assertIn('id="consent-carousel"', text)
@@ -1928,8 +1907,7 @@ class CodeFlow(PortalTest):
         for box in confirms:
             self.assertEqual((box["class"], box["type"], "required" in box, "value" in box),
                              ("glyphbox", "checkbox", True, False))
-        labels = [field["value"] for field in form.inputs if field.get("name") == "security_labels"]
-        self.assertIn("vital-signs", labels)
+        self.assertIn("vital-signs", labels_in(self.browser.page))
         self.assertLess(text.index("glyphbox"), text.index("security_labels"))
         until = next(field for field in form.inputs if field.get("name") == "approval_expires")
         self.assertTrue(until["type"] == "date" and until["min"] < until["value"] < until["max"])
@@ -1943,9 +1921,13 @@ class AppsPage(PortalTest):
 
     def setUp(self) -> None:
         super().setUp()
-        self.app, self.browser = App(self.portal), Browser(self.portal)
-        self.browser.open(self.portal.url + "/apps")
-        self.browser.sign_in()
+        self.app, self.browser = App(self.portal), signed_in(self.portal, "/apps")
+
+    def stop_sharing(self, form: int = 0) -> None:
+        """Click twice: the page asks once more."""
+        self.browser.submit("Stop sharing", form=form)
+        self.assertIn('class="modal in"', self.browser.page.text)
+        self.browser.submit("Stop sharing")
 
     def test_stopping_ends_the_apps_authorizations_for_that_patient_alone(self) -> None:
         first, second = self.app.tokens(), self.app.tokens()
@@ -1953,22 +1935,36 @@ class AppsPage(PortalTest):
         page = self.browser.open(self.portal.url + "/apps")
         self.assertEqual(page.text.count(f'rel="{self.app.client_id}"'), 2)  # a row for each patient
         rows = page.text.split("<tr rel=")[1:]
-        daniels = [self.app.client_id in row and "Daniel Adams" in row for row in rows]
-        self.browser.submit("Stop sharing", form=daniels.index(True))
-        self.assertIn('class="modal in"', self.browser.page.text)
-        self.browser.submit("Stop sharing")
+        self.stop_sharing([self.app.client_id in row and "Daniel Adams" in row for row in rows].index(True))
         for tokens, status in ((first, 401), (second, 401), (daughters, 200), (others, 200)):
             self.assertEqual(self.fhir(f"Patient/{tokens['patient']}", tokens).status, status)
 
+    def test_a_code_of_a_permission_that_was_taken_back_buys_nothing(self) -> None:
+        code, tokens = self.app.code(), self.app.tokens()
+        self.browser.open(self.portal.url + "/apps")
+        self.stop_sharing()
+        for got in (self.app.exchange(code), self.app.refresh(tokens["refresh_token"])):
+            self.assertEqual(got.json["error"], "invalid_grant")
+            self.assertIn("revoked", got.json["error_description"])
+
+    def test_nobody_stops_sharing_for_somebody_else(self) -> None:
+        mine, theirs = self.app.tokens(), self.app.tokens(username="clinician", patient_id=DANIEL)
+        self.browser.open(self.portal.url + "/apps")
+        self.browser.submit("Stop sharing")
+        url = urljoin(self.browser.url, Form(self.browser.page.text).action)
+        self.assertEqual(self.browser.open(url, "POST", [("form_token", "forged")]).status, 403)
+        self.browser.open(self.portal.url + "/apps")
+        self.stop_sharing()
+        for tokens, status in ((mine, 401), (theirs, 200)):
+            self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, status)
+
     def test_anybody_elses_authorization_is_not_found(self) -> None:
         self.app.tokens(username="joseph-ross")
-        self.browser.open(self.portal.url + "/apps")
-        self.assertEqual(self.browser.submit("Sign out", form=0).status, 200)
-        self.browser.open(self.portal.url + "/apps")
-        self.browser.sign_in()
         grant = self.portal.portal.state.row("SELECT grant_id FROM grants WHERE username = 'joseph-ross'")
         assert grant
-        token = dict(Form(self.browser.page.text).fields)["form_token"]
+        self.assertEqual(self.browser.submit("Sign out", form=0).status, 200)
+        self.browser.open(self.portal.url + "/apps")
+        token = dict(Form(self.browser.sign_in().text).fields)["form_token"]
         address = f"{self.portal.url}/revoke/{grant['grant_id']}"
         self.assertEqual(self.browser.open(address, "POST", [("form_token", token)]).status, 404)
 
@@ -1977,16 +1973,13 @@ class WhoAsks(PortalTest):
     """What a stranger's app can put before the person who decides, and before the log."""
 
     def consent(self, app: App) -> Page:
-        browser = Browser(self.portal)
-        browser.open(app.authorize_url())
-        browser.sign_in()
-        return Page(browser.submit(DANIEL).text)
+        return Page(signed_in(self.portal, app.authorize_url()).submit(DANIEL).text)
 
     def test_the_values_of_a_scope_stand_in_quotes(self) -> None:
         values = "code=it%20is%20yours,http://x%7C1&status=final"
         page = self.consent(App(self.portal, f"launch/patient patient/Observation.rs?{values}"))
-        main = page.texts["main"][0]
-        self.assertIn('but only where code is "it is yours" or "http://x|1" and status is "final"', main)
+        self.assertIn('but only where code is "it is yours" or "http://x|1" and status is "final"',
+                      page.texts["main"][0])
         self.assertLessEqual({'"it is yours"', '"http://x|1"', '"final"'}, set(page.texts["code"]))
 
     def test_a_constraint_that_no_search_takes_is_refused_by_name(self) -> None:
@@ -1997,25 +1990,22 @@ class WhoAsks(PortalTest):
                 ("user/Patient.rs?birthdate=x", False)):
             with self.subTest(word=word):
                 app = App(self.portal, "launch/patient patient/*.rs user/*.rs")
-                got = ask(app.authorize_url(scope="launch/patient " + word))
-                self.assertEqual("error" in got.location, not fine)
+                back = ask(app.authorize_url(scope="launch/patient " + word)).location
+                self.assertEqual(back.get("error"), None if fine else "invalid_scope")
                 if not fine:
-                    self.assertEqual(got.location["error"], "invalid_scope")
-                    self.assertIn(word, got.location["error_description"])
-                self.assertEqual(self.post("/oauth/debug/token", {
-                    "client_id": app.client_id, "username": "daniel-adams", "scope": word}).status,
-                                 200 if fine else 400)
+                    self.assertIn(word, back["error_description"])
+                wanted = {"client_id": app.client_id, "username": "daniel-adams", "scope": word}
+                self.assertEqual(self.post("/oauth/debug/token", wanted).status, 200 if fine else 400)
         service = KeyedApp(self.portal)
         self.assertEqual(service.token(scope="system/Patient.rs?code=x").json["error"], "invalid_scope")
 
     def test_the_consent_page_shows_the_id_and_who_registered_it(self) -> None:
         app = App(self.portal, client_name="The hospital itself")
         page = self.consent(app)
-        main = page.texts["main"][0]
         self.assertIn(app.client_id, page.texts["code"])
         for words in ("registered itself", "Approve only if you have just come from that app",
                       "https://app.example"):
-            self.assertIn(words, main)
+            self.assertIn(words, page.texts["main"][0])
         app.client_id, app.redirect_uri = "test-suite", "http://tests.dev.syncfor.science:9003/authorized/"
         main = self.consent(app).texts["main"][0]
         self.assertIn("http://tests.dev.syncfor.science:9003", main)
@@ -2043,32 +2033,37 @@ class WhoseRecordBehind(ForwardingTest):
         super().setUp()
         self.app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
         self.browser = Browser(self.portal)
-        self.script("Patient?_count=50", self.behind.bundle(*(
-            {"resourceType": "Patient", "id": f"pia{number}", "name": [{"text": "Pia"}]} for number in range(20))))
-        self.script("Patient?name=jo&_count=50", self.behind.bundle(
-            {"resourceType": "Patient", "id": "p2", "name": [{"given": ["Jo"], "family": "Do"}]}))
+        jo, pia = [{"given": ["Jo"], "family": "Do"}], [{"text": "Pia"}]
+        patients = [{"resourceType": "Patient", "id": f"pia{number}", "name": pia} for number in range(20)]
+        self.script("Patient?_count=50", self.behind.bundle(*patients))
+        self.script("Patient?name=jo&_count=50",
+                    self.behind.bundle({"resourceType": "Patient", "id": "p2", "name": jo}))
         self.behind.script = {"/fhir/" + path: answer for path, answer in self.behind.script.items()}
-        self.behind.records["Patient/p2"] = {"resourceType": "Patient", "id": "p2", "name": [{"text": "Jo Do"}]}
+        self.behind.records["Patient/p2"] = {"resourceType": "Patient", "id": "p2",
+                                             "name": [{"text": "Jo Do"}]}
 
     def test_a_clinician_finds_a_patient_by_name(self) -> None:
         self.browser.open(self.app.authorize_url())
         self.assertIn('data-patient-id="pia1"', self.browser.sign_in("clinician").text)
         self.assertNotIn("Pia", self.browser.submit("Search", q="jo").text)
         self.assertIn("health record of Jo Do", self.browser.submit("p2", form=1).text)
-        tokens = self.app.exchange(self.browser.submit("authorize").location["code"]).json
-        self.assertEqual(tokens["patient"], "p2")
+        back = self.browser.submit("authorize").location
+        self.assertEqual(self.app.exchange(back["code"]).json["patient"], "p2")
 
     def test_the_launcher_finds_patients_there_too(self) -> None:
         self.assertIn("pia1", self.browser.open(self.portal.url + "/launch").text)
-        found = self.browser.open(self.portal.url + "/launch?name=jo").text
-        self.assertIn('<option value="p2">Jo Do</option>', found)
-        self.assertNotIn("Pia", found)
+        text = self.browser.open(self.portal.url + "/launch?name=jo").text
+        self.assertIn('<option value="p2">Jo Do</option>', text)
+        self.assertNotIn("Pia", text)
 
     def test_a_visit_of_the_patients_own_is_chosen(self) -> None:
         self.script("Encounter", self.behind.bundle(*(
-            {"resourceType": "Encounter", "id": name, "subject": {"reference": f"{place}Patient/{whose}"}, "period": {"start": day}}
-            for name, whose, day, place in (("old", ME, "2020-01-01", ""), ("new", ME, "2021-01-01", self.behind.url + "/"),
-                                            ("theirs", OTHER, "2022-01-01", ""), (None, ME, "2023-01-01", "")))))
+            {"resourceType": "Encounter", "id": name, "subject": {"reference": patient},
+             "period": {"start": day}}
+            for name, patient, day in (
+                ("old", f"Patient/{ME}", "2020-01-01"), ("theirs", f"Patient/{OTHER}", "2022-01-01"),
+                ("new", f"{self.behind.url}/Patient/{ME}", "2021-01-01"),
+                (None, f"Patient/{ME}", "2023-01-01")))))
         self.assertEqual(self.app.tokens()["encounter"], "new")
         for visit in ("theirs", "none"):
             with self.assertRaises(s4s.PortalError):
@@ -2088,17 +2083,35 @@ class WhoseRecordBehind(ForwardingTest):
 # ######################################################################## 10 tokens
 
 
-class TokenEndpoint(PortalTest):
-    """POST /oauth/token (RFC 6749)."""
+def introspected(app: App, token: str) -> Any:
+    """What a token is good for, told to an app that has a secret."""
+    pair = (app.client_id, app.secret)
+    return ask(app.portal.url + "/oauth/introspect", form={"token": token}, basic=pair).json
+
+
+class TokenTest(PortalTest):
+    """Tests of the token endpoint have an app, and words for a refusal."""
 
     def setUp(self) -> None:
         super().setUp()
         self.app = App(self.portal)
+        self.public = App(self.portal, token_endpoint_auth_method="none")
+
+    def token(self, form: Any, **how: Any) -> Answer:
+        return ask(self.portal.url + "/oauth/token", form=form, **how)
 
     def refused(self, got: Answer, error: str = "invalid_grant", status: int = 400, words: str = "") -> None:
         """An answer is this error."""
         self.assertEqual((got.status, got.json.get("error")), (status, error))
         self.assertIn(words, got.json["error_description"])
+
+    def opens(self, token: Any, opens: bool = True) -> None:
+        """Whether a token (response) opens Daniel's record."""
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", token).status, 200 if opens else 401)
+
+
+class TokenEndpoint(TokenTest):
+    """POST /oauth/token (RFC 6749)."""
 
     def test_the_answer_is_not_cached_and_says_what_was_granted(self) -> None:
         got = self.app.exchange(self.app.code())
@@ -2106,44 +2119,26 @@ class TokenEndpoint(PortalTest):
         self.assertEqual((got.json["token_type"], got.json["expires_in"], got.json["scope"]),
                          ("Bearer", 3600, self.app.scope))
 
-    def at_once(self, count: int, request: Callable[[], Answer]) -> list[int]:
-        """The statuses of so many equal requests that race, in order."""
-        gate, statuses = threading.Barrier(count), []  # type: threading.Barrier, list[int]
-
-        def run() -> None:
-            gate.wait()
-            statuses.append(request().status)
-        threads = [threading.Thread(target=run) for _ in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return sorted(statuses)
-
     def test_a_code_works_once_even_in_a_race_of_16(self) -> None:
         code = self.app.code()
-        self.assertEqual(self.at_once(16, lambda: self.app.exchange(code)), [200] + [400] * 15)
+        self.assertEqual(sorted(at_once(16, lambda: self.app.exchange(code).status)), [200] + [400] * 15)
 
     def test_of_many_refreshes_at_once_one_wins_and_then_all_ends(self) -> None:
         token = self.app.tokens()["refresh_token"]
-        self.assertEqual(self.at_once(8, lambda: self.app.refresh(token)), [200] + [400] * 7)
-        rows = self.portal.portal.state.rows("SELECT ended FROM grants WHERE client_id = ?",
-                                             self.app.client_id)
-        self.assertEqual([row["ended"] for row in rows], [1])
+        self.assertEqual(sorted(at_once(8, lambda: self.app.refresh(token).status)), [200] + [400] * 7)
+        sql = "SELECT ended FROM grants WHERE client_id = ?"
+        row, = self.portal.portal.state.rows(sql, self.app.client_id)
+        self.assertEqual(row["ended"], 1)
 
-    def test_a_code_used_again_ends_what_it_gave(self) -> None:
-        code = self.app.code()
-        tokens = self.app.exchange(code).json
-        self.refused(self.app.exchange(code), words="used before")
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
-
-    def test_a_used_code_that_comes_back_long_after_is_still_known(self) -> None:
-        code = self.app.code()
-        tokens = self.app.exchange(code).json
-        self.portal.advance(1000)
-        self.app.code()  # old rows are forgotten now
-        self.refused(self.app.exchange(code), words="used before")
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
+    def test_a_code_used_again_ends_what_it_gave_even_long_after(self) -> None:
+        for seconds in (0, 1000):
+            with self.subTest(seconds=seconds):
+                code = self.app.code()
+                tokens = self.app.exchange(code).json
+                self.portal.advance(seconds)
+                self.app.code()  # old rows are forgotten now
+                self.refused(self.app.exchange(code), words="used before")
+                self.opens(tokens, False)
 
     def test_a_code_lasts_a_minute(self) -> None:
         code = self.app.code()
@@ -2151,11 +2146,11 @@ class TokenEndpoint(PortalTest):
         self.refused(self.app.exchange(code), words="expired")
 
     def test_a_stolen_code_is_worth_nothing_without_its_verifier(self) -> None:
-        self.app = App(self.portal, token_endpoint_auth_method="none")  # its id is no secret
-        code = self.app.code()
-        for guess in ("", "x" * 43, self.app.verifier[:-1], self.app.verifier + "a"):
-            self.refused(self.app.exchange(code, code_verifier=guess), words="code_verifier")
-        self.assertEqual(self.app.exchange(code).status, 200, "a thief that fails uses nothing up")
+        app = self.public  # its id is no secret
+        code = app.code()
+        for guess in ("", "x" * 43, app.verifier[:-1], app.verifier + "a"):
+            self.refused(app.exchange(code, code_verifier=guess), words="code_verifier")
+        self.assertEqual(app.exchange(code).status, 200, "a thief that fails uses nothing up")
 
     def test_a_verifier_short_enough_to_guess_is_refused_though_it_matches(self) -> None:
         for verifier, status in (("v" * 42, 400), ("v" * 43, 200), ("v" * 128, 200), ("v" * 129, 400),
@@ -2164,9 +2159,8 @@ class TokenEndpoint(PortalTest):
             self.assertEqual(self.app.exchange(self.app.code()).status, status)
 
     def test_a_code_of_another_client_buys_nothing(self) -> None:
-        thief = App(self.portal)  # it knows the verifier too, and has the same redirect URI
-        thief.verifier = self.app.verifier
-        code = self.app.code()
+        thief, code = App(self.portal), self.app.code()
+        thief.verifier = self.app.verifier  # it knows this too, and has the same redirect URI
         self.refused(thief.exchange(code), words="not issued to this client")
         self.assertEqual(self.app.exchange(code).status, 200)
 
@@ -2183,45 +2177,43 @@ class TokenEndpoint(PortalTest):
         for value in (tokens["access_token"], tokens["refresh_token"]):
             self.refused(self.app.exchange(value), words="code was not issued")
         for value in (code, tokens["refresh_token"]):
-            self.assertEqual(self.fhir(f"Patient/{DANIEL}", value).status, 401)
-        basic = (self.app.client_id, self.app.secret)
-        seen = ask(self.portal.url + "/oauth/introspect", form={"token": code}, basic=basic).json
-        self.assertEqual(seen, {"active": False})
-        ask(self.portal.url + "/oauth/revoke", form={"token": code}, basic=basic)
+            self.opens(value, False)
+        self.assertEqual(introspected(self.app, code), {"active": False})
+        pair = (self.app.client_id, self.app.secret)
+        ask(self.portal.url + "/oauth/revoke", form={"token": code}, basic=pair)
         self.assertEqual(self.app.exchange(code).status, 200)
 
     def test_a_client_authenticates_by_basic_or_post_and_never_both(self) -> None:
-        form = {"grant_type": "authorization_code", "redirect_uri": self.app.redirect_uri,
-                "code_verifier": self.app.verifier}
-        url, secret = self.portal.url + "/oauth/token", self.app.secret
-        posted = {"client_id": self.app.client_id, "client_secret": secret}
-        self.assertEqual(ask(url, form={**form, **posted, "code": self.app.code()}).status, 200)
-        both = ask(url, form={**form, **posted, "code": self.app.code()}, basic=(self.app.client_id, secret))
-        self.refused(both, "invalid_request")
-        wrong = ask(url, form={**form, "code": self.app.code()}, basic=(self.app.client_id, "guess"))
+        pair = (self.app.client_id, self.app.secret)
+        posted = dict(zip(("client_id", "client_secret"), pair))
+
+        def exchange(posted: dict[str, str], **how: Any) -> Answer:
+            return self.token({"grant_type": "authorization_code", "redirect_uri": self.app.redirect_uri,
+                               "code_verifier": self.app.verifier, "code": self.app.code(), **posted}, **how)
+        self.assertEqual(exchange(posted).status, 200)
+        self.refused(exchange(posted, basic=pair), "invalid_request")
+        wrong = exchange({}, basic=(self.app.client_id, "guess"))
         self.refused(wrong, "invalid_client", 401)
         self.assertTrue(wrong.headers["www-authenticate"].startswith("Basic"))
 
     def test_a_public_client_says_its_name_only_and_in_a_refresh_not_even_that(self) -> None:
-        app = App(self.portal, token_endpoint_auth_method="none")
-        tokens = app.exchange(app.code())
-        self.assertEqual(tokens.status, 200)
-        form = {"grant_type": "refresh_token", "refresh_token": tokens.json["refresh_token"]}
-        self.assertEqual(ask(self.portal.url + "/oauth/token", form=form).status, 200)
+        tokens = self.public.tokens()
+        form = {"grant_type": "refresh_token", "refresh_token": tokens["refresh_token"]}
+        self.assertEqual(self.token(form).status, 200)
 
     def test_refresh_tokens_rotate_and_earlier_access_tokens_live_on(self) -> None:
         first = self.app.tokens()
         second = self.app.refresh(first["refresh_token"]).json
         self.assertNotEqual(first["refresh_token"], second["refresh_token"])
         self.assertEqual(second["patient"], DANIEL)
-        for tokens in (first, second):
-            self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 200)
+        self.opens(first)
+        self.opens(second)
 
     def test_a_refresh_token_used_twice_ends_the_authorization(self) -> None:
         first = self.app.tokens()
         second = self.app.refresh(first["refresh_token"]).json
         self.refused(self.app.refresh(first["refresh_token"]), words="used before")
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", second).status, 401)
+        self.opens(second, False)
         self.refused(self.app.refresh(second["refresh_token"]), words="revoked")
 
     def test_without_offline_access_there_is_no_refresh_token(self) -> None:
@@ -2230,11 +2222,11 @@ class TokenEndpoint(PortalTest):
     def test_a_refresh_may_narrow_the_scope_and_never_widen_it(self) -> None:
         tokens = self.app.tokens(scope="launch/patient patient/Observation.rs offline_access")
         for wider in ("user/*.rs", "patient/*.rs", "patient/Observation.rs openid"):
-            self.refused(self.app.refresh(tokens["refresh_token"], scope=wider), "invalid_scope",
-                         words="not granted")
-        got = self.app.refresh(tokens["refresh_token"], scope="patient/Observation.r").json
-        self.assertEqual(got["scope"], "patient/Observation.r")
-        self.assertEqual(self.app.refresh(got["refresh_token"]).json["scope"], tokens["scope"])
+            got = self.app.refresh(tokens["refresh_token"], scope=wider)
+            self.refused(got, "invalid_scope", words="not granted")
+        narrow = self.app.refresh(tokens["refresh_token"], scope="patient/Observation.r").json
+        self.assertEqual(narrow["scope"], "patient/Observation.r")
+        self.assertEqual(self.app.refresh(narrow["refresh_token"]).json["scope"], tokens["scope"])
 
     def test_what_is_wrong_is_said_with_the_rfcs_code(self) -> None:
         long = {"grant_type": "refresh_token", "refresh_token": "x", "scope": "x" * 9000}
@@ -2255,101 +2247,89 @@ class TokenEndpoint(PortalTest):
         self.assertEqual(self.post("/oauth/token", {"grant_type": "refresh_token"}).status, 415)
 
 
-class TokenRules(PortalTest):
+class TokenRules(TokenTest):
     """Rules of the token endpoint that have to do with several things at once."""
-
-    def token(self, form: Any, **how: Any) -> Answer:
-        return ask(self.portal.url + "/oauth/token", form=form, **how)
 
     def test_an_unknown_grant_type_is_judged_before_the_client(self) -> None:
         got = self.token({"grant_type": "not_a_grant_type", "client_id": "nobody"})
-        self.assertEqual((got.status, got.json["error"]), (400, "unsupported_grant_type"))
+        self.refused(got, "unsupported_grant_type")
 
     def test_a_parameter_given_twice_is_refused(self) -> None:
         for name in ("grant_type", "of_no_meaning"):
-            got = self.token([("grant_type", "refresh_token"), ("refresh_token", "x"), (name, "x"),
-                              (name, "x")],
-                             basic=("test-suite", "demo-secret-s4s"))
-            self.assertEqual(got.json["error"], "invalid_request")
+            form = [("grant_type", "refresh_token"), ("refresh_token", "x"), (name, "x"), (name, "x")]
+            self.refused(self.token(form, basic=("test-suite", "demo-secret-s4s")), "invalid_request")
 
     def test_basic_credentials_may_be_form_encoded_first_or_not(self) -> None:
+        form = {"grant_type": "refresh_token", "refresh_token": "x"}
         with s4s.Server(client="my_app+1:p%20w/+x=https://app.example/cb?own=1") as portal:
             for pair in (("my_app+1", "p%20w/+x"), ("my_app%2B1", "p%2520w%2F%2Bx")):
-                got = ask(portal.url + "/oauth/token", basic=pair,
-                          form={"grant_type": "refresh_token", "refresh_token": "x"})
-                self.assertEqual(got.json["error"], "invalid_grant", pair)
+                self.refused(ask(portal.url + "/oauth/token", basic=pair, form=form))
 
     def test_a_confidential_clients_refresh_needs_its_proof(self) -> None:
-        app = App(self.portal)
-        token = app.tokens()["refresh_token"]
-        for form in ({}, {"client_id": app.client_id}):
+        token = self.app.tokens()["refresh_token"]
+        for form in ({}, {"client_id": self.app.client_id}):
             got = self.token({"grant_type": "refresh_token", "refresh_token": token, **form})
-            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
-        self.assertEqual(app.refresh(token).status, 200)
+            self.refused(got, "invalid_client", 401)
+        self.assertEqual(self.app.refresh(token).status, 200)
 
     def test_whether_a_refresh_token_exists_is_told_to_no_other_client(self) -> None:
-        public = App(self.portal, token_endpoint_auth_method="none")
-        theirs = public.tokens()["refresh_token"]
+        theirs = self.public.tokens()["refresh_token"]
         other = App(self.portal, token_endpoint_auth_method="none")
         keyed = KeyedApp(self.portal, grant_types=["refresh_token"], scope="patient/*.rs")
         requests: list[Callable[[str], Answer]] = [
-            App(self.portal).refresh, other.refresh,
+            self.app.refresh, other.refresh,
             lambda value: keyed.token(grant_type="refresh_token", refresh_token=value)]
         for refresh in requests:
             got = refresh(theirs)
             self.assertEqual((got.status, got.json), (400, refresh("nothing").json))
         self.assertEqual(self.token({"grant_type": "refresh_token", "refresh_token": "nothing"}).status, 401)
-        self.assertEqual(public.refresh(theirs).status, 200)
+        self.assertEqual(self.public.refresh(theirs).status, 200)
 
     def test_a_refresh_token_names_no_client_for_a_code(self) -> None:
-        app = App(self.portal, token_endpoint_auth_method="none")
+        app = self.public
         got = self.token({"grant_type": "authorization_code", "code": app.code(),
-                          "code_verifier": app.verifier, "redirect_uri": app.redirect_uri, "refresh_token": app.tokens()["refresh_token"]})
-        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+                          "code_verifier": app.verifier, "redirect_uri": app.redirect_uri,
+                          "refresh_token": app.tokens()["refresh_token"]})
+        self.refused(got, "invalid_client", 401)
 
     def test_a_failed_refresh_leaves_the_tokens_good(self) -> None:
-        app, thief = App(self.portal), App(self.portal)
-        tokens = app.tokens()
+        app, tokens = self.app, self.app.tokens()
         value = tokens["refresh_token"]
-        for got in (thief.refresh(value), app.refresh(value, scope="user/*.rs"), app.refresh("x"),
-                    app.refresh(value, scope="patient/*.rs?a:b=c"),
-                    app.refresh(value, scope="patient/Observation.c"),
-                    app.refresh(value, scope="patient/Observation.write")):
-            self.assertEqual(got.status, 400)
-        self.assertEqual(got.json["error"], "invalid_scope", "of what is left, nothing can be granted")
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 200)
-        got = app.refresh(value, scope="patient/Observation.crs")
-        self.assertEqual(got.json["scope"], "patient/Observation.rs")
-        self.assertEqual(app.refresh(got.json["refresh_token"], scope=app.scope).json["scope"], app.scope)
+        for got in (App(self.portal).refresh(value), app.refresh("x")):
+            self.refused(got)
+        for scope in ("user/*.rs", "patient/*.rs?a:b=c", "patient/Observation.c",
+                      "patient/Observation.write"):
+            self.refused(app.refresh(value, scope=scope), "invalid_scope")
+        self.opens(tokens)
+        narrow = app.refresh(value, scope="patient/Observation.crs").json
+        self.assertEqual(narrow["scope"], "patient/Observation.rs")
+        self.assertEqual(app.refresh(narrow["refresh_token"], scope=app.scope).json["scope"], app.scope)
 
     def test_a_client_narrowed_to_nothing_gets_nothing(self) -> None:
         app = App(self.portal, "launch/patient patient/Observation.rs", security_labels=["imaging"])
         self.assertNotIn("entry", self.fhir(f"Observation?patient={DANIEL}", app.tokens()).json)
 
     def test_expired_rows_are_forgotten(self) -> None:
-        app, state = App(self.portal, "launch/patient patient/*.rs"), self.portal.portal.state
+        app = App(self.portal, "launch/patient patient/*.rs")
         for _ in range(3):
             app.code()
             self.portal.launch(launch_uri="https://app.example/launch")
             ask(app.authorize_url())
             self.portal.advance(2200)
         for table in ("launches", "pending", "tokens"):
-            rows = state.row(f"SELECT count(*) FROM {table}")
-            assert rows
-            self.assertLessEqual(rows[0], 1, table)
+            rows = self.portal.portal.state.rows(f"SELECT * FROM {table}")
+            self.assertLessEqual(len(rows), 1, table)
 
 
-class Introspection(PortalTest):
+class Introspection(TokenTest):
     """POST /oauth/introspect (RFC 7662) and /oauth/revoke (RFC 7009)."""
 
     def setUp(self) -> None:
         super().setUp()
-        self.app = App(self.portal)
         self.given = self.app.tokens()
 
-    def look(self, about: str, **how: Any) -> Answer:
-        how = how or {"basic": (self.app.client_id, self.app.secret)}
-        return ask(self.portal.url + "/oauth/introspect", form={"token": about, **how.pop("form", {})}, **how)
+    def look(self, about: str, form: Any = (), **how: Any) -> Answer:
+        return ask(self.portal.url + "/oauth/introspect", form={"token": about, **dict(form)}, **how)
 
     def revoke(self, token: str, app: App | None = None) -> None:
         app = app or self.app
@@ -2357,30 +2337,27 @@ class Introspection(PortalTest):
         self.assertEqual((got.status, got.json), (200, {}))
 
     def test_it_says_what_the_token_response_said(self) -> None:
-        seen = self.look(self.given["access_token"]).json
-        self.assertEqual((seen["active"], seen["scope"], seen["patient"], seen["client_id"],
-                          seen["token_type"]),
-                         (True, self.given["scope"], DANIEL, self.app.client_id, "Bearer"))
+        seen = introspected(self.app, self.given["access_token"])
+        self.assertEqual([seen[name] for name in ("active", "scope", "patient", "client_id", "token_type")],
+                         [True, self.given["scope"], DANIEL, self.app.client_id, "Bearer"])
         self.assertNotIn("sub", seen, "nobody asked for openid")
 
     def test_what_is_unknown_expired_revoked_or_ended_is_inactive_and_nothing_else(self) -> None:
-        first = self.given["access_token"]
         second, third = self.app.tokens(), self.app.tokens()
         self.revoke(second["access_token"])
         self.revoke(third["refresh_token"])
         for about in ("nothing", second["access_token"], third["access_token"], third["refresh_token"]):
-            self.assertEqual(self.look(about).json, {"active": False})
+            self.assertEqual(introspected(self.app, about), {"active": False})
         self.portal.advance(3601)
-        self.assertEqual(self.look(first).json, {"active": False})
+        self.assertEqual(introspected(self.app, self.given["access_token"]), {"active": False})
 
     def test_a_refresh_token_is_active_and_its_value_is_not_repeated(self) -> None:
-        got = self.look(self.given["refresh_token"])
+        got = self.look(self.given["refresh_token"], basic=(self.app.client_id, self.app.secret))
         self.assertEqual((got.json["active"], "token_type" in got.json), (True, False))
         self.assertNotIn(self.given["refresh_token"], got.text)
 
     def test_a_stranger_is_refused(self) -> None:
-        got = self.look(self.given["access_token"], headers={})
-        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        self.refused(self.look(self.given["access_token"]), "invalid_client", 401)
         got = self.look(self.given["access_token"], basic=("test-suite", "x"))
         self.assertEqual((got.status, got.headers["www-authenticate"]), (401, 'Basic realm="s4s"'))
 
@@ -2391,10 +2368,9 @@ class Introspection(PortalTest):
             self.assertEqual(self.look(about, token=value).status, status)
 
     def test_a_public_client_proves_itself_by_a_token_and_not_by_its_name(self) -> None:
-        app = App(self.portal, token_endpoint_auth_method="none")
-        given = app.tokens()
-        got = self.look(given["access_token"], form={"client_id": app.client_id})
-        self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+        given = self.public.tokens()
+        got = self.look(given["access_token"], {"client_id": self.public.client_id})
+        self.refused(got, "invalid_client", 401)
         self.assertTrue(self.look(given["refresh_token"], token=given["access_token"]).json["active"])
         methods = ask(self.portal.url + "/.well-known/oauth-authorization-server").json[
             "introspection_endpoint_auth_methods_supported"]
@@ -2404,32 +2380,32 @@ class Introspection(PortalTest):
         for token in ("nonsense", self.portal.issue_token(access_lifetime=0)["access_token"],
                       self.portal.issue_token()["access_token"]):
             got = self.look(self.given["access_token"], token=token)
-            self.assertEqual((got.status, got.json["error"]), (401, "invalid_client"))
+            self.refused(got, "invalid_client", 401)
             self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s", error="invalid_token"')
 
     def test_revoking_an_access_token_ends_it_alone(self) -> None:
-        got = self.app.refresh(self.given["refresh_token"]).json
-        self.revoke(got["access_token"])
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", got).status, 401)
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 200)
+        second = self.app.refresh(self.given["refresh_token"]).json
+        self.revoke(second["access_token"])
+        self.opens(second, False)
+        self.opens(self.given)
 
     def test_revoking_a_refresh_token_ends_the_authorization(self) -> None:
         self.revoke(self.given["refresh_token"])
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 401)
+        self.opens(self.given, False)
 
     def test_revoking_what_is_unknown_is_fine_and_anothers_token_stays(self) -> None:
         for token in ("nothing", self.given["access_token"], self.given["refresh_token"]):
             self.revoke(token, App(self.portal))
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", self.given).status, 200)
+        self.opens(self.given)
 
 
 class ByTheLetter(PortalTest):
     """What the texts say of errors and of who asks."""
 
     def test_an_error_description_holds_no_quotes_backslashes_or_other_alphabets(self) -> None:
+        nobody = {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}
         for got in (self.post("/oauth/register", {"redirect_uris": ['\u00e9"\\']}),
-                    self.post("/oauth/debug/token",
-                              {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}),
+                    self.post("/oauth/debug/token", nobody),
                     ask(self.portal.url + "/oauth/token", form={"grant_type": '"\\\u00e9'})):
             self.assertEqual(got.status, 400)
             self.assertRegex(got.json["error_description"], r"^[ !#-\[\]-~]+$")
@@ -3075,12 +3051,11 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
 
 class Discovery(PortalTest):
     """The documents that say where everything is."""
-    paths: ClassVar[tuple[str, ...]] = ("/.well-known/oauth-authorization-server",
-                                        "/.well-known/openid-configuration",
-                                        "/api/fhir/.well-known/smart-configuration")
 
     def documents(self) -> list[Any]:
-        return [ask(self.portal.url + path, headers={"Accept": "text/html"}).json for path in self.paths]
+        return [ask(self.portal.url + path, headers={"Accept": "text/html"}).json for path in (
+            "/.well-known/oauth-authorization-server", "/.well-known/openid-configuration",
+            "/api/fhir/.well-known/smart-configuration")]
 
     def test_all_documents_agree(self) -> None:
         oauth, openid, smart = self.documents()
@@ -3106,10 +3081,10 @@ class Discovery(PortalTest):
     def test_every_capability_is_a_smart_2_2_word(self) -> None:
         self.assertLessEqual(set(self.documents()[2]["capabilities"]), {
             "launch-ehr", "launch-standalone", "authorize-post", "client-public",
-            "client-confidential-symmetric",
-            "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
-            "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter",
-            "permission-offline", "permission-patient", "permission-user", "permission-v1", "permission-v2"})
+            "client-confidential-symmetric", "client-confidential-asymmetric", "sso-openid-connect",
+            "context-banner", "context-ehr-patient", "context-ehr-encounter", "context-standalone-patient",
+            "context-standalone-encounter", "permission-offline", "permission-patient", "permission-user",
+            "permission-v1", "permission-v2"})
 
     def test_every_scope_listed_can_be_granted(self) -> None:
         for word in self.documents()[0]["scopes_supported"]:
@@ -3129,24 +3104,31 @@ class EhrLaunch(PortalTest):
         set_signing_key(self.portal)
         for number in (1, 2):
             self.portal.portal.records.load({
-                "resourceType": "Encounter", "id": f"visit-{number}", "status": "finished",
-                "type": [{"text": "Check-up"}],
-                "subject": {"reference": f"Patient/{DANIEL}"}, "period": {"start": f"202{number}-01-01"}})
+                "resourceType": "Encounter", "id": f"visit-{number}", "type": [{"text": "Check-up"}],
+                "status": "finished", "subject": {"reference": f"Patient/{DANIEL}"},
+                "period": {"start": f"202{number}-01-01"}})
         self.app = App(self.portal, self.scope, launch_uris=["https://app.example/launch?own=1"])
+        self.other = App(self.portal, self.scope)
 
     def launch(self, **given: Any) -> str:
+        """Launch the app; gives what it asks then."""
         url = self.portal.launch(**{"client_id": self.app.client_id, "patient_id": DANIEL, **given})
-        self.handle: str = dict(parse_qsl(urlsplit(url).query))["launch"]
-        return self.handle
+        self.handle = query_of(url)["launch"]
+        return self.app.authorize_url(launch=self.handle)
 
     def tokens(self, username: str = "daniel-adams", **changed: Any) -> Any:
         return self.app.exchange(self.app.code(username, launch=self.handle, **changed)).json
+
+    def refused(self, app: App, **changed: str) -> None:
+        """An app's answer to the launch is an error."""
+        got = ask(app.authorize_url(**{"launch": self.handle, **changed}))
+        self.assertEqual(got.location.get("error"), "invalid_request")
 
     def test_the_app_is_opened_with_iss_and_launch(self) -> None:
         got = self.post("/oauth/debug/launch", {"client_id": self.app.client_id}).json
         self.assertEqual(got["iss"], self.portal.fhir_url)
         self.assertTrue(got["launch_url"].startswith("https://app.example/launch?own=1&iss="))
-        query = dict(parse_qsl(urlsplit(got["launch_url"]).query))
+        query = query_of(got["launch_url"])
         self.assertEqual((query["iss"], query["launch"]), (got["iss"], got["launch"]))
 
     def test_the_context_is_in_token_response_refresh_and_introspection(self) -> None:
@@ -3155,8 +3137,7 @@ class EhrLaunch(PortalTest):
         wanted = {"patient": DANIEL, "encounter": "visit-1", "intent": "review", "need_patient_banner": False,
                   "fhirContext": context}
         tokens = self.tokens()
-        seen = ask(self.portal.url + "/oauth/introspect", form={"token": tokens["access_token"]},
-                   basic=(self.app.client_id, self.app.secret)).json
+        seen = introspected(self.app, tokens["access_token"])
         for answer in (tokens, self.app.refresh(tokens["refresh_token"]).json, seen):
             self.assertEqual({name: answer.get(name) for name in wanted}, wanted)
 
@@ -3164,89 +3145,71 @@ class EhrLaunch(PortalTest):
         self.launch()
         tokens = self.tokens()
         self.assertEqual((tokens["patient"], tokens["need_patient_banner"]), (DANIEL, True))
-        self.assertLessEqual({"intent", "fhirContext", "encounter"} & tokens.keys(), set())
+        self.assertEqual({"intent", "fhirContext", "encounter"} & tokens.keys(), set())
 
     def test_a_launch_works_once(self) -> None:
         self.launch()
         self.assertIn("access_token", self.tokens())
-        got = ask(self.app.authorize_url(launch=self.handle))
-        self.assertEqual(got.location["error"], "invalid_request")
+        self.refused(self.app)
 
     def test_two_requests_with_one_launch_end_in_one_code(self) -> None:
-        self.launch()
-        browsers = []
-        for _ in range(2):
-            browser = Browser(self.portal)
-            browser.open(self.app.authorize_url(launch=self.handle))
-            browser.sign_in()
-            browsers.append(browser)
-        self.assertIn("code", browsers[0].submit("authorize").location)
-        self.assertEqual(browsers[1].submit("authorize").status, 400)
+        url = self.launch()
+        first, second = signed_in(self.portal, url), signed_in(self.portal, url)
+        self.assertIn("code", first.submit("authorize").location)
+        self.assertEqual(second.submit("authorize").status, 400)
 
     def test_a_handle_that_was_guessed_is_refused_while_another_is_open(self) -> None:
         self.launch()
-        self.assertEqual(ask(self.app.authorize_url(launch="guess")).location["error"], "invalid_request")
+        self.refused(self.app, launch="guess")
 
     def test_a_visit_that_the_launch_names_stays(self) -> None:
-        self.app = App(self.portal, "launch launch/encounter patient/*.rs", launch_uris=["https://app.example/go"])
+        scope = "launch launch/encounter patient/*.rs"
+        self.app = App(self.portal, scope, launch_uris=["https://app.example/go"])
         self.launch(encounter_id="visit-1")
         self.assertEqual(self.tokens()["encounter"], "visit-1")
-        self.launch(encounter_id="visit-1")
+        url = self.launch(encounter_id="visit-1")
         with self.assertRaisesRegex(s4s.PortalError, "chosen already"):
-            self.portal.approve(self.app.authorize_url(launch=self.handle), username="daniel-adams",
-                                encounter_id="visit-2")
+            self.portal.approve(url, username="daniel-adams", encounter_id="visit-2")
 
     def test_a_launch_lasts_minutes(self) -> None:
         self.launch()
         self.portal.advance(301)
-        self.assertEqual(ask(self.app.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+        self.refused(self.app)
 
     def test_a_launch_is_for_its_app(self) -> None:
         self.launch()
-        other = App(self.portal, self.scope)
-        self.assertEqual(ask(other.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+        self.refused(self.other)
         self.assertIn("access_token", self.tokens())
 
     def test_without_an_app_it_is_for_the_first_that_uses_it(self) -> None:
-        self.launch(client_id=None, launch_uri="https://app.example/start")
-        other = App(self.portal, self.scope)
-        self.assertIn("/oauth/consent", ask(self.app.authorize_url(launch=self.handle)).headers["location"])
-        self.assertEqual(ask(other.authorize_url(launch=self.handle)).location["error"], "invalid_request")
+        url = self.launch(client_id=None, launch_uri="https://app.example/start")
+        self.assertIn("/oauth/consent", ask(url).headers["location"])
+        self.refused(self.other)
 
     def test_a_request_that_fails_binds_nothing(self) -> None:
         self.launch(client_id=None, launch_uri="https://app.example/start")
-        other = App(self.portal, self.scope)
-        ask(other.authorize_url(launch=self.handle, scope="launch nonsense", max_age="x"))
+        self.refused(self.other, scope="launch nonsense", max_age="x")
         self.assertIn("access_token", self.tokens())
 
     def test_a_launch_signs_nobody_in(self) -> None:
-        self.launch(username="daniel-adams")
         browser = Browser(self.portal)
-        self.assertIn('value="daniel-adams"', browser.open(self.app.authorize_url(launch=self.handle)).text)
+        self.assertIn('value="daniel-adams"', browser.open(self.launch(username="daniel-adams")).text)
         self.assertEqual(browser.sign_in("clinician").status, 403)
-        self.launch(username="joseph-ross", patient_id=JOSEPH)
-        page = Browser(self.portal).open(self.app.authorize_url(launch=self.handle, login_hint="clinician"))
+        url = self.launch(username="joseph-ross", patient_id=JOSEPH)
+        page = Browser(self.portal).open(url + "&login_hint=clinician")
         self.assertIn('value="joseph-ross"', page.text)
-        self.launch(username="daniel-adams")
         with self.assertRaisesRegex(s4s.PortalError, "daniel-adams"):
-            self.portal.approve(self.app.authorize_url(launch=self.handle), username="clinician")
+            self.portal.approve(self.launch(username="daniel-adams"), username="clinician")
 
     def test_who_may_not_open_the_record_gets_a_page(self) -> None:
-        self.launch()
-        browser = Browser(self.portal)
-        browser.open(self.app.authorize_url(launch=self.handle))
-        self.assertEqual(browser.sign_in("joseph-ross").status, 403)
+        self.assertEqual(signed_in(self.portal, self.launch(), "joseph-ross").page.status, 403)
 
     def test_the_launch_leaves_no_patient_to_choose(self) -> None:
-        self.launch(patient_id=AMY)
-        browser = Browser(self.portal)
-        browser.open(self.app.authorize_url(launch=self.handle))
-        self.assertIn("Amy Shaw", browser.sign_in().text)
+        browser = signed_in(self.portal, self.launch(patient_id=AMY))
+        self.assertIn("Amy Shaw", browser.page.text)
         self.assertEqual(self.app.exchange(browser.submit("authorize").location["code"]).json["patient"], AMY)
-        self.launch()
         with self.assertRaises(s4s.PortalError):
-            self.portal.approve(self.app.authorize_url(launch=self.handle), username="daniel-adams",
-                                patient_id=AMY)
+            self.portal.approve(self.launch(), username="daniel-adams", patient_id=AMY)
 
     def test_a_launch_without_a_patient_lets_the_user_choose(self) -> None:
         self.launch(patient_id=None)
@@ -3254,8 +3217,7 @@ class EhrLaunch(PortalTest):
 
     def test_without_the_scope_launch_the_parameter_means_nothing(self) -> None:
         self.launch(intent="review")
-        tokens = self.app.exchange(self.app.code(launch=self.handle, scope="patient/*.rs",
-                                                 patient_id=AMY)).json
+        tokens = self.tokens(scope="patient/*.rs", patient_id=AMY)
         self.assertEqual((tokens["patient"], "intent" in tokens), (AMY, False))
         self.assertIn("access_token", self.tokens())
 
@@ -3269,33 +3231,29 @@ class EhrLaunch(PortalTest):
                 ("client_id", {"client_id": "nobody"}), ("launch_uri", {"client_id": plain.client_id}),
                 ("launch_uri", {"launch_uri": "https://evil.example/"}), ("client_id", {"client_id": None}),
                 ("launch_uri", {"client_id": None, "launch_uri": "javascript:alert(1)"}),
-                ("username", {"username": "x"}),
                 ("launch_uri", {"client_id": None, "launch_uri": "/relative"}),
-                ("patient_id", {"patient_id": "x"}),
-                ("patient_id", {"username": "joseph-ross"}), ("encounter_id", {"encounter_id": "x"}),
-                ("intent", {"intent": 5}),
-                ("encounter_id", {"patient_id": AMY, "encounter_id": "visit-1"}),
-                ("patient_id", {"patient_id": []}),
+                ("username", {"username": "x"}), ("patient_id", {"patient_id": "x"}),
+                ("patient_id", {"patient_id": []}), ("patient_id", {"username": "joseph-ross"}),
+                ("encounter_id", {"encounter_id": "x"}),
+                ("encounter_id", {"patient_id": AMY, "encounter_id": "visit-1"}), ("intent", {"intent": 5}),
                 ("need_patient_banner", {"need_patient_banner": "yes"}),
-                ("fhir_context", {"fhir_context": {}}),
-                ("fhir_context", {"fhir_context": [{}]}),
+                ("fhir_context", {"fhir_context": {}}), ("fhir_context", {"fhir_context": [{}]}),
                 ("fhir_context", {"fhir_context": [{"reference": "x"}]}),
                 ("fhir_context", {"fhir_context": [{"reference": "Patient/1"}]}),
                 ("fhir_context", {"fhir_context": [{"reference": "Task/1", "role": ""}]}),
                 ("unknown", {"unknown": 1})):
             with self.subTest(given=given):
-                got = self.post("/oauth/debug/launch",
-                                {"client_id": self.app.client_id, "patient_id": DANIEL, **given})
+                asked = {"client_id": self.app.client_id, "patient_id": DANIEL, **given}
+                got = self.post("/oauth/debug/launch", asked)
                 self.assertEqual(got.status, 400)
                 self.assertIn(member, got.json["error_description"])
 
     def test_the_launch_page_opens_the_app(self) -> None:
         browser = Browser(self.portal)
-        browser.open(f"{self.portal.url}/launch?patient_id={DANIEL}")
-        self.assertIn("2022-01-01 Check-up", browser.page.text)
+        page = browser.open(f"{self.portal.url}/launch?patient_id={DANIEL}")
+        self.assertIn("2022-01-01 Check-up", page.text)
         got = browser.submit("launch", client_id=self.app.client_id, patient_id=DANIEL,
-                             encounter_id="visit-2",
-                             intent="review")
+                             encounter_id="visit-2", intent="review")
         self.assertTrue(got.headers["location"].startswith("https://app.example/launch?own=1&iss="))
         self.handle = got.location["launch"]
         tokens = self.tokens()
@@ -3307,8 +3265,7 @@ class EhrLaunch(PortalTest):
         self.assertEqual([whose in text for whose in (AMY, DANIEL, JOSEPH)], [True, True, False])
 
     def test_the_launch_page_takes_a_launch_uri_from_its_address(self) -> None:
-        browser = Browser(self.portal)
-        there = "http://localhost:3000/launch.html"
+        browser, there = Browser(self.portal), "http://localhost:3000/launch.html"
         page = browser.open(self.portal.url + "/launch?" + urlencode({"launch_uri": there}))
         self.assertIn(f'value="{there}"', page.text)
         self.assertTrue(browser.submit("launch").headers["location"].startswith(there + "?iss="))
@@ -3318,11 +3275,10 @@ class EhrLaunch(PortalTest):
         self.assertEqual(got.status, 403)
 
     def test_the_demo_app_lives_where_this_server_is(self) -> None:
-        self.assertTrue(self.portal.launch(client_id="demo-app").startswith(self.portal.url + "/demo?iss="))
-        url = self.app.authorize_url(client_id="demo-app", redirect_uri=self.portal.url + "/demo",
-                                     scope="launch/patient")
-        back = self.portal.approve(url, username="daniel-adams")
-        self.assertTrue(back.startswith(self.portal.url + "/demo?code="))
+        demo = self.portal.url + "/demo"
+        self.assertTrue(self.portal.launch(client_id="demo-app").startswith(f"{demo}?iss="))
+        url = self.app.authorize_url(client_id="demo-app", redirect_uri=demo, scope="launch/patient")
+        self.assertTrue(self.portal.approve(url, username="daniel-adams").startswith(f"{demo}?code="))
 
     def test_there_is_no_launch_page_without_debug_controls(self) -> None:
         with s4s.Server(debug=False) as portal:
@@ -3330,11 +3286,8 @@ class EhrLaunch(PortalTest):
 
     def test_a_standalone_app_gets_the_visit_that_the_user_chose(self) -> None:
         app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
-        browser = Browser(self.portal)
-        browser.open(app.authorize_url())
-        browser.sign_in()
-        browser.submit(DANIEL)
-        self.assertIn('<option value="visit-1">2021-01-01 Check-up</option>', browser.page.text)
+        browser = signed_in(self.portal, app.authorize_url())
+        self.assertIn('<option value="visit-1">2021-01-01 Check-up</option>', browser.submit(DANIEL).text)
         back = browser.submit("authorize", encounter_id="visit-1")
         self.assertEqual(app.exchange(back.location["code"]).json["encounter"], "visit-1")
         self.assertEqual(app.tokens()["encounter"], "visit-2", "without a choice, the newest")
@@ -3383,22 +3336,18 @@ class Identity(PortalTest):
         self.assertNotIn("nonce", self.claims(self.app.tokens()))
 
     def test_auth_time_is_when_the_user_signed_in_and_not_when_they_approved(self) -> None:
-        browser = Browser(self.portal)
-        browser.open(self.app.authorize_url())
-        browser.sign_in()
-        now = self.portal.portal.clock.now()
+        browser, now = signed_in(self.portal, self.app.authorize_url()), self.portal.portal.clock.now()
         self.portal.advance(500)
         browser.submit(DANIEL)
         claims = self.claims(self.app.exchange(browser.submit("authorize").location["code"]).json)
         self.assertAlmostEqual(claims["auth_time"], now, delta=10)
 
     def test_who_acts_for_another_is_not_the_patient(self) -> None:
-        claims = self.claims(self.app.tokens(patient_id=AMY))
-        self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/RelatedPerson/daniel-adams-amy-shaw")
-
-    def test_a_clinician_is_a_practitioner(self) -> None:
-        claims = self.claims(self.app.tokens(username="clinician", patient_id=JOSEPH))
-        self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/Practitioner/smart-clinician")
+        for username, patient_id, who in (
+                ("daniel-adams", AMY, "RelatedPerson/daniel-adams-amy-shaw"),
+                ("clinician", JOSEPH, "Practitioner/smart-clinician")):
+            claims = self.claims(self.app.tokens(username=username, patient_id=patient_id))
+            self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/{who}")
 
     def test_a_clinician_with_user_scopes_alone_has_no_patient(self) -> None:
         self.assertNotIn("patient", self.app.tokens(username="clinician", scope="openid user/*.rs"))
@@ -3416,14 +3365,9 @@ class Identity(PortalTest):
 
     def test_the_key_is_made_once_and_kept_with_the_state(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            path, keys = os.path.join(folder, "state.db"), []  # type: str, list[Any]
+            path = os.path.join(folder, "state.db")
             with s4s.Server(db=path) as portal:
-                threads = [threading.Thread(target=lambda: keys.append(ask(portal.url + "/oauth/jwks").json))
-                           for _ in range(3)]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
+                keys = at_once(3, lambda: ask(portal.url + "/oauth/jwks").json)
                 portal.reset()
                 keys.append(ask(portal.url + "/oauth/jwks").json)
             with s4s.Server(db=path) as portal:
@@ -3434,31 +3378,27 @@ class Identity(PortalTest):
     def test_userinfo_says_what_the_id_token_says(self) -> None:
         tokens = self.app.tokens()
         claims = self.claims(tokens)
+        told = {"sub": claims["sub"], "fhirUser": claims["fhirUser"], "name": "Daniel Adams"}
         for method in ("GET", "POST"):
-            got = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"], method=method).json
-            self.assertEqual(got, {"sub": claims["sub"], "fhirUser": claims["fhirUser"],
-                                   "name": "Daniel Adams"})
+            got = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"], method=method)
+            self.assertEqual(got.json, told)
 
     def test_userinfo_needs_a_token_with_openid(self) -> None:
-        url = self.portal.url + "/oauth/userinfo"
-        for token, status, header in (("", 401, 'Bearer realm="s4s"'), ("x", 401, 'error="invalid_token"'), (
-                self.portal.issue_token(scope="patient/*.rs")["access_token"], 403,
-                'error="insufficient_scope"')):
-            got = ask(url, token=token)
+        tokens = self.app.tokens()
+        narrowed = self.app.refresh(tokens["refresh_token"], scope="patient/*.rs").json["access_token"]
+        without = self.portal.issue_token(scope="patient/*.rs")["access_token"]
+        for token, status, header in (("", 401, 'Bearer realm="s4s"'), ("x", 401, 'error="invalid_token"'),
+                                      (without, 403, 'error="insufficient_scope"'), (narrowed, 403, ""),
+                                      (tokens["refresh_token"], 401, "")):
+            got = ask(self.portal.url + "/oauth/userinfo", token=token)
             self.assertEqual(got.status, status)
             self.assertIn(header, got.headers["www-authenticate"])
-        tokens = self.app.tokens()
-        self.assertEqual(ask(url, token=tokens["refresh_token"]).status, 401)
-        narrowed = self.app.refresh(tokens["refresh_token"], scope="patient/*.rs").json
-        self.assertEqual(ask(url, token=narrowed["access_token"]).status, 403)
 
     def test_introspection_repeats_the_id_tokens_claims(self) -> None:
         tokens = self.app.tokens(patient_id=AMY)
-        claims = self.claims(tokens)
-        seen = ask(self.portal.url + "/oauth/introspect", form={"token": tokens["access_token"]},
-                   basic=(self.app.client_id, self.app.secret)).json
-        self.assertEqual([seen[name] for name in ("iss", "sub", "fhirUser")],
-                         [claims[name] for name in ("iss", "sub", "fhirUser")])
+        claims, seen = self.claims(tokens), introspected(self.app, tokens["access_token"])
+        for name in ("iss", "sub", "fhirUser"):
+            self.assertEqual(seen[name], claims[name])
 
 
 # ######################################################################## 15 keys, and backend services
