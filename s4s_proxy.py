@@ -1421,14 +1421,13 @@ def check_audience(asked: Authorization) -> None:
         need(not settings.strict, "aud is missing (SMART)")
         return  # S4S's apps may leave it out
     audience = fields.get(name).rstrip("/")
-    for base in settings.base_url or [asked.portal.base(asked.request)]:
-        if same_address(audience, base + "/api/fhir"):
-            # Without base URLs, every document told the app the name that it used itself.
-            asked.issuer = base if settings.base_url else audience[:-len("/api/fhir")]
-            asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
-            return
-    raise PortalError("invalid_target" if name == "resource" else "invalid_request",
-                      f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir")
+    bases = settings.base_url or [asked.portal.base(asked.request)]
+    ours = [base for base in bases if same_address(audience, base + "/api/fhir")]
+    need(ours, f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir",
+         "invalid_target" if name == "resource" else "invalid_request")
+    # Without base URLs, every document told the app the name that it used itself.
+    asked.issuer = ours[0] if settings.base_url else audience[:-len("/api/fhir")]
+    asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
 
 
 def check_repeats(asked: Authorization) -> None:
@@ -1492,8 +1491,8 @@ def check_request_object(asked: Authorization) -> None:
 
 
 def check_prompt(asked: Authorization) -> None:
-    """How long ago the user may have signed in, and whether there may be a page at all (OpenID Connect Core
-    section 3.1.2.1)."""
+    """When the user must have signed in, and whether a page may be shown (OpenID Connect Core section
+    3.1.2.1)."""
     prompts, age = asked.fields.get("prompt").split(), asked.fields.get("max_age")
     need(not age or re.fullmatch(r"\d{1,9}", age), f"max_age is {age!r}; expected a number of seconds")
     if "login" in prompts:
@@ -1510,10 +1509,8 @@ def check_prompt(asked: Authorization) -> None:
 
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
-
     Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may
-    stand only beside launch/patient, in an app that can be launched either way.
-    """
+    stand only beside launch/patient, in an app that can be launched either way."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if "launch" not in words:
         return
@@ -1595,10 +1592,8 @@ TO_CHOOSE = ""  # in place of a patient's id: there are several, and the user ha
 def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> str | None:
     """The patient of an authorization: the launch's, the one chosen, or the only one there is. TO_CHOOSE
     while there is a choice to make; None where the scope is about no patient's record and the user has none.
-
     PageError for a record that this user may not open, and for a user whom the launch is not for: a launch
-    handle signs nobody in, since whoever sees the link has it.
-    """
+    handle signs nobody in, since whoever sees the link has it."""
     wanted, fixed = details["launch"].get("username"), details["launch"].get("patient_id")
     need(wanted in (None, username), f"This launch is for the user {wanted}, and {username} is signed in. "
          "Sign out, then launch the app again.", "forbidden", 403, PageError)
@@ -1677,8 +1672,7 @@ def approved_categories(offered: Sequence[str], client: Client, checked: Sequenc
 
 
 def context_with_visit(portal: Portal, patient: str | None, details: Json, encounter_id: str) -> Json:
-    """The launch's context, and where the app asked for a visit and the launch has none, the one that the
-    user chose, or the newest."""
+    """The launch's context; if the app asked, with a visit: the launch's, the one chosen or the newest."""
     context = dict(details["launch"].get("context", {}))
     if not patient or "encounter" in context or "launch/encounter" not in details["scope"].split():
         need(encounter_id in ("", context.get("encounter")),
@@ -1762,10 +1756,9 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
     row = portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?",
                            request.rest, user["username"])
     grant = need(row, "You gave no such permission.", "not_found", 404, PageError)
-    whose = (grant["username"], grant["client_id"], grant["patient_id"])
     with portal.state.transaction() as database:
-        database.execute(
-            "UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? AND patient_id IS ?", whose)
+        database.execute("UPDATE grants SET ended = 1 WHERE username = ? AND client_id = ? "
+                         "AND patient_id IS ?", (user["username"], grant["client_id"], grant["patient_id"]))
     return redirect(portal.browser_base(request) + "/apps")
 
 
@@ -1803,9 +1796,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
         check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
         answer = issue_tokens(database, row, row["scope"], portal.clock.now(), offline)
-    proof = "its verifier" if verifier else "no PKCE"
-    request.note(f"code {shorten(code)} is good: this client's, its redirect_uri, {proof}, in time, for the "
-                 "first time (RFC 6749 section 4.1.3)")
+    proof = "verifier" if verifier else "no PKCE"
+    request.note(f"code {shorten(code)}: client, redirect_uri, {proof}, time, once (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
         answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
     return answer
@@ -1816,11 +1808,8 @@ def spending(portal: Portal, client: Client, kind: str,
              value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
     """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises,
     nothing is consumed. Looking, judging, issuing and marking are one transaction: of any number that race,
-    one wins.
-
-    A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749 section
-    4.1.2, RFC 9700 section 4.14.2).
-    """
+    one wins. A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749
+    section 4.1.2, RFC 9700 section 4.14.2)."""
     name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
@@ -1833,13 +1822,8 @@ def spending(portal: Portal, client: Client, kind: str,
             yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
             return
-        end_grant(database, row["grant_id"])
+        database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (row["grant_id"],))
     raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
-
-
-def end_grant(database: sqlite3.Connection, grant_id: str) -> None:
-    """End an authorization: every token of it is worthless from now on."""
-    database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (grant_id,))
 
 
 def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
@@ -1873,8 +1857,7 @@ def issue_tokens(database: sqlite3.Connection, grant: Row, scope: str, now: floa
 
 
 def launch_context(grant: Row) -> Json:
-    """The members of a token response that say what is open: patient, encounter and the like (SMART, "Launch
-    context arrives with your access_token")."""
+    """What is open, as a token response says it (SMART, "Launch context arrives with your access_token")."""
     patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
     return {**patient, **json.loads(grant["context"])}
 
@@ -1968,12 +1951,8 @@ def is_active(portal: Portal, row: Row) -> bool:
 
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
 def revoke(portal: Portal, request: Request) -> Response:
-    """End a token; a refresh token's end is the authorization's. 200 whether it was one or not (RFC 7009
-    section 2.2).
-
-    Another client's token stays, with the same answer: an error (section 2.1) would tell a thief that it is
-    good.
-    """
+    """End a token; a refresh token's end is the authorization's. 200 whatever it was (RFC 7009 section 2.2):
+    an error for another client's token, which stays (section 2.1), would tell a thief that it is good."""
     form = Fields(request.form())
     value = form.need("token")
     client = authenticate_client(portal, request, form)
@@ -1981,7 +1960,7 @@ def revoke(portal: Portal, request: Request) -> Response:
     if row and row["client_id"] == client.client_id:
         with portal.state.transaction() as database:
             if row["kind"] == "refresh":
-                end_grant(database, row["grant_id"])
+                database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (row["grant_id"],))
             else:
                 database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
     return json_response({})
@@ -2493,10 +2472,8 @@ def oauth_configuration(portal: Portal, request: Request) -> Response:
 
 @route("GET /api/fhir/.well-known/smart-configuration", "SMART, Conformance", cors=True, fault="discovery")
 def smart_configuration(portal: Portal, request: Request) -> Response:
-    """The same for SMART apps, at the FHIR base, with what this server is capable of (SMART, "Conformance").
-
-    Two lists are shorter: SMART has words for refresh tokens and public clients in `capabilities` alone.
-    """
+    """The same for SMART apps, at the FHIR base, with what this server can do (SMART, "Conformance")."""
+    # Two lists are shorter: SMART has words for refresh tokens and public clients in `capabilities` alone.
     document = server_metadata(portal, request)
     document["grant_types_supported"].remove("refresh_token")
     document["token_endpoint_auth_methods_supported"].remove("none")
@@ -2508,8 +2485,7 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
 
 
 def server_metadata(portal: Portal, request: Request) -> Json:
-    """Where the endpoints are and what they can do: the members of RFC 8414 section 2 and of OpenID Connect
-    Discovery section 3. What a member says is what the other sections do."""
+    """The members of RFC 8414 section 2 and OpenID Connect Discovery section 3: what other sections do."""
     methods, algorithms = METADATA_CHOICES["token_endpoint_auth_method"], list(KEY_TYPES)
     scopes = [f"{whose}/*.{suffix}" for whose in ("patient", "user", "system") for suffix in ("rs", "read")]
     return {
@@ -2581,11 +2557,9 @@ def create_launch(portal: Portal, base: str, *, client_id: str | None = None, la
                   intent: str | None = None, need_patient_banner: bool = True,
                   fhir_context: list[Json] | None = None) -> Json:
     """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is
-    in it.
-
-    The handle is for one app, once, within five minutes. It carries the choice of patient, not the right to
-    see one: who signs in must be the user named here, if one is, and may open the patient's record.
-    """
+    in it. The handle is for one app, once, within five minutes. It carries the choice of patient, not the
+    right to see one: who signs in must be the user named here, if one is, and may open the patient's
+    record."""
     for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username),
                         ("intent", intent), ("patient_id", patient_id), ("encounter_id", encounter_id)):
         need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
@@ -2931,21 +2905,17 @@ def check_constraints(portal: Portal, granted: str) -> None:
     Any other would find nothing, and would put words of the app's choice before the person who decides."""
     version = portal.records.version
     for scope in resource_scopes(granted):
-        types = search_table(version).keys() & ({scope.type} if scope.type != "*" else search_table(version))
-        which = scope.type if scope.type != "*" else "any type"
+        known = search_table(version)
+        types = [type_name for type_name in known if scope.type in ("*", type_name)]
         for name, value in scope.constraints:
-            need(any(is_search(version, type_name, name, value) for type_name in types),
-                 f"scope {scope.text!r}: {name} is no search parameter of {which}, or does not take "
-                 f"{value!r}", "invalid_scope")
-
-
-def is_search(version: str, type_name: str, name: str, value: str) -> bool:
-    """Whether a type can be searched by this parameter and value."""
-    try:
-        parse_term(version, type_name, name, value)
-    except FhirError:
-        return False
-    return True
+            for type_name in types:
+                with contextlib.suppress(FhirError):
+                    parse_term(version, type_name, name, value)
+                    break
+            else:
+                which = "any type" if scope.type == "*" else scope.type
+                raise PortalError("invalid_scope", f"scope {scope.text!r}: {name} is no search parameter of "
+                                  f"{which}, or does not take {value!r}")
 
 
 def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:

@@ -1563,31 +1563,28 @@ class AuthorizationRequest(PortalTest):
                 self.assertEqual((got.status, "location" in got.headers), (400, False))
 
     def test_everything_else_goes_back_to_the_app(self) -> None:
-        evil = "https://evil.example/api/fhir"
-        for error, changed in (
-                ("invalid_request", {"response_type": None}),
-                ("unsupported_response_type", {"response_type": "token"}),
-                ("invalid_request", {"response_mode": "form_post"}), ("invalid_request", {"scope": None}),
-                ("invalid_scope", {"scope": "nonsense"}), ("invalid_scope", {"scope": 'patient/*.rs "'}),
-                ("invalid_scope", {"scope": "patient/Bundle.rs"}),
-                ("invalid_scope", {"scope": "system/*.rs"}), ("invalid_request", {"aud": evil}),
-                ("invalid_request", {"aud": "/"}), ("invalid_target", {"aud": None, "resource": evil}),
-                ("invalid_request", {"code_challenge_method": None}),
-                ("invalid_request", {"code_challenge_method": "plain"}),
-                ("invalid_request", {"code_challenge": "short"}),
-                ("invalid_request", {"code_challenge": None}), ("request_not_supported", {"request": "x"}),
-                ("request_uri_not_supported", {"request_uri": "x"}),
-                ("registration_not_supported", {"registration": "{}"}),
-                ("invalid_request", {"max_age": "soon"}), ("invalid_request", {"prompt": "none login"}),
-                ("login_required", {"prompt": "none"}), ("invalid_request", {"scope": "launch patient/*.rs"}),
-                ("invalid_request", {"scope": "launch patient/*.rs", "launch": "unknown"})):
-            with self.subTest(changed=changed):
-                got = self.ask(**changed)
-                self.assertEqual((got.status, got.location.get("error")), (303, error))
-                self.assertEqual(got.location["state"], self.app.state)
-                self.assertEqual(got.location["iss"], self.portal.url)
-                self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
-                self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
+        evil, launch = "https://evil.example/api/fhir", "launch patient/*.rs"
+        for error, requests in (
+                ("invalid_request", (
+                    {"response_type": None}, {"response_mode": "form_post"}, {"scope": None}, {"aud": evil},
+                    {"aud": "/"}, {"code_challenge_method": None}, {"code_challenge_method": "plain"},
+                    {"code_challenge": "short"}, {"code_challenge": None}, {"max_age": "soon"},
+                    {"prompt": "none login"}, {"scope": launch}, {"scope": launch, "launch": "unknown"})),
+                ("invalid_scope", ({"scope": "nonsense"}, {"scope": 'patient/*.rs "'},
+                                   {"scope": "system/*.rs"}, {"scope": "patient/Bundle.rs"})),
+                ("unsupported_response_type", ({"response_type": "token"},)),
+                ("invalid_target", ({"aud": None, "resource": evil},)),
+                ("login_required", ({"prompt": "none"},)), *((f"{name}_not_supported", ({name: "x"},))
+                                                             for name in ("request", "request_uri",
+                                                                          "registration"))):
+            for changed in requests:
+                with self.subTest(changed=changed):
+                    got = self.ask(**changed)
+                    self.assertEqual((got.status, got.location.get("error")), (303, error))
+                    self.assertEqual(got.location["state"], self.app.state)
+                    self.assertEqual(got.location["iss"], self.portal.url)
+                    self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
+                    self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
 
     def test_state_is_required(self) -> None:
         got = self.ask(state=None)
@@ -3098,6 +3095,8 @@ class Discovery(PortalTest):
 class EhrLaunch(PortalTest):
     """Launch by the EHR: /launch and the test control."""
     scope = "launch openid fhirUser patient/*.rs offline_access"
+    bad_contexts: ClassVar[tuple[Any, ...]] = (
+        {}, [{}], [{"reference": "x"}], [{"reference": "Patient/1"}], [{"reference": "Task/1", "role": ""}])
 
     def setUp(self) -> None:
         super().setUp()
@@ -3226,27 +3225,23 @@ class EhrLaunch(PortalTest):
         self.assertEqual(app.tokens()["scope"], "launch launch/patient patient/*.rs")
 
     def test_what_can_not_be_launched_is_named(self) -> None:
-        plain = App(self.portal)
-        for member, given in (
-                ("client_id", {"client_id": "nobody"}), ("launch_uri", {"client_id": plain.client_id}),
-                ("launch_uri", {"launch_uri": "https://evil.example/"}), ("client_id", {"client_id": None}),
-                ("launch_uri", {"client_id": None, "launch_uri": "javascript:alert(1)"}),
-                ("launch_uri", {"client_id": None, "launch_uri": "/relative"}),
-                ("username", {"username": "x"}), ("patient_id", {"patient_id": "x"}),
-                ("patient_id", {"patient_id": []}), ("patient_id", {"username": "joseph-ross"}),
-                ("encounter_id", {"encounter_id": "x"}),
-                ("encounter_id", {"patient_id": AMY, "encounter_id": "visit-1"}), ("intent", {"intent": 5}),
-                ("need_patient_banner", {"need_patient_banner": "yes"}),
-                ("fhir_context", {"fhir_context": {}}), ("fhir_context", {"fhir_context": [{}]}),
-                ("fhir_context", {"fhir_context": [{"reference": "x"}]}),
-                ("fhir_context", {"fhir_context": [{"reference": "Patient/1"}]}),
-                ("fhir_context", {"fhir_context": [{"reference": "Task/1", "role": ""}]}),
-                ("unknown", {"unknown": 1})):
-            with self.subTest(given=given):
-                asked = {"client_id": self.app.client_id, "patient_id": DANIEL, **given}
-                got = self.post("/oauth/debug/launch", asked)
-                self.assertEqual(got.status, 400)
-                self.assertIn(member, got.json["error_description"])
+        plain, nobody, tries = App(self.portal).client_id, {"client_id": None}, None  # type: str, Any, Any
+        for member, tries in (
+                ("client_id", ({"client_id": "nobody"}, nobody)), ("unknown", ({"unknown": 1},)),
+                ("launch_uri", ({"client_id": plain}, {"launch_uri": "https://evil.example/"},
+                                {**nobody, "launch_uri": "javascript:alert(1)"},
+                                {**nobody, "launch_uri": "/relative"})),
+                ("username", ({"username": "x"},)), ("intent", ({"intent": 5},)),
+                ("patient_id", ({"patient_id": "x"}, {"username": "joseph-ross"}, {"patient_id": []})),
+                ("encounter_id", ({"encounter_id": "x"}, {"patient_id": AMY, "encounter_id": "visit-1"})),
+                ("need_patient_banner", ({"need_patient_banner": "yes"},)),
+                ("fhir_context", [{"fhir_context": context} for context in self.bad_contexts])):
+            for given in tries:
+                with self.subTest(given=given):
+                    asked = {"client_id": self.app.client_id, "patient_id": DANIEL, **given}
+                    got = self.post("/oauth/debug/launch", asked)
+                    self.assertEqual(got.status, 400)
+                    self.assertIn(member, got.json["error_description"])
 
     def test_the_launch_page_opens_the_app(self) -> None:
         browser = Browser(self.portal)
