@@ -2903,11 +2903,10 @@ def constraints_cover(wide: Sequence[tuple[str, str]], narrow: Sequence[tuple[st
 def check_constraints(portal: Portal, granted: str) -> None:
     """Each constraint is a search parameter of the records' version, with a value it takes; else PortalError.
     Any other would find nothing, and would put words of the app's choice before the person who decides."""
-    version = portal.records.version
     for scope in resource_scopes(granted):
-        known = search_table(version)
-        types = [type_name for type_name in known if scope.type in ("*", type_name)]
         for name, value in scope.constraints:
+            version = portal.records.version
+            types = [type_name for type_name in search_table(version) if scope.type in ("*", type_name)]
             for type_name in types:
                 with contextlib.suppress(FhirError):
                     parse_term(version, type_name, name, value)
