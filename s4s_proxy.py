@@ -5224,26 +5224,26 @@ class Forwarding:
 
 # ######################################################################## 20 sample data
 
-# Three people who never were. Tables hold the facts, builders make FHIR R4 of each row, and `adapt` takes
+# Three people who never were. Tables hold the facts, builders make FHIR R4 of their rows, and `adapt` takes
 # that a version back: to STU3, and from there to DSTU2.
 
 
 def sample_resources(version: str) -> list[Json]:
     """The sample records in a version of FHIR, last changed at times spread over 2016 to 2018."""
-    builders: Sequence[tuple[str, Callable[..., Iterator[Json]]]] = (
-        (PATIENTS, build_patient), (PROBLEMS, build_problem), (ALLERGIES, build_allergy),
-        (MEDICATIONS, build_medication), (FILLS, build_fills), (IMMUNIZATIONS, build_immunization),
-        (SMOKING, build_smoking), (VISITS, build_visit), (PROCEDURES, build_procedure), (IMAGES, build_image),
-        (DOCUMENTS, build_document), (BILLS, build_bill))
-    resources = [resource for facts, build in builders
-                 for row in table(facts)[1:] for resource in build(*row)]
-    resources += [*build_labs(), *build_others()]
+    builders = (build_people, build_history, build_medications, build_visits, build_labs, build_procedures,
+                build_documents, build_coverage)
+    resources = [resource for build in builders for resource in build()]
     for place, resource in enumerate(resources):
         changed = datetime.date(2016, 1, 1) + datetime.timedelta(days=place * 3 % 1000)
-        resource["meta"] = {"versionId": "1", "lastUpdated": noon(str(changed))}
+        resource["meta"] = {"versionId": "1", "lastUpdated": f"{changed}{NOON}"}
     for earlier in STEPS_FROM_R4[version]:
         resources = adapt(resources, earlier)
     return resources
+
+
+def table(text: str) -> list[list[str]]:
+    """The rows and columns of one of the tables below."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
 
 
 # The facts: columns between bars, named by the first row; from VISITS on, all are Daniel's. They are some of
@@ -5252,11 +5252,10 @@ def sample_resources(version: str) -> list[Json]:
 # smoking status, doses taken in the clinic, and all from MORE_LABS on.
 PATIENTS = """id | given | initial | family | gender | born | street | city | zip | phone | race (CDC) | text
 smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
-smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 | 800-960-9294 \
-    | 2106-3 | White
+smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 \
+    | 800-960-9294 | 2106-3 | White
 smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
-    | 2054-5 | Black or African American
-"""
+    | 2054-5 | Black or African American"""
 PROBLEMS = """id | patient | since | SNOMED CT | name
 14 | Daniel | 2005-05-22 | 48167000 | Amnesia
 15 | Daniel | 2007-07-11 | 1201005 | Benign essential hypertension
@@ -5273,71 +5272,51 @@ PROBLEMS = """id | patient | since | SNOMED CT | name
 450 | Joseph | 2004-07-13 | 65363002 | Otitis media
 453 | Joseph | 2004-12-07 | 62315008 | Diarrhea
 456 | Joseph | 2004-12-07 | 233604007 | Pneumonia
-601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency
-"""
+601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency"""
 ALLERGIES = """id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
 19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
 20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
-28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild
-"""
-MEDICATIONS = """id | patient | written | RxNorm | name | directions | dispensed | days | dose | times a day
-101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] \
-    | 10 mL bid | 1 {bottle} | 30 | 10 mL | 2
-102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension \
-    | 7 mL bid x 10 days | 1 {bottle} | 10 | 7 mL | 2
-107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension \
-    | 10 mL bid x 10 days | 1 {bottle} | 10 | 10 mL | 2
-139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet \
-    | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
-140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] \
-    | 1 bid | 180 {tablet} | 90 | 1 {tablet} | 2
-141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] \
-    | 1 qhs | 90 {tablet} | 90 | 1 {tablet} | 1
-142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet \
-    | 1 daily | 90 {tablet} | 90 | 1 {tablet} | 1
-143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet \
-    | 1 daily | 200 {tablet} | 90 | 1 {tablet} | 1
-"""
-FILLS = """first id, then one more each | id of the medication | days | quantity | dates of handing over
-5 | 143 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06
-9 | 142 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
-14 | 139 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
-19 | 140 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
-23 | 141 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
-187 | 101 | 30 |  | 2008-04-05 2008-05-09
-1229 | 102 | 7 | 75 mL | 2004-07-13
-1232 | 107 | 10 |  | 2007-06-06 2007-08-14
-"""
+28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild"""
+MEDICATIONS = """id | patient | written | RxNorm | name | directions | dose \
+    | times a day | dispensed | days | id of the first fill, then one more each | days | quantity | dates
+101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 10 mL \
+    | 2 | 1 {bottle} | 30 | 187 | 30 |  | 2008-04-05 2008-05-09
+102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 7 mL \
+    | 2 | 1 {bottle} | 10 | 1229 | 7 | 75 mL | 2004-07-13
+107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 10 mL \
+    | 2 | 1 {bottle} | 10 | 1232 | 10 |  | 2007-06-06 2007-08-14
+139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 1 {tablet} \
+    | 1 | 90 {tablet} | 90 | 14 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
+140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 1 {tablet} \
+    | 2 | 180 {tablet} | 90 | 19 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
+141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 1 {tablet} \
+    | 1 | 90 {tablet} | 90 | 23 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
+142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 1 {tablet} \
+    | 1 | 90 {tablet} | 90 | 9 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
+143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 1 {tablet} \
+    | 1 | 200 {tablet} | 90 | 5 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06"""
 IMMUNIZATIONS = """id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
 1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
-2 | Amy | 2011-01-27 | 89 | poliovirus vaccine, unspecified formulation | 
-4 | Amy | 2007-05-24 | 116 | rotavirus, live, pentavalent vaccine | 
 5 | Daniel | 2008-10-14 | 141 | Influenza, seasonal, injectable | 
-6 | Daniel | 2005-02-23 | 33 | pneumococcal polysaccharide vaccine, 23 valent | 
-7 | Daniel | 2009-04-14 | 09 | tetanus and diphtheria toxoids, adsorbed, preservative free, for adult use | 
-8 | Joseph | 2004-12-05 | 03 | measles, mumps and rubella virus vaccine | 
 9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
-10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection
-"""
+10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection"""
 SMOKING = """id | patient | date | SNOMED CT | name
 21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
 5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
-6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker
-"""
-VISITS = """id | date | heart rate | breaths | temperature | weight | height | BMI | systolic | diastolic | O2
-829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 107 | 67 | 100
-832 | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 128 | 81 | 100
-834 | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 63 | 100
-836 | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 133 | 82 | 100
-841 | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 97 | 58 | 100
-842 | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 60 | 35 | 100
-844 | 2005-02-25 | 66 | 22 | 36.9 | 92.4 | 166.6 | 33.3 | 109 | 66 | 100
-846 | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 120 | 72 | 100
-847 | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 125 | 75 | 100
-851 | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 132 | 79 | 100
-852 | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 120 | 72 | 100
-854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 60 | 100
-"""
+6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker"""
+VISITS = """id | date | heart rate | breaths | temperature | weight | height | BMI | O2 | systolic | diastolic
+829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 100 | 107 | 67
+832 | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 100 | 128 | 81
+834 | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 100 | 63
+836 | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 100 | 133 | 82
+841 | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 100 | 97 | 58
+842 | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 100 | 60 | 35
+844 | 2005-02-25 | 66 | 22 | 36.9 | 92.4 | 166.6 | 33.3 | 100 | 109 | 66
+846 | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 100 | 120 | 72
+847 | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 100 | 125 | 75
+851 | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 100 | 132 | 79
+852 | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 100 | 120 | 72
+854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 100 | 60"""
 LABS = """id | LOINC | name | value | normal from | to | unit (UCUM)
 67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
 68 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
@@ -5363,249 +5342,229 @@ LABS = """id | LOINC | name | value | normal from | to | unit (UCUM)
 108 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
 109 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
 110 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
-112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L
-"""
+112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L"""
 # The same tests on other days, under their LOINC.
-MORE_LABS = """visit | date | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
-836 | 2001-10-31 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
-842 | 2005-02-23 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
-851 | 2009-04-28 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
-852 | 2009-10-29 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
-854 | 2009-12-01 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52
-"""
-PROCEDURES = """id | visit | date | SNOMED CT | name
-1 | 834 | 2001-01-24 | 73761001 | Colonoscopy
-2 | 841 | 2005-02-10 | 399208008 | Plain X-ray of chest
-3 | 846 | 2009-04-08 | 816077007 | Magnetic resonance imaging of brain
-"""
-IMAGES = """id | visit | date | DICOM modality | description | study UID
-1 | 841 | 2005-02-10 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
-2 | 846 | 2009-04-08 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521
-"""
-DOCUMENTS = """id | visit | date | LOINC | type | content type | text (the PDF adds problems and medicines)
-1 | 851 | 2009-04-28 | 34133-9 | Summary of episode note | application/pdf \
-    | Seen for hypertension. No new complaints.
-2 | 854 | 2009-12-01 | 11506-3 | Progress note | text/plain \
-    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.
-"""
-BILLS = """id | visit | date | date of the bill | billed | paid, in USD
-1 | 847 | 2009-04-14 | 2009-04-20 | 145.00 | 116.00
-2 | 851 | 2009-04-28 | 2009-05-04 | 145.00 | 116.00
-3 | 854 | 2009-12-01 | 2009-12-08 | 180.00 | 144.00
-"""
-VITAL_SIGNS = (  # LOINC, name, unit, in the order of VISITS; the blood pressure stands before the last
+MORE_LABS = """visit | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
+836 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
+842 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
+851 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
+852 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
+854 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52"""
+PROCEDURES = """id | visit | SNOMED CT | name
+1 | 834 | 73761001 | Colonoscopy
+2 | 841 | 399208008 | Plain X-ray of chest
+3 | 846 | 816077007 | Magnetic resonance imaging of brain"""
+IMAGES = """id | visit | DICOM modality | description | study UID
+1 | 841 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
+2 | 846 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521"""
+DOCUMENTS = """id | visit | LOINC | type | content type | text (the PDF adds problems and medicines)
+1 | 851 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
+2 | 854 | 11506-3 | Progress note | text/plain \
+    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines."""
+BILLS = """id | visit | date of the bill | billed | paid, in USD
+1 | 847 | 2009-04-20 | 145.00 | 116.00
+2 | 851 | 2009-05-04 | 145.00 | 116.00"""
+VITAL_SIGNS = (  # LOINC, name, unit, in the order of VISITS; the last two are one Observation
     ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"),
     ("8310-5", "Body temperature", "Cel"), ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"),
     ("39156-5", "Body mass index (BMI)", "kg/m2"),
-    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"))
+    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"),
+    ("8480-6", "Systolic blood pressure", "mm[Hg]"), ("8462-4", "Diastolic blood pressure", "mm[Hg]"))
 LOINC, SNOMED, UCUM = "http://loinc.org", "http://snomed.info/sct", "http://unitsofmeasure.org"
 RXNORM, NDFRT = "http://www.nlm.nih.gov/research/umls/rxnorm", "http://hl7.org/fhir/ndfrt"
 CVX, CDC_RACE = "http://hl7.org/fhir/sid/cvx", "urn:oid:2.16.840.1.113883.6.238"
 HL7, DICOM = "http://terminology.hl7.org/CodeSystem/", "http://dicom.nema.org/resources/ontology/DCM"
+HL7_V3, US_CORE = "http://hl7.org/fhir/v3/", "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
 IHE = "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
-US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
-PEOPLE = {"Amy": "smart-1032702", "Joseph": "smart-1081332", "Daniel": "smart-1288992"}
-DANIEL = {"reference": "Patient/smart-1288992"}
+CHECK_UP = SNOMED, "185349003", "Encounter for check up"
+NOON = "T12:00:00Z"  # after a date, for elements that must be moments
+DATES = {row[0]: row[1] for row in table(VISITS)}
+PEOPLE = {row[1]: {"reference": f"Patient/{row[0]}"} for row in table(PATIENTS)}
+DANIEL = PEOPLE["Daniel"]
 DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
 CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
 INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}
 
 
-def table(text: str) -> list[list[str]]:
-    """The rows and columns of one of the tables above."""
-    return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+# The builders: resources of FHIR R4, as US Core profiles them.
+def build_people() -> Iterator[Json]:
+    """Patients, a father who acts for his child, and what belongs to nobody: doctor, clinic, insurer."""
+    for (key, given, initial, family, gender, born, street, city, zip_code, phone, race,
+         race_text) in table(PATIENTS)[1:]:
+        groups = ("race", race, race_text), ("ethnicity", "2186-5", "Not Hispanic or Latino")
+        extensions: list[Json] = [{"url": US_CORE + name, "extension": [
+            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
+            {"url": "text", "valueString": text}]} for name, code, text in groups if code]
+        extensions.append({"url": US_CORE + "birthsex", "valueCode": gender[0].upper()})
+        yield {
+            "resourceType": "Patient", "id": key, "active": True, "gender": gender, "birthDate": born,
+            "extension": extensions,
+            "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
+                            "system": "http://hospital.smarthealthit.org", "value": key[len("smart-"):]}],
+            "name": [{"use": "official", "family": family, "given": [given, initial],
+                      "text": f"{given} {family}"}],
+            "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
+                        {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
+            "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK",
+                         "postalCode": zip_code, "country": "USA"}],
+            "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
+            "managingOrganization": CLINIC}
+    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
+           "patient": PEOPLE["Amy"],
+           "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
+           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
+    yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
+           "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
+           "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
+    for key, kind, named in (("clinic", "prov", CLINIC), ("insurer", "pay", INSURER)):
+        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": named["display"],
+               "type": [concept(HL7 + "organization-type", kind)]}
 
 
-# The builders: a row's columns go in, resources of FHIR R4 come out, as US Core profiles them.
-def build_patient(pid: str, given: str, initial: str, family: str, gender: str, born: str, street: str,
-                  city: str, zip_code: str, phone: str, race: str, race_text: str) -> Iterator[Json]:
-    """A Patient with US Core's race, ethnicity and birth sex."""
-    groups = ("race", race, race_text), ("ethnicity", "2186-5", "Not Hispanic or Latino")
-    extensions: list[Json] = [{"url": US_CORE + name, "extension": [
-        {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
-        {"url": "text", "valueString": text}]} for name, code, text in groups if code]
-    extensions.append({"url": US_CORE + "birthsex", "valueCode": gender[0].upper()})
-    yield {
-        "resourceType": "Patient", "id": pid, "active": True, "gender": gender, "birthDate": born,
-        "extension": extensions,
-        "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
-                        "system": "http://hospital.smarthealthit.org", "value": pid[len("smart-"):]}],
-        "name": [{"use": "official", "family": family, "given": [given, initial],
-                  "text": f"{given} {family}"}],
-        "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
-                    {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
-        "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK",
-                     "postalCode": zip_code, "country": "USA"}],
-        "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
-        "managingOrganization": CLINIC}
-
-
-def build_problem(key: str, given: str, since: str, code: str, name: str) -> Iterator[Json]:
-    """A Condition on the problem list."""
-    yield sample(
-        "Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
-        verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
-        category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
-        code=concept(SNOMED, code, name), subject=person(given), onsetDateTime=since, recordedDate=since)
-
-
-def build_allergy(key: str, given: str, since: str, code: str, drug_class: str, name: str, reaction: str,
-                  reaction_name: str, severity: str) -> Iterator[Json]:
-    """An AllergyIntolerance, or the statement that none is known."""
-    allergen = concept(SNOMED, code, name)
-    if drug_class:
-        allergen["coding"].append(coding(NDFRT, drug_class, name))
-    known: Json = {}
-    if reaction:
-        known = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
-            {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]}
-    yield sample(
-        "AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
-        verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
-        code=allergen, patient=person(given), recordedDate=since, **known)
-
-
-def build_medication(key: str, given: str, written: str, code: str, name: str, directions: str,
-                     dispensed: str, days: str, dose: str, times: str) -> Iterator[Json]:
-    """What was prescribed, that the patient takes it, and the first dose, taken in the clinic."""
-    medicine, prescription = concept(RXNORM, code, name), refer("MedicationRequest", key)
-    status = "active" if int(days) >= 30 else "completed"
-    yield sample(
-        "MedicationRequest", key, status=status, intent="order", subject=person(given), requester=DOCTOR,
-        medicationCodeableConcept=medicine, authoredOn=written, dosageInstruction=[{
-            "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
-            "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
-        dispenseRequest={"quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
-    yield sample(
-        "MedicationStatement", key, status=status, subject=person(given), dateAsserted=written,
-        medicationCodeableConcept=medicine, effectivePeriod={"start": written}, basedOn=[prescription])
-    yield sample(
-        "MedicationAdministration", key, status="completed", subject=person(given), effectiveDateTime=written,
-        medicationCodeableConcept=medicine, request=prescription,
-        dosage={"text": directions, "dose": quantity(dose)})
-
-
-def build_fills(first_key: str, prescription: str, days: str, amount: str, dates: str) -> Iterator[Json]:
-    """A MedicationDispense for each time that a prescription was filled."""
-    given, code, name = next((row[1], *row[3:5]) for row in table(MEDICATIONS) if row[0] == prescription)
-    for key, date in enumerate(dates.split(), int(first_key)):
+def build_history() -> Iterator[Json]:
+    """Problems, allergies or that none is known, vaccines given or refused, smoking."""
+    for key, given, since, code, name in table(PROBLEMS)[1:]:
         yield sample(
-            "MedicationDispense", str(key), status="completed", subject=person(given), whenHandedOver=date,
-            medicationCodeableConcept=concept(RXNORM, code, name), daysSupply=quantity(f"{days} d"),
-            authorizingPrescription=[refer("MedicationRequest", prescription)],
-            quantity=quantity(amount) if amount else None)
+            "Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
+            verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
+            category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
+            code=concept(SNOMED, code, name), subject=PEOPLE[given], onsetDateTime=since, recordedDate=since)
+    for key, given, since, code, drug_class, name, reaction, reaction_name, severity in table(ALLERGIES)[1:]:
+        allergen, known = concept(SNOMED, code, name), {}
+        if reaction:
+            allergen["coding"].append(coding(NDFRT, drug_class, name))
+            known = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
+                {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]}
+        yield sample(
+            "AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
+            verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
+            code=allergen, patient=PEOPLE[given], recordedDate=since, **known)
+    for key, given, date, code, name, reason in table(IMMUNIZATIONS)[1:]:
+        refusal = concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None
+        yield sample(
+            "Immunization", key, status="not-done" if reason else "completed",
+            vaccineCode=concept(CVX, code, name), patient=PEOPLE[given], occurrenceDateTime=date,
+            primarySource=True, statusReason=refusal)
+    for key, given, date, code, name in table(SMOKING)[1:]:
+        question = concept(LOINC, "72166-2", "Tobacco smoking status")
+        yield observation(f"{key}-smoking", given, date, "social-history", question, issued=date + NOON,
+                          valueCodeableConcept=concept(SNOMED, code, name))
 
 
-def build_immunization(key: str, given: str, date: str, code: str, name: str, reason: str) -> Iterator[Json]:
-    """An Immunization, given or refused."""
-    refusal = concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None
-    yield sample(
-        "Immunization", key, status="not-done" if reason else "completed",
-        vaccineCode=concept(CVX, code, name), patient=person(given), occurrenceDateTime=date,
-        primarySource=True, statusReason=refusal)
+def build_medications() -> Iterator[Json]:
+    """What was prescribed, that it is taken, the first dose, taken in the clinic, and each fill."""
+    for (key, given, written, code, name, directions, dose, times, dispensed, days, fill, fill_days, amount,
+         dates) in table(MEDICATIONS)[1:]:
+        patient, medicine = PEOPLE[given], concept(RXNORM, code, name)
+        prescription, status = refer("MedicationRequest", key), "active" if int(days) >= 30 else "completed"
+        yield sample(
+            "MedicationRequest", key, status=status, intent="order", subject=patient, requester=DOCTOR,
+            medicationCodeableConcept=medicine, authoredOn=written, dosageInstruction=[{
+                "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
+                "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
+            dispenseRequest={
+                "quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
+        yield sample(
+            "MedicationStatement", key, status=status, subject=patient, dateAsserted=written,
+            medicationCodeableConcept=medicine, effectivePeriod={"start": written}, basedOn=[prescription])
+        yield sample(
+            "MedicationAdministration", key, status="completed", subject=patient, effectiveDateTime=written,
+            medicationCodeableConcept=medicine, request=prescription,
+            dosage={"text": directions, "dose": quantity(dose)})
+        for fill_key, date in enumerate(dates.split(), int(fill)):
+            yield sample(
+                "MedicationDispense", str(fill_key), status="completed", subject=patient, whenHandedOver=date,
+                medicationCodeableConcept=medicine, daysSupply=quantity(f"{fill_days} d"),
+                authorizingPrescription=[prescription], quantity=quantity(amount) if amount else None)
 
 
-def build_smoking(key: str, given: str, date: str, code: str, name: str) -> Iterator[Json]:
-    """The smoking status."""
-    question = concept(LOINC, "72166-2", "Tobacco smoking status")
-    yield observation(f"{key}-smoking", given, date, "social-history", question, issued=noon(date),
-                      valueCodeableConcept=concept(SNOMED, code, name))
-
-
-def build_visit(key: str, date: str, *values: str) -> Iterator[Json]:
-    """An Encounter, and an Observation for each vital sign."""
-    visit = refer("Encounter", key)
-    yield sample(
-        "Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
-        type=[concept(SNOMED, "185349003", "Encounter for check up")], subject=DANIEL,
-        period={"start": date, "end": date}, participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
-    *signs, systolic, diastolic, oxygen = values
-    for value, (code, name, unit) in zip([*signs, oxygen], VITAL_SIGNS):
-        sign = concept(LOINC, code, name)
-        if code == "59408-5":  # R4 wants the code of any way to measure it beside that of the oximeter
-            sign["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
-        yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", sign, encounter=visit,
-                          valueQuantity=quantity(f"{value} {unit}"))
-    pressures = [{"code": concept(LOINC, code, name), "valueQuantity": quantity(f"{value} mm[Hg]")}
-                 for code, name, value in (("8480-6", "Systolic blood pressure", systolic),
-                                           ("8462-4", "Diastolic blood pressure", diastolic))]
-    yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs",
-                      concept(LOINC, "85354-9", "Blood pressure"), encounter=visit, component=pressures)
+def build_visits() -> Iterator[Json]:
+    """An Encounter for each visit, and an Observation for each vital sign."""
+    for key, date, *values in table(VISITS)[1:]:
+        yield sample(
+            "Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
+            type=[concept(*CHECK_UP)], subject=DANIEL, period={"start": date, "end": date},
+            participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
+        visit, pressures = refer("Encounter", key), []
+        for value, (code, name, unit) in zip(values, VITAL_SIGNS):
+            sign, measured = concept(LOINC, code, name), quantity(f"{value} {unit}")
+            if code == "59408-5":  # R4 wants the code of any way to measure it beside that of the oximeter
+                sign["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
+            if unit == "mm[Hg]":
+                pressures.append({"code": sign, "valueQuantity": measured})
+            else:
+                yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", sign, encounter=visit,
+                                  valueQuantity=measured)
+        yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs",
+                          concept(LOINC, "85354-9", "Blood pressure"), encounter=visit, component=pressures)
 
 
 def build_labs() -> Iterator[Json]:
-    """All laboratory results, and for each day the DiagnosticReport that gathers them."""
+    """Laboratory results, and for each day the DiagnosticReport that gathers them."""
     tests = {row[1]: row for row in table(LABS)[1:]}
-    yield from build_report("1", [build_result(f"{row[0]}-lab", "2008-07-10", row, row[3])
-                                  for row in tests.values()])
     header, *rows = table(MORE_LABS)
-    for key, date, *values in rows:
-        visit = refer("Encounter", key)
-        yield from build_report(key, [build_result(f"{key}-{loinc}", date, tests[loinc], value, visit)
-                                      for loinc, value in zip(header[2:], values)])
+    first_day = [(f"{row[0]}-lab", row[1], row[3]) for row in tests.values()]
+    days: list[Any] = [("1", "2008-07-10", None, first_day)]
+    for visit, *values in rows:
+        results = [(f"{visit}-{loinc}", loinc, value) for loinc, value in zip(header[1:], values)]
+        days.append((visit, DATES[visit], refer("Encounter", visit), results))
+    for key, date, encounter, results in days:
+        for result, loinc, value in results:
+            _, _, name, _, low, high, unit = tests[loinc]
+            band = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
+            given: Json = {"valueCodeableConcept": {"text": value}}
+            if unit:
+                given = {"valueQuantity": quantity(f"{value} {unit}")}
+            yield observation(result, "Daniel", date, "laboratory", concept(LOINC, loinc, name),
+                              encounter=encounter, referenceRange=band, **given)
+        yield sample(
+            "DiagnosticReport", key, status="final",
+            category=[concept(HL7 + "v2-0074", "LAB", "Laboratory"),
+                      concept(HL7 + "observation-category", "laboratory")],
+            code=concept(LOINC, "11502-2", "Laboratory report"), subject=DANIEL, encounter=encounter,
+            effectiveDateTime=date, issued=date + NOON, performer=[CLINIC],
+            result=[refer("Observation", result) for result, _, _ in results])
 
 
-def build_result(key: str, date: str, test: Sequence[str], value: str, visit: Json | None = None) -> Json:
-    """The Observation of a test, a row of LABS. A result without a unit is a word."""
-    _, loinc, name, _, low, high, unit = test
-    given = {"valueCodeableConcept": {"text": value}}
-    if unit:
-        given = {"valueQuantity": quantity(f"{value} {unit}")}
-    normal = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
-    return observation(key, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=visit,
-                       referenceRange=normal, **given)
+def build_procedures() -> Iterator[Json]:
+    """Procedures; the pictures that were taken, a series each, and the Endpoint that says where they are."""
+    for key, visit, code, name in table(PROCEDURES)[1:]:
+        yield sample("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=DANIEL,
+                     encounter=refer("Encounter", visit), performedDateTime=DATES[visit])
+    for key, visit, modality, description, uid in table(IMAGES)[1:]:
+        kind = coding(DICOM, modality)
+        yield sample(
+            "ImagingStudy", key, status="available", subject=DANIEL, encounter=refer("Encounter", visit),
+            identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=DATES[visit],
+            modality=[kind], numberOfSeries=1, numberOfInstances=1, description=description,
+            endpoint=[{"reference": "Endpoint/smart-imaging"}],
+            series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
+    yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
+           "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
+           "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
 
 
-def build_report(key: str, results: list[Json]) -> Iterator[Json]:
-    """Laboratory results of one day, and their DiagnosticReport."""
-    yield from results
-    date = results[0]["effectiveDateTime"]
-    yield sample(
-        "DiagnosticReport", key, status="final",
-        category=[concept(HL7 + "v2-0074", "LAB", "Laboratory"),
-                  concept(HL7 + "observation-category", "laboratory")],
-        code=concept(LOINC, "11502-2", "Laboratory report"), subject=DANIEL,
-        encounter=results[0].get("encounter"), effectiveDateTime=date, issued=noon(date), performer=[CLINIC],
-        result=[{"reference": f"Observation/{result['id']}"} for result in results])
-
-
-def build_procedure(key: str, visit: str, date: str, code: str, name: str) -> Iterator[Json]:
-    """A Procedure."""
-    yield sample("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=DANIEL,
-                 encounter=refer("Encounter", visit), performedDateTime=date)
-
-
-def build_image(key: str, visit: str, date: str, modality: str, description: str, uid: str) -> Iterator[Json]:
-    """An ImagingStudy of one series; its Endpoint says where the pictures are."""
-    kind = coding(DICOM, modality)
-    yield sample(
-        "ImagingStudy", key, status="available", subject=DANIEL, encounter=refer("Encounter", visit),
-        identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=date, modality=[kind],
-        numberOfSeries=1, numberOfInstances=1, description=description,
-        endpoint=[{"reference": "Endpoint/smart-imaging"}],
-        series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
-
-
-def build_document(key: str, visit: str, date: str, code: str, name: str, content_type: str,
-                   text: str) -> Iterator[Json]:
-    """A DocumentReference, and the Binary that holds the document."""
-    data = text.encode()
-    if content_type == "application/pdf":
-        problems = [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
-        medicines = [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]
-        data = pdf("\n".join([name, "", text, "", "Problems", *problems, "", "Medicines", *medicines]))
-    yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
-                 securityContext=DANIEL)
-    number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
-    yield sample(
-        "DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
-        type=concept(LOINC, code, name), subject=DANIEL, date=noon(date), author=[DOCTOR],
-        category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
-                          "clinical-note", "Clinical Note")],
-        content=[{"attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
-                                 "title": name, "size": len(data), "creation": noon(date)},
-                  "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
-        context={"encounter": [refer("Encounter", visit)]})
+def build_documents() -> Iterator[Json]:
+    """DocumentReferences, each with the Binary that holds the document."""
+    for key, visit, code, name, content_type, text in table(DOCUMENTS)[1:]:
+        data, moment = text.encode(), DATES[visit] + NOON
+        if content_type == "application/pdf":
+            problems = [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
+            medicines = [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]
+            data = pdf("\n".join([name, "", text, "", "Problems", *problems, "", "Medicines", *medicines]))
+        yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
+                     securityContext=DANIEL)
+        number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
+        yield sample(
+            "DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
+            type=concept(LOINC, code, name), subject=DANIEL, date=moment, author=[DOCTOR],
+            category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
+                              "clinical-note", "Clinical Note")],
+            content=[{
+                "attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
+                               "title": name, "size": len(data), "creation": moment},
+                "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
+            context={"encounter": [refer("Encounter", visit)]})
 
 
 def pdf(text: str) -> bytes:
@@ -5625,39 +5584,23 @@ def pdf(text: str) -> bytes:
             f"startxref\n{len(body)}\n%%EOF\n").encode("ascii")
 
 
-def build_bill(key: str, visit: str, date: str, billed_on: str, billed: str, paid: str) -> Iterator[Json]:
-    """An ExplanationOfBenefit: what the insurance paid for a visit."""
-    price, payment = ({"value": float(amount), "currency": "USD"} for amount in (billed, paid))
-    totals = [{"category": concept(HL7 + "adjudication", category), "amount": amount}
-              for category, amount in (("submitted", price), ("benefit", payment))]
-    yield sample(
-        "ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
-        use="claim", patient=DANIEL, created=billed_on, insurer=INSURER, provider=DOCTOR,
-        outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
-        item=[{"sequence": 1, "productOrService": concept(SNOMED, "185349003", "Encounter for check up"),
-               "servicedDate": date, "net": price, "encounter": [refer("Encounter", visit)]}])
-
-
-def build_others() -> Iterator[Json]:
-    """Daniel's insurance, Daniel as his daughter's representative, and what belongs to nobody."""
+def build_coverage() -> Iterator[Json]:
+    """Daniel's insurance, and an ExplanationOfBenefit for each visit that it paid."""
     plan = {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}
     yield sample(
         "Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
         subscriberId="S4S-1288992", beneficiary=DANIEL, payor=[INSURER], period={"start": "2008-01-01"},
         relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [plan]})
-    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
-           "patient": person("Amy"),
-           "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
-           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
-    yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
-           "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
-           "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
-    for key, kind, named in (("clinic", "prov", CLINIC), ("insurer", "pay", INSURER)):
-        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": named["display"],
-               "type": [concept(HL7 + "organization-type", kind)]}
-    yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
-           "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
-           "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
+    for key, visit, billed_on, billed, paid in table(BILLS)[1:]:
+        price, payment = ({"value": float(amount), "currency": "USD"} for amount in (billed, paid))
+        totals = [{"category": concept(HL7 + "adjudication", category), "amount": amount}
+                  for category, amount in (("submitted", price), ("benefit", payment))]
+        yield sample(
+            "ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
+            use="claim", patient=DANIEL, created=billed_on, insurer=INSURER, provider=DOCTOR,
+            outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
+            item=[{"sequence": 1, "productOrService": concept(*CHECK_UP), "servicedDate": DATES[visit],
+                   "net": price, "encounter": [refer("Encounter", visit)]}])
 
 
 # What the builders are made of.
@@ -5669,19 +5612,14 @@ def sample(type_name: str, key: str, **elements: Any) -> Json:
 
 def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
     """An Observation of a category, with whatever holds its value."""
-    kind = concept(HL7 + "observation-category", category)
-    return sample("Observation", key, status="final", category=[kind], code=code, subject=person(given),
-                  effectiveDateTime=date, **value)
+    return sample(
+        "Observation", key, status="final", category=[concept(HL7 + "observation-category", category)],
+        code=code, subject=PEOPLE[given], effectiveDateTime=date, **value)
 
 
 def refer(type_name: str, key: str) -> Json:
     """A reference to what `sample` makes."""
     return {"reference": f"{type_name}/smart-{type_name}-{key}"}
-
-
-def person(given: str) -> Json:
-    """A reference to one of the patients, by the name that the tables use."""
-    return {"reference": f"Patient/{PEOPLE[given]}"}
 
 
 def coding(system: str, code: str, display: str = "") -> Json:
@@ -5708,148 +5646,128 @@ def quantity(text: str) -> Json:
     return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
 
 
-def noon(date: str) -> str:
-    """A moment on a day, for elements that must be one."""
-    return f"{date}T12:00:00Z"
-
-
 # The versions. Here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
 def adapt(resources: Sequence[Json], earlier: Version) -> list[Json]:
-    """Resources as the version before theirs has them.
-
-    >>> adapt([{"resourceType": "Binary", "data": "aGk="}], STU3)
-    [{'resourceType': 'Binary', 'content': 'aGk='}]
-    """
+    """Resources as the version before theirs has them."""
     lacks = set(earlier.lacks.split())
-    text = json.dumps([
+    adapted: list[Json] = json.loads(json.dumps([
         {name: value for name, value in resource.items() if f"{resource['resourceType']}.{name}" not in lacks}
-        for resource in resources if resource["resourceType"] not in lacks])
-    for later_text, earlier_text in earlier.texts:
-        text = text.replace(later_text, earlier_text)
-    adapted: list[Json] = json.loads(text)
-    for types, path, names, convert in earlier.changes:
-        changed, (outer, _, element) = types.split(), path.rpartition(".")
-        holders = [resource for resource in adapted if resource["resourceType"] in changed]
-        for holder in within(holders, outer) if outer else holders:
-            if not element or element in holder:
-                value = convert(holder.pop(element) if element else holder)
-                holder.update(dict.fromkeys(names.split(), value))
+        for resource in resources if resource["resourceType"] not in lacks]))
+    for types_and_path, moves in table(earlier.moves):
+        types, _, path = types_and_path.partition(" at ")
+        holders = [resource for resource in adapted if resource["resourceType"] in types.split()]
+        for holder in within(holders, path) if path else holders:
+            move(holder, moves)
+    text = json.dumps(adapted)
+    for texts in earlier.texts:
+        text = text.replace(*texts)
+    adapted = json.loads(text)
     return adapted
 
 
-# Types | an element of theirs, as a dotted path through lists | what the earlier version calls it, one name
-# or two | what its value becomes. Without an element, one is made of the whole resource.
-Change = tuple[str, str, str, Callable[[Any], Any]]
+def move(holder: Json, moves: str) -> None:
+    """Moves elements of a resource, or of a part of one: new=old, paths where 0 is the first of a list.
+
+    >>> bill = {"total": [{"amount": 7}], "payee": "Al"}
+    >>> move(bill, "cost=total.0.amount use='claim' party.0.name=payee")
+    >>> bill
+    {'cost': 7, 'use': 'claim', 'party': [{'name': 'Al'}]}
+    """
+    moved: Json = {}
+    gone = set()
+    for new, old in (pair.split("=") for pair in moves.split()):
+        element, *steps = old.split(".")
+        value: Any = old.strip("'")
+        if value == old:
+            value = holder.get(element)
+            for step in steps:
+                value = value and value[int(step) if step.isdigit() else step]
+        if value is not None:
+            moved = put(moved, new.split("."), value)
+            gone |= {element, new.split(".")[0]}
+    for element in gone:
+        holder.pop(element, None)
+    holder.update(moved)
+
+
+def put(whole: Any, steps: list[str], value: Any) -> Any:
+    """An object or list, or an empty one, with a value at a path in it."""
+    if not steps:
+        return value
+    step, *rest = steps
+    if step == "0":
+        return [put(whole[0] if whole else {}, rest, value)]
+    return {**whole, step: put(whole.get(step, {}), rest, value)}
 
 
 class Version(NamedTuple):
     """How a version of FHIR differs from the one after it."""
     lacks: str                        # types and elements that it does not have, or not so that they fit here
-    texts: Sequence[tuple[str, str]]  # what it writes otherwise: addresses of code systems, a type's name
-    changes: Sequence[Change]
+    moves: str                        # types, perhaps "at" a path inside | what `move` does there
+    texts: Sequence[tuple[str, str]]  # what it then writes otherwise: code systems, values, a type's name
 
 
-def same(value: Any) -> Any:
-    """The value as it is."""
-    return value
-
-
-def first(values: Any) -> Any:
-    """The one that a list became, where more than one was not foreseen."""
-    return values[0]
-
-
-def code_of(value: Any) -> Any:
-    """The code that a CodeableConcept was."""
-    return value["coding"][0]["code"]
-
-
-def iso_4217(money: Any) -> Any:
-    """An amount of money, when it was a Quantity whose unit is a currency."""
-    return {"value": money["value"], "system": "urn:iso:std:iso:4217", "code": money["currency"]}
-
-
-STU3 = Version(lacks="DocumentReference.category ExplanationOfBenefit.use", texts=(
+STU3 = Version(lacks="DocumentReference.category ExplanationOfBenefit.use ImagingStudy.status", moves="""\
+AllergyIntolerance Condition | clinicalStatus=clinicalStatus.coding.0.code \
+    verificationStatus=verificationStatus.coding.0.code assertedDate=recordedDate
+Binary | content=data
+Coverage | grouping.plan=class.0.value grouping.planDisplay=class.0.name
+DiagnosticReport | category=category.0 performer.0.actor=performer.0
+DiagnosticReport ImagingStudy Observation Procedure | context=encounter
+DocumentReference at context | encounter=encounter.0
+DocumentReference | created=date indexed=date
+ExplanationOfBenefit at item | net=net service=productOrService
+ExplanationOfBenefit | insurance.coverage=insurance.0.coverage \
+    outcome.coding.0.system='http://hl7.org/fhir/remittance-outcome' outcome.coding.0.code=outcome \
+    totalCost=total.0.amount totalBenefit=total.1.amount
+ImagingStudy | uid=identifier.0.value availability='ONLINE' modalityList=modality patient=subject
+ImagingStudy at series | uid=uid
+Immunization | date=occurrenceDateTime notGiven=status status='completed' \
+    explanation.reasonNotGiven.0=statusReason
+MedicationAdministration | prescription=request
+MedicationRequest at dosageInstruction | doseQuantity=doseAndRate.0.doseQuantity
+MedicationRequest | requester.agent=requester
+MedicationStatement | taken='y'
+RelatedPerson | relationship=relationship.0""", texts=(
     (HL7 + "v2-", "http://hl7.org/fhir/v2/"), (HL7 + "v3-", "http://hl7.org/fhir/v3/"),
     (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"),
     (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"),
-    (HL7, "http://hl7.org/fhir/"),
-), changes=(
-    ("AllergyIntolerance Condition", "clinicalStatus", "clinicalStatus", code_of),
-    ("AllergyIntolerance Condition", "verificationStatus", "verificationStatus", code_of),
-    ("AllergyIntolerance Condition", "recordedDate", "assertedDate", same),
-    ("Binary", "data", "content", same),
-    ("Coverage", "class", "grouping",
-     lambda plans: {"plan": plans[0]["value"], "planDisplay": plans[0]["name"]}),
-    ("DiagnosticReport", "category", "category", first),
-    ("DiagnosticReport", "performer", "performer", lambda performers: [{"actor": performers[0]}]),
-    ("DiagnosticReport ImagingStudy Observation Procedure", "encounter", "context", same),
-    ("DocumentReference", "context.encounter", "encounter", first),
-    ("DocumentReference", "date", "created indexed", same),
-    ("ExplanationOfBenefit", "insurance", "insurance", lambda plans: {"coverage": plans[0]["coverage"]}),
-    ("ExplanationOfBenefit", "item.net", "net", iso_4217),
-    ("ExplanationOfBenefit", "item.productOrService", "service", same),
-    ("ExplanationOfBenefit", "outcome", "outcome",
-     lambda code: concept("http://hl7.org/fhir/remittance-outcome", code)),
-    ("ExplanationOfBenefit", "", "totalCost", lambda bill: iso_4217(bill["total"][0]["amount"])),
-    ("ExplanationOfBenefit", "total", "totalBenefit", lambda totals: iso_4217(totals[1]["amount"])),
-    ("ImagingStudy", "identifier", "uid", lambda identifiers: identifiers[0]["value"]),
-    ("ImagingStudy", "status", "availability", lambda _: "ONLINE"),
-    ("ImagingStudy", "modality", "modalityList", same),
-    ("ImagingStudy", "series.uid", "uid", lambda uid: f"urn:oid:{uid}"),
-    ("ImagingStudy", "subject", "patient", same),
-    ("Immunization", "occurrenceDateTime", "date", same),
-    ("Immunization", "", "notGiven", lambda immunization: immunization["status"] == "not-done"),
-    ("Immunization", "status", "status", lambda _: "completed"),
-    ("Immunization", "statusReason", "explanation", lambda reason: {"reasonNotGiven": [reason]}),
-    ("MedicationAdministration", "request", "prescription", same),
-    ("MedicationRequest", "dosageInstruction.doseAndRate", "doseQuantity",
-     lambda doses: doses[0]["doseQuantity"]),
-    ("MedicationRequest", "requester", "requester", lambda doctor: {"agent": doctor}),
-    ("MedicationStatement", "", "taken", lambda _: "y"),
-    ("RelatedPerson", "relationship", "relationship", first),
-))
-DSTU2 = Version(lacks=(
-    "Coverage Endpoint ExplanationOfBenefit AllergyIntolerance.verificationStatus Binary.securityContext "
-    "ImagingStudy.context ImagingStudy.endpoint MedicationRequest.intent MedicationStatement.taken "
-    "RelatedPerson.active"
-), texts=(
+    (HL7, "http://hl7.org/fhir/"), ('"currency": "', '"system": "urn:iso:std:iso:4217", "code": "'),
+    ('"notGiven": "not-done"', '"notGiven": true'), ('"notGiven": "completed"', '"notGiven": false'),
+    ('"uid": "2.', '"uid": "urn:oid:2.')))
+DSTU2 = Version(
+    lacks="AllergyIntolerance.verificationStatus Binary.securityContext Coverage Endpoint "
+    "ExplanationOfBenefit ImagingStudy.context ImagingStudy.endpoint MedicationRequest.intent "
+    "MedicationStatement.taken RelatedPerson.active", moves="""\
+AllergyIntolerance | recordedDate=assertedDate category=category.0 status=clinicalStatus substance=code \
+    criticality=criticality
+Condition | dateRecorded=assertedDate category.coding.0.system='http://argonaut.hl7.org' \
+    category.coding.0.code='problem' category.coding.0.display='Problem' category.text='Problem'
+Condition Encounter MedicationAdministration MedicationDispense MedicationRequest MedicationStatement \
+    | patient=subject
+DiagnosticReport | performer=performer.0.actor
+DiagnosticReport Observation Procedure | encounter=context
+DocumentReference at content | format.0=format
+Encounter | class='ambulatory'
+Immunization | wasNotGiven=notGiven reported=primarySource
+MedicationAdministration at dosage | quantity=dose
+MedicationAdministration | effectiveTimeDateTime=effectiveDateTime
+MedicationRequest at dosageInstruction.timing.repeat | periodUnits=periodUnit
+MedicationRequest | dateWritten=authoredOn prescriber=requester.agent
+MedicationStatement | supportingInformation=basedOn
+Observation | category=category.0
+Organization | type=type.0
+Patient Practitioner RelatedPerson at name | family.0=family
+Practitioner RelatedPerson | name=name.0""", texts=(
     (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"),
     (DICOM, "http://nema.org/dicom/dicm"), ("MedicationRequest", "MedicationOrder"),
-), changes=(
-    ("AllergyIntolerance", "assertedDate", "recordedDate", same),
-    ("AllergyIntolerance", "category", "category", first),
-    ("AllergyIntolerance", "clinicalStatus", "status", same),
-    ("AllergyIntolerance", "code", "substance", same),
-    ("AllergyIntolerance", "criticality", "criticality", lambda _: "CRITL"),
-    ("Condition", "assertedDate", "dateRecorded", same),
-    ("Condition", "category", "category", lambda _: concept("http://argonaut.hl7.org", "problem", "Problem")),
-    ("Condition Encounter MedicationAdministration MedicationDispense MedicationOrder MedicationStatement",
-     "subject", "patient", same),
-    ("DiagnosticReport", "performer", "performer", lambda performers: performers[0]["actor"]),
-    ("DiagnosticReport Observation Procedure", "context", "encounter", same),
-    ("DocumentReference", "content.format", "format", lambda coding: [coding]),
-    ("Encounter", "class", "class", lambda _: "ambulatory"),
-    ("Immunization", "notGiven", "wasNotGiven", same),
-    ("Immunization", "primarySource", "reported", lambda primary: not primary),
-    ("MedicationAdministration", "dosage.dose", "quantity", same),
-    ("MedicationAdministration", "effectiveDateTime", "effectiveTimeDateTime", same),
-    ("MedicationOrder", "authoredOn", "dateWritten", same),
-    ("MedicationOrder", "dosageInstruction.timing.repeat.periodUnit", "periodUnits", same),
-    ("MedicationOrder", "requester", "prescriber", lambda requester: requester["agent"]),
-    ("MedicationStatement", "basedOn", "supportingInformation", same),
-    ("Observation", "category", "category", first),
-    ("Organization", "type", "type", first),
-    ("Patient", "extension.extension.valueCoding", "valueCoding", lambda group: {
-        **group, "system": f"http://hl7.org/fhir/v3/{'Ethnicity' if group['code'] == '2186-5' else 'Race'}"}),
-    ("Patient Practitioner RelatedPerson", "name.family", "family", lambda family: [family]),
-    ("Practitioner RelatedPerson", "name", "name", first),
-))
+    ('"criticality": "low"', '"criticality": "CRITL"'), ('"reported": true', '"reported": false'),
+    (f'"{CDC_RACE}", "code": "2186-5"', '"http://hl7.org/fhir/v3/Ethnicity", "code": "2186-5"'),
+    (CDC_RACE, "http://hl7.org/fhir/v3/Race")))
 STEPS_FROM_R4: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
 
 
 # ======================================================================== Part Three: the machinery
-
 
 # ######################################################################## 21 messages and JSON
 
@@ -7013,18 +6931,15 @@ def is_served(portal: Portal, found: Route) -> bool:
 # example to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in that order.
 DEMO_STYLE = STYLE + """
 .story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
-.story h3{margin:.6rem 0 0;font-size:.95rem}.story pre{max-height:18rem}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:1.2rem}figure{margin:0}
-figure :is(th,td){min-width:0}svg{display:block;width:100%;height:auto}
-svg text{font:11px system-ui,sans-serif;fill:var(--quiet)}.range{fill:var(--edge);opacity:.35}
-.axis{stroke:var(--line)}circle{fill:var(--accent)}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
-.s1 polyline{stroke:var(--warn);stroke-dasharray:4 3}.s1 circle{fill:var(--warn)}#actions{margin:0 0 1.25rem}
-.off{color:var(--warn);font-weight:600}[hidden]{display:none!important}
+.story h3{margin:.6rem 0 0;font-size:.95rem}.story pre{max-height:18rem}#actions{margin:0 0 1.25rem}
+svg{display:block;width:12rem}svg text{font:10px system-ui,sans-serif;fill:var(--quiet)}
+.range{fill:var(--edge);opacity:.35}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
+circle{fill:var(--accent)}.off{color:var(--warn);fill:var(--warn);font-weight:600}
+[hidden]{display:none!important}#patient :is(th,td){overflow-wrap:normal}
 @media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
 #patient td:first-child{display:block}#patient td::before{display:none}}
-@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}
-main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
-#told{grid-column:2;grid-row:2}}
+@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}#patient :is(th,td){min-width:0}
+main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}#told{grid-area:2/2}}
 """
 DEMO_SCRIPT = r"""
 'use strict';
@@ -7032,31 +6947,30 @@ DEMO_SCRIPT = r"""
 // ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run it.
 
 const $ = id => document.getElementById(id);
-const SVG = ['svg', 'g', 'rect', 'line', 'polyline', 'circle', 'text', 'title'];
+const SVG = ['svg', 'rect', 'polyline', 'circle', 'text', 'title'];
 
 function make(name, attributes, ...children) {
-  const space = SVG.includes(name) ? 'http://www.w3.org/2000/svg' : 'http://www.w3.org/1999/xhtml';
-  const made = document.createElementNS(space, name);
+  const made = document.createElementNS(
+    SVG.includes(name) ? 'http://www.w3.org/2000/svg' : 'http://www.w3.org/1999/xhtml', name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   made.append(...children.flat(3));
   return made;
 }
 
 const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
-const definitions = pairs => make('dl', {},
-  pairs.map(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
+const definitions = pairs => make('dl', {}, pairs.filter(([, value]) => value).map(
+  ([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
 let story = [];  // what happened so far: title, section of the text, parts to look at, shown open or closed
 
 function tell(title, section, parts, open = true) {
   story.push([title, section, parts, open]);
-  const item = make('details', {}, make('summary', {}, title + ' ', make('small', {}, section)));
-  item.open = open;
-  for (const [heading, value] of parts) {
-    const text = pretty(value), more = text.length - 6000;
-    item.append(make('h3', {}, heading), make('pre', {tabindex: 0, 'aria-label': heading},
-      more > 0 ? text.slice(0, 6000) + `\n... and ${more} characters more` : text));
-  }
-  $('story').append(make('li', {}, item));
+  $('story').append(make('li', {}, make('details', open ? {open} : {},
+    make('summary', {}, title + ' ', make('small', {}, section)),
+    parts.map(([heading, value]) => {
+      const text = pretty(value), more = text.length > 6000 ? `\n... of ${text.length} characters` : '';
+      return [make('h3', {}, heading),
+              make('pre', {tabindex: 0, 'aria-label': heading}, text.slice(0, 6000) + more)];
+    }))));
   $('told').hidden = false;
 }
 
@@ -7090,13 +7004,11 @@ async function prepare() {
   // An EHR's launch says which server to ask. An app asks servers it trusts: a stranger's would read along.
   const iss = query.get('iss') || base + '/api/fhir', launch = query.get('launch');
   if (iss !== base + '/api/fhir') fail(`iss is ${iss}: this app trusts ${base}/api/fhir alone.`);
-  if (launch)
-    tell('The EHR launched this app', 'SMART App Launch, EHR launch', [['In the address', {iss, launch}]]);
+  if (launch) tell('The EHR launched this app', 'SMART App Launch', [['In the address', {iss, launch}]]);
   const found = await call('1. Discover the endpoints', 'SMART App Launch, Conformance; RFC 8414',
                            iss + '/.well-known/smart-configuration');
   if (!found.ok) fail('There is no discovery document.');
-  if (!crypto.subtle)
-    fail('This browser gives SHA-256 to pages from https or localhost alone; PKCE needs it.');
+  if (!crypto.subtle) fail('PKCE needs SHA-256, and this browser gives it to https and localhost alone.');
   const verifier = random(), state = random(), nonce = random();
   const challenge = base64url(await crypto.subtle.digest('SHA-256', new TextEncoder().encode(verifier)));
   tell('2. Make secrets', 'RFC 7636 sections 4.1 and 4.2; RFC 6749 section 10.12', [
@@ -7132,8 +7044,7 @@ async function comeBack() {
   for (const told of kept.story) tell(...told);
   tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207',
        [['In the address', Object.fromEntries(query)]]);
-  if (query.get('state') !== kept.state)
-    fail('state is not the one we sent: somebody else made this answer.');
+  if (query.get('state') !== kept.state) fail('state is not the one we sent: someone else made this answer.');
   if (query.get('iss') !== kept.config.issuer) fail('iss is not the server we asked (RFC 9207).');
   if (query.has('error')) fail(`No permission: ${query.get('error')}, ${query.get('error_description')}.`);
   await obtain('5. Trade the code for tokens', 'RFC 6749 section 4.1.3; RFC 7636 section 4.5', {
@@ -7141,8 +7052,7 @@ async function comeBack() {
     code_verifier: kept.verifier});
   if (token.id_token) {
     const told = claims(token.id_token), now = Date.now() / 1000;
-    tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7',
-         [['The claims in the id_token', told]]);
+    tell('Who signed in', 'OpenID Connect Core sections 2 and 3.1.3.7', [['Claims of the id_token', told]]);
     // Straight from the token endpoint, TLS vouches for it; one from elsewhere needs its signature checked.
     if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' ||
         told.exp < now - 60) fail('The id_token is not for this sign-in.');
@@ -7162,12 +7072,10 @@ async function obtain(title, section, form) {
   $('granted').replaceChildren(make('h2', {}, 'What we were granted'), definitions([
     ['Scope asked', kept.asked.scope], ['Scope granted', token.scope],
     ['Patient (context)', token.patient || 'none'],
-    ...['encounter', 'intent', 'need_patient_banner', 'fhirContext'].filter(name => name in token)
-      .map(name => [name, pretty(token[name])]),
-    ...(id ? [['User (id_token)', `${id.sub}, ${id.fhirUser || 'no fhirUser'}`]] : []),
+    ...['encounter', 'intent', 'need_patient_banner', 'fhirContext'].map(name => [name, pretty(token[name])]),
+    ['User (id_token)', id && `${id.sub}, ${id.fhirUser || 'no fhirUser'}`],
     ['Access token', make('span', {id: 'countdown', role: 'timer'})],
-    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)'
-                                          : 'none: ask again then']]));
+    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again']]));
   $('refresh').hidden = $('revoke').hidden = !token.refresh_token;
   $('granted').hidden = $('actions').hidden = false;
   countDown();
@@ -7175,16 +7083,15 @@ async function obtain(title, section, form) {
 
 function countDown() {
   const left = Math.max(0, Math.round((expires - Date.now()) / 1000));
-  const seconds = String(left % 60).padStart(2, '0');
-  $('countdown').textContent = !token.access_token ? 'revoked' : !left ? 'has expired: refresh it'
-    : `ends in ${Math.floor(left / 60)}:${seconds}`;
+  const clock = `${Math.floor(left / 60)}:${String(left % 60).padStart(2, '0')}`;
+  const state = left ? `ends in ${clock}` : 'has expired: refresh it';
+  $('countdown').textContent = token.access_token ? state : 'revoked';
 }
 
 // ---- 6: read. Every request carries the access token in a header, never in an address.
 
 const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {headers: {
-  Authorization: 'Bearer ' + token.access_token,
-  Accept: 'application/fhir+json, application/json+fhir'}}, open);
+  Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json,application/json+fhir'}}, open);
 const getPatient = (title, open) => get(title, `${kept.iss}/Patient/${token.patient}`, open);
 
 async function search(type, parameter) {
@@ -7192,7 +7099,7 @@ async function search(type, parameter) {
   const resources = [];
   for (let page = 1; url && page <= 20; page++) {  // a search comes in pages; the link "next" leads on
     const answer = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
-    if (!answer.ok) return {refused: answer.status, resources};
+    if (!answer.ok) return {refused: true, resources};
     const entries = (answer.body.entry || []).map(entry => entry.resource);
     resources.push(...entries.filter(resource => resource.resourceType === type));
     url = answer.body.link?.find(link => link.relation === 'next')?.url;
@@ -7203,7 +7110,8 @@ async function search(type, parameter) {
 async function readRecord() {
   if (!token.patient) fail('No patient in context, so there is no record to read.');
   const metadata = await get('6. What the FHIR server can do', kept.iss + '/metadata');
-  const record = {}, patient = await getPatient('Read the patient');
+  const patient = await getPatient('Read the patient');
+  const record = {Patient: {refused: !patient.ok, resources: patient.ok ? [patient.body] : []}};
   for (const {type, searchParam = []} of metadata.body.rest[0].resource) {
     const names = searchParam.map(parameter => parameter.name);
     const parameter = ['patient', 'subject', 'beneficiary'].find(name => names.includes(name));
@@ -7211,16 +7119,14 @@ async function readRecord() {
     $('status').textContent = `Reading ${type} ...`;
     record[type] = await search(type, parameter);
   }
-  $('status').textContent =
-    `Done: ${story.length} steps, each with its request and answer, are under What was said.`;
-  show(patient.ok ? patient.body : null, record);
+  $('status').textContent = `Done: ${story.length} steps, with all that was sent, are under What was said.`;
+  show(record);
 }
 
 // ---- 7 and 8: come back with the refresh token; end it all.
 
-$('refresh').onclick = () => run(obtain(
-  '7. Refresh: the refresh token buys new ones, once', 'RFC 6749 section 6',
-  {grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'}));
+$('refresh').onclick = () => run(obtain('7. Refresh: it buys new tokens, once', 'RFC 6749 section 6', {
+  grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'}));
 $('reread').onclick = () => run(getPatient('Read the patient again', true));
 $('revoke').onclick = () => run(revoke());
 
@@ -7239,125 +7145,91 @@ const array = value => [].concat(value || []);  // DSTU2 has one where R4 has se
 const words = concept => concept && (concept.text || array(concept.coding).map(
   coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference) || '';
 const day = text => (text || '').slice(0, 10);
-const items = lines => make('ul', {}, lines.map(line => make('li', {}, line)));
-const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), ...content);
-const nothing = () => make('p', {class: 'quiet'}, 'Nothing came.');
-const list = (title, lines) => card(title, lines.length ? items(lines) : nothing());
+const isKind = kind => observation => array(observation.category).some(
+  concept => array(concept.coding).some(coding => coding.code === kind));
+const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), content);
+const quiet = text => make('p', {class: 'quiet'}, text);
+const list = (title, lines, ...more) => card(title, make('ul', {}, lines.map(line => make('li', {}, line))),
+                                             lines.length ? more : quiet('Nothing came.'));
 
-function show(patient, record) {
+function show(record) {
   const all = (...types) => types.flatMap(type => record[type]?.resources || []);
   const observations = all('Observation'), orders = all('MedicationRequest', 'MedicationOrder');
-  const granted = token.scope.split(' '), name = array(patient?.name)[0] || {};
+  const granted = token.scope.split(' '), [patient] = all('Patient'), name = array(patient?.name)[0] || {};
   const called = name.text || [...array(name.given), ...array(name.family)].join(' ') || 'A patient, unnamed';
-  const absent = Object.keys(record).filter(type => !record[type].resources.length);
-  const refused = absent.filter(type => record[type].refused);
-  const without = (kinds, present) => kinds.filter(kind => !present(kind)).join(', ');
+  const without = (kinds, present) => kinds.filter(kind => !present(kind)).join(', ') || 'none';
   $('patient').replaceChildren(
     // need_patient_banner is false where the EHR shows already whose record it is.
-    ...(token.need_patient_banner === false ? [] : [card(called, definitions(patient ? [
-      ['Born', patient.birthDate || ''], ['Gender', patient.gender || ''], ['Id', patient.id]]
-      : [['Id', token.patient]]))]),
-    card('Vital signs', charts(observations, 'vital-signs')),
-    card('Laboratory', charts(observations, 'laboratory')),
-    list('Problems', all('Condition').map(({code, ...rest}) => words(code) + ' ' +
-      day(rest.onsetDateTime || rest.recordedDate || rest.assertedDate || rest.dateRecorded))),
+    ...(token.need_patient_banner === false ? [] : [card(called, definitions([
+      ['Born', patient?.birthDate], ['Gender', patient?.gender], ['Id', token.patient]]))]),
+    card('Vital signs', measurements(observations.filter(isKind('vital-signs')))),
+    card('Laboratory', measurements(observations.filter(isKind('laboratory')))),
+    list('Problems', all('Condition').map(problem => words(problem.code) + ' ' + day(
+      problem.onsetDateTime || problem.recordedDate || problem.assertedDate || problem.dateRecorded))),
     list('Medicines', (orders.length ? orders : all('MedicationStatement')).map(order => [
       words(order.medicationCodeableConcept || order.medicationReference),
-      ...array(order.dosageInstruction || order.dosage).map(dose => dose.text)].filter(Boolean).join(', '))),
+      ...array(order.dosageInstruction || order.dosage).map(dose => dose.text || '')].join(' '))),
     list('Allergies', all('AllergyIntolerance').map(allergy => [words(allergy.code || allergy.substance),
-      ...array(allergy.reaction).flatMap(reaction => array(reaction.manifestation).map(words))]
-      .filter(Boolean).join(': '))),
-    card('What the consent left out', items([
-      'Scopes asked for but not granted: ' +
-        (without(kept.asked.scope.split(' '), scope => granted.includes(scope)) || 'none'),
-      'Refused: ' + ([...(patient ? [] : ['Patient']), ...refused].join(', ') || 'nothing'),
-      'Nothing came of: ' + (without(absent, type => refused.includes(type)) || 'no kind'),
-      'Nor of Observation: ' + (without(['vital-signs', 'laboratory', 'social-history'],
-        kind => observations.some(isKind(kind))) || 'no category')]),
-      make('p', {class: 'quiet'}, 'What does not come is not in the record, or the patient did not share ' +
-        'it. An app can not tell which, and must not guess.')));
+      ...array(allergy.reaction).flatMap(reaction => array(reaction.manifestation).map(words))].join(': '))),
+    list('What the consent left out', [
+      'Scopes asked, not granted: ' + without(kept.asked.scope.split(' '), scope => granted.includes(scope)),
+      'Refused: ' + without(Object.keys(record), type => !record[type].refused),
+      'Nothing came of: ' + without(Object.keys(record), type => record[type].refused || all(type).length),
+      'Nor of Observation: ' + without(['vital-signs', 'laboratory', 'social-history'],
+                                       kind => observations.some(isKind(kind)))],
+      quiet('What does not come is not in the record, or not shared: an app can not tell which.')));
   $('patient').hidden = false;
 }
 
 // ---- Numbers over time.
 
-const isKind = kind => observation => array(observation.category).some(
-  concept => array(concept.coding).some(coding => coding.code === kind));
+const outside = ({value, low, high}) => (value > high && 'high') || (value < low && 'low') || '';
+const reference = ({low, high}) => [['from', low], ['to', high]].filter(
+  ([, bound]) => bound !== undefined).flat().join(' ') || 'none';
 
-function charts(observations, kind) {
-  const groups = {}, rows = [];  // what was measured, in which unit -> its series of points
-  for (const seen of observations.filter(isKind(kind))) {
-    const name = words(seen.code);
+// A row for each thing measured, in each unit: the latest value, and how all came to be over time.
+function measurements(observations) {
+  const measured = {};
+  for (const seen of observations) {
     const when = seen.effectiveDateTime || seen.effectivePeriod?.start || seen.issued || '';
-    const {low, high} = !seen.component && seen.referenceRange?.[0] || {};
-    for (const part of seen.component || [seen]) {  // blood pressure comes in two components, without a band
-      const {value, unit = ''} = part.valueQuantity || {};
+    for (const part of seen.component || [seen]) {  // a blood pressure has two components
+      const name = words(part.code), {low, high} = part.referenceRange?.[0] ?? {};
       const text = words(part.valueCodeableConcept) || part.valueString;
-      if (value === undefined && text) rows.push({name, when, text});
-      if (value === undefined || !Date.parse(when)) continue;
-      const group = groups[name + unit] ??= {name, unit, low: low?.value, high: high?.value, series: {}};
-      const label = part === seen ? '' : words(part.code);
-      (group.series[label] ??= []).push({when, time: Date.parse(when), value});
+      const {value = text, unit = ''} = part.valueQuantity ?? {};
+      const point = {name, value, unit, when, time: Date.parse(when), low: low?.value, high: high?.value};
+      if (value !== undefined) (measured[name + unit] ??= []).push(point);
     }
   }
-  const drawn = [];
-  for (const group of Object.values(groups)) {
-    const series = Object.entries(group.series);
-    for (const [, points] of series) points.sort((one, other) => one.time - other.time);
-    if (series[0][1].length > 1) drawn.push(chart(group, series));
-    else for (const [label, [point]] of series) rows.push({...group, ...point, name: label || group.name});
-  }
-  rows.sort((one, other) => one.name.localeCompare(other.name));
-  if (!drawn.length && !rows.length) return nothing();
-  const cells = row => [row.name, row.text || measured(row), row.text ? '' : reference(row), day(row.when)];
-  return [make('div', {class: 'charts'}, drawn),
-    rows.length ? table(['Test', 'Value', 'Reference', 'Date'], rows.map(cells)) : ''];
+  const rows = Object.values(measured).map(points => {
+    points.sort((earlier, later) => earlier.time - later.time);
+    const latest = points.at(-1), {name, value, unit, when} = latest, off = outside(latest);
+    const shown = make('span', {class: off && 'off'}, `${value} ${unit} ${off}`);
+    return [name, shown, reference(latest), day(when), chart(points)];
+  });
+  if (!rows.length) return quiet('Nothing came.');
+  return make('table', {}, make('thead', {}, make('tr', {},
+    ['Test', 'Latest', 'Reference', 'Date', 'Over time'].map(head => make('th', {scope: 'col'}, head)))),
+    make('tbody', {}, rows.map(row => make('tr', {}, row.map(cell => make('td', {}, cell))))));
 }
 
-const table = (heads, rows) => make('table', {},
-  make('thead', {}, make('tr', {}, heads.map(head => make('th', {scope: 'col'}, head)))),
-  make('tbody', {}, rows.map(row => make('tr', {},
-    row.map((cell, at) => make('td', {'data-label': heads[at]}, cell))))));
-
-function measured({value, unit, low, high}) {
-  const outside = value > high ? ', high' : value < low ? ', low' : '';
-  return make('span', outside ? {class: 'off'} : {}, `${value} ${unit}${outside}`);
-}
-
-function reference({low, high}) {
-  if (low === undefined) return high === undefined ? 'no reference range' : `reference up to ${high}`;
-  return high === undefined ? `reference from ${low}` : `reference ${low} to ${high}`;
-}
-
-// A line for each series over time; the band behind it is the reference range.
-function chart({name, unit, low, high}, series) {
-  const points = series.flatMap(([, some]) => some), times = points.map(point => point.time);
+// Values over time; the band behind them is the reference range.
+function chart(points) {
+  if (points.length < 2 || points.some(({time, value}) => !time || typeof value !== 'number')) return '';
+  const {low, high, unit} = points.at(-1), first = points[0].time, last = points.at(-1).time;
   const values = [...points.map(point => point.value), low, high].filter(value => value !== undefined);
-  const first = Math.min(...times), last = Math.max(...times);
   const least = Math.min(...values), most = Math.max(...values);
-  const x = time => 40 + (time - first) / (last - first || 1) * 270;
-  const y = value => 10 + (most - value) / (most - least || 1) * 90;
-  const [from, to] = [first, last].map(time => new Date(time).toISOString().slice(0, 10));
-  const top = y(high ?? most), height = y(low ?? least) - top;
-  const latest = series.map(([label, some]) => `${label} ${some.at(-1).value}`.trim()).join(', ');
-  const end = {'text-anchor': 'end'};
-  return make('figure', {},
-    make('figcaption', {}, make('strong', {}, name), make('br', {}), make('span', {class: 'quiet'},
-      `Latest: ${latest} ${unit}` + (series.length > 1 ? '' : ', ' + reference({low, high})))),
-    make('svg', {viewBox: '0 0 320 120', role: 'img', 'aria-label':
-                 `${name}: ${points.length} values from ${from} to ${to}, ${least} to ${most} ${unit}`},
-      (low ?? high) === undefined ? [] : make('rect', {class: 'range', x: 40, width: 270, y: top, height}),
-      make('line', {class: 'axis', x1: 40, x2: 310, y1: 102, y2: 102}),
-      [least, most].map(value => make('text', {x: 34, y: y(value) + 4, ...end}, value)),
-      make('text', {x: 40, y: 116}, from), make('text', {x: 310, y: 116, ...end}, to),
-      series.map(([, some], at) => make('g', {class: 's' + at},
-        make('polyline', {points: some.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
-        some.map(point => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5},
-          make('title', {}, `${point.value} ${unit}, ${day(point.when)}`)))))),
-    make('details', {}, make('summary', {}, 'All values'), table(
-      ['Date', ...series.map(([label]) => label || unit)],
-      [...new Set(points.map(point => point.when))].sort().map(when => [day(when), ...series.map(
-        ([, some]) => some.filter(point => point.when === when).map(point => point.value).join(', '))]))));
+  const x = time => 36 + (time - first) / (last - first || 1) * 160;
+  const y = value => 8 + (most - value) / (most - least || 1) * 40;
+  const top = y(high ?? most), told = points.map(point => `${point.value} ${unit} on ${day(point.when)}`);
+  return make('svg', {viewBox: '0 0 200 62', role: 'img', 'aria-label': told.join(', ')},
+    (low ?? high) === undefined ? [] :
+      make('rect', {class: 'range', x: 36, width: 160, y: top, height: y(low ?? least) - top}),
+    [least, most].map(value => make('text', {x: 32, y: y(value) + 4, 'text-anchor': 'end'}, value)),
+    make('text', {x: 36, y: 60}, day(points[0].when)),
+    make('text', {x: 196, y: 60, 'text-anchor': 'end'}, day(points.at(-1).when)),
+    make('polyline', {points: points.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
+    points.map((point, at) => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5,
+      class: outside(point) && 'off'}, make('title', {}, told[at]))));
 }
 
 // ---- Start: with an answer in the address, or anew.
@@ -7371,9 +7243,7 @@ else run(query.has('code') || query.has('error') ? comeBack() : prepare());
 
 @route("GET /demo", "SMART App Launch, RFC 6749, RFC 7636", kind="page")
 def demo_page(portal: Portal, request: Request) -> Response:
-    """A complete SMART app in one page: it shows each request and answer, then the patient. Its own redirect
-    URI."""
-    scope = tag("textarea", id="scope", rows=3, required=True, spellcheck="false")
+    """A complete SMART app in one page, its own redirect URI: it shows all that is said, then the patient."""
     start = tag(
         "div",
         tag("p", "This page is an app, not a part of the portal: a public client with the id ",
@@ -7381,18 +7251,20 @@ def demo_page(portal: Portal, request: Request) -> Response:
             "every request and answer. Its source is in this page, to be read and copied."),
         tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
                             class_="error")),
-        tag("form", tag("label", "Scope to ask for", scope),
+        tag("form", tag("label", "Scope to ask for",
+                        tag("textarea", id="scope", rows=3, required=True, spellcheck="false")),
             tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
         tag("p", id="status", role="status"), class_="card")
+    granted = tag("section", id="granted", class_="card", hidden=True)
     actions = tag("p", tag("button", "Refresh", id="refresh"),
                   tag("button", "Read again", id="reread", class_="btn-default"),
                   tag("button", "Revoke", id="revoke", class_="btn-default"), id="actions", hidden=True)
+    app = tag("div", start, granted, actions, tag("div", id="patient", hidden=True),
+              id="app", data_base=portal.browser_base(request))
     told = tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"),
                id="told", class_="card", hidden=True)
-    return page(portal, "A SMART app in one page",
-                tag("div", start, tag("section", id="granted", class_="card", hidden=True), actions,
-                    tag("div", id="patient", hidden=True), id="app", data_base=portal.browser_base(request)),
-                told, style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
+    return page(portal, "A SMART app in one page", app, told,
+                style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
 # ######################################################################## 25 settings, seeds, the portal
