@@ -6939,7 +6939,8 @@ circle{fill:var(--accent)}.off{color:var(--warn);fill:var(--warn);font-weight:60
 @media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
 #patient td:first-child{display:block}#patient td::before{display:none}}
 @media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}#patient :is(th,td){min-width:0}
-main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}#told{grid-area:2/2}}
+main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
+#told{grid-area:2/2}}
 """
 DEMO_SCRIPT = r"""
 'use strict';
@@ -7090,8 +7091,9 @@ function countDown() {
 
 // ---- 6: read. Every request carries the access token in a header, never in an address.
 
-const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {headers: {
-  Authorization: 'Bearer ' + token.access_token, Accept: 'application/fhir+json,application/json+fhir'}}, open);
+const accept = 'application/fhir+json, application/json+fhir';
+const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {
+  headers: {Authorization: 'Bearer ' + token.access_token, Accept: accept}}, open);
 const getPatient = (title, open) => get(title, `${kept.iss}/Patient/${token.patient}`, open);
 
 async function search(type, parameter) {
@@ -7168,7 +7170,7 @@ function show(record) {
       problem.onsetDateTime || problem.recordedDate || problem.assertedDate || problem.dateRecorded))),
     list('Medicines', (orders.length ? orders : all('MedicationStatement')).map(order => [
       words(order.medicationCodeableConcept || order.medicationReference),
-      ...array(order.dosageInstruction || order.dosage).map(dose => dose.text || '')].join(' '))),
+      ...array(order.dosageInstruction || order.dosage).map(dose => dose.text || '')].join(', '))),
     list('Allergies', all('AllergyIntolerance').map(allergy => [words(allergy.code || allergy.substance),
       ...array(allergy.reaction).flatMap(reaction => array(reaction.manifestation).map(words))].join(': '))),
     list('What the consent left out', [
