@@ -6932,15 +6932,13 @@ def is_served(portal: Portal, found: Route) -> bool:
 DEMO_STYLE = STYLE + """
 .story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
 .story h3{margin:.6rem 0 0;font-size:.95rem}.story pre{max-height:18rem}#actions{margin:0 0 1.25rem}
-svg{display:block;width:12rem}svg text{font:10px system-ui,sans-serif;fill:var(--quiet)}
+svg{display:block;width:12rem}svg text{font:10px system-ui,sans-serif;fill:var(--quiet)}.off{font-weight:600}
 .range{fill:var(--edge);opacity:.35}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
-circle{fill:var(--accent)}.off{color:var(--warn);fill:var(--warn);font-weight:600}
-[hidden]{display:none!important}#patient :is(th,td){overflow-wrap:normal}
-@media(max-width:48rem){#patient td{display:inline-block;padding-right:1rem;min-width:0}
-#patient td:first-child{display:block}#patient td::before{display:none}}
-@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}#patient :is(th,td){min-width:0}
-main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}main>*{grid-column:1;min-width:0}
-#told{grid-area:2/2}}
+circle{fill:var(--accent)}.off{color:var(--warn);fill:var(--warn)}[hidden]{display:none!important}
+#patient :is(th,td){min-width:0;overflow-wrap:normal}@media(max-width:48rem){#patient td::before{display:none}
+#patient td{display:inline-block;padding-right:1rem}#patient td:first-child{display:block}}
+@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}main>*{grid-column:1;min-width:0}
+main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}#told{grid-area:2/2}}
 """
 DEMO_SCRIPT = r"""
 'use strict';
@@ -7186,19 +7184,20 @@ function show(record) {
 // ---- Numbers over time.
 
 const outside = ({value, low, high}) => (value > high && 'high') || (value < low && 'low') || '';
-const reference = ({low, high}) => [['from', low], ['to', high]].filter(
-  ([, bound]) => bound !== undefined).flat().join(' ') || 'none';
+const reference = ({low, high}) => [['range from', low], ['to', high]].filter(
+  ([, bound]) => bound !== undefined).flat().join(' ') || 'no range';
 
 // A row for each thing measured, in each unit: the latest value, and how all came to be over time.
 function measurements(observations) {
   const measured = {};
   for (const seen of observations) {
     const when = seen.effectiveDateTime || seen.effectivePeriod?.start || seen.issued || '';
+    const time = Date.parse(when) || 0;
     for (const part of seen.component || [seen]) {  // a blood pressure has two components
       const name = words(part.code), {low, high} = part.referenceRange?.[0] ?? {};
       const text = words(part.valueCodeableConcept) || part.valueString;
       const {value = text, unit = ''} = part.valueQuantity ?? {};
-      const point = {name, value, unit, when, time: Date.parse(when), low: low?.value, high: high?.value};
+      const point = {name, value, unit, when, time, low: low?.value, high: high?.value};
       if (value !== undefined) (measured[name + unit] ??= []).push(point);
     }
   }
@@ -7224,8 +7223,8 @@ function chart(points) {
   const y = value => 8 + (most - value) / (most - least || 1) * 40;
   const top = y(high ?? most), told = points.map(point => `${point.value} ${unit} on ${day(point.when)}`);
   return make('svg', {viewBox: '0 0 200 62', role: 'img', 'aria-label': told.join(', ')},
-    (low ?? high) === undefined ? [] :
-      make('rect', {class: 'range', x: 36, width: 160, y: top, height: y(low ?? least) - top}),
+    (low ?? high) === undefined ? '' : make('rect',
+      {class: 'range', x: 36, width: 160, y: top, height: y(low ?? least) - top}),
     [least, most].map(value => make('text', {x: 32, y: y(value) + 4, 'text-anchor': 'end'}, value)),
     make('text', {x: 36, y: 60}, day(points[0].when)),
     make('text', {x: 196, y: 60, 'text-anchor': 'end'}, day(points.at(-1).when)),
