@@ -7670,7 +7670,9 @@ class Portal:
         the one listened on or any IP address. Others may be pointed here by whoever owns them."""
         if host in [urlsplit(url).netloc for url in self.settings.base_url]:
             return True
-        name = re.sub(r"^(\[[^]]*\]|[^:]*).*", r"\1", host)  # without the port
+        name, colon, _ = host.rpartition(":")  # without the port
+        if not colon or host.endswith("]"):
+            name = host
         return is_loopback(name) or (not self.settings.local and (
             name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
 
