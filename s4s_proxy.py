@@ -4380,7 +4380,7 @@ class Connection:
         if status in (204, 304):  # these have no body; a server that announces one may send it all the same
             body, keep = b"", keep and not announced
         elif announced:
-            body = read_body(self.stream, body_size(headers, self.most), self.most)
+            body = read_body(self.stream, headers, self.most)
         else:  # up to the end of the connection
             body, keep = self.stream.read(self.most + 1), False
             if len(body) > self.most:
@@ -5777,8 +5777,7 @@ _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization
 
 
 class BadRequest(Exception):
-    """An HTTP message that can't be read. The connection closes: nobody knows where the next one would
-    begin."""
+    """An HTTP message that can't be read. The connection closes: nobody knows where the next would begin."""
     def __init__(self, status: int, description: str):
         super().__init__(description)
         self.status = status
@@ -5792,25 +5791,19 @@ def too_large(most: int) -> BadRequest:
 # Deadlines: theory of operation.
 #
 # Nobody may hold a thread without end, by silence, by a byte a minute, or by reading nothing. So all that is
-# read or written has a deadline, a moment and not a number of seconds that each byte would begin anew. It is
-# in real time: a test that moves the portal's clock cuts nobody off. Who sets the deadline also says what
-# happens after it: an app gets a 408 in words, or is left without any if it had asked nothing; a FHIR server
-# behind is told of as a 504.
+# read or written has a deadline: a moment, not a number of seconds that each byte would begin anew. It is in
+# real time: a test that moves the portal's clock cuts nobody off. Who sets it also says what happens after it:
+# an app gets a 408 in words, or none if it had asked nothing; a FHIR server behind is told of as a 504.
 #
-# How a thread wakes at its deadline: Python's settimeout() would do, but polls before each system call and
-# costs a quarter of the speed. So a plain socket blocks in reading, and the kernel wakes it (SO_RCVTIMEO).
-# The time is only given to the kernel anew where it differs much from what it was given before: an app that
-# asks again and again costs no system call more. Waking early does no harm, the clock is looked at again.
-# Writing first takes what room there is (MSG_DONTWAIT), mostly enough; the rest goes with settimeout(), since
-# what the kernel counts (SO_SNDTIMEO) begins anew, on some systems, with each byte read. TLS reads in layers
-# that know nothing of the kernel's timeouts, and on Windows a socket is unusable after one: both always use
-# settimeout().
+# A thread wakes by its socket's timeout, which is set anew only where it differs much from the time left: waking
+# early does no harm, the clock is looked at again. settimeout() would do for all, but polls before each system
+# call, a quarter of the speed. So a plain socket blocks until the kernel wakes it (SO_RCVTIMEO). TLS reads in
+# layers that know nothing of that, on Windows a socket is unusable after it, and what the kernel counts for
+# writing begins anew, on some systems, with each byte read: these use settimeout(), the last once the other
+# side has left no room to write at once (MSG_DONTWAIT). A stop wakes threads by shutting their sockets. On
+# Windows that wakes nobody (cpython issue 91913): there a thread looks five times a second.
 #
-# A stop wakes threads by shutting their sockets. On Windows that wakes nobody (cpython issue 91913), so there
-# a thread looks five times a second whether it was ended.
-#
-# What the author would like better: one way for all. It would be settimeout(), if Python tried to read before
-# it polls.
+# What the author would like better: settimeout() for all, if Python tried to read before it polls.
 TIMED_OUT = (BlockingIOError, TimeoutError, socket.timeout)  # the last is TimeoutError too since Python 3.10
 NO_DEADLINE, DO_NOT_WAIT = math.inf, -math.inf
 
@@ -5822,12 +5815,11 @@ class TimedSocket(io.RawIOBase):
     """
     def __init__(self, connection: socket.socket):
         self.connection, self.deadline = connection, NO_DEADLINE
-        self.idle = False  # between two requests: a stop may end it
-        self.ended = False
-        self._given = 0.0  # seconds that the kernel lets a read wait; 0: without end
+        self.idle = self.ended = False  # idle: between two requests, where a stop may end it
         self._plain = type(connection) is socket.socket
         self._by_kernel = self._plain and sys.platform != "win32"
         self._longest = 0.2 if sys.platform == "win32" else 3600.0  # seconds without a look at `ended`
+        self._given = 0.0  # seconds that a call may wait, as last set
         connection.settimeout(None)  # whatever socket.setdefaulttimeout says
 
     def readable(self) -> bool:
@@ -5839,75 +5831,59 @@ class TimedSocket(io.RawIOBase):
         if self.deadline == DO_NOT_WAIT:
             return self._read_at_once(buffer)
         try:
-            if self._by_kernel:
-                return self._read_by_kernel(buffer)
-            return int(self._polled(self.connection.recv_into, buffer))
+            return int(self._in_time(self.connection.recv_into, buffer))
         except TimeoutError:
             raise BadRequest(408, "the request took too long to arrive")
 
     def send(self, data: bytes) -> None:
         """Write all of it, or TimeoutError: it can't be told to somebody who doesn't read."""
-        sent = 0
+        left = memoryview(data)
         if self._by_kernel:
-            with contextlib.suppress(BlockingIOError):
-                sent = self.connection.send(data, socket.MSG_DONTWAIT)
-        left = memoryview(data)[sent:]
+            try:
+                left = left[self.connection.send(data, socket.MSG_DONTWAIT):]
+            except BlockingIOError:
+                pass
+            if left:
+                self._by_kernel, self._given = False, 0.0
         while left:
-            left = left[self._polled(self.connection.send, left):]
+            left = left[self._in_time(self.connection.send, left):]
 
     def handshake(self) -> None:
         """TLS's greetings, or TimeoutError: before them nobody can be told anything."""
-        self._polled(cast(Any, self.connection).do_handshake)
+        self._in_time(cast(Any, self.connection).do_handshake)
 
-    def _seconds_left(self) -> float:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the deadline has passed")
-        if self.ended:
-            raise ConnectionResetError("this server stops")
-        return min(left, self._longest)
-
-    def _read_by_kernel(self, buffer: Any) -> int:
+    def _in_time(self, call: Callable[..., Any], *arguments: Any) -> Any:
         while True:
-            left = self._seconds_left()
+            left = min(self.deadline - time.monotonic(), self._longest)
+            if left <= 0:
+                raise TimeoutError("the deadline has passed")
+            if self.ended:
+                raise ConnectionResetError("this server stops")
             if not left / 2 < self._given < left * 1.1:
                 self._given = max(left, 0.001)
-                timeval = struct.pack("ll", int(self._given), int(self._given % 1 * 1_000_000))
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+                if self._by_kernel:
+                    timeval = struct.pack("ll", int(self._given), int(self._given % 1 * 1_000_000))
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+                else:
+                    self.connection.settimeout(self._given)
             try:
-                return self.connection.recv_into(buffer)
+                return call(*arguments)
             except TIMED_OUT:
                 pass  # or a little before the deadline: see what the clock says
 
-    def _polled(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """A call that may have to wait, with Python's own timeout."""
-        try:
-            while True:
-                self.connection.settimeout(self._seconds_left())
-                try:
-                    return call(*arguments)
-                except TIMED_OUT:
-                    pass
-        finally:
-            if self._by_kernel:
-                self.connection.settimeout(None)
-
     def _read_at_once(self, buffer: Any) -> int | None:
         nothing_yet: type[OSError] = BlockingIOError
-        if self._by_kernel:
-            with contextlib.suppress(nothing_yet):
-                return self.connection.recv_into(buffer, 0, socket.MSG_DONTWAIT)
-            return None
         if not self._plain:
             import ssl  # which is there already: this is its socket
             nothing_yet = ssl.SSLWantReadError
-        self.connection.settimeout(0)
         try:
+            if self._by_kernel:
+                return self.connection.recv_into(buffer, 0, socket.MSG_DONTWAIT)
+            self._given = 0.0
+            self.connection.settimeout(0)
             return self.connection.recv_into(buffer)
         except nothing_yet:
             return None
-        finally:
-            self.connection.settimeout(None)
 
     def end(self) -> None:
         """Wake the thread that reads or writes: there is no more to come."""
@@ -5918,11 +5894,8 @@ class TimedSocket(io.RawIOBase):
 
 
 class OpenSockets:
-    """The connections that are open, to apps and to other servers, so that a stop can end them.
-
-    Whoever closes a connection discards it first: a number that the system has given to the next one is never
-    shut.
-    """
+    """The connections that are open, to apps and to other servers, so that a stop can end them. Whoever closes
+    one discards it first: a number that the system has given to the next one is never shut."""
     def __init__(self) -> None:
         self._open: set[TimedSocket] = set()
         self._ended = False
@@ -5940,25 +5913,18 @@ class OpenSockets:
         with self._lock:
             self._open.discard(timed)
 
-    def end_idle(self) -> None:
-        """End those that wait for the next request."""
+    def end(self, only_idle: bool = False) -> None:
+        """End all, and those to come; or only those that wait for the next request."""
         with self._lock:
+            self._ended = not only_idle
             for timed in self._open:
-                if timed.idle:
+                if timed.idle or not only_idle:
                     timed.end()
-
-    def end(self) -> None:
-        """End all, and those to come."""
-        with self._lock:
-            self._ended = True
-            for timed in self._open:
-                timed.end()
 
 
 @remembered(100)  # a client sends the same lines again and again
 def parse_headers(lines: bytes) -> Mapping[str, str]:
-    """Header lines as name (lower case) -> value; BadRequest unless they are exactly as RFC 9112 section 5
-    says."""
+    """Header lines as name (lower case) -> value; BadRequest unless they are as RFC 9112 section 5 says."""
     if not _HEADER_LINES.fullmatch(lines):
         raise BadRequest(400, "a header line is malformed")
     headers: dict[str, str] = {}
@@ -5991,34 +5957,25 @@ def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
         lines.append(line)
 
 
-CHUNKED = -1  # a body's size that only its end tells
-
-
-def body_size(headers: Mapping[str, str], most: int) -> int:
-    """How long a body is, as announced: by length or in chunks, never both, or two servers in a row may
-    disagree on where it ends (RFC 9112 section 6.3). Without either it is empty."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-    if coding is not None and length is not None:
-        raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
+def read_body(stream: io.BufferedReader[Any], headers: Mapping[str, str], most: int,
+              before: Callable[[], None] = lambda: None) -> bytes:
+    """A body, as announced: by length or in chunks, never both, or two servers in a row may disagree on where
+    it ends (RFC 9112 section 6.3); empty without either. `before` is called if it is to be read."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
     if coding is not None:
+        if "content-length" in headers:
+            raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
         if coding.lower() != "chunked":
             raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
-        return CHUNKED
-    if length is None:
-        return 0
+        before()
+        return read_chunks(stream, most)
     if not length.isdecimal() or len(length) > 18:
         raise BadRequest(400, "Content-Length: expected a number of bytes")
     if int(length) > most:
         raise too_large(most)
-    return int(length)
-
-
-def read_body(stream: io.BufferedReader[Any], size: int, most: int) -> bytes:
-    """A body of the size that `body_size` says."""
-    if size == CHUNKED:
-        return read_chunks(stream, most)
-    body = stream.read(size)
-    if len(body) < size:
+    before()
+    body = stream.read(int(length))
+    if len(body) < int(length):
         raise BadRequest(400, "the body is shorter than its Content-Length")
     return body
 
@@ -8185,7 +8142,7 @@ class Listener(http.server.ThreadingHTTPServer):
         self.portal.stopping.set()
         self._wake.send(b"x")
         self._accepts_no_more.wait()
-        self.portal.sockets.end_idle()  # and see Handler.wait_for_request
+        self.portal.sockets.end(only_idle=True)  # and see Handler.wait_for_request
         threads, deadline = list(self._threads_of_connections), time.monotonic() + self.stop_seconds
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
@@ -8312,13 +8269,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The body, as its headers announce it."""
         if "content-length" not in request.headers and "transfer-encoding" not in request.headers:
             return b""
+
+        def before() -> None:
+            self.allow(self.server.body_seconds)
+            if request.headers.get("expect", "").lower() == "100-continue":
+                self.timed.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         loads = request.path == "/oauth/debug/load" and self.server.portal.settings.serves_debug
-        most = MAX_LOAD if loads else MAX_BODY
-        size = body_size(request.headers, most)
-        self.allow(self.server.body_seconds)
-        if request.headers.get("expect", "").lower() == "100-continue":
-            self.timed.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return read_body(self.lines, size, most)
+        return read_body(self.lines, request.headers, MAX_LOAD if loads else MAX_BODY, before)
 
     def send(self, method: str, response: Response) -> None:
         """Write a response."""
