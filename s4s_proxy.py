@@ -4337,12 +4337,13 @@ class StaleConnection(Exception):
 
 
 class Connection:
-    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and
-    leanly: http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
+    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
     def __init__(self, https: bool, host: str, addresses: Sequence[tuple[str, int]], deadline: float,
                  sockets: OpenSockets, most: int):
-        """Connect to an address of `host`. No answer may be longer than `most` bytes."""
+        """Connect to the first of the addresses that takes it. No answer may be longer than `most` bytes."""
         self.sockets, self.most = sockets, most
+        self.used = self.reusable = False
         self.socket = connect_to_first(addresses, deadline - time.monotonic())
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if https:
@@ -4350,9 +4351,8 @@ class Connection:
             self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host,
                                                                    do_handshake_on_connect=False)
         self.timed = TimedSocket(self.socket)
-        self.stream = io.BufferedReader(self.timed, 64 << 10)
-        self.used = self.reusable = False
         self.timed.deadline = deadline
+        self.stream = io.BufferedReader(self.timed, 64 << 10)
         sockets.add(self.timed)
         try:
             if https:
@@ -4375,19 +4375,19 @@ class Connection:
             raise BadRequest(400, "it closed the connection without an answer")
         self.used = True
         version, status, headers = self._read_head()
-        keep = version == b"1" and "close" not in headers.get("connection", "").lower()
-        announced = "content-length" in headers or "transfer-encoding" in headers
-        if status in (204, 304):  # these have no body; a server that announces one may send it all the same
-            body, keep = b"", keep and not announced
-        elif announced:
+        announced, body = "content-length" in headers or "transfer-encoding" in headers, b""
+        has_body = status not in (204, 304)
+        if has_body and announced:
             body = read_body(self.stream, headers, self.most)
-        else:  # up to the end of the connection
-            body, keep = self.stream.read(self.most + 1), False
+        elif has_body:  # up to the end of the connection
+            body = self.stream.read(self.most + 1)
             if len(body) > self.most:
                 raise too_large(self.most)
-        self.reusable = keep
-        body = unpacked(body, headers.get("content-encoding", "identity").lower(), self.most)
-        return Answer(status, headers, body, url)
+        # A server that announces a body where there is none may send it all the same.
+        self.reusable = (version == b"1" and "close" not in headers.get("connection", "").lower()
+                         and announced == has_body)
+        coding = headers.get("content-encoding", "identity").lower()
+        return Answer(status, headers, unpacked(body, coding, self.most), url)
 
     def _read_head(self) -> tuple[bytes, int, dict[str, str]]:
         """HTTP's minor version, status and headers of the answer, past the interim ones (1xx)."""
@@ -4401,9 +4401,8 @@ class Connection:
         raise BadRequest(400, f"it has no end of interim answers ({status})")
 
     def is_quiet(self) -> bool:
-        """Whether nothing came since the last answer: no byte too many, no answer to a question yet to be
-        asked (a 408 to nothing, the body of a 304), not the end. Else the next answer might be taken from
-        what is there, and somebody would get what another had asked for."""
+        """Whether nothing came since the last answer: no byte too many, no 408 to nothing, no body of a 304, not
+        the end. Else it would be taken for the next answer, and somebody get what another had asked for."""
         self.timed.deadline = DO_NOT_WAIT
         try:
             return self.stream.read(1) is None
@@ -4417,8 +4416,7 @@ class Connection:
 
 
 def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> socket.socket:
-    """A connection to the first of these addresses that takes one, all tried within so many seconds; OSError
-    if none does."""
+    """A connection to the first of these addresses that takes one, all tried within so many seconds."""
     failure = OSError("no address")
     for address in addresses:
         try:
@@ -4437,22 +4435,22 @@ def unpacked(body: bytes, coding: str, most: int) -> bytes:
     unpack = zlib.decompressobj(31)  # 31: with gzip's header
     try:
         body = unpack.decompress(body, most + 1)
+        if len(body) > most:
+            raise too_large(most)
+        if unpack.eof and not unpack.unused_data:
+            return body
     except zlib.error:
-        raise BadRequest(400, "its gzip is broken")
-    if len(body) > most:
-        raise too_large(most)
-    if not unpack.eof or unpack.unused_data:
-        raise BadRequest(400, "its gzip is broken")
-    return body
+        pass
+    raise BadRequest(400, "its gzip is broken")
 
 
 def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
     """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
-    return FhirError(ISSUE_CODES.get(status, "exception"), f"the FHIR server behind this portal {description}", status,
-                     headers)
+    description = f"the FHIR server behind this portal {description}"
+    return FhirError(ISSUE_CODES.get(status, "exception"), description, status, headers)
 
 
-_COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"     # as they may stand in JSON, and in parameters of an address
+_COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"  # as they stand in JSON, and in an address's parameters
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
 
@@ -4466,9 +4464,9 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
 
 
 def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
-    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in,
-    to be sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is
-    kept, which is faster than having them all in memory. ValueError if it is no JSON object."""
+    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to
+    be sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept,
+    which is faster than having them all in memory. ValueError if it is no JSON object."""
     own: Json = {}
     mark, at = _step(text, 0, "{")
     while mark != "}":
@@ -4476,7 +4474,9 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
             raise ValueError("expected a member's name")
         name, at = _decode(text, at)
         at = _step(text, at, ":")[1]
-        if name == "entry":
+        if name != "entry":
+            own[name], at = _decode(text, at)
+        else:
             mark, at = _step(text, at, "[")
             if text.startswith("]", at):
                 mark, at = "]", at + 1
@@ -4484,8 +4484,6 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
                 value, end = _decode(text, at)
                 take(value, text[at:end])
                 mark, at = _step(text, end, ",]")
-        else:
-            own[name], at = _decode(text, at)
         mark, at = _step(text, at, ",}")
     if at < len(text):
         raise ValueError("text after the end")
@@ -4493,12 +4491,10 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
 
 
 class Upstream:
-    """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out.
-
-    The proxies of the environment are not used: what --fhir-server names is reached directly, or a test's
-    server on loopback would be looked for at a company's proxy.
-    """
+    """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out. The
+    environment's proxies are not used: a test's server on loopback would be looked for at a company's proxy."""
     def __init__(self, settings: Settings, sockets: OpenSockets):
+        import urllib.request  # takes long to import, and few need it
         self.base, self.seconds, self.sockets = settings.fhir_server or "", settings.fhir_timeout, sockets
         parts = urlsplit(self.base)
         self.origin, self.path = f"{parts.scheme}://{parts.netloc}", parts.path
@@ -4510,16 +4506,10 @@ class Upstream:
             f"Host: {parts.netloc}",
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
-        self.names: list[str] = []                           # bases that the server says are its own
+        self.names: list[str] = []  # bases that the server says are its own
         self.forget()
-        self._spell(parts.hostname or "", parts.port)
+        self._spell(self.host, parts.port)
         self._idle: list[Connection] = []
-        self._urllib, self._opener = self._urllib_opener()
-
-    def _urllib_opener(self) -> tuple[Any, Any]:
-        """urllib.request, and its opener with one handler, ours, which keeps connections alive. It has no
-        others: none that follows redirects or proxies by itself, none that opens files."""
-        import urllib.request  # takes long to import, and few need it
         send = self._send
 
         class KeepAlive(urllib.request.BaseHandler):
@@ -4529,9 +4519,9 @@ class Upstream:
                 return send(request)
             https_open = http_open
 
-        opener = urllib.request.OpenerDirector()
-        opener.add_handler(KeepAlive())
-        return urllib.request, opener
+        # With no other handler: none that follows redirects or proxies by itself, none that opens files.
+        self._request, self._opener = urllib.request.Request, urllib.request.OpenerDirector()
+        self._opener.add_handler(KeepAlive())
 
     def forget(self) -> None:
         """Forget what was found out of the server's names and abilities."""
@@ -4539,14 +4529,13 @@ class Upstream:
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
-        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer can be
-        had."""
+        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer comes."""
         if form is not None:
             headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = time.monotonic() + self.seconds
         try:
             for _ in range(5):
-                request = self._urllib.Request(url, form, dict(headers))
+                request = self._request(url, form, dict(headers), self.host)
                 answer: Answer = self._opener.open(request, timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308):
                     return answer
@@ -4554,44 +4543,35 @@ class Upstream:
                 if not url:
                     raise refused("redirects to an address that is not its own")
             raise refused("redirects in circles")
-        except BadRequest as error:
-            if error.status == 408:
-                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
-            raise refused(f"sent an answer that can't be read: {error}")
-        except OSError as error:
+        except (BadRequest, OSError) as error:
+            if isinstance(error, BadRequest) and error.status != 408:
+                raise refused(f"sent an answer that can't be read: {error}")
             if time.monotonic() >= deadline:
                 raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
             raise refused(f"can't be reached, or broke off ({type(error).__name__})")
 
     def _send(self, request: Any) -> Answer:
-        """Answer urllib's request over an idle connection, or over a new one.
+        """Answer urllib's request over an idle connection on which nothing came unasked, or over a new one.
 
-        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to
-        be closed.
+        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be
+        closed. Each is in one thread's hands at a time: list.pop takes it out.
         """
         deadline, body, url = time.monotonic() + request.timeout, request.data or b"", request.full_url
-        head = [f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}"]
-        head += [f"{name}: {value}\r\n" for name, value in request.header_items()]
-        head += [f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"]
-        message = "".join(head).encode("latin-1", "replace") + body
-        connection = self._quiet_connection()
-        if connection:
-            with contextlib.suppress(StaleConnection):
-                return self._exchange(connection, message, url, deadline)
-        address = (self.host, self.port)
-        fresh = Connection(self.https, self.host, [address], deadline, self.sockets, MAX_ANSWER)
-        return self._exchange(fresh, message, url, deadline)
-
-    def _quiet_connection(self) -> Connection | None:
-        """An idle connection on which nothing came unasked, if there is one; the others are closed."""
-        while True:
-            try:
-                connection = self._idle.pop()  # into this thread's hands
-            except IndexError:
-                return None
-            if connection.is_quiet():
-                return connection
-            connection.close()
+        head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}"
+        for name, value in request.headers.items():
+            head += f"{name}: {value}\r\n"
+        head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
+        message = head.encode("latin-1", "replace") + body
+        try:
+            connection = self._idle.pop()
+            while not connection.is_quiet():
+                connection.close()
+                connection = self._idle.pop()
+            return self._exchange(connection, message, url, deadline)
+        except (IndexError, StaleConnection):
+            address = (self.host, self.port)
+            fresh = Connection(self.https, self.host, [address], deadline, self.sockets, MAX_ANSWER)
+            return self._exchange(fresh, message, url, deadline)
 
     def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
         """Use a connection, then keep or close it."""
@@ -4609,8 +4589,7 @@ class Upstream:
             self._idle.pop().close()
 
     def inside(self, url: str, seen_at: str) -> str | None:
-        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its
-        base.
+        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
 
         Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server:
         that name is put in its place.
@@ -4631,18 +4610,16 @@ class Upstream:
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
     def _spell(self, host: str, port: int | None) -> None:
-        """Prepare to find the base address in a text, however it is spelled, and other traces of the server's
-        name."""
+        """Prepare to find the base address in a text, however spelled, and other traces of the server's name."""
         path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
-        names = {re.escape(f"[{host}]" if ":" in host else host)}
+        names, usual_port = {re.escape(f"[{host}]" if ":" in host else host)}, port in (None, 80, 443)
         if is_loopback(host):
             names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
         name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        where = f"{name}(?:{_COLON}(?:80|443))?" if port in (None, 80,
-                                                             443) else f"{name}{_COLON}{port}(?!\\d)"
+        where = f"{name}(?:{_COLON}(?:80|443))?" if usual_port else f"{name}{_COLON}{port}(?!\\d)"
         if not is_loopback(host):  # the name alone tells too much
             trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
-        elif port in (None, 80, 443):  # everybody's name: only without another port is it this server's
+        elif usual_port:  # everybody's name: only without another port is it this server's
             trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
         else:
             trace, self._hints = before + where, {str(port)}
@@ -4650,8 +4627,7 @@ class Upstream:
         self._traces = re.compile(trace)
 
     def rewritten(self, body: bytes, ours: str) -> str:
-        """The text of an answer, with `ours` wherever an address of the FHIR server stood; ValueError if not
-        UTF-8.
+        """The text of an answer, with `ours` for each address of the FHIR server; ValueError if not UTF-8.
 
         What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only
         attachments' base64 is not looked into.
@@ -4662,13 +4638,12 @@ class Upstream:
         # \u002f is a slash: so that no address hides behind such
         if "\\" in text and _ESCAPED_ASCII.search(text):
             text = json.dumps(json.loads(text))
-        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR
-        # server's. And from the quick to the slow: mostly its addresses are spelled as expected, and nothing
-        # is left to look for.
+        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's.
+        # And from the quick to the slow: mostly, after the first step nothing is left to look for.
         for end in '/?"' if self.base in text else "":
             text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
-            text = self._addresses.sub(lambda found: "\1" if "%3" in found[0][:8] else "\0", text)
+            text = self._addresses.sub(lambda match: "\1" if "%3" in match[0][:8] else "\0", text)
             if self._hinted(text):
                 text = self._traces.sub("fhir-server.invalid", text)
         if "\0" in text or "\1" in text:
@@ -4683,39 +4658,22 @@ class Upstream:
                 return True
         return False
 
-    def check(self, answer: Answer) -> None:
-        """Only 200 goes on. Waiting helps with 429 and 503, so they pass as they are (S4S's imaging clients
-        wait)."""
-        status = answer.status
-        if status in (429, 503):
-            wait = answer.headers.get("retry-after")
-            raise refused("is busy", status, [("Retry-After", wait)] if wait else [])
-        if status in (404, 410):
-            raise refused("has no such resource" if status == 404 else "deleted this resource", status)
-        if status in (400, 422):
-            raise refused(f"does not accept this request ({status})", 400)
-        if status in (401, 403):
-            raise refused(f"does not let this portal in ({status}); --fhir-header can give it credentials")
-        if status != 200:
-            raise refused(f"answered with status {status}")
-
     def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
         """The resource in an answer, and its text, with our addresses."""
-        self.check(answer)
+        check_status(answer)
         try:
             text = self.rewritten(answer.body, ours)
             value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
-            if not isinstance(value, dict) or not isinstance(value.get("resourceType"),
-                                                             str) or text[end:].strip():
-                raise ValueError("no resource")
+            if isinstance(value, dict) and isinstance(value.get("resourceType"), str) and not text[end:].strip():
+                return value, text
         except (ValueError, RecursionError):
-            raise refused("answered with what is no FHIR JSON")
-        return value, text
+            pass
+        raise refused("answered with what is no FHIR JSON")
 
     def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
         """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our
         addresses."""
-        self.check(answer)
+        check_status(answer)
         try:
             own = split_bundle(self.rewritten(answer.body, ours), take)
         except (ValueError, RecursionError):
@@ -4727,54 +4685,70 @@ class Upstream:
 
     def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
         """The own members of the Bundle in an answer, and the resources in it."""
-        found: list[Any] = []
-        own = self.bundle(answer, ours, lambda entry, text: found.extend(elements(entry, "resource")))
-        return own, [one for one in found if isinstance(one, dict)]
+        resources: list[Any] = []
+        own = self.bundle(answer, ours, lambda entry, text: resources.extend(elements(entry, "resource")))
+        return own, [resource for resource in resources if isinstance(resource, dict)]
 
     def _learn(self, own: Json, asked: str, ours: str) -> None:
-        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before
-        the path that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the
+        path that was asked for. No resource can teach one: whoever wrote it might name another server."""
         path = urlsplit(asked).path[len(self.path):]
-        for link in elements(own, "link"):
-            if path and isinstance(link, dict) and link.get("relation") == "self":
-                url = str(link.get("url")).partition("?")[0]
-                name = url[:-len(path)]
-                if (url.endswith(path) and re.fullmatch("https?://[!-~]+", name) and len(self.names) < 20
-                        and name not in (ours, *self.names)):
-                    self.names.append(name)
+        for relation, url in links_of(own) if path else ():
+            url = url.partition("?")[0]
+            name = url[:-len(path)]
+            if (relation == "self" and url.endswith(path) and re.fullmatch("https?://[!-~]+", name)
+                    and len(self.names) < 20 and name not in (ours, *self.names)):
+                self.names.append(name)
 
     def disguised(self, text: str, ours: str) -> str:
-        """A text with `ours` for the names that the server gives itself. Only after the judgement: what these
-        names mean is the server's word alone, so a reference to a Patient under one of them makes nobody the
-        owner."""
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: they are the
+        server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
         for name in self.names:
             for end in '/?"':
                 text = text.replace(name + end, ours + end)
         return text
 
     def statement(self, now: float) -> Json:
-        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at
-        most."""
-        found, until = self._statement
+        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
+        statement, until = self._statement
         if now >= until:
-            found = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
-            if found["resourceType"] not in ("CapabilityStatement", "Conformance"):
+            statement = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
+            if statement["resourceType"] not in ("CapabilityStatement", "Conformance"):
                 raise refused("has no CapabilityStatement")
-            self._statement = found, now + 300
-        return found
+            self._statement = statement, now + 300
+        return statement
+
+
+def links_of(own: Json) -> list[tuple[str, str]]:
+    """A Bundle's links: (relation, address)."""
+    return [(str(link.get("relation")), link["url"]) for link in elements(own, "link")
+            if isinstance(link, dict) and isinstance(link.get("url"), str)]
+
+
+_NO_ACCESS = "does not let this portal in ({}); --fhir-header can give it credentials"
+_FAULTS = {400: (400, "does not accept this request ({})"), 422: (400, "does not accept this request ({})"),
+           401: (502, _NO_ACCESS), 403: (502, _NO_ACCESS), 404: (404, "has no such resource"),
+           410: (410, "deleted this resource"), 429: (429, "is busy"), 503: (503, "is busy")}
+
+
+def check_status(answer: Answer) -> None:
+    """Only 200 goes on. Waiting helps with 429 and 503: they pass as they are (S4S's imaging clients wait)."""
+    if answer.status != 200:
+        status, description = _FAULTS.get(answer.status, (502, "answered with status {}"))
+        wait = answer.headers.get("retry-after") if status in (429, 503) else None
+        raise refused(description.format(answer.status), status, [("Retry-After", wait)] if wait else [])
 
 
 class ForwardedRecords(Records):
     """The records of another FHIR server, --fhir-server. It is not trusted to filter: it may ignore every
-    parameter and answer each search with everybody's records. So each answer is read whole, every resource in
-    it judged, and only then sent on: as the text it came in, less what may not be seen, with this portal's
-    addresses in it. It is trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
+    parameter and answer each search with everybody's records. So each answer is read whole, every resource in it
+    judged, and only then sent on: as the text it came in, less what may not be seen, with this portal's addresses
+    in it. It is trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
     def __init__(self, portal: Portal):
         self.portal, self.upstream = portal, Upstream(portal.settings, portal.sockets)
         self.warnings: list[str] = []
-        self._version = ("", 0.0)                            # and until when it holds
-        # (grant_id, scope) -> ids found to be in its record
-        self.binaries: dict[tuple[str, str], set[str]] = {}
+        self._version = ("", 0.0)  # and until when it holds
+        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
 
     @property
     def version(self) -> str:  # type: ignore[override]
@@ -4813,27 +4787,27 @@ class ForwardedRecords(Records):
         theirs, resources = self.upstream.statement(self.portal.clock.now()), []
         for resource in elements(theirs, "rest.resource"):
             name = str(resource.get("type")) if isinstance(resource, dict) else ""
-            offered = elements(resource, "interaction.code")
-            codes = [code for code in ("read", "vread", "search-type") if code in offered]
-            if name == "Binary":
-                codes = [code for code in codes if code != "search-type"]
+            offered, forwarded = elements(resource, "interaction.code"), ["read", "vread", "search-type"]
+            codes = [code for code in forwarded[:2 if name == "Binary" else 3] if code in offered]
             if codes and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
+                parameters = [{"name": parameter["name"], "type": str(parameter.get("type"))}
+                              for parameter in elements(resource, "searchParam") if isinstance(parameter, dict)
+                              and may_be_forwarded(str(parameter.get("name")))]
                 resources.append({"type": name, "interaction": [{"code": code} for code in codes],
-                                  "searchParam": [
-                    {"name": parameter["name"], "type": str(parameter.get("type"))}
-                    for parameter in elements(resource, "searchParam")
-                    if isinstance(parameter, dict) and may_be_forwarded(str(parameter.get("name")))]})
+                                  "searchParam": parameters})
         statement["rest"][0]["resource"] = resources
         statement.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
 
     def find_patients(self, text: str = "") -> list[tuple[str, str]]:
-        """Patients whose name has a part that begins with the text, the first 50. Asked in the portal's own
-        name."""
+        """The first 50 patients whose name has a part that begins so, asked in the portal's own name."""
         query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
-        answer = self.upstream.ask(f"{self.upstream.base}/Patient?{query}")
-        return [(resource["id"], display_name(resource))
-                for resource in self.upstream.resources(answer, "")[1]
-                if resource.get("resourceType") == "Patient" and id_of(resource)]
+        return [(patient["id"], display_name(patient)) for patient in self._ask(f"Patient?{query}", "Patient")]
+
+    def _ask(self, query: str, type_name: str) -> list[Json]:
+        """The resources of a type in the answer to a search, less those without a good id."""
+        answer = self.upstream.ask(f"{self.upstream.base}/{query}")
+        return [resource for resource in self.upstream.resources(answer, self.upstream.base)[1]
+                if resource.get("resourceType") == type_name and id_of(resource)]
 
     def patient_name(self, patient_id: str) -> str | None:
         """See Records."""
@@ -4849,16 +4823,13 @@ class ForwardedRecords(Records):
 
     def visits(self, patient_id: str) -> list[Json]:
         """See Records."""
-        base = self.upstream.base
-        answer = self.upstream.ask(f"{base}/Encounter?patient={quote(patient_id, safe='')}&_count=100")
-        return [resource for resource in self.upstream.resources(answer, base)[1]
-                if owner(resource, base) == patient_id and resource.get("resourceType") == "Encounter"
-                and id_of(resource)]
+        query = f"Encounter?patient={quote(patient_id, safe='')}&_count=100"
+        return [encounter for encounter in self._ask(query, "Encounter")
+                if owner(encounter, self.upstream.base) == patient_id]
 
     def load(self, document: Json) -> int:
         """Refused: see Records."""
-        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them "
-                          "there")
+        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
 
     def reset(self) -> None:
         """Forget what was found out."""
@@ -4871,13 +4842,11 @@ class ForwardedRecords(Records):
         self.upstream.close()
 
 
-# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others
-# could look into other records and tell by what is found what stands there (_has, _filter, _query, _type,
-# _list, _content ...).
+# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could
+# look into other records and tell by what is found what stands there (_has, _filter, _query, _list, _content ...).
 FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include",
              "_revinclude", "_total")
-# These stay here: the portal must see whole resources to judge them, and a server may answer with more than
-# asked.
+# These stay here: only whole resources can be judged, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
 OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
@@ -4885,20 +4854,21 @@ PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subje
 
 
 def may_be_forwarded(name: str) -> bool:
-    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient=
-    or SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
+    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient= or
+    SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
     return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
 
 
 def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]],
                   base: str) -> list[tuple[str, str]]:
     """The search to send: each parameter checked, and pinned to the patients that may be seen."""
+    pairs = [(name, value) for name, value in pairs if value and (
+        name.partition(":")[0] not in NOT_FORWARDED
+        or access.unlimited and (name, value) == ("_summary", "count"))]
     if access.unlimited:
-        return [(name, value) for name, value in pairs if value and (
-            name.partition(":")[0] not in NOT_FORWARDED or (name, value) == ("_summary", "count"))]
+        return pairs
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
-    sent = [forwarded_parameter(allowed, pin, name, value, base) for name, value in pairs
-            if value and name.partition(":")[0] not in NOT_FORWARDED]
+    sent = [forwarded_parameter(allowed, pin, name, value, base) for name, value in pairs]
     if allowed is not EVERYBODY and type_name not in SHARED_TYPES and pin not in dict(sent):
         sent.append((pin, owner_value(pin, sorted(allowed))))
     return sent
@@ -4913,13 +4883,12 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
                         base: str) -> tuple[str, str]:
     """One parameter of a search as it goes on.
 
-    Asking for another patient is refused in words rather than found empty: in a parameter that names the
-    owner, under whatever of its names, and by Patient/... in any other. So is what can't be checked: chains
-    (a.b), and modifiers on what names the owner, but for its type (subject:Patient).
+    Asking for another patient is refused in words rather than found empty: in a parameter that names the owner,
+    under whatever of its names, and by Patient/... in any other. So is what can't be checked: chains (a.b), and
+    modifiers on what names the owner, but for its type (subject:Patient).
     """
     stem, _, modifier = name.partition(":")
-    need("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, since it could look into "
-         "other records", "forbidden", 403, FhirError)
+    permit("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, it could look into other records")
     owns = stem in OWNER_PARAMETERS or stem == pin
     permit(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier")
     texts = [text.removeprefix(base + "/") for text in value.split(",")]
@@ -4928,20 +4897,16 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
     else:
         patient_ids = [patient_id for text in texts for patient_id in re.findall(r"Patient/([^/|&?]*)", text)]
     for patient_id in patient_ids:
-        permit(FHIR_ID.fullmatch(patient_id) and patient_id in allowed, f"{name}={patient_id}: the token is "
-               "not for this patient's record")
+        permit(FHIR_ID.fullmatch(patient_id) and patient_id in allowed,
+               f"{name}={patient_id}: the token is not for this patient's record")
     if owns:
         return pin, owner_value(pin, patient_ids)
     return (stem, owner_value("", patient_ids)) if modifier == "Patient" else (name, value)
 
 
 def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]) -> dict[str, str]:
-    """Remember addresses of pages at the FHIR server; gives a handle for each, good for this authorization
-    and path.
-
-    The handle tells nothing of the address: that may hold the FHIR server's name, or what it needs no token
-    for.
-    """
+    """Remember pages at the FHIR server; gives a handle for each, good for this authorization and path. It tells
+    nothing of the address: that may hold the FHIR server's name, or what it needs no token for."""
     if not urls:
         return {}
     now = portal.clock.now()
@@ -4957,11 +4922,10 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 
 def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     """The address behind a paging link; 403 for another authorization's."""
-    row = need(portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle,
-                                portal.clock.now()),
+    row = need(portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now()),
                "this paging link has expired, or never was one; search again", "not-found", 404, FhirError)
-    need((row["grant_id"], row["path"]) == (grant_id, path), "this paging link belongs to another "
-         "authorization or search", "forbidden", 403, FhirError)
+    permit((row["grant_id"], row["path"]) == (grant_id, path),
+           "this paging link belongs to another authorization or search")
     return str(row["url"])
 
 
@@ -4970,6 +4934,7 @@ def going_with(matches: list[str], included: list[str]) -> list[str]:
     def name(entry: str) -> str:
         resource = json.loads(entry)["resource"]
         return f'{resource["resourceType"]}/{resource.get("id")}"'
+
     names, text = [name(entry) for entry in matches], "".join(matches)
     return [entry for entry in included if name(entry) in text or any(known in entry for known in names)]
 
