@@ -4451,6 +4451,7 @@ def refused(description: str, status: int = 502, headers: Sequence[tuple[str, st
 
 
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"  # as they stand in JSON, and in an address's parameters
+NOWHERE = "https://fhir-server.invalid"  # put where a trace of the server was (RFC 6761 section 6.4)
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
 
@@ -4645,7 +4646,7 @@ class Upstream:
         if self._hinted(text):
             text = self._addresses.sub(lambda match: "\1" if "%3" in match[0][:8] else "\0", text)
             if self._hinted(text):
-                text = self._traces.sub("fhir-server.invalid", text)
+                text = self._traces.sub(NOWHERE[8:], text)
         if "\0" in text or "\1" in text:
             text = text.replace("\0", ours).replace("\1", quote(ours, safe=""))
         return text
@@ -4806,7 +4807,7 @@ class ForwardedRecords(Records):
     def _ask(self, query: str, type_name: str) -> list[Json]:
         """The resources of a type in the answer to a search, less those without a good id."""
         answer = self.upstream.ask(f"{self.upstream.base}/{query}")
-        return [resource for resource in self.upstream.resources(answer, self.upstream.base)[1]
+        return [resource for resource in self.upstream.resources(answer, NOWHERE)[1]
                 if resource.get("resourceType") == type_name and id_of(resource)]
 
     def patient_name(self, patient_id: str) -> str | None:
@@ -4825,7 +4826,7 @@ class ForwardedRecords(Records):
         """See Records."""
         query = f"Encounter?patient={quote(patient_id, safe='')}&_count=100"
         return [encounter for encounter in self._ask(query, "Encounter")
-                if owner(encounter, self.upstream.base) == patient_id]
+                if owner(encounter, NOWHERE) == patient_id]
 
     def load(self, document: Json) -> int:
         """Refused: see Records."""
@@ -4949,7 +4950,7 @@ class FetchedResource(Resource):
         self.forwarding = forwarding
 
     def is_pointed_to(self, access: Access) -> bool:
-        """See Resource. Its documents are looked through once, and what was found there is remembered."""
+        """See Resource."""
         return self.forwarding.finds_binary(str(self.id))
 
 
@@ -4965,8 +4966,8 @@ class GatheredPage:
 
 
 class Forwarding:
-    """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR
-    base, under which every address in the answer will be."""
+    """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR base,
+    under which every address in the answer will be."""
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
@@ -4974,17 +4975,16 @@ class Forwarding:
 
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
-        return {name: self.request.headers[name.lower()] for name in names
-                if name.lower() in self.request.headers}
+        return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
 
     def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
         told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
         if told != "application/json+fhir" or self.media_type != FHIR_TYPE:  # else it is DSTU2's own
             told = self.media_type
+        headers = [(name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers]
         body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
-        return Response(status, body, told, [("Cache-Control", "no-store"), *(
-            (name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers)])
+        return Response(status, body, told, [("Cache-Control", "no-store"), *headers])
 
     def read(self) -> Response:
         """One resource: fetched, then judged."""
@@ -4993,8 +4993,8 @@ class Forwarding:
         if asked.version:
             url += f"/_history/{asked.version}"
         answer = self.upstream.ask(url, self.headers("Prefer", "If-None-Match", "If-Modified-Since"))
-        unchanged = answer.status == 304
-        if unchanged:  # which tells that it is there, and in which version, whosever it is: so look
+        status = answer.status
+        if status == 304:  # which tells that it is there, and in which version, whosever it is: so look
             answer = self.upstream.ask(url)
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (asked.type, asked.id):
@@ -5002,22 +5002,19 @@ class Forwarding:
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
-        return self.respond("" if unchanged else text, answer, "ETag", "Last-Modified", status=304
-                            if unchanged else 200)
+        return self.respond("" if status == 304 else text, answer, "ETag", "Last-Modified", status=status)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
-        """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
-        none under a member given twice, none in a place where FHIR has none."""
+        """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none
+        under a member given twice, none in a place where FHIR has none."""
         if self.access.unlimited:
             return True
-        if not isinstance(resource,
-                          dict) or text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
-            return False
-        return self.access.may_see(FetchedResource(resource, self), letters)
+        return (isinstance(resource, dict)
+                and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
+                and self.access.may_see(FetchedResource(resource, self), letters))
 
     def finds_binary(self, binary_id: str) -> bool:
-        """Whether a document or report of the record points to a Binary. What was found once is
-        remembered."""
+        """Whether a document or report of the record points to a Binary. What was found is remembered."""
         binaries = self.records.binaries
         if len(binaries) > 1000:
             binaries.clear()
@@ -5031,17 +5028,16 @@ class Forwarding:
         left, patients = MAX_PAGES, self.access.patients("Binary", "r")
         if patients is EVERYBODY:
             patients = frozenset([self.access.patient_id] if self.access.patient_id else [])
-        for patient_id in sorted(patients):
-            for type_name in DOCUMENT_TYPES:
-                url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
-                while url and left:
-                    left -= 1
-                    answer = self.upstream.ask(url)
-                    if answer.status in (400, 404):  # it has no such type
-                        break
-                    own, resources = self.upstream.resources(answer, self.base)
-                    yield from (FetchedResource(resource, self) for resource in resources)
-                    url = self.links(own, answer).get("next", "")
+        for patient_id, type_name in itertools.product(sorted(patients), DOCUMENT_TYPES):
+            url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
+            while url and left:
+                left -= 1
+                answer = self.upstream.ask(url)
+                if answer.status in (400, 404):  # it has no such type
+                    break
+                own, resources = self.upstream.resources(answer, self.base)
+                yield from (FetchedResource(resource, self) for resource in resources)
+                url = self.links(own, answer).get("next", "")
 
     def search(self) -> Response:
         """A page of a search, from its beginning or by a paging link."""
@@ -5058,8 +5054,8 @@ class Forwarding:
         """Patient/[id]/$everything. It reads and searches, so each resource in it takes both letters."""
         pairs = self.request.pairs()
         for name, _ in pairs:
-            permit(name in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"), f"{name}: expected one of "
-                   + ", ".join(EVERYTHING_PARAMETERS))
+            permit(name in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"),
+                   f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}")
         url = self.page_url() or f"{self.upstream.base}/Patient/{self.asked.id}/$everything"
         return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 
@@ -5075,25 +5071,22 @@ class Forwarding:
         """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that
         leads elsewhere is an error: without it, the app would take the page for the last."""
         links: dict[str, str] = {}
-        for link in elements(own, "link"):
-            relation, url = (link.get("relation"),
-                             link.get("url")) if isinstance(link, dict) else (None, None)
-            if relation in ("first", "previous", "prev", "next", "last") and isinstance(url, str):
-                url = url.replace(self.base, self.upstream.base)  # it was rewritten with all the rest
-                url = url.replace(quote(self.base, safe=""), quote(self.upstream.base, safe=""))
-                inside = self.upstream.inside(url, answer.url)
-                if inside:
-                    links[relation] = inside
-                elif relation == "next":
-                    raise refused("gave a link to the next page that does not lead to itself")
+        for relation, url in links_of(own):
+            url = url.replace(self.base, self.upstream.base)  # it was rewritten with all the rest
+            url = url.replace(quote(self.base, safe=""), quote(self.upstream.base, safe=""))
+            inside = self.upstream.inside(url, answer.url)
+            if inside and relation in ("first", "previous", "prev", "next", "last"):
+                links[relation] = inside
+            elif relation == "next":
+                raise refused("gave a link to the next page that does not lead to itself")
         return links
 
     def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
         """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was
         included with it; and how many were dropped.
 
-        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may
-        quote anything; Bundles within the Bundle.
+        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may quote
+        anything; Bundles within the Bundle.
         """
         matches: list[str] = []
         included: list[str] = []
@@ -5109,27 +5102,24 @@ class Forwarding:
             search = entry.get("search")
             is_included = isinstance(search, dict) and search.get("mode") == "include"
             (included if is_included else matches).append(text)
+
         own = self.upstream.bundle(answer, self.base, judge)
-        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR "
-                          "server isn't trusted to filter")
+        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR server "
+                          "isn't trusted to filter")
         return own, matches, included, dropped
 
-    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of
-    # nothing, would tell that it is there, and so would what was included with it. Then a page of ours is
-    # filled from the server's pages after it, and a link to the next comes if there is one more to see, or
-    # after MAX_PAGES. The address behind that link ends in #, how many were seen of the server's page
-    # already, and the size of ours. The server's `total` can't be checked, so it comes only where all that it
-    # counts is on this page; what _summary=count asks for is counted here. Better would be a server that is
-    # asked in a language in which the token's limits can be said.
+    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of nothing,
+    # would tell that it is there, and so would what was included with it. Then a page of ours is filled from the
+    # server's pages after it, and a link to the next comes if there is one more to see, or after MAX_PAGES. The
+    # address behind that link ends in #, how many were seen of the server's page already, and the size of ours.
+    # The server's `total` can't be checked, so it comes only where all that it counts is on this page; what
+    # _summary=count asks for is counted here. Better would be a server that can be told the token's limits.
 
-    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]],
-             letters: str) -> Response:
-        """A Bundle of what may be seen of the FHIR server's answer to the parameters `sent`; `pairs` are all
-        that came."""
+    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to `sent`; `pairs` are all that came."""
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
         count = dict(pairs).get("_count", "20")
-        need(re.fullmatch("[0-9]{1,9}", count), f"_count={count}: expected a whole number", "value",
-             kind=FhirError)
+        need(re.fullmatch("[0-9]{1,9}", count), f"_count={count}: expected a whole number", "value", kind=FhirError)
         skip, size = map(int, mark.split(",")) if mark else (0, int(count))
         counting = not self.access.unlimited and (size == 0 or ("_summary", "count") in pairs)
         if sent and (narrowed or counting):
@@ -5137,18 +5127,18 @@ class Forwarding:
         query, page = urlencode(sent, quote_via=quote, safe="/:,|"), GatheredPage(size)
         answer = self.gather(page, url, query, letters, skip, fills=narrowed and not counting,
                              reads_on=narrowed or counting)
-        bundle = self.bundle(page, pairs, counting)
+        text = json.dumps(self.bundle(page, pairs, counting))
         if narrowed:
             page.included = going_with(page.matches, page.included)
-        text, shown = json.dumps(bundle), [] if counting else [*page.matches, *dict.fromkeys(page.included)]
+        shown = [] if counting else [*page.matches, *dict.fromkeys(page.included)]
         if shown:
             text = f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}"
         return self.respond(text, answer)
 
     def gather(self, page: GatheredPage, url: str, query: str, letters: str, skip: int, fills: bool,
                reads_on: bool) -> Answer:
-        """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`),
-        or to the end (`reads_on` alone), or just one. Gives the last answer."""
+        """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`), or to
+        the end (`reads_on` alone), or just one. Gives the last answer."""
         # A search that was posted is posted on: what a patient has may be too private for the address line.
         form = query.encode() if query and self.request.method == "POST" else None
         ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
@@ -5172,18 +5162,16 @@ class Forwarding:
 
     def bundle(self, page: GatheredPage, pairs: list[tuple[str, str]], counting: bool) -> Json:
         """The Bundle of a gathered page, less its entries."""
-        bundle: Json = {"resourceType": "Bundle", **{
-            name: page.own[name] for name in ("id", "meta", "type", "timestamp") if name in page.own}}
-        if self.access.unlimited:
-            bundle.update({"total": page.own["total"]} if "total" in page.own else {})
-        elif (page.whole and not self.access.narrowed and "next" not in page.links
-              and (counting or page.own.get("total") == len(page.matches))):
+        kept = ("id", "meta", "type", "timestamp", *(["total"] if self.access.unlimited else []))
+        bundle = {"resourceType": "Bundle", **{name: page.own[name] for name in kept if name in page.own}}
+        is_all = page.whole and "next" not in page.links and not self.access.narrowed
+        if is_all and not self.access.unlimited and (counting or page.own.get("total") == len(page.matches)):
             bundle["total"] = len(page.matches)
         query = urlencode(pairs, quote_via=quote) if self.request.method == "POST" else self.request.query
         here = f"{self.base}/{self.asked.path}"
         handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, page.links)
-        bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}, *(
-            {"relation": relation, "url": f"{here}?_page={handle}"} for relation, handle in handles.items())]
+        bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}]
+        bundle["link"] += [{"relation": name, "url": f"{here}?_page={handle}"} for name, handle in handles.items()]
         return bundle
 
 
