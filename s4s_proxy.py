@@ -8004,8 +8004,16 @@ class Listener(http.server.ThreadingHTTPServer):
     def __init__(self, portal: Portal, host: str, port: int):
         self.portal = portal
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.scheme = "https" if portal.settings.certfile else "http"
-        self._context = self._tls_context() if portal.settings.certfile else None
+        self.scheme, self._context = "http", None
+        settings = portal.settings
+        if settings.certfile:
+            import ssl  # takes long to import, and few need it
+            self.scheme = "https"
+            try:
+                self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+                self._context.load_cert_chain(str(settings.certfile), settings.keyfile)
+            except (OSError, ssl.SSLError) as error:
+                raise StartError(f"--certfile {settings.certfile}: {error}; give PEM files")
         self._threads_of_connections: set[threading.Thread] = set()
         self._accepts_no_more = threading.Event()
         self._wake, self._woken = socket.socketpair()
@@ -8015,24 +8023,13 @@ class Listener(http.server.ThreadingHTTPServer):
             raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
         self.socket.setblocking(False)  # a client that is gone before it is accepted holds nobody
 
-    def _tls_context(self) -> Any:
-        import ssl  # takes long to import, and few need it
-        settings = self.portal.settings
-        try:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(str(settings.certfile), settings.keyfile)
-        except (OSError, ssl.SSLError) as error:
-            raise StartError(f"--certfile {settings.certfile}: {error}; give PEM files")
-        return context
-
     def server_bind(self) -> None:
         """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def accept_until_stopped(self) -> None:
-        """Accept connections. A byte on the wake socket ends it at once, where serve_forever polls twice a
-        second."""
+        """Accept connections. A byte on the wake socket ends it; serve_forever polls twice a second."""
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self.socket, selectors.EVENT_READ)
@@ -8048,8 +8045,13 @@ class Listener(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread. ThreadingMixIn's own are waited for without end, or not at all."""
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address),
-                                  name="s4s connection", daemon=True)
+        def live() -> None:
+            try:
+                self.process_request_thread(request, client_address)
+            finally:
+                self._threads_of_connections.discard(thread)
+
+        thread = threading.Thread(target=live, name="s4s connection", daemon=True)
         self._threads_of_connections.add(thread)
         try:
             thread.start()
@@ -8057,20 +8059,12 @@ class Listener(http.server.ThreadingHTTPServer):
             self._threads_of_connections.discard(thread)
             self.shutdown_request(request)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """The thread's life."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._threads_of_connections.discard(threading.current_thread())
-
     def finish_request(self, request: Any, client_address: Any) -> None:
         """One connection, from its handshake to its end."""
-        if not self._context:
+        if self._context:
+            request = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+        with request:
             super().finish_request(request, client_address)
-            return
-        with self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secure:
-            super().finish_request(secure, client_address)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """What went wrong outside of any request."""
@@ -8083,12 +8077,11 @@ class Listener(http.server.ThreadingHTTPServer):
         settings = self.portal.settings
         if settings.quiet:
             return
-        asked = scrubbed(f"{request.method} {request.path}")
-        client_and_user = " ".join(filter(None, (request.client_id, request.username)))
-        line = f"{asked} {status} {seconds * 1000:.1f} ms {client_and_user}"
-        notes = map(scrubbed, request.notes if settings.verbose else ())
+        who = " ".join(filter(None, (request.client_id, request.username)))
+        line = f"{scrubbed(f'{request.method} {request.path}')} {status} {seconds * 1000:.1f} ms {who}"
+        lines = [line.rstrip(), *map(scrubbed, request.notes if settings.verbose else ())]
         self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda char: f"\\x{ord(char[0]):02x}", text)
-                                      for text in (line.rstrip(), *notes)))
+                                      for text in lines))
 
     def stop(self) -> None:
         """Stop accepting, let requests in flight finish, for 2 seconds at most, close everything."""
@@ -8111,10 +8104,9 @@ class Listener(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose
-    use of email.parser takes longer than all that the portal does; and writes an answer at once: header and
-    body in two writes could cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed
-    acknowledgement)."""
+    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use
+    of email.parser takes longer than all that the portal does; and writes an answer at once: header and body in
+    two writes could cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed acknowledgement)."""
     server: Listener
     disable_nagle_algorithm = True
 
@@ -8149,8 +8141,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.timed.deadline = time.monotonic() + seconds
 
     def wait_for_request(self) -> bool:
-        """Whether one comes. Between two requests the connection may be stopped, and needs no words to
-        end."""
+        """Whether one comes. Between two requests a connection may be stopped, and needs no words to end."""
         self.allow(self.server.idle_seconds)
         self.timed.idle = True
         try:
@@ -8178,9 +8169,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if line in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: one empty line before a request is forgiven
             line = self.lines.readline(MAX_HEAD + 1)
         match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
-        if not match and len(line) > MAX_HEAD:
-            raise BadRequest(414, f"the request line is longer than {MAX_HEAD} bytes")
         if not match:
+            if len(line) > MAX_HEAD:
+                raise BadRequest(414, f"the request line is longer than {MAX_HEAD} bytes")
             raise BadRequest(400, "expected a request line such as GET / HTTP/1.1")
         method, target, major, minor = match.groups()
         if major != "1":
@@ -8201,13 +8192,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     @staticmethod
     def own_target(method: str, target: str, headers: dict[str, str]) -> str:
-        """The target as path and query. An absolute one's host counts, not the header's (RFC 9112 section
-        3.2.2)."""
+        """The target as path and query. An absolute one's host counts, not the header's (RFC 9112, 3.2.2)."""
         if target[0] != "/":
-            absolute = re.fullmatch(r"https?://([^/?#]*)(.*)", target, re.IGNORECASE)
+            absolute = re.fullmatch(r"https?://([^/?#]*)/?(.*)", target, re.IGNORECASE)
             if absolute:
-                headers["host"] = absolute[1]
-                target = absolute[2] if absolute[2].startswith("/") else "/" + absolute[2]
+                headers["host"], target = absolute[1], "/" + absolute[2]
             elif target == "*" and method == "OPTIONS":
                 target = "/"
         if target[0] != "/" or "#" in target:
@@ -8257,13 +8246,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer a request whose head can't be read."""
         self.close_connection = True
         with contextlib.suppress(OSError, BadRequest):
-            told = {"error": "invalid_request", "error_description": str(error)}
-            self.send("", json_response(told, error.status))
+            self.send("", json_response({"error": "invalid_request", "error_description": str(error)}, error.status))
             self.linger()
 
     def linger(self) -> None:
-        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and
-        the client may never see the answer."""
+        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and the
+        client may never see the answer."""
         with contextlib.suppress(OSError, BadRequest):
             self.connection.shutdown(socket.SHUT_WR)
             self.allow(1)
