@@ -4321,6 +4321,7 @@ MAX_INTERIM = 100            # 1xx answers before the answer
 MAX_LINKS = 1000             # paging links that one authorization may hold
 PAGE_SECONDS = 3600
 MAX_PAGES = 20               # read for one request: in search of a Binary's document, or of what may be seen
+Pairs = list[tuple[str, str]]  # names and values of a query or form
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-5]\d\d)(?: [^\r\n]*)?\r?\n")
 
 
@@ -4337,8 +4338,8 @@ class StaleConnection(Exception):
 
 
 class Connection:
-    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and leanly:
-    http.client's use of email.parser takes longer than all the rest of a forwarded read."""
+    """A connection to another server, kept alive. It reads answers strictly (RFC 9112 section 6.3) and
+    leanly: http.client's use of email.parser takes longer than all the rest of a forwarded read."""
     def __init__(self, https: bool, host: str, addresses: Sequence[tuple[str, int]], deadline: float,
                  sockets: OpenSockets, most: int):
         """Connect to the first of the addresses that takes it. No answer may be longer than `most` bytes."""
@@ -4401,8 +4402,8 @@ class Connection:
         raise BadRequest(400, f"it has no end of interim answers ({status})")
 
     def is_quiet(self) -> bool:
-        """Whether nothing came since the last answer: no byte too many, no 408 to nothing, no body of a 304, not
-        the end. Else it would be taken for the next answer, and somebody get what another had asked for."""
+        """Whether nothing came since the last answer: no byte too many, no 408 to nothing, no body of a 304,
+        not the end. Else it would be taken for the next answer: somebody would get what another asked for."""
         self.timed.deadline = DO_NOT_WAIT
         try:
             return self.stream.read(1) is None
@@ -4465,9 +4466,9 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
 
 
 def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
-    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in, to
-    be sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is kept,
-    which is faster than having them all in memory. ValueError if it is no JSON object."""
+    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in,
+    to be sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is
+    kept, which is faster than having them all in memory. ValueError if it is no JSON object."""
     own: Json = {}
     mark, at = _step(text, 0, "{")
     while mark != "}":
@@ -4493,7 +4494,7 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
 
 class Upstream:
     """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out. The
-    environment's proxies are not used: a test's server on loopback would be looked for at a company's proxy."""
+    environment's proxies are not used: they would be asked for a test's server on loopback."""
     def __init__(self, settings: Settings, sockets: OpenSockets):
         import urllib.request  # takes long to import, and few need it
         self.base, self.seconds, self.sockets = settings.fhir_server or "", settings.fhir_timeout, sockets
@@ -4554,8 +4555,8 @@ class Upstream:
     def _send(self, request: Any) -> Answer:
         """Answer urllib's request over an idle connection on which nothing came unasked, or over a new one.
 
-        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to be
-        closed. Each is in one thread's hands at a time: list.pop takes it out.
+        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to
+        be closed. Each is in one thread's hands at a time: list.pop takes it out.
         """
         deadline, body, url = time.monotonic() + request.timeout, request.data or b"", request.full_url
         head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}"
@@ -4590,11 +4591,8 @@ class Upstream:
             self._idle.pop().close()
 
     def inside(self, url: str, seen_at: str) -> str | None:
-        """An address that the FHIR server gave, perhaps relative to where it was seen; None if not below its base.
-
-        Whatever the host in it (the server may go by another name), requests only ever go to --fhir-server:
-        that name is put in its place.
-        """
+        """An address that the FHIR server gave, absolute or relative; None if not below its base. Whatever the
+        host in it (the server may go by another name), requests only ever go to --fhir-server."""
         try:
             url = urljoin(seen_at, url)
             url.encode()  # fails for half a surrogate pair
@@ -4611,7 +4609,7 @@ class Upstream:
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
     def _spell(self, host: str, port: int | None) -> None:
-        """Prepare to find the base address in a text, however spelled, and other traces of the server's name."""
+        """Prepare to find the base address, however spelled, and other traces of the server's name."""
         path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
         names, usual_port = {re.escape(f"[{host}]" if ":" in host else host)}, port in (None, 80, 443)
         if is_loopback(host):
@@ -4639,8 +4637,8 @@ class Upstream:
         # \u002f is a slash: so that no address hides behind such
         if "\\" in text and _ESCAPED_ASCII.search(text):
             text = json.dumps(json.loads(text))
-        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR server's.
-        # And from the quick to the slow: mostly, after the first step nothing is left to look for.
+        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR
+        # server's. And from the quick to the slow: mostly, after the first step nothing is left to look for.
         for end in '/?"' if self.base in text else "":
             text = text.replace(self.base + end, "\0" + end)
         if self._hinted(text):
@@ -4665,9 +4663,9 @@ class Upstream:
         try:
             text = self.rewritten(answer.body, ours)
             value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
-            if isinstance(value, dict) and isinstance(value.get("resourceType"), str) and not text[end:].strip():
+            if isinstance(value["resourceType"], str) and not text[end:].strip():
                 return value, text
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, TypeError, KeyError):
             pass
         raise refused("answered with what is no FHIR JSON")
 
@@ -4691,8 +4689,8 @@ class Upstream:
         return own, [resource for resource in resources if isinstance(resource, dict)]
 
     def _learn(self, own: Json, asked: str, ours: str) -> None:
-        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before the
-        path that was asked for. No resource can teach one: whoever wrote it might name another server."""
+        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before
+        the path that was asked for. No resource can teach one: whoever wrote it might name another server."""
         path = urlsplit(asked).path[len(self.path):]
         for relation, url in links_of(own) if path else ():
             url = url.partition("?")[0]
@@ -4702,15 +4700,15 @@ class Upstream:
                 self.names.append(name)
 
     def disguised(self, text: str, ours: str) -> str:
-        """A text with `ours` for the names that the server gives itself. Only after the judgement: they are the
-        server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
+        """A text with `ours` for the names that the server gives itself. Only after the judgement: they are
+        the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
         for name in self.names:
             for end in '/?"':
                 text = text.replace(name + end, ours + end)
         return text
 
     def statement(self, now: float) -> Json:
-        """The FHIR server's CapabilityStatement (DSTU2: Conformance), asked for every five minutes at most."""
+        """The FHIR server's CapabilityStatement (DSTU2: Conformance), kept for five minutes."""
         statement, until = self._statement
         if now >= until:
             statement = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
@@ -4733,7 +4731,7 @@ _FAULTS = {400: (400, "does not accept this request ({})"), 422: (400, "does not
 
 
 def check_status(answer: Answer) -> None:
-    """Only 200 goes on. Waiting helps with 429 and 503: they pass as they are (S4S's imaging clients wait)."""
+    """Only 200 goes on. 429 and 503 pass as they are: waiting helps, and S4S's imaging clients wait."""
     if answer.status != 200:
         status, description = _FAULTS.get(answer.status, (502, "answered with status {}"))
         wait = answer.headers.get("retry-after") if status in (429, 503) else None
@@ -4742,14 +4740,14 @@ def check_status(answer: Answer) -> None:
 
 class ForwardedRecords(Records):
     """The records of another FHIR server, --fhir-server. It is not trusted to filter: it may ignore every
-    parameter and answer each search with everybody's records. So each answer is read whole, every resource in it
-    judged, and only then sent on: as the text it came in, less what may not be seen, with this portal's addresses
-    in it. It is trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
+    parameter and answer each search with everybody's records. So each answer is read whole, every resource in
+    it judged, and only then sent on: as the text it came in, less what may not be seen, with this portal's
+    addresses in it. It is trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
     def __init__(self, portal: Portal):
         self.portal, self.upstream = portal, Upstream(portal.settings, portal.sockets)
         self.warnings: list[str] = []
         self._version = ("", 0.0)  # and until when it holds
-        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids found to be in its record
+        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids in its record
 
     @property
     def version(self) -> str:  # type: ignore[override]
@@ -4792,8 +4790,8 @@ class ForwardedRecords(Records):
             codes = [code for code in forwarded[:2 if name == "Binary" else 3] if code in offered]
             if codes and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
                 parameters = [{"name": parameter["name"], "type": str(parameter.get("type"))}
-                              for parameter in elements(resource, "searchParam") if isinstance(parameter, dict)
-                              and may_be_forwarded(str(parameter.get("name")))]
+                              for parameter in elements(resource, "searchParam")
+                              if isinstance(parameter, dict) and may_be_forwarded(str(parameter.get("name")))]
                 resources.append({"type": name, "interaction": [{"code": code} for code in codes],
                                   "searchParam": parameters})
         statement["rest"][0]["resource"] = resources
@@ -4802,11 +4800,11 @@ class ForwardedRecords(Records):
     def find_patients(self, text: str = "") -> list[tuple[str, str]]:
         """The first 50 patients whose name has a part that begins so, asked in the portal's own name."""
         query = urlencode({**({"name": text} if text else {}), "_count": "50"}, quote_via=quote)
-        return [(patient["id"], display_name(patient)) for patient in self._ask(f"Patient?{query}", "Patient")]
+        return [(patient["id"], display_name(patient)) for patient in self._all("Patient", query)]
 
-    def _ask(self, query: str, type_name: str) -> list[Json]:
+    def _all(self, type_name: str, query: str) -> list[Json]:
         """The resources of a type in the answer to a search, less those without a good id."""
-        answer = self.upstream.ask(f"{self.upstream.base}/{query}")
+        answer = self.upstream.ask(f"{self.upstream.base}/{type_name}?{query}")
         return [resource for resource in self.upstream.resources(answer, NOWHERE)[1]
                 if resource.get("resourceType") == type_name and id_of(resource)]
 
@@ -4824,13 +4822,12 @@ class ForwardedRecords(Records):
 
     def visits(self, patient_id: str) -> list[Json]:
         """See Records."""
-        query = f"Encounter?patient={quote(patient_id, safe='')}&_count=100"
-        return [encounter for encounter in self._ask(query, "Encounter")
-                if owner(encounter, NOWHERE) == patient_id]
+        query = f"patient={quote(patient_id, safe='')}&_count=100"
+        return [visit for visit in self._all("Encounter", query) if owner(visit, NOWHERE) == patient_id]
 
     def load(self, document: Json) -> int:
         """Refused: see Records."""
-        raise PortalError("invalid_request", "the records are the FHIR server's (--fhir-server): load them there")
+        raise PortalError("invalid_request", "the records are the FHIR server's: load them there")
 
     def reset(self) -> None:
         """Forget what was found out."""
@@ -4843,8 +4840,8 @@ class ForwardedRecords(Records):
         self.upstream.close()
 
 
-# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others could
-# look into other records and tell by what is found what stands there (_has, _filter, _query, _list, _content ...).
+# Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others
+# could look into other records and tell by what is found what stands there (_has, _filter, _query ...).
 FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include",
              "_revinclude", "_total")
 # These stay here: only whole resources can be judged, and a server may answer with more than asked.
@@ -4855,13 +4852,12 @@ PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subje
 
 
 def may_be_forwarded(name: str) -> bool:
-    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient= or
-    SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
+    """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient=
+    or SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
     return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
 
 
-def pinned_search(access: Access, type_name: str, pairs: Iterable[tuple[str, str]],
-                  base: str) -> list[tuple[str, str]]:
+def pinned_search(access: Access, type_name: str, pairs: Pairs, base: str) -> Pairs:
     """The search to send: each parameter checked, and pinned to the patients that may be seen."""
     pairs = [(name, value) for name, value in pairs if value and (
         name.partition(":")[0] not in NOT_FORWARDED
@@ -4884,12 +4880,12 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
                         base: str) -> tuple[str, str]:
     """One parameter of a search as it goes on.
 
-    Asking for another patient is refused in words rather than found empty: in a parameter that names the owner,
-    under whatever of its names, and by Patient/... in any other. So is what can't be checked: chains (a.b), and
-    modifiers on what names the owner, but for its type (subject:Patient).
+    Asking for another patient is refused in words rather than found empty: in a parameter that names the
+    owner, under whatever of its names, and by Patient/... in any other. So is what can't be checked: chains
+    (a.b), and modifiers on what names the owner, but for its type (subject:Patient).
     """
     stem, _, modifier = name.partition(":")
-    permit("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, it could look into other records")
+    permit("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, may look into other records")
     owns = stem in OWNER_PARAMETERS or stem == pin
     permit(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier")
     texts = [text.removeprefix(base + "/") for text in value.split(",")]
@@ -4906,8 +4902,8 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
 
 
 def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]) -> dict[str, str]:
-    """Remember pages at the FHIR server; gives a handle for each, good for this authorization and path. It tells
-    nothing of the address: that may hold the FHIR server's name, or what it needs no token for."""
+    """Remember pages at the FHIR server; gives a handle for each, good for this authorization and path. It
+    tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for."""
     if not urls:
         return {}
     now = portal.clock.now()
@@ -4923,8 +4919,8 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 
 def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     """The address behind a paging link; 403 for another authorization's."""
-    row = need(portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now()),
-               "this paging link has expired, or never was one; search again", "not-found", 404, FhirError)
+    row = portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now())
+    row = need(row, "this paging link has expired, or never was one; search again", "not-found", 404, FhirError)
     permit((row["grant_id"], row["path"]) == (grant_id, path),
            "this paging link belongs to another authorization or search")
     return str(row["url"])
@@ -4966,8 +4962,8 @@ class GatheredPage:
 
 
 class Forwarding:
-    """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR base,
-    under which every address in the answer will be."""
+    """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR
+    base, under which every address in the answer will be."""
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
@@ -4975,7 +4971,8 @@ class Forwarding:
 
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
-        return {name: self.request.headers[name.lower()] for name in names if name.lower() in self.request.headers}
+        sent = self.request.headers
+        return {name: sent[name.lower()] for name in names if name.lower() in sent}
 
     def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
@@ -5005,8 +5002,8 @@ class Forwarding:
         return self.respond("" if status == 304 else text, answer, "ETag", "Last-Modified", status=status)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
-        """Whether a resource may be seen, and its text holds no other than this one and its contained ones: none
-        under a member given twice, none in a place where FHIR has none."""
+        """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
+        none under a member given twice, none in a place where FHIR has none."""
         if self.access.unlimited:
             return True
         return (isinstance(resource, dict)
@@ -5085,8 +5082,8 @@ class Forwarding:
         """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was
         included with it; and how many were dropped.
 
-        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may quote
-        anything; Bundles within the Bundle.
+        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may
+        quote anything; Bundles within the Bundle.
         """
         matches: list[str] = []
         included: list[str] = []
@@ -5104,22 +5101,23 @@ class Forwarding:
             (included if is_included else matches).append(text)
 
         own = self.upstream.bundle(answer, self.base, judge)
-        self.request.note(f"{len(matches) + len(included)} entries may be seen, {dropped} not; the FHIR server "
-                          "isn't trusted to filter")
+        seen = len(matches) + len(included)
+        self.request.note(f"{seen} entries may be seen, {dropped} not; the FHIR server isn't trusted to filter")
         return own, matches, included, dropped
 
-    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of nothing,
-    # would tell that it is there, and so would what was included with it. Then a page of ours is filled from the
-    # server's pages after it, and a link to the next comes if there is one more to see, or after MAX_PAGES. The
-    # address behind that link ends in #, how many were seen of the server's page already, and the size of ours.
-    # The server's `total` can't be checked, so it comes only where all that it counts is on this page; what
-    # _summary=count asks for is counted here. Better would be a server that can be told the token's limits.
+    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of
+    # nothing, would tell that it is there, and so would what was included with it. Then a page of ours is
+    # filled from the server's pages after it, and a link to the next comes if there is one more to see, or
+    # after MAX_PAGES. The address behind that link ends in #, how many were seen of the server's page
+    # already, and the size of ours. The server's `total` can't be checked, so it comes only where all that it
+    # counts is on this page; _summary=count is counted here. Better would be a server that knows such limits.
 
-    def page(self, url: str, sent: list[tuple[str, str]], pairs: list[tuple[str, str]], letters: str) -> Response:
+    def page(self, url: str, sent: Pairs, pairs: Pairs, letters: str) -> Response:
         """A Bundle of what may be seen of the FHIR server's answer to `sent`; `pairs` are all that came."""
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
         count = dict(pairs).get("_count", "20")
-        need(re.fullmatch("[0-9]{1,9}", count), f"_count={count}: expected a whole number", "value", kind=FhirError)
+        if not re.fullmatch("[0-9]{1,9}", count):
+            raise FhirError("value", f"_count={count}: expected a whole number")
         skip, size = map(int, mark.split(",")) if mark else (0, int(count))
         counting = not self.access.unlimited and (size == 0 or ("_summary", "count") in pairs)
         if sent and (narrowed or counting):
@@ -5137,8 +5135,8 @@ class Forwarding:
 
     def gather(self, page: GatheredPage, url: str, query: str, letters: str, skip: int, fills: bool,
                reads_on: bool) -> Answer:
-        """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`), or to
-        the end (`reads_on` alone), or just one. Gives the last answer."""
+        """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`),
+        or to the end (`reads_on` alone), or just one. Gives the last answer."""
         # A search that was posted is posted on: what a patient has may be too private for the address line.
         form = query.encode() if query and self.request.method == "POST" else None
         ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
@@ -5160,7 +5158,7 @@ class Forwarding:
         page.links = {"next": f"{url}#0,{page.size}"} if fills else {}
         return answer
 
-    def bundle(self, page: GatheredPage, pairs: list[tuple[str, str]], counting: bool) -> Json:
+    def bundle(self, page: GatheredPage, pairs: Pairs, counting: bool) -> Json:
         """The Bundle of a gathered page, less its entries."""
         kept = ("id", "meta", "type", "timestamp", *(["total"] if self.access.unlimited else []))
         bundle = {"resourceType": "Bundle", **{name: page.own[name] for name in kept if name in page.own}}
@@ -5171,7 +5169,8 @@ class Forwarding:
         here = f"{self.base}/{self.asked.path}"
         handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, page.links)
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}]
-        bundle["link"] += [{"relation": name, "url": f"{here}?_page={handle}"} for name, handle in handles.items()]
+        for relation, handle in handles.items():
+            bundle["link"].append({"relation": relation, "url": f"{here}?_page={handle}"})
         return bundle
 
 
@@ -5745,16 +5744,16 @@ def too_large(most: int) -> BadRequest:
 #
 # Nobody may hold a thread without end, by silence, by a byte a minute, or by reading nothing. So all that is
 # read or written has a deadline: a moment, not a number of seconds that each byte would begin anew. It is in
-# real time: a test that moves the portal's clock cuts nobody off. Who sets it also says what happens after it:
-# an app gets a 408 in words, or none if it had asked nothing; a FHIR server behind is told of as a 504.
+# real time: a test that moves the portal's clock cuts nobody off. Who sets it also says what happens after
+# it: an app gets a 408 in words, or none if it had asked nothing; a FHIR server behind is told of as a 504.
 #
-# A thread wakes by its socket's timeout, which is set anew only where it differs much from the time left: waking
-# early does no harm, the clock is looked at again. settimeout() would do for all, but polls before each system
-# call, a quarter of the speed. So a plain socket blocks until the kernel wakes it (SO_RCVTIMEO). TLS reads in
-# layers that know nothing of that, on Windows a socket is unusable after it, and what the kernel counts for
-# writing begins anew, on some systems, with each byte read: these use settimeout(), the last once the other
-# side has left no room to write at once (MSG_DONTWAIT). A stop wakes threads by shutting their sockets. On
-# Windows that wakes nobody (cpython issue 91913): there a thread looks five times a second.
+# A thread wakes by its socket's timeout, which is set anew only where it differs much from the time left:
+# waking early does no harm, the clock is looked at again. settimeout() would do for all, but polls before
+# each system call, a quarter of the speed. So a plain socket blocks until the kernel wakes it (SO_RCVTIMEO).
+# TLS reads in layers that know nothing of that, on Windows a socket is unusable after it, and what the kernel
+# counts for writing begins anew, on some systems, with each byte read: these use settimeout(), the last once
+# the other side has left no room to write at once (MSG_DONTWAIT). A stop wakes threads by shutting their
+# sockets. On Windows that wakes nobody (cpython issue 91913): there a thread looks five times a second.
 #
 # What the author would like better: settimeout() for all, if Python tried to read before it polls.
 TIMED_OUT = (BlockingIOError, TimeoutError, socket.timeout)  # the last is TimeoutError too since Python 3.10
@@ -5847,8 +5846,8 @@ class TimedSocket(io.RawIOBase):
 
 
 class OpenSockets:
-    """The connections that are open, to apps and to other servers, so that a stop can end them. Whoever closes
-    one discards it first: a number that the system has given to the next one is never shut."""
+    """The connections that are open, to apps and to other servers, so that a stop can end them. Whoever
+    closes one discards it first: a number that the system has given to the next one is never shut."""
     def __init__(self) -> None:
         self._open: set[TimedSocket] = set()
         self._ended = False
@@ -8104,9 +8103,9 @@ class Listener(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose use
-    of email.parser takes longer than all that the portal does; and writes an answer at once: header and body in
-    two writes could cost a kept-alive client 40 ms (Nagle's algorithm waiting for a delayed acknowledgement)."""
+    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose
+    use of email.parser takes longer than all that the portal does; and writes an answer at once: in two
+    writes it could take 40 ms longer (Nagle's algorithm waiting for a delayed acknowledgement)."""
     server: Listener
     disable_nagle_algorithm = True
 
@@ -8246,12 +8245,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answer a request whose head can't be read."""
         self.close_connection = True
         with contextlib.suppress(OSError, BadRequest):
-            self.send("", json_response({"error": "invalid_request", "error_description": str(error)}, error.status))
+            told = {"error": "invalid_request", "error_description": str(error)}
+            self.send("", json_response(told, error.status))
             self.linger()
 
     def linger(self) -> None:
-        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and the
-        client may never see the answer."""
+        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and
+        the client may never see the answer."""
         with contextlib.suppress(OSError, BadRequest):
             self.connection.shutdown(socket.SHUT_WR)
             self.allow(1)
