@@ -4554,10 +4554,8 @@ class Upstream:
 
     def _send(self, request: Any) -> Answer:
         """Answer urllib's request over an idle connection on which nothing came unasked, or over a new one.
-
         All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to
-        be closed. Each is in one thread's hands at a time: list.pop takes it out.
-        """
+        be closed. Each is in one thread's hands at a time: list.pop takes it out."""
         deadline, body, url = time.monotonic() + request.timeout, request.data or b"", request.full_url
         head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}"
         for name, value in request.headers.items():
@@ -4591,7 +4589,7 @@ class Upstream:
             self._idle.pop().close()
 
     def inside(self, url: str, seen_at: str) -> str | None:
-        """An address that the FHIR server gave, absolute or relative; None if not below its base. Whatever the
+        """An address that the FHIR server gave, absolute or not; None if not below its base. Whatever the
         host in it (the server may go by another name), requests only ever go to --fhir-server."""
         try:
             url = urljoin(seen_at, url)
@@ -4627,10 +4625,8 @@ class Upstream:
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` for each address of the FHIR server; ValueError if not UTF-8.
-
         What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only
-        attachments' base64 is not looked into.
-        """
+        attachments' base64 is not looked into."""
         text = body.decode("utf-8")
         if "\0" in text or "\1" in text:
             raise ValueError("a control character")
@@ -4878,12 +4874,10 @@ def owner_value(pin: str, patient_ids: Iterable[str]) -> str:
 
 def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str,
                         base: str) -> tuple[str, str]:
-    """One parameter of a search as it goes on.
-
-    Asking for another patient is refused in words rather than found empty: in a parameter that names the
-    owner, under whatever of its names, and by Patient/... in any other. So is what can't be checked: chains
-    (a.b), and modifiers on what names the owner, but for its type (subject:Patient).
-    """
+    """One parameter of a search as it goes on. Asking for another patient is refused in words rather than
+    found empty: in a parameter that names the owner, under whatever of its names, and by Patient/... in any
+    other. So is what can't be checked: chains (a.b), and modifiers on what names the owner, but for its type
+    (subject:Patient)."""
     stem, _, modifier = name.partition(":")
     permit("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, may look into other records")
     owns = stem in OWNER_PARAMETERS or stem == pin
@@ -4920,7 +4914,7 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     """The address behind a paging link; 403 for another authorization's."""
     row = portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now())
-    row = need(row, "this paging link has expired, or never was one; search again", "not-found", 404, FhirError)
+    row = need(row, "this paging link has expired or never was one: search again", "not-found", 404, FhirError)
     permit((row["grant_id"], row["path"]) == (grant_id, path),
            "this paging link belongs to another authorization or search")
     return str(row["url"])
@@ -5080,11 +5074,8 @@ class Forwarding:
 
     def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
         """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was
-        included with it; and how many were dropped.
-
-        They are dropped silently: other patients' records, included ones too; OperationOutcomes, which may
-        quote anything; Bundles within the Bundle.
-        """
+        included with it; and how many were dropped. They are dropped silently: other patients' records,
+        included ones too; OperationOutcomes, which may quote anything; Bundles within the Bundle."""
         matches: list[str] = []
         included: list[str] = []
         dropped = 0
@@ -5102,7 +5093,7 @@ class Forwarding:
 
         own = self.upstream.bundle(answer, self.base, judge)
         seen = len(matches) + len(included)
-        self.request.note(f"{seen} entries may be seen, {dropped} not; the FHIR server isn't trusted to filter")
+        self.request.note(f"{seen} entries may be seen, {dropped} not: the FHIR server isn't trusted")
         return own, matches, included, dropped
 
     # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of
@@ -5761,10 +5752,8 @@ NO_DEADLINE, DO_NOT_WAIT = math.inf, -math.inf
 
 
 class TimedSocket(io.RawIOBase):
-    """A connected socket that is read and written until its `deadline`; then BadRequest 408.
-
-    With the deadline DO_NOT_WAIT it reads what is there: None (io's word for "would block") if nothing is.
-    """
+    """A connected socket that is read and written until its `deadline`; then BadRequest 408. With the
+    deadline DO_NOT_WAIT it reads what is there: None (io's word for "would block") if nothing is."""
     def __init__(self, connection: socket.socket):
         self.connection, self.deadline = connection, NO_DEADLINE
         self.idle = self.ended = False  # idle: between two requests, where a stop may end it
