@@ -290,6 +290,10 @@ class RawTest(PortalTest):
                 connection.shutdown(socket.SHUT_WR)
             return self.answers(connection)
 
+    def statuses(self, data: bytes, end: bool = False) -> list[int]:
+        """The statuses of these answers."""
+        return [answer.status for answer in self.talk(data, end)]
+
     @staticmethod
     def answers(connection: socket.socket) -> list[Answer]:
         """What a connection still brings, until it is closed."""
@@ -6145,152 +6149,118 @@ class Secrets(unittest.TestCase):
 
 
 class Sockets(RawTest):
-    """What comes over a raw socket."""
+    """What comes over a raw socket, and where a message ends (RFC 9112 section 6): nothing that two servers in a
+    row could read differently."""
 
-    def statuses(self, data: bytes) -> list[int]:
-        return [answer.status for answer in self.talk(data)]
+    def check(self, status: int, *requests: bytes, end: bool = False) -> None:
+        """Each is answered once, with this status, and closed."""
+        for data in requests:
+            with self.subTest(data=data[:60]):
+                self.assertEqual(self.statuses(data, end), [status])
+
+    def chunked(self, body: bytes) -> bytes:
+        return self.form("Transfer-Encoding: chunked", body=body)
 
     def test_malformed_requests_are_refused_and_closed(self) -> None:
-        for status, data in (
-                (400, b"nonsense\r\n\r\n"), (505, b"GET / HTTP/2.0\r\n\r\n"),
-                (400, b"GET / HTTP/1.1\r\n\r\n"), (400, b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
-                (400, b"GET / HTTP/1.1\r\nHost : a\r\n\r\n"),
-                (400, b"GET / HTTP/1.1\r\nHost: a\r\n folded: b\r\n\r\n"),
-                (421, b"GET http://other.example/ HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"),
-                (431, b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000), (414, b"GET /" + b"x" * 70_000),
-                (400, b"GET relative HTTP/1.1\r\nHost: a\r\n\r\n"),
-                (400, b"GET / HTTP/1.1\r\nHost: a\x00b\r\n\r\n"),
-                (400, b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n"),
-                (421, b"GET / HTTP/1.1\r\nHost: rebound.example\r\nConnection: close\r\n\r\n")):
-            with self.subTest(data=data[:60]):
-                self.assertEqual(self.statuses(data), [status])
+        self.check(400, b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/11.1\r\n\r\n",
+                   b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
+                   b"GET / HTTP/1.1\r\nHost: a\r\n folded: b\r\n\r\n", b"GET relative HTTP/1.1\r\nHost: a\r\n\r\n",
+                   b"GET / HTTP/1.1\r\nHost: a\x00b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n")
+        self.check(505, *(f"GET / HTTP/{version}\r\n\r\n".encode() for version in ("0.9", "2.0", "3.0")))
+        self.check(431, b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000)
+        self.check(414, b"GET /" + b"x" * 70_000)
+        close = b"Connection: close\r\n\r\n"
+        self.check(421, b"GET http://other.example/ HTTP/1.1\r\nHost: localhost\r\n" + close,
+                   b"GET / HTTP/1.1\r\nHost: rebound.example\r\n" + close)
 
-    def test_both_framings_at_once_are_refused(self) -> None:
-        both = ("Content-Length: 3", "Transfer-Encoding: chunked")
-        self.assertEqual(self.statuses(self.form(*both, body=b"0\r\n\r\n")), [400])
+    def test_malformed_lines_are_400(self) -> None:
+        host = f"Host: {self.portal.host}:{self.portal.port}\r\n".encode()
+        lines = [b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b" GET / HTTP/1.1", b"GET /", b"get / HTTP/1.1",
+                 b"GET /\0 HTTP/1.1", b"GET /\r HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1", b"GET /#x HTTP/1.1",
+                 b"GET * HTTP/1.1", b"GET http:// HTTP/1.1", b"GET http://[/ HTTP/1.1",
+                 b"GET http://me@localhost/ HTTP/1.1", b"GET //localhost\\@x/ HTTP/1.1\r\nX",
+                 b"\r\n\r\nGET / HTTP/1.1", b"GET / HTTP/1.1\r\n" + host.strip()]
+        headers = (b"X: a\0b", b"X: a\rb", b"X", b": x", b"X y: z", b"\tX: z", b"X\xe9: z")
+        lines += [b"GET / HTTP/1.1\r\n" + header for header in headers]
+        self.check(400, *(line + b"\r\n" + host + b"\r\n" for line in lines))
 
-    def test_a_chunked_body_is_understood(self) -> None:
-        chunks = b"c;x=y\r\ngrant_type=n\r\n3\r\none\r\n0\r\n\r\n"
-        [answer] = self.talk(self.form("Transfer-Encoding: chunked", body=chunks))
-        self.assertEqual(answer.json["error"], "unsupported_grant_type")
-
-    def test_a_body_over_the_limit_is_413_and_closed(self) -> None:
-        data = self.request("POST /oauth/token", "Content-Length: 1048577", close=False)
-        self.assertEqual(self.statuses(data), [413])
+    def test_headers_that_decide_something_must_not_come_twice(self) -> None:
+        self.check(400, *(self.request("POST /oauth/token", line, line) for line in (
+            "Authorization: Basic eDp5", "Content-Type: text/plain", "Content-Length: 0", "Expect: 100-continue")))
 
     def test_a_body_that_can_not_be_read_is_answered_in_the_endpoints_shape(self) -> None:
         line, too_long = "POST /api/fhir/Condition/_search", "Content-Length: 1048577"
         [answer] = self.talk(self.request(line, too_long, close=False))
         self.assertEqual((answer.status, answer.json["resourceType"]), (413, "OperationOutcome"))
         self.assertEqual(answer.headers["access-control-allow-origin"], "*")
-        self.assertEqual(self.statuses(self.request("PUT /api/fhir/Patient/x", too_long, close=False)), [401])
+        self.check(401, self.request("PUT /api/fhir/Patient/x", too_long, close=False))
 
     def test_a_body_is_read_even_when_nobody_wants_it(self) -> None:
         unwanted = self.request("POST /nothing", "Content-Length: 5", body=b"hello", close=False)
         nothing, health = self.talk(unwanted + self.request("GET /health"))
         self.assertEqual((nothing.status, health.json["status"]), (404, "ok"))
 
-    def test_expect_100_continue_is_answered(self) -> None:
-        data = self.request("POST /oauth/token", "Expect: 100-continue", "Content-Length: 4", body=b"a=bc")
-        self.assertEqual(self.statuses(data), [100, 415])
-
-    def test_an_absolute_request_target_is_served(self) -> None:
-        target = f"GET {self.portal.url}/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-        self.assertEqual(self.statuses(target.encode()), [200])
-
-
-class Framing(RawTest):
-    """Where a message ends (RFC 9112 section 6): nothing that two servers in a row could read differently."""
-
-    def statuses(self, data: bytes, end: bool = False) -> list[int]:
-        return [answer.status for answer in self.talk(data, end)]
-
-    def chunked(self, body: bytes) -> bytes:
-        return self.form("Transfer-Encoding: chunked", body=body)
-
     def test_a_body_shorter_than_announced_is_400(self) -> None:
-        self.assertEqual(self.statuses(self.form("Content-Length: 10", body=b"abc"), end=True), [400])
+        self.check(400, self.form("Content-Length: 10", body=b"abc"), end=True)
+
+    def test_both_framings_at_once_are_refused(self) -> None:
+        self.check(400, self.form("Content-Length: 3", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"))
 
     def test_what_follows_a_body_is_the_next_request(self) -> None:
         data = self.request("POST /oauth/token", "Content-Length: 3", body=b"abcdef\r\n\r\n", close=False)
         self.assertEqual(self.statuses(data), [415, 400])
 
     def test_a_length_that_is_no_number_is_400(self) -> None:
-        for length in ("", "-1", "+1", "1.0", "0x1", "1, 1", "1 1", "1" * 30, "a"):
-            with self.subTest(length=length):
-                self.assertEqual(self.statuses(self.form(f"Content-Length: {length}", body=b"a")), [400])
+        self.check(400, *(self.form(f"Content-Length: {length}", body=b"a") for length in (
+            "", "-1", "+1", "1.0", "0x1", "1, 1", "1 1", "1" * 30, "a")))
 
-    def test_broken_chunks_are_400(self) -> None:
-        for body in (b"zz\r\n", b"-1\r\n", b"1\r\nab\r\n0\r\n\r\n", b"3\r\nab", b"\r\n", b"1\nab\n",
-                     b"0x1\r\na\r\n", b"123456789\r\n", b"1;" + b"x" * 2000 + b"\r\na\r\n0\r\n\r\n",
-                     b"0\r\nbad trailer\r\n\r\n", b""):
-            with self.subTest(body=body[:20]):
-                self.assertEqual(self.statuses(self.chunked(body), end=True), [400])
-
-    def test_chunks_over_the_limit_are_413(self) -> None:
-        for body in (b"ffffffff\r\nabc", (b"8000\r\n" + b"a" * 0x8000 + b"\r\n") * 33):
-            self.assertEqual(self.statuses(self.chunked(body)), [413])
-
-    def test_trailers_are_forgotten(self) -> None:
-        body = b"3\r\na=b\r\n0\r\nAuthorization: Basic eDp5\r\n\r\n"
-        [answer] = self.talk(self.chunked(body))
+    def test_a_chunked_body_is_understood_and_its_trailers_forgotten(self) -> None:
+        [answer] = self.talk(self.chunked(b"c;x=y\r\ngrant_type=n\r\n3\r\none\r\n0\r\n\r\n"))
+        self.assertEqual(answer.json["error"], "unsupported_grant_type")
+        [answer] = self.talk(self.chunked(b"3\r\na=b\r\n0\r\nAuthorization: Basic eDp5\r\n\r\n"))
         self.assertEqual(answer.json["error_description"], "grant_type is missing")
 
+    def test_broken_chunks_are_400(self) -> None:
+        self.check(400, *map(self.chunked, (
+            b"zz\r\n", b"-1\r\n", b"1\r\nab\r\n0\r\n\r\n", b"3\r\nab", b"\r\n", b"1\nab\n", b"0x1\r\na\r\n",
+            b"123456789\r\n", b"1;" + b"x" * 2000 + b"\r\na\r\n0\r\n\r\n", b"0\r\nbad trailer\r\n\r\n", b"")), end=True)
+
+    def test_a_body_over_the_limit_is_413_and_not_asked_for(self) -> None:
+        self.check(413, self.request("POST /oauth/token", "Content-Length: 1048577", close=False),
+                   self.form("Expect: 100-continue", "Content-Length: 9999999"),
+                   self.chunked(b"ffffffff\r\nabc"), self.chunked((b"8000\r\n" + b"a" * 0x8000 + b"\r\n") * 33))
+
     def test_a_coding_that_is_not_understood_is_501(self) -> None:
-        for coding in ("gzip", "gzip, chunked", "chunked, chunked", "identity", "xchunked"):
-            with self.subTest(coding=coding):
-                data = self.form(f"Transfer-Encoding: {coding}", body=b"0\r\n\r\n")
-                self.assertEqual(self.statuses(data), [501])
+        self.check(501, *(self.form(f"Transfer-Encoding: {coding}", body=b"0\r\n\r\n") for coding in (
+            "gzip", "gzip, chunked", "chunked, chunked", "identity", "xchunked")))
 
     def test_pipelined_requests_are_answered_in_their_order(self) -> None:
         data = (self.request("GET /health", close=False) + self.request("GET /nothing", close=False)
                 + self.request("GET /", close=False) + self.form("Content-Length: 0"))
         self.assertEqual(self.statuses(data), [200, 404, 200, 400])
 
+    def test_expect_100_continue_is_answered(self) -> None:
+        data = self.request("POST /oauth/token", "Expect: 100-continue", "Content-Length: 4", body=b"a=bc")
+        self.assertEqual(self.statuses(data), [100, 415])
+
     def test_http_1_0_is_answered_and_closed_and_gets_no_interim_answer(self) -> None:
         [answer] = self.talk(b"POST /oauth/token HTTP/1.0\r\nConnection: keep-alive\r\n"
                              b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\na")
         self.assertEqual((answer.status, answer.headers["connection"]), (415, "close"))
 
-    def test_a_refused_body_is_not_asked_for(self) -> None:
-        self.assertEqual(self.statuses(self.form("Expect: 100-continue", "Content-Length: 9999999")), [413])
-
-    def test_malformed_lines_are_400(self) -> None:
-        host = f"Host: {self.portal.host}:{self.portal.port}\r\n".encode()
-        for data in (b"GET  / HTTP/1.1\r\n", b"GET / HTTP/1.1 \r\n", b" GET / HTTP/1.1\r\n", b"GET /\r\n",
-                     b"get / HTTP/1.1\r\n", b"GET /\0 HTTP/1.1\r\n", b"GET /\r HTTP/1.1\r\n",
-                     b"GET /\xc3\xa9 HTTP/1.1\r\n", b"GET /#x HTTP/1.1\r\n", b"GET * HTTP/1.1\r\n",
-                     b"GET http:// HTTP/1.1\r\n", b"GET http://[/ HTTP/1.1\r\n",
-                     b"GET http://me@localhost/ HTTP/1.1\r\n", b"GET //localhost\\@x/ HTTP/1.1\r\nX\r\n",
-                     b"GET / HTTP/1.1\r\nX: a\0b\r\n", b"GET / HTTP/1.1\r\nX: a\rb\r\n",
-                     b"GET / HTTP/1.1\r\nX\r\n", b"GET / HTTP/1.1\r\n: x\r\n",
-                     b"GET / HTTP/1.1\r\nX y: z\r\n", b"GET / HTTP/1.1\r\n\tX: z\r\n",
-                     b"GET / HTTP/1.1\r\nX\xe9: z\r\n",
-                     b"GET / HTTP/1.1\r\n" + host, b"\r\n\r\nGET / HTTP/1.1\r\n"):
-            with self.subTest(data=data):
-                self.assertEqual(self.statuses(data + host + b"\r\n"), [400])
-
-    def test_headers_that_decide_something_must_not_come_twice(self) -> None:
-        for line in ("Authorization: Basic eDp5", "Content-Type: text/plain", "Content-Length: 0",
-                     "Expect: 100-continue"):
-            with self.subTest(line=line):
-                self.assertEqual(self.statuses(self.request("POST /oauth/token", line, line)), [400])
-
-    def test_an_unknown_method_is_405_and_an_unknown_version_505(self) -> None:
+    def test_an_unknown_method_is_405(self) -> None:
         [answer] = self.talk(self.request("BREW /oauth/token"))
         self.assertEqual((answer.status, answer.headers["allow"]), (405, "POST, OPTIONS"))
-        for version in ("0.9", "2.0", "3.0"):
-            self.assertEqual(self.statuses(f"GET / HTTP/{version}\r\n\r\n".encode()), [505])
-        self.assertEqual(self.statuses(b"GET / HTTP/11.1\r\n\r\n"), [400])
 
     def test_options_for_the_server_as_a_whole(self) -> None:
-        self.assertEqual(self.statuses(self.request("OPTIONS *")), [204])
+        self.check(204, self.request("OPTIONS *"))
 
     def test_an_absolute_target_keeps_its_query_and_its_host_counts(self) -> None:
-        for target in (f"{self.portal.url}/api/me?x=1", f"HTTP{self.portal.url[4:]}/api/me/"):
-            self.assertEqual(self.statuses(self.request("GET " + target)), [401])
-        self.assertEqual(self.statuses(self.request(f"GET {self.portal.url}?a=/b")), [200])
-        self.assertEqual(self.statuses(self.request("GET http://evil.example/health")), [421])
+        url = self.portal.url
+        self.check(200, f"GET {url}/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode(),
+                   self.request(f"GET {url}?a=/b"))
+        self.check(401, self.request(f"GET {url}/api/me?x=1"), self.request(f"GET HTTP{url[4:]}/api/me/"))
+        self.check(421, self.request("GET http://evil.example/health"))
 
 
 class RememberedLines(RawTest):
@@ -6298,13 +6268,13 @@ class RememberedLines(RawTest):
 
     def test_a_host_made_up_for_http_1_0_is_not_there_for_http_1_1(self) -> None:
         for version, status in (("1.0", 200), ("1.1", 400)):
-            got = self.talk(f"GET /health HTTP/{version}\r\nX-Same: 1\r\n\r\n".encode(), end=True)
-            self.assertEqual([one.status for one in got], [status], version)
+            data = f"GET /health HTTP/{version}\r\nX-Same: 1\r\n\r\n".encode()
+            self.assertEqual(self.statuses(data, end=True), [status], version)
 
     def test_an_absolute_targets_host_stays_with_its_request(self) -> None:
         for target, status in (("http://evil.example/health", 421), ("/health", 200)):
-            got = self.talk(f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-            self.assertEqual([one.status for one in got], [status], target)
+            data = f"GET {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
+            self.assertEqual(self.statuses(data), [status], target)
 
     def test_long_texts_are_not_kept(self) -> None:
         asked: list[str] = []
@@ -6321,28 +6291,33 @@ class RememberedLines(RawTest):
 class SlowClients(RawTest):
     """A slow client holds one thread, for a bounded time, and nobody else."""
 
+    def connect(self) -> socket.socket:
+        connection = socket.create_connection((self.portal.host, self.portal.port), 10)
+        self.addCleanup(connection.close)
+        return connection
+
     def test_a_slow_header_is_408_and_nobody_else_waits(self) -> None:
         self.limits(head_seconds=0.3)
-        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: loc")
-            self.still_works()
-            self.assertEqual([one.status for one in self.answers(connection)], [408])
+        connection = self.connect()
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: loc")
+        self.still_works()
+        self.assertEqual([answer.status for answer in self.answers(connection)], [408])
 
     def test_a_slow_body_is_408(self) -> None:
         self.limits(body_seconds=0.2)
         for header, body in (("Content-Length: 10", b"abc"), ("Transfer-Encoding: chunked", b"5\r\nab")):
-            self.assertEqual([one.status for one in self.talk(self.form(header, body=body))], [408])
+            self.assertEqual(self.statuses(self.form(header, body=body)), [408])
 
     def test_bytes_that_drip_buy_no_more_time(self) -> None:
         self.limits(head_seconds=0.3)
-        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nX: ")
-            connection.settimeout(0.02)
-            started, got = time.monotonic(), b""
-            while not got and time.monotonic() - started < 5:
-                connection.sendall(b"x")
-                with contextlib.suppress(socket.timeout):
-                    got = connection.recv(1000)
+        connection = self.connect()
+        connection.sendall(b"GET / HTTP/1.1\r\nX: ")
+        connection.settimeout(0.02)
+        started, got = time.monotonic(), b""
+        while not got and time.monotonic() - started < 5:
+            connection.sendall(b"x")
+            with contextlib.suppress(socket.timeout):
+                got = connection.recv(1000)
         self.assertIn(b"408", got)
 
     def test_an_answer_may_take_longer_than_a_request(self) -> None:
@@ -6360,13 +6335,14 @@ class SlowClients(RawTest):
     def test_a_test_suites_default_timeout_is_not_ours(self) -> None:
         self.addCleanup(socket.setdefaulttimeout, socket.getdefaulttimeout())
         socket.setdefaulttimeout(0.05)
-        with socket.create_connection((self.portal.host, self.portal.port), 0.2) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\n")
-            with self.assertRaises(OSError):  # nothing comes yet
-                connection.recv(1)
-            connection.settimeout(10)
-            connection.sendall(b"Host: localhost\r\n\r\n")
-            self.assertIn(b" 200 ", connection.recv(100))
+        connection = self.connect()
+        connection.sendall(b"GET /health HTTP/1.1\r\n")
+        connection.settimeout(0.2)
+        with self.assertRaises(OSError):  # nothing comes yet
+            connection.recv(1)
+        connection.settimeout(10)
+        connection.sendall(b"Host: localhost\r\n\r\n")
+        self.assertIn(b" 200 ", connection.recv(100))
 
     def test_a_connection_made_while_the_server_stops_ends_at_once(self) -> None:
         one, other = socket.socketpair()
@@ -6394,26 +6370,25 @@ class SlowClients(RawTest):
     def test_windows_says_408_too(self) -> None:
         self.limits(head_seconds=0.2)
         with mock.patch.object(sys, "platform", "win32"):
-            self.assertEqual([answer.status for answer in self.talk(b"GET / HT")], [408])
+            self.assertEqual(self.statuses(b"GET / HT"), [408])
 
     def test_an_idle_connection_is_closed_without_words(self) -> None:
         self.limits(idle_seconds=0.2)
-        self.assertEqual(self.talk(b""), [])
-        self.assertEqual([one.status for one in self.talk(self.request("GET /health", close=False))], [200])
+        self.assertEqual(self.statuses(b""), [])
+        self.assertEqual(self.statuses(self.request("GET /health", close=False)), [200])
 
     def test_a_client_that_reads_nothing_is_given_up(self) -> None:
         self.limits(body_seconds=0.2)
-        with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
-            connection.settimeout(0.2)
-            with contextlib.suppress(OSError):  # the server stops reading when its answers are not read
-                search = self.request("GET /api/open-fhir/Observation?_count=1000", close=False)
-                connection.sendall(search * 2000)
-            started = time.monotonic()
-            with self.assertRaises(ConnectionError):  # whoever writes to a connection that is closed is told
-                while time.monotonic() - started < 5:
-                    self.still_works()
-                    with contextlib.suppress(socket.timeout):
-                        connection.send(b"x")
+        connection = self.connect()
+        connection.settimeout(0.2)
+        with contextlib.suppress(OSError):  # the server stops reading when its answers are not read
+            connection.sendall(self.request("GET /api/open-fhir/Observation?_count=1000", close=False) * 2000)
+        started = time.monotonic()
+        with self.assertRaises(ConnectionError):  # whoever writes to a connection that is closed is told
+            while time.monotonic() - started < 5:
+                self.still_works()
+                with contextlib.suppress(socket.timeout):
+                    connection.send(b"x")
 
     def test_a_client_that_reads_little_by_little_is_given_up(self) -> None:
         one, other = socket.socketpair()
@@ -6436,14 +6411,8 @@ class SlowClients(RawTest):
             reader.join()
 
     def test_a_header_may_be_long_but_not_longer_than_64_kib(self) -> None:
-        for length, status in ((60_000, 200), (66_000, 431)):
-            with self.subTest(length=length):
-                [answer] = self.talk(self.request("GET /health", "X: " + "x" * length))
-                self.assertEqual(answer.status, status)
-
-    def test_many_short_headers_are_as_long_as_one(self) -> None:
-        [answer] = self.talk(self.request("GET /health", *["X: y"] * 12_000))
-        self.assertEqual(answer.status, 431)
+        for lines, status in ((["X: " + "x" * 60_000], 200), (["X: " + "x" * 66_000], 431), (["X: y"] * 12_000, 431)):
+            self.assertEqual(self.statuses(self.request("GET /health", *lines)), [status])
 
     def test_no_more_threads_to_be_had_closes_the_connection_and_nothing_else(self) -> None:
         with s4s.Server() as portal:
