@@ -4914,7 +4914,7 @@ def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]
 def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     """The address behind a paging link; 403 for another authorization's."""
     row = portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now())
-    row = need(row, "this paging link has expired or never was one: search again", "not-found", 404, FhirError)
+    row = need(row, "this paging link has expired, or never was: search again", "not-found", 404, FhirError)
     permit((row["grant_id"], row["path"]) == (grant_id, path),
            "this paging link belongs to another authorization or search")
     return str(row["url"])

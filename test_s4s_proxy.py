@@ -4385,14 +4385,15 @@ class NoAddressGetsOut(ForwardingTest):
 
     def spelled(self, text: str) -> dict[str, Any]:
         """What comes of an Observation with this text in it."""
-        self.behind.script["Observation/mine"] = json_answer(json.dumps(observation("mine", note="NOTE")).replace(
-            "NOTE", text).encode())
+        self.script("Observation/mine",
+                    json.dumps(observation("mine", note="NOTE")).replace("NOTE", text).encode())
         return dict(json.loads(self.clean("Observation/mine")))
 
     def test_every_spelling_of_the_base(self) -> None:
         port, ours = self.behind.port, self.portal.fhir_url
         for text in (f"http://127.0.0.1:{port}/fhir/Patient/1", f"https://localhost:{port}/fhir/Patient/1",
-                     f"http:\\/\\/LocalHost:{port}\\/fhir\\/Patient\\/1", f"http://[::1]:{port}/fhir/Patient/1",
+                     f"http:\\/\\/LocalHost:{port}\\/fhir\\/Patient\\/1",
+                     f"http://[::1]:{port}/fhir/Patient/1",
                      f"http:\\u002f\\u002f127.0.0.1\\u003a{port}/fhir/Patient/1"):
             with self.subTest(text):
                 self.assertEqual(self.spelled(text)["note"], f"{ours}/Patient/1")
@@ -4404,8 +4405,9 @@ class NoAddressGetsOut(ForwardingTest):
 
     def test_other_paths_of_its_host(self) -> None:
         port = self.behind.port
-        for text in (f"http://127.0.0.1:{port}/admin", f"HTTP://LOCALHOST:{port}/FHIR", f"see localhost:{port}",
-                     f"http%3a%2f%2flocalhost%3a{port}%2f", f"http://127.0.0.1:{port}/fhir2"):
+        for text in (f"http://127.0.0.1:{port}/admin", f"HTTP://LOCALHOST:{port}/FHIR",
+                     f"see localhost:{port}", f"http%3a%2f%2flocalhost%3a{port}%2f",
+                     f"http://127.0.0.1:{port}/fhir2"):
             with self.subTest(text):
                 self.assertIn("fhir-server.invalid", self.spelled(text)["note"])
 
@@ -4428,15 +4430,15 @@ class NoAddressGetsOut(ForwardingTest):
 
     def test_a_name_that_only_looks_alike_stays(self) -> None:
         text = f"http://127.0.0.1:{self.behind.port}9/fhir"
-        self.behind.script["Observation/mine"] = json_answer(observation("mine", note=text))
+        self.script("Observation/mine", observation("mine", note=text))
         self.assertEqual(self.read("Observation/mine")["note"], text)
 
     def test_links_full_urls_and_attachments(self) -> None:
-        bundle = json.loads(self.clean("DocumentReference"))
-        self.assertIn(f"{self.portal.fhir_url}/Observation/mine", [entry["fullUrl"] for entry in bundle["entry"]])
-        self.assertEqual(bundle["entry"][-1]["resource"]["content"][0]["attachment"]["url"],
-                         f"{self.portal.fhir_url}/Binary/my-file")
-        self.assertEqual(bundle["link"], [{"relation": "self", "url": f"{self.portal.fhir_url}/DocumentReference"}])
+        bundle, ours = json.loads(self.clean("DocumentReference")), self.portal.fhir_url
+        self.assertIn(f"{ours}/Observation/mine", [entry["fullUrl"] for entry in bundle["entry"]])
+        attachment = bundle["entry"][-1]["resource"]["content"][0]["attachment"]
+        self.assertEqual(attachment["url"], f"{ours}/Binary/my-file")
+        self.assertEqual(bundle["link"], [{"relation": "self", "url": f"{ours}/DocumentReference"}])
 
     def test_open_access_has_its_own_addresses(self) -> None:
         body = self.clean("Observation", token="", api="/api/open-fhir/")
@@ -4444,12 +4446,13 @@ class NoAddressGetsOut(ForwardingTest):
         self.assertNotIn("/api/fhir", body)
 
     def test_another_name_that_the_server_goes_by(self) -> None:
-        there = "http://hidden.example/r4"
-        bundle = json.dumps(self.behind.bundle(observation("mine", note=f"{there}/Patient/1"), self=f"{there}/Observation"))
-        self.script("Observation", bundle.replace(self.behind.url, there).encode())
-        self.assertIn(f'"{self.portal.fhir_url}/Patient/1"', self.clean("Observation"))
-        self.script("Observation/mine", observation("mine", note=f"{there}/Patient/1"))
-        self.assertEqual(json.loads(self.clean("Observation/mine"))["note"], f"{self.portal.fhir_url}/Patient/1")
+        there, ours = "http://hidden.example/r4/", self.portal.fhir_url
+        record = observation("mine", note=f"{there}Patient/1")
+        bundle = json.dumps(self.behind.bundle(record, self=f"{there}Observation"))
+        self.script("Observation", bundle.replace(self.behind.url + "/", there).encode())
+        self.assertIn(f'"{ours}/Patient/1"', self.clean("Observation"))
+        self.script("Observation/mine", record)
+        self.assertEqual(json.loads(self.clean("Observation/mine"))["note"], f"{ours}/Patient/1")
         self.portal.reset()
         self.assertEqual(self.upstream.names, [])
 
@@ -4460,17 +4463,24 @@ class NoAddressGetsOut(ForwardingTest):
         self.assertEqual(self.read("Observation")["entry"][0]["resource"]["note"], "http://loinc.org/1")
 
     def test_a_reference_by_its_address_is_mine(self) -> None:
-        self.script("Observation/mine", observation("mine", subject={"reference": f"{self.behind.url}/Patient/{ME}"}))
+        mine = {"reference": f"{self.behind.url}/Patient/{ME}"}
+        self.script("Observation/mine", observation("mine", subject=mine))
         self.assertIn(f"{self.portal.fhir_url}/Patient/{ME}", self.clean("Observation/mine"))
 
     def test_decimals_come_through_as_they_were(self) -> None:
-        text = json.dumps(self.behind.bundle(observation("mine", value="VALUE"), observation("theirs", OTHER)))
+        bundle = self.behind.bundle(observation("mine", value="VALUE"), observation("theirs", OTHER))
+        text = json.dumps(bundle)
         self.script("Observation", text.replace('"VALUE"', '{"value": 1.10}').encode())
         self.assertIn(b'{"value": 1.10}', self.get("Observation").body)
 
 
 class Paging(ForwardingTest):
     """Links to further pages are the portal's own."""
+    open: ClassVar[dict[str, str]] = {"token": "", "api": "/api/open-fhir/"}
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
 
     def pages(self, *links: str) -> None:
         """Pages of one Observation each, with these links to the next."""
@@ -4505,7 +4515,6 @@ class Paging(ForwardingTest):
         self.assertEqual(self.walk(), ["o0", "o1", "o2", "o3"])
 
     def test_through_my_compartment_everything_of_mine_and_a_posted_search(self) -> None:
-        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assertEqual(self.ids(self.next_link(f"Patient/{ME}/Observation?_count=1")), ["o1"])
         self.behind.script[f"Patient/{ME}/$everything"] = self.behind.script["Observation"]
         self.behind.script["Observation/_search"] = self.behind.script["Observation"]
@@ -4515,39 +4524,32 @@ class Paging(ForwardingTest):
                 self.assertEqual(self.ids(self.next_link(path, **how)), ["o1"])
 
     def test_a_link_tells_nothing_of_the_address(self) -> None:
-        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         self.assertRegex(self.next_link("Observation"), r"^Observation\?_page=[\w-]{22}$")
 
     def test_a_stolen_link(self) -> None:
-        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         link = self.next_link("Observation")
         self.behind.seen.clear()
         self.assert_not_forwarded(link, token=self.issue(self.scope))
-        self.assert_refused(link, token="", api="/api/open-fhir/")
+        self.assert_refused(link, **self.open)
         self.assertEqual(self.ids(link), ["o1"])
 
     def test_a_link_of_open_access_works_there_only(self) -> None:
-        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
-        link = self.next_link("Observation", token="", api="/api/open-fhir/")
-        self.assertEqual(self.ids(link, token="", api="/api/open-fhir/"), ["o1", "theirs"])
+        link = self.next_link("Observation", **self.open)
+        self.assertEqual(self.ids(link, **self.open), ["o1", "theirs"])
         self.assert_refused(link)
 
-    def test_a_link_works_for_its_own_path_only(self) -> None:
-        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
-        self.assert_refused(self.next_link("Observation").replace("Observation", "Patient"))
-
-    def test_a_link_takes_no_other_parameter(self) -> None:
-        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
-        self.assert_refused(self.next_link("Observation") + f"&patient={OTHER}", 400)
+    def test_a_link_works_for_its_own_path_only_and_takes_no_other_parameter(self) -> None:
+        link = self.next_link("Observation")
+        self.assert_refused(link.replace("Observation", "Patient"))
+        self.assert_refused(f"{link}&patient={OTHER}", 400)
 
     def test_a_link_expires(self) -> None:
-        self.pages(f"{self.behind.url}?_getpages=abc&_offset=1")
         link, expires = self.next_link("Observation"), s4s.PAGE_SECONDS
         self.addCleanup(self.portal.advance, -expires)
         self.portal.advance(expires)
         self.assert_refused(link, 404, token=self.issue(self.scope))
         self.read("Observation", token=self.issue(self.scope))
-        self.assertEqual(len(self.portal.portal.state.rows("SELECT * FROM pages")), 1, "the expired one is gone")
+        [_] = self.portal.portal.state.rows("SELECT * FROM pages")  # the expired one is gone
 
     def test_links_are_bounded_in_number(self) -> None:
         portal = self.portal.portal
@@ -4582,28 +4584,19 @@ class Paging(ForwardingTest):
 class Faults(ForwardingTest):
     """What may go wrong behind the portal, and what the app is told of it."""
 
-    def test_busy_is_passed_on_with_the_time_to_wait(self) -> None:
-        for status in (503, 429):
-            with self.subTest(status):
-                self.script("Observation/mine", b"", status, {"Retry-After": "7"})
-                self.assert_refused("Observation/mine", status)
-                self.assertEqual(self.get("Observation/mine").headers["retry-after"], "7")
-
-    def test_absent_is_404_and_deleted_410_without_the_servers_words(self) -> None:
-        for status in (404, 410):
-            with self.subTest(status):
-                self.script("Observation/mine", {"resourceType": "OperationOutcome", "text": self.behind.url}, status)
-                self.assert_refused("Observation/mine", status)
-
-    def test_a_search_that_is_not_accepted_is_400(self) -> None:
+    def test_a_status_is_passed_on_without_the_servers_words(self) -> None:
+        outcome = {"resourceType": "OperationOutcome", "text": self.behind.url}
+        for why, statuses, told in (("busy", (503, 429), 0), ("absent or deleted", (404, 410), 0),
+                                    ("not accepted", (400, 422), 400),
+                                    ("its own troubles", (401, 403, 500, 502, 418, 206, 202), 502)):
+            for status in statuses:
+                with self.subTest(why, status=status):
+                    self.script("Observation/mine", outcome, status, {"Retry-After": "7"})
+                    self.assert_refused("Observation/mine", told or status)
+                    wait = self.get("Observation/mine").headers.get("retry-after")
+                    self.assertEqual(wait, "7" if why == "busy" else None)
         self.script("Observation", b"{}", 422)
         self.assert_refused("Observation?unheard=of", 400)
-
-    def test_its_own_troubles_are_502(self) -> None:
-        for status in (401, 403, 500, 502, 418, 206, 202):
-            with self.subTest(status):
-                self.script("Observation/mine", {"resourceType": "OperationOutcome"}, status)
-                self.assert_refused("Observation/mine", 502)
 
     def test_answers_that_are_no_fhir_are_502(self) -> None:
         mine = json.dumps(observation("mine"))
@@ -4620,34 +4613,36 @@ class Faults(ForwardingTest):
 
     def test_searches_answered_with_no_bundle_are_502(self) -> None:
         head = b'{"resourceType": "Bundle", "type": "searchset"'
-        for body in (b"", b"{", b"[]", b'{"resourceType": "Bundle"}', head.replace(b"searchset", b"batch") + b"}",
-                     head + b', "entry": [}', head + b', "entry": {}}', head + b', "entry": [1 2]}', head + b"} {}",
-                     head + b', "x" 1}', head + b", 1: 2}", head + b", [1]: 2}", head):
+        for body in (b"", b"{", b"[]", b'{"resourceType": "Bundle"}',
+                     head.replace(b"searchset", b"batch") + b"}", *(head + rest for rest in (
+                         b', "entry": [}', b', "entry": {}}', b', "entry": [1 2]}', b"} {}", b', "x" 1}',
+                         b", 1: 2}", b", [1]: 2}", b""))):
             with self.subTest(body):
                 self.script("Observation", body)
                 self.assert_refused("Observation", 502)
 
     def test_odd_bundles_are_no_trouble(self) -> None:
-        for entry in (b"[]", b'[null, 1, {}, [], {"resource": []}, {"fullUrl": 1, "resource": {"resourceType": 1}}]'):
+        head = b'{"resourceType": "Bundle", "type": "searchset", "link": [1, {"relation": "next"}], '
+        odd = b'[null, 1, {}, [], {"resource": []}, {"fullUrl": 1, "resource": {"resourceType": 1}}]'
+        for entry in (b"[]", odd):
             with self.subTest(entry):
-                self.script("Observation", b'{"resourceType": "Bundle", "type": "searchset", "link": [1], "entry": '
-                            + entry + b"}")
+                self.script("Observation", head + b'"entry": ' + entry + b"}")
                 self.assertEqual(self.ids("Observation"), [])
 
     def test_broken_http_is_502(self) -> None:
-        mine = json.dumps(observation("mine")).encode()
+        mine, ok = json.dumps(observation("mine")).encode(), b"HTTP/1.1 200 OK\r\n"
         for name, data in {
-                "silence": b"", "no HTTP": b"SSH-2.0\r\n\r\n", "no header's end": b"HTTP/1.1 200 OK\r\nA: b\r\n",
-                "bad header": b"HTTP/1.1 200 OK\r\nA b\r\n\r\n",
-                "cut off": b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{",
-                "two ends": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
-                            b"%x\r\n%s\r\n0\r\n\r\n" % (len(mine), mine),
-                "two lengths": b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
-                "bad length": b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n",
-                "bad chunk": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-                "unknown coding": b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 2\r\n\r\n{}",
-                "huge": b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n",
-                "huge header": b"HTTP/1.1 200 OK\r\n" + b"A: " + b"b" * s4s.MAX_HEAD}.items():
+                "silence": b"", "no HTTP": b"SSH-2.0\r\n\r\n", "no header's end": ok + b"A: b\r\n",
+                "bad header": ok + b"A b\r\n\r\n", "cut off": ok + b"Content-Length: 9\r\n\r\n{",
+                "two ends": ok + b"Content-Length: 2\r\nTransfer-Encoding: "
+                b"chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (
+                    len(mine), mine),
+                "two lengths": ok + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+                "bad length": ok + b"Content-Length: -1\r\n\r\n",
+                "bad chunk": ok + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+                "unknown coding": ok + b"Content-Encoding: br\r\nContent-Length: 2\r\n\r\n{}",
+                "huge": ok + b"Content-Length: 99999999999\r\n\r\n",
+                "huge header": ok + b"A: " + b"b" * s4s.MAX_HEAD}.items():
             with self.subTest(name):
                 self.behind.script["Observation/mine"] = data
                 self.assert_refused("Observation/mine", 502)
@@ -4656,7 +4651,8 @@ class Faults(ForwardingTest):
         with mock.patch.object(s4s, "MAX_ANSWER", 1000):
             large = json.dumps(observation("mine", note="x" * 1000)).encode()
             for name, headers, body in (
-                    ("length", {}, large), ("to the end", {"Content-Length": "", "Connection": "close"}, large),
+                    ("length", {}, large), ("to the end", {"Content-Length": "", "Connection": "close"},
+                                            large),
                     ("bomb", {"Content-Encoding": "gzip"}, gzip.compress(large))):
                 with self.subTest(name):
                     self.script("Observation/mine", body, 200, headers)
@@ -4680,10 +4676,11 @@ class Faults(ForwardingTest):
     def test_unreachable_is_502(self) -> None:
         with socket.socket() as unused:
             unused.bind(("127.0.0.1", 0))
-            with s4s.Server(fhir_server=f"http://127.0.0.1:{unused.getsockname()[1]}", open_fhir=True) as portal:
+            port = unused.getsockname()[1]
+            with s4s.Server(fhir_server=f"http://127.0.0.1:{port}", open_fhir=True) as portal:
                 got = ask(portal.open_fhir_url + "/Patient/1")
-                self.assertEqual(got.status, 502)
-                self.assertNotIn(str(unused.getsockname()[1]), got.text)
+        self.assertEqual(got.status, 502)
+        self.assertNotIn(str(port), got.text)
 
     def test_too_slow_is_504_also_byte_by_byte(self) -> None:
         for drip in (b"", b"H", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"):
@@ -4695,13 +4692,14 @@ class Faults(ForwardingTest):
                 (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 10, 502),
                 (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", 0.1, 504)):
             with self.subTest(status), socket.create_server(("127.0.0.1", 0)) as quick:
-                self.assertEqual(self.status_while_dripping(quick, head + flood, flood * 1000, 0, seconds), status)
+                got = self.status_while_dripping(quick, head + flood, flood * 1000, 0, seconds)
+                self.assertEqual(got, status)
 
     def status_while_dripping(self, slow: socket.socket, drip: bytes, then: bytes = b"x", wait: float = 0.02,
                               seconds: float = 0.1) -> int:
         """What the portal answers in front of a server that sends `drip`, then a byte every now and then."""
-        portal = s4s.Portal(s4s.Settings(fhir_server=f"http://127.0.0.1:{slow.getsockname()[1]}", fhir_timeout=seconds,
-                                         open_fhir=True))
+        url = f"http://127.0.0.1:{slow.getsockname()[1]}"
+        portal = s4s.Portal(s4s.Settings(fhir_server=url, fhir_timeout=seconds, open_fhir=True))
         self.addCleanup(portal.close)
         request = s4s.Request("GET", "/api/open-fhir/Patient/1", {"host": "127.0.0.1"})
         answers: list[s4s.Response] = []
@@ -4879,7 +4877,8 @@ class WhatIsBehind(ForwardingTest):
         _, found, text = self.metadata(portal, "fhir")
         self.assertNotIn("hidden.example", text)
         self.assertEqual(found["rest"][0]["resource"], [{
-            "type": "Observation", "interaction": [{"code": "read"}, {"code": "vread"}, {"code": "search-type"}],
+            "type": "Observation", "interaction": [{"code": "read"}, {"code": "vread"},
+                                                   {"code": "search-type"}],
             "searchParam": [{"name": "code", "type": "token"}, {"name": "_id", "type": "token"}]}])
         self.assertIn("/oauth/authorize", json.dumps(found["rest"][0]["security"]))
         self.assertNotIn("security", self.metadata(portal, "open-fhir")[1]["rest"][0])
@@ -4905,8 +4904,8 @@ class WhatIsBehind(ForwardingTest):
 
     def test_the_version_is_the_fhir_servers(self) -> None:
         for text, version in (("1.0.2", "dstu2"), ("3.0.1", "stu3"), ("4.0.1", "r4"), ("4.3.0", "r4")):
-            with self.subTest(text):
-                self.assertEqual(self.portal_with({**self.STATEMENT, "fhirVersion": text}).records.version, version)
+            portal = self.portal_with({**self.STATEMENT, "fhirVersion": text})
+            self.assertEqual(portal.records.version, version, text)
 
     def test_without_metadata_r4_is_assumed_and_a_warning_logged_once(self) -> None:
         portal = self.portal_with({})
@@ -4918,9 +4917,10 @@ class WhatIsBehind(ForwardingTest):
 
     def test_patients_are_found_by_name(self) -> None:
         names: tuple[Any, ...] = ([{"given": ["Ann", "B"], "family": ["Cee"]}], [{"text": "Dee"}], [])
-        self.script("Patient", self.behind.bundle(*({"resourceType": "Patient", "id": f"p{number}", "name": name}
-                                                  for number, name in enumerate(names)), observation("x"),
-                                                {"resourceType": "Patient"}, {"resourceType": "Patient", "id": 7}))
+        patients = [{"resourceType": "Patient", "id": f"p{number}", "name": name}
+                    for number, name in enumerate(names)]
+        odd = ({"resourceType": "Patient"}, {"resourceType": "Patient", "id": 7})
+        self.script("Patient", self.behind.bundle(*patients, observation("x"), *odd))
         self.assertEqual(self.portal.portal.records.find_patients("a&b"),
                          [("p0", "Ann B Cee"), ("p1", "Dee"), ("p2", "p2")])
         self.assertEqual(self.behind.seen[-1][0], "/fhir/Patient?name=a%26b&_count=50")
@@ -4931,12 +4931,13 @@ class WhatIsBehind(ForwardingTest):
 
     def test_open_access_to_it_is_off_unless_told(self) -> None:
         for told, expected in ((None, False), (False, False), (True, True)):
-            self.assertIs(s4s.Settings(fhir_server=self.behind.url, open_fhir=told).serves_open_fhir, expected)
+            settings = s4s.Settings(fhir_server=self.behind.url, open_fhir=told)
+            self.assertIs(settings.serves_open_fhir, expected)
 
     def test_settings_that_cannot_be(self) -> None:
         wrong: dict[str, tuple[Any, ...]] = {
-            "fhir_server": ("ftp://x/", "x", "http://u@h/", "http:///x", "http://h/?a", "http://h/#a", "http://h:99999",
-                            "http://h/../a", 7),
+            "fhir_server": ("ftp://x/", "x", "http://u@h/", "http:///x", "http://h/?a", "http://h/#a",
+                            "http://h:99999", "http://h/../a", 7),
             "fhir_header": ("x", "A: b\r\nC: d", ["Host: x"], "Content-Length: 1", "A:"),
             "fhir_timeout": (0, float("nan"), "soon", 1e9)}
         for name, values in wrong.items():
@@ -6149,8 +6150,7 @@ class Secrets(unittest.TestCase):
 
 
 class Sockets(RawTest):
-    """What comes over a raw socket, and where a message ends (RFC 9112 section 6): nothing that two servers in a
-    row could read differently."""
+    """What comes over a raw socket, and where a message ends: no two servers in a row may read it differently."""
 
     def check(self, status: int, *requests: bytes, end: bool = False) -> None:
         """Each is answered once, with this status, and closed."""
@@ -6164,8 +6164,9 @@ class Sockets(RawTest):
     def test_malformed_requests_are_refused_and_closed(self) -> None:
         self.check(400, b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/11.1\r\n\r\n",
                    b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"GET / HTTP/1.1\r\nHost : a\r\n\r\n",
-                   b"GET / HTTP/1.1\r\nHost: a\r\n folded: b\r\n\r\n", b"GET relative HTTP/1.1\r\nHost: a\r\n\r\n",
-                   b"GET / HTTP/1.1\r\nHost: a\x00b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n")
+                   b"GET / HTTP/1.1\r\nHost: a\r\n folded: b\r\n\r\n", b"GET relative HTTP/1.1\r\nHost: "
+                   b"a\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\x00b\r\n\r\n", b"GET / HTTP/1.1\r\nHost: "
+                   b"a/b\r\n\r\n")
         self.check(505, *(f"GET / HTTP/{version}\r\n\r\n".encode() for version in ("0.9", "2.0", "3.0")))
         self.check(431, b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000)
         self.check(414, b"GET /" + b"x" * 70_000)
@@ -6186,7 +6187,8 @@ class Sockets(RawTest):
 
     def test_headers_that_decide_something_must_not_come_twice(self) -> None:
         self.check(400, *(self.request("POST /oauth/token", line, line) for line in (
-            "Authorization: Basic eDp5", "Content-Type: text/plain", "Content-Length: 0", "Expect: 100-continue")))
+            "Authorization: Basic eDp5", "Content-Type: text/plain", "Content-Length: 0",
+            "Expect: 100-continue")))
 
     def test_a_body_that_can_not_be_read_is_answered_in_the_endpoints_shape(self) -> None:
         line, too_long = "POST /api/fhir/Condition/_search", "Content-Length: 1048577"
@@ -6223,12 +6225,14 @@ class Sockets(RawTest):
     def test_broken_chunks_are_400(self) -> None:
         self.check(400, *map(self.chunked, (
             b"zz\r\n", b"-1\r\n", b"1\r\nab\r\n0\r\n\r\n", b"3\r\nab", b"\r\n", b"1\nab\n", b"0x1\r\na\r\n",
-            b"123456789\r\n", b"1;" + b"x" * 2000 + b"\r\na\r\n0\r\n\r\n", b"0\r\nbad trailer\r\n\r\n", b"")), end=True)
+            b"123456789\r\n", b"1;" + b"x" * 2000 + b"\r\na\r\n0\r\n\r\n", b"0\r\nbad trailer\r\n\r\n", b"")),
+                   end=True)
 
     def test_a_body_over_the_limit_is_413_and_not_asked_for(self) -> None:
         self.check(413, self.request("POST /oauth/token", "Content-Length: 1048577", close=False),
                    self.form("Expect: 100-continue", "Content-Length: 9999999"),
-                   self.chunked(b"ffffffff\r\nabc"), self.chunked((b"8000\r\n" + b"a" * 0x8000 + b"\r\n") * 33))
+                   self.chunked(b"ffffffff\r\nabc"),
+                   self.chunked((b"8000\r\n" + b"a" * 0x8000 + b"\r\n") * 33))
 
     def test_a_coding_that_is_not_understood_is_501(self) -> None:
         self.check(501, *(self.form(f"Transfer-Encoding: {coding}", body=b"0\r\n\r\n") for coding in (
@@ -6411,7 +6415,8 @@ class SlowClients(RawTest):
             reader.join()
 
     def test_a_header_may_be_long_but_not_longer_than_64_kib(self) -> None:
-        for lines, status in ((["X: " + "x" * 60_000], 200), (["X: " + "x" * 66_000], 431), (["X: y"] * 12_000, 431)):
+        for lines, status in ((["X: " + "x" * 60_000], 200), (["X: " + "x" * 66_000], 431),
+                              (["X: y"] * 12_000, 431)):
             self.assertEqual(self.statuses(self.request("GET /health", *lines)), [status])
 
     def test_no_more_threads_to_be_had_closes_the_connection_and_nothing_else(self) -> None:
