@@ -4857,7 +4857,7 @@ def pinned_search(access: Access, type_name: str, pairs: Pairs, base: str) -> Pa
     """The search to send: each parameter checked, and pinned to the patients that may be seen."""
     pairs = [(name, value) for name, value in pairs if value and (
         name.partition(":")[0] not in NOT_FORWARDED
-        or access.unlimited and (name, value) == ("_summary", "count"))]
+        or (access.unlimited and (name, value) == ("_summary", "count")))]
     if access.unlimited:
         return pairs
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")

@@ -6150,7 +6150,7 @@ class Secrets(unittest.TestCase):
 
 
 class Sockets(RawTest):
-    """What comes over a raw socket, and where a message ends: no two servers in a row may read it differently."""
+    """Raw sockets, and where a message ends: no two servers in a row may read it another way (RFC 9112, 6)."""
 
     def check(self, status: int, *requests: bytes, end: bool = False) -> None:
         """Each is answered once, with this status, and closed."""
