@@ -4502,8 +4502,7 @@ class Upstream:
         self.origin, self.path = f"{parts.scheme}://{parts.netloc}", parts.path
         self.https = parts.scheme == "https"
         self.host, self.port = parts.hostname or "", parts.port or (443 if self.https else 80)
-        # DSTU2's media type is another. Asking for either spares asking for the version before the first
-        # read.
+        # DSTU2's media type is another: asking for either spares asking for the version first.
         self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
             f"Host: {parts.netloc}",
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
@@ -4748,17 +4747,15 @@ class ForwardedRecords(Records):
     @property
     def version(self) -> str:  # type: ignore[override]
         """Read from the server's metadata. A read must not depend on that: where it fails, R4 is assumed."""
-        now, (version, until) = self.portal.clock.now(), self._version
-        if now >= until:
+        now, assumed = self.portal.clock.now(), "the FHIR server's version can't be read, R4 is assumed"
+        if now >= self._version[1]:
             try:
                 text = str(self.upstream.statement(now).get("fhirVersion"))
-                version, until = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
+                self._version = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
             except FhirError as error:
-                self.portal.log("warning: the FHIR server's version can't be read, R4 is assumed: "
-                                + error.description)
-                version, until = "r4", now + 60
-            self._version = version, until
-        return version
+                self.portal.log(f"warning: {assumed}: {error.description}")
+                self._version = "r4", now + 60
+        return self._version[0]
 
     def check_type(self, asked: FhirRequest) -> None:
         """Types of which nobody can tell whose they are, are refused."""
@@ -4944,17 +4941,6 @@ class FetchedResource(Resource):
         return self.forwarding.finds_binary(str(self.id))
 
 
-class GatheredPage:
-    """A page of ours, gathered from one or more of the FHIR server's."""
-    def __init__(self, size: int):
-        self.size = size                 # matches that were asked for
-        self.matches: list[str] = []     # entries, as the text they came in
-        self.included: list[str] = []
-        self.links: dict[str, str] = {}  # relation -> address at the FHIR server
-        self.whole = True                # nothing was dropped, and nothing is left to read
-        self.own: Json = {}              # the last Bundle's own members
-
-
 class Forwarding:
     """One request to the FHIR server behind, and the judgement on its answer. `base` is this portal's FHIR
     base, under which every address in the answer will be."""
@@ -4962,6 +4948,12 @@ class Forwarding:
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
         self.media_type = fhir_type(asked.request)  # or 406, before anybody is asked
+        # A page of ours, gathered from one or more of the FHIR server's: entries, as the text they came in.
+        self.matches: list[str] = []
+        self.included: list[str] = []
+        self.next_pages: dict[str, str] = {}  # relation -> address at the FHIR server
+        self.whole = True                     # nothing was dropped, and nothing is left to read
+        self.own: Json = {}                   # the last Bundle's own members
 
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
@@ -5113,18 +5105,17 @@ class Forwarding:
         counting = not self.access.unlimited and (size == 0 or ("_summary", "count") in pairs)
         if sent and (narrowed or counting):
             sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
-        query, page = urlencode(sent, quote_via=quote, safe="/:,|"), GatheredPage(size)
-        answer = self.gather(page, url, query, letters, skip, fills=narrowed and not counting,
-                             reads_on=narrowed or counting)
-        text = json.dumps(self.bundle(page, pairs, counting))
+        answer = self.gather(url, urlencode(sent, quote_via=quote, safe="/:,|"), letters, skip, size,
+                             fills=narrowed and not counting, reads_on=narrowed or counting)
+        text = json.dumps(self.bundle(pairs, counting))
         if narrowed:
-            page.included = going_with(page.matches, page.included)
-        shown = [] if counting else [*page.matches, *dict.fromkeys(page.included)]
+            self.included = going_with(self.matches, self.included)
+        shown = [] if counting else [*self.matches, *dict.fromkeys(self.included)]
         if shown:
             text = f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}"
         return self.respond(text, answer)
 
-    def gather(self, page: GatheredPage, url: str, query: str, letters: str, skip: int, fills: bool,
+    def gather(self, url: str, query: str, letters: str, skip: int, size: int, fills: bool,
                reads_on: bool) -> Answer:
         """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`),
         or to the end (`reads_on` alone), or just one. Gives the last answer."""
@@ -5133,32 +5124,32 @@ class Forwarding:
         ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
         for _ in range(MAX_PAGES):
             answer = self.upstream.ask(ask or url, self.headers("Prefer"), form)
-            page.own, matches, included, dropped = self.judged(answer, letters)
-            links, end = self.links(page.own, answer), skip + page.size - len(page.matches)
-            page.whole = page.whole and not dropped
-            page.matches += matches[skip:end] if fills else matches[skip:]
-            page.included += included
+            self.own, matches, included, dropped = self.judged(answer, letters)
+            links, end = self.links(self.own, answer), skip + size - len(self.matches)
+            self.whole = self.whole and not dropped
+            self.matches += matches[skip:end] if fills else matches[skip:]
+            self.included += included
             if fills and len(matches) > end:
-                page.links = {"next": f"{url}#{end},{page.size}"}
+                self.next_pages = {"next": f"{url}#{end},{size}"}
                 return answer
             if not reads_on or "next" not in links:
-                page.links = {} if reads_on else links
+                self.next_pages = {} if reads_on else links
                 return answer
             ask, form, url, skip = "", None, links["next"], 0
-        page.whole = False
-        page.links = {"next": f"{url}#0,{page.size}"} if fills else {}
+        self.whole = False
+        self.next_pages = {"next": f"{url}#0,{size}"} if fills else {}
         return answer
 
-    def bundle(self, page: GatheredPage, pairs: Pairs, counting: bool) -> Json:
+    def bundle(self, pairs: Pairs, counting: bool) -> Json:
         """The Bundle of a gathered page, less its entries."""
         kept = ("id", "meta", "type", "timestamp", *(["total"] if self.access.unlimited else []))
-        bundle = {"resourceType": "Bundle", **{name: page.own[name] for name in kept if name in page.own}}
-        is_all = page.whole and "next" not in page.links and not self.access.narrowed
-        if is_all and not self.access.unlimited and (counting or page.own.get("total") == len(page.matches)):
-            bundle["total"] = len(page.matches)
+        bundle = {"resourceType": "Bundle", **{name: self.own[name] for name in kept if name in self.own}}
+        is_all = self.whole and "next" not in self.next_pages and not self.access.narrowed
+        if is_all and not self.access.unlimited and (counting or self.own.get("total") == len(self.matches)):
+            bundle["total"] = len(self.matches)
         query = urlencode(pairs, quote_via=quote) if self.request.method == "POST" else self.request.query
         here = f"{self.base}/{self.asked.path}"
-        handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, page.links)
+        handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, self.next_pages)
         bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}]
         for relation, handle in handles.items():
             bundle["link"].append({"relation": relation, "url": f"{here}?_page={handle}"})

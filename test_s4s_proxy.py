@@ -4476,7 +4476,7 @@ class NoAddressGetsOut(ForwardingTest):
 
 class Paging(ForwardingTest):
     """Links to further pages are the portal's own."""
-    open: ClassVar[dict[str, str]] = {"token": "", "api": "/api/open-fhir/"}
+    openly: ClassVar[dict[str, Any]] = {"token": "", "api": "/api/open-fhir/"}
 
     def setUp(self) -> None:
         super().setUp()
@@ -4530,12 +4530,12 @@ class Paging(ForwardingTest):
         link = self.next_link("Observation")
         self.behind.seen.clear()
         self.assert_not_forwarded(link, token=self.issue(self.scope))
-        self.assert_refused(link, **self.open)
+        self.assert_refused(link, **self.openly)
         self.assertEqual(self.ids(link), ["o1"])
 
     def test_a_link_of_open_access_works_there_only(self) -> None:
-        link = self.next_link("Observation", **self.open)
-        self.assertEqual(self.ids(link, **self.open), ["o1", "theirs"])
+        link = self.next_link("Observation", **self.openly)
+        self.assertEqual(self.ids(link, **self.openly), ["o1", "theirs"])
         self.assert_refused(link)
 
     def test_a_link_works_for_its_own_path_only_and_takes_no_other_parameter(self) -> None:
@@ -6150,7 +6150,7 @@ class Secrets(unittest.TestCase):
 
 
 class Sockets(RawTest):
-    """Raw sockets, and where a message ends: no two servers in a row may read it another way (RFC 9112, 6)."""
+    """Raw sockets, and where a message ends: no two servers in a row may read it another way (RFC 9112 6)."""
 
     def check(self, status: int, *requests: bytes, end: bool = False) -> None:
         """Each is answered once, with this status, and closed."""
