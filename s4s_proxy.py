@@ -6202,7 +6202,7 @@ class Markup(str):
 
 
 def escaped(child: Any) -> str:
-    """A child of an element: markup as it is, lists one by one, None and False not at all; else escaped."""
+    """What is in an element: markup as it is, lists one by one, None and False not at all; else escaped."""
     if isinstance(child, Markup):
         return child
     if isinstance(child, (list, tuple)):
@@ -6223,15 +6223,13 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
             words.append(key)
         elif value is not None and value is not False:
             words.append(f'{key}="{html.escape(str(value))}"')
-    start = f"<{' '.join(words)}>"
-    if name in ("input", "br", "hr", "meta", "link"):
-        return Markup(start)
-    return Markup(f"{start}{escaped(children)}</{name}>")
+    end = "" if name in ("input", "br", "meta") else f"{escaped(children)}</{name}>"
+    return Markup(f"<{' '.join(words)}>{end}")
 
 
-def card(title: str, *content: Any) -> Markup:
+def card(title: str, *content: Any, class_: str = "card") -> Markup:
     """A part of a page, under its own heading."""
-    return tag("section", tag("h2", title), *content, class_="card")
+    return tag("section", tag("h2", title), *content, class_=class_)
 
 
 def facts(*pairs: tuple[Any, Any]) -> Markup:
@@ -6245,12 +6243,17 @@ def html_table(heads: Sequence[str], rows: Sequence[Markup]) -> Markup:
     return tag("table", tag("thead", tag("tr", cells)), tag("tbody", rows))
 
 
+def link(portal: Portal, path: str, text: str = "Apps you share with") -> Markup:
+    """A link within the portal, which a reverse proxy may serve below a path."""
+    return tag("a", text, href=urlsplit(portal.browser_base()).path + path)
+
+
 def post_form(portal: Portal, request: Request, path: str, *content: Any, session_id: str = "",
-              hidden: Sequence[tuple[str, str]] = (), **attributes: Any) -> Markup:
+              hidden: Iterable[tuple[str, str]] = (), **attributes: Any) -> Markup:
     """A form for `guarded_form`; `session_id` is that of a browser which only now gets its cookie."""
     token = form_token(session_id or browser_session(portal, request))
-    fields = [tag("input", type="hidden", name=name, value=value)
-              for name, value in (("form_token", token), *hidden)]
+    pairs = ("form_token", token), *hidden
+    fields = [tag("input", type="hidden", name=name, value=value) for name, value in pairs]
     action = portal.browser_base(request) + path
     return tag("form", fields, *content, method="post", action=action, **attributes)
 
@@ -6281,60 +6284,52 @@ _CITED = re.compile(rf"\bRFC (\d{{4}})(?: section (\d+(?:\.\d+)*))?|\b({'|'.join
 
 def cited(text: str) -> Markup:
     """Words with each text that they cite as a link to it."""
-    def link(match: re.Match[str]) -> str:
+    def linked(match: re.Match[str]) -> str:
         section = f"#section-{match[2]}" if match[2] else ""
         address = TEXTS.get(match[3]) or f"https://www.rfc-editor.org/rfc/rfc{match[1]}{section}"
         return tag("a", match[0], href=address)
-    return Markup(_CITED.sub(link, html.escape(text)))
+    return Markup(_CITED.sub(linked, html.escape(text)))
 
 
 # Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
 STYLE = """
 :root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
 --edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
-@media screen and (prefers-color-scheme:dark){
-:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;--line:#34434f;--edge:#8295a3;
---accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}*{box-sizing:border-box}
-body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;color:var(--ink);background:var(--ground);
-overflow-wrap:anywhere}body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}
-body>header,header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}
-body>header{align-items:center;background:var(--paper);border-bottom:1px solid var(--line)}
-header strong{flex:1 1 14rem;font-size:1.1rem}header a{padding:.4rem 0}
-header strong::before{content:"";display:inline-block;width:.9em;height:.9em;margin-right:.5em;
-border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}
-footer{color:var(--warn);border-top:1px solid var(--line)}h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}
-h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}h3{font-size:1.0625rem;margin:1.3em 0 .4em}
-p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}a{color:var(--accent)}
-:focus-visible{outline:3px solid var(--accent);outline-offset:2px}
-small,.quiet{color:var(--quiet);font-size:.95rem}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;
+--ground:#10171d;--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;
+--warm:#352419}}*{box-sizing:border-box}body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;
+color:var(--ink);background:var(--ground);overflow-wrap:anywhere}body>*{padding:1rem max(1rem,50% - 25rem)}
+main{padding-bottom:2rem}body>header,header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}body>header{
+align-items:center;background:var(--paper);border-bottom:1px solid var(--line)}header strong{flex:1 1 14rem;
+font-size:1.1rem}header a{padding:.4rem 0}header strong::before{content:"";display:inline-block;width:.9em;
+height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}footer{
+color:var(--warn);border-top:1px solid var(--line)}h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{
+font-size:1.25rem;line-height:1.3;margin:0 0 .6em}h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{
+margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}a{color:var(--accent)}:focus-visible{
+outline:3px solid var(--accent);outline-offset:2px}small,.quiet{color:var(--quiet);font-size:.95rem}
 .card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;
-margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}
-.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
-.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
-border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
-dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}
-dt{color:var(--quiet)}dd{margin:0}label{display:block;margin:.9rem 0;font-weight:600}
-fieldset{border:0;padding:0;margin:1.2rem 0}legend{padding:0;font-weight:600}
-input,select,textarea{font:inherit;font-weight:400;color:inherit;background:var(--paper);
-border:1px solid var(--edge);border-radius:.4rem}
+margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}.card>:first-child,.card>label:first-of-type{
+margin-top:0}.card>:last-child{margin-bottom:0}.note,.error{border-left:.3rem solid var(--accent);
+background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;border-radius:.2rem}.error{border-color:var(--warn);
+background:var(--warm)}dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;
+margin:.6em 0}dt{color:var(--quiet)}dd{margin:0}label{display:block;margin:.9rem 0;font-weight:600}fieldset{
+border:0;padding:0;margin:1.2rem 0}legend{padding:0;font-weight:600}input,select,textarea{font:inherit;
+font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);border-radius:.4rem}
 input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;
-padding:.4rem .7rem;margin-top:.25rem}
-.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;padding:.6rem 0;font-weight:400;
-border-bottom:1px solid var(--line)}.choice small{display:block}
-input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}
-button{font:inherit;font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;
-cursor:pointer;border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
-button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}
-button[data-patient-id]{display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
-color:var(--accent)}pre,code{font:.9em/1.5 ui-monospace,monospace}
-pre{background:var(--ground);padding:.8rem;border-radius:.4rem;white-space:pre-wrap;overflow:auto;
-margin:.5rem 0}table{border-collapse:collapse;width:100%;font-size:.95rem}
+padding:.4rem .7rem;margin-top:.25rem}.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;
+margin:0;padding:.6rem 0;font-weight:400;border-bottom:1px solid var(--line)}.choice small{display:block}
+input[type=checkbox]{width:1.4rem;height:1.4rem;margin:.1rem;accent-color:var(--accent)}button{font:inherit;
+font-weight:600;min-height:2.75rem;padding:.5rem 1.3rem;margin:.8rem .6rem 0 0;cursor:pointer;
+border:1px solid var(--accent);border-radius:.4rem;background:var(--accent);color:var(--on)}
+button.btn-default,button[data-slide=back]{background:transparent;color:var(--accent)}button[data-patient-id]{
+display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);color:var(--accent)}pre,code{
+font:.9em/1.5 ui-monospace,monospace}pre{background:var(--ground);padding:.8rem;border-radius:.4rem;
+white-space:pre-wrap;overflow:auto;margin:.5rem 0}table{border-collapse:collapse;width:100%;font-size:.95rem}
 th,td{text-align:left;vertical-align:top;padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);
 min-width:6.8rem}th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
-.js section:not(.active),button[data-slide]{display:none}
-.js button[data-slide]:not([hidden]){display:inline-block}
-@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}
-td{border:0;padding:.1rem 0}tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}
+.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){
+display:inline-block}@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{
+border:0;padding:.1rem 0}tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}
 td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}dl{display:block}dd{margin:0 0 .6rem}}
 @media print{nav,button{display:none!important}.js section:not(.active){display:block}body{background:none}
 body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
@@ -6344,33 +6339,24 @@ body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
 def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
          cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
     """A page of the portal; `brand` is whose page it is, if not the portal's."""
-    root, name = link_root(portal), portal.settings.name
+    name = portal.settings.name
     head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {name}"),
                tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
                tag("style", Markup(style)))
-    nav = tag("nav", tag("a", "Start", href=f"{root}/"), tag("a", "Apps you share with", href=f"{root}/apps"),
-              aria_label="Portal")
+    nav = tag("nav", link(portal, "/", "Start"), link(portal, "/apps"), aria_label="Portal")
     signed_in = username and tag("span", f"Signed in as {username}", class_="quiet")
+    warning = "This is a test server with made-up patients. Enter no real person's data."
     body = tag("body", tag("header", tag("strong", brand or name), nav, signed_in),
-               tag("main", tag("h1", title), *content),
-               tag("footer", "This is a test server with made-up patients. Enter no real person's data."),
+               tag("main", tag("h1", title), *content), tag("footer", warning),
                script and tag("script", Markup(script)))
     text = "<!doctype html>" + tag("html", head, body, lang="en")
     return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
                     [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
 
 
-def link_root(portal: Portal) -> str:
-    """What stands before the path in links: nothing, unless a reverse proxy serves it below a path."""
-    return urlsplit(portal.browser_base()).path
-
-
 def page_headers(style: str, script: str) -> list[tuple[str, str]]:
-    """What guards a page: it runs this style and this script alone, no site frames it, no cache keeps it.
-
-    A script may talk to this server alone. There is no form-action: it would forbid the redirect to the app
-    that answers the consent form.
-    """
+    """What guards a page: it runs this style and script alone, which talks to this server alone; no site
+    frames it, no cache keeps it. No form-action: it would forbid the redirect that answers the consent."""
     def digest(text: str) -> str:
         return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
     policy = f"default-src 'none'; style-src {digest(style)}; "
@@ -6380,34 +6366,30 @@ def page_headers(style: str, script: str) -> list[tuple[str, str]]:
             ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
 
 
-def error_page(portal: Portal, error: PortalError, request: Request, found: Route | None) -> Response:
+def error_page(portal: Portal, error: PortalError, request: Request, route: Route | None) -> Response:
     """An error for the person at the browser: what was expected, what came, and what to read."""
-    title = "There is nothing here" if error.status == 404 else "This did not work"
     sent = [tag("li", tag("code", f"{name} = {value}")) for name, value in parse_qsl(request.query)]
-    details = facts(
-        ("What came", [tag("code", f"{request.method} {request.path}"), sent and tag("ul", sent)]),
-        ("What it does", found and what_it_does(found)), ("What to read", found and cited(found.spec)),
-        ("Error code", tag("code", error.error)))
-    return page(portal, title, tag("p", cited(error.description), class_="error"),
-                tag("div", details, class_="card"),
-                tag("p", tag("a", "To the start page", href=f"{link_root(portal)}/")), status=error.status)
+    came = [tag("code", f"{request.method} {request.path}"), sent and tag("ul", sent)]
+    told = [("What it does", what_it_does(route)), ("What to read", cited(route.spec))] if route else []
+    details = facts(("What came", came), *told, ("Error code", tag("code", error.error)))
+    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
+                tag("p", cited(error.description), class_="error"), tag("div", details, class_="card"),
+                tag("p", link(portal, "/", "To the start page")), status=error.status)
 
 
-def what_it_does(found: Route) -> str:
+def what_it_does(route: Route) -> str:
     """The first paragraph of an endpoint's docstring."""
-    return " ".join((found.endpoint.__doc__ or "").partition("\n\n")[0].split())
+    return " ".join((route.endpoint.__doc__ or "").partition("\n\n")[0].split())
 
 
-def sign_in_page(portal: Portal, request: Request, username: str, message: str, next_path: str) -> Response:
-    """The form; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id = browser_session(portal, request) or new_session_id()
+def sign_in_page(portal: Portal, request: Request, username: str, message: str, path: str) -> Response:
+    """The form, then `path`; with a cookie for a browser that has none, for its form token to hang on."""
+    session_id, demo = browser_session(portal, request) or new_session_id(), "" if message else DEMO_PASSWORD
     form = post_form(
         portal, request, "/login",
         field("User name", "username", username, autocomplete="username", required=True),
-        field("Password", "password", "" if message else DEMO_PASSWORD, "password",
-              autocomplete="current-password", required=True),
-        tag("button", "Sign in", id="sign-in"),
-        session_id=session_id, hidden=[("next", next_path)], class_="card")
+        field("Password", "password", demo, "password", autocomplete="current-password", required=True),
+        tag("button", "Sign in", id="sign-in"), session_id=session_id, hidden=[("next", path)], class_="card")
     error = message and tag("p", message, class_="error", role="alert")
     return page(portal, "Sign in", error, form, accounts(portal), status=401 if message else 200,
                 cookies=[set_cookie(portal, request, session_id)])
@@ -6421,33 +6403,25 @@ def accounts(portal: Portal) -> Markup:
         "patient who was loaded signs in by id, with the same password."))
 
 
-def account_names(portal: Portal) -> str:
-    """The same in a line, for the banner."""
-    names = ", ".join(user["username"] for user in some_users(portal))
-    return f"{names}, and every loaded patient's id; password {DEMO_PASSWORD} unless --fixtures says another"
-
-
 def some_users(portal: Portal, limit: int = 20) -> Sequence[Row]:
     """The first users."""
     return portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT ?", limit)
 
 
-def sign_out(portal: Portal, request: Request) -> Markup:
-    """The button to sign out."""
-    return post_form(portal, request, "/logout", tag("button", "Sign out", class_="btn-default"))
-
-
 MANY_PATIENTS = 12  # more than this, and the picker has a search box
-REFUSE = tag("button", "Do not approve", class_="btn-default", name="decision", value="deny",
-             formnovalidate=True)
+CONTINUE = tag("button", "Continue", type="button", data_slide="next")
+BACK = tag("button", "Back", type="button", data_slide="back")
+SIGN_OUT = tag("button", "Sign out", class_="btn-default")
+REFUSE = tag(
+    "button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
 
 
 def picker_page(portal: Portal, request: Request, user: Row, client: Client, request_id: str,
                 patients: dict[str, str], text: str = "") -> Response:
     """Whose record: those of `patients`, found by `text` if any. A user who may open many can search."""
-    need(patients or text, f"{user['name']} may open no patient's record here.",
-         "access_denied", 403, PageError)
-    path, many, count = "/oauth/consent", len(patients) > MANY_PATIENTS, ""
+    nobody = f"{user['name']} may open no patient's record here."
+    need(patients or text, nobody, "access_denied", 403, PageError)
+    many, count = len(patients) > MANY_PATIENTS, ""
     if many:
         count = f"The first {MANY_PATIENTS} of {len(patients)} patients."
     elif not patients:
@@ -6455,15 +6429,14 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
     search = tag("form", tag("input", type="hidden", name="request", value=request_id),
                  field("Search by name or patient id", "q", text, "search"),
                  tag("button", "Search", class_="btn-default"),
-                 action=portal.browser_base(request) + path, role="search", class_="card")
+                 action=f"{portal.browser_base(request)}/oauth/consent", role="search", class_="card")
     buttons = [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
                for patient_id, name in list(patients.items())[:MANY_PATIENTS]]
-    return page(portal, "Whose record?",
-                tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next "
-                    "page you decide what of it, and until when."),
-                search if text or many else None,
-                post_form(portal, request, path, count and tag("p", count, role="status"), buttons, REFUSE,
-                          hidden=[("request", request_id)], class_="card"), username=user["name"])
+    form = post_form(portal, request, "/oauth/consent", count and tag("p", count, role="status"), buttons,
+                     REFUSE, hidden=[("request", request_id)], class_="card")
+    asked = tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page "
+                "you decide what of it, and until when.")
+    return page(portal, "Whose record?", asked, (text or many) and search, form, username=user["name"])
 
 
 CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
@@ -6484,23 +6457,22 @@ CATEGORY_WORDS = {  # what each category of the consent page covers, for the per
     "other": "Whatever else the record holds and is not named above."}
 # The consent page's three steps. Without this script all three stand below each other, as one plain form.
 CONSENT_SCRIPT = """
-(function () {
-  var form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section'), at = 0;
-  form.classList.add('js');
-  steps[0].classList.add('active');
-  form.addEventListener('click', function (event) {
-    var button = event.target.closest('button[data-slide]');
-    if (!button) return;
-    if (button.hidden) { event.preventDefault(); return; }
-    var next = button.getAttribute('data-slide') === 'next';
-    var missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
-    if (missing) { missing.reportValidity(); return; }
-    steps[at].classList.remove('active');
-    at += next ? 1 : -1;
-    steps[at].classList.add('active');
-    steps[at].querySelector('h2').focus();
-  });
-})();
+const form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section');
+let at = 0;
+form.classList.add('js');
+steps[0].classList.add('active');
+form.addEventListener('click', event => {
+  const button = event.target.closest('button[data-slide]');
+  if (!button) return;
+  if (button.hidden) return event.preventDefault();
+  const next = button.dataset.slide === 'next';
+  const missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
+  if (missing) return missing.reportValidity();
+  steps[at].classList.remove('active');
+  at += next ? 1 : -1;
+  steps[at].classList.add('active');
+  steps[at].querySelector('h2').focus();
+});
 """
 
 
@@ -6509,8 +6481,7 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
     """The consent in three steps: what this is, confirm each point, review. One form, sent once."""
     name = patient_id and portal.patient_name(user["username"], patient_id)
     whose = f"the health record of {name}" if name else "what you may see here"
-    forward = tag("button", "Continue", type="button", data_slide="next")
-    back = tag("button", "Back", type="button", data_slide="back")
+    asked = f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."
     points = (f"I want {client.name} to see {whose}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
@@ -6519,18 +6490,14 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
         heading = tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1)
         return tag("section", heading, *content, class_="card")
     steps = [
-        step(1, "What this is",
-             tag("p", f"{client.name} asks to see {whose}. "
-                 "You decide whether it may, what it sees, and until when."),
-             app_facts(client, details, whose, user), tag("h3", "If you approve, it can"),
-             scope_list(portal, client, details["scope"]), forward, REFUSE),
+        step(1, "What this is", tag("p", asked), app_facts(client, details, whose, user),
+             scope_list(portal, client, details["scope"]), CONTINUE, REFUSE),
         step(2, "Confirm each point",
              [check_box(point, class_="glyphbox", rel="confirm", required=True) for point in points],
-             forward, back),
-        step(3, "Review",
-             tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
+             CONTINUE, BACK),
+        step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
              what_to_share(portal, client, details, patient_id),
-             tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, back)]
+             tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, BACK)]
     # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
     stay = tag("button", "Stay", data_slide="stay", hidden=True)
     form = post_form(portal, request, "/oauth/consent", stay, steps, id="consent-carousel",
@@ -6540,14 +6507,13 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
 
 def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
     """Who asks, for what, of whom."""
-    target = urlsplit(details["redirect_uri"])
+    target, known = urlsplit(details["redirect_uri"]), client.metadata
     goes_to = f"{target.scheme}://{target.netloc}"
     if not target.netloc:
         goes_to = f"the app that opens {target.scheme}: links"
     pages = {"client_uri": "The app's own page", "policy_uri": "What it does with data",
              "tos_uri": "Its terms"}
-    links = [tag("p", tag("a", label, href=client.metadata[name]))
-             for name, label in pages.items() if name in client.metadata]
+    links = [tag("p", tag("a", label, href=known[name])) for name, label in pages.items() if name in known]
     known_as = [tag("code", client.client_id), client.registered_itself and ", registered itself"]
     told = facts(("App", [tag("strong", client.name), links]), ("Known here as", known_as),
                  ("Whose data", whose), ("Goes to", goes_to), ("Decided by", user["name"]))
@@ -6556,7 +6522,7 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
         "an app. Approve only if you have just come from that app.", class_="quiet"))
 
 
-def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
+def scope_list(portal: Portal, client: Client, scope: str) -> list[Markup]:
     """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
     parsed, notes = resource_scopes(scope), []
     if any(part.type == "*" for part in parsed):
@@ -6567,41 +6533,39 @@ def scope_list(portal: Portal, client: Client, scope: str) -> Markup:
     if "offline_access" in scope.split():
         notes.append("The app can fetch new data while you are away. "
                      "That ends on the date you choose, or when you stop it.")
-    return tag("div", tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
+    content = [tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
                [tag("p", note, class_="note") for note in notes],
-               tag("p", "It can change nothing, and it never learns your password."))
+               tag("p", "It can change nothing, and it never learns your password.")]
+    return [tag("h3", "If you approve, it can"), tag("div", content)]
 
 
 def scope_line(portal: Portal, client: Client, word: str) -> Markup:
     """One scope in words: what it allows, of which kinds, or only where."""
     parsed, details = parse_scope(word), []  # type: ResourceScope | None, list[Any]
     if parsed and parsed.type != "*" and not parsed.constraints:
-        for label in offered_categories(portal, client, word):
-            if label != "other":
-                details += [", " if details else ": ", CATEGORIES[label][0].lower()]
+        labels = [label for label in offered_categories(portal, client, word) if label != "other"]
+        details = [labels and ": ", ", ".join(CATEGORIES[label][0].lower() for label in labels)]
     for name, value in parsed.constraints if parsed else ():
-        details += [" and " if details else ", but only where ", name, " is "]
-        for place, choice in enumerate(_COMMA.split(value)):
-            # The app wrote the values. Quoted, they can't read as the portal's own words.
-            details += [" or " if place else None, tag("code", json.dumps(choice, ensure_ascii=False))]
+        # The app wrote the values. Quoted, they can't read as the portal's own words.
+        values = [tag("code", json.dumps(choice, ensure_ascii=False)) for choice in _COMMA.split(value)]
+        details += [" and " if details else ", but only where ", name, " is ", Markup(" or ".join(values))]
     return tag("li", describe_scope(word), details, " ", tag("small", tag("code", word)))
 
 
 def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str | None) -> list[Any]:
     """What the user chooses: categories, a visit if the app asks and no launch named it, the last day."""
-    now, scope, encounters = portal.clock.now(), details["scope"], {}
+    now, scope, visits = portal.clock.now(), details["scope"], {}
     boxes = [check_box(CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label]),
                        name="security_labels", value=label, checked=True)
              for label in offered_categories(portal, client, scope)]
     named = "encounter" in details["launch"].get("context", {})
     if patient_id and "launch/encounter" in scope.split() and not named:
-        encounters = encounters_of(portal, patient_id)
+        visits = encounters_of(portal, patient_id)
     return [tag("fieldset", tag("legend", "What it sees"), boxes),
-            selection("Which visit", "encounter_id", encounters.items()) if encounters else None,
+            selection("Which visit", "encounter_id", visits.items()) if visits else None,
             field("Until the end of", "approval_expires", day_of(now, 1), "date", required=True,
                   min=day_of(now), max=day_of(now, 2)),
-            tag("p", "You can stop sharing before that day, at any time, under ",
-                tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
+            tag("p", "You can stop sharing before that day, at any time, under ", link(portal, "/apps"),
                 ". What the app has fetched by then, it keeps.")]
 
 
@@ -6612,87 +6576,80 @@ def apps(portal: Portal, request: Request) -> Response:
     if not user:
         return to_sign_in(portal, request)
     shares: dict[tuple[str, str | None], list[Row]] = {}  # client and patient: their grants, the newest first
-    for grant in portal.state.rows("SELECT * FROM grants WHERE username = ? AND NOT ended "
-                                   "AND approval_expires > ? ORDER BY approved DESC",
-                                   user["username"], portal.clock.now()):
+    live = "SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ?"
+    for grant in portal.state.rows(f"{live} ORDER BY approved DESC", user["username"], portal.clock.now()):
         shares.setdefault((grant["client_id"], grant["patient_id"]), []).append(grant)
     stop = Fields(request.pairs()).get("stop")
-    question = [stop_card(portal, request, grants[0]) for grants in shares.values()
-                if grants[0]["grant_id"] == stop]
+    question = [stop_card(portal, request, last) for last, *_ in shares.values() if last["grant_id"] == stop]
     rows = [share_row(portal, request, grants) for grants in shares.values()]
-    shown = html_table(("App", *SHARE_HEADS, ""), rows) if rows else tag(
-        "p", "You share with no app. When an app asks and you approve, it is listed here, with a button to "
-        "stop it.")
+    shown = html_table(("App", *SHARE_HEADS, ""), rows) if rows else tag("p", NO_SHARES)
     return page(portal, "Apps you share with", question, tag("div", shown, class_="card"),
-                sign_out(portal, request), username=user["name"])
+                post_form(portal, request, "/logout", SIGN_OUT), username=user["name"])
 
 
 SHARE_HEADS = ("Whose record", "What", "Since and until")
+NO_SHARES = (
+    "You share with no app. When an app asks and you approve, it is listed here, with a button to stop it.")
 
 
 def share_row(portal: Portal, request: Request, grants: list[Row]) -> Markup:
     """What a user shares with one app of one patient, with a button that asks for `stop_card`."""
-    app, whose = app_and_record(portal, grants[0])
+    newest, (app, whose) = grants[0], app_and_record(portal, grants[0])
     scopes = dict.fromkeys(scope for grant in grants for scope in grant["scope"].split())
     what = [categories_in_words([json.loads(grant["security_labels"]) for grant in grants]),
             tag("details", tag("summary", "Scope"), tag("code", " ".join(scopes)))]
     until = max(grant["approval_expires"] for grant in grants)
-    days = f"{day_of(grants[0]['approved'])} until {day_of(until)}"
-    button = tag("button", "Stop sharing", class_="btn-default", name="stop", value=grants[0]["grant_id"],
+    days = f"{day_of(newest['approved'])} until {day_of(until)}"
+    cells = [tag("td", value, data_label=head) for head, value in zip(SHARE_HEADS, (whose, what, days))]
+    button = tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest["grant_id"],
                  aria_label=f"Stop sharing with {app}")
-    return tag("tr", tag("td", tag("strong", app)),
-               [tag("td", value, data_label=head) for head, value in zip(SHARE_HEADS, (whose, what, days))],
-               tag("td", tag("form", button, action=f"{portal.browser_base(request)}/apps")),
-               rel=grants[0]["client_id"])
+    form = tag("form", button, action=f"{portal.browser_base(request)}/apps")
+    return tag("tr", tag("td", tag("strong", app)), cells, tag("td", form), rel=newest["client_id"])
 
 
 def app_and_record(portal: Portal, grant: Row) -> tuple[str, str]:
     """The names of a grant's app and patient."""
     client, patient_id = portal.client(grant["client_id"]), grant["patient_id"]
-    whose = "nobody's in particular"
-    if patient_id:
-        whose = portal.patient_name(grant["username"], patient_id) or patient_id
-    return client.name if client else grant["client_id"], whose
+    name = portal.patient_name(grant["username"], patient_id) if patient_id else "nobody's in particular"
+    return client.name if client else grant["client_id"], name or patient_id
 
 
 def categories_in_words(approved: list[list[str]]) -> str:
     """The categories of several grants; a grant without any is not limited by category."""
     if not all(approved):
         return "everything its scope allows"
-    seen = {label for labels in approved for label in labels}
-    left_out = [name for label, (name, _) in CATEGORIES.items() if label not in seen]
-    if not left_out:
-        return "everything"
-    if len(left_out) <= 3:
-        return f"everything but {'; '.join(left_out)}"
-    return "; ".join(name for label, (name, _) in CATEGORIES.items() if label in seen)
+    seen = [name for label, (name, _) in CATEGORIES.items() if any(label in labels for labels in approved)]
+    left_out = [name for name, _ in CATEGORIES.values() if name not in seen]
+    if len(left_out) > 3:
+        return "; ".join(seen)
+    return f"everything but {'; '.join(left_out)}" if left_out else "everything"
 
 
 def stop_card(portal: Portal, request: Request, grant: Row) -> Markup:
     """The question before sharing stops."""
     app, whose = app_and_record(portal, grant)
-    return tag("section", tag("h2", f"Stop sharing with {app}?"),
-               tag("p", f"From now on it can fetch nothing more of this record: {whose}. What it has "
-                   "fetched, it keeps. To share again, start in the app."),
-               post_form(portal, request, f"/revoke/{grant['grant_id']}", tag("button", "Stop sharing")),
-               tag("p", tag("a", "Keep sharing", href=f"{portal.browser_base(request)}/apps")),
-               class_="modal in")
+    return card(
+        f"Stop sharing with {app}?",
+        tag("p", f"From now on it can fetch nothing more of this record: {whose}. What it has fetched, it "
+            "keeps. To share again, start in the app."),
+        post_form(portal, request, f"/revoke/{grant['grant_id']}", tag("button", "Stop sharing")),
+        tag("p", tag("a", "Keep sharing", href=f"{portal.browser_base(request)}/apps")), class_="modal in")
 
 
 @route("GET,POST /launch", "SMART App Launch, EHR launch", kind="page")
 def launch_page(portal: Portal, request: Request) -> Response:
     """Be the EHR: choose app, user, patient and visit, and launch. A test control, so open to anyone, or not
     there."""
-    need(portal.settings.serves_debug, "Launching is a debug control, and those are off; --debug turns them "
-         "on.", "not_found", 404, PageError)
+    off = "Launching is a debug control, and those are off; --debug turns them on."
+    need(portal.settings.serves_debug, off, "not_found", 404, PageError)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    names = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
-    chosen: Json = {name: fields.get(name) for name in names}
+    chosen: Json = {name: fields.get(name) for name in (
+        "client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")}
     if request.method != "POST":
         return launch_form(portal, request, chosen, fields.get("name"))
-    given = {name: value for name, value in chosen.items() if value}
-    launch = create_launch(portal, portal.browser_base(request), **given,
-                           need_patient_banner=bool(fields.get("need_patient_banner")))
+    given: Json = {name: value for name, value in chosen.items() if value}
+    banner = bool(fields.get("need_patient_banner"))
+    launch = create_launch(portal, portal.browser_base(request), need_patient_banner=banner, **given)
     return redirect(launch["launch_url"])
 
 
@@ -6706,15 +6663,13 @@ def launch_form(portal: Portal, request: Request, chosen: Json, text: str) -> Re
     if patient_id and patient_id not in patients:
         patients[patient_id] = portal.patient_name("clinician", patient_id) or patient_id
     visits = encounters_of(portal, patient_id) if patient_id else {}
+    session_id, address = browser_session(portal, request) or new_session_id(), chosen["launch_uri"]
 
     def choose(label: str, name: str, nothing: str, choices: Iterable[tuple[str, str]]) -> Markup:
         return selection(label, name, [("", nothing), *choices], chosen[name])
-    session_id = browser_session(portal, request) or new_session_id()
     form = post_form(
-        portal, request, "/launch",
-        choose("App", "client_id", "the one at the address below", launchable),
-        field("Its launch address (if none is registered, or another one)", "launch_uri",
-              chosen["launch_uri"]),
+        portal, request, "/launch", choose("App", "client_id", "the one at the address below", launchable),
+        field("Its launch address (if none is registered, or another one)", "launch_uri", address),
         choose("Who uses it", "username", "whoever signs in", users),
         field("Find patients by name", "name", text),
         choose("Whose record is open", "patient_id", "none yet", patients.items()),
@@ -6725,51 +6680,49 @@ def launch_form(portal: Portal, request: Request, chosen: Json, text: str) -> Re
         check_box("The app shows the patient's name itself (need_patient_banner)", name="need_patient_banner",
                   value="1", checked=True),
         tag("button", "Launch", id="launch"), session_id=session_id, class_="card")
-    return page(portal, "Launch an app",
-                tag("p", "As an electronic health record does: the app opens, is told whose record is open "
-                    "here, and asks for permission as always. It runs once, within five minutes."),
-                form, cookies=[set_cookie(portal, request, session_id)])
+    told = tag("p", "As an electronic health record does: the app opens, is told whose record is open here, "
+               "and asks for permission as always. It runs once, within five minutes.")
+    return page(portal, "Launch an app", told, form, cookies=[set_cookie(portal, request, session_id)])
 
 
 @route("GET /", "S4S", kind="page")
 def start_page(portal: Portal, request: Request) -> Response:
     """What this is, who can sign in, what can be tried."""
-    base, root, settings = portal.base(request), link_root(portal), portal.settings
-    user = session_user(portal, request)
+    base, settings, user = portal.base(request), portal.settings, session_user(portal, request)
     launch = "Play the electronic health record: choose patient and app, and launch it."
     return page(
         portal, "A patient portal to test apps with",
         tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient "
             "approves, it sees that record and nothing else. This is the OAuth 2.0 server and the FHIR API "
             "behind it, in one file of Python that is meant to be read."),
-        tag("p", tag("strong", "For testing only. "), "All patients are made up. Open to anyone who can "
-            "reach this server: ", settings.serves_open_fhir and "every record, at /api/open-fhir/; ",
-            settings.serves_debug and "tokens for any account, at /oauth/debug/; ", "the password below.",
-            class_="error"),
-        home(portal, request, user) if user else None,
+        tag("p", tag("strong", "For testing only. "),
+            "All patients are made up. Open to anyone who can reach this server: ",
+            settings.serves_open_fhir and "every record, at /api/open-fhir/; ",
+            settings.serves_debug and "tokens for any account, at /oauth/debug/; ",
+            "the password below.", class_="error"),
+        user and home(portal, request, user),
         accounts(portal),
         card("Where to go", facts(
-            (tag("a", "Demo app", href=f"{root}/demo"),
+            (link(portal, "/demo", "Demo app"),
              "A whole SMART app in one page: watch every request and answer, then the record."),
-            (tag("a", "Launch an app", href=f"{root}/launch"), settings.serves_debug and launch),
-            (tag("a", "Sign in", href=f"{root}/login"),
+            (link(portal, "/launch", "Launch an app"), settings.serves_debug and launch),
+            (link(portal, "/login", "Sign in"),
              "As one of the accounts above, to see which apps you share with."),
             ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
             ("S4S", "Sync for Science: what its apps and its scripts rely on here."),
             ("More", "README.md beside the program; then the program itself, from its first line."))),
         card("Try it in a shell", tag("pre", first_steps(portal, base), tabindex=0)),
-        [endpoint_table(portal, kind) for kind in KINDS],
-        username=user["name"] if user else "")
+        [endpoint_table(portal, kind) for kind in KINDS], username=user["name"] if user else "")
 
 
 def home(portal: Portal, request: Request, user: Row) -> Markup:
     """What a signed-in user can do here."""
     names = list(portal.patients_of(user["username"]).values())
     more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
-    return card(f"Welcome, {user['name']}",
-                facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
-                tag("p", tag("a", "Apps you share with", href=f"{link_root(portal)}/apps"),
-                    ": what they see, until when, and a button to stop them."), sign_out(portal, request))
+    records = facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more))
+    return card(f"Welcome, {user['name']}", records,
+                tag("p", link(portal, "/apps"), ": what they see, until when, and a button to stop them."),
+                post_form(portal, request, "/logout", SIGN_OUT))
 
 
 def first_steps(portal: Portal, base: str) -> str:
@@ -6781,8 +6734,7 @@ def first_steps(portal: Portal, base: str) -> str:
     username, patient_id = row or ("PATIENT_ID", "PATIENT_ID")  # a patient who was loaded signs in by id
     body = f'{{"client_id": "test-suite", "username": "{username}", "patient_id": "{patient_id}"}}'
     return (f"token=$(curl -s {base}/oauth/debug/token -H 'Content-Type: application/json' \\\n"
-            f"  -d '{body}' |\n"
-            "  sed 's/.*\"access_token\": *\"\\([^\"]*\\)\".*/\\1/')\n"
+            f"  -d '{body}' |\n" r"""  sed 's/.*"access_token": *"\([^"]*\)".*/\1/')""" "\n"
             f'curl -s "{base}/api/fhir/Patient/{patient_id}?_pretty=true" -H "Authorization: Bearer $token"')
 
 
@@ -6796,22 +6748,19 @@ TRY = {  # where to try what a plain link can't show
 
 def endpoint_table(portal: Portal, kind: str) -> Markup | None:
     """Every endpoint of a kind with the text it implements, from the routes themselves; a link to try it."""
-    rows = []
-    for found in ROUTES:
-        if found.kind == kind and is_served(portal, found):
-            plain = found.path if "GET" in found.methods and "{" not in found.path else ""
-            target, path = TRY.get(found.path, plain), tag("code", found.path.replace("{}", "..."))
-            link = tag("a", path, href=link_root(portal) + target) if target else path
-            rows.append(tag("tr", tag("td", link, tag("br"), tag("small", ", ".join(found.methods))),
-                            tag("td", what_it_does(found)), tag("td", cited(found.spec))))
+    rows, settings = [], portal.settings
+    served = {"/oauth/debug/": settings.serves_debug, "/launch": settings.serves_debug,
+              "/api/open-fhir/": settings.serves_open_fhir}
+    closed = tuple(prefix for prefix, is_open in served.items() if not is_open)
+    for route in ROUTES:
+        if route.kind == kind and not route.path.startswith(closed):
+            path = tag("code", route.path.replace("{}", "..."))
+            plain = route.path if "GET" in route.methods and "{" not in route.path else ""
+            target = TRY.get(route.path, plain)
+            first = [link(portal, target, path) if target else path, tag("br")]
+            cells = [*first, tag("small", ", ".join(route.methods))], what_it_does(route), cited(route.spec)
+            rows.append(tag("tr", [tag("td", cell) for cell in cells]))
     return card(KINDS[kind], html_table(("Path and methods", "What it does", "Text"), rows)) if rows else None
-
-
-def is_served(portal: Portal, found: Route) -> bool:
-    """Whether a route is more than a 404 here: test controls and the open FHIR API may be off."""
-    if found.path.startswith("/api/open-fhir"):
-        return portal.settings.serves_open_fhir
-    return portal.settings.serves_debug or (found.kind != "debug" and found.path != "/launch")
 
 
 # ######################################################################## 24 demo app
@@ -8263,8 +8212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StartError as error:
         print(f"s4s_proxy.py: {error}", file=sys.stderr)
         return 1
-    handlers = {number: signal.signal(number, lambda *_: stop.set())
-                for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {kind: signal.signal(kind, lambda *_: stop.set()) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         print(server.address, flush=True)
         write_log(banner(server, [name for name, setting in ENVIRONMENT.items() if setting in environment]))
@@ -8272,8 +8220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             pass
     finally:
         server.stop()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for kind, handler in handlers.items():
+            signal.signal(kind, handler)
     return 0
 
 
@@ -8303,30 +8251,29 @@ def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for variable, name in ENVIRONMENT.items():
         text = os.environ.get(variable, "")
-        if not text or name in chosen:
-            continue
-        settings[name] = text
-        if name == "open_fhir":
-            start_needs(text.lower() in ("true", "false"), f"{variable}={text}: expected True or False")
-            settings[name] = text.lower() == "true"
-        try:
-            Settings(**{name: settings[name]})
-        except StartError as error:
-            raise StartError(f"{variable}={text}: {error}")
+        if text and name not in chosen:
+            try:
+                if name == "open_fhir":
+                    start_needs(text.lower() in ("true", "false"), "expected True or False")
+                settings[name] = text.lower() == "true" if name == "open_fhir" else text
+                Settings(**{name: settings[name]})
+            except StartError as error:
+                raise StartError(f"{variable}={text}: {error}")
     return settings
 
 
 def banner(server: Server, from_environment: Iterable[str]) -> str:
     """What a person who starts the server wants to know."""
-    settings, url, open_to_all = server.settings, server.url, []
-    if settings.serves_open_fhir:
-        open_to_all.append(f"{url}/api/open-fhir/ (every record)")
+    settings, url = server.settings, server.url
+    names = ", ".join(user["username"] for user in some_users(server.portal))
+    password = f"password {DEMO_PASSWORD} unless --fixtures says another"
+    open_to_all = [f"{url}/api/open-fhir/ (every record)"] if settings.serves_open_fhir else []
     if settings.serves_debug:
         open_to_all.append(f"{url}/oauth/debug/ (tokens for anybody)")
     return "\n".join([
         f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
         f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
-        f"  accounts     {account_names(server.portal)}",
+        f"  accounts     {names}, and every loaded patient's id; {password}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}",
         *(f"  environment  {name} took effect" for name in from_environment),
         *(f"  data         {warning}" for warning in server.portal.records.warnings)])

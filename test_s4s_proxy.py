@@ -5362,6 +5362,11 @@ class Page(html.parser.HTMLParser):
         return [attributes for tag, attributes in self.elements
                 if tag == name and wanted.items() <= attributes.items()]
 
+    @property
+    def main(self) -> str:
+        """The text between header and footer."""
+        return self.texts["main"][0]
+
     def patients(self) -> list[str]:
         """The patients that a picker offers."""
         return [button["data-patient-id"] for button in self.all("button") if "data-patient-id" in button]
@@ -5369,17 +5374,17 @@ class Page(html.parser.HTMLParser):
 
 class Pages(PortalTest):
     """What is true of every page a person sees."""
-    pages: ClassVar[dict[str, Answer]]
+    pages: ClassVar[dict[str, tuple[Answer, Page]]]
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        cls.pages = dict(cls.every_page())
+        cls.pages = {name: (answer, Page(answer.text)) for name, answer in cls.every_page()}
 
     @classmethod
     def every_page(cls) -> Iterator[tuple[str, Answer]]:
         """Each page of the portal, by name: both before and after signing in, errors too."""
-        url, browser = cls.portal.url, Browser(cls.portal)
+        url, browser, clinician = cls.portal.url, Browser(cls.portal), Browser(cls.portal)
         app = App(cls.portal, "openid fhirUser launch/patient launch/encounter patient/*.rs offline_access")
         for path in ("/", "/demo", "/launch", "/nothing", "/oauth/authorize?client_id=nobody"):
             yield path, browser.open(url + path)
@@ -5391,19 +5396,17 @@ class Pages(PortalTest):
         yield "apps", browser.open(url + "/apps")
         yield "stop sharing", browser.submit("Stop sharing")
         yield "home", browser.open(url + "/")
-        clinician = Browser(cls.portal)
         clinician.open(app.authorize_url())
         yield "clinician's picker", clinician.sign_in("clinician")
 
     def test_each_page_can_be_read_by_everybody_and_says_that_it_is_for_tests(self) -> None:
-        for name, got in self.pages.items():
+        for name, (answer, page) in self.pages.items():
             with self.subTest(page=name):
-                page = Page(got.text)
-                self.assertTrue(got.text.startswith("<!doctype html>"))
+                self.assertTrue(answer.text.startswith("<!doctype html>"))
                 self.assertEqual(page.all("html"), [{"lang": "en"}])
                 self.assertTrue(page.texts["title"][0].strip())
-                self.assertEqual(page.all("meta", name="viewport")[0]["content"],
-                                 "width=device-width, initial-scale=1")
+                wide = "width=device-width, initial-scale=1"
+                self.assertEqual(page.all("meta", name="viewport"), [{"name": "viewport", "content": wide}])
                 for landmark in ("h1", "header", "nav", "main", "footer"):
                     self.assertEqual(len(page.all(landmark)), 1, landmark)
                 for field in page.all("input") + page.all("select") + page.all("textarea"):
@@ -5415,50 +5418,45 @@ class Pages(PortalTest):
                 self.assertIn("test server with made-up patients", page.texts["footer"][0])
 
     def test_no_page_loads_anything_or_opens_a_dialog(self) -> None:
-        for name, got in self.pages.items():
+        for name, (_, page) in self.pages.items():
             with self.subTest(page=name):
-                page = Page(got.text)
                 for tag, attributes in page.elements:
                     self.assertNotIn(tag, ("link", "img", "iframe", "object", "embed", "base"))
                     self.assertFalse({"src", "style"} & attributes.keys(), attributes)
                     self.assertFalse([name for name in attributes if name.startswith("on")], attributes)
                 self.assertNotRegex("".join(page.texts["style"]), r"url\(|@import")
-                script = "".join(page.texts.get("script", []))
-                self.assertNotRegex(script, r"\b(alert|confirm|prompt)\(|innerHTML\b[^ ]")
+                for script in page.texts.get("script", []):
+                    self.assertNotRegex(script, r"\b(alert|confirm|prompt)\(|innerHTML\b[^ ]")
 
     def test_each_page_runs_its_own_script_and_style_and_no_other(self) -> None:
-        for name, got in self.pages.items():
+        for name, (answer, page) in self.pages.items():
             with self.subTest(page=name):
-                directives = got.headers["content-security-policy"].split(";")
+                directives = answer.headers["content-security-policy"].split(";")
                 policy = dict(directive.strip().partition(" ")[::2] for directive in directives)
-                page = Page(got.text)
                 for element in ("style", "script"):
-                    digests = [hashlib.sha256(text.encode()).digest() for text in page.texts.get(element, [])]
-                    self.assertEqual(policy.get(f"{element}-src", ""), " ".join(
-                        f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests))
+                    digests = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+                               for text in page.texts.get(element, [])]
+                    self.assertEqual(policy.get(f"{element}-src", ""), " ".join(digests))
                 for directive in ("default-src", "base-uri", "frame-ancestors"):
                     self.assertEqual(policy[directive], "'none'")
                 self.assertNotIn("form-action", policy)
-                self.assertEqual(got.headers["referrer-policy"], "no-referrer")
-                self.assertEqual(got.headers["cache-control"], "no-store")
+                self.assertEqual((answer.headers["referrer-policy"], answer.headers["cache-control"]),
+                                 ("no-referrer", "no-store"))
 
     def test_names_and_scopes_are_text_wherever_they_come_from(self) -> None:
-        evil = "<script>alert(1)</script>&\"'"
-        scope = "launch/patient patient/Observation.rs?code=<b>&status=final"
-        app = App(self.portal, scope, client_name=evil)
+        evil, url, browser = "<script>alert(1)</script>&\"'", self.portal.url, Browser(self.portal)
+        app = App(self.portal, "launch/patient patient/Observation.rs?code=<b>&status=a", client_name=evil)
         with self.portal.portal.state.transaction() as database:
             database.execute("UPDATE users SET name = ?", (evil,))
             database.execute("UPDATE patients SET name = ?", (evil,))
-        browser = Browser(self.portal)
-        pages = [browser.open(f"{self.portal.url}/oauth/authorize?client_id={quote(evil)}"),
+        pages = [browser.open(f"{url}/oauth/authorize?client_id={quote(evil)}"),
                  browser.open(app.authorize_url()), browser.sign_in(), browser.submit(DANIEL)]
         browser.submit("authorize")
-        pages += [browser.open(self.portal.url + "/apps"), browser.submit("Stop sharing"),
-                  browser.open(self.portal.url + "/"), browser.open(self.portal.url + "/launch")]
-        for got in pages:
-            self.assertIn("&lt;script&gt;", got.text)
-            self.assertNotIn("<script>alert", got.text)
-            self.assertNotIn("<b>", got.text)
+        pages += [browser.open(url + "/apps"), browser.submit("Stop sharing"), browser.open(url + "/"),
+                  browser.open(url + "/launch")]
+        for answer in pages:
+            self.assertIn("&lt;script&gt;", answer.text)
+            self.assertNotRegex(answer.text, "<script>alert|<b>")
 
 
 class ConsentPage(PortalTest):
@@ -5470,29 +5468,27 @@ class ConsentPage(PortalTest):
         self.browser.sign_in()
         return Page(self.browser.submit(DANIEL).text)
 
-    def test_it_says_who_asks_for_whose_data_and_where_they_go(self) -> None:
-        main = self.consent(client_name="My app").texts["main"][0]
+    def test_it_says_in_words_who_asks_for_what_of_whom_and_where_it_goes(self) -> None:
+        main = self.consent(client_name="My app").main
         for words in ("My app", "the health record of Daniel Adams", "https://app.example",
                       "Until the end of", "stop"):
             self.assertIn(words, main)
         self.assertIn({"href": "/apps"}, Page(self.browser.page.text).all("a"))
+        for scope, words in (
+                ("Observation.rs?category=laboratory", 'but only where category is "laboratory"'),
+                ("Condition.rs", ": problems and diagnoses")):
+            self.assertIn(words, self.consent("launch/patient patient/" + scope).main)
 
     def test_it_warns_of_everything_and_of_coming_back(self) -> None:
         for scope, check in (("patient/*.rs offline_access", self.assertIn),
                              ("patient/Observation.rs", self.assertNotIn)):
-            main = self.consent("launch/patient " + scope).texts["main"][0]
+            main = self.consent("launch/patient " + scope).main
             check("Everything means every kind of data", main)
             check("while you are away", main)
 
-    def test_a_constraint_and_what_a_type_covers_are_said_in_words(self) -> None:
-        for scope, words in (
-                ("Observation.rs?category=laboratory", 'but only where category is "laboratory"'),
-                ("Condition.rs", ": problems and diagnoses")):
-            self.assertIn(words, self.consent("launch/patient patient/" + scope).texts["main"][0])
-
     def test_each_category_comes_with_a_sentence(self) -> None:
         self.assertEqual(list(s4s.CATEGORY_WORDS), list(s4s.CATEGORIES))
-        main = self.consent().texts["main"][0]
+        main = self.consent().main
         for label, (name, _) in s4s.CATEGORIES.items():
             self.assertIn(name + s4s.CATEGORY_WORDS[label], main)
 
@@ -5500,22 +5496,19 @@ class ConsentPage(PortalTest):
         page = self.consent()
         steps = self.browser.page.text.partition("</main>")[0].split("<section")[1:]
         self.assertIn("btn-default", steps[0])  # one may refuse at once
-        self.assertEqual([step.count("glyphbox") > 0 for step in steps], [False, True, False])
-        self.assertEqual([step.count('data-slide="next"') for step in steps], [1, 1, 0])
+        self.assertEqual([(step.count("glyphbox"), step.count('data-slide="next"')) for step in steps],
+                         [(0, 1), (3, 1), (0, 0)])
         self.assertEqual([text for text, button in zip(page.texts["button"], page.all("button"))
                           if button.get("data-slide") == "next"], ["Continue", "Continue"])
         self.assertEqual(len(page.all("form", id="consent-carousel")), 1)
-        for button in page.all("button", value="deny"):
-            self.assertEqual(button.get("formnovalidate"), "")
+        self.assertEqual({button.get("formnovalidate") for button in page.all("button", value="deny")}, {""})
+        confirmations = page.all("input", rel="confirm")
+        self.assertEqual(["name" in box for box in confirmations], [False] * 3)  # not sent
 
     def test_enter_in_a_field_decides_nothing(self) -> None:
         first = self.consent().all("button")[0]  # a form's first button is what Enter presses
         self.assertTrue("hidden" in first and "name" not in first, first)
         self.assertIn("Confirm each point", self.browser.submit("Stay").text)
-
-    def test_the_confirmations_are_not_sent(self) -> None:
-        confirmations = self.consent().all("input", rel="confirm")
-        self.assertEqual(["name" in box for box in confirmations], [False] * 3)
 
 
 class PickerPage(PortalTest):
@@ -5534,14 +5527,13 @@ class PickerPage(PortalTest):
     def test_many_patients_come_with_a_search(self) -> None:
         page = Page(self.browser.page.text)
         self.assertEqual(len(page.patients()), s4s.MANY_PATIENTS)
-        self.assertIn("of 41 patients", page.texts["main"][0])
+        self.assertIn("of 41 patients", page.main)
         self.assertEqual(Page(self.browser.submit("Search", q="child 37").text).patients(), ["p-37"])
-        self.browser.submit("p-37", form=1)
-        self.assertIn("the health record of Child 37", self.browser.page.text)
+        self.assertIn("the health record of Child 37", self.browser.submit("p-37", form=1).text)
 
     def test_a_search_that_finds_nobody_can_be_changed(self) -> None:
         page = Page(self.browser.submit("Search", q="<nobody>").text)
-        self.assertIn("is called '<nobody>'", page.texts["main"][0])
+        self.assertIn("is called '<nobody>'", page.main)
         self.assertTrue(page.all("input", name="q", value="<nobody>"))
 
 
@@ -5551,51 +5543,48 @@ class ErrorPage(PortalTest):
     def test_it_says_what_was_expected_what_came_and_what_to_read(self) -> None:
         path = "/oauth/authorize?client_id=demo-app&redirect_uri=http://x.example/"
         page = Page(ask(self.portal.url + path).text)
-        self.assertIn(f"{self.portal.url}/demo", page.texts["main"][0])
-        self.assertIn("redirect_uri = http://x.example/", page.texts["main"][0])
+        self.assertIn(f"{self.portal.url}/demo", page.main)
+        self.assertIn("redirect_uri = http://x.example/", page.main)
         self.assertTrue(page.all("a", href="https://www.rfc-editor.org/rfc/rfc6749#section-4.1.1"))
 
     def test_no_form_field_is_shown(self) -> None:
-        got = ask(self.portal.url + "/login", form={"username": "daniel-adams", "password": "do not show"})
-        self.assertEqual(got.status, 403)
-        self.assertNotIn("do not show", got.text)
+        answer = ask(self.portal.url + "/login", form={"username": "daniel-adams", "password": "do not show"})
+        self.assertEqual(answer.status, 403)
+        self.assertNotIn("do not show", answer.text)
 
 
 class StartPage(PortalTest):
     """GET /"""
 
-    def test_it_names_every_endpoint_and_its_text(self) -> None:
-        main = Page(ask(self.portal.url + "/").text).texts["main"][0]
+    def setUp(self) -> None:
+        super().setUp()
+        self.page = Page(ask(self.portal.url + "/").text)
+
+    def test_it_names_every_endpoint_and_its_text_and_what_is_open_to_anyone(self) -> None:
         for route in s4s.ROUTES:
-            self.assertIn(route.path.replace("{}", "..."), main)
-            self.assertIn(route.spec, main)
+            self.assertIn(route.path.replace("{}", "..."), self.page.main)
+            self.assertIn(route.spec, self.page.main)
+        self.assertIn("tokens for any account", self.page.main)
+        with s4s.Server(debug=False, open_fhir=False) as closed:
+            self.assertNotRegex(ask(closed.url + "/").text,
+                                "tokens for any account|every record, at|/oauth/debug|/api/open-fhir|/launch")
 
     def test_its_links_lead_somewhere(self) -> None:
-        for link in Page(ask(self.portal.url + "/").text).all("a"):
-            if link["href"].startswith("/"):
-                with self.subTest(link=link["href"]):
-                    self.assertIn(ask(self.portal.url + link["href"]).status, (200, 303, 400, 401))
-
-    def test_it_says_what_is_open_to_anyone(self) -> None:
-        self.assertIn("tokens for any account", ask(self.portal.url + "/").text)
-        with s4s.Server(debug=False, open_fhir=False) as closed:
-            text = ask(closed.url + "/").text
-            for words in ("tokens for any account", "every record, at", "/oauth/debug", "/api/open-fhir",
-                          "/launch"):
-                self.assertNotIn(words, text)
+        for path in {link["href"] for link in self.page.all("a") if link["href"].startswith("/")}:
+            with self.subTest(path):
+                self.assertIn(ask(self.portal.url + path).status, (200, 303, 400, 401))
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
     def test_its_commands_work_when_pasted(self) -> None:
-        commands = Page(ask(self.portal.url + "/").text).texts["pre"][0]
-        done = subprocess.run(["sh", "-c", commands], capture_output=True, timeout=30, check=True)
+        commands = ["sh", "-c", self.page.texts["pre"][0]]
+        done = subprocess.run(commands, capture_output=True, timeout=30, check=True)
         self.assertEqual(json.loads(done.stdout)["id"], DANIEL)
 
     def test_it_is_the_home_of_who_is_signed_in(self) -> None:
         browser = Browser(self.portal)
         browser.open(self.portal.url + "/login")
         browser.sign_in()
-        page = Page(browser.open(self.portal.url + "/").text)
-        self.assertIn("Daniel Adams, Amy Shaw", page.texts["main"][0])
+        self.assertIn("Daniel Adams, Amy Shaw", Page(browser.open(self.portal.url + "/").text).main)
         self.assertNotIn("Welcome", browser.submit("Sign out").text)
 
 
@@ -6495,9 +6484,9 @@ class Verbose(unittest.TestCase):
 class CommandLine(unittest.TestCase):
     """python s4s_proxy.py"""
 
-    def run_main(self, *argv: str) -> tuple[int, str, str]:
+    def run_main(self, *argv: str, out: io.StringIO | None = None) -> tuple[int, str, str]:
         """Run main in this thread; give exit status, standard output, standard error."""
-        out, err = io.StringIO(), io.StringIO()
+        out, err = out or io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 status = s4s.main(argv)
@@ -6514,13 +6503,11 @@ class CommandLine(unittest.TestCase):
                     heard.append(ask(text + "/health"))
                     signal.raise_signal(signal.SIGINT)
                 return super().write(text)
-        out, err = Out(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            self.assertEqual(s4s.main(["--port", "0"]), 0)
-        self.assertEqual(heard[0].json["status"], "ok")
-        self.assertRegex(out.getvalue(), r"^http://127\.0\.0\.1:\d+\n$")
+        status, out, err = self.run_main("--port", "0", out=Out())
+        self.assertEqual((status, heard[0].json["status"]), (0, "ok"))
+        self.assertRegex(out, r"^http://127\.0\.0\.1:\d+\n$")
         for needle in ("daniel-adams", "demo-password", "open-fhir", "FOR TESTING ONLY", "GET /health 200"):
-            self.assertIn(needle, err.getvalue())
+            self.assertIn(needle, err)
 
     def test_as_a_process_of_its_own(self) -> None:
         with started() as (process, url):
@@ -6529,19 +6516,17 @@ class CommandLine(unittest.TestCase):
             self.assertEqual(process.wait(10), 0 if os.name == "posix" else 1)
 
     def test_a_bad_option_is_exit_status_2(self) -> None:
-        for argv in (["--nonsense"], ["--base-url", "nonsense"], ["--base-url", "http://["],
-                     ["--keyfile", "x"], ["--fhir-version", "r9"], ["--quiet", "--verbose"],
-                     ["--data", "x", "--fhir-server", "http://localhost:1/fhir"]):
-            with self.subTest(argv=argv):
-                status, out, err = self.run_main(*argv)
+        for line in ("--nonsense", "--base-url nonsense", "--base-url http://[", "--keyfile x",
+                     "--quiet --verbose", "--fhir-version r9", "--data x --fhir-server http://localhost:1/"):
+            with self.subTest(line):
+                status, out, err = self.run_main(*line.split())
                 self.assertEqual((status, out), (2, ""))
-                self.assertIn(argv[0], err)
+                self.assertIn(line.split()[0], err)
 
     def test_the_originals_environment_variables_count_where_no_option_is_given(self) -> None:
-        parser = s4s.build_parser()
+        chosen = vars(s4s.build_parser().parse_args(["--open-fhir"]))
         with mock.patch.dict(os.environ, {"BASE_URL": "https://a.example", "ENABLE_UNSECURE_FHIR": "False"}):
-            self.assertEqual(s4s.settings_from_environment(vars(parser.parse_args(["--open-fhir"]))),
-                             {"base_url": "https://a.example"})
+            self.assertEqual(s4s.settings_from_environment(chosen), {"base_url": "https://a.example"})
             self.assertEqual(s4s.settings_from_environment({})["open_fhir"], False)
         for variable, text in (("BASE_URL", "nonsense"), ("ENABLE_UNSECURE_FHIR", "perhaps")):
             with self.subTest(variable=variable), mock.patch.dict(os.environ, {variable: text}), \
@@ -6552,13 +6537,11 @@ class CommandLine(unittest.TestCase):
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            status, out, err = self.run_main("--port", str(taken.getsockname()[1]))
-        self.assertEqual((status, out, err.count("\n")), (1, "", 1))
-        for argv in (["--client", "nonsense"], ["--db", "/nonexistent/x.db"],
-                     ["--certfile", "/nonexistent"], ["--client", "a=javascript:x"], ["--port", "99999"]):
-            with self.subTest(argv=argv):
-                status, out, err = self.run_main("--port", "0", *argv)
-                self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+            for line in (f"--port {taken.getsockname()[1]}", "--client nonsense", "--db /nonexistent/x.db",
+                         "--certfile /nonexistent", "--client a=javascript:x", "--port 99999"):
+                with self.subTest(line):
+                    status, out, err = self.run_main("--port", "0", *line.split())
+                    self.assertEqual((status, out, err.count("\n")), (1, "", 1))
 
     def test_version(self) -> None:
         self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
@@ -6574,22 +6557,19 @@ def named(path: str) -> Any:
     return inspect.unwrap(found)
 
 
-class Calls:
-    """Which functions of the module run, in any thread that starts meanwhile, in the order in which they begin."""
-    def __init__(self, *paths: str):
-        self.names = {named(path).__code__: path for path in paths}
-        self.seen: list[str] = []
+@contextlib.contextmanager
+def calls(*paths: str) -> Iterator[list[str]]:
+    """Which functions of the module run in threads that start meanwhile, in the order in which they begin."""
+    names, seen = {named(path).__code__: path for path in paths}, []  # type: dict[Any, str], list[str]
 
-    def __enter__(self) -> Calls:
-        threading.setprofile(self.notice)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        threading.setprofile(None)  # type: ignore[arg-type]
-
-    def notice(self, frame: Any, event: str, _argument: object) -> None:
-        if event == "call" and frame.f_code in self.names:
-            self.seen.append(self.names[frame.f_code])
+    def notice(frame: Any, event: str, _argument: object) -> None:
+        if event == "call" and frame.f_code in names:
+            seen.append(names[frame.f_code])
+    threading.setprofile(notice)
+    try:
+        yield seen
+    finally:
+        threading.setprofile(None)
 
 
 class Message(NamedTuple):
@@ -6604,25 +6584,23 @@ class Message(NamedTuple):
 
 
 class Story:
-    """Plays messages as they stand: what stands in <angle brackets> is put in where it is known, and learnt where the
-    server's answer shows it first."""
+    """Plays messages as they stand: what stands in <angle brackets> is put in where it is known, and learnt
+    where the server's answer shows it first."""
     def __init__(self, portal: s4s.Server, **known: str):
         self.browser, self.known = Browser(portal), {"portal": portal.url, **known}
 
     def filled(self, text: str) -> str:
-        return re.sub("<([^<>]+)>", lambda found: self.known[found[1]], text)
+        return re.sub("<([^<>]+)>", lambda word: self.known[word[1]], text)
 
     def learn(self, expected: str, came: str) -> bool:
         """Whether a text came as expected; new words are learnt from it."""
-        new: list[str] = []
-
-        def pattern(found: re.Match[str]) -> str:
-            if found[1] in self.known:
-                return re.escape(self.known[found[1]])
-            new.append(found[1])
-            return "(.+?)"
-        parts = re.split("(<[^<>]+>)", expected)
-        shape = "".join(re.sub("<([^<>]+)>", pattern, part) if part[:1] == "<" else re.escape(part) for part in parts)
+        shape, new = "", []
+        for place, part in enumerate(re.split("<([^<>]+)>", expected)):  # each second part is a word
+            if place % 2 and part not in self.known:
+                new.append(part)
+                shape += "(.+?)"
+            else:
+                shape += re.escape(self.known[part] if place % 2 else part)
         match = re.fullmatch(shape, came)
         self.known.update(zip(new, match.groups() if match else ()))
         return bool(match)
@@ -6635,14 +6613,14 @@ class Story:
         if message.body:
             kind = "json" if message.body[0] == "{" else "x-www-form-urlencoded"
             headers["Content-Type"] = f"application/{kind}"
-        answer = ask(self.known["portal"] + self.filled(message.target), method=message.method, headers=headers,
-                     body=self.filled(message.body).encode() or None)
+        url, body = self.filled("<portal>" + message.target), self.filled(message.body).encode()
+        answer = ask(url, method=message.method, headers=headers, body=body or None)
         for cookie in answer.cookies:
             name, _, value = cookie.partition(";")[0].partition("=")
             self.browser.cookies[name] = value
-        if answer.headers.get("location", "").startswith(self.known["portal"]):  # the page on which the form stands
-            self.browser.open(answer.headers["location"])
-            self.known["form"] = dict(Form(self.browser.page.text).fields)["form_token"]
+        location = answer.headers.get("location", "")
+        if location.startswith(self.known["portal"]):  # the page on which the form stands
+            self.known["form"] = dict(Form(self.browser.open(location).text).fields)["form_token"]
         return answer
 
 
@@ -6651,50 +6629,49 @@ def story() -> list[Message]:
     text = s4s.__doc__.partition("The story in nine messages")[2].partition("A grant's life")[0]
     messages = []
     for function, sent, status, answer in re.findall(
-            r"^  \d  .+?  +(\S+)\n +> (.+?)\n +< (\d+) (.+?)$(?=\n  \d|\n\n)", text, re.MULTILINE | re.DOTALL):
-        lines = [line.strip() for line in sent.split("\n")]
-        first, _, token = lines[0].partition("Authorization: Bearer ")
+            r"(?ms)^  \d  .+?  +(\S+)\n +> (.+?)\n +< (\d+) (.+?)$(?=\n  \d|\n\n)", text):
+        first, *lines = [line.strip() for line in sent.split("\n")]
+        first, _, token = first.partition("Authorization: Bearer ")
         method, target = first.split()
-        body = ""
-        for line in lines[1:]:
-            if line.startswith("&") and not body:
-                target += line
-            else:
-                body += line
-        messages.append(Message(function, method, target, token, body, int(status), " ".join(answer.split())))
+        while lines and lines[0].startswith("&"):
+            target += lines.pop(0)
+        body, answer = "".join(lines), " ".join(answer.split())
+        messages.append(Message(function, method, target, token, body, int(status), answer))
     return messages
 
 
 class TheHead(unittest.TestCase):
     """What the head of the book says is so."""
     source = (HERE / "s4s_proxy.py").read_text(encoding="utf-8")
+    below = "= Part Two: the records\n"  # what stands behind it is used by Part One only where it says so
 
     def test_the_story_is_what_a_running_server_says(self) -> None:
         messages = story()
         self.assertEqual(len(messages), 9)
         verifier, day = secrets.token_urlsafe(48), s4s.day_of(time.time() + 86400)
-        with Calls(*{message.function for message in messages}) as calls, s4s.Server() as portal:
+        with calls(*{message.function for message in messages}) as seen, s4s.Server() as portal:
             told = Story(portal, state=secrets.token_urlsafe(9), verifier=verifier, day=day,
                          challenge=s4s.s256_challenge(verifier))
             for number, message in enumerate(messages, 1):
                 with self.subTest(number):
-                    calls.seen.clear()
+                    seen.clear()
                     answer = told.play(message)
                     self.assertEqual(answer.status, message.status, answer)
-                    self.assertIn(message.function, calls.seen)
+                    self.assertIn(message.function, seen)
                     if message.status == 303:
-                        self.assertTrue(told.learn(message.answer, answer.headers["location"]), answer.headers)
+                        self.assertTrue(told.learn(message.answer, answer.headers["location"]), answer)
                         continue
                     expected = re.sub(r", \.\.\.|, \"\w+\": \[\.\.\.\]", "", message.answer)
                     for name, value in json.loads(expected).items():
                         came = answer.json[name]
-                        self.assertTrue(came == value or told.learn(str(value), str(came)), (name, value, came))
-        self.assertEqual(len({told.known[name] for name in ("access", "refresh", "second access", "second refresh")}), 4)
+                        self.assertTrue(came == value or told.learn(str(value), str(came)), (name, came))
+        tokens = {told.known[name] for name in ("access", "refresh", "second access", "second refresh")}
+        self.assertEqual(len(tokens), 4)
 
     def test_a_request_runs_through_the_functions_in_the_order_told_and_downwards(self) -> None:
         text = s4s.__doc__.partition("Follow one request")[2].partition("Legend")[0]
         stops = re.findall(r"^ +\d+  (\S+)", text, re.MULTILINE)
-        with Calls(*stops) as calls, s4s.Server() as portal:
+        with calls(*stops) as seen, s4s.Server() as portal:
             app, browser = App(portal), Browser(portal)
             browser.open(portal.url + "/login")
             browser.sign_in()
@@ -6702,7 +6679,7 @@ class TheHead(unittest.TestCase):
             back = browser.submit(DANIEL) and browser.submit("authorize")
             token = app.exchange(back.location["code"]).json["access_token"]
             ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token)
-        self.assertEqual(list(dict.fromkeys(calls.seen)), stops)
+        self.assertEqual(list(dict.fromkeys(seen)), stops)
         places = [named(stop).__code__.co_firstlineno for stop in stops]
         self.assertEqual(places, sorted(places))
 
@@ -6713,32 +6690,32 @@ class TheHead(unittest.TestCase):
         self.assertEqual(re.findall(r"^ +(\d+)  (\S+(?: \S+)*)", mapped, re.MULTILINE), banners)
 
     def test_the_protocol_stands_where_it_is_promised(self) -> None:
-        lines = self.source.split("\n")
-        self.assertLess(lines.index("def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str:"), 1800)
-        self.assertLess(next(number for number, line in enumerate(lines) if line.startswith("REDIRECT_CHECKS")), 1800)
-        self.assertLess(next(number for number, line in enumerate(lines) if line.endswith("Part Two: the records")), 2900)
+        for start, limit in (("\ndef begin_authorization(", 1800), ("\nREDIRECT_CHECKS", 1800),
+                             (self.below, 2900)):
+            self.assertLess(self.source[:self.source.index(start)].count("\n"), limit, start)
 
     def test_part_one_uses_of_what_stands_below_only_what_it_says(self) -> None:
+        def names(node: ast.AST, context: type[ast.expr_context]) -> set[str]:
+            return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
+                    and isinstance(inner.ctx, context) and id(inner) not in hints}
         module = ast.parse(self.source)
-        end = self.source[:self.source.index("= Part Two: the records\n")].count("\n")
-        named_below = {target.id for node in module.body if node.lineno > end for target in ast.walk(node)
-                       if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)
-                       and target.col_offset == 0}
-        named_below |= {node.name for node in module.body if node.lineno > end
-                        and isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        hints = {id(inner) for node in ast.walk(module) for name in ("annotation", "returns")
+                 for inner in ast.walk(getattr(node, name, None) or ast.Pass())}
+        end = self.source[:self.source.index(self.below)].count("\n")
+        named_below: set[str] = set()
         used: set[str] = set()
-        for node in (node for node in module.body if node.lineno < end):
-            annotations = {id(inner) for one in ast.walk(node) for name in ("annotation", "returns")
-                           for inner in ast.walk(getattr(one, name, None) or ast.Pass())}
-            local = {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
-            local |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
-                      and isinstance(inner.ctx, ast.Store)}
-            used |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
-                     and id(inner) not in annotations and inner.id not in local}
+        for node in module.body:
+            if node.lineno <= end:
+                arguments = {inner.arg for inner in ast.walk(node) if isinstance(inner, ast.arg)}
+                used |= names(node, ast.Load) - names(node, ast.Store) - arguments
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                named_below.add(node.name)
+            else:
+                named_below |= names(node, ast.Store)
         told = self.source.partition("= Part One: the protocol\n")[2].partition("\n\n\n")[0]
         listed = set(re.findall(r"\b[\w.]+\b", re.sub(r"\([^)]*\)", "", told.partition("below:")[2])))
         self.assertEqual(used & named_below, listed & named_below)
-        self.assertEqual(listed - named_below - set("and signing pages records".split()), set())
+        self.assertEqual(listed - named_below - {"and", "signing", "pages", "records"}, set())
 
     def test_the_examples_in_docstrings_hold(self) -> None:
         results = doctest.testmod(s4s)
@@ -6766,32 +6743,27 @@ def output_of(*command: str, given: str = "", folder: Path | str = HERE) -> str:
 class Repository(unittest.TestCase):
     """What the repository itself promises."""
     readme = (HERE / "README.md").read_text(encoding="utf-8")
-    source = (HERE / "s4s_proxy.py").read_text(encoding="utf-8")
+    sources = tuple(ast.parse((HERE / name).read_text(encoding="utf-8"))
+                    for name in ("s4s_proxy.py", "test_s4s_proxy.py"))
 
-    def example(self, name: str) -> str:
-        """The README's code block that is marked `run: name`."""
-        found = re.search(rf"```\w+\n(?:#|//) run: {name}\n(.*?)```", self.readme, re.DOTALL)
-        assert found, name
-        return found[1]
+    def example(self, start: str) -> str:
+        """The README's code block whose first lines match."""
+        block = re.search(rf"```{start}\n(.*?)```", self.readme, re.DOTALL)
+        assert block, start
+        return block[1]
 
     def run_example(self, name: str, *command: str, portal: s4s.Server | None = None) -> str:
-        """Run an example as it stands, but for the server's address; give its output."""
+        """Run the example marked `run: name` as it stands, but for the server's address; give its output."""
         if not shutil.which(command[0]):
             self.skipTest(f"{command[0]} is not installed")
-        text = self.example(name)
-        if portal:
-            text = text.replace("http://localhost:8000", portal.url)
-        return output_of(*command, given=text)
+        text, url = self.example(rf"\w+\n(?:#|//) run: {name}"), "http://localhost:8000"
+        return output_of(*command, given=text.replace(url, portal.url if portal else url))
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
-    def test_the_readmes_quick_start_shows_a_record(self) -> None:
+    def test_the_readmes_shell_examples_lead_through_the_flow(self) -> None:
         with s4s.Server() as portal:
-            shown = self.run_example("quick", "bash", "-e", portal=portal)
+            self.assertRegex(self.run_example("quick", "bash", "-e", portal=portal), '"family": ?"Adams"')
             self.assertEqual({request.status for request in portal.requests}, {200})
-        self.assertRegex(shown, '"family": ?"Adams"')
-
-    @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
-    def test_the_readmes_tour_leads_through_the_flow(self) -> None:
         with s4s.Server() as portal:
             self.run_example("tour", "bash", "-e", portal=portal)
             seen = [(request.path.rpartition("/")[2], request.status) for request in portal.requests]
@@ -6801,9 +6773,7 @@ class Repository(unittest.TestCase):
             (DANIEL, 401)])
 
     def test_the_readmes_fixtures_start_a_server(self) -> None:
-        found = re.search(r"```json\n(.*?)```", self.readme, re.DOTALL)
-        assert found
-        with s4s.Server(fixtures=json.loads(found[1])) as portal:
+        with s4s.Server(fixtures=json.loads(self.example("json"))) as portal:
             token = portal.issue_token(username="maria", client_id="growth-chart")
             self.assertEqual(token["patient"], JOSEPH)
 
@@ -6813,60 +6783,46 @@ class Repository(unittest.TestCase):
     def test_the_readmes_javascript_example_runs(self) -> None:
         self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
 
-    def test_the_readme_shows_every_option_and_every_endpoint(self) -> None:
-        for action in s4s.build_parser()._actions:
-            for flag in action.option_strings:
-                self.assertTrue(flag in self.readme, flag)
-        for route in s4s.ROUTES:
-            self.assertTrue(f"`{route.path.replace('{}', '…')}`" in self.readme, route.path)
-
-    def test_every_function_that_the_readme_names_is_there(self) -> None:
+    def test_the_readme_shows_every_option_and_endpoint_and_names_functions_that_are_there(self) -> None:
+        flags = [flag for action in s4s.build_parser()._actions for flag in action.option_strings]
+        for words in flags + [f"`{route.path.replace('{}', '…')}`" for route in s4s.ROUTES]:
+            self.assertTrue(words in self.readme, words)
         for name in re.findall(r"; (\w+)\(\)", self.readme):
             self.assertTrue(callable(getattr(s4s, name)), name)
 
-    def test_every_route_names_its_text_and_says_what_it_does(self) -> None:
+    def test_every_route_class_and_function_says_what_it_does(self) -> None:
         for route in s4s.ROUTES:
             self.assertTrue(route.spec and route.endpoint.__doc__, route)
-
-    def test_every_public_class_and_function_has_a_docstring(self) -> None:
-        module = ast.parse(self.source)
+        body = self.sources[0].body
         overriding = ("setup", "finish", "readable", "readinto")  # the standard library says what these do
-        classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
-        for node in [*module.body, *(inner for kind in classes for inner in kind.body)]:
+        classes = [node for node in body if isinstance(node, ast.ClassDef)]
+        for node in [*body, *(inner for kind in classes for inner in kind.body)]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
 
+    @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
     def test_only_the_standard_library_is_imported(self) -> None:
-        if not hasattr(sys, "stdlib_module_names"):
-            self.skipTest("needs Python 3.10")
-        for name in ("s4s_proxy.py", "test_s4s_proxy.py"):
-            for node in ast.walk(ast.parse((HERE / name).read_text(encoding="utf-8"))):
-                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                if isinstance(node, ast.ImportFrom):
-                    modules = [node.module or ""]
-                for module in modules:
-                    self.assertIn(module.partition(".")[0], {*sys.stdlib_module_names, "s4s_proxy"})
+        for node in (node for module in self.sources for node in ast.walk(module)):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                modules = [node.module or ""]
+            for module in modules:
+                self.assertIn(module.partition(".")[0], {*sys.stdlib_module_names, "s4s_proxy"})
 
-    def test_the_module_works_under_another_name_inside_a_package(self) -> None:
+    def test_the_module_works_under_another_name_inside_a_package_and_from_a_zip_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            package = Path(folder, "vendor_")
+            package, path = Path(folder, "vendor_"), os.path.join(folder, "vendored.zip")
             package.mkdir()
             (package / "__init__.py").write_text("")
             shutil.copy(HERE / "s4s_proxy.py", package / "smart_portal.py")
-            program = ("from vendor_ import smart_portal\nwith smart_portal.Server() as portal:\n"
-                       "    print(portal.issue_token()['patient'])")
-            shown = output_of(sys.executable, "-W", "error", "-c", program, folder=folder)
-            self.assertEqual(shown.strip(), DANIEL)
-
-    def test_the_module_works_from_a_zip_file(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "vendored.zip")
             with zipfile.ZipFile(path, "w") as archive:
-                archive.write(HERE / "s4s_proxy.py", "s4s_proxy.py")
-            program = (f"import sys; sys.path.insert(0, {path!r}); import s4s_proxy\n"
-                       "with s4s_proxy.Server() as portal: print(portal.issue_token()['patient'])")
-            shown = output_of(sys.executable, "-W", "error", "-c", program, folder=folder)
-            self.assertEqual(shown.strip(), DANIEL)
+                archive.write(HERE / "s4s_proxy.py", "zipped_portal.py")
+            for start in ("from vendor_ import smart_portal as s4s",
+                          f"import sys; sys.path.insert(0, {path!r}); import zipped_portal as s4s"):
+                with self.subTest(start):
+                    program = f"{start}\nwith s4s.Server() as portal: print(portal.issue_token()['patient'])"
+                    shown = output_of(sys.executable, "-W", "error", "-c", program, folder=folder)
+                    self.assertEqual(shown.strip(), DANIEL)
 
 
 # ######################################################################## the benchmark
@@ -6898,17 +6854,16 @@ def bare_server(body: bytes = Bare.body) -> Iterator[str]:
     """A running bare handler; gives its address."""
     class Floor(http.server.ThreadingHTTPServer):
         request_queue_size, daemon_threads = 1024, True
-    server = Floor(("127.0.0.1", 0), type("Answers", (Bare,), {"body": body}))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    with Floor(("127.0.0.1", 0), type("Answers", (Bare,), {"body": body})) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def hammer(url: str, connections: int, seconds: float, request: bytes) -> tuple[float, float]:
     """Send a request over all of some kept-alive connections, again and again: requests and MB a second."""
-    parts = urlsplit(url)
-    sockets = [socket.create_connection((parts.hostname or "", parts.port or 80)) for _ in range(connections)]
+    address = urlsplit(url).hostname or "", urlsplit(url).port or 80
+    sockets = [socket.create_connection(address) for _ in range(connections)]
     files = [connection.makefile("rb") for connection in sockets]
     count, size, started = 0, 0, time.perf_counter()
     while time.perf_counter() < started + seconds:
@@ -6959,11 +6914,9 @@ def timed(action: Callable[[], object], rounds: int = 9) -> float:
 
 
 def first_answer(cache: str, *how: str) -> tuple[float, float]:
-    """Start the program, ask once: milliseconds, and MiB of memory (0 where the system doesn't tell).
-
-    cache: the folder in which Python keeps what it compiled, of modules.
-    """
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}
+    """Start the program, ask once: milliseconds, and MiB of memory (0 where the system doesn't tell). Python
+    keeps what it compiled, of modules, in the folder `cache`."""
+    environment, memory = {**os.environ, "PYTHONPYCACHEPREFIX": cache, "PYTHONDONTWRITEBYTECODE": ""}, 0.0
     started = time.perf_counter()
     with subprocess.Popen([sys.executable, *how, "--port", "0", "--quiet"], cwd=HERE, env=environment,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -6973,10 +6926,8 @@ def first_answer(cache: str, *how: str) -> tuple[float, float]:
         with contextlib.suppress(OSError):
             text = Path(f"/proc/{process.pid}/status").read_text()
             memory = int(text.partition("VmRSS:")[2].split()[0]) / 1024
-            process.terminate()
-            return taken, memory
         process.terminate()
-    return taken, 0.0
+    return taken, memory
 
 
 def add_tokens(portal: s4s.Server, count: int) -> None:
@@ -6989,30 +6940,33 @@ def add_tokens(portal: s4s.Server, count: int) -> None:
                              (tuple({**row, "token": secrets.token_hex(16)}.values()) for _ in range(count)))
 
 
+def show(what: str, figure: str, ratio: str = "") -> None:
+    """A row of the benchmark's table."""
+    print(f"| {what} | {figure} | {ratio} |", flush=True)
+
+
 def benchmark() -> None:
     """Print how fast all is, each figure beside a bare http.server handler or process of the same run."""
-    def show(what: str, figure: str, ratio: str = "") -> None:
-        print(f"| {what} | {figure} | {ratio} |", flush=True)
     print(f"Python {sys.version.split()[0]}, {os.cpu_count()} cores, {sys.platform}\n")
     show("what", "figure", "beside the bare one")
     show("---", "---:", "---:")
-    benchmark_starts(show)
-    benchmark_requests(show)
-    benchmark_forwarding(show)
-    benchmark_loading(show)
+    benchmark_starts()
+    benchmark_requests()
+    benchmark_forwarding()
+    benchmark_loading()
 
 
-def benchmark_starts(show: Callable[..., None]) -> None:
+def benchmark_starts() -> None:
     """The program's start, and a Server's."""
     program = "import http.server, sqlite3, json"
     bare_start = timed(lambda: subprocess.run([sys.executable, "-c", program], check=True))
     with tempfile.TemporaryDirectory() as cache:
         for how in (["s4s_proxy.py"], ["-m", "s4s_proxy"]):
             starts = [first_answer(cache, *how) for _ in range(10)][1:]
-            start, named = sorted(taken for taken, _ in starts)[4], f"`python {' '.join(how)}`"
-            show(f"{named}, start to first answer", f"{start:.0f} ms",
+            start, command = sorted(taken for taken, _ in starts)[4], f"`python {' '.join(how)}`"
+            show(f"{command}, start to first answer", f"{start:.0f} ms",
                  f"{start / bare_start:.2f} x `python -c \"{program}\"`")
-            show(f"{named}, memory then", f"{max(memory for _, memory in starts):.1f} MiB")
+            show(f"{command}, memory then", f"{max(memory for _, memory in starts):.1f} MiB")
 
     def whole() -> None:
         with s4s.Server() as portal:
@@ -7020,31 +6974,31 @@ def benchmark_starts(show: Callable[..., None]) -> None:
     show("`Server()` start, one request, stop", f"{timed(whole, 31):.1f} ms")
 
 
-def benchmark_requests(show: Callable[..., None]) -> None:
+def benchmark_requests() -> None:
     """Requests of the embedded records and of the token's endpoints."""
     with s4s.Server() as portal, bare_server() as bare:
         ask(f"{portal.open_fhir_url}/Patient")
         show("`reset()`", f"{timed(portal.reset, 31):.2f} ms")
-        token = portal.issue_token(scope="patient/*.rs")["access_token"]
+        token, app = portal.issue_token(scope="patient/*.rs")["access_token"], App(portal)
         look = raw("POST", "/oauth/introspect", token, f"token={token}")
         read = raw("GET", f"/api/fhir/Patient/{DANIEL}", token)
         floors = {connections: rate(bare, raw("GET", "/"), connections)[0] for connections in (1, 8, 32)}
-        for connections, floor in floors.items():
-            for what, request in (("introspections", look), ("token reads of a Patient", read)):
-                got = rate(portal.url, request, connections)[0]
-                show(f"{what}, {connections} connections", f"{got:,.0f} /s", f"{got / floor:.2f} x")
+
+        def compare(what: str, request: bytes, connections: int = 8, size: bool = False) -> None:
+            speed, megabytes = rate(portal.url, request, connections)
+            more = f", {megabytes:.0f} MB/s" if size else ""
+            show(what, f"{speed:,.0f} /s{more}", f"{speed / floors[connections]:.2f} x")
+        for connections in floors:
+            compare(f"introspections, {connections} connections", look, connections)
+            compare(f"token reads of a Patient, {connections} connections", read, connections)
         for count in (10, 1000):
             path = f"/api/fhir/Observation?patient={DANIEL}&_count={count}"
-            got, megabytes = rate(portal.url, raw("GET", path, token))
-            show(f"searches of {count} entries", f"{got:,.0f} /s, {megabytes:.0f} MB/s",
-                 f"{got / floors[8]:.2f} x")
-        app = App(portal)
-        taken = timed(lambda: flow(app), 201)
-        show("code flows: `approve` and the token endpoint", f"{1000 / taken:,.0f} /s")
+            compare(f"searches of {count} entries", raw("GET", path, token), size=True)
+        flows = 1000 / timed(lambda: flow(app), 201)
+        show("code flows: `approve` and the token endpoint", f"{flows:,.0f} /s")
         for count in (1_000, 100_000):
             add_tokens(portal, count)
-            got = rate(portal.url, look)[0]
-            show(f"introspections with {count:,} live tokens", f"{got:,.0f} /s", f"{got / floors[8]:.2f} x")
+            compare(f"introspections with {count:,} live tokens", look)
 
 
 @contextlib.contextmanager
@@ -7061,45 +7015,44 @@ def bare_process(body: bytes) -> Iterator[str]:
             process.terminate()
 
 
-def benchmark_forwarding(show: Callable[..., None]) -> None:
+def benchmark_forwarding() -> None:
     """The same in front of a FHIR server, which is a bare handler."""
     for what, parts, padding in (("reads (2 kB)", 0, 1850), ("searches (1 MB, 100 entries)", 100, 9800),
                                  ("searches (1 MB, 1,400 entries)", 1400, 550)):
         text = ("Taken twice, 5 minutes apart; see above. " * 250)[:padding]
         record = observation("mine", note=[{"text": text}])
         bundle = {"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": record}] * parts}
-        body = json.dumps(bundle if parts else record).encode()
-        with bare_process(body) as bare, s4s.Server(fhir_server=bare) as portal:
+        path = "Observation" if parts else "Observation/mine"
+        with bare_process(json.dumps(bundle if parts else record).encode()) as bare, \
+                s4s.Server(fhir_server=bare) as portal:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
-            path = "Observation" if parts else "Observation/mine"
             for connections in (1, 8):
                 floor = rate(bare, raw("GET", f"/{path}"), connections)[0]
-                got, megabytes = rate(portal.url, raw("GET", f"/api/fhir/{path}", token), connections)
-                show(f"forwarded {what}, {connections} connections", f"{got:,.0f} /s, {megabytes:.0f} MB/s",
-                     f"{got / floor:.2f} x")
+                speed, megabytes = rate(portal.url, raw("GET", f"/api/fhir/{path}", token), connections)
+                show(f"forwarded {what}, {connections} connections", f"{speed:,.0f} /s, {megabytes:.0f} MB/s",
+                     f"{speed / floor:.2f} x")
 
 
-def benchmark_loading(show: Callable[..., None], resources: int = 100_000) -> None:
+def benchmark_loading(resources: int = 100_000) -> None:
     """Loading a folder of Bundles, and a patient's own search in a store that has grown."""
     with tempfile.TemporaryDirectory() as folder:
-        size = 0
+        size, rates = 0, []
         for number in range(resources // 1000):
-            patients = [f"p{number}-{place}" for place in range(10)]
-            found: list[Any] = [{"resourceType": "Patient", "id": patient_id, "name": [{"text": patient_id}]}
-                                for patient_id in patients]
-            found += [observation(f"{patient_id}-{place}", patient_id, effectiveDateTime="2020-02-02",
-                                  category=[{"coding": [{"code": "laboratory"}]}], note=[{"text": "x" * 300}],
-                                  valueQuantity={"value": place, "unit": "mg/dL"})
-                      for patient_id in patients for place in range(99)]
-            entries = [{"resource": resource} for resource in found]
+            records: list[Any] = []
+            for patient_id in (f"p{number}-{place}" for place in range(10)):
+                name = [{"text": patient_id}]
+                records.append({"resourceType": "Patient", "id": patient_id, "name": name})
+                records += [observation(
+                    f"{patient_id}-{place}", patient_id, effectiveDateTime="2020-02-02",
+                    category=[{"coding": [{"code": "laboratory"}]}], note=[{"text": "x" * 300}],
+                    valueQuantity={"value": place, "unit": "mg/dL"}) for place in range(99)]
+            entries = [{"resource": resource} for resource in records]
             text = json.dumps({"resourceType": "Bundle", "type": "collection", "entry": entries})
-            Path(folder, f"{number}.json").write_text(text)
-            size += len(text)
+            size += Path(folder, f"{number}.json").write_text(text)
         begun, quiet = time.perf_counter(), contextlib.redirect_stderr(io.StringIO())
         with s4s.Server() as small, quiet, s4s.Server(data=folder) as large:
             taken = time.perf_counter() - begun
             show("loading resources of 700 bytes, in memory", f"{size / taken / 1e6:.0f} MB/s")
-            rates = []
             for portal in (small, large):
                 token = portal.issue_token(scope="patient/*.rs")["access_token"]
                 path = f"/api/fhir/Observation?category=laboratory&patient={DANIEL}"
