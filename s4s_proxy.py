@@ -2046,7 +2046,8 @@ def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> 
     interaction, parts = interaction_of(request.rest, posted)
     if not interaction:
         permit(not posted, "writing and batches are not possible here; only POST [type]/_search")
-        permit("$" not in unquote(request.rest), f"{request.path}: of operations only Patient/[id]/$everything")
+        permit("$" not in unquote(request.rest), f"{request.path}: of operations only "
+               "Patient/[id]/$everything")
         permit(request.rest, "a search over all types is not possible here: name a type")
         raise FhirError("not-supported", f"{request.path}: expected [type], [type]/_search, [type]/[id], "
                         "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
