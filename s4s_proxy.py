@@ -7989,17 +7989,17 @@ class Listener(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """One connection, from its handshake to its end."""
+        """One connection, from its handshake to its end. What goes wrong outside of any request is logged
+        before the client sees the end."""
         if self._context:
             request = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         with request:
-            super().finish_request(request, client_address)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """What went wrong outside of any request."""
-        error = sys.exc_info()[1]
-        if isinstance(error, Exception) and not isinstance(error, OSError):  # those: a client that went away
-            self.portal.log_bug("a connection", error)
+            try:
+                super().finish_request(request, client_address)
+            except OSError:
+                pass  # a client that went away
+            except Exception as error:  # noqa: BLE001
+                self.portal.log_bug("a connection", error)
 
     def log_request(self, request: Request, status: int, seconds: float) -> None:
         """A line a request, of nothing that could be a secret: no query, no header, no body."""
