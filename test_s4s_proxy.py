@@ -2576,8 +2576,8 @@ class WhoseItIs(unittest.TestCase):
     def test_each_type_and_version_of_fhir_has_its_element(self) -> None:
         me, other, doctor = (
             {"reference": text} for text in (f"Patient/{ME}", f"Patient/{OTHER}", "Practitioner/1"))
-        # type: Any, list[Any]
-        theirs, no_types = observation("x", OTHER), [["Patient"], {}, None, 7, True, ""]
+        theirs = observation("x", OTHER)
+        no_types: list[Any] = [["Patient"], {}, None, 7, True, ""]
         cases: list[tuple[Any, Any, str]] = [
             ("Condition", {"patient": me}, ME), ("Condition", {"subject": me}, ME),
             ("Coverage", {"beneficiary": me}, ME), ("Account", {"subject": [me]}, ME),
