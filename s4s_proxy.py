@@ -5,10 +5,10 @@
 
 starts an OAuth 2.0 authorization server (registration, sign-in, consent, tokens) in front of a
 FHIR API that lets an app see one patient's record and nothing else. It needs Python 3.9 or newer
-and nothing besides. In a test:
+and nothing else. In a test:
 
-    with s4s_proxy.Server() as portal:
-        token = portal.issue_token(scope="patient/*.rs")["access_token"]
+    with s4s_proxy.Server() as server:
+        token = server.issue_token(scope="patient/*.rs")["access_token"]
 
 NEVER put real people's data behind it. Anybody who can reach it can sign in: the passwords are on
 its first page, and its debug endpoints hand out tokens to whoever asks.
@@ -24,7 +24,7 @@ FHIR API knows only what the token stands for. That is OAuth 2.0 with PKCE; SMAR
 health records use it. This file is both, to be read from here downwards.
 
 The story in nine messages: the app introduces itself, a person approves, the app reads. What stands
-in <angle brackets> is new each time. At the right, the function that answers.
+in <angle brackets> is new each time, or the portal's own address. At the right, the function to read.
 
   1  Where is everything? The app knows only the address of the FHIR API.          smart_configuration
      > GET /api/fhir/.well-known/smart-configuration
@@ -38,12 +38,14 @@ in <angle brackets> is new each time. At the right, the function that answers.
        &scope=launch/patient%20patient/*.rs%20offline_access&state=<state>&aud=<portal>/api/fhir
        &code_challenge=<challenge>&code_challenge_method=S256
      < 303 <portal>/oauth/consent?request=<request>
+     (Nobody is signed in yet, so that page sends the browser on to /login, which shows a form.)
   4  Who is at the browser? The person signs in, to the portal alone.                            login
      > POST /login
        username=daniel-adams&password=demo-password&next=/oauth/consent?request=<request>
        &form_token=<form>
      < 303 <portal>/oauth/consent?request=<request>
-  5  The person says yes to this, until then. The browser carries a code to the app.           consent
+     (That page shows who asks, for what, and a form.)
+  5  The person says yes: these categories, until that day. The browser carries a code.        consent
      > POST /oauth/consent
        request=<request>&decision=approve&patient_id=smart-1288992&security_labels=problems
        &approval_expires=<day>&form_token=<form>
@@ -74,16 +76,18 @@ A grant's life, in the rows of the tables (section 4):
                      code, 60 s     ->  code: spent
                                         access token, 1 h        another access token, 1 h
                                         refresh token        ->  refresh token: spent; another
+                                        (offline_access)
     30 minutes                          no token outlives the day that the person chose
 
-    A code or refresh token that is shown a second time was stolen: the grant has ended, and every
-    token of it. So it has when the person stops sharing (/apps), or the app gives its refresh token
-    back (/oauth/revoke).
+    If its app shows a code or refresh token a second time, two hold it, one of them a thief: the grant
+    ends, with all its tokens. It also ends when the person stops sharing (/apps), or the app gives its
+    refresh token back (/oauth/revoke).
 
 Map, with reading times; `grep '^# ####'` lists the sections.
 
-Part One, the protocol, in the order in which a request meets it. Sections 1 to 10 are its heart and
-take two hours; who stops there has read a whole OAuth server.
+Part One, the protocol. Sections 1 to 4 are its tools; 5 to 11 go with a request from its arrival to the
+records; the rest is what apps need besides. Sections 1 to 10 are its heart and take two hours; if you
+stop there, you have read a whole OAuth server (messages 1, 7 and 8 are answered in 12 and 11).
 
     1  errors                                                5 min   what a client is told, in which shape
     2  secrets, PKCE                                         5 min   random values, hashes
@@ -130,7 +134,7 @@ Follow one request, downwards: of a person who has signed in, from the app's que
      6  decide                 it is written down; the browser carries a code back to the app
      7  token_endpoint         the app comes by itself now, and says who it is
      8  exchange_code          code and verifier become tokens, once
-     9  spending               of any number that race, one wins
+     9  spending               of several at once, one wins
     10  check_code             it comes from the one who asked for it
     11  fhir                   the app shows the access token to the FHIR API
     12  Access.may_see         every resource is judged before a byte of it leaves
@@ -150,7 +154,8 @@ Legend: the field's own names.
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
     redirect URI   the app's address to which the browser brings the answer
-    state          a value that comes back with the answer, so that the app knows it asked
+    state          a value that comes back with the answer, so that nobody can slip the app an answer
+                   to a question that it did not ask
     code           the short-lived voucher that the browser carries back to the app
     PKCE           a secret made for one request, so that a stolen code is worth nothing (RFC 7636);
                    the app sends its hash first (challenge), itself later (verifier)
@@ -166,7 +171,7 @@ Legend: the field's own names.
     introspection  asking what a token is good for
     launch         how an app starts: by itself (standalone), or from a health record (EHR launch)
     launch context what is open where the app was started: patient, visit
-    category       a kind of data the patient may leave out; "security label" in S4S
+    category       a kind of data the patient may leave out; S4S says "security label", in names too
 
 Where you see a memory (`remembered`, lru_cache) or an import inside a function, its time was measured:
 skip it.
@@ -219,7 +224,7 @@ __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
 
 Json = dict[str, Any]  # a JSON object; FHIR resources are such
-FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # how people call them, and how FHIR does
+FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # our word -> FHIR's number
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
@@ -240,6 +245,11 @@ def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
 # It uses of what stands below: search_table and parse_term (the records), fhir_response, FHIR_TYPE,
 # FHIR_TYPES, JSON_TYPES, parse_json, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt,
 # read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages).
+#
+# Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
+# tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
+# portal.user(name) and portal.patients_of(name) look up; portal.meet_fault(name) fails where a test ordered
+# it.
 
 
 # ######################################################################## 1 errors
@@ -250,8 +260,8 @@ class StartError(Exception):
 
 
 class PortalError(Exception):
-    """A refusal: `status` is HTTP's, `error` a code of the endpoint's text, `description` for people. Over
-    HTTP it becomes {"error", "error_description"} (RFC 6749 section 5.2)."""
+    """A refusal: `status` is HTTP's, `error` a code from the endpoint's specification, `description` for
+    people. What it becomes on the way out, JSON or a page, the endpoint's kind says: see error_response."""
     def __init__(self, error: str, description: str, status: int = 400,
                  headers: Sequence[tuple[str, str]] = ()):
         super().__init__(f"{error}: {description}")
@@ -264,7 +274,7 @@ class PortalError(Exception):
 
 
 class PageError(PortalError):
-    """An error that a person at a browser sees, as a page. Nothing is sent to the app."""
+    """A refusal that stays a page, even where checks are answered by redirects (begin_authorization)."""
 
 
 class RedirectError(PortalError):
@@ -285,7 +295,7 @@ Good = TypeVar("Good")
 
 def need(good: Good | None, description: str, error: str = "invalid_request", status: int = 400,
          kind: type[PortalError] = PortalError, headers: Sequence[tuple[str, str]] = ()) -> Good:
-    """Give back what is good; refuse with the description where it is nothing, false or empty."""
+    """Give back what is good; refuse with the description where it is None, false or empty."""
     if not good:
         raise kind(error, description, status, headers)
     return good
@@ -324,7 +334,8 @@ def hash_secret(secret: str) -> str:
 
 
 def hash_password(password: str, salt: str) -> str:
-    """A person's password as kept: slow on purpose (some 50 ms), or a stolen table were guessed from."""
+    """A person's password as kept: slow on purpose (some 50 ms), so that a stolen table is slow to guess
+    from."""
     return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "replace"), salt.encode(), 200_000).hex()
 
 
@@ -344,7 +355,8 @@ def s256_challenge(verifier: str) -> str:
 
 # ######################################################################## 3 scopes
 
-LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}  # SMART 1 suffixes in SMART 2 letters
+# The suffixes of SMART 1 in the letters of SMART 2: create, read, update, delete, search.
+LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}
 GRANTABLE_LETTERS = "rs"  # read and search are all this server grants
 PLAIN_SCOPES = {          # the scopes that are no resource's, and what each lets the app do
     "openid": "know which account you sign in with",
@@ -364,7 +376,7 @@ class ResourceScope(NamedTuple):
     """One scope of the form context/Type.letters (SMART, "Scopes for requesting FHIR Resources")."""
     context: str  # patient, user or system
     type: str     # a FHIR type, or * for all
-    letters: str  # some of c r u d s, in this order
+    letters: str  # some of cruds, in this order
     text: str     # as the client wrote it
     constraints: tuple[tuple[str, str], ...] = ()  # what follows a ? narrows further: section 16
 
@@ -404,6 +416,7 @@ def scope_covers(registered: str, word: str) -> bool:
     wanted = parse_scope(word)
     if wanted:
         return any(scope.covers(wanted) for scope in resource_scopes(registered))
+    # Whoever may let the person choose a record may also be told which is open.
     wider = {"launch": "launch/patient", "profile": "fhirUser"}.get(word, word)
     return not {word, wider}.isdisjoint(registered.split())
 
@@ -422,8 +435,9 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
 
 
 def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
-    """What of one word can be granted, "" for nothing: of writing beside reading what remains, as it was
-    spelt. A constraint that can't be kept is refused: without it, the app would get more than it asked."""
+    """What of one word of a scope can be granted, "" for nothing. Writing is left out; what remains is spelt
+    as it was asked: .* becomes .read, .cruds becomes .rs. A constraint that can't be kept is refused: without
+    it, the app would get more than it asked."""
     parsed = parse_scope(word)
     head, question, constraints = word.partition("?")
     if not parsed:
@@ -497,7 +511,7 @@ CREATE TABLE IF NOT EXISTS pending (
     details TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS pending_by_expiry ON pending (expires);
 
--- What users approved. A row stays when it has ended, so that a used token that returns is known for one.
+-- What users approved. A row stays when it has ended, so that a used token that returns is recognised.
 CREATE TABLE IF NOT EXISTS grants (
     grant_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
     username TEXT REFERENCES users,               -- NULL: a backend service, which acts for nobody
@@ -593,7 +607,7 @@ class Store:
                 size = 500 + sum(map(len, texts))
                 if size <= MAX_KNOWN_OF_ONE:
                     if self._known_size >= MAX_KNOWN:
-                        self.changed()
+                        self.forget_rows()
                     self._known_size += size
                     self._known[key] = rows
             return rows
@@ -603,7 +617,7 @@ class Store:
         rows = self.rows(sql, *values)
         return rows[0] if rows else None
 
-    def changed(self) -> None:
+    def forget_rows(self) -> None:
         """Forget the rows looked up: something else is written now, or may be."""
         self._known, self._known_size = {}, 0
 
@@ -612,7 +626,7 @@ class Store:
         """All of the writes in the block, or none if it raises. No other thread reads or writes meanwhile."""
         with self._lock:
             self.connection.execute("BEGIN IMMEDIATE")
-            self.changed()
+            self.forget_rows()
             try:
                 yield self.connection
                 self.connection.execute("COMMIT")  # may fail too: a full disk
@@ -674,7 +688,7 @@ def http_date(seconds: float) -> str:
 # Without --base-url both are what the Host header says, which is why `check_host` doubts it. Without
 # a request, portal.browser_base() is the address listened on.
 
-MAX_RECORDED_BODY = 64 << 10  # of a request that tests may look at
+MAX_RECORDED_BODY = 64 << 10  # how much of a request's body tests may see
 
 
 def dispatch(portal: Portal, request: Request) -> Response:
@@ -808,7 +822,7 @@ def error_response(portal: Portal, request: Request, route: Route | None, error:
 
 
 ALLOWED_ORIGIN = [
-    ("Access-Control-Allow-Origin", "*"),  # safe, since nothing here goes by cookies: browsers send none then
+    ("Access-Control-Allow-Origin", "*"),  # safe: what has CORS goes by no cookie
     ("Access-Control-Expose-Headers",
      "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
 PREFLIGHT = [
@@ -1093,14 +1107,15 @@ def check_member(metadata: Json, name: str) -> None:
 
 def check_keys(metadata: Json) -> None:
     """Keys that are weak, or came with their private half, prove nothing, and no keys prove less (SMART,
-    "Client Authentication: Asymmetric"). A key of another kind is let be: it may be for something else."""
+    "Client Authentication: Asymmetric"). A key of another kind is left alone: it may be for something
+    else."""
     given = {"jwks", "jwks_uri"} & metadata.keys()
     # Of two sets, one would be forgotten when a stolen key is taken out of the other (RFC 7591 section 2).
     need_member(len(given) < 2, metadata, "jwks_uri", "not to stand beside jwks")
     try:
         for key in key_set(metadata["jwks"]) if "jwks" in given else []:
             if key.get("kty") == "RSA":
-                verify(key, "RS384", b"", b"")
+                verify(key, "RS384", b"", b"")  # ValueError for a key that is weak, or is none
             elif key.get("kty") == "EC" and key.get("crv") == "P-384":
                 verify(key, "ES384", b"", b"")
     except ValueError as error:
@@ -1393,9 +1408,9 @@ def check_client(asked: Authorization) -> None:
 
 def check_redirect_uri(asked: Authorization) -> None:
     """One of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
-    But for the port of a native app that listens on this machine: RFC 8252 section 7.3 has the server take
-    any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets nothing
-    anyway."""
+    Only the port may differ, of a native app that listens on this machine: RFC 8252 section 7.3 has the
+    server take any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets
+    nothing anyway."""
     uri, client = asked.fields.need("redirect_uri"), asked.client
     registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
     native = client.auth_method == "none" and is_redirect_uri(uri)
@@ -1451,20 +1466,22 @@ def check_response_type(asked: Authorization) -> None:
 
 def check_pkce(asked: Authorization) -> None:
     """A challenge from every public client: it alone ties the code to the app (RFC 7636)."""
-    challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
-    if not challenge:
+    code_challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
+    if not code_challenge:
         required = asked.client.auth_method == "none" or asked.portal.settings.strict
         need(not required, "code_challenge is missing (PKCE, RFC 7636)")
         need(not method, "code_challenge_method is given without code_challenge")
         asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
         return
+    # "plain" would send the verifier itself through the browser, for a thief to read (RFC 7636 section 7.2).
     need(method == "S256", f"code_challenge_method is {method or 'missing, so plain'}; expected S256")
-    need(re.fullmatch(r"[A-Za-z0-9_-]{43}", challenge), "code_challenge: expected 43 characters of base64url")
+    need(re.fullmatch(r"[A-Za-z0-9_-]{43}", code_challenge),
+         "code_challenge: expected 43 characters of base64url")
     asked.request.note("PKCE: only who knows the verifier can exchange the code (RFC 7636 section 4.6)")
 
 
 def check_scope(asked: Authorization) -> None:
-    """What of the scope can be granted; if nothing of it, say so."""
+    """The part of the scope that can be granted; an error if there is none."""
     wanted = asked.fields.need("scope")
     words = served_scope(asked.portal, wanted, asked.client.scope).split()
     if not asked.client.may_use("refresh_token"):
@@ -1474,11 +1491,12 @@ def check_scope(asked: Authorization) -> None:
     asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
 
 
-def served_scope(portal: Portal, asked: str, registered: str,
+def served_scope(portal: Portal, wanted: str, registered: str,
                  contexts: Sequence[str] = ("patient", "user")) -> str:
-    """`negotiate_scope`, less the types that are never served, each constraint one that can be kept."""
+    """`negotiate_scope`, less the types that are never served (section 11 lists them: those of which nobody
+    can tell whose they are), each constraint one that can be kept."""
     served = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}
-    words = negotiate_scope(asked, registered, contexts).split()
+    words = negotiate_scope(wanted, registered, contexts).split()
     scope = " ".join(word for word in words if not (parsed := parse_scope(word)) or parsed.type in served)
     check_constraints(portal, scope)
     return scope
@@ -1553,7 +1571,8 @@ def consent(portal: Portal, request: Request) -> Response:
     """The user's part: whose record, what of it, until when, yes or no."""
     posted = request.method == "POST"
     fields = guarded_form(portal, request) if posted else Fields(request.pairs())
-    request_id, decision = fields.get("request"), fields.get("decision") if posted else ""
+    request_id = fields.get("request")
+    decision = fields.get("decision") if posted else ""  # a link can't decide
     client, details = pending_request(portal, request_id)
     request.client_id = client.client_id
     user = session_user(portal, request)
@@ -1601,6 +1620,7 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
          f"This launch is for the record {fixed}, not for {chosen}.", kind=PageError)
     patient_id: str | None = fixed or chosen or only_record(portal, username, needs_patient(details["scope"]))
     if patient_id:
+        # patient_name knows only the records that this user may open
         need(portal.patient_name(username, patient_id) is not None,
              f"{username} may not open the record {patient_id!r}.", "forbidden", 403, PageError)
         need(not portal.records.lacks_patient(patient_id),
@@ -1609,7 +1629,7 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
 
 
 def only_record(portal: Portal, username: str, needed: bool) -> str | None:
-    """The record of a user who can mean no other; TO_CHOOSE if one is needed that only the user can name.
+    """The record of a user who has only one; TO_CHOOSE if one is needed that only the user can name.
     Where none is needed, the first is taken all the same (not of a clinician): S4S's apps find a patient in
     every token response."""
     user = portal.user(username)
@@ -1748,10 +1768,11 @@ def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
 
 @route("POST /revoke/{}", "S4S", kind="page")
 def stop_sharing(portal: Portal, request: Request) -> Response:
-    """End every authorization that this user gave one app for one patient. Another user's is not found."""
+    """End every authorization that this user gave one app for one patient. A grant of somebody else counts as
+    not found."""
     user = session_user(portal, request)
     if not user:
-        return to_sign_in(portal, request)
+        return to_sign_in(portal, request, "/apps")  # the browser comes back by GET, and this is for POST
     guarded_form(portal, request)
     row = portal.state.row("SELECT * FROM grants WHERE grant_id = ? AND username = ?",
                            request.rest, user["username"])
@@ -1807,8 +1828,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
 def spending(portal: Portal, client: Client, kind: str,
              value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
     """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises,
-    nothing is consumed. Looking, judging, issuing and marking are one transaction: of any number that race,
-    one wins. A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749
+    nothing is consumed. Looking, judging, issuing and marking are one transaction: of several at once, one
+    wins. A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749
     section 4.1.2, RFC 9700 section 4.14.2)."""
     name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
@@ -1816,14 +1837,15 @@ def spending(portal: Portal, client: Client, kind: str,
         # It is good in its own client's hands alone (RFC 6749 sections 4.1.3 and 6).
         ours = row and row["kind"] == kind and row["client_id"] == client.client_id
         need(ours, f"this {name} was not issued to this client", "invalid_grant")
-        if not row["spent"]:
+        if row["spent"]:
+            database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (row["grant_id"],))
+        else:
             need(not row["ended"], f"this {name} was revoked", "invalid_grant")
             need(row["expires"] > portal.clock.now(), f"this {name} has expired", "invalid_grant")
             yield database, row
             database.execute("UPDATE tokens SET spent = 1 WHERE token = ?", (value,))
-            return
-        database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (row["grant_id"],))
-    raise PortalError("invalid_grant", f"this {name} was used before; the whole authorization has ended")
+    # After the transaction: raised within, it would undo the end of the grant.
+    need(not row["spent"], f"this {name} was used before; the whole authorization has ended", "invalid_grant")
 
 
 def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
@@ -1923,7 +1945,8 @@ def bearer(portal: Portal, request: Request) -> Row:
         raise PortalError("invalid_token", "no token: send Authorization: Bearer ...", 401, [challenge()])
     row = known_token(portal, value)
     if not row or row["kind"] != "access" or not is_active(portal, row):
-        why = f"the access token {'has expired' if row and row['live'] else 'is not a valid one'}"
+        timed_out = row and row["kind"] == "access" and row["live"]
+        why = f"the access token {'has expired' if timed_out else 'is not a valid one'}"
         told = challenge(error="invalid_token", error_description=why)
         raise PortalError("invalid_token", why, 401, [told])
     request.client_id, request.username = row["client_id"], row["username"]
@@ -3918,7 +3941,7 @@ class EmbeddedRecords(Records):
         """Copy the sample records in."""
         if self._in_memory:
             samples.backup(self.store.connection)
-            self.store.changed()
+            self.store.forget_rows()
             return
         with self.store.transaction() as database:
             texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()

@@ -1941,6 +1941,15 @@ class AppsPage(PortalTest):
         for tokens, status in ((first, 401), (second, 401), (daughters, 200), (others, 200)):
             self.assertEqual(self.fhir(f"Patient/{tokens['patient']}", tokens).status, status)
 
+    def test_whoever_was_signed_out_meanwhile_comes_back_to_a_page(self) -> None:
+        self.app.tokens()
+        self.browser.open(self.portal.url + "/apps")
+        self.browser.submit("Stop sharing")
+        self.portal.advance(s4s.SESSION_SECONDS + 1)
+        self.browser.submit("Stop sharing")
+        self.assertEqual(self.browser.submit("sign-in").status, 200)
+        self.assertEqual(urlsplit(self.browser.url).path, "/apps")
+
     def test_a_code_of_a_permission_that_was_taken_back_buys_nothing(self) -> None:
         code, tokens = self.app.code(), self.app.tokens()
         self.browser.open(self.portal.url + "/apps")
@@ -6639,7 +6648,8 @@ def story() -> list[Message]:
         method, target = first.split()
         while lines and lines[0].startswith("&"):
             target += lines.pop(0)
-        body, answer = "".join(lines), " ".join(answer.split())
+        told = [line for line in answer.split("\n") if not line.lstrip().startswith("(")]  # those explain
+        body, answer = "".join(lines), " ".join(" ".join(told).split())
         messages.append(Message(function, method, target, token, body, int(status), answer))
     return messages
 
@@ -6716,7 +6726,7 @@ class TheHead(unittest.TestCase):
                 named_below.add(node.name)
             else:
                 named_below |= names(node, ast.Store)
-        told = self.source.partition("= Part One: the protocol\n")[2].partition("\n\n\n")[0]
+        told = self.source.partition("= Part One: the protocol\n")[2].partition("\n#\n")[0]
         listed = set(re.findall(r"\b[\w.]+\b", re.sub(r"\([^)]*\)", "", told.partition("below:")[2])))
         self.assertEqual(used & named_below, listed & named_below)
         self.assertEqual(listed - named_below - {"and", "signing", "pages", "records"}, set())
