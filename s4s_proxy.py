@@ -243,8 +243,8 @@ def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
 
 # ======================================================================== Part One: the protocol
 # It uses of what stands below: search_table and parse_term (the records), fhir_response, FHIR_TYPE,
-# FHIR_TYPES, JSON_TYPES, parse_json, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt,
-# read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages).
+# FHIR_TYPES, JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key,
+# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -584,15 +584,22 @@ class Store:
         try:
             self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
                                               check_same_thread=False)
-            self.connection.row_factory = sqlite3.Row
-            if path:
-                self.connection.execute("PRAGMA journal_mode = WAL")    # a reader doesn't wait
-                self.connection.execute("PRAGMA synchronous = NORMAL")  # a commit outlives the process
-                self.connection.executescript(schema)
-            else:
-                empty_database(schema).backup(self.connection)
+            try:
+                self._prepare(path, schema)
+            except sqlite3.Error:
+                self.connection.close()  # Windows lets nobody delete a file that is open
+                raise
         except sqlite3.Error as error:
             raise StartError(f"--db {path}: {error}; expected a database of this program, or a new file")
+
+    def _prepare(self, path: str | None, schema: str) -> None:
+        self.connection.row_factory = sqlite3.Row
+        if path:
+            self.connection.execute("PRAGMA journal_mode = WAL")    # a reader doesn't wait
+            self.connection.execute("PRAGMA synchronous = NORMAL")  # a commit outlives the process
+            self.connection.executescript(schema)
+        else:
+            empty_database(schema).backup(self.connection)
 
     def rows(self, sql: str, *values: Any) -> Sequence[Row]:
         """All rows of a query."""
@@ -673,10 +680,16 @@ LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can
 LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: years ahead are promised
 
 
+def moment(seconds: float) -> datetime.datetime:
+    """A Unix time, UTC. Windows' own calendar ends in the year 3000; this one doesn't."""
+    return datetime.datetime(1970, 1, 1,
+                             tzinfo=datetime.UTC) + datetime.timedelta(seconds=int(seconds))
+
+
 @functools.lru_cache(maxsize=1000)
 def http_date(seconds: float) -> str:
     """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
-    return email.utils.formatdate(int(seconds), usegmt=True)
+    return email.utils.format_datetime(moment(seconds), usegmt=True)
 
 
 # ######################################################################## 5 request, response, route
@@ -1732,10 +1745,10 @@ def end_of_day(date: str) -> float:
 
 def day_of(seconds: float, years: int = 0) -> str:
     """A Unix time's day, UTC, or the same day some years later."""
-    year, month, day = time.gmtime(seconds)[:3]
-    if (month, day) == (2, 29) and not calendar.isleap(year + years):
-        day = 28
-    return f"{year + years:04}-{month:02}-{day:02}"
+    day = moment(seconds).date()
+    if (day.month, day.day) == (2, 29) and not calendar.isleap(day.year + years):
+        day = day.replace(day=28)
+    return day.replace(year=day.year + years).isoformat()
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
@@ -2828,7 +2841,7 @@ def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
         # A stranger's URL could make this server ask its neighbours things for the stranger (SSRF).
         stranger = client.registered_itself and not portal.settings.serves_debug
         text, lifetime = fetch(url, stranger, portal.sockets)
-        keys = key_set(json.loads(text))
+        keys = key_set(_JSON.decode(text.decode("utf-8")))
         portal.key_sets[url] = (now + lifetime, keys)
     return keys
 
@@ -4498,16 +4511,16 @@ def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
     while mark != "}":
         if not text.startswith('"', at):
             raise ValueError("expected a member's name")
-        name, at = _decode(text, at)
+        name, at = _JSON.raw_decode(text, at)
         at = _step(text, at, ":")[1]
         if name != "entry":
-            own[name], at = _decode(text, at)
+            own[name], at = _JSON.raw_decode(text, at)
         else:
             mark, at = _step(text, at, "[")
             if text.startswith("]", at):
                 mark, at = "]", at + 1
             while mark != "]":
-                value, end = _decode(text, at)
+                value, end = _JSON.raw_decode(text, at)
                 take(value, text[at:end])
                 mark, at = _step(text, end, ",]")
         mark, at = _step(text, at, ",}")
@@ -4681,7 +4694,7 @@ class Upstream:
         check_status(answer)
         try:
             text = self.rewritten(answer.body, ours)
-            value, end = _decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+            value, end = _JSON.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
             if isinstance(value["resourceType"], str) and not text[end:].strip():
                 return value, text
         except (ValueError, RecursionError, TypeError, KeyError):
@@ -5962,14 +5975,20 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
-_decode = json.JSONDecoder(parse_constant=_refuse_constant).raw_decode
+def _number(text: str) -> int:
+    if len(text) > 1000:  # Python before 3.9.14 and 3.10.7 would take seconds over a longer one
+        raise ValueError(f"a number of {len(text)} digits; expected 1000 at most")
+    return int(text)
+
+
+_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_number)  # for what strangers send
 
 
 def parse_json(data: bytes) -> Json:
     """Bytes as a JSON object (RFC 8259: no NaN); PortalError, which says what is wrong, if they are none."""
     too_deep = f"the JSON nests too deep; expected {MAX_DEPTH} levels at most"
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = _JSON.decode(data.decode("utf-8"))
         # Half a character ("\ud800") is no text, 1e999 is no number that could be given back.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except RecursionError:
@@ -6051,7 +6070,7 @@ def read_jwt(text: str) -> Jwt:
     """Take a JWT apart; ValueError for what is none."""
     parts = text.split(".")
     try:
-        header, claims = (json.loads(base64url_bytes(part)) for part in parts[:2])
+        header, claims = (_JSON.decode(base64url_bytes(part).decode("utf-8")) for part in parts[:2])
         signature = base64url_bytes(parts[2])
         json.dumps([header, claims], ensure_ascii=False).encode("utf-8")  # refuses half characters ("\ud800")
     except (ValueError, IndexError, RecursionError):

@@ -914,8 +914,9 @@ class Nonsense(PortalTest):
                 self.assertIn(ask(self.portal.url + path).status, (401, 404, 405))
 
     def test_what_json_has_not(self) -> None:
-        for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 5000, "1" + "0" * 400 + ".5",
-                      "01", "0x1", ".5", '"\\ud800"', '{"\\udfff": 1}', '["\\ud83d"]', "[NaN]"):
+        for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 1001, "9" * 900_000,
+                      "1" + "0" * 400 + ".5", "01", "0x1", ".5", '"\\ud800"', '{"\\udfff": 1}', '["\\ud83d"]',
+                      "[NaN]"):
             with self.subTest(value=value[:9]):
                 for path, body in (("/oauth/register", '{"redirect_uris": ["https://a.example/"], "x": %s}'),
                                    ("/oauth/debug/clock", '{"seconds": %s}')):
@@ -4376,7 +4377,7 @@ class LoadingRecords(unittest.TestCase):
         where = s4s.search_condition(query, s4s.Access("patient/*.rs", DANIEL))
         plan = "\n".join(row["detail"] for row in records._filled().rows(
             f"EXPLAIN QUERY PLAN SELECT r.json FROM resources r WHERE {where.sql}", *where.values))
-        self.assertIn("resources_by_patient (type=? AND patient_id=?)", plan)
+        self.assertIn("resources_by_patient (type=? AND patient_id=?", plan)
         self.assertNotIn("SCAN", plan)
 
 
