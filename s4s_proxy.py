@@ -362,6 +362,7 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
     "openid": "know which account you sign in with",
     "fhirUser": "know who you are in the records",
     "profile": "know who you are in the records",  # what fhirUser was called at first
+    "email": "know your e-mail address",
     "launch": "know whose record is open",
     "launch/patient": "know whose record you choose",
     "launch/encounter": "know which visit is open",
@@ -480,6 +481,9 @@ STATE_SCHEMA = """
 CREATE TABLE IF NOT EXISTS users (
     username TEXT PRIMARY KEY, name TEXT NOT NULL, fhir_user TEXT, password_salt TEXT NOT NULL,
     password_hash TEXT NOT NULL, any_patient INTEGER NOT NULL DEFAULT 0);
+
+-- What else is told of a user (OpenID Connect Core section 5.1): JSON, claims by name.
+CREATE TABLE IF NOT EXISTS claims (username TEXT PRIMARY KEY, claims TEXT NOT NULL);
 
 -- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this
 -- patient, if not who the user is anyway (a RelatedPerson).
@@ -723,11 +727,14 @@ def dispatch(portal: Portal, request: Request) -> Response:
 def find_route(request: Request) -> Route | None:
     """The route of a request's path; what its {} matched is request.rest."""
     by_path, by_prefix = _routes_by_path()
-    if request.path in by_path:
-        return by_path[request.path]
+    path = request.path
+    if "//" in path:  # put together by hand from a FHIR base that ends in a slash
+        path = re.sub("^(/api/(?:open-)?fhir/)/", r"\1", path)
+    if path in by_path:
+        return by_path[path]
     for prefix, route in by_prefix:
-        if request.path.startswith(prefix) or request.path == prefix[:-1]:
-            request.rest = request.path[len(prefix):]
+        if path.startswith(prefix) or path == prefix[:-1]:
+            request.rest = path[len(prefix):]
             return route
     return None
 
@@ -1540,14 +1547,17 @@ def check_prompt(asked: Authorization) -> None:
 
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
-    Without the scope the parameter means nothing. Without the parameter the scope means nothing, and may
-    stand only beside launch/patient, in an app that can be launched either way."""
+    Without the scope the parameter means nothing. Without the parameter the scope means nothing: it stays
+    beside launch/patient, in an app that can be launched either way, and else is dropped like any word that
+    can't be granted (RFC 6749 section 3.3)."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if "launch" not in words:
         return
     if not handle:
-        need("launch/patient" in words, "launch is missing: the scope launch is for an app that the EHR "
-             "launched; one that starts by itself asks for launch/patient")
+        if "launch/patient" not in words:
+            words.remove("launch")
+        asked.scope = need(" ".join(words), "launch is missing: the scope launch is for an app that the EHR "
+                           "launched; one that starts by itself asks for launch/patient")
         return
     with asked.portal.state.transaction() as database:
         bound = database.execute("UPDATE launches SET client_id = ? WHERE launch = ? AND expires > ? "
@@ -2540,7 +2550,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "revocation_endpoint_auth_signing_alg_values_supported": algorithms,
         "authorization_response_iss_parameter_supported": True,
         "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
-        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name"],
+        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name",
+                             "email"],
         "request_parameter_supported": False, "request_uri_parameter_supported": False}
 
 
@@ -2656,10 +2667,15 @@ def check_fhir_context(value: Any) -> None:
 def claims_of(portal: Portal, row: Row) -> Json:
     """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know
     it, `fhirUser`, the resource that stands for the user, which with another person's record is not the
-    patient (SMART, "Scopes for requesting identity data")."""
-    if "openid" not in row["token_scope"].split():
+    patient (SMART, "Scopes for requesting identity data"); with the scopes `email` and `profile`, what the
+    fixtures say (OpenID Connect Core section 5.4)."""
+    words = row["token_scope"].split()
+    if "openid" not in words:
         return {}
-    claims = {"sub": row["username"]}
+    more = portal.state.row("SELECT claims FROM claims WHERE username = ?", row["username"])
+    claims = {name: value for name, value in json.loads(more["claims"] if more else "{}").items()
+              if ("email" if name.startswith("email") else "profile") in words}
+    claims["sub"] = row["username"]
     who = portal.fhir_user(row["username"], row["patient_id"])
     if who and may_know_who(row):
         claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
@@ -2674,8 +2690,8 @@ def may_know_who(row: Row) -> bool:
 def id_token(portal: Portal, grant: Row) -> str:
     """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2)."""
     now = int(portal.clock.now())
-    claims = {"iss": grant["issuer"], "aud": grant["client_id"], "iat": now, "exp": now + ACCESS_SECONDS,
-              "auth_time": int(grant["signed_in"]), **claims_of(portal, grant)}
+    claims = {**claims_of(portal, grant), "iss": grant["issuer"], "aud": grant["client_id"], "iat": now,
+              "exp": now + ACCESS_SECONDS, "auth_time": int(grant["signed_in"])}
     if grant["nonce"]:
         claims["nonce"] = grant["nonce"]
     return sign_jwt(signing_key(portal), claims)
@@ -2708,7 +2724,7 @@ def userinfo(portal: Portal, request: Request) -> Response:
     claims = claims_of(portal, row) if user else {}
     need(claims, "the token's scope has no openid", "insufficient_scope", 403,
          headers=[challenge(error="insufficient_scope", scope="openid")])
-    return json_response({**claims, "name": user["name"]} if user and may_know_who(row) else claims)
+    return json_response({"name": user["name"], **claims} if user and may_know_who(row) else claims)
 
 
 # ######################################################################## 15 keys, and backend services
@@ -4111,7 +4127,7 @@ class EmbeddedRecords(Records):
             return Response(304, headers=headers)
         kind = str(resource.content.get("contentType", "")) if resource.type == "Binary" else ""
         media_type = kind.partition(";")[0].strip().lower()
-        if re.fullmatch(r"[!-~ ]+", kind) and media_type in accepted_types(request):
+        if re.fullmatch(r"[!-~ ]+", kind) and media_type in media_types(accepts(request), self.version):
             data = str(resource.content.get("data", resource.content.get("content", "")))
             # sandbox: content that somebody loaded must not run as a page of this portal
             headers = [*headers, ("Content-Security-Policy", "sandbox")]
@@ -4984,7 +5000,9 @@ class Forwarding:
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
-        self.media_type = fhir_type(asked.request)  # or 406, before anybody is asked
+        # Or 406, before anybody is asked; only whoever names a version waits until the server's own is known.
+        named = "fhirversion=" in accepts(asked.request).lower()
+        self.media_type = fhir_type(asked.request, records.version if named else "r4")
         # A page of ours, gathered from one or more of the FHIR server's: entries, as the text they came in.
         self.matches: list[str] = []
         self.included: list[str] = []
@@ -6008,27 +6026,34 @@ FHIR_TYPE = "application/fhir+json"
 FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
 JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
 _ANY_JSON = frozenset(("*/*", "application/*", *JSON_TYPES))
+# What fhirVersion in a media type may be (R4 http, "FHIR Version Parameter"). R4B asks R4's servers for 4.3.
+MEDIA_VERSIONS = {"dstu2": ("1.0",), "stu3": ("3.0",), "r4": ("4.0", "4.3")}
 
 
 @remembered(100)
-def media_types(text: str) -> tuple[str, ...]:
-    """The media types in an Accept header, less those that it refuses (q=0)."""
-    return tuple(part.partition(";")[0].strip().lower() for part in text.split(",")
-                 if part.strip() and not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part))
+def media_types(text: str, version: str) -> tuple[str, ...]:
+    """The media types in an Accept header, less those that it refuses (q=0) or wants of another FHIR."""
+    types = []
+    for part in filter(str.strip, text.lower().split(",")):
+        wanted = re.search(r";\s*fhirversion\s*=\s*\"?(\d+\.\d+)", part)
+        if not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part) and (
+                not wanted or wanted[1] in MEDIA_VERSIONS[version]):
+            types.append(part.partition(";")[0].strip())
+    return tuple(types)
 
 
-def accepted_types(request: Request) -> tuple[str, ...]:
-    """The media types that a request takes: by _format, which browsers can set, else by Accept."""
+def accepts(request: Request) -> str:
+    """What a request takes: by _format, which browsers can set, else by Accept."""
     wanted = dict(request.pairs()).get("_format", "").replace(" ", "+")
-    return media_types(wanted or request.headers.get("accept") or "*/*")
+    return wanted or request.headers.get("accept") or "*/*"
 
 
 def fhir_type(request: Request, version: str = "r4") -> str:
-    """The JSON type asked for, else the version's own; 406 if no JSON will do."""
-    accepted = accepted_types(request)
+    """The JSON type asked for, else the version's own; 406 if no JSON of this version will do."""
+    accepted = media_types(accepts(request), version)
     if not _ANY_JSON.intersection(accepted):
-        asked = ", ".join(accepted) or "nothing"
-        raise FhirError("not-supported", f"{asked}: only JSON is served ({FHIR_TYPE})", 406)
+        raise FhirError("not-supported", f"{accepts(request)}: only JSON of FHIR {MEDIA_VERSIONS[version][0]} is "
+                        f"served ({FHIR_TYPE})", 406)
     return "application/json" if accepted == ("application/json",) else FHIR_TYPES.get(version, FHIR_TYPE)
 
 
@@ -7277,9 +7302,10 @@ DEMO_CLIENTS = (          # client_id, secret, redirect URI
     ("api-test", "api-secret", "http://localhost:9001/authorized"))
 # What --fixtures may hold, member -> type; a client there is client metadata.
 FIXTURES: Json = {"users": list, "clients": list}
-FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list}
+FIXTURE_USER: Json = {"username": str, "password": str, "name": str, "fhir_user": str, "patients": list,
+                      "email": str, "claims": dict}
 FIXTURE_PATIENT: Json = {"patient_id": str, "name": str, "is_user": bool}
-JSON_KINDS = {str: "a string", list: "an array", bool: "true or false"}
+JSON_KINDS = {str: "a string", list: "an array", bool: "true or false", dict: "an object"}
 
 
 class Seeds:
@@ -7287,6 +7313,7 @@ class Seeds:
     def __init__(self, settings: Settings):
         self.users: list[tuple[Any, ...]] = []
         self.patients: list[tuple[Any, ...]] = []
+        self.claims: list[tuple[str, str]] = []
         self.clients: dict[str, Client] = {}
         samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
         for username, name, fhir_user, any_patient in DEMO_USERS:
@@ -7309,7 +7336,9 @@ class Seeds:
 
     def write(self, database: sqlite3.Connection, now: float) -> None:
         """Put them in place of older ones."""
-        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in self.users])
+        for name in ("patients", "claims"):
+            database.executemany(f"DELETE FROM {name} WHERE username = ?", [user[:1] for user in self.users])
+        database.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", self.claims)
         database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", self.users)
         database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", self.patients)
         database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
@@ -7321,8 +7350,8 @@ class Seeds:
         start_needs(isinstance(client, dict), f"{where} is not a JSON object")
         given = dict(client)
         client_id, secret = given.pop("client_id", None), given.pop("client_secret", None)
-        start_needs(isinstance(client_id, str) and re.fullmatch(r"[!-~]+", client_id),
-                    f"{where}: client_id is missing or not a string of ASCII")
+        start_needs(isinstance(client_id, str) and re.fullmatch(r"[ -~]+", client_id),
+                    f"{where}: client_id is missing or not a string of ASCII")  # RFC 6749 appendix A.1
         start_needs(secret is None or (isinstance(secret, str) and secret),
                     f"{where}: client_secret: expected a string")
         method = "private_key_jwt" if {"jwks", "jwks_uri"} & given.keys() else "none"
@@ -7340,8 +7369,9 @@ class Seeds:
     def add_option(self, text: str) -> None:
         """Add what --client says: a client, or one more redirect URI of an earlier one."""
         where = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
-        match = start_needs(re.fullmatch(r"([^:=\s]+)(?::(\S+?))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text),
-                            f"{where}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI")
+        match = start_needs(re.fullmatch(r"([^:=]+)(?::([^:=]+))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text),
+                            f"{where}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI; a client whose id or "
+                            "secret has : or = in it goes into --fixtures")
         client_id, secret, uri = match.groups()
         earlier = self.clients.get(client_id)
         client = self.add_client(where, {
@@ -7373,6 +7403,8 @@ class Seeds:
                         f"{place}: username is not 1 to 255 characters of ASCII without spaces")
             password = hashed(user["password"], salt)
             self.users.append((username, name, user.get("fhir_user"), salt, password, False))
+            email = {"email": user["email"]} if "email" in user else {}
+            self.claims.append((username, json.dumps({**user.get("claims", {}), **email})))
             for index, patient in enumerate(user.get("patients", [])):
                 check_fixture(f"{place}.patients[{index}]", patient, FIXTURE_PATIENT, "patient_id")
                 patient_id, is_user = patient["patient_id"], patient.get("is_user", False)

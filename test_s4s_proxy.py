@@ -1575,7 +1575,7 @@ class AuthorizationRequest(PortalTest):
                     {"response_type": None}, {"response_mode": "form_post"}, {"scope": None}, {"aud": evil},
                     {"aud": "/"}, {"code_challenge_method": None}, {"code_challenge_method": "plain"},
                     {"code_challenge": "short"}, {"code_challenge": None}, {"max_age": "soon"},
-                    {"prompt": "none login"}, {"scope": launch}, {"scope": launch, "launch": "unknown"})),
+                    {"prompt": "none login"}, {"scope": "launch"}, {"scope": launch, "launch": "unknown"})),
                 ("invalid_scope", ({"scope": "nonsense"}, {"scope": 'patient/*.rs "'},
                                    {"scope": "system/*.rs"}, {"scope": "patient/Bundle.rs"})),
                 ("unsupported_response_type", ({"response_type": "token"},)),
@@ -2543,6 +2543,13 @@ class FhirApi(PortalTest):
         form = {"patient": DANIEL, "code": "http://snomed.info/sct|48167000"}
         self.assertEqual(self.found("Condition/_search", form=form), ["smart-Condition-14"])
 
+    def test_a_base_that_ends_in_a_slash_is_the_same_base(self) -> None:
+        self.statuses(self.portal.issue_token(), {
+            f"/Patient/{DANIEL}": 200, f"/Patient/{AMY}": 403, "/metadata": 200, "/Condition/_search": 404,
+            "/.well-known/smart-configuration": 200, f"/Patient//{DANIEL}": 404})
+        self.statuses("", {f"/Patient/{DANIEL}": 401})
+        self.assertEqual(ask(f"{self.portal.open_fhir_url}//Patient/{AMY}").status, 200)
+
     def test_an_unknown_parameter_is_named(self) -> None:
         got = self.fhir("Condition?colour=red", self.portal.issue_token())
         self.assertEqual(got.status, 400)
@@ -3162,6 +3169,11 @@ class EhrLaunch(PortalTest):
         self.assertEqual((tokens["patient"], tokens["need_patient_banner"]), (DANIEL, True))
         self.assertEqual({"intent", "fhirContext", "encounter"} & tokens.keys(), set())
 
+    def test_the_scope_launch_without_a_launch_is_dropped_where_something_remains(self) -> None:
+        tokens = self.app.tokens(scope="launch openid patient/*.rs")
+        self.assertEqual((tokens["scope"], tokens["patient"]), ("openid patient/*.rs", DANIEL))
+        self.assertEqual(ask(self.app.authorize_url(scope="launch")).location["error"], "invalid_request")
+
     def test_a_launch_works_once(self) -> None:
         self.launch()
         self.assertIn("access_token", self.tokens())
@@ -3393,6 +3405,26 @@ class Identity(PortalTest):
         for method in ("GET", "POST"):
             got = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"], method=method)
             self.assertEqual(got.json, told)
+
+    def test_what_the_fixtures_say_of_a_user_is_told_with_email_and_profile(self) -> None:
+        user = {"username": "maria", "password": "s", "fhir_user": f"Patient/{AMY}", "email": "m@x.example",
+                "patients": [{"patient_id": AMY}], "claims": {
+                    "email_verified": True, "locale": "pt", "name": "Maria", "sub": "root", "aud": "other"}}
+        mails, more = {"email": "m@x.example", "email_verified": True}, {"locale": "pt", "name": "Maria"}
+        with s4s.Server(fixtures={"users": [user]}) as portal:
+            set_signing_key(portal)
+            app = App(portal, "openid email profile launch/patient patient/*.rs")
+            for scope, told, hidden in (("openid email", mails, more), ("openid profile", more, mails),
+                                        ("openid", {}, {**mails, **more})):
+                with self.subTest(scope):
+                    back = portal.approve(app.authorize_url(scope=scope + " patient/*.rs"), username="maria")
+                    tokens = app.exchange(query_of(back)["code"]).json
+                    userinfo = ask(portal.url + "/oauth/userinfo", token=tokens["access_token"]).json
+                    id_token = s4s.read_jwt(tokens["id_token"]).claims
+                    for claims in (userinfo, id_token):
+                        self.assertEqual({**claims, **told, "sub": "maria"}, claims)
+                        self.assertEqual(claims.keys() & hidden.keys(), set())
+                    self.assertEqual(id_token["aud"], app.client_id)
 
     def test_userinfo_needs_a_token_with_openid(self) -> None:
         tokens = self.app.tokens()
@@ -4041,7 +4073,8 @@ class Reading(RecordsTest):
                 self.assertEqual(self.open(path).status, status, path)
 
     def test_json_in_any_spelling_is_answered_in_the_versions_own(self) -> None:
-        for version, own in (("r4", "application/fhir+json"), ("dstu2", "application/json+fhir")):
+        for version, own, ours in (("r4", "application/fhir+json", "4.0"),
+                                   ("dstu2", "application/json+fhir", "1.0")):
             with s4s.Server(fhir_version=version) as portal:
                 for path, accept, expected in (
                         ("", "", own), ("", "*/*", own), ("", "application/fhir+json", own),
@@ -4049,7 +4082,12 @@ class Reading(RecordsTest):
                         ("", "text/html, application/json;q=0.5, */*;q=0.1", own), ("", "text/html", ""),
                         ("?_format=json", "text/html", own), ("?_format=application/fhir+json", "", own),
                         ("?_format=application/json", "", "application/json"), ("?_format=xml", "", ""),
-                        ("", "application/fhir+xml", ""), ("", "application/json;q=0", "")):
+                        ("", "application/fhir+xml", ""), ("", "application/json;q=0", ""),
+                        # R4 http, "FHIR Version Parameter"
+                        ("", own + "; fhirVersion=3.0", ""), ("?_format=json;fhirVersion=3.0", "", ""),
+                        ("", own + ";fhirVersion=3.0, application/json;q=0.1", "application/json"),
+                        ("", own + f"; fhirVersion={ours}", own), ("", own + f'; fhirVersion="{ours}"', own),
+                        ("", own + "; fhirversion=4.3", own if version == "r4" else "")):
                     with self.subTest(version=version, path=path, accept=accept):
                         url = f"{portal.open_fhir_url}/Patient/{DANIEL}{path}"
                         got = ask(url, headers={"Accept": accept})
@@ -4903,6 +4941,14 @@ class WhatIsBehind(ForwardingTest):
         self.assertIn('"http://hl7.org/fhir/restful-security-service"', answer.body.decode())
         self.assertIn(("Content-Type", "application/json+fhir"), answer.headers)
 
+    def test_who_asks_for_another_version_of_fhir_is_told_406(self) -> None:
+        for theirs, asked, status in (("4.0.1", "3.0", 406), ("4.0.1", "4.3", 200), ("3.0.2", "3.0", 200)):
+            with self.subTest(theirs=theirs, asked=asked):
+                portal = self.portal_with({**self.STATEMENT, "fhirVersion": theirs})
+                headers = {"host": "127.0.0.1:1", "accept": f"application/fhir+json; fhirVersion={asked}"}
+                request = s4s.Request("GET", "/api/open-fhir/Observation/mine", headers)
+                self.assertEqual(s4s.dispatch(portal, request).status, status)
+
     def test_metadata_is_asked_for_every_five_minutes_at_most(self) -> None:
         portal = self.portal_with(self.STATEMENT)
         for seconds, asked in ((0, 1), (299, 1), (2, 2)):
@@ -5718,16 +5764,37 @@ class Fixtures(unittest.TestCase):
                 (user(password=5), r"users\[0\]: password is not a string"),
                 (user(patients=[{}]), r"users\[0\].patients\[0\] has no patient_id"),
                 (user(patients=[{"is_user": 1}]), "is_user is not true or false"),
-                (user(age=5), "unknown member age"), (user(name="\ud800"), "fixtures"),
+                (user(age=5), "unknown member age"),
+                (user(email=[1]), "email is not a string"), (user(claims=[1]), "claims is not an object"), (user(name="\ud800"), "fixtures"),
                 (user(name=b"x"), "fixtures"), ({"clients": [7]}, r"clients\[0\] is not"),
                 ({"clients": [{}]}, r"clients\[0\]: client_id"), (client(client_secret=""), "client_secret"),
                 ({"clients": [{"client_id": "a"}]}, r"clients\[0\]: redirect_uris"),
-                (client(client_id="a b"), r"clients\[0\]: client_id"),
+                (client(client_id="a\tb"), r"clients\[0\]: client_id"),
                 (client(token_endpoint_auth_method="client_secret_post"), "without a client_secret"),
                 (client(token_endpoint_auth_method="none", client_secret="s"), "but a client_secret"),
                 ("/nowhere/fixtures.json", "/nowhere/fixtures.json"), (str(HERE / "LICENSE"), "LICENSE: E")):
             with self.subTest(fixtures=fixtures), self.assertRaisesRegex(s4s.StartError, needle):
                 s4s.Server(fixtures=fixtures).start()
+
+    def test_a_client_id_with_a_space_signs_its_app_in(self) -> None:
+        given = {"client_id": "1PpG/Q 1", "client_secret": "s", "redirect_uris": [App.redirect_uri]}
+        with s4s.Server(fixtures={"clients": [given]}, client="a b=https://x.example/") as portal:
+            app = App(portal)
+            for sent in ("1PpG/Q 1", "1PpG%2FQ+1"):  # plain, or encoded (RFC 6749 section 2.3.1)
+                app.client_id, app.secret = "1PpG/Q 1", "s"
+                code, app.client_id = app.code(), sent
+                self.assertEqual(app.exchange(code).status, 200)
+            self.assertTrue(portal.portal.client("a b"))
+
+    def test_an_option_whose_id_or_secret_holds_a_separator_is_refused(self) -> None:
+        for given in ("urn:app:one=https://a.example/cb", "a:b:c:d=https://a.example/cb",
+                      "a:b=c=https://a.example/cb", "a:c2VjcmV0==https://a.example/cb"):
+            with self.subTest(given), self.assertRaisesRegex(s4s.StartError, "--fixtures") as caught:
+                s4s.Server(client=given).start()
+            self.assertNotIn("c2V", str(caught.exception))
+        with s4s.Server(client="a=https://a.example/cb?x=1:2") as portal:
+            client: Any = portal.portal.client("a")
+            self.assertEqual(client.metadata["redirect_uris"], ["https://a.example/cb?x=1:2"])
 
     def test_a_client_given_again_gets_one_more_redirect_uri(self) -> None:
         given = ["a:s=https://1.example/", "a=https://2.example/", "test-suite=https://x.example/"]
@@ -5736,7 +5803,7 @@ class Fixtures(unittest.TestCase):
             self.assertTrue(client.secret_hash)
             self.assertEqual(client.metadata["redirect_uris"], ["https://1.example/", "https://2.example/"])
             self.assertEqual(portal.issue_token()["scope"], "launch/patient patient/*.read offline_access")
-        for given in (["a"], ["a=javascript:x"], ["a b=https://x.example/"],
+        for given in (["a"], ["a=javascript:x"], ["a\tb=https://x.example/"],
                       ["a:s=https://x.example/", "a:t=https://x.example/"]):
             with self.subTest(given=given), self.assertRaisesRegex(s4s.StartError, "--client"):
                 s4s.Server(client=given).start()
