@@ -2304,10 +2304,10 @@ def access_of(portal: Portal, row: Row) -> Access:
 
 # How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2,
 # STU3 and R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father
-# performed is Amy's alone. Left out, and so refused, is what does not itself say whose it is: AuditEvent and
-# Provenance point at other resources, Schedule and Slot at doctors, Group and Person at several people;
-# Bundle and Parameters hold resources, and a Bundle within a Bundle is nothing that a search or $everything
-# should answer.
+# performed is Amy's alone. A Provenance belongs to the patient of all its targets. Left out, and so refused,
+# is what can't be told: AuditEvent is about accesses, Schedule and Slot point at doctors, Group and Person at
+# several people; Bundle and Parameters hold resources, and a Bundle within a Bundle is nothing that a search
+# or $everything should answer.
 OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("id",): "Patient",
     ("patient",):
@@ -2327,35 +2327,54 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
         "MedicationDispense MedicationStatement ReferralRequest",
     ("beneficiary",): "Coverage", ("for",): "Task", ("individual",): "ResearchSubject",
     ("actor",): "AppointmentResponse", ("participant",): "Appointment", ("securityContext",): "Binary",
+    ("target",): "Provenance",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
                 "Endpoint")
 NOBODY, UNKNOWN = "", "?"  # owners: of what belongs to nobody, of what can't be told; no ids that FHIR allows
-_REFERENCES = {name: re.compile(rf"{name}/({_ID})(?:/_history/{_ID})?") for name in ("Patient", "Binary")}
+_LOCAL = re.compile(rf"({_TYPE}/{_ID})(?:/_history/{_ID})?")
 _NO_PATIENT = re.compile("(?:.*/)?(?:Practitioner(?:Role)?|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
 
 
-def owner(resource: Json, base: str = "") -> str:
+def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str:
     """The id of the patient a resource belongs to; NOBODY if to none; UNKNOWN if that can't be told.
 
     Where several patients are named, in several elements or in contained resources, they must be the same
-    one: a record of two people may be shown to neither. A contained resource has no life of its own: it need
-    not say whose it is, but it must be of a type that could. References may be relative, or absolute below
+    one: a record of two people may be shown to neither. References may be relative, or absolute below
     `base`, and to a version; those by identifier alone or into the resource itself (#) can't be told.
+    `owners` are those of a Provenance's targets, by Type/id, as far as they are known.
 
     A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does
     Patient.link, and it opens nothing: what was filed under a linked Patient needs a token for that one.
     """
-    named = named_patients(resource, base)
+    named = named_patients(resource, base, owners)
     if not named and resource.get("resourceType") in ("Device", *SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
-        is_plain = isinstance(inner, dict) and "contained" not in inner
-        named |= named_patients(inner, base) if is_plain else {UNKNOWN}
+        named |= patients_within(inner, base)
     return named.pop() if len(named) == 1 else UNKNOWN
 
 
-def named_patients(resource: Json, base: str) -> set[str]:
+def patients_within(inner: Any, base: str) -> set[str]:
+    """The patients that a contained resource names. It need not say whose it is. Where no element of its
+    type would say that by itself, all count that it refers to."""
+    if not isinstance(inner, dict) or "contained" in inner or not isinstance(inner.get("resourceType"), str):
+        return {UNKNOWN}
+    if inner["resourceType"] in OWNER_ELEMENTS and inner["resourceType"] != "Provenance":
+        return named_patients(inner, base)
+    named, values = set[str](), list(inner.values())
+    for value in values:  # which grows by what is in them
+        if isinstance(value, dict):
+            reference = reference_of(value)
+            if "patient/" in reference.lower() or (not reference and value.get("type") == "Patient"):
+                named.add(_id_in(reference, "Patient", base) or UNKNOWN)
+            if "resourceType" in value:
+                named.add(UNKNOWN)
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return named
+
+
+def named_patients(resource: Json, base: str, owners: Mapping[str, str] = {}) -> set[str]:
     """The patients in a resource's owner elements; UNKNOWN among them stands for what can't be told."""
     type_name = resource.get("resourceType")
     if type_name in SHARED_TYPES:
@@ -2368,16 +2387,26 @@ def named_patients(resource: Json, base: str) -> set[str]:
     if type_name == "Appointment":  # doctors and rooms take part too
         values = [person.get("actor") if isinstance(person, dict) else None for person in values]
         values = [actor for actor in values if not _NO_PATIENT.fullmatch(reference_of(actor))]
-    return {_id_in(reference_of(value), "Patient", base) or UNKNOWN for value in values}
+    texts = [reference_of(value) for value in values]
+    named = {_id_in(text, "Patient", base) or owners.get(local_name(text, base), UNKNOWN) for text in texts}
+    return named - {NOBODY}  # among the targets of a Provenance, what is nobody's says nothing
+
+
 
 
 @remembered(1000)  # the same few stand in every resource of a record
-def _id_in(reference: str, type_name: str, base: str) -> str | None:
-    """The id in a reference to a Patient or Binary, relative or below `base`; None for any other."""
+def local_name(reference: str, base: str) -> str:
+    """The Type/id that a reference names, relative or below `base`; "" for any other."""
     if base and reference.startswith(base + "/"):
         reference = reference[len(base) + 1:]
-    match = _REFERENCES[type_name].fullmatch(reference)
-    return match[1] if match else None
+    match = _LOCAL.fullmatch(reference)
+    return match[1] if match else ""
+
+
+def _id_in(reference: str, type_name: str, base: str) -> str | None:
+    """The id in a reference to a resource of a type, relative or below `base`; None for any other."""
+    name, _, key = local_name(reference, base).partition("/")
+    return key if name == type_name else None
 
 
 def id_of(resource: Json) -> str | None:
@@ -3000,30 +3029,62 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 # name in camel case, or into those after "=", with "+" between; [x] is each type that an element may have.
 # Behind a type or parameter stand the versions that have it, if not all. The names are those of each
 # version's registry (Coverage's `patient` in STU3 is ours).
-_ADDRESS = """address, address-city=address.city,
-    address-state=address.state, address-postalcode=address.postalCode, name"""
+_ADDRESS = """address, address-city=address.city, address-state=address.state,
+    address-postalcode=address.postalCode, address-country=address.country, name"""
 SEARCH_PARAMETERS = f"""\
+Account | owner: patient, subject | token: identifier, status, type | string: name | reference: owner
+AdverseEvent stu3 r4 | owner: subject | token: category | date: date | reference: recorder
 AllergyIntolerance | owner: patient | token: identifier, category, criticality, type, status dstu2,
     substance=substance+reaction.substance dstu2, clinical-status stu3 r4, verification-status stu3 r4,
     code=code+reaction.substance stu3 r4 | date: date=recordedDate+assertedDate, onset=reaction.onset
+Appointment | owner: patient | token: identifier, status, part-status=participant.status, appointment-type
+    stu3 r4, service-type stu3 r4, service-category r4, specialty r4 | date: date=start | reference:
+    actor=participant.actor, practitioner=participant.actor, location=participant.actor
+AppointmentResponse | owner: patient | token: identifier, part-status=participantStatus
+    | reference: appointment
+Basic | owner: patient, subject | token: identifier, code | date: created
 Binary
+BodySite dstu2 stu3 | owner: patient | token: identifier, code
+BodyStructure r4 | owner: patient | token: identifier, location, morphology
 CarePlan | owner: patient, subject | token: identifier stu3 r4, category stu3 r4, intent stu3 r4,
     status stu3 r4 | date: date=period
-CareTeam stu3 r4 | owner: patient, subject | token: identifier, category, status | date: date=period
-    | reference: participant=participant.member
+CareTeam stu3 r4 | owner: patient, subject | token: identifier, category, status, role=participant.role r4
+    | date: date=period | reference: participant=participant.member
+ChargeItem stu3 r4 | owner: patient, subject | token: identifier, code | date: occurrence=occurrence[x]
 Claim | owner: patient | token: identifier, use, status r4 | date: created stu3 r4
+ClaimResponse stu3 r4 | owner: patient | token: identifier, outcome | date: created | reference: request
+ClinicalImpression | owner: patient, subject stu3 r4 | token: status | date: date | reference: assessor
+Communication | owner: patient, subject | token: identifier, status, category, medium | date: received, sent
+    | reference: sender, recipient, encounter=encounter+context, context stu3, based-on stu3 r4
+CommunicationRequest | owner: patient, subject | token: identifier, status, category | reference: sender,
+    recipient, encounter=encounter+context | date: requested=requestedOn dstu2, authored=authoredOn stu3 r4
+Composition | owner: patient, subject | token: identifier, status, type, class dstu2 stu3, category r4
+    | date: date, period=event.period | reference: author, encounter, entry=section.entry | string: title
 Condition | owner: patient, subject stu3 r4 | token: identifier, category, code, severity,
     clinicalstatus=clinicalStatus dstu2, clinical-status stu3 r4, verification-status stu3 r4
     | date: onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4,
     abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
     | reference: encounter=encounter+context, asserter
+Consent stu3 r4 | owner: patient | token: identifier, status, category, scope r4 | date: date=dateTime,
+    period=period+provision.period | reference: organization, consentor=consentingParty+performer
 Coverage stu3 r4 | owner: patient, beneficiary | token: identifier, type, status r4 | reference: payor,
     subscriber
+CoverageEligibilityRequest r4 | owner: patient | token: identifier, status | date: created
+CoverageEligibilityResponse r4 | owner: patient | token: identifier, status, outcome | date: created
+DetectedIssue | owner: patient | token: identifier, code r4 | date: date dstu2 stu3,
+    identified=identified[x] r4
 Device | owner: patient | token: identifier, type, status stu3 r4
+DeviceRequest stu3 r4 | owner: patient, subject | token: identifier, status, intent, code=code[x]
+    | date: authored-on | reference: device=code[x], encounter=encounter+context
+DeviceUseRequest dstu2 | owner: patient, subject | reference: device
+DeviceUseStatement | owner: patient, subject | reference: device
 DiagnosticOrder dstu2 | owner: patient, subject | token: identifier, status, code=item.code
 DiagnosticReport | owner: patient, subject | token: identifier, category, code, status
     | date: date=effective[x], issued | reference: encounter=encounter+context, result, specimen,
     performer=performer+performer.actor
+DocumentManifest | owner: patient, subject | token: identifier=masterIdentifier+identifier, status
+    | date: created
+EligibilityRequest stu3 | owner: patient | token: identifier | date: created
 DocumentReference | owner: patient, subject | token: identifier=masterIdentifier+identifier, status, type,
     class dstu2 stu3, category r4, contenttype=content.attachment.contentType r4
     | date: period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4 | reference: author,
@@ -3033,17 +3094,27 @@ Encounter | owner: patient, subject stu3 r4 | token: identifier, status, type, c
     service-provider stu3 r4
 Endpoint stu3 r4 | token: identifier, status, connection-type | reference: organization=managingOrganization
     | string: name
+EpisodeOfCare | owner: patient | token: identifier, status, type | date: date=period | reference: care-manager
 ExplanationOfBenefit stu3 r4 | owner: patient | token: identifier, status r4 | date: created
     | reference: claim, provider, coverage=insurance.coverage, encounter=item.encounter
 FamilyMemberHistory | owner: patient | token: identifier, code=condition.code, status stu3 r4 | date: date
+Flag | owner: patient, subject | token: identifier stu3 r4 | date: date=period | reference: author, encounter
 Goal | owner: patient, subject | token: identifier, category, status dstu2 stu3, lifecycle-status r4,
     achievement-status r4 | date: start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
+ImagingManifest stu3 | owner: patient | token: identifier | date: authoring-time | reference: author
+ImagingObjectSelection dstu2 | owner: patient | date: authoring-time | reference: author
 ImagingStudy | owner: patient, subject r4 | token: modality=series.modality, identifier stu3 r4, status r4
     | date: started | reference: endpoint=endpoint+series.endpoint stu3 r4, encounter r4
 Immunization | owner: patient | token: identifier, status, vaccine-code,
     notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4, reason-code r4 | date: date=date+occurrence[x]
     | reference: location, manufacturer | string: lot-number
+ImmunizationEvaluation r4 | owner: patient | token: identifier, status | date: date
+ImmunizationRecommendation | owner: patient | token: identifier | date: date=date+recommendation.date
+Invoice r4 | owner: patient, subject | token: identifier, status, type | date: date
+List | owner: patient, subject | token: identifier stu3 r4, code, status, empty-reason | date: date
+    | reference: encounter, source, item=entry.item | string: title
 Location | token: identifier, status, type | reference: organization=managingOrganization | string: {_ADDRESS}
+MeasureReport stu3 r4 | owner: patient, subject r4 | token: identifier, status | date: date r4, period r4
 Media | owner: patient, subject | token: identifier, type
 Medication | token: code, status stu3 r4, identifier r4
 MedicationAdministration | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x]
@@ -3060,41 +3131,66 @@ MedicationRequest stu3 r4 | owner: patient, subject | token: identifier, status,
 MedicationStatement | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x],
     category stu3 r4 | date: effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
     | reference: medication=medication[x], context stu3 r4
+MolecularSequence r4 | owner: patient | token: identifier, type
+NutritionOrder | owner: patient | token: identifier, status | date: datetime=dateTime | reference: encounter
 Observation | owner: patient, subject | token: identifier, category, code, status, value-concept=value[x],
-    component-code=component.code, data-absent-reason | date: date=effective[x], value-date=value[x]
+    component-code=component.code, combo-code=code+component.code stu3 r4, data-absent-reason
+    | quantity: value-quantity=value[x], component-value-quantity=component.value[x]
+    | date: date=effective[x], value-date=value[x]
     | reference: encounter=encounter+context, performer, specimen, has-member r4, derived-from r4
+Order dstu2 | owner: patient, subject | token: identifier | date: date
 Organization | token: identifier, type, active | reference: partof=partOf | string: {_ADDRESS}
-Patient | token: identifier, gender, active, telecom, language=communication.language
-    | date: birthdate=birthDate | reference: organization=managingOrganization, general-practitioner stu3 r4
+Patient | token: identifier, gender, active, telecom, phone=telecom, email=telecom,
+    deceased=deceasedBoolean+deceasedDateTime, language=communication.language | date: birthdate=birthDate,
+    deathdate=deceasedDateTime dstu2, death-date=deceasedDateTime stu3 r4
+    | reference: organization=managingOrganization, general-practitioner stu3 r4
     | string: {_ADDRESS}, family=name.family, given=name.given
-Practitioner | token: identifier, gender | string: name, family=name.family, given=name.given
-PractitionerRole stu3 r4 | token: identifier, active, specialty, role=code | reference: practitioner,
-    organization, location
+Practitioner | token: identifier, gender, phone=telecom, email=telecom
+    | string: name, family=name.family, given=name.given
+PractitionerRole stu3 r4 | token: identifier, active, specialty, role=code, phone=telecom, email=telecom
+    | reference: practitioner, organization, location, endpoint
 Procedure | owner: patient, subject | token: identifier, code, category stu3 r4, status stu3 r4
     | date: date=performed[x] | reference: encounter=encounter+context, location, performer=performer.actor
 ProcedureRequest dstu2 stu3 | owner: patient, subject | token: identifier, code stu3, intent stu3, status stu3
     | date: authored=authoredOn stu3 | reference: encounter=encounter+context
-QuestionnaireResponse | owner: patient, subject | token: status | date: authored
-RelatedPerson | owner: patient | token: identifier, gender | date: birthdate=birthDate | string: name
+Provenance | owner: patient | token: agent-role=agent.role stu3 r4, agent-type=agent.type r4
+    | date: recorded stu3 r4, when=occurred[x] r4, start=period.start dstu2 stu3, end=period.end dstu2 stu3
+    | reference: target, location, agent=agent.actor+agent.who+agent.whoReference
+QuestionnaireResponse | owner: patient, subject | token: status, identifier stu3 r4 | date: authored
+    | reference: questionnaire, author, source
+ReferralRequest dstu2 stu3 | owner: patient, subject stu3 | token: status, type, priority, specialty
+    | date: date dstu2, authored-on stu3
+RelatedPerson | owner: patient | token: identifier, gender, phone=telecom, email=telecom
+    | date: birthdate=birthDate | string: name
+RequestGroup stu3 r4 | owner: patient, subject | token: identifier, status, intent | date: authored=authoredOn
+ResearchSubject stu3 r4 | owner: patient, individual | token: identifier, status | date: date=period
+RiskAssessment | owner: patient, subject | token: identifier | date: date=date+occurrence[x]
+Sequence stu3 | owner: patient | token: identifier, type
 ServiceRequest r4 | owner: patient, subject | token: identifier, category, code, intent, status
     | date: authored=authoredOn, occurrence=occurrence[x] | reference: encounter, requester
 Specimen | owner: patient, subject | token: identifier, type
 Substance | token: identifier, code, category
 SupplyDelivery | owner: patient | token: identifier, status
+Task stu3 r4 | owner: patient, subject | token: identifier, status, intent, code, priority, business-status,
+    performer=performerType | date: authored-on, modified=lastModified, period=executionPeriod | reference:
+    owner, focus, based-on, part-of, requester=requester+requester.agent, context stu3, encounter r4
+VisionPrescription | owner: patient | token: identifier, status r4 | date: datewritten=dateWritten
 """
 # The types that reference parameters lead to: what _include, _revinclude and modifiers can name.
 REFERENCE_TARGETS = {name: types.split() for types, names in {
-    "Claim": "claim", "Coverage": "coverage", "Encounter": "encounter context", "Endpoint": "endpoint",
+    "Account": "account", "Appointment": "appointment", "Claim": "claim", "Condition": "condition problem",
+    "Coverage": "coverage", "Device": "device", "Encounter": "encounter context", "Endpoint": "endpoint",
     "Location": "location", "Medication": "medication", "MedicationOrder MedicationRequest": "prescription",
     "MedicationRequest": "request", "Observation": "result has-member derived-from",
     "Organization": "organization custodian service-provider manufacturer partof",
     "Organization Patient RelatedPerson": "payor",
     "Organization Practitioner PractitionerRole": "general-practitioner provider",
     "Organization Patient Practitioner PractitionerRole": "performer",
-    "Organization Patient Practitioner PractitionerRole RelatedPerson": "author participant requester",
-    "Patient": "patient subject beneficiary", "Patient Practitioner RelatedPerson": "asserter",
-    "Patient RelatedPerson": "subscriber",
-    "Practitioner": "prescriber practitioner", "Specimen": "specimen"}.items() for name in names.split()}
+    "Organization Patient Practitioner PractitionerRole RelatedPerson":
+        "author participant requester sender recipient agent",
+    "Patient": "patient subject beneficiary individual", "Patient Practitioner RelatedPerson": "asserter",
+    "Patient RelatedPerson": "subscriber", "Practitioner": "prescriber practitioner", "Specimen": "specimen",
+    " ".join((*OWNER_ELEMENTS, *SHARED_TYPES)): "target focus item entry"}.items() for name in names.split()}
 
 
 class Parameter(NamedTuple):
@@ -3116,7 +3212,7 @@ _OWN_COLUMNS = {  # kinds that need no rows: their columns are in the table reso
     "id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},
     "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
 _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
-            "reference": ("Reference",)}  # what may stand for [x]
+            "reference": ("Reference",), "quantity": ("Quantity",)}  # what may stand for [x]
 
 
 @functools.cache
@@ -3143,10 +3239,12 @@ def _if_in(version: str, text: str) -> str:
     return name if not versions or version in versions else ""
 
 
+@functools.cache
 def referring(type_name: str, version: str) -> list[tuple[str, str]]:
     """The (type, parameter) pairs through which resources refer to a type."""
-    return [(source, name) for source, known in search_table(version).items() for name in known
-            if type_name in REFERENCE_TARGETS.get(name, ())]
+    names = [name for name, types in REFERENCE_TARGETS.items() if type_name in types]
+    return [(source, name) for source, known in search_table(version).items() for name in names
+            if name in known and known[name].type == "reference"]
 
 
 MAX_VALUES = 500        # in one search: SQLite's expressions are bounded
@@ -3317,14 +3415,14 @@ class SearchTerm(NamedTuple):
             name = owner(resource) if kind == "owner" else str(resource.get("id"))
             rows: list[SearchValue] = [("", name, "", 0, 0)]
         else:
-            rows = values_of("", kind, elements(resource, *paths))
+            rows = values_of(self.name, kind, elements(resource, *paths))
         met = any(all(_COMPARE[sign](row[_PLACES[column]], value) for column, sign, value in comparisons)
                   for row in rows for comparisons in self.alternatives)
         return met != self.negated
 
 
 _MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing"),
-              "reference": ("missing",)}  # beside REFERENCE_TARGETS
+              "reference": ("missing",), "quantity": ("missing",)}  # beside REFERENCE_TARGETS
 # FHIR search, "Prefixes": how a resource's time (first, last) stands to the span searched for (start, end).
 DATE_PREFIXES = {
     "eq": "first >= start and last <= end", "ne": "first < start or last > end",
@@ -3342,13 +3440,16 @@ def parse_term(version: str, type_name: str, name: str, text: str, base: str = "
         raise FhirError("not-supported", f"{name}: unknown search parameter of {type_name}; known are "
                         + ", ".join(sorted([*known, *RESULT_PARAMETERS])))
     parameter = known[bare]
-    possible = [*_MODIFIERS.get(parameter.kind, ()), *REFERENCE_TARGETS.get(bare, ())]
+    types = REFERENCE_TARGETS.get(bare, ()) if parameter.type == "reference" else ()
+    possible = [*_MODIFIERS.get(parameter.kind, ()), *types]
     if colon and modifier not in possible:
         takes = ", ".join(possible) or "none"
         raise FhirError("not-supported", f"{name}: unknown modifier; {bare} takes {takes}")
     if modifier == "missing":
         _check(text in ("true", "false"), f"{name}={text}: expected true or false")
         return SearchTerm(bare, parameter, ((),), negated=text == "true")  # (): any value will do
+    if (bare, text) == ("deceased", "false"):  # whoever isn't said to be dead is alive
+        modifier, text = "" if modifier else "not", "true"
     alternatives = [comparisons for word in _COMMA.split(text.replace("\\\\", "\0"))
                     for comparisons in _comparisons(bare, parameter.kind, modifier, word, base)]
     return SearchTerm(bare, parameter, tuple(alternatives), negated=modifier == "not")
@@ -3361,6 +3462,8 @@ def _comparisons(name: str, kind: str, modifier: str, text: str, base: str) -> I
         return _compare_date(name, plain)
     if kind in ("reference", "owner"):
         return [_compare_reference(kind, modifier, plain, base)]
+    if kind == "quantity":
+        return _compare_quantity(name, plain)
     if kind == "token":  # code, system|code, |code (of no system) or system| (any code)
         *systems, code = re.split(r"(?<!\\)\|", text, maxsplit=1)
         asked = [Comparison("system", "=", _unescaped(system)) for system in systems]
@@ -3387,9 +3490,34 @@ def _compare_date(name: str, text: str) -> Iterator[Comparisons]:
     except ValueError:
         raise FhirError("value", f"{name}={text}: expected a date such as 2008-07-10, with a prefix "
                                  f"({', '.join(DATE_PREFIXES)}) or without")
+    yield from _compare_span(prefix, start, end)
+
+
+def _compare_span(prefix: str, start: float, end: float) -> Iterator[Comparisons]:
+    """What a prefix asks of a value's span."""
     for alternative in DATE_PREFIXES[prefix].split(" or "):
         yield tuple(Comparison(column, sign, start if bound == "start" else end)
                     for column, sign, bound in map(str.split, alternative.split(" and ")))
+
+
+def _compare_quantity(name: str, text: str) -> Iterator[Comparisons]:
+    """[prefix]number, alone or with |system|code, of which the first may be empty: then the code may be the
+    unit. Without a prefix, as precise as it is written: 5.4 is all from 5.35 to 5.45 (FHIR search)."""
+    match = re.fullmatch(r"([a-z]{2})?(-?\d{1,20}(?:\.(\d{1,20}))?)(?:[eE]([+-]?\d{1,2}))?"
+                         r"(?:\|([^|]*)\|([^|]*))?", text)
+    _check(match and (match[1] or "eq") in DATE_PREFIXES, f"{name}={text}: expected [prefix]number or "
+           "[prefix]number|system|code, such as gt5.4|http://unitsofmeasure.org|mg")
+    assert match
+    prefix, digits, fraction, exponent, system, code = match.groups()
+    number, places = float(f"{digits}e{exponent or 0}"), len(fraction or "") - int(exponent or 0)
+    half = 0.5 * 10.0 ** -places
+    width = {"ap": max(half, abs(number) / 10)}.get(prefix, half if prefix in (None, "eq", "ne") else 0)
+    start, end = (round(bound, places + 1) for bound in (number - width, number + width))
+    wanted = [("system", system), ("value", code)]
+    unit = tuple(Comparison(column, "=", value) for column, value in wanted if value)
+    prefix = {None: "eq", "sa": "gt", "eb": "lt"}.get(prefix, prefix)
+    for comparisons in _compare_span(prefix, start, end):
+        yield (*comparisons, *unit)
 
 
 def _compare_reference(kind: str, modifier: str, text: str, base: str) -> Comparisons:
@@ -3437,10 +3565,16 @@ def _parameters_by_element(version: str) -> dict[str, dict[str, list[tuple[str, 
 def values_of(name: str, kind: str, values: Iterable[Any]) -> list[SearchValue]:
     """What a search parameter of a kind makes of its elements' values."""
     if kind == "token":
+        if name in ("phone", "email"):
+            values = [value for value in values if isinstance(value, dict) and value.get("system") == name]
+        elif name == "deceased":  # by a moment, too
+            values = [value is not False for value in values]
         return [(name, code, system, 0, 0) for system, code in tokens_of(values)]
     if kind == "reference":
         return [(name, target, type_name, 0, 0)
-                for type_name, target in map(reference_parts, filter(None, map(reference_of, values)))]
+                for type_name, target in map(reference_parts, filter(None, references_in(values)))]
+    if kind == "quantity":
+        return [(name, unit, system, number, number) for system, unit, number in quantities_in(values)]
     if kind == "string":
         return [(name, fold(text), text, 0, 0) for text in strings_of(values)]
     return [(name, "", "", *span) for span in map(period_of, values) if span]
@@ -3453,6 +3587,23 @@ def reference_parts(text: str) -> tuple[str, str]:
     """A reference as (type, id); ("", text) if it is not a relative one."""
     match = _RELATIVE.fullmatch(text)
     return (match[1], match[2]) if match else ("", text)
+
+
+def references_in(values: Iterable[Any]) -> Iterator[str]:
+    """The texts of References, and of canonicals, these with and without their version."""
+    for value in values:
+        yield from {value, value.partition("|")[0]} if isinstance(value, str) else (reference_of(value),)
+
+
+def quantities_in(values: Iterable[Any]) -> Iterator[tuple[str, str, float]]:
+    """(system, code, number) of Quantities, and the same with their unit where it is not the code."""
+    for value in values:
+        number = value.get("value") if isinstance(value, dict) else None
+        if isinstance(number, (int, float)) and abs(number) < 1e99:
+            code, unit = str(value.get("code", "")), str(value.get("unit", ""))
+            yield str(value.get("system", "")), code, float(number)
+            if unit not in ("", code):
+                yield "", unit, float(number)
 
 
 def strings_of(values: Iterable[Any]) -> Iterator[str]:
@@ -3772,6 +3923,31 @@ def _write(database: sqlite3.Connection, number: int | None, new: Prepared) -> i
     return number
 
 
+def provenances_of(database: sqlite3.Connection, numbers: Iterable[int]) -> set[int]:
+    """The numbers of some resources, and of the Provenances that are about them."""
+    if not database.execute("SELECT 1 FROM resources WHERE type = 'Provenance' LIMIT 1").fetchone():
+        return set()
+    sql = ("SELECT v.number FROM resources r JOIN search_values v ON v.parameter = 'target' "
+           "AND v.value = r.id AND v.system = r.type WHERE r.number = ?")
+    about = (row[0] for number in numbers for row in database.execute(sql, (number,)))
+    return {*numbers, *about}
+
+
+def place_provenances(database: sqlite3.Connection, numbers: Iterable[int] | None = None) -> None:
+    """Note whose the Provenances are, of these numbers or all: their targets may have come after them."""
+    if numbers is None:
+        found = database.execute("SELECT number FROM resources WHERE type = 'Provenance'")
+        numbers = [row[0] for row in found.fetchall()]
+    for number in numbers:
+        sql = "SELECT json FROM resources WHERE number = ? AND type = 'Provenance'"
+        for (text,) in database.execute(sql, (number,)).fetchall():
+            targets = database.execute(
+                "SELECT system || '/' || value, patient_id FROM search_values v JOIN resources "
+                "ON type = system AND id = value WHERE v.number = ? AND parameter = 'target'", (number,))
+            whose = owner(json.loads(text), "", dict(map(tuple, targets)))
+            database.execute("UPDATE resources SET patient_id = ? WHERE number = ?", (whose, number))
+
+
 Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
 
 
@@ -3908,6 +4084,7 @@ def sample_database(version: str) -> sqlite3.Connection:
         database.execute("INSERT INTO record_facts VALUES ('version', ?), ('samples', 'yes')", (version,))
         for resource in sample_resources(version):
             _write(database, None, prepare(resource, version))
+        place_provenances(database)
     return store.connection
 
 
@@ -3975,6 +4152,7 @@ class EmbeddedRecords(Records):
         with self.store.transaction() as database:
             texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()
             Load(self, later=False).put(prepare(json.loads(text), self.version) for (text,) in texts)
+            place_provenances(database)
             database.execute("INSERT INTO record_facts VALUES ('samples', 'yes')")
 
     def load(self, document: Json) -> int:
@@ -3985,9 +4163,10 @@ class EmbeddedRecords(Records):
         prepared = list(load.prepared(parse_document(document)))
         need(prepared or not load.skipped,
              f"{', '.join(load.skipped)}: not served; these are {', '.join(sorted(self.served))}")
-        with self.store.transaction():
+        with self.store.transaction() as database:
             load.put(prepared)
             load.resolve()
+            place_provenances(database, provenances_of(database, load.written))
         return len(prepared)
 
     def reset(self) -> None:
@@ -3995,11 +4174,14 @@ class EmbeddedRecords(Records):
         if not self.store.row("SELECT 1 FROM before_load LIMIT 1"):
             return
         with self.store.transaction() as database:
-            for number, text in database.execute("SELECT number, json FROM before_load").fetchall():
+            before = database.execute("SELECT number, json FROM before_load").fetchall()
+            provenances = provenances_of(database, [number for number, _ in before])
+            for number, text in before:
                 if text is None:
                     _erase(database, number)
                 else:
                     _write(database, number, prepare(json.loads(text), self.version))
+            place_provenances(database, provenances)
             database.execute("DELETE FROM before_load")
 
     def find(self, type_name: str, resource_id: str) -> StoredResource | None:
@@ -4064,7 +4246,7 @@ class EmbeddedRecords(Records):
         kind = self.served[type_name][name].kind
         if kind in _OWN_COLUMNS:
             return next(iter(_OWN_COLUMNS[kind].values()))
-        column = "first" if kind == "date" else "value"
+        column = "first" if kind in ("date", "quantity") else "value"
         first, last = ("max", "-1e308") if falling else ("min", "char(1114111)")
         # The name is one of our table's, so it may stand in SQL.
         return (f"coalesce((SELECT {first}({column}) FROM search_values WHERE number = r.number "
@@ -4222,6 +4404,7 @@ class Load:
         self.store, self.database, self.later = records.store, records.store.connection, later
         self.version, self.served, self.clock = records.version, records.served, records.clock
         self.skipped: collections.Counter[str] = collections.Counter()  # types that aren't served
+        self.written: list[int] = []  # the numbers of what came later than the start
         self._indexed = True
         self._identified: dict[str, str] = {}  # Practitioner?identifier=system|value -> Practitioner/id
 
@@ -4243,6 +4426,7 @@ class Load:
         self._indexed, self._identified = True, {}
         with self.store.transaction():
             self.resolve()
+            place_provenances(self.database)
 
     def _try_source(self, source: Source, begin: int, progress: Progress) -> str:
         """Write a source, or, if it is bad, nothing of it; gives what is wrong, or ""."""
@@ -4286,6 +4470,7 @@ class Load:
             if not number:
                 self._renew(new)
             elif self.later:
+                self.written.append(number)
                 self.database.execute("INSERT INTO before_load VALUES (?, NULL)", (number,))
 
     def _renew(self, new: Prepared) -> None:
@@ -4304,6 +4489,7 @@ class Load:
     def _replace(self, number: int, text: str, new: Prepared) -> None:
         """Write a resource in another's place; `text`, the one before, is what reset brings back."""
         if self.later:
+            self.written.append(number)
             self.database.execute("INSERT OR IGNORE INTO before_load VALUES (?, ?)", (number, text))
         else:
             self.database.execute("DELETE FROM before_load WHERE number = ?", (number,))
@@ -4988,6 +5174,9 @@ class FetchedResource(Resource):
     def __init__(self, content: Json, forwarding: Forwarding):
         super().__init__(content, forwarding.base)
         self.forwarding = forwarding
+        if self.type == "Provenance":
+            self.owner = owner(content, self.base, forwarding.owners)
+        forwarding.owners[f"{self.type}/{self.id}"] = self.owner
 
     def is_pointed_to(self, access: Access) -> bool:
         """See Resource."""
@@ -5009,6 +5198,8 @@ class Forwarding:
         self.next_pages: dict[str, str] = {}  # relation -> address at the FHIR server
         self.whole = True                     # nothing was dropped, and nothing is left to read
         self.own: Json = {}                   # the last Bundle's own members
+        self.owners: dict[str, str] = {}      # whose what came is, by Type/id: what a Provenance is about
+        self.lookups = MAX_PAGES              # left, for more of these
 
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do."""
@@ -5037,6 +5228,8 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (asked.type, asked.id):
             raise refused("answered with another resource than the one asked for")
+        if resource["resourceType"] == "Provenance" and not self.access.unlimited:
+            self.find_targets([resource])
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
@@ -5050,6 +5243,24 @@ class Forwarding:
         return (isinstance(resource, dict)
                 and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
                 and self.access.may_see(FetchedResource(resource, self), letters))
+
+    def find_targets(self, provenances: Iterable[Json]) -> None:
+        """Ask whose that is which Provenances are about, a type at a time, if it did not come with them."""
+        texts = [str(text) for provenance in provenances for text in elements(provenance, "target.reference")]
+        wanted: dict[str, list[str]] = {}
+        for name in {local_name(text, self.base) for text in texts} - self.owners.keys():
+            type_name, _, target = name.partition("/")
+            if type_name in SHARED_TYPES:
+                self.owners[name] = NOBODY
+            elif type_name in OWNER_ELEMENTS and type_name != "Patient":
+                wanted.setdefault(type_name, []).append(target)
+        for type_name, targets in list(wanted.items())[:self.lookups]:
+            self.lookups -= 1
+            query = f"_id={','.join(sorted(targets)[:100])}&_count=100"
+            answer = self.upstream.ask(f"{self.upstream.base}/{type_name}?{query}")
+            if answer.status == 200:
+                for found in self.upstream.resources(answer, self.base)[1]:
+                    self.owners[f"{found.get('resourceType')}/{found.get('id')}"] = owner(found, self.base)
 
     def finds_binary(self, binary_id: str) -> bool:
         """Whether a document or report of the record points to a Binary. What was found is remembered."""
@@ -5125,12 +5336,16 @@ class Forwarding:
         included ones too; OperationOutcomes, which may quote anything; Bundles within the Bundle."""
         matches: list[str] = []
         included: list[str] = []
-        dropped = 0
+        late: list[tuple[Json, str]] = []  # Provenances: what they are about may stand after them
+        dropped, reachable = 0, self.access.allows("Provenance", letters[0])
 
-        def judge(entry: Any, text: str) -> None:
+        def judge(entry: Any, text: str, is_late: bool = False) -> None:
             nonlocal dropped
             if not isinstance(entry, dict) or not self.may_see(entry.get("resource"), text, letters):
-                dropped += 1
+                if reachable and not is_late and elements(entry, "resource.resourceType") == ["Provenance"]:
+                    late.append((entry, text))
+                else:
+                    dropped += 1
                 return
             if not entry.keys() <= _ENTRY_MEMBERS:
                 text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
@@ -5139,6 +5354,9 @@ class Forwarding:
             (included if is_included else matches).append(text)
 
         own = self.upstream.bundle(answer, self.base, judge)
+        self.find_targets(entry["resource"] for entry, _ in late)
+        for entry, text in late:
+            judge(entry, text, is_late=True)
         seen = len(matches) + len(included)
         self.request.note(f"{seen} entries may be seen, {dropped} not: the FHIR server isn't trusted")
         return own, matches, included, dropped
@@ -6052,8 +6270,8 @@ def fhir_type(request: Request, version: str = "r4") -> str:
     """The JSON type asked for, else the version's own; 406 if no JSON of this version will do."""
     accepted = media_types(accepts(request), version)
     if not _ANY_JSON.intersection(accepted):
-        raise FhirError("not-supported", f"{accepts(request)}: only JSON of FHIR {MEDIA_VERSIONS[version][0]} is "
-                        f"served ({FHIR_TYPE})", 406)
+        raise FhirError("not-supported", f"{accepts(request)}: only JSON is served ({FHIR_TYPE}), of FHIR "
+                        f"{' and '.join(MEDIA_VERSIONS[version])}", 406)
     return "application/json" if accepted == ("application/json",) else FHIR_TYPES.get(version, FHIR_TYPE)
 
 
@@ -7370,8 +7588,8 @@ class Seeds:
         """Add what --client says: a client, or one more redirect URI of an earlier one."""
         where = f"--client {re.split('[:=]', text)[0]}"  # not the rest: there may be a secret in it
         match = start_needs(re.fullmatch(r"([^:=]+)(?::([^:=]+))?=([A-Za-z][A-Za-z0-9+.-]*:\S+)", text),
-                            f"{where}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI; a client whose id or "
-                            "secret has : or = in it goes into --fixtures")
+                            f"{where}: expected ID=REDIRECT_URI or ID:SECRET=REDIRECT_URI; a client with : "
+                            "or = in its id or secret goes into --fixtures")
         client_id, secret, uri = match.groups()
         earlier = self.clients.get(client_id)
         client = self.add_client(where, {
