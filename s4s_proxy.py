@@ -687,7 +687,7 @@ LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: year
 def moment(seconds: float) -> datetime.datetime:
     """A Unix time, UTC. Windows' own calendar ends in the year 3000; this one doesn't."""
     return datetime.datetime(1970, 1, 1,
-                             tzinfo=datetime.UTC) + datetime.timedelta(seconds=int(seconds))
+                             tzinfo=datetime.timezone.utc) + datetime.timedelta(seconds=int(seconds))
 
 
 @functools.lru_cache(maxsize=1000)
