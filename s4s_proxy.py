@@ -799,12 +799,22 @@ def check_host(portal: Portal, request: Request) -> None:
 
 def check_debug(portal: Portal, request: Request) -> None:
     """Debug endpoints are there on loopback only, unless told, and obey no other web page, though browsers
-    can reach us (CSRF): these name the page (Origin), or say how far away it is (Fetch Metadata)."""
+    can reach us (CSRF)."""
     need(portal.settings.serves_debug, "the debug endpoints are off; --debug turns them on", "not_found", 404)
+    other = another_site(portal, request)
+    need(not other, f"{other}: debug endpoints obey no other site", "forbidden", 403)
+
+
+def another_site(portal: Portal, request: Request) -> str:
+    """What says that another site's page sends this, "" if nothing does. Browsers name the page (Origin) or
+    tell how far away it is (Fetch Metadata); what is no browser sends neither."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    ours = origin in (None, "", f"{request.scheme}://{request.host}") and site in ("same-origin", "none")
-    need(ours, f"Origin is {origin!r}, Sec-Fetch-Site {site!r}: debug endpoints obey no other site",
-         "forbidden", 403)
+    # A proxy may take https for us and pass on http. A Host that may be anybody's makes no page ours.
+    ours = ["://".join(urlsplit(url)[:2]) for url in portal.settings.base_url]
+    if portal.is_ours(request.host):
+        ours.append(f"{request.scheme}://{request.host}")
+    from_here = (not origin or origin in ours) and site in ("same-origin", "none")
+    return "" if from_here else f"Origin is {origin!r}, Sec-Fetch-Site {site!r}"
 
 
 @remembered(1000)
@@ -2773,6 +2783,9 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
         raise invalid_client(f"client_assertion: {error}")
     client = claimed_client(portal, form, jwt.claims)
     check_assertion_header(client, jwt.header)
+    # CORS is open for apps that act for a user. Nobody's page is to send this server about (SSRF).
+    other = "jwks_uri" in client.metadata and another_site(portal, request)
+    assertion_need(not other, f"{other}: no jwks_uri is fetched for a page of another site")
     check_assertion_signature(portal, client, jwt)
     # From here on it is known to be the client who says all this.
     check_assertion_audience(portal, request, jwt.claims)
@@ -2885,8 +2898,14 @@ def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
     if fresh or until <= now:
         # A stranger's URL could make this server ask its neighbours things for the stranger (SSRF).
         stranger = client.registered_itself and not portal.settings.serves_debug
-        text, lifetime = fetch(url, stranger, portal.sockets)
-        keys = key_set(_JSON.decode(text.decode("utf-8")))
+        try:
+            text, lifetime = fetch(url, stranger, portal.sockets)
+            keys = key_set(_JSON.decode(text.decode("utf-8")))
+        except (OSError, BadRequest, ValueError, RecursionError) as error:
+            # Told, it would show anyone who registers addresses which ports are open where.
+            portal.log(f"warning: jwks_uri of {client.client_id} at {urlsplit(url).netloc}: {error!r}")
+            raise ValueError(f"jwks_uri: expected status 200 and a JSON Web Key Set of at most {MAX_KEY_SET} "
+                             "bytes, in time; the server's log says what came")
         portal.key_sets[url] = (now + lifetime, keys)
     return keys
 
@@ -2904,34 +2923,33 @@ def key_set(value: Any) -> list[Json]:
     return keys
 
 
-def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5,
-          most: int = 64 << 10) -> tuple[bytes, float]:
-    """What is at a URL, and for how many seconds it may be kept; ValueError if it does not come.
+MAX_KEY_SET = 64 << 10  # bytes
+
+
+def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5) -> tuple[bytes, float]:
+    """What is at a URL, and for how many seconds it may be kept; OSError, BadRequest or ValueError if it does
+    not come.
 
     At most so many bytes and seconds, and no redirect is followed. public_only: only the public internet is
-    asked, and why it failed is not told, or a stranger could learn which ports are open where. A name is
-    looked up once, and the addresses that were judged are those connected to: it may mean others the next
-    time.
+    asked, or a stranger could learn of our neighbours. A name is looked up once, and the addresses that were
+    judged are those connected to: it may mean others the next time.
     """
     import ipaddress  # takes long to import, and few need it
     parts, deadline = urlsplit(url), time.monotonic() + seconds
     secure, host = parts.scheme.lower() == "https", parts.hostname or ""
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
-    try:
-        message = (f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
-                   "Connection: close\r\n\r\n").encode("ascii")
-        known = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
-        addresses = [(str(address[0]), int(address[1])) for *_, address in known]
-        if public_only and not all(ipaddress.ip_address(address).is_global for address, _ in addresses):
-            raise OSError("not public")
-        with contextlib.closing(Connection(secure, host, addresses, deadline, sockets, most)) as connection:
-            answer = connection.exchange(message, url, deadline)
-        if answer.status != 200:
-            raise OSError(f"it answered {answer.status}")
-    except (OSError, BadRequest, UnicodeError) as error:
-        public, reason = ("public ", "") if public_only else ("", f", got {error!r}")
-        raise ValueError(f"{url} could not be fetched: expected a {public}server that answers 200 and at "
-                         f"most {most} bytes in time{reason}")
+    message = (f"GET {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nAccept: application/json\r\n"
+               "Connection: close\r\n\r\n").encode("ascii")
+    known = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
+    addresses = [(str(address[0]), int(address[1])) for *_, address in known]
+    if public_only and not all(ipaddress.ip_address(address).is_global for address, _ in addresses):
+        raise OSError("a client that registered itself has its keys at an address that is not public; while "
+                      "debug controls are off, it takes --fixtures")
+    opened = Connection(secure, host, addresses, deadline, sockets, MAX_KEY_SET)
+    with contextlib.closing(opened) as connection:
+        answer = connection.exchange(message, url, deadline)
+    if answer.status != 200:
+        raise OSError(f"it answered {answer.status}")
     control = answer.headers.get("cache-control", "").lower()
     age = re.search(r"\bmax-age=(\d{1,9})\b", control)
     forbidden = "no-store" in control or "no-cache" in control
@@ -2945,6 +2963,9 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
          "private_key_jwt", "unauthorized_client")
     need(portal.settings.serves_debug or not client.registered_itself, "this client registered itself; while "
          "debug controls are off, system/ scopes are for clients of --fixtures only", "unauthorized_client")
+    other = client.registered_itself and another_site(portal, request)
+    need(not other, f"{other}: a page of another site gets no token for a client that registered itself",
+         "unauthorized_client")
     wanted = form.need("scope")
     scope = need(served_scope(portal, wanted, client.scope, ("system",)), f"scope {wanted!r}: nothing of it "
                  f"can be granted; expected system/ scopes within {client.scope!r}", "invalid_scope")
