@@ -1229,17 +1229,13 @@ def client_of_secret(portal: Portal, form: Fields, given_id: str, given_secret: 
     if not given_id:
         raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
                              "client_assertion, or a public client's client_id")
-    named = None
     for client_id, secret in pairs:
         client = portal.client(client_id)
         if client and is_proven(client, secret):
             return client
-        named = named or client
-    if not named:
-        raise invalid_client(f"client_id {given_id!r} is not registered here")
-    told = {"none": "a public client has no secret", "private_key_jwt": "it registered for private_key_jwt"}
-    wrong = told.get(named.auth_method, "the secret is missing or wrong")
-    raise invalid_client(f"client {given_id!r}: {wrong}")
+    # The same words for a wrong proof and for no such client: who is registered is not for all.
+    raise invalid_client(f"client {given_id!r}: expected the id and the secret of a client registered here (a "
+                         "public one has no secret, one registered for private_key_jwt sends an assertion)")
 
 
 def is_proven(client: Client, secret: str) -> bool:
@@ -1835,9 +1831,12 @@ def token_endpoint(portal: Portal, request: Request) -> Response:
     need(kind in answers, f"grant_type {kind!r}: expected {', '.join(answers)}", "unsupported_grant_type")
     named = request.headers.get("authorization") or form.get("client_id") or form.get("client_assertion")
     if kind == "refresh_token" and not named:
-        # A public client's refresh may leave client_id out: the token names it. Another must prove itself.
+        # A public client's refresh may leave client_id out: the token names it. Another must prove itself,
+        # and until then is not told whether there is such a token.
         row = portal.state.row(TOKEN_SQL, form.get("refresh_token"))
-        form.values["client_id"] = row["client_id"] if row else ""
+        owner = portal.client(row["client_id"]) if row and row["kind"] == "refresh" else None
+        if owner and owner.auth_method == "none":
+            form.values["client_id"] = owner.client_id
     client = authenticate_client(portal, request, form)
     need(client.may_use(kind), f"{client.client_id!r} did not register for {kind}", "unauthorized_client")
     return json_response(answers[kind](portal, request, client, form))
@@ -2804,11 +2803,10 @@ def claimed_client(portal: Portal, form: Fields, claims: Json) -> Client:
     """Who it says it is, everywhere the same: of two names, two parts of a server could believe one each."""
     client_id = claims.get("iss")
     client = portal.client(client_id) if isinstance(client_id, str) else None
-    if not client or claims.get("sub") != client_id or form.get("client_id", client.client_id) != client_id:
-        raise invalid_client("client_assertion: expected a registered client_id as both iss and sub, and as "
-                             "client_id if that is sent")
-    assertion_need(client.auth_method == "private_key_jwt",
-                   f"client {client_id!r} did not register for private_key_jwt")
+    same = claims.get("sub") == client_id and form.get("client_id") in ("", client_id)
+    if not client or client.auth_method != "private_key_jwt" or not same:
+        raise invalid_client("client_assertion: expected the client_id of a client that registered for "
+                             "private_key_jwt as both iss and sub, and as client_id if that is sent")
     return client
 
 

@@ -1433,13 +1433,13 @@ class ClientAuthentication(PortalTest):
         public = App(self.portal, token_endpoint_auth_method="none").client_id
         keyed, encoded = KeyedApp(self.portal).client_id, base64.b64encode(mine.encode()).decode()
         cases: Any = (
-            ("another's", {}, (mine, other.secret), 401, "the secret is missing or wrong"),
-            ("no secret", {"client_id": mine}, None, 401, "the secret is missing or wrong"),
-            ("an empty secret", {}, (mine, ""), 401, "the secret is missing or wrong"),
-            ("a public one's", {"client_id": public, "client_secret": "x"}, None, 401, "no secret"),
+            ("another's", {}, (mine, other.secret), 401, "expected the id and the secret"),
+            ("no secret", {"client_id": mine}, None, 401, "expected the id and the secret"),
+            ("an empty secret", {}, (mine, ""), 401, "expected the id and the secret"),
+            ("a public one's", {"client_id": public, "client_secret": "x"}, None, 401, "has no secret"),
             ("no keys", {"client_id": keyed}, None, 401, "registered for private_key_jwt"),
             ("a secret for keys", {}, (keyed, "x"), 401, "registered for private_key_jwt"),
-            ("nobody", {"client_id": "nobody", "client_secret": "x"}, None, 401, "is not registered"),
+            ("nobody", {"client_id": "nobody", "client_secret": "x"}, None, 401, "expected the id"),
             ("nothing", {}, None, 401, "no client authentication"),
             ("two clients", {"client_id": other.client_id}, (mine, secret), 400, "client_id differs"),
             ("twice", {"client_id": mine, "client_secret": secret}, (mine, secret), 400, "given twice"),
@@ -1453,6 +1453,25 @@ class ClientAuthentication(PortalTest):
                           form={"grant_type": "refresh_token", "refresh_token": "x", **form})
                 self.assertEqual(got.status, status)
                 self.assertIn(words, got.json["error_description"])
+
+    def test_whether_a_client_is_registered_is_told_to_nobody_who_is_not_this_client(self) -> None:
+        public = App(self.portal, token_endpoint_auth_method="none")
+        keyed = KeyedApp(self.portal, grant_types=["refresh_token"])
+        unproven = [App(self.portal).client_id, public.client_id, "nobody"]
+        for path in ("token", "introspect", "revoke"):
+            by_secret, by_key = set(), set()
+            for client_id in (*unproven, keyed.client_id):
+                form = {"grant_type": "refresh_token", "refresh_token": "x", "token": "x",
+                        "client_id": client_id}
+                signed = {"client_assertion_type": s4s.ASSERTION_TYPE,
+                          "client_assertion": keyed.assertion(iss=client_id, sub=client_id)}
+                got = ask(f"{self.portal.url}/oauth/{path}", form={**form, "client_secret": "guess"})
+                by_secret.add((got.status, got.body.replace(client_id.encode(), b"ID")))
+                if client_id in unproven:
+                    got = ask(f"{self.portal.url}/oauth/{path}", form={**form, **signed})
+                    by_key.add((got.status, got.body))
+            with self.subTest(path):
+                self.assertEqual([(len(told), told.pop()[0]) for told in (by_secret, by_key)], [(1, 401)] * 2)
 
     def test_a_native_app_may_listen_on_any_port_of_loopback(self) -> None:
         for method, registered, asked, fine in (
@@ -2297,6 +2316,25 @@ class TokenRules(TokenTest):
             self.assertEqual((got.status, got.json), (400, refresh("nothing").json))
         self.assertEqual(self.token({"grant_type": "refresh_token", "refresh_token": "nothing"}).status, 401)
         self.assertEqual(self.public.refresh(theirs).status, 200)
+
+    def test_a_refresh_without_a_client_tells_nothing_of_a_token_but_a_public_clients_own(self) -> None:
+        app, ended, spent, public = self.app, self.app.tokens(), self.app.tokens(), self.public.tokens()
+        form = {"token": ended["refresh_token"]}
+        ask(self.portal.url + "/oauth/revoke", form=form, basic=(app.client_id, app.secret))
+        app.refresh(spent["refresh_token"])
+        keyed = KeyedApp(self.portal, scope="patient/*.rs offline_access").client_id
+        for more in ({}, {"client_secret": "guess"}, {"client_assertion_type": s4s.ASSERTION_TYPE}):
+            told = []
+            for value in ("nothing", app.tokens()["refresh_token"], ended["refresh_token"],
+                          spent["refresh_token"], app.tokens()["access_token"], app.code(),
+                          self.portal.issue_token(client_id=keyed)["refresh_token"],
+                          public["access_token"], self.public.code()):
+                got = self.token({"grant_type": "refresh_token", "refresh_token": value, **more})
+                told.append((got.status, got.json))
+            with self.subTest(more=more):
+                self.assertEqual((told[0][0], told), (401, [told[0]] * 9))
+        form = {"grant_type": "refresh_token", "refresh_token": public["refresh_token"]}
+        self.assertEqual(self.token(form).status, 200)
 
     def test_a_refresh_token_names_no_client_for_a_code(self) -> None:
         app = self.public
