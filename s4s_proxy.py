@@ -787,11 +787,13 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
 
 
 def check_host(portal: Portal, request: Request) -> None:
-    """While anyone who can reach us is trusted, refuse names that aren't ours. Else a page elsewhere points
-    its own name at this machine (DNS rebinding): its scripts read our answers, as if we were its site."""
+    """Refuse names that aren't ours while anyone who can reach us is trusted: else a page elsewhere points
+    its own name at this machine (DNS rebinding), and its scripts read our answers as if we were its site. And
+    without base URLs, where the name asked for becomes the issuer: else aud would be whatever a false server
+    calls itself."""
     settings = portal.settings
     trusting = settings.local or settings.serves_debug or settings.serves_open_fhir
-    if trusting and not portal.is_ours(request.host):
+    if (trusting or not settings.base_url) and not portal.is_ours(request.host):
         others = "" if settings.local else ", another IP address"
         description = f"Host is {request.host!r}; expected localhost, 127.0.0.1{others} or a --base-url"
         raise PortalError("misdirected_request", description, 421)
@@ -2835,10 +2837,7 @@ def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
 
 
 def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> None:
-    """It is meant for us. Another server, for which one was meant, could else send it on here; without base
-    URLs, where the Host says who we are, even under its own name."""
-    assertion_need(portal.settings.base_url or portal.is_ours(request.host),
-                   f"aud: {request.host!r} may be another server's name; start this one with --base-url")
+    """It is meant for us. Another server, for which one was meant, could else send it on here."""
     bases = portal.settings.base_url or [portal.base(request)]
     ours = [base + path for base in bases for path in ("", "/oauth/token")]
     audiences = [name for name in as_list(claims.get("aud")) if isinstance(name, str)]
@@ -7824,7 +7823,7 @@ class Portal:
         if not colon or host.endswith("]"):
             name = host
         return is_loopback(name) or (not self.settings.local and (
-            name == self.settings.host or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
+            name.lower() == self.settings.host.lower() or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
 
 
 # ######################################################################## 26 test controls and Server

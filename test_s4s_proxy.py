@@ -1224,28 +1224,37 @@ class Exposed(unittest.TestCase):
         self.addCleanup(portal.close)
         return s4s.dispatch(portal, s4s.Request("GET", "/health", {"host": host})).status
 
-    def test_only_while_it_trusts_nobody_names_that_are_not_its_own_are_served(self) -> None:
-        self.assertEqual(self.status("rebound.example:8000"), 200)
-        for settings in ({"debug": True}, {"open_fhir": True}):
-            for host, status in (("rebound.example:8000", 421), ("portal.example", 200),
+    def test_a_name_that_is_not_its_own_is_served_only_by_base_urls_and_while_nobody_is_trusted(self) -> None:
+        public: Any = {"base_url": "http://portal.example"}
+        self.assertEqual(self.status("rebound.example:8000", **public), 200)
+        for settings in ({}, {"debug": True}, {"debug": True, **public}, {"open_fhir": True, **public}):
+            portal_example = 200 if "base_url" in settings else 421
+            for host, status in (("rebound.example:8000", 421), ("portal.example", portal_example),
                                  ("10.1.2.3:8000", 200), ("[fd00::1]:8000", 200), ("localhost:8000", 200),
                                  ("0.0.0.0", 200), ("10.1.2.3.example", 421), ("[x", 421), ("", 421)):
                 with self.subTest(settings=settings, host=host):
-                    self.assertEqual(self.status(host, base_url="http://portal.example", **settings), status)
+                    self.assertEqual(self.status(host, **settings), status)
+        for host, refused in (("Portal.lan:8000", False), ("portal.lan", False), ("portal.lan.x", True)):
+            portal = s4s.Portal(s4s.Settings(host="portal.LAN"))
+            self.addCleanup(portal.close)
+            got = s4s.dispatch(portal, s4s.Request("GET", "/oauth/authorize", {"host": host}))
+            self.assertEqual((got.status == 421, b"--base-url" in got.body), (refused, refused), host)
 
-    def test_an_assertion_for_another_server_is_refused_whatever_the_host_header(self) -> None:
+    def test_a_false_servers_name_is_neither_aud_nor_issuer_whatever_the_host_header(self) -> None:
+        """A false server sends an app on to the true one, under its own name: tokens for it would be ours."""
         service = {"client_id": "service", "jwks": {"keys": [RSA_JWK]}, "grant_types": ["client_credentials"],
                    "scope": "system/*.rs"}
         with s4s.Server(host="0.0.0.0", fixtures={"clients": [service]}) as portal:
-            app = KeyedApp.__new__(KeyedApp)
-            app.portal, app.client_id = portal, "service"
-            for host, status in (("victim.example", 401), (f"127.0.0.1:{portal.port}", 200)):
+            app, keyed, own = App(portal), KeyedApp.__new__(KeyedApp), f"127.0.0.1:{portal.port}"
+            keyed.portal, keyed.client_id = portal, "service"
+            for host, statuses in (("victim.example", [421] * 3), (own, [200, 303, 200])):
+                assertion = keyed.assertion(aud=f"http://{host}/oauth/token")
+                answers = [keyed.token(assertion, headers={"Host": host})] + [
+                    ask(url, headers={"Host": host}) for url in (
+                        app.authorize_url(aud=f"http://{host}/api/fhir"),
+                        portal.address + "/.well-known/openid-configuration")]
                 with self.subTest(host=host):
-                    got = ask(portal.url + "/oauth/token", headers={"Host": host}, form={
-                        "grant_type": "client_credentials", "scope": "system/*.rs",
-                        "client_assertion_type": s4s.ASSERTION_TYPE,
-                        "client_assertion": app.assertion(aud=f"http://{host}/oauth/token")})
-                    self.assertEqual(got.status, status)
+                    self.assertEqual([answer.status for answer in answers], statuses)
 
     def fetch(self, url: str) -> None:
         with self.assertRaises((OSError, ValueError, s4s.BadRequest)):
