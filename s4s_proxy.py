@@ -1087,9 +1087,10 @@ METADATA_CHOICES: dict[str, Sequence[str]] = {
     "subject_type": ("public",)}
 
 
-def client_metadata(metadata: Json) -> Json:
+def client_metadata(metadata: Json, listed: bool = False) -> Json:
     """Client metadata, checked, with its defaults. What is unknown is not registered and not given back: an
-    app would take it for a promise (RFC 7591 section 3.2.1). client_name#fr is a name in French (2.2)."""
+    app would take it for a promise (RFC 7591 section 3.2.1). client_name#fr is a name in French (2.2).
+    `listed`: by whoever runs this server, in --client or --fixtures."""
     members = METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}
     known = {name: value for name, value in metadata.items() if name.partition("#")[0] in members}
     kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
@@ -1103,8 +1104,12 @@ def client_metadata(metadata: Json) -> Json:
                 "code with the grant type authorization_code, and only then (RFC 7591 section 2.1)")
     # Where codes may go is settled now, whole (RFC 7591 section 5, 9700 section 2.1). So are launches.
     uris = kept["redirect_uris"]
-    need_member(all(map(is_redirect_uri, uris)) and (uris or not code), kept, "redirect_uris",
-                "one or more absolute http, https or private-use URIs without a fragment")
+    schemes = "any that neither browsers nor systems act on" if listed else (
+        f"with a period in it, RFC 8252 section 7.1, or {', '.join(sorted(APP_SCHEMES))}; others only by "
+        "--client or --fixtures")
+    good = all(is_redirect_uri(uri, listed) for uri in uris) and (uris or not code)
+    need_member(good, kept, "redirect_uris",
+                f"one or more absolute URIs without a fragment: http, https or an app's scheme ({schemes})")
     launch_uris = map(is_web_url, kept.get("launch_uris", []))
     need_member(all(launch_uris), kept, "launch_uris", "absolute http or https URLs")
     # Scopes come back in headers, and must not break out of them.
@@ -1167,24 +1172,42 @@ def is_web_url(uri: Any) -> bool:
         return False
 
 
-# An app's private scheme should be its maker's domain name, backwards (RFC 8252 section 7.1). Old S4S apps
-# have none with a period, so all are taken but those that browsers and systems act on by themselves:
+# An app's private scheme should be its maker's domain name, backwards (RFC 8252 section 7.1), so one with a
+# period is an app's. Of those without, an app that registers itself gets only these:
+APP_SCHEMES = frozenset((
+    "cursor", "vscode", "vscode-insiders", "windsurf",  # editors, whose extensions register themselves so
+    "exp",                                              # Expo Go, in which React Native apps are developed
+    "capacitor", "ionic",                               # where apps of these frameworks have their own pages
+    "smartapp"))                                        # the Swift-SMART framework's
+# S4S's old apps have others, which whoever runs this server may list: any but those that browsers and systems
+# act on by themselves, or let any web page act on (web+..., HTML's safelist for registerProtocolHandler).
 # javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
 ACTED_UPON = (
-    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|data|file|blob|about|filesystem|jar|"
-    r"view-source|resource|res|chrome.*|moz-.*|edge|opera|feed|mailto|tel|callto|sips?|s?ms|mms|facetime.*|"
-    r"skype|ms|ms-.*|.*-ms|hcp|its|mk|mhtml|shell|intent|android-app|market|itms.*|help|applescript|x-.*|ssh|"
-    r"telnet|rlogin|ldaps?|smb|afp|nfs|dav|git|svn|magnet|news|nntp|irc|ircs|gopher|geo|maps|webcal|steam|"
-    r"vscode.*|urn|cid|mid")
+    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|mocha|data|file|blob|about|filesystem|jar|"
+    r"view-source|resource|res|wyciwyg|chrome.*|googlechrome.*|moz-.*|firefox.*|safari-.*|webkit-.*|edge|"
+    r"opera|brave|vivaldi|devtools|feed|rss|cid|mid|urn|mailto|tel|callto|voicemail|sips?|s?ms|smsto|mms|"
+    r"mmsto|rtsp|facetime.*|skype|i?message|im|xmpp|matrix|ircs?|wtai|openpgp4fpr|bitcoin|ethereum|web\+.*|geo|"
+    r"maps|webcal|news|nntp|gopher|magnet|ed2k|microsoft.*|ms|ms-.*|.*-ms|search|bing[a-z]*|xbox.*|onenote.*|"
+    r"calculator|outlook.*|hcp|its|mk|mhtml|shell|jnlps?|intent|content|android-app|package|market|itms.*|"
+    r"macappstores?|g?help|man|info|applescript|shortcuts|workflow|(app-)?prefs|dict|ical|addressbook|music|"
+    r"photos(-.*)?|podcasts?|videos|x-.*|ssh|telnet|rlogin|tn3270|vnc|rdp|ldaps?|smb|cifs|afp|nfs|davs?|"
+    r"webdavs?|fish|admin|trash|computer|network|apt|apturl|apt\+.*|snap|steam|git|git\+.*|svn|svn\+.*|"
+    r"z39\.50[rs]")
 
 
-def is_redirect_uri(uri: Any) -> bool:
+def is_redirect_uri(uri: Any, listed: bool = False) -> bool:
     """Whether browsers may be sent to a URI: http, https or an app's private scheme, without fragment (RFC
-    6749 section 3.1.2, RFC 8252 section 7.1)."""
+    6749 section 3.1.2, RFC 8252 section 7.1). `listed`: by whoever runs this server.
+
+    >>> is_redirect_uri("org.example.app:/cb"), is_redirect_uri("app:/cb"), is_redirect_uri("app:/cb", True)
+    (True, False, True)
+    """
     if not isinstance(uri, str) or "#" in uri:
         return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    return is_web_url(uri) or bool(private and not re.fullmatch(ACTED_UPON, private[1].lower()))
+    scheme = private[1].lower() if private else "about"
+    an_apps = listed or "." in scheme or scheme in APP_SCHEMES
+    return is_web_url(uri) or (an_apps and not re.fullmatch(ACTED_UPON, scheme))
 
 
 def without_loopback_port(uri: str) -> str:
@@ -1441,7 +1464,7 @@ def check_redirect_uri(asked: Authorization) -> None:
     nothing anyway."""
     uri, client = asked.fields.need("redirect_uri"), asked.client
     registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
-    native = client.auth_method == "none" and is_redirect_uri(uri)
+    native = client.auth_method == "none" and is_web_url(uri)
     but_for_port = native and without_loopback_port(uri) in map(without_loopback_port, registered)
     need(uri in registered or but_for_port, f"redirect_uri {uri!r} is not of {client.client_id!r}: expected, "
          f"to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
@@ -7593,7 +7616,7 @@ class Seeds:
         method = "private_key_jwt" if {"jwks", "jwks_uri"} & given.keys() else "none"
         method = "client_secret_basic" if secret else method
         try:
-            kept = client_metadata({"token_endpoint_auth_method": method, **given})
+            kept = client_metadata({"token_endpoint_auth_method": method, **given}, listed=True)
         except PortalError as error:
             raise StartError(f"{where}: {error.description}")
         method, but = kept["token_endpoint_auth_method"], "but" if secret else "without"

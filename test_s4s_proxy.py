@@ -1370,12 +1370,39 @@ class Registration(PortalTest):
             self.assert_refused("invalid_client_metadata", "launch_uris", [uri])
         self.assert_refused("invalid_redirect_uri", "redirect_uris", ["https://a.example/#fragment"])
 
-    def test_a_scheme_without_a_period_is_taken_unless_something_else_acts_on_it(self) -> None:
-        for uri in ("myapp:/cb", "com.example.app:/cb", "smart-app://cb", "org.app://callback"):
+    # Schemes that browsers, Windows, macOS, Linux, iOS or Android act on by themselves.
+    ACTED_UPON = (
+        "javascript:alert(1)", "data:text/html,x", "sms:1", "ms-msdt:/id", "search-ms:query", "MS-Settings:x",
+        "intent:x", "chrome-extension://x/", "microsoft-edge:https://x", "microsoft.windows.camera:x",
+        "jnlp://x", "jnlps:x", "vnc://x", "RDP://x", "search:q", "content://x", "web+x://y", "xmpp:a",
+        "sip:a", "bitcoin:a", "x-apple.systempreferences:x", "prefs:x", "shortcuts://run", "apt:x", "git+ssh://x",
+        "firefox:x", "googlechrome://x", "smsto:1", "matrix:u", "z39.50r://x", "devtools://x", "cifs://x")
+
+    def test_who_registers_itself_has_a_scheme_with_a_period_or_a_known_apps(self) -> None:
+        for uri in ("com.example.app:/cb", "org.app://callback", "exp://127.0.0.1:8081/--/cb",
+                    "ionic://localhost", "cursor://anysphere.cursor-mcp/oauth/callback", "vscode://x/cb", "vscode-insiders://x/cb",
+                    "windsurf://x/cb", "capacitor://localhost", "smartapp://callback", "CURSOR://x"):
             self.assertEqual(self.register(redirect_uris=[uri]).status, 201, uri)
-        for uri in ("sms:1", "ms-msdt:/id", "search-ms:query", "MS-Settings:x", "intent:x",
-                    "chrome-extension://x/", "vscode://x"):
+        for uri in (*self.ACTED_UPON, "myapp:/cb", "smart-app://cb", "cursorx://cb", "xvscode://cb"):
             self.assert_refused("invalid_redirect_uri", "redirect_uris", [uri])
+        got = self.register(redirect_uris=["myapp:/cb"]).json["error_description"]
+        for words in ("a period", "cursor", "--client", "myapp:/cb"):
+            self.assertIn(words, got)
+
+    def test_the_operator_may_give_any_scheme_that_nothing_else_acts_on(self) -> None:
+        for uri in ("myapp:/cb", "smart-app://cb", "com.example.app:/cb", "vscode://x/cb"):
+            fixtures = {"clients": [{"client_id": "listed", "redirect_uris": [uri]}]}
+            with s4s.Server(client="given=" + uri, fixtures=fixtures) as portal:
+                for client_id in ("given", "listed"):
+                    app = App(portal)
+                    app.client_id, app.secret, app.redirect_uri = client_id, "", uri
+                    back = portal.approve(app.authorize_url(), username="daniel-adams")
+                    self.assertTrue(back.startswith(uri + "?code="), back)
+        for uri in self.ACTED_UPON:
+            fixtures = {"clients": [{"client_id": "listed", "redirect_uris": [uri]}]}
+            for settings in ({"client": ["given=" + uri]}, {"fixtures": fixtures}):
+                with self.subTest(settings=settings), self.assertRaisesRegex(s4s.StartError, "redirect_uris"):
+                    s4s.Seeds(s4s.Settings(**settings))
 
     def test_a_member_that_can_not_be_is_named(self) -> None:
         self.assert_refused("invalid_redirect_uri", "redirect_uris", [])
