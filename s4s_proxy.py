@@ -1258,9 +1258,9 @@ def client_of_secret(portal: Portal, form: Fields, given_id: str, given_secret: 
         client = portal.client(client_id)
         if client and is_proven(client, secret):
             return client
-    # The same words for a wrong proof and for no such client: who is registered is not for all.
-    raise invalid_client(f"client {given_id!r}: expected the id and the secret of a client registered here (a "
-                         "public one has no secret, one registered for private_key_jwt sends an assertion)")
+    # The same words for a wrong proof and for no such client: who is registered is not for all to know.
+    raise invalid_client(f"client {given_id!r}: expected the id and the secret of a client registered here "
+                         "(a public one has no secret, one registered for private_key_jwt an assertion)")
 
 
 def is_proven(client: Client, secret: str) -> bool:
