@@ -826,6 +826,12 @@ def is_loopback(host: str) -> bool:
     return bool(re.fullmatch(r"::1|(.*\.)?localhost|127(\.\d{1,3}){3}", host))
 
 
+@remembered(1000)
+def is_address(host: str) -> bool:
+    """Whether a URL's host is an IP address, which nobody can point elsewhere as they can a name."""
+    return bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", host))
+
+
 def same_address(one: str, other: str) -> bool:
     """Whether two URLs are one: a slash at the end doesn't count, and loopback's names are all the same."""
     loopback = r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
@@ -7846,7 +7852,7 @@ class Portal:
         if not colon or host.endswith("]"):
             name = host
         return is_loopback(name) or (not self.settings.local and (
-            name.lower() == self.settings.host.lower() or bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name))))
+            is_address(name) or name.lower() == self.settings.host.lower()))
 
 
 # ######################################################################## 26 test controls and Server
