@@ -60,9 +60,9 @@ in <angle brackets> is new each time, or the portal's own address. At the right,
   7  The app reads, showing the access token.                                                     fhir
      > GET /api/fhir/Condition/smart-Condition-14      Authorization: Bearer <access>
      < 200 {"resourceType": "Condition", "id": "smart-Condition-14", ...}
-  8  Another patient's is refused. Every resource is judged before it leaves.           Access.may_see
+  8  Another patient's is not there. Every resource is judged before it leaves.         Access.may_see
      > GET /api/fhir/Condition/smart-Condition-120     Authorization: Bearer <access>
-     < 403 {"resourceType": "OperationOutcome", ...}
+     < 404 {"resourceType": "OperationOutcome", ...}
   9  An hour later: new tokens for the refresh token, which is worth nothing from then on.     refresh
      > POST /oauth/token
        grant_type=refresh_token&refresh_token=<refresh>&client_id=<client>
@@ -2152,14 +2152,14 @@ def answer_fhir(records: Records, asked: FhirRequest) -> Response:
             wanted = f"patient/{asked.type}.{letter}"  # named in the header too (RFC 6750 section 3.1)
             raise FhirError("forbidden", f"the token's scope does not allow this; it would take {wanted}",
                             403, [challenge(error="insufficient_scope", scope=wanted)])
+        # Another patient is refused by the id alone, without a look: so it tells nothing of who is there.
+        permit(asked.type != "Patient" or not asked.id or asked.access.reaches(asked.id, letter),
+               f"Patient/{asked.id}: the token is not for this patient's record")
     if asked.interaction == "read":
         return records.answer_read(asked)
     if asked.interaction == "search":
         permit(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported")
         return records.answer_search(asked)
-    for letter in "rs":
-        permit(asked.id in asked.access.patients("Patient", letter),
-               f"Patient/{asked.id}: the token is not for this patient's record")
     return records.answer_everything(asked)
 
 
@@ -2169,9 +2169,10 @@ def permit(good: object, description: str, error: str = "forbidden") -> None:
 
 
 def not_in_record(asked: FhirRequest) -> FhirError:
-    """403 for a resource that this token does not reach."""
-    return FhirError("forbidden", f"{asked.type}/{asked.id} is not in the record that the token opens, or in "
-                     "a category that was not approved", 403)
+    """The one answer to a read of what is not in the record: it does not exist, was deleted, is another
+    patient's, or is of a category or ?param=value that the token does not reach. Two answers would let an app
+    count what is hidden from it, id by id."""
+    return FhirError("not-found", f"there is no {asked.type}/{asked.id} among what may be read here", 404)
 
 
 class Records(Protocol):
@@ -2258,9 +2259,9 @@ class Access:
     def may_see(self, resource: Resource, letters: str) -> bool:
         """THE JUDGE: whether this very resource may be seen, by owner, scope and category. In doubt, no.
         `letters` says how it is reached: r (read), s (search), or both for an operation that does both."""
-        if self.unlimited or (letters == "r" and f"{resource.type}/{resource.id}" == self.fhir_user):
+        if self.unlimited or self._opens(resource, letters):
             return True
-        if self._opens(resource, letters):
+        if self._is_user(resource.type, resource.id, letters):
             return True
         return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
 
@@ -2280,11 +2281,12 @@ class Access:
     def _opens_file(self, binary: Resource) -> bool:
         """Whether a Binary may be read that does not say whose it is: because something that may be seen
         points to it, or because its reader may see everybody's records without limits."""
-        if not self.allows("Binary", "r") or named_patients(binary.content, binary.base) - {UNKNOWN}:
+        if not self.allows("Binary", "r"):
             return False
-        if self.patients("Binary", "r") is EVERYBODY and not self.narrowed:
-            return True
-        return binary.is_pointed_to(self)
+        is_opened = self.patients("Binary", "r") is EVERYBODY and not self.narrowed
+        # In this order, so that it costs the same to find that another's Binary, or none, is not pointed to.
+        return ((is_opened or binary.is_pointed_to(self))
+                and not named_patients(binary.content, binary.base) - {UNKNOWN})
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very one: a
@@ -2292,7 +2294,15 @@ class Access:
         categories. With that word the user approved to be known (SMART, "Scopes for requesting identity
         data")."""
         return (self.unlimited or bool(self._openings(type_name, letter))
-                or (letter == "r" and bool(resource_id) and f"{type_name}/{resource_id}" == self.fhir_user))
+                or self._is_user(type_name, resource_id, letter))
+
+    def reaches(self, patient_id: str, letter: str) -> bool:
+        """Whether the Patient of this id may be seen, if there is one."""
+        return patient_id in self.patients("Patient", letter) or self._is_user("Patient", patient_id, letter)
+
+    def _is_user(self, type_name: object, resource_id: object, letters: str) -> bool:
+        """Whether this is a read of the resource that stands for the token's user."""
+        return letters == "r" and f"{type_name}/{resource_id}" == self.fhir_user
 
     @property
     def narrowed(self) -> bool:
@@ -4339,9 +4349,8 @@ class EmbeddedRecords(Records):
 
     def visible(self, asked: FhirRequest) -> StoredResource:
         """One resource: fetched, then judged."""
-        absent = f"there is no {asked.type}/{asked.id}"
-        resource = need(self.find(asked.type, asked.id), absent, "not-found", 404, FhirError)
-        if not asked.access.may_see(resource, "r"):
+        resource = self.find(asked.type, asked.id)
+        if not resource or not asked.access.may_see(resource, "r"):
             raise not_in_record(asked)
         return resource
 
@@ -5268,10 +5277,11 @@ class Forwarding:
         url = f"{self.upstream.base}/{asked.type}/{asked.id}"
         if asked.version:
             url += f"/_history/{asked.version}"
-        answer = self.upstream.ask(url, self.headers("Prefer", "If-None-Match", "If-Modified-Since"))
-        status = answer.status
-        if status == 304:  # which tells that it is there, and in which version, whosever it is: so look
-            answer = self.upstream.ask(url)
+        # First without If-None-Match: a 304 tells that it is there, and in which version, whosever it is.
+        answer = self.upstream.ask(url, self.headers("Prefer"))
+        if answer.status in (404, 410):  # judged all the same, which for a Binary means a search: same cost
+            self.access.may_see(FetchedResource({"resourceType": asked.type, "id": asked.id}, self), "r")
+            raise not_in_record(asked)
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (asked.type, asked.id):
             raise refused("answered with another resource than the one asked for")
@@ -5280,7 +5290,10 @@ class Forwarding:
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
-        return self.respond("" if status == 304 else text, answer, "ETag", "Last-Modified", status=status)
+        unless = self.headers("If-None-Match", "If-Modified-Since")
+        is_known = unless and self.upstream.ask(url, unless).status == 304
+        return self.respond("" if is_known else text, answer, "ETag", "Last-Modified",
+                            status=304 if is_known else 200)
 
     def may_see(self, resource: Any, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
@@ -5379,8 +5392,8 @@ class Forwarding:
 
     def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
         """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was
-        included with it; and how many were dropped. They are dropped silently: other patients' records,
-        included ones too; OperationOutcomes, which may quote anything; Bundles within the Bundle."""
+        included with it; and how many matches were dropped. They are dropped silently: other patients'
+        records, included ones too; OperationOutcomes, which may quote anything; Bundles within the Bundle."""
         matches: list[str] = []
         included: list[str] = []
         late: list[tuple[Json, str]] = []  # Provenances: what they are about may stand after them
@@ -5388,6 +5401,8 @@ class Forwarding:
 
         def judge(entry: Any, text: str, is_late: bool = False) -> None:
             nonlocal dropped
+            search = entry.get("search") if isinstance(entry, dict) else None
+            is_included = isinstance(search, dict) and search.get("mode") == "include"
             if not isinstance(entry, dict) or not self.may_see(entry.get("resource"), text, letters):
                 if reachable and not is_late and elements(entry, "resource.resourceType") == ["Provenance"]:
                     late.append((entry, text))
@@ -5396,8 +5411,6 @@ class Forwarding:
                 return
             if not entry.keys() <= _ENTRY_MEMBERS:
                 text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
-            search = entry.get("search")
-            is_included = isinstance(search, dict) and search.get("mode") == "include"
             (included if is_included else matches).append(text)
 
         own = self.upstream.bundle(answer, self.base, judge)

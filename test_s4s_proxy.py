@@ -509,10 +509,42 @@ def document(name: str, patient: str, url: str) -> dict[str, Any]:
             "subject": {"reference": f"Patient/{patient}"}, "content": [{"attachment": {"url": url}}]}
 
 
-class ForwardingTest(PortalTest):
+class RecordTest(PortalTest):
+    """A portal, and a token for one record."""
+    scope = "patient/*.rs"
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.token = self.issue(self.scope)
+
+    def issue(self, scope: str, **more: Any) -> str:
+        """An access token."""
+        return str(self.portal.issue_token(scope=scope, **more)["access_token"])
+
+    def get(self, path: str, *, api: str = "/api/fhir/", token: str | None = None, **how: Any) -> Answer:
+        """One request of the FHIR API, with the token for my record unless told otherwise."""
+        return ask(self.portal.url + api + path, token=self.token if token is None else token, **how)
+
+    def read(self, path: str, **how: Any) -> dict[str, Any]:
+        """The JSON of a request that must succeed."""
+        got = self.get(path, **how)
+        self.assertEqual(got.status, 200, got)
+        return dict(got.json)
+
+    def ids(self, path: str, **how: Any) -> list[str]:
+        """The ids in a Bundle that must come."""
+        return [entry["resource"]["id"] for entry in self.read(path, **how).get("entry", [])]
+
+    def assert_refused(self, path: str, status: int = 403, **how: Any) -> Answer:
+        """The request is refused with an OperationOutcome."""
+        got = self.get(path, **how)
+        self.assertEqual((got.status, got.json["resourceType"]), (status, "OperationOutcome"), got)
+        return got
+
+
+class ForwardingTest(RecordTest):
     """A portal in front of a FHIR server that can't be trusted, and a token for one record."""
     behind: FhirServer
-    scope = "patient/*.rs"
 
     @property
     def upstream(self) -> s4s.Upstream:
@@ -540,31 +572,12 @@ class ForwardingTest(PortalTest):
             document("their-doc", OTHER, f"{url}/Binary/their-file"),
             {"resourceType": "Binary", "id": "my-file", "contentType": "text/plain", "data": "aGk="},
             {"resourceType": "Binary", "id": "their-file", "contentType": "text/plain", "data": "aGk="})}
-        self.token = self.issue(self.scope)
 
-    def issue(self, scope: str, **more: Any) -> str:
-        """An access token."""
-        return str(self.portal.issue_token(scope=scope, **more)["access_token"])
-
-    def get(self, path: str, *, api: str = "/api/fhir/", token: str | None = None, **how: Any) -> Answer:
-        """One request of the FHIR API, with the token for my record unless told otherwise."""
-        return ask(self.portal.url + api + path, token=self.token if token is None else token, **how)
-
-    def read(self, path: str, **how: Any) -> dict[str, Any]:
-        """The JSON of a request that must succeed."""
-        got = self.get(path, **how)
-        self.assertEqual(got.status, 200, got)
-        return dict(got.json)
-
-    def ids(self, path: str, **how: Any) -> list[str]:
-        """The ids in a Bundle that must come."""
-        return [entry["resource"]["id"] for entry in self.read(path, **how).get("entry", [])]
-
-    def assert_refused(self, path: str, status: int = 403, **how: Any) -> None:
-        """The request is refused with an OperationOutcome that doesn't tell the FHIR server's address."""
-        got = self.get(path, **how)
-        self.assertEqual((got.status, got.json["resourceType"]), (status, "OperationOutcome"), got)
+    def assert_refused(self, path: str, status: int = 403, **how: Any) -> Answer:
+        """It is refused, and the FHIR server's address is not told."""
+        got = super().assert_refused(path, status, **how)
         self.assertNotIn(str(self.behind.port), got.text)
+        return got
 
     def assert_not_forwarded(self, path: str, status: int = 403, **how: Any) -> None:
         """The request is refused before anything of it reaches the FHIR server."""
@@ -2568,41 +2581,13 @@ class FhirApi(PortalTest):
                 else:  # RFC 6750 section 3.1: a request without a token is told no error code
                     self.assertEqual(got.headers["www-authenticate"], 'Bearer realm="s4s"')
 
-    def test_another_patients_resources_are_403(self) -> None:
-        self.statuses(self.portal.issue_token(scope="patient/*.rs"), dict.fromkeys((
-            f"Patient/{AMY}", "Condition/smart-Condition-120", f"Condition?patient={AMY}",
-            f"Condition?patient={DANIEL},{AMY}", f"Observation?subject=Patient/{AMY}",
-            f"Patient?_id={AMY}"), 403))
-
-    def test_a_search_finds_the_tokens_patient_only(self) -> None:
-        token = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
-        entries = self.fhir("Condition?_count=100", token).json["entry"]
-        self.assertEqual({entry["resource"]["subject"]["reference"] for entry in entries}, {f"Patient/{AMY}"})
-
     def test_a_compartments_path_is_a_search_of_ones_own(self) -> None:
         self.assertEqual(self.found(f"Patient/{DANIEL}/Condition?code=48167000"), ["smart-Condition-14"])
         self.statuses(self.portal.issue_token(scope="patient/*.rs"), {
-            f"Patient/{AMY}/Condition": 403, f"Patient/{DANIEL},{AMY}/Condition": 404,
-            f"Patient/{DANIEL}/Condition?patient={AMY}": 403, "Patient//Condition": 404,
-            f"Patient/Patient%2F{AMY}/Condition": 404})
+            f"Patient/{DANIEL},{AMY}/Condition": 404, f"Patient/{DANIEL}/Condition?patient={AMY}": 403,
+            "Patient//Condition": 404, f"Patient/Patient%2F{AMY}/Condition": 404})
         narrow = self.portal.issue_token(scope="patient/Patient.rs")
         self.statuses(narrow, {f"Patient/{DANIEL}/Condition": 403})
-
-    def test_operations_and_batches_are_refused(self) -> None:
-        token = self.portal.issue_token(scope="patient/*.rs")
-        self.statuses(token, dict.fromkeys(
-            ("$export", "Patient/$export", "Observation/$lastn", "Observation/x/$meta"), 403))
-        self.statuses(token, dict.fromkeys(("", "Nope", "Patient"), 403), data={"resourceType": "Bundle"})
-
-    def test_letters_of_a_v2_scope_count(self) -> None:
-        for letter, read, searched in (("r", 200, 403), ("s", 403, 200)):
-            self.statuses(self.portal.issue_token(scope=f"patient/Condition.{letter}"), {
-                "Condition/smart-Condition-14": read, f"Condition?patient={DANIEL}": searched})
-
-    def test_writing_is_refused_before_the_body_is_judged(self) -> None:
-        for method in ("POST", "PUT", "PATCH", "DELETE"):
-            for token, status in (("", 401), (self.portal.issue_token(), 403)):
-                self.statuses(token, {"Patient/x": status}, method=method, body=b"{")
 
     def test_pages_lead_from_the_first_entry_to_the_last(self) -> None:
         token, url, seen = self.portal.issue_token(), f"Observation?category=laboratory&patient={DANIEL}", []
@@ -2651,19 +2636,14 @@ class WhoseItIs(unittest.TestCase):
     """owner() and Access, resource by resource."""
     base = "https://p.example/api/fhir"
 
-    def test_references_that_count_and_references_that_do_not(self) -> None:
+    def test_absolute_references_count_below_our_own_base_alone(self) -> None:
         person = f"Patient/{ME}"
-        for texts, expected in (
-                ((person, f"{person}/_history/2", f"{self.base}/{person}"), ME),
-                (("Group/1", "#p", f"https://elsewhere.example/{person}", f"patient/{ME}", f"{person}/x",
-                  "Patient/..", f"{self.base}X{person}", f"/{person}", [ME], None), s4s.UNKNOWN)):
-            for text in texts:
-                with self.subTest(text):
-                    resource = observation("x", subject={"reference": text})
-                    self.assertEqual(s4s.owner(resource, self.base), expected)
-        for subject in ({"identifier": {"value": ME}}, {"display": "me"}, person, None, 7, [[person]]):
-            with self.subTest(subject):
-                self.assertEqual(s4s.owner(observation("x", subject=subject), self.base), s4s.UNKNOWN)
+        for text, expected in (
+                (f"{self.base}/{person}", ME), (f"https://elsewhere.example/{person}", s4s.UNKNOWN),
+                (f"{self.base}X{person}", s4s.UNKNOWN)):
+            with self.subTest(text):
+                resource = observation("x", subject={"reference": text})
+                self.assertEqual(s4s.owner(resource, self.base), expected)
 
     def test_each_type_and_version_of_fhir_has_its_element(self) -> None:
         me, other, doctor = (
@@ -2719,14 +2699,6 @@ class WhoseItIs(unittest.TestCase):
                     appointment = {"resourceType": "Appointment", "participant": [mine, doctor, participant]}
                     self.assertEqual(s4s.owner(appointment, self.base), s4s.UNKNOWN)
 
-    def test_fhir_user_may_be_read_and_not_searched(self) -> None:
-        access = s4s.Access("openid fhirUser", ME, fhir_user="Practitioner/dr")
-        for name, letter, expected in (("dr", "r", True), ("dr", "s", False), ("other", "r", False)):
-            with self.subTest((name, letter)):
-                resource = s4s.Resource({"resourceType": "Practitioner", "id": name})
-                self.assertIs(access.allows("Practitioner", letter, name), expected)
-                self.assertIs(access.may_see(resource, letter), expected)
-
     def test_what_scopes_and_categories_open(self) -> None:
         narrowed, vital = "patient/Observation.rs?status=final,amended", frozenset(["vital-signs"])
         theirs, labelled = observation("theirs", OTHER), [[{"coding": [{"code": code}]}] for code in (
@@ -2750,47 +2722,293 @@ class WhoseItIs(unittest.TestCase):
         self.assertEqual(set(s4s.OWNER_ELEMENTS) - covered, set())
 
 
-class OnePatientAndNothingElse(ForwardingTest):
-    """Attacks on the record's boundary, each of which a careless proxy lets through."""
+HIDDEN = "bm90Zm9yeW91"  # stands in all that is another patient's, and never comes out: as it is, or decoded
+
+
+class OnePatientAndNothingElse(RecordTest):
+    """Attacks on the record's boundary, each of which a careless server lets through: on the records kept
+    here, and by the class below on another server's."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        code, other = {"text": HIDDEN}, {"reference": f"Patient/{OTHER}"}
+        theirs = observation("theirs", OTHER, code=code)
+        their_doc = document("their-doc", OTHER, "Binary/their-file")
+        binary = {"resourceType": "Binary", "contentType": "text/plain", "data": HIDDEN}
+        self.put({"resourceType": "Patient", "id": OTHER, "name": [{"text": HIDDEN}]}, theirs,
+                 {**theirs, "id": "more"}, observation("mine"), observation("draft", status="preliminary"),
+                 observation("performed", performer=[other]), observation("containing", contained=[theirs]),
+                 observation("group", subject={"reference": "Group/1"}, code=code),
+                 {"resourceType": "Practitioner", "id": "dr"}, {**their_doc, "description": HIDDEN},
+                 document("my-doc", ME, "Binary/my-file"), {**binary, "id": "my-file", "data": "aGk="},
+                 *({**binary, "id": name} for name in ("their-file", "orphan")),
+                 {**binary, "id": "their-own", "securityContext": other})
+
+    def put(self, *resources: dict[str, Any]) -> None:
+        """Put resources among the records."""
+        entries = [{"resource": resource} for resource in resources]
+        self.portal.load({"resourceType": "Bundle", "type": "collection", "entry": entries})
+
+    def asked_behind(self) -> int:
+        """How many requests the portal made for those it was sent."""
+        return 0
+
+    def narrow_token(self, kind: str = "") -> str:
+        """A new token for my record, of less than all of it: by a category, or by a parameter."""
+        if kind == "category":
+            return token_for(self.portal, "problems")
+        return self.issue("patient/Observation.rs?status=final" if kind else self.scope)
+
+    def told(self, path: str, name: str, token: str = "", **how: Any) -> tuple[Any, ...]:
+        """All that an app can tell of an answer, with what it cost, but for a name in what it asked for."""
+        token, before = token or self.token, self.asked_behind()
+        got = self.get(path, token=token, **how)
+        headers = {**got.headers, "date": "", "content-length": ""}
+        return got.status, got.text.replace(name, "it"), headers, self.asked_behind() - before
+
+    def assert_kept_out(self, path: str, status: int = 403, **how: Any) -> None:
+        """An attack is refused, or finds nothing (the records kept here know more parameters than are
+        forwarded, and pin the search to the patient)."""
+        got = self.get(path, **how)
+        self.assertIn(got.status, (200, 400, 401, 403, 404, 405), got)
+        self.assertNotIn(HIDDEN, got.text)
+
+    def test_what_is_not_in_the_record_is_answered_as_if_it_were_not_there(self) -> None:
+        since = {"If-Modified-Since": "Fri, 31 Dec 2100 00:00:00 GMT"}
+        for how in ({}, {"method": "HEAD"}, {"headers": {"If-None-Match": '*, W/"1", W/"7"'}},
+                    {"headers": since}, {"headers": {"Accept": "text/plain, */*"}}):
+            for attack, kind, paths in (
+                    ("another patient's", "", ["Observation/theirs", "DocumentReference/their-doc"]),
+                    ("a version", "", ["Observation/theirs/_history/1", "Observation/absent/_history/1"]),
+                    ("my resource that contains another's", "", ["Observation/containing"]),
+                    ("whose nobody can tell", "", ["Observation/group"]),
+                    ("deleted", "", ["Observation/deleted", "Binary/deleted"]),
+                    ("of another's document", "", ["Binary/their-file"]),
+                    ("of no document", "", ["Binary/orphan"]), ("another's own", "", ["Binary/their-own"]),
+                    ("a category left out", "category", ["Observation/mine", f"Patient/{ME}",
+                                                         "Binary/my-file"]),
+                    ("outside of ?param=", "parameter", ["Observation/draft"])):
+                for path in paths:
+                    with self.subTest(attack, path=path, how=how):
+                        absent = f"{'Binary' if path[0] == 'B' else 'Observation'}/absent"
+                        answers = [self.told(asked, "/".join(asked.split("/")[:2]), self.narrow_token(kind),
+                                             **how) for asked in (absent, path)]
+                        self.assertEqual(answers[0], answers[1])
+                        self.assertEqual((answers[0][0], HIDDEN in answers[0][1]), (404, False))
+
+    def test_what_an_app_has_already_is_not_sent_again(self) -> None:
+        got = self.get("Observation/mine", headers={"If-None-Match": '"1"'})
+        self.assertEqual((got.status, got.headers["etag"][:3], got.body), (304, 'W/"', b""))
+
+    def test_another_patient_is_refused_by_the_id_alone(self) -> None:
+        for path, form in (
+                *((path, "") for path in (
+                    "Patient/{}", "Patient/{}/_history/1", "Patient/{}/Observation", "Patient/{}/$everything",
+                    "Patient?_id={}", "Observation?patient={}", f"Observation?patient={ME},{{}}",
+                    "Observation?subject=Patient/{}", f"Observation?patient={ME}&patient={{}}",
+                    "Observation?subject:Patient={}", "Observation?p%61tient={}")),
+                ("Observation/_search", "patient"), (f"Observation/_search?patient={ME}", "patient")):
+            for how in ({}, {"method": "HEAD"}, {"headers": {"If-None-Match": "*"}}):
+                with self.subTest(path, how=how):
+                    answers = [self.told(path.format(name), name, **({"form": {form: name}} if form else how))
+                               for name in (OTHER, "nobody")]
+                    self.assertEqual(answers[0], answers[1])
+                    self.assertEqual((answers[0][0], answers[0][-1]), (403, 0))
+
+    def test_what_looks_into_another_record_or_hides_something_in_a_path_is_kept_out(self) -> None:
+        for attack, path in (
+                ("a differently cased parameter", f"Observation?Patient={OTHER}"),
+                ("another reference to a patient", f"Observation?performer=Patient/{OTHER}"),
+                ("another reference with a type", f"Observation?performer:Patient={OTHER}"),
+                ("by absolute reference", f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}"),
+                ("a modifier that can't be judged", "Observation?patient:identifier=http://ids.example%7C1"),
+                ("a modifier that turns it round", f"Observation?patient:not={ME}"),
+                ("a modifier that takes it away", "Observation?subject:missing=true"),
+                ("a chain", "Observation?performer.name=Smith"),
+                ("a chain with a type", "Observation?performer:Practitioner.name=Smith"),
+                ("a chain to the owner", f"Observation?subject:Patient._id={OTHER}"),
+                ("a reverse chain", f"Practitioner?_has:Observation:performer:patient={OTHER}"),
+                ("the filter language", f"Observation?_filter=patient%20eq%20{OTHER}"),
+                ("a named query", "Observation?_query=everybody"),
+                ("a search over types", "?_type=Patient,Observation"),
+                ("types within a search", "Observation?_type=Patient"),
+                ("the FHIR server's own paging", "Observation?_getpages=0d33d1e1"),
+                *(("another operation", name) for name in (
+                    "$export", "Patient/$export", "Patient/$match", f"Patient/{ME}/$summary",
+                    "Observation/$lastn", "Observation/mine/%24meta", f"Observation/{ME}/$everything")),
+                *(("a type nobody can place", f"{name}{rest}") for rest in ("", "/1") for name in (
+                    "AuditEvent", "Group", "Bundle", "Person", "Unheard")),
+                ("a search for Binaries", "Binary")):
+            with self.subTest(attack, path=path):
+                self.assert_kept_out(path)
+        for path in (
+                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient", "Observation/.",
+                "Observation/%2E%2E%2FPatient", "Observation/%252e%252e/Patient", "//Observation/theirs",
+                "Observation;a=b", "Observation/theirs%2f_history", "Observation/theirs%3fa=b", "metadata/..",
+                "Observation/theirs;a=b", "Observation%5ctheirs", "Observation\\theirs", "observation/theirs",
+                "Observation/theirs%00", "Observation/theirs%0d%0aX:y", "Observation/theirs/_history/..",
+                "Observation/theirs/x", "Observation/_search", f"Patient/{ME}/Observation/theirs",
+                "http://127.0.0.1/fhir/Observation/theirs"):
+            with self.subTest("a path", path=path):
+                self.assert_kept_out(path, 404)
+
+    def test_writing_and_batches_are_refused_before_the_body_is_judged(self) -> None:
+        for method, path in (("POST", ""), ("POST", "Observation"), ("POST", "Observation/mine/_search"),
+                             *((method, "Observation/mine") for method in ("PUT", "PATCH", "DELETE"))):
+            for token, status in ((self.token, 403), ("", 401)):
+                with self.subTest(method, path=path):
+                    before = self.asked_behind()
+                    self.assert_refused(path, status, method=method, body=b"{", token=token)
+                    self.assertEqual(self.asked_behind(), before)
+
+    def test_a_search_shows_mine_and_nobodys(self) -> None:
+        form, all_of_them = {"_count": "1000"}, "Observation?_count=1000"
+        for attack, path, how in (
+                ("everybody's", all_of_them, {}), ("posted", "Observation/_search", {"form": form}),
+                ("my compartment", f"Patient/{ME}/Observation?_count=1000", {}),
+                ("by _include", f"{all_of_them}&_include=Observation:performer", {}),
+                ("by another _include", f"{all_of_them}&_include=Observation:subject", {}),
+                ("everything", f"Patient/{ME}/$everything", {})):
+            with self.subTest(attack):
+                ids = set(self.ids(path, **how))
+                self.assertEqual(ids & {"mine", "draft", "theirs", "group"}, {"mine", "draft"})
+                self.assertNotIn(HIDDEN, self.get(path, **how).text)  # type: ignore[arg-type]
+        for path in ("Patient", "Practitioner?_revinclude=Observation:performer"):
+            self.assertNotIn(HIDDEN, self.get(path).text)
+
+    def test_anothers_paging_link_opens_nothing(self) -> None:
+        theirs = self.issue("user/*.rs", username="clinician", patient_id=OTHER)
+        page = self.read(f"Observation?_count=1&patient=Patient/{OTHER}", token=theirs)
+        self.assertIn(HIDDEN, json.dumps(page))
+        links = {link["relation"]: link["url"] for link in page["link"]}
+        path = links["next"][len(self.portal.fhir_url) + 1:]
+        self.assertIn(HIDDEN, self.get(path, token=theirs).text)
+        self.assertEqual(self.get(path).status, 403)
+
+    def test_what_my_resource_contains_is_mine_or_nobodys(self) -> None:
+        plain = observation("x", contained=[observation("y")])
+        for inner, expected in (
+                ([observation("x"), {"resourceType": "Medication"}, {"resourceType": "Specimen"}], 200),
+                ([{"resourceType": "Patient", "id": OTHER}], 404), ([observation("x", OTHER)], 404),
+                ([{"resourceType": "Bundle", "entry": [{"resource": observation("y")}]}], 404),
+                ([plain], 404), ([{"resourceType": ["Patient"]}], 404), ("x", 404), ([[]], 404)):
+            with self.subTest(inner):
+                self.put(observation("mine", contained=inner))
+                self.assertEqual(self.get("Observation/mine").status, expected)
+                self.assertEqual("mine" in self.ids("Observation?_count=1000"), expected == 200)
+
+    def test_of_the_spellings_of_my_name_only_fhirs_make_a_resource_mine(self) -> None:
+        person = f"Patient/{ME}"
+        for subject, expected in (
+                *(({"reference": text}, 200) for text in (person, f"{person}/_history/2")),
+                *(({"reference": text}, 404) for text in (
+                    "Group/1", "#p", f"patient/{ME}", f"{person}/x", f"{person}/", f"{person}#p",
+                    "Patient/..", f"/{person}", f"{person}?", f"{person},Patient/{OTHER}", f" {person}", [ME],
+                    None)),
+                *((subject, 404) for subject in ({"identifier": {"value": ME}}, {"display": "me"}, person, 7,
+                                                 [[person]], [{"reference": person}, {}]))):
+            with self.subTest(subject):
+                self.put(observation("mine", subject=subject))
+                self.assertEqual(self.get("Observation/mine").status, expected)
+                self.assertEqual("mine" in self.ids("Observation?_count=1000"), expected == 200)
+
+    def test_a_binary_is_opened_by_what_points_to_it_or_by_itself(self) -> None:
+        self.assertEqual(self.read("Binary/my-file")["data"], "aGk=")
+        own = {"resourceType": "Binary", "id": "own", "contentType": "text/plain"}
+        self.put({**own, "securityContext": {"reference": f"Patient/{ME}"}})
+        self.assertEqual(self.read("Binary/own")["id"], "own")
+        unreached = self.issue("patient/Binary.rs patient/Observation.rs")  # which opens no document
+        self.assert_refused("Binary/my-file", 404, token=unreached)
+        self.put(document("my-doc", ME, "Binary/their-own"))  # it says itself whose it is
+        self.assert_refused("Binary/their-own", 404, token=self.narrow_token())
+
+    def test_the_scopes_letters_and_types_hold(self) -> None:
+        for scope in ("patient/*.s", "patient/*.r", "patient/Observation.rs"):  # it reads and searches
+            got = self.assert_refused(f"Patient/{ME}/$everything", token=self.issue(scope))
+            self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
+        scope = "patient/Observation.s patient/Practitioner.r"
+        for path in ("Observation/mine", "Practitioner", "Patient", f"Patient/{ME}", "Binary/my-file"):
+            before = self.asked_behind()
+            self.assert_refused(path, token=self.issue(scope))
+            self.assertEqual(self.asked_behind(), before)
+        included = self.ids("Observation?_count=1000&_include=Observation:performer", token=self.issue(scope))
+        self.assertEqual({"mine", "dr"} & set(included), {"mine"})
+
+    def test_categories_and_parameters_hold_in_searches(self) -> None:
+        for kind, expected in (("category", set()), ("parameter", {"mine", "performed"})):
+            page = self.read("Observation?_count=1000", token=self.narrow_token(kind))
+            self.assertNotIn("total", page)
+            ids = {entry["resource"]["id"] for entry in page.get("entry", [])}
+            self.assertEqual(ids & {"mine", "draft", "performed"}, expected)
+
+    def test_who_the_user_is_may_be_read_and_not_searched_and_tells_of_nobody_else(self) -> None:
+        me, doctor, theirs = ({"resourceType": name, "id": key} for name, key in (
+            ("Patient", ME), ("Practitioner", "smart-clinician"), ("Observation", "x")))
+        theirs["subject"] = {"reference": f"Patient/{OTHER}"}  # type: ignore[assignment]
+        for username, resource in (("daniel-adams", me), ("clinician", doctor)):
+            path = f"{resource['resourceType']}/{resource['id']}"
+            token = self.issue("openid fhirUser patient/Observation.rs", username=username, patient_id=ME)
+            for contained, expected in (([], 200), ([{"resourceType": "Medication"}], 200), ([theirs], 200)):
+                with self.subTest(path, contained=contained):
+                    self.put({**resource, "contained": contained} if contained else resource)
+                    self.assertEqual(self.get(path, token=token).status, expected)
+            self.assert_refused("Practitioner/dr", token=token)
+            self.assert_refused(path.replace("/", "?_id="), token=token)
+            self.assert_refused(f"Patient/{OTHER}", token=token)
+
+
+class OnePatientOfAnotherServer(OnePatientAndNothingElse, ForwardingTest):
+    """The same attacks on the records of a FHIR server that does nothing against them."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.script("metadata", WhatIsBehind.STATEMENT)
+        for name in ("Observation/deleted", "Binary/deleted"):
+            self.script(name, {}, 410)
+        their = self.behind.bundle(self.behind.records["Observation/theirs"], next="?page=2")
+        for query in (f"?_count=1&patient=Patient/{OTHER}", "?page=2"):
+            self.behind.script[f"/fhir/Observation{query}"] = json_answer(their)
+        patch = mock.patch.object(self.behind, "answer", self.answer)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def answer(self, target: str) -> Any:
+        """What that server answers: not modified, to anyone who says that they know the resource."""
+        answer, sent = FhirServer.answer(self.behind, target), self.behind.seen[-1][1]
+        is_known = answer[0] == 200 and {"if-none-match", "if-modified-since"} & sent.keys()
+        return json_answer(b"", 304, ETag='W/"7"') if is_known else answer
+
+    def put(self, *resources: dict[str, Any]) -> None:
+        """Put resources among that server's."""
+        for resource in resources:
+            self.behind.records[f"{resource['resourceType']}/{resource['id']}"] = resource
+
+    def asked_behind(self) -> int:
+        """How many requests reached that server."""
+        return len(self.behind.seen)
+
+    def assert_kept_out(self, path: str, status: int = 403, **how: Any) -> None:
+        """An attack is refused before that server is asked."""
+        before = len(self.behind.seen)
+        self.assertIn(self.get(path, **how).status, (status, 400, 403))
+        self.assertEqual(len(self.behind.seen), before)
+
+
+class HostileAnswers(ForwardingTest):
+    """Attacks on the record's boundary that the FHIR server itself makes."""
 
     def test_resources_are_read_by_whose_they_are(self) -> None:
-        old, my_file = "Observation/mine/_history/1", {"resourceType": "Binary", "id": "my-file"}
+        old, stranger = "Observation/mine/_history/1", {**observation("mine"), "id": ["mine"]}
         for attack, path, scripted, expected in (
-                ("my own resource", "Observation/mine", None, 200),
                 ("my own resource in an older version", old, observation("mine"), 200),
-                ("another patient", f"Patient/{OTHER}", None, 403),
-                ("another patient's resource", "Observation/theirs", None, 403),
-                ("another patient's, in an older version", "Observation/theirs/_history/1",
-                 observation("theirs", OTHER), 403),
-                ("a version that was another patient's", old, observation("mine", OTHER), 403),
+                ("a version that was another patient's", old, observation("mine", OTHER), 404),
                 ("another resource than the one asked for", "Observation/mine", observation("theirs"), 502),
                 ("a type that is no text", "Observation/mine",
                  {**observation("mine"), "resourceType": ["Observation"]}, 502),
-                ("an id that is no text", "Observation/mine", {**observation("mine"), "id": ["mine"]}, 502),
-                ("what belongs to nobody", "Practitioner/dr", None, 200),
-                ("a Binary of another's document", "Binary/their-file", None, 403),
-                ("a Binary that my document points to", "Binary/my-file", None, 200),
-                ("a Binary that says it is mine", "Binary/my-file",
-                 {**my_file, "securityContext": {"reference": f"Patient/{ME}"}}, 200),
-                ("a Binary that says it is another's", "Binary/my-file",
-                 {**my_file, "securityContext": {"reference": f"Patient/{OTHER}"}}, 403)):
+                ("an id that is no text", "Observation/mine", stranger, 502)):
             with self.subTest(attack):
-                self.behind.script.clear()
-                if scripted:
-                    self.script(path, scripted)
-                if expected == 200:
-                    self.assertEqual(self.read(path)["id"], path.split("/")[1])
-                else:
-                    self.assert_refused(path, expected)
-
-    def test_not_modified_comes_back_for_my_own_and_tells_nothing_of_another_patients(self) -> None:
-        unless = {"If-None-Match": 'W/"7"'}
-        answers = [json_answer(b"", 304), json_answer(observation("mine"), ETag='W/"7"'),
-                   json_answer(b"", 304), json_answer(observation("theirs", OTHER))]
-        with mock.patch.object(self.behind, "answer", lambda target: answers.pop(0)):
-            got = self.get("Observation/mine", headers=unless)
-            self.assertEqual((got.status, got.headers["etag"], got.body), (304, 'W/"7"', b""))
-            self.assert_refused("Observation/theirs", headers=unless)
+                self.script(path, scripted)
+                self.assertEqual(self.get(path).status, expected)
 
     def test_a_search_answered_with_everybodys_records_shows_mine(self) -> None:
         for query in ("code=x", f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
@@ -2820,70 +3038,12 @@ class OnePatientAndNothingElse(ForwardingTest):
         self.assertEqual(body, f"code=a%20b&patient=Patient/{ME}".encode())
         self.assertEqual(headers["content-type"], "application/x-www-form-urlencoded")
 
-    def test_what_would_look_into_another_record_is_not_forwarded(self) -> None:
-        for attack, path in (
-                ("another patient", f"Observation?patient={OTHER}"), ("by id", f"Patient?_id={OTHER}"),
-                ("by absolute reference", f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}"),
-                ("among several", f"Observation?patient={ME},{OTHER}"),
-                ("a repeated parameter", f"Observation?patient={ME}&patient={OTHER}"),
-                ("a differently cased parameter", f"Observation?Patient={OTHER}"),
-                ("an encoded parameter name", f"Observation?p%61tient={OTHER}"),
-                ("a parameter with a type", f"Observation?subject:Patient={OTHER}"),
-                ("another reference to a patient", f"Observation?performer=Patient/{OTHER}"),
-                ("another reference with a type", f"Observation?performer:Patient={OTHER}"),
-                ("a modifier that can't be judged", "Observation?patient:identifier=http://ids.example%7C1"),
-                ("a modifier that turns it round", f"Observation?patient:not={ME}"),
-                ("a modifier that takes it away", "Observation?subject:missing=true"),
-                ("a chain", "Observation?performer.name=Smith"),
-                ("a chain with a type", "Observation?performer:Practitioner.name=Smith"),
-                ("a chain to the owner", f"Observation?subject:Patient._id={OTHER}"),
-                ("a reverse chain", f"Practitioner?_has:Observation:performer:patient={OTHER}"),
-                ("the filter language", f"Observation?_filter=patient%20eq%20{OTHER}"),
-                ("a named query", "Observation?_query=everybody"),
-                ("a search over types", "?_type=Patient,Observation"),
-                ("types within a search", "Observation?_type=Patient"),
-                ("the FHIR server's own paging", "Observation?_getpages=0d33d1e1"),
-                ("another patient's compartment", f"Patient/{OTHER}/Observation"),
-                ("another patient's everything", f"Patient/{OTHER}/$everything"),
-                *(("another operation", name) for name in (
-                    "$export", "Patient/$export", "Patient/$match", f"Patient/{ME}/$summary",
-                    "Observation/$lastn", "Observation/mine/%24meta", f"Observation/{ME}/$everything")),
-                *(("a type nobody can place", f"{name}{rest}") for rest in ("", "/1") for name in (
-                    "AuditEvent", "Group", "Bundle", "Person", "Unheard")),
-                ("a search for Binaries", "Binary")):
-            with self.subTest(attack, path=path):
-                self.assert_not_forwarded(path)
-        for path, form in (("Observation/_search", {"patient": OTHER}),
-                           (f"Observation/_search?patient={ME}", {"patient": OTHER})):
-            with self.subTest("a search that is posted", path=path):
-                self.assert_not_forwarded(path, form=form)
-
-    def test_paths_that_hide_something_never_reach_the_fhir_server(self) -> None:
-        for path in (
-                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient", "Observation//mine",
-                "Observation/%2E%2E%2FPatient", "Observation/%252e%252e/Patient", "Observation/mine;a=b",
-                "Observation;a=b", "//Observation/mine", "Observation/mine%2f_history",
-                "Observation/mine%3fa=b", "Observation%5cmine", "Observation\\mine", "Observation/mine%00",
-                "Observation/mine%0d%0aX:y", "Observation/.", "metadata/..", "observation/mine",
-                "Observation/mine/_history/..", "Observation/mine/x", "Observation/_search",
-                f"Patient/{ME}/Observation/mine", "http://127.0.0.1/fhir/Observation/mine"):
-            with self.subTest(path):
-                self.assertIn(self.get(path).status, (400, 403, 404))
-                self.assertEqual(self.behind.seen, [])
-
     def test_an_absolute_request_target_is_served_for_this_host_only(self) -> None:
         for host, expected in ((f"127.0.0.1:{self.portal.port}", 200), ("fhir.example", 421)):
             with self.subTest(host), socket.create_connection(("127.0.0.1", self.portal.port)) as connection:
                 connection.sendall(f"GET http://{host}/api/fhir/Observation/mine HTTP/1.1\r\nHost: x\r\n"
                                    f"Authorization: Bearer {self.token}\r\n\r\n".encode())
                 self.assertIn(f"HTTP/1.1 {expected} ".encode(), connection.recv(4096))
-
-    def test_writing_and_batches_are_refused_before_the_body_is_judged(self) -> None:
-        for method, path in (("POST", ""), ("POST", "Observation"), ("POST", "Observation/mine/_search"),
-                             *((method, "Observation/mine") for method in ("PUT", "PATCH", "DELETE"))):
-            with self.subTest(method, path=path):
-                self.assert_not_forwarded(path, method=method, body=b"{")
-                self.assert_not_forwarded(path, 401, method=method, body=b"{", token="")
 
     def test_open_access_reads_everybodys_and_writes_nothing(self) -> None:
         how, number = {"token": "", "api": "/api/open-fhir/"}, len(self.behind.records)
@@ -2894,17 +3054,6 @@ class OnePatientAndNothingElse(ForwardingTest):
         for method, path in (("POST", ""), ("PUT", "Observation/mine"), ("DELETE", "Observation/mine")):
             with self.subTest(method):
                 self.assert_not_forwarded(path, 405, method=method, body=b"{}", **how)
-
-    def test_what_my_resource_contains_is_mine_or_nobodys(self) -> None:
-        for inner, expected in (
-                ([observation("x"), {"resourceType": "Medication"}, {"resourceType": "Specimen"}], 200),
-                ([{"resourceType": "Patient", "id": OTHER}], 403), ([observation("x", OTHER)], 403),
-                ([{"resourceType": "Bundle", "entry": [{"resource": observation("y")}]}], 403),
-                ([observation("x", contained=[observation("y")])], 403),
-                ([{"resourceType": ["Patient"]}], 403), ("x", 403), ([[]], 403)):
-            with self.subTest(inner):
-                self.script("Observation/mine", observation("mine", contained=inner))
-                self.assertEqual(self.get("Observation/mine").status, expected)
 
     def test_a_provenance_is_of_the_patient_of_all_its_targets(self) -> None:
         bundle, records = self.behind.bundle, self.behind.records
@@ -2984,7 +3133,7 @@ class OnePatientAndNothingElse(ForwardingTest):
                 for path in ("Observation", f"Patient/{ME}/$everything"):
                     with self.subTest(path, wrong=wrong, expected=expected):
                         self.assertEqual(self.ids(path, token=token), expected)
-                self.assertEqual(self.get("Binary/my-file", token=token).status, 403)
+                self.assertEqual(self.get("Binary/my-file", token=token).status, 404)
             self.assertEqual(self.get("Observation", token="", api="/api/open-fhir/").status, 200)
 
     def test_a_reference_under_another_name_of_the_server_makes_nobody_the_owner(self) -> None:
@@ -2995,44 +3144,7 @@ class OnePatientAndNothingElse(ForwardingTest):
             bundle = json.dumps(self.behind.bundle(named, **links)).replace(self.behind.url, there)
             self.script("Observation", bundle.encode())
             self.assertEqual(self.ids("Observation"), [])
-            self.assert_refused("Observation/mine")
-
-    def test_the_scopes_letters_and_types_hold(self) -> None:
-        for scope in ("patient/*.s", "patient/*.r", "patient/Observation.rs"):  # it reads and searches
-            got = self.get(f"Patient/{ME}/$everything", token=self.issue(scope))
-            self.assertEqual((got.status, self.behind.seen), (403, []))
-            self.assertIn('error="insufficient_scope"', got.headers["www-authenticate"])
-        self.assert_not_forwarded("Practitioner/dr", token=self.issue("patient/Observation.rs"))
-        token = self.issue("patient/Observation.s patient/Practitioner.r")
-        self.assert_not_forwarded("Observation/mine", token=token)
-        self.assert_not_forwarded("Practitioner", token=token)
-        self.assertEqual(self.ids("Observation?_include=*", token=token), ["mine"])
-        self.assertEqual(self.ids(f"Patient/{ME}/$everything?_count=5"), [ME, "mine", "dr", "my-doc"])
-
-    def test_a_scope_narrowed_by_a_parameter_leaves_the_rest_and_the_number_out(self) -> None:
-        draft = observation("draft", status="preliminary")
-        token = self.issue("patient/Observation.rs?status=final")
-        self.script("metadata", WhatIsBehind.STATEMENT)
-        self.script("Observation", self.behind.bundle(observation("mine")))
-        self.script("Observation/draft", draft)
-        self.assertNotIn("total", self.read("Observation", token=token))
-        self.script("Observation", self.behind.bundle(observation("mine"), draft))
-        self.assertEqual(self.ids("Observation", token=token), ["mine"])
-        self.assert_refused("Observation/draft", token=token)
-
-    def test_a_category_left_out_is_left_out(self) -> None:
-        token = token_for(self.portal, "problems")
-        self.assertEqual(self.ids("Observation", token=token), ["dr"])
-        self.assert_refused("Observation/mine", token=token)
-
-    def test_who_the_user_is_may_be_read_and_not_searched(self) -> None:
-        doctor = {"resourceType": "Practitioner", "id": "smart-clinician"}
-        self.script("Practitioner/smart-clinician", doctor)
-        token = self.issue("openid fhirUser patient/Observation.rs", username="clinician", patient_id=ME)
-        self.assertEqual(self.read("Practitioner/smart-clinician", token=token), doctor)
-        self.behind.seen.clear()
-        self.assert_not_forwarded("Practitioner/dr", token=token)
-        self.assert_not_forwarded("Practitioner?_id=smart-clinician", token=token)
+            self.assert_refused("Observation/mine", 404)
 
     def test_a_clinician_sees_every_record_and_a_representative_those_of_both(self) -> None:
         token = self.issue("user/*.rs", username="clinician", patient_id=ME)
@@ -3047,8 +3159,6 @@ class OnePatientAndNothingElse(ForwardingTest):
         asked = len(self.behind.seen)
         self.read("Binary/my-file")
         self.assertEqual(len(self.behind.seen), asked + 1, "remembered")
-        unreached = self.issue("patient/Binary.rs")  # which doesn't reach its document
-        self.assert_refused("Binary/my-file", token=unreached)
         self.script("DocumentReference", b"", 404)
         self.script("DiagnosticReport", self.behind.bundle({
             "resourceType": "DiagnosticReport", "id": "r", "subject": {"reference": f"Patient/{ME}"},
@@ -3060,7 +3170,7 @@ class OnePatientAndNothingElse(ForwardingTest):
         again = self.behind.bundle(next="?_getpages=again")
         self.script("DocumentReference", again)
         self.behind.script["/fhir?_getpages=again"] = json_answer(again)
-        self.assert_refused("Binary/my-file")
+        self.assert_refused("Binary/my-file", 404)
         self.assertLess(len(self.behind.seen), 30)
 
 
@@ -4284,8 +4394,6 @@ class Reading(RecordsTest):
     def test_the_current_version_can_be_read_by_its_number(self) -> None:
         self.assertEqual(self.open(f"Patient/{DANIEL}/_history/1").json["id"], DANIEL)
         self.refused(f"Patient/{DANIEL}/_history/2", "current", status=404)
-        token = self.portal.issue_token(scope="patient/*.rs")
-        self.assertEqual(self.fhir(f"Patient/{AMY}/_history/1", token).status, 403)
 
     def test_a_binary_is_its_content_where_that_is_asked_for(self) -> None:
         as_fhir = self.open("Binary/smart-Binary-1").json
@@ -4295,15 +4403,6 @@ class Reading(RecordsTest):
         self.assertEqual(kept, [as_fhir["contentType"], "sandbox"])
         self.assertEqual(self.open("Binary/smart-Binary-1", headers={"Accept": "*/*"}).json, as_fhir)
 
-    def test_a_binary_of_nobody_is_read_through_the_document_that_points_to_it(self) -> None:
-        self.portal.load({"resourceType": "Binary", "id": "b1", "contentType": "text/plain", "data": "aGk="})
-        self.portal.load({"resourceType": "DocumentReference", "id": "d1", "subject": {
-            "reference": f"Patient/{AMY}"}, "content": [{"attachment": {"url": "Binary/b1"}}]})
-        for patient, scope, status in ((DANIEL, "patient/*.rs", 403), (AMY, "patient/*.rs", 200),
-                                       (AMY, "patient/Binary.rs patient/Observation.rs", 403)):
-            token = self.portal.issue_token(scope=scope, patient_id=patient)
-            self.assertEqual(self.fhir("Binary/b1", token).status, status, (patient, scope))
-
     def test_everything_is_the_compartment_and_what_it_refers_to(self) -> None:
         token = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
         path = f"Patient/{AMY}/$everything"
@@ -4312,7 +4411,6 @@ class Reading(RecordsTest):
         self.assertEqual({s4s.owner(resource) for resource in matches}, {AMY})
         self.assertGreater(len(self.types(path, token, "match")), 4)
         self.assertEqual(self.types(path, token, "include"), {"Organization", "Practitioner"})
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}/$everything", token).status, 403)
         self.assertEqual(self.open("Patient/nobody/$everything").status, 404)
 
     def test_everything_of_one_patient_leaves_out_what_it_refers_to_of_another(self) -> None:
@@ -4929,7 +5027,7 @@ class Faults(ForwardingTest):
 
     def test_a_status_is_passed_on_without_the_servers_words(self) -> None:
         outcome = {"resourceType": "OperationOutcome", "text": self.behind.url}
-        for why, statuses, told in (("busy", (503, 429), 0), ("absent or deleted", (404, 410), 0),
+        for why, statuses, told in (("busy", (503, 429), 0), ("absent or deleted", (404, 410), 404),
                                     ("not accepted", (400, 422), 400),
                                     ("its own troubles", (401, 403, 500, 502, 418, 206, 202), 502)):
             for status in statuses:
@@ -5153,7 +5251,7 @@ class Transport(ForwardingTest):
         sent = {"Prefer": "handling=strict", "If-None-Match": 'W/"3"',
                 "If-Modified-Since": "Thu, 31 May 2018 22:48:43 GMT"}
         self.get("Observation/mine", headers={**sent, "Accept": "application/json"})
-        headers = self.behind.seen[0][1]
+        headers = {**self.behind.seen[0][1], **self.behind.seen[1][1]}
         self.assertEqual({name: headers.get(name.lower()) for name in sent}, sent)
         self.assertEqual(headers["x-api-key"], "swordfish")
         self.assertIn("application/json+fhir", headers["accept"])
@@ -5177,10 +5275,9 @@ class Transport(ForwardingTest):
             got = self.get("Observation/mine", headers={"Accept": asked})
             self.assertEqual(got.headers["content-type"], given)
 
-    def test_head_is_judged_like_get(self) -> None:
+    def test_head_has_the_headers_of_get(self) -> None:
         got = self.get("Observation/mine", method="HEAD")
         self.assertEqual((got.status, got.body, got.headers["etag"]), (200, b"", 'W/"7"'))
-        self.assertEqual(self.get("Observation/theirs", method="HEAD").status, 403)
 
     def test_only_json(self) -> None:
         self.assert_not_forwarded("Observation/mine", 406, headers={"Accept": "application/fhir+xml"})
@@ -7146,8 +7243,8 @@ class Repository(unittest.TestCase):
             seen = [(request.path.rpartition("/")[2], request.status) for request in portal.requests]
         self.assertEqual(seen, [
             ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200),
-            ("Observation", 200), (AMY, 403), ("introspect", 200), ("token", 200), ("revoke", 200),
-            (DANIEL, 401)])
+            ("Observation", 200), (AMY, 403), ("smart-Condition-120", 404), ("introspect", 200),
+            ("token", 200), ("revoke", 200), (DANIEL, 401)])
 
     def test_the_readmes_fixtures_start_a_server(self) -> None:
         with s4s.Server(fixtures=json.loads(self.example("json"))) as portal:
