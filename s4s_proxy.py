@@ -2262,7 +2262,7 @@ class Access:
         if self.unlimited or self._opens(resource, letters):
             return True
         if self._is_user(resource.type, resource.id, letters):
-            return True
+            return resource.owner != UNKNOWN  # as it is where something contained is another patient's
         return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
 
     def _opens(self, resource: Resource, letters: str) -> bool:

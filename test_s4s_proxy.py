@@ -2948,7 +2948,7 @@ class OnePatientAndNothingElse(RecordTest):
         for username, resource in (("daniel-adams", me), ("clinician", doctor)):
             path = f"{resource['resourceType']}/{resource['id']}"
             token = self.issue("openid fhirUser patient/Observation.rs", username=username, patient_id=ME)
-            for contained, expected in (([], 200), ([{"resourceType": "Medication"}], 200), ([theirs], 200)):
+            for contained, expected in (([], 200), ([{"resourceType": "Medication"}], 200), ([theirs], 404)):
                 with self.subTest(path, contained=contained):
                     self.put({**resource, "contained": contained} if contained else resource)
                     self.assertEqual(self.get(path, token=token).status, expected)
