@@ -2487,6 +2487,10 @@ _LABEL_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for na
                   if name not in _BY_CONTENT}
 CATEGORIES["other"] = "Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _LABEL_OF_TYPE)
 OLD_CATEGORIES = {"allergy": "allergies"}
+# The laboratory's sections in HL7's table 0074, which US laboratories send as category, LAB among them: blood
+# gases and bank, cytogenetics, chemistry, cytopathology, genetics, hematology, immunology, microbiology ...
+_LABORATORY = ("BG", "BLB", "CG", "CH", "CP", "GE", "HM", "IMM", "LAB", "MB", "MCB", "MYC", "OSL", "PAR",
+               "PAT", "SP", "SR", "TX", "VR")
 
 
 def categories(resource: Json) -> list[str]:
@@ -2496,9 +2500,11 @@ def categories(resource: Json) -> list[str]:
         return []
     if type_name not in _BY_CONTENT:
         return [_LABEL_OF_TYPE.get(str(type_name), "other")]
-    codes = {code for _, code in tokens_of(elements(resource, "category"))}
+    tokens = tokens_of(elements(resource, "category"))
+    codes = {"laboratory" if code == "LAB" or (code in _LABORATORY and system.endswith("0074")) else code
+             for system, code in tokens}
     if type_name == "DiagnosticReport":
-        return ["other"] if codes.isdisjoint(("laboratory", "LAB")) else ["laboratory"]
+        return ["laboratory"] if "laboratory" in codes else ["other"]
     labels: list[str] = [label for label in ("vital-signs", "laboratory") if label in codes]
     if "social-history" in codes or ("http://loinc.org", "72166-2") in tokens_of(elements(resource, "code")):
         labels.append("smoking")

@@ -2941,6 +2941,17 @@ class OnePatientAndNothingElse(RecordTest):
             ids = {entry["resource"]["id"] for entry in page.get("entry", [])}
             self.assertEqual(ids & {"mine", "draft", "performed"}, expected)
 
+    def test_results_of_the_laboratorys_sections_are_laboratory_results(self) -> None:
+        token, hl7 = token_for(self.portal, "laboratory"), "http://terminology.hl7.org/CodeSystem/v2-0074"
+        for system, code, expected in (
+                ("", "LAB", 200), ("http://hl7.org/fhir/v2/0074", "LAB", 200), (hl7, "HM", 200),
+                (hl7, "CH", 200), (hl7, "MB", 200), (hl7, "RAD", 404), ("http://local.example", "CH", 404)):
+            for name in ("Observation", "DiagnosticReport"):
+                with self.subTest(name, code=code):
+                    self.put({**observation("of-lab"), "resourceType": name,
+                              "category": [{"coding": [{"system": system, "code": code}]}]})
+                    self.assertEqual(self.get(f"{name}/of-lab", token=token).status, expected)
+
     def test_who_the_user_is_may_be_read_and_not_searched_and_tells_of_nobody_else(self) -> None:
         me, doctor, theirs = ({"resourceType": name, "id": key} for name, key in (
             ("Patient", ME), ("Practitioner", "smart-clinician"), ("Observation", "x")))
