@@ -2575,13 +2575,15 @@ def outcome(error: PortalError) -> Json:
 
 @route("GET /api/me", "S4S", cors=True, kind="fhir")
 def me(portal: Portal, request: Request) -> Response:
-    """The client of this token, and the good tokens of the same user and client; never their values."""
+    """The client of this token, and the good tokens of the same user, client and record; never their
+    values, and no other record."""
     row = bearer(portal, request)
     client = portal.client(row["client_id"])
     tokens = portal.state.rows(
         "SELECT tokens.scope, expires, approval_expires, patient_id FROM tokens JOIN grants USING (grant_id) "
         "WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
-        "AND username IS ? ORDER BY issued", portal.clock.now(), row["client_id"], row["username"])
+        "AND username IS ? AND patient_id IS ? ORDER BY issued",
+        portal.clock.now(), row["client_id"], row["username"], row["patient_id"])
     return json_response({
         "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
             {"scope": token["scope"], "patient": token["patient_id"],

@@ -2625,6 +2625,12 @@ class FhirApi(PortalTest):
         self.assertEqual((got.json["client_id"], got.json["tokens"][0]["patient"]), ("test-suite", DANIEL))
         self.assertNotIn(given["access_token"], got.text)
 
+    def test_me_of_one_record_names_no_other(self) -> None:
+        mine, hers = (self.portal.issue_token(patient_id=patient)["access_token"] for patient in (ME, AMY))
+        for token, patient in ((mine, ME), (hers, AMY)):
+            tokens = ask(self.portal.url + "/api/me", token=token).json["tokens"]
+            self.assertEqual([told["patient"] for told in tokens], [patient])
+
     def test_a_head_request_has_the_headers_of_get_and_no_body(self) -> None:
         token = self.portal.issue_token()
         got, head = (self.fhir(f"Patient/{DANIEL}", token, method=method) for method in ("GET", "HEAD"))
