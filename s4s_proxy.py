@@ -5230,6 +5230,7 @@ def going_with(matches: list[str], included: list[str]) -> list[str]:
     return [entry for entry in included if name(entry) in text or any(known in entry for known in names)]
 
 
+_PREFERENCES = re.compile(r"(?<![\w-])(?:handling|return)=[\w-]+")  # those of FHIR that travel
 _ENTRY_MEMBERS = {"fullUrl", "resource", "search"}  # of a Bundle's entry: those known to be harmless
 
 
@@ -5266,9 +5267,12 @@ class Forwarding:
         self.lookups = MAX_PAGES              # left, for more of these
 
     def headers(self, *names: str) -> dict[str, str]:
-        """Those of the request's headers that travel on. Authorization and cookies never do."""
+        """Those of the request's headers that travel on. Authorization and cookies never do; and no
+        preference for an answer that would not come here to be judged (respond-async)."""
         sent = self.request.headers
-        return {name: sent[name.lower()] for name in names if name.lower() in sent}
+        travelling = {name: sent[name.lower()] for name in names if name.lower() in sent}
+        prefer = ", ".join(_PREFERENCES.findall(travelling.pop("Prefer", "")))
+        return {**travelling, "Prefer": prefer} if prefer else travelling
 
     def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""

@@ -5265,9 +5265,10 @@ class Transport(ForwardingTest):
         self.assertNotIn(self.token, str(self.behind.seen))
 
     def test_what_travels(self) -> None:
-        sent = {"Prefer": "handling=strict", "If-None-Match": 'W/"3"',
+        sent = {"Prefer": "handling=strict, return=minimal", "If-None-Match": 'W/"3"',
                 "If-Modified-Since": "Thu, 31 May 2018 22:48:43 GMT"}
-        self.get("Observation/mine", headers={**sent, "Accept": "application/json"})
+        prefer = "respond-async, handling=strict; x=y, wait=10,return=minimal"
+        self.get("Observation/mine", headers={**sent, "Prefer": prefer, "Accept": "application/json"})
         headers = {**self.behind.seen[0][1], **self.behind.seen[1][1]}
         self.assertEqual({name: headers.get(name.lower()) for name in sent}, sent)
         self.assertEqual(headers["x-api-key"], "swordfish")
