@@ -4323,7 +4323,7 @@ class EmbeddedRecords(Records):
         known = {match.number for match in matches}
         included: list[StoredResource] = []
         for include, match in itertools.product(query.includes, matches):
-            for other in self._other_ends(include, match):
+            for other in self._other_ends(include, match, access):
                 if other.number not in known and access.may_see(other, "s"):
                     known.add(other.number)
                     included.append(other)
@@ -4331,17 +4331,23 @@ class EmbeddedRecords(Records):
                    "ask for fewer matches with _count", "too-costly")
         return included
 
-    def _other_ends(self, include: Include, match: StoredResource) -> list[StoredResource]:
-        """The resources that refer to a match (_revinclude), or that it refers to (_include)."""
+    def _other_ends(self, include: Include, match: StoredResource, access: Access) -> list[StoredResource]:
+        """The resources that refer to a match (_revinclude), or that it refers to (_include). Of the former,
+        which may be many, only so many as may be seen: those hidden must not take their places."""
         source, parameter = include.source, include.parameter
         names_owner = self.served[source][parameter].kind == "owner"
-        if include.reverse and names_owner:
-            return self._select("* FROM resources WHERE type = ? AND patient_id = ? LIMIT ?",
-                                source, match.id, MAX_INCLUDED + 1)
         if include.reverse:
-            return self._select("* FROM resources WHERE +type = ? AND number IN (SELECT number FROM "
-                                "search_values WHERE parameter = ? AND value = ? AND system = ?) LIMIT ?",
-                                source, parameter, match.id, match.type, MAX_INCLUDED + 1)
+            sql, values = "type = ? AND patient_id = ?", [source, match.id]
+            if not names_owner:
+                sql = ("+type = ? AND number IN (SELECT number FROM search_values WHERE value = ? "
+                       "AND parameter = ? AND system = ?)")
+                values += [parameter, match.type]
+            patients = access.patients(source, "s")
+            if patients is not EVERYBODY:  # a doctor has many patients
+                sql += f" AND +patient_id IN ({_marks([NOBODY, *patients])})"
+                values += [NOBODY, *patients]
+            select = Sql(f"SELECT * FROM resources WHERE {sql}", tuple(values))
+            return self._page(select, [("number", False)], MAX_INCLUDED + 1, (), access, "s").matches
         targets: Sequence[Any] = [("Patient", match.owner)]
         if not names_owner:
             sql = "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?"
@@ -5419,7 +5425,7 @@ class Forwarding:
                 if reachable and not is_late and elements(entry, "resource.resourceType") == ["Provenance"]:
                     late.append((entry, text))
                 else:
-                    dropped += 1
+                    dropped += not is_included  # or a missing total would tell of what my record refers to
                 return
             if not entry.keys() <= _ENTRY_MEMBERS:
                 text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})

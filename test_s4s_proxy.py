@@ -3304,6 +3304,12 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
                     ("Observation", self.token, ["v0", "h1", "v2", "dr0", "dr1", "dr2", "part", "s"])):
                 self.assertEqual(self.ids(path, token=token), expected)
 
+    def test_a_total_tells_nothing_of_whose_was_included(self) -> None:
+        page = {**self.behind.bundle(observation("mine"), observation("x", OTHER)), "total": 1}
+        page["entry"][1]["search"] = {"mode": "include"}
+        with mock.patch.object(self.behind, "answer", lambda target: json_answer(page)):
+            self.assertEqual(self.read("Observation?_include=Observation:has-member")["total"], 1)
+
     def test_a_count_that_is_none(self) -> None:
         self.assert_not_forwarded("Observation?_count=-1", 400)
 
@@ -4314,7 +4320,13 @@ class Searching(RecordsTest):
                 "&_revinclude=Observation:encounter")
         self.assertEqual(self.types(path, token), {"Encounter", "Practitioner"})
         amys = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
-        self.assertEqual(self.types("Practitioner?_revinclude=Encounter:participant", amys), {"Practitioner"})
+        path = "Practitioner?_revinclude=Encounter:participant"
+        self.assertEqual(self.types(path, amys), {"Practitioner"})
+        # However many there are that may not be seen, they take no places.
+        self.portal.load({**self.resources("Encounter")[0], "id": "coming", "status": "planned"})
+        coming = self.portal.issue_token(scope="patient/Practitioner.rs patient/Encounter.rs?status=planned")
+        with mock.patch.object(s4s, "MAX_INCLUDED", 2):
+            self.assertEqual(self.types(path, coming), {"Practitioner", "Encounter"})
 
     def test_what_is_not_known_is_named_with_what_is(self) -> None:
         for query, *words in (
