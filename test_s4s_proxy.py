@@ -1857,7 +1857,7 @@ class CodeFlow(PortalTest):
         self.to_consent()
         tokens = self.approved(without="security_labels", security_labels="medications")
         self.assertEqual(self.fhir(f"MedicationRequest?patient={DANIEL}", tokens).status, 200)
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 403)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 404)
         self.assertNotIn("entry", self.fhir(f"Condition?patient={DANIEL}", tokens).json)
 
     def test_a_form_that_says_too_little_or_too_much_is_refused(self) -> None:
@@ -1883,7 +1883,7 @@ class CodeFlow(PortalTest):
         self.to_consent()
         self.assertEqual(labels_in(self.browser.page), ["allergies", "problems"])
         tokens = self.approved()
-        for path, status in ((f"Condition?patient={DANIEL}", 200), (f"Patient/{DANIEL}", 403)):
+        for path, status in ((f"Condition?patient={DANIEL}", 200), (f"Patient/{DANIEL}", 404)):
             self.assertEqual(self.fhir(path, tokens).status, status)
 
     def test_who_has_no_choice_of_records_is_not_asked(self) -> None:
