@@ -712,7 +712,8 @@ def dispatch(portal: Portal, request: Request) -> Response:
     """Answer a request: the whole server without its sockets. ConnectionAbortedError: a test wants a drop."""
     route, status = find_route(request), 0
     try:
-        response = respond(portal, request, route)
+        with portal.records.one_request:
+            response = respond(portal, request, route)
         status = response.status
     finally:
         if not request.path.startswith("/oauth/debug/"):
@@ -2180,6 +2181,7 @@ class Records(Protocol):
     those of section 19 are another FHIR server's. No endpoint asks which it is."""
     version: str         # of FHIR: a key of FHIR_VERSIONS
     warnings: list[str]  # what the person who starts the server should know
+    one_request: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # while one is answered
 
     def check_type(self, asked: FhirRequest) -> None:
         """FhirError for a type that is not served."""
@@ -4764,6 +4766,7 @@ _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"  # as they stand in JSON, an
 NOWHERE = "https://fhir-server.invalid"  # put where a trace of the server was (RFC 6761 section 6.4)
 _ESCAPED_ASCII = re.compile(r"\\u00[2-7]")
 _SEPARATOR = re.compile(r"[ \t\n\r]*([,:{}\[\]])[ \t\n\r]*")
+T = TypeVar("T")
 
 
 def _step(text: str, at: int, expected: str) -> tuple[str, int]:
@@ -4774,31 +4777,51 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
     return match[1], match.end()
 
 
-def split_bundle(text: str, take: Callable[[Any, str], None]) -> Json:
-    """A Bundle's own members. Its entries go to `take`, one after the other, each with the text it came in,
-    to be sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive; and none is
-    kept, which is faster than having them all in memory. ValueError if it is no JSON object."""
+def split_bundle(text: str, judge: Callable[[Any, str], T]) -> tuple[Json, list[T]]:
+    """A Bundle's own members, and what `judge` makes of each of its entries and the text it came in, which is
+    sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive. No entry is kept,
+    which is faster than having them all in memory. ValueError if it is no JSON object."""
     own: Json = {}
+    judged: list[T] = []
     mark, at = _step(text, 0, "{")
     while mark != "}":
         if not text.startswith('"', at):
             raise ValueError("expected a member's name")
-        name, at = _JSON.raw_decode(text, at)
+        name, at = _ANSWERS.raw_decode(text, at)
         at = _step(text, at, ":")[1]
         if name != "entry":
-            own[name], at = _JSON.raw_decode(text, at)
+            own[name], at = _ANSWERS.raw_decode(text, at)
         else:
             mark, at = _step(text, at, "[")
             if text.startswith("]", at):
                 mark, at = "]", at + 1
             while mark != "]":
-                value, end = _JSON.raw_decode(text, at)
-                take(value, text[at:end])
+                value, end = _ANSWERS.raw_decode(text, at)
+                judged.append(judge(value, text[at:end]))
                 mark, at = _step(text, end, ",]")
         mark, at = _step(text, at, ",}")
     if at < len(text):
         raise ValueError("text after the end")
-    return own
+    return own, judged
+
+
+class Patience(threading.local):
+    """How long a thread waits for the FHIR server: while it answers one request of an app, --fhir-timeout
+    from the first question on, however many there are; else (a control, a start) as long for each."""
+    def __init__(self, seconds: float):
+        self.seconds, self.until = seconds, NO_DEADLINE
+
+    def __enter__(self) -> None:
+        self.until = 0.0  # set by the first question
+
+    def __exit__(self, *error: object) -> None:
+        self.until = NO_DEADLINE
+
+    def deadline(self, share: float) -> float:
+        """Of an answer that may take this share of the time that is left."""
+        now = time.monotonic()
+        self.until = self.until or now + self.seconds
+        return now + min(self.until - now, self.seconds) * share
 
 
 class Upstream:
@@ -4806,7 +4829,8 @@ class Upstream:
     environment's proxies are not used: they would be asked for a test's server on loopback."""
     def __init__(self, settings: Settings, sockets: OpenSockets):
         import urllib.request  # takes long to import, and few need it
-        self.base, self.seconds, self.sockets = settings.fhir_server or "", settings.fhir_timeout, sockets
+        self.base, self.sockets = settings.fhir_server or "", sockets
+        self.patience = Patience(settings.fhir_timeout)
         parts = urlsplit(self.base)
         self.origin, self.path = f"{parts.scheme}://{parts.netloc}", parts.path
         self.https = parts.scheme == "https"
@@ -4815,10 +4839,10 @@ class Upstream:
         self.headers = "".join(f"{header}\r\n" for header in (  # sent with every request
             f"Host: {parts.netloc}",
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
-            f"Accept-Encoding: {'identity' if is_loopback(self.host) else 'gzip'}", *settings.fhir_header))
+            f"Accept-Encoding: {'identity' if is_this_machine(self.host) else 'gzip'}",
+            *settings.fhir_header))
         self.names: list[str] = []  # bases that the server says are its own
         self.forget()
-        self._spell(self.host, parts.port)
         self._idle: list[Connection] = []
         send = self._send
 
@@ -4836,13 +4860,16 @@ class Upstream:
     def forget(self) -> None:
         """Forget what was found out of the server's names and abilities."""
         self.names.clear()
+        self._spell()
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
-    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None) -> Answer:
-        """GET an address below the base, or POST a form to it. FhirError 502 or 504 where no answer comes."""
+    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None,
+            share: float = 1.0) -> Answer:
+        """GET an address below the base, or POST a form to it. FhirError where no answer comes in this share
+        of the time that is left: 504, else 502."""
         if form is not None:
             headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
-        deadline = time.monotonic() + self.seconds
+        deadline = self.patience.deadline(share)
         try:
             for _ in range(5):
                 request = self._request(url, form, dict(headers), self.host)
@@ -4857,7 +4884,7 @@ class Upstream:
             if isinstance(error, BadRequest) and error.status != 408:
                 raise refused(f"sent an answer that can't be read: {error}")
             if time.monotonic() >= deadline:
-                raise refused(f"took longer than {self.seconds:g} seconds to answer", 504)
+                raise refused(f"did not answer in time (--fhir-timeout {self.patience.seconds:g})", 504)
             raise refused(f"can't be reached, or broke off ({type(error).__name__})")
 
     def _send(self, request: Any) -> Answer:
@@ -4914,22 +4941,26 @@ class Upstream:
         safe = "!$%&'()*+,/:;=?@[]~|"
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
-    def _spell(self, host: str, port: int | None) -> None:
-        """Prepare to find the base address, however spelled, and other traces of the server's name."""
-        path = "".join(_SLASH if char == "/" else re.escape(char) for char in self.path)
-        names, usual_port = {re.escape(f"[{host}]" if ":" in host else host)}, port in (None, 80, 443)
-        if is_loopback(host):
-            names |= {r"127\.0\.0\.1", "localhost", r"\[::1\]", "%5B%3A%3A1%5D"}
-        name, before = "(?i:" + "|".join(sorted(names)) + ")", r"(?:(?<![\w.-])|(?<=%2[Ff]))"
-        where = f"{name}(?:{_COLON}(?:80|443))?" if usual_port else f"{name}{_COLON}{port}(?!\\d)"
-        if not is_loopback(host):  # the name alone tells too much
-            trace, self._hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
-        elif usual_port:  # everybody's name: only without another port is it this server's
-            trace, self._hints = rf"{before}{where}(?![\w.:-]|%3)", {host, "localhost", "127.0.0.1", "[::1]"}
-        else:
-            trace, self._hints = before + where, {str(port)}
-        self._addresses = re.compile(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
-        self._traces = re.compile(trace)
+    def _spell(self) -> None:
+        """Prepare to find the server's bases, however spelled, and other traces of its names."""
+        addresses, traces, self._hints = [], [], set[str]()
+        for base in (self.base, *self.names):
+            parts = urlsplit(base)
+            host, port, before = parts.hostname or "", parts.port, r"(?:(?<![\w.-])|(?<=%2[Ff]))"
+            path = "".join(_SLASH if char == "/" else re.escape(char) for char in parts.path)
+            is_near, usual_port = is_this_machine(host), port in (None, 80, 443)
+            name = _NEAR if is_near else f"(?i:{re.escape(f'[{host}]' if ':' in host else host)})"
+            where = f"{name}(?:{_COLON}0*(?:80|443))?" if usual_port else f"{name}{_COLON}0*{port}(?!\\d)"
+            if not is_near:  # the name alone tells too much
+                trace, hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+            elif usual_port:  # everybody's name, and a number: only in an address is it this server's
+                trace, hints = rf"(?:(?<=/)|(?<=%2[Ff])){where}(?![\w.:-]|%3)", {"/", "%2f"}
+            else:
+                trace, hints = before + where, {str(port)}
+            addresses.append(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
+            traces.append(trace)
+            self._hints |= hints
+        self._addresses, self._traces = re.compile("|".join(addresses)), re.compile("|".join(traces))
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` for each address of the FHIR server; ValueError if not UTF-8.
@@ -4943,12 +4974,13 @@ class Upstream:
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR
         # server's. And from the quick to the slow: mostly, after the first step nothing is left to look for.
-        for end in '/?"' if self.base in text else "":
-            text = text.replace(self.base + end, "\0" + end)
+        for base in (self.base, *self.names):
+            for end in '/?"' if base in text else "":
+                text = text.replace(base + end, "\0" + end)
         if self._hinted(text):
-            text = self._addresses.sub(lambda match: "\1" if "%3" in match[0][:8] else "\0", text)
+            text = self._addresses.sub(functools.partial(_hide, "\0", "\1"), text)
             if self._hinted(text):
-                text = self._traces.sub(NOWHERE[8:], text)
+                text = self._traces.sub(functools.partial(_hide, NOWHERE[8:], NOWHERE[8:]), text)
         if "\0" in text or "\1" in text:
             text = text.replace("\0", ours).replace("\1", quote(ours, safe=""))
         return text
@@ -4966,60 +4998,79 @@ class Upstream:
         check_status(answer)
         try:
             text = self.rewritten(answer.body, ours)
-            value, end = _JSON.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+            value, end = _ANSWERS.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
             if isinstance(value["resourceType"], str) and not text[end:].strip():
                 return value, text
         except (ValueError, RecursionError, TypeError, KeyError):
             pass
         raise refused("answered with what is no FHIR JSON")
 
-    def bundle(self, answer: Answer, ours: str, take: Callable[[Any, str], None]) -> Json:
-        """The own members of the Bundle in an answer; its entries go to `take`, with their text; with our
-        addresses."""
+    def bundle(self, answer: Answer, ours: str, judge: Callable[[Any, str], T]) -> tuple[Json, list[T]]:
+        """See split_bundle; with our addresses. Where its link to itself tells another name of the server
+        (what stands there before the path that was asked for), it is judged again, by what that name says."""
         check_status(answer)
+        known, path = len(self.names), urlsplit(answer.url).path[len(self.path):]
         try:
-            own = split_bundle(self.rewritten(answer.body, ours), take)
+            own, judged = split_bundle(self.rewritten(answer.body, ours), judge)
         except (ValueError, RecursionError):
             raise refused("answered with what is no FHIR JSON")
         if own.get("resourceType") != "Bundle" or own.get("type") not in ("searchset", "collection"):
             raise refused("answered a search with what is no Bundle of results")
-        self._learn(own, answer.url, ours)
-        return own
+        for relation, url in links_of(own) if path else ():
+            url = url.partition("?")[0]
+            if relation == "self" and url.endswith(path):
+                self._learn(url[:-len(path)], ours)
+        return (own, judged) if len(self.names) == known else self.bundle(answer, ours, judge)
 
     def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
         """The own members of the Bundle in an answer, and the resources in it."""
-        resources: list[Any] = []
-        own = self.bundle(answer, ours, lambda entry, text: resources.extend(elements(entry, "resource")))
-        return own, [resource for resource in resources if isinstance(resource, dict)]
+        own, entries = self.bundle(answer, ours, lambda entry, text: elements(entry, "resource"))
+        return own, [resource for entry in entries for resource in entry if isinstance(resource, dict)]
 
-    def _learn(self, own: Json, asked: str, ours: str) -> None:
-        """Note the name that the server gives itself in a Bundle's link to itself: what stands there before
-        the path that was asked for. No resource can teach one: whoever wrote it might name another server."""
-        path = urlsplit(asked).path[len(self.path):]
-        for relation, url in links_of(own) if path else ():
-            url = url.partition("?")[0]
-            name = url[:-len(path)]
-            if (relation == "self" and url.endswith(path) and re.fullmatch("https?://[!-~]+", name)
-                    and len(self.names) < 20 and name not in (ours, *self.names)):
+    def _learn(self, name: str, ours: str) -> None:
+        """Note a name that the server gives itself, in its metadata or a Bundle's link: what is below counts
+        as its own. No resource can teach one: whoever wrote it might name another server."""
+        with contextlib.suppress(StartError):  # it is no address that a FHIR base can have
+            name = fhir_base(name)
+            if len(self.names) < 20 and name not in (ours, self.base, *self.names):
                 self.names.append(name)
+                self._spell()
 
-    def disguised(self, text: str, ours: str) -> str:
-        """A text with `ours` for the names that the server gives itself. Only after the judgement: they are
-        the server's word alone, so a reference to a Patient under one of them makes nobody the owner."""
-        for name in self.names:
-            for end in '/?"':
-                text = text.replace(name + end, ours + end)
-        return text
-
-    def statement(self, now: float) -> Json:
+    def statement(self, now: float, share: float = 1.0) -> Json:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), kept for five minutes."""
         statement, until = self._statement
         if now >= until:
-            statement = self.resource(self.ask(f"{self.base}/metadata"), "")[0]
+            statement = self.resource(self.ask(f"{self.base}/metadata", share=share), "")[0]
             if statement["resourceType"] not in ("CapabilityStatement", "Conformance"):
                 raise refused("has no CapabilityStatement")
             self._statement = statement, now + 300
+            for name in elements(statement, "implementation.url"):
+                self._learn(str(name), "")
         return statement
+
+
+# How this very machine may be spelled in an address: by name, as a number in any of C's ways, as IPv6.
+_NEAR = (r"((?i:localhost\.?|[0-9][0-9a-fx.]{0,45}|\[[0-9a-f:.]{2,45}\]|"
+         r"%5B(?:[0-9a-f.]|%3A|:){2,45}%5D))")
+
+
+@remembered(1000)
+def is_this_machine(host: str) -> bool:
+    """Whether a host means this machine, as systems read it: 127.1, 0x7f000001 and [::ffff:7f00:1] do."""
+    host, mapped = unquote(host).strip("[]").rstrip("."), bytes(10) + b"\xff\xff"  # RFC 4291 section 2.5.5.2
+    try:
+        packed = socket.inet_pton(socket.AF_INET6, host) if ":" in host else mapped + socket.inet_aton(host)
+    except (OSError, ValueError):
+        return is_loopback(host)
+    unspecified = bytes(16), mapped + bytes(4)  # :: and 0.0.0.0 reach it too
+    return packed.startswith(mapped + b"\x7f") or packed in (bytes(15) + b"\1", *unspecified)
+
+
+def _hide(plain: str, encoded: str, match: re.Match[str]) -> str:
+    """What to put for an address of the FHIR server; it stays where its number is another machine's."""
+    if match.lastindex and not is_this_machine(match[match.lastindex]):
+        return match[0]
+    return encoded if "%3" in match[0][:8] else plain
 
 
 def links_of(own: Json) -> list[tuple[str, str]]:
@@ -5038,8 +5089,26 @@ def check_status(answer: Answer) -> None:
     """Only 200 goes on. 429 and 503 pass as they are: waiting helps, and S4S's imaging clients wait."""
     if answer.status != 200:
         status, description = _FAULTS.get(answer.status, (502, "answered with status {}"))
-        wait = answer.headers.get("retry-after") if status in (429, 503) else None
-        raise refused(description.format(answer.status), status, [("Retry-After", wait)] if wait else [])
+        wait = told(answer, "Retry-After") if status in (429, 503) else []
+        raise refused(description.format(answer.status), status, wait)
+
+
+# What may stand in a header: an entity tag, seconds, a date (RFC 9110). A server could put anything there.
+_TOLD = re.compile('(?:W/)?"[A-Za-z0-9._~+=-]{1,64}"|[0-9]{1,9}|'
+                   "[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9]{2}:[0-9]{2}:[0-9]{2} GMT")
+
+
+def told(answer: Answer, *names: str) -> list[tuple[str, str]]:
+    """Those of an answer's headers that come back."""
+    headers = [(name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers]
+    return [(name, value) for name, value in headers if _TOLD.fullmatch(value)]
+
+
+# FHIR's versions that are understood: DSTU2, STU3, R4, R4B. Others say by other elements whose a resource is:
+# in R5 an Appointment has a subject, a Device none.
+VERSIONS_BEHIND = {"1.0": "dstu2", "3.0": "stu3", "4.0": "r4", "4.3": "r4"}
+MISSED_SECONDS = 60    # for which a Binary that nothing points to is not looked for again
+MAX_BINARIES = 10_000  # of which is remembered whether something does
 
 
 class ForwardedRecords(Records):
@@ -5050,21 +5119,32 @@ class ForwardedRecords(Records):
     def __init__(self, portal: Portal):
         self.portal, self.upstream = portal, Upstream(portal.settings, portal.sockets)
         self.warnings: list[str] = []
+        self.one_request = self.upstream.patience
         self._version = ("", 0.0)  # and until when it holds
-        self.binaries: dict[tuple[str, str], set[str]] = {}  # (grant_id, scope) -> ids in its record
+        # (grant_id, its scope's hash, id) -> until when it counts as not found; inf where it was found
+        self.binaries: dict[tuple[str, str, str], float] = {}
 
     @property
     def version(self) -> str:  # type: ignore[override]
-        """Read from the server's metadata. A read must not depend on that: where it fails, R4 is assumed."""
+        """Read from the server's metadata. A read must not depend on that: where it fails, R4 is assumed. But
+        nothing comes from a version that is not understood: nobody could tell whose it is."""
         now, assumed = self.portal.clock.now(), "the FHIR server's version can't be read, R4 is assumed"
         if now >= self._version[1]:
-            try:
-                text = str(self.upstream.statement(now).get("fhirVersion"))
-                self._version = {"1": "dstu2", "3": "stu3"}.get(text[:1], "r4"), now + 300
-            except FhirError as error:
+            try:  # in half of the time, so that a read is possible after it
+                text = str(self.upstream.statement(now, share=0.5).get("fhirVersion"))
+                number = need(re.match(r"\d+\.\d+", text), "its metadata has no fhirVersion")[0]
+                self._version = VERSIONS_BEHIND.get(number, number), now + 300
+                if number not in VERSIONS_BEHIND:
+                    self.portal.log(f"warning: {self._not_understood().description}")
+            except PortalError as error:
                 self.portal.log(f"warning: {assumed}: {error.description}")
                 self._version = "r4", now + 60
+        if self._version[0] not in FHIR_VERSIONS:
+            raise self._not_understood()
         return self._version[0]
+
+    def _not_understood(self) -> FhirError:
+        return refused(f"speaks FHIR {self._version[0]}; understood are {', '.join(VERSIONS_BEHIND)}")
 
     def check_type(self, asked: FhirRequest) -> None:
         """Types of which nobody can tell whose they are, are refused."""
@@ -5091,13 +5171,15 @@ class ForwardedRecords(Records):
             offered, forwarded = elements(resource, "interaction.code"), ["read", "vread", "search-type"]
             codes = [code for code in forwarded[:2 if name == "Binary" else 3] if code in offered]
             if codes and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
-                parameters = [{"name": parameter["name"], "type": str(parameter.get("type"))}
+                parameters = [{"name": parameter["name"], "type": parameter["type"]}
                               for parameter in elements(resource, "searchParam")
-                              if isinstance(parameter, dict) and may_be_forwarded(str(parameter.get("name")))]
+                              if isinstance(parameter, dict) and may_be_forwarded(str(parameter.get("name")))
+                              and re.fullmatch("[a-z]{3,9}", str(parameter.get("type")))]
                 resources.append({"type": name, "interaction": [{"code": code} for code in codes],
                                   "searchParam": parameters})
         statement["rest"][0]["resource"] = resources
-        statement.update(resourceType=theirs["resourceType"], fhirVersion=theirs.get("fhirVersion"))
+        version = re.match(r"\d+(\.\d+)*", str(theirs.get("fhirVersion")))
+        statement.update(resourceType=theirs["resourceType"], fhirVersion=version and version[0])
 
     def find_patients(self, text: str = "") -> list[tuple[str, str]]:
         """The first 50 patients whose name has a part that begins so, asked in the portal's own name."""
@@ -5226,18 +5308,29 @@ def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
     return str(row["url"])
 
 
-def going_with(matches: list[str], included: list[str]) -> list[str]:
-    """Those of the included entries that a match refers to, or that refer to one."""
-    def name(entry: str) -> str:
-        resource = json.loads(entry)["resource"]
-        return f'{resource["resourceType"]}/{resource.get("id")}"'
+class Entry(NamedTuple):
+    """An entry of a Bundle, judged."""
+    mode: str  # match or include; "" for one that was dropped
+    name: str  # Type/id
+    text: str  # as it goes out
 
-    names, text = [name(entry) for entry in matches], "".join(matches)
-    return [entry for entry in included if name(entry) in text or any(known in entry for known in names)]
+
+HIDDEN, UNPLACED = Entry("", "", ""), Entry("", UNKNOWN, "")  # of the second nobody can tell whose it is
+BESIDE = Entry("", "include", "")  # hidden too, but no match: it makes no total wrong
+_NAMED = re.compile(r'(?<=["/])([A-Z][A-Za-z]{1,63}/[A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?"')
+
+
+def going_with(matches: list[Entry], included: list[Entry]) -> list[Entry]:
+    """Those of the included entries that a match refers to, or that refer to one."""
+    def named(entry: Entry) -> set[str]:
+        return set(_NAMED.findall(entry.text.replace("\\/", "/")))
+
+    names = {entry.name for entry in matches}
+    wanted = set[str]().union(*map(named, matches if included else ()))
+    return [entry for entry in included if entry.name in wanted or not names.isdisjoint(named(entry))]
 
 
 _PREFERENCES = re.compile(r"(?<![\w-])(?:handling|return)=[\w-]+")  # those of FHIR that travel
-_ENTRY_MEMBERS = {"fullUrl", "resource", "search"}  # of a Bundle's entry: those known to be harmless
 
 
 class FetchedResource(Resource):
@@ -5260,14 +5353,16 @@ class Forwarding:
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
-        # Or 406, before anybody is asked; only whoever names a version waits until the server's own is known.
+        # Or 406, before anybody is asked; or 502: in another version nobody could tell whose a resource is.
         named = "fhirversion=" in accepts(asked.request).lower()
         self.media_type = fhir_type(asked.request, records.version if named else "r4")
-        # A page of ours, gathered from one or more of the FHIR server's: entries, as the text they came in.
-        self.matches: list[str] = []
-        self.included: list[str] = []
+        _ = records.version
+        # A page of ours, gathered from one or more of the FHIR server's.
+        self.matches: list[Entry] = []
+        self.included: list[Entry] = []
+        self.dropped: list[Entry] = []
         self.next_pages: dict[str, str] = {}  # relation -> address at the FHIR server
-        self.whole = True                     # nothing was dropped, and nothing is left to read
+        self.whole = True                     # nothing is left to read
         self.own: Json = {}                   # the last Bundle's own members
         self.owners: dict[str, str] = {}      # whose what came is, by Type/id: what a Provenance is about
         self.lookups = MAX_PAGES              # left, for more of these
@@ -5282,12 +5377,11 @@ class Forwarding:
 
     def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
         """A text as response, with those of the FHIR server's headers that come back."""
-        told = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if told != "application/json+fhir" or self.media_type != FHIR_TYPE:  # else it is DSTU2's own
-            told = self.media_type
-        headers = [(name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers]
-        body = self.upstream.disguised(text, self.base).encode("utf-8", "replace")
-        return Response(status, body, told, [("Cache-Control", "no-store"), *headers])
+        media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json+fhir" or self.media_type != FHIR_TYPE:  # else it is DSTU2's own
+            media_type = self.media_type
+        headers = [("Cache-Control", "no-store"), *told(answer, *names)]
+        return Response(status, text.encode("utf-8", "replace"), media_type, headers)
 
     def read(self) -> Response:
         """One resource: fetched, then judged."""
@@ -5341,14 +5435,18 @@ class Forwarding:
                     self.owners[f"{found.get('resourceType')}/{found.get('id')}"] = owner(found, self.base)
 
     def finds_binary(self, binary_id: str) -> bool:
-        """Whether a document or report of the record points to a Binary. What was found is remembered."""
-        binaries = self.records.binaries
-        if len(binaries) > 1000:
-            binaries.clear()
-        known = binaries.setdefault((self.asked.grant_id, self.access.scope), set())
-        if binary_id not in known:
-            known |= self.access.binaries_in(self.documents())
-        return binary_id in known
+        """Whether a document or report of the record points to a Binary. What was found is remembered, and
+        for a minute what was not: each look may take MAX_PAGES questions."""
+        known, now = self.records.binaries, self.portal.clock.now()
+        record = self.asked.grant_id, hash_secret(self.access.scope)
+        until = known.get((*record, binary_id), 0.0)
+        if until <= now:
+            found = dict.fromkeys(self.access.binaries_in(self.documents()), math.inf)
+            until = found.setdefault(binary_id, now + MISSED_SECONDS)
+            if len(known) > MAX_BINARIES:
+                known.clear()
+            known.update(((*record, name), end) for name, end in found.items())
+        return until == math.inf
 
     def documents(self) -> Iterator[Resource]:
         """The record's documents and reports, as far as MAX_PAGES pages go."""
@@ -5408,36 +5506,44 @@ class Forwarding:
                 raise refused("gave a link to the next page that does not lead to itself")
         return links
 
-    def judged(self, answer: Answer, letters: str) -> tuple[Json, list[str], list[str], int]:
-        """A Bundle's own members; of its entries those that may be seen, as texts: what matches, and what was
-        included with it; and how many matches were dropped. They are dropped silently: other patients'
-        records, included ones too; OperationOutcomes, which may quote anything; Bundles within the Bundle."""
-        matches: list[str] = []
-        included: list[str] = []
-        late: list[tuple[Json, str]] = []  # Provenances: what they are about may stand after them
-        dropped, reachable = 0, self.access.allows("Provenance", letters[0])
+    def judged(self, answer: Answer, letters: str) -> tuple[Json, list[Entry]]:
+        """A Bundle's own members, and its entries, judged. Last come Provenances: what they are about may
+        stand after them."""
+        reachable = self.access.allows("Provenance", letters[0])
 
-        def judge(entry: Any, text: str, is_late: bool = False) -> None:
-            nonlocal dropped
-            search = entry.get("search") if isinstance(entry, dict) else None
-            is_included = isinstance(search, dict) and search.get("mode") == "include"
-            if not isinstance(entry, dict) or not self.may_see(entry.get("resource"), text, letters):
-                if reachable and not is_late and elements(entry, "resource.resourceType") == ["Provenance"]:
-                    late.append((entry, text))
-                else:
-                    dropped += not is_included  # or a missing total would tell of what my record refers to
-                return
-            if not entry.keys() <= _ENTRY_MEMBERS:
-                text = json.dumps({name: value for name, value in entry.items() if name in _ENTRY_MEMBERS})
-            (included if is_included else matches).append(text)
+        def judge(entry: Any, text: str) -> Entry:
+            verdict = self.judge(entry, text, letters)
+            if verdict.mode or not reachable or elements(entry, "resource.resourceType") != ["Provenance"]:
+                return verdict
+            return Entry("late", "", text)
 
-        own = self.upstream.bundle(answer, self.base, judge)
+        own, entries = self.upstream.bundle(answer, self.base, judge)
+        late = [(json.loads(entry.text), entry.text) for entry in entries if entry.mode == "late"]
         self.find_targets(entry["resource"] for entry, _ in late)
-        for entry, text in late:
-            judge(entry, text, is_late=True)
-        seen = len(matches) + len(included)
-        self.request.note(f"{seen} entries may be seen, {dropped} not: the FHIR server isn't trusted")
-        return own, matches, included, dropped
+        return own, [*(entry for entry in entries if entry.mode != "late"),
+                     *(self.judge(entry, text, letters) for entry, text in late)]
+
+    def judge(self, entry: Any, text: str, letters: str) -> Entry:
+        """An entry, judged. What stands in it beside its resource is not, so it must be the words that we
+        would use, or it is written anew. Dropped silently are other patients' records, included ones too;
+        OperationOutcomes, which may quote anything; Bundles within the Bundle."""
+        resource = entry.get("resource") if isinstance(entry, dict) else None
+        if not isinstance(resource, dict):
+            return HIDDEN
+        search = entry.get("search")
+        mode = "include" if isinstance(search, dict) and search.get("mode") == "include" else "match"
+        if not self.may_see(resource, text, letters):
+            if mode == "include":
+                return BESIDE
+            has_owner = str(resource.get("resourceType")) in OWNER_ELEMENTS
+            return UNPLACED if has_owner and owner(resource, self.base) == UNKNOWN else HIDDEN
+        name = f"{resource.get('resourceType')}/{resource.get('id')}"
+        words = {"fullUrl": f"{self.base}/{name}", "search": {"mode": mode}, "resource": resource}
+        if not id_of(resource):
+            del words["fullUrl"]
+        if not entry.items() <= words.items():
+            text = json.dumps({member: words[member] for member in entry if member in words})
+        return Entry(mode, name, text)
 
     # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of
     # nothing, would tell that it is there, and so would what was included with it. Then a page of ours is
@@ -5461,9 +5567,14 @@ class Forwarding:
         text = json.dumps(self.bundle(pairs, counting))
         if narrowed:
             self.included = going_with(self.matches, self.included)
-        shown = [] if counting else [*self.matches, *dict.fromkeys(self.included)]
+        shown = [] if counting else [entry.text for entry in (*self.matches, *dict.fromkeys(self.included))]
         if shown:
             text = f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}"
+        if set(self.dropped) == {UNPLACED} and not self.matches and not self.included:
+            self.portal.log(
+                f"warning: {self.asked.path}: nobody can tell whose the {len(self.dropped)} resources are "
+                "that came; if they name patients by another address of the FHIR server, its metadata should "
+                "tell it (implementation.url)")
         return self.respond(text, answer)
 
     def gather(self, url: str, query: str, letters: str, skip: int, size: int, fills: bool,
@@ -5475,11 +5586,13 @@ class Forwarding:
         ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
         for _ in range(MAX_PAGES):
             answer = self.upstream.ask(ask or url, self.headers("Prefer"), form)
-            self.own, matches, included, dropped = self.judged(answer, letters)
+            self.own, entries = self.judged(answer, letters)
+            matches = [entry for entry in entries if entry.mode == "match"]
             links, end = self.links(self.own, answer), skip + size - len(self.matches)
-            self.whole = self.whole and not dropped
             self.matches += matches[skip:end] if fills else matches[skip:]
-            self.included += included
+            self.included += [entry for entry in entries if entry.mode == "include"]
+            self.dropped += [entry for entry in entries if not entry.mode]
+            self.request.note(f"{len(entries)} entries came, {len(self.dropped)} may not be seen")
             if fills and len(matches) > end:
                 self.next_pages = {"next": f"{url}#{end},{size}"}
                 return answer
@@ -5493,9 +5606,11 @@ class Forwarding:
 
     def bundle(self, pairs: Pairs, counting: bool) -> Json:
         """The Bundle of a gathered page, less its entries."""
-        kept = ("id", "meta", "type", "timestamp", *(["total"] if self.access.unlimited else []))
-        bundle = {"resourceType": "Bundle", **{name: self.own[name] for name in kept if name in self.own}}
-        is_all = self.whole and "next" not in self.next_pages and not self.access.narrowed
+        bundle: Json = {"resourceType": "Bundle", "type": self.own["type"]}
+        if self.access.unlimited and type(self.own.get("total")) is int:
+            bundle["total"] = self.own["total"]
+        is_all = (self.whole and set(self.dropped) <= {BESIDE} and "next" not in self.next_pages
+                  and not self.access.narrowed)
         if is_all and not self.access.unlimited and (counting or self.own.get("total") == len(self.matches)):
             bundle["total"] = len(self.matches)
         query = urlencode(pairs, quote_via=quote) if self.request.method == "POST" else self.request.query
@@ -6296,6 +6411,17 @@ def _number(text: str) -> int:
 
 
 _JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_number)  # for what strangers send
+
+
+def _refuse_twins(members: list[tuple[str, Any]]) -> Json:
+    value = dict(members)
+    if len(value) < len(members):  # who judges the last must not send the first
+        raise ValueError("two members of one name")
+    return value
+
+
+_ANSWERS = json.JSONDecoder(  # for what a FHIR server answers
+    object_pairs_hook=_refuse_twins, parse_constant=_refuse_constant, parse_int=_number)
 
 
 def parse_json(data: bytes) -> Json:

@@ -20,6 +20,7 @@ import inspect
 import io
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -36,7 +37,7 @@ import unittest
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 from unittest import mock
 from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
 
@@ -435,6 +436,8 @@ class FhirServer(http.server.ThreadingHTTPServer):
                 return self.script[key]
         if path in self.records:
             return json_answer(self.records[path], ETag='W/"7"')
+        if path == "metadata":
+            return json_answer({"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1"})
         if "/" in path and not path.endswith(("/_search", "$everything")):
             return json_answer({"resourceType": "OperationOutcome"}, 404)
         return json_answer(self.bundle(*self.records.values()))
@@ -563,6 +566,7 @@ class ForwardingTest(RecordTest):
     def setUp(self) -> None:
         super().setUp()
         self.behind.script.clear()
+        self.assertEqual(self.portal.portal.records.version, "r4")  # which the first request would ask for
         self.behind.seen.clear()
         url = self.behind.url
         self.behind.records = {f"{resource['resourceType']}/{resource['id']}": resource for resource in (
@@ -3107,15 +3111,14 @@ class HostileAnswers(ForwardingTest):
         mine, theirs, patient = (self.behind.records[name] for name in (
             "Observation/mine", "Observation/theirs", f"Patient/{OTHER}"))
         performed, bundle = {**mine, "performer": [{"reference": f"Patient/{OTHER}"}]}, self.behind.bundle
-        member = '"resource": '
-        twice = json.dumps(bundle(mine)).replace(member, f"{member}{json.dumps(theirs)}, {member}")
         outcome = {"resourceType": "OperationOutcome", "id": "o", "issue": [{"diagnostics": OTHER}]}
-        anything = {**bundle(mine), "signature": {"who": OTHER}, "issues": OTHER}
-        anything["entry"][0]["response"] = {"location": OTHER}
+        anything = {**bundle(mine), "signature": {"who": OTHER}, "issues": OTHER, "id": OTHER,
+                    "meta": {"tag": [{"code": OTHER}]}, "timestamp": OTHER}
+        anything["entry"][0].update(response={"location": OTHER}, fullUrl=f"urn:{OTHER}",
+                                    search={"mode": "match", "score": OTHER})
         for attack, scripted, expected in (
                 ("another patient, by _include", bundle(performed, patient), ["mine"]),
                 ("another's resource", bundle(mine, theirs), ["mine"]),
-                ("a resource under a member given twice", twice.encode(), []),
                 ("a Bundle within the Bundle", bundle(bundle(theirs)), []),
                 ("an outcome that quotes something", bundle(mine, outcome), ["mine"]),
                 ("members that may hold anything", anything, ["mine"])):
@@ -3126,6 +3129,34 @@ class HostileAnswers(ForwardingTest):
                     self.assertNotIn(OTHER, self.get("Observation").text)
         seen = self.ids("Practitioner?_revinclude=Observation:performer")
         self.assertEqual(seen, [ME, "mine", "dr", "my-doc"])
+
+    def test_what_stands_beside_a_resource_is_the_portals_own_word(self) -> None:
+        for mode in ("match", "include", OTHER, 7):
+            bundle = {**self.behind.bundle(self.behind.records["Observation/mine"]), "total": OTHER}
+            bundle["entry"][0].update(fullUrl=f"urn:{OTHER}", search={"mode": mode, "rank": OTHER})
+            self.script("Observation", bundle)
+            for how in ({}, {"token": "", "api": "/api/open-fhir/"}):
+                [entry] = self.read("Observation", **how)["entry"]
+                self.assertEqual(entry["search"], {"mode": "include" if mode == "include" else "match"})
+                self.assertRegex(entry["fullUrl"], rf"^{self.portal.url}/api/(open-)?fhir/Observation/mine$")
+                self.assertNotIn(OTHER, self.get("Observation", **how).text)
+
+    def test_the_first_of_two_members_of_one_name_does_not_get_out(self) -> None:
+        text, theirs = json.dumps(observation("mine", note="n")), json.dumps(observation("x", OTHER))
+        for name, first in (("subject", f'{{"reference": "Patient/{OTHER}"}}'), ("note", f'"{OTHER}"'),
+                            ("text", f'"{OTHER}"'), ("\\u006eote", f'"{OTHER}"')):
+            last = f'"{name}"'.replace("\\u006e", "n")
+            twice = text.replace(last, f'"{name}": {first}, {last}')
+            for path, body in (
+                    ("Observation/mine", twice), ("Observation", f'[{{"resource": {twice}}}]'),
+                    ("Observation", f'[{{"resource": {theirs}, "resource": {text}}}]'),
+                    ("Observation", f'[{{"resource": {text}}}], "entry": [{{"resource": {theirs}}}]')):
+                with self.subTest(name, body=body):
+                    head = '{"resourceType": "Bundle", "type": "searchset", "entry": '
+                    self.script(path, (f"{head}{body}}}" if body[0] == "[" else body).encode())
+                    got = self.get(path)
+                    self.assertIn(got.status, (200, 502))
+                    self.assertNotIn(OTHER, got.text)
 
     def test_json_of_the_wrong_type_shows_nothing_and_breaks_nothing(self) -> None:
         report = {"resourceType": "DiagnosticReport", "id": "r", "subject": {"reference": f"Patient/{ME}"}}
@@ -3153,15 +3184,21 @@ class HostileAnswers(ForwardingTest):
                 self.assertEqual(self.get("Binary/my-file", token=token).status, 404)
             self.assertEqual(self.get("Observation", token="", api="/api/open-fhir/").status, 200)
 
-    def test_a_reference_under_another_name_of_the_server_makes_nobody_the_owner(self) -> None:
-        there = "http://other.example/fhir"
-        named = observation("mine", subject={"reference": f"{there}/Patient/{ME}"})
+    def test_a_reference_under_another_name_of_the_server_is_its_own_once_it_tells_that_name(self) -> None:
+        there, log = "http://other.example/fhir", self.log()
+        named, theirs = (observation(name, subject={"reference": f"{there}/Patient/{patient}"})
+                         for name, patient in (("mine", ME), ("theirs", OTHER)))
         self.script("Observation/mine", named)
-        for links in ({}, {"self": f"{there}/Observation"}):
-            bundle = json.dumps(self.behind.bundle(named, **links)).replace(self.behind.url, there)
-            self.script("Observation", bundle.encode())
-            self.assertEqual(self.ids("Observation"), [])
-            self.assert_refused("Observation/mine", 404)
+        for links, expected in (({}, []), ({"self": f"{there}/Observation"}, ["mine"])):
+            self.assertNotEqual(self.get("Observation/mine").status, 200)
+            self.script("Observation", self.behind.bundle(named, theirs, **links))
+            self.assertEqual(self.ids("Observation"), expected)
+        self.assertEqual(self.read("Observation/mine")["id"], "mine")
+        for entries in ((observation("theirs", OTHER),), (), (observation("x", "?"), observation("mine"))):
+            self.script("Observation", self.behind.bundle(*entries))
+            self.get("Observation")
+        [line] = log  # of the one page that showed nothing because nobody could tell
+        self.assertIn("nobody can tell whose the 2 resources are", line)
 
     def test_a_clinician_sees_every_record_and_a_representative_those_of_both(self) -> None:
         token = self.issue("user/*.rs", username="clinician", patient_id=ME)
@@ -3182,6 +3219,14 @@ class HostileAnswers(ForwardingTest):
             "presentedForm": [{"url": "Binary/my-file"}]}))
         self.portal.reset()
         self.assertEqual(self.read("Binary/my-file", token=self.issue(self.scope))["id"], "my-file")
+
+    def test_a_binary_to_which_nothing_points_is_looked_for_once_a_minute(self) -> None:
+        for seconds, asked in ((0, 3), (59, 1), (1, 3)):
+            self.portal.advance(seconds)
+            self.behind.seen.clear()
+            self.assertNotEqual(self.get("Binary/their-file").status, 200)
+            self.assertEqual(len(self.behind.seen), asked)
+        self.read("Binary/my-file")
 
     def test_the_search_for_a_binarys_document_ends(self) -> None:
         again = self.behind.bundle(next="?_getpages=again")
@@ -3309,6 +3354,35 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
         page["entry"][1]["search"] = {"mode": "include"}
         with mock.patch.object(self.behind, "answer", lambda target: json_answer(page)):
             self.assertEqual(self.read("Observation?_include=Observation:has-member")["total"], 1)
+
+    def test_what_a_match_names_is_included_however_the_reference_is_spelled(self) -> None:
+        for reference in ("Practitioner/dr", "Practitioner/dr/_history/2", "Practitioner\\/dr",
+                          f"{self.behind.url}/Practitioner/dr"):
+            self.fill("vh")
+            self.stored[0]["performer"] = [{"reference": "REFERENCE"}]
+            page = self.behind.bundle(*self.stored, {"resourceType": "Practitioner", "id": "dr"})
+            page["entry"][2]["search"] = {"mode": "include"}
+            answer = json_answer(json.dumps(page).replace("REFERENCE", reference).encode())
+            with mock.patch.object(self.behind, "answer", return_value=answer):
+                self.assertEqual(self.ids("Observation", token=self.narrow), ["v0", "dr"], reference)
+
+    def test_included_resources_cost_no_more_than_they_are_long(self) -> None:
+        def seconds(count: int) -> float:
+            self.fill("v" * count)
+            for number, resource in enumerate(self.stored):
+                resource["performer"] = [{"reference": f"Practitioner/{number}"}]
+            page = self.behind.bundle(*self.stored, *(
+                {"resourceType": "Practitioner", "id": str(number)} for number in range(count)))
+            for entry in page["entry"][count:]:
+                entry["search"] = {"mode": "include"}
+            answer = s4s.Answer(200, {}, json.dumps(page).encode(), f"{self.behind.url}/Observation")
+            request = s4s.Request("GET", f"/api/fhir/Observation?_count={count}", {
+                "host": "localhost", "authorization": f"Bearer {self.narrow}"})
+            with mock.patch.object(self.upstream, "ask", lambda *asked: answer):
+                began = time.thread_time()
+                self.assertEqual(s4s.dispatch(self.portal.portal, request).body.count(b"fullUrl"), 2 * count)
+                return time.thread_time() - began
+        self.assertLess(min(seconds(4000) for _ in range(2)), 20 * min(seconds(500) for _ in range(3)))
 
     def test_a_count_that_is_none(self) -> None:
         self.assert_not_forwarded("Observation?_count=-1", 400)
@@ -4861,9 +4935,11 @@ class NoAddressGetsOut(ForwardingTest):
 
     def test_every_spelling_of_the_base(self) -> None:
         port, ours = self.behind.port, self.portal.fhir_url
+        hosts = ("127.1", "2130706433", "0x7F000001", "0177.0.0.1", "127.8.9.1", "0.0.0.0", "localhost.",
+                 "[::]", "[::1]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]", "[::FFFF:7f00:1]")
         for text in (f"http://127.0.0.1:{port}/fhir/Patient/1", f"https://localhost:{port}/fhir/Patient/1",
                      f"http:\\/\\/LocalHost:{port}\\/fhir\\/Patient\\/1",
-                     f"http://[::1]:{port}/fhir/Patient/1",
+                     *(f"http://{host}:{port}/fhir/Patient/1" for host in hosts),
                      f"http:\\u002f\\u002f127.0.0.1\\u003a{port}/fhir/Patient/1"):
             with self.subTest(text):
                 self.assertEqual(self.spelled(text)["note"], f"{ours}/Patient/1")
@@ -4872,12 +4948,15 @@ class NoAddressGetsOut(ForwardingTest):
         theirs, ours = (quote(url, safe="") for url in (self.behind.url, self.portal.fhir_url))
         self.assertEqual(self.spelled(f"urn:x?base={theirs}")["note"], f"urn:x?base={ours}")
         self.assertEqual(self.spelled(f"urn:x?base={theirs.lower()}")["note"], f"urn:x?base={ours}")
+        for host in ("[::1]", "[::ffff:127.0.0.1]", "127.1"):
+            there = quote(self.behind.url.replace("127.0.0.1", host), safe="")
+            self.assertEqual(self.spelled(f"urn:x?base={there}")["note"], f"urn:x?base={ours}")
 
     def test_other_paths_of_its_host(self) -> None:
         port = self.behind.port
         for text in (f"http://127.0.0.1:{port}/admin", f"HTTP://LOCALHOST:{port}/FHIR",
                      f"see localhost:{port}", f"http%3a%2f%2flocalhost%3a{port}%2f",
-                     f"http://127.0.0.1:{port}/fhir2"):
+                     f"http://127.0.0.1:{port}/fhir2", f"see 2130706433:{port}", f"ftp://[0::1]:{port}/"):
             with self.subTest(text):
                 self.assertIn("fhir-server.invalid", self.spelled(text)["note"])
 
@@ -4893,15 +4972,23 @@ class NoAddressGetsOut(ForwardingTest):
                 ("http://portal.example:9/r4", "http://portal.example:9/r4/Patient/1", ours + "/Patient/1"),
                 ("http://localhost/r4", "http://127.0.0.1/r4/Patient/1", ours + "/Patient/1"),
                 ("http://localhost/r4", "http://localhost:8080/r4/", "http://localhost:8080/r4/"),
-                ("http://localhost/r4", "http://localhost/admin", "http://fhir-server.invalid/admin")):
+                ("http://localhost/r4", "http://localhost/admin", "http://fhir-server.invalid/admin"),
+                ("http://localhost/r4", "http://127.1/r4/Patient/1", ours + "/Patient/1"),
+                ("http://localhost/r4", "http://[0::1]:80/admin", "http://fhir-server.invalid/admin"),
+                ("http://localhost/r4", "2130706433 or localhost", "2130706433 or localhost"),
+                ("http://localhost/r4", "http://127.0.0.1.example/r4/", "http://127.0.0.1.example/r4/"),
+                ("http://127.1:9/r4", "http://localhost:9/r4/Patient/1", ours + "/Patient/1"),
+                ("http://127.1:9/r4", "http://10.0.0.1:9/r4/Patient/1", "http://10.0.0.1:9/r4/Patient/1"),
+                ("http://127.1:9/r4", "http://[fe80::1]:9/r4/", "http://[fe80::1]:9/r4/")):
             with self.subTest(theirs):
                 upstream = s4s.Upstream(s4s.Settings(fhir_server=base), s4s.OpenSockets())
                 self.assertEqual(upstream.rewritten(f'"{theirs}"'.encode(), ours), f'"{expected}"')
 
     def test_a_name_that_only_looks_alike_stays(self) -> None:
-        text = f"http://127.0.0.1:{self.behind.port}9/fhir"
-        self.script("Observation/mine", observation("mine", note=text))
-        self.assertEqual(self.read("Observation/mine")["note"], text)
+        port = self.behind.port
+        for text in (f"http://127.0.0.1:{port}9/fhir", f"http://10.0.0.1:{port}/fhir"):
+            self.script("Observation/mine", observation("mine", note=text))
+            self.assertEqual(self.read("Observation/mine")["note"], text)
 
     def test_links_full_urls_and_attachments(self) -> None:
         bundle, ours = json.loads(self.clean("DocumentReference")), self.portal.fhir_url
@@ -4925,6 +5012,21 @@ class NoAddressGetsOut(ForwardingTest):
         self.assertEqual(json.loads(self.clean("Observation/mine"))["note"], f"{ours}/Patient/1")
         self.portal.reset()
         self.assertEqual(self.upstream.names, [])
+
+    def test_the_name_that_its_metadata_tells_is_hidden_from_the_first_read_on(self) -> None:
+        there, ours = "http://hidden.example/r4", self.portal.fhir_url
+        wrong: tuple[Any, ...] = (7, None, "x", "http://[", "http://h:x/", "http://user@h/", {"a": ["b"]})
+        for name in (there, there + "/", "HTTP://hidden.example/r4", *wrong):
+            self.script("metadata", {**WhatIsBehind.STATEMENT, "implementation": {"url": name}})
+            for text, expected in (("x", "x"),) if name in wrong else (
+                    (f"{there}/Patient/1", f"{ours}/Patient/1"), (f"see {there}", f"see {ours}"),
+                    (f"urn:x?base={quote(there, safe='')}", f"urn:x?base={quote(ours, safe='')}"),
+                    ("http://hidden.example/admin", "http://fhir-server.invalid/admin"),
+                    ("HIDDEN.example:9", "fhir-server.invalid")):
+                with self.subTest(text, name=name):
+                    self.portal.reset()
+                    self.token = self.issue(self.scope)
+                    self.assertEqual(self.spelled(text)["note"], expected)
 
     def test_no_resource_teaches_another_name(self) -> None:
         told = json.dumps(self.behind.bundle(observation("mine", note="http://loinc.org/1"))).replace(
@@ -5157,6 +5259,32 @@ class Faults(ForwardingTest):
             with self.subTest(drip), socket.create_server(("127.0.0.1", 0)) as slow:
                 self.assertEqual(self.status_while_dripping(slow, drip), 504)
 
+    def test_one_request_has_one_deadline_however_often_the_server_is_asked_for_it(self) -> None:
+        bodies: dict[str, Any] = {"metadata": {}, "Binary": {"resourceType": "Binary", "id": "b"}}
+
+        def answer(target: str) -> Any:
+            time.sleep(0.08)
+            again = self.behind.bundle(next="?_getpages=again")
+            return json_answer(bodies.get(re.split("[/?]", target)[2], again))
+        with s4s.Server(fhir_server=self.behind.url, fhir_timeout=0.4) as portal, \
+                mock.patch.object(self.behind, "answer", answer):
+            for scope, path in (("patient/*.rs", "Binary/b"), ("patient/*.rs", "Observation?_summary=count"),
+                                ("patient/*.rs?status=final", "Observation")):
+                with self.subTest(scope, path=path):
+                    self.behind.seen.clear()
+                    token = portal.issue_token(scope=scope)["access_token"]
+                    got = ask(f"{portal.fhir_url}/{path}", token=token)
+                    self.assertEqual((got.status, got.json["issue"][0]["code"]), (504, "timeout"))
+                    self.assertLess(len(self.behind.seen), 8)
+
+    def test_metadata_that_hangs_leaves_time_for_the_read(self) -> None:
+        hangs, answer = threading.Event(), self.behind.answer
+        with s4s.Server(fhir_server=self.behind.url, fhir_timeout=1, open_fhir=True) as portal, \
+                mock.patch.object(self.behind, "answer", lambda target: answer(target) if not (
+                    target.endswith("metadata")) else hangs.wait(9) and b""):
+            self.assertEqual(ask(portal.open_fhir_url + "/Observation/mine").status, 200)
+            hangs.set()
+
     def test_floods_end(self) -> None:
         for head, flood, seconds, status in (
                 (b"", b"HTTP/1.1 100 Continue\r\n\r\n", 10, 502),
@@ -5171,6 +5299,7 @@ class Faults(ForwardingTest):
         url = f"http://127.0.0.1:{slow.getsockname()[1]}"
         portal = s4s.Portal(s4s.Settings(fhir_server=url, fhir_timeout=seconds, open_fhir=True))
         self.addCleanup(portal.close)
+        cast(s4s.ForwardedRecords, portal.records)._version = "r4", math.inf
         request = s4s.Request("GET", "/api/open-fhir/Patient/1", {"host": "127.0.0.1"})
         answers: list[s4s.Response] = []
         asking = threading.Thread(target=lambda: answers.append(s4s.dispatch(portal, request)))
@@ -5298,6 +5427,17 @@ class Transport(ForwardingTest):
         self.assertEqual(headers["last-modified"], "Thu, 31 May 2018 22:48:43 GMT")
         self.assertEqual({"set-cookie", "server", "content-location"} & headers.keys(), set())
 
+    def test_what_comes_back_in_a_header_is_what_belongs_there(self) -> None:
+        date = "Thu, 31 May 2018 22:48:43 GMT"
+        for name, status, good in (("ETag", 200, ['W/"4"', '"a.B-9_~=+"']), ("Last-Modified", 200, [date]),
+                                   ("Retry-After", 503, ["120", date])):
+            for value in (*good, OTHER, f'W/"{self.behind.url}"', f'"{"x" * 65}"', f"{date} {OTHER}", "-1",
+                          '"a" "b"', "W/4", "9" * 10, f"<{self.behind.url}>"):
+                with self.subTest(name, value=value):
+                    self.script("Observation/mine", observation("mine"), status, {name: value})
+                    got = self.get("Observation/mine").headers.get(name.lower())
+                    self.assertEqual(got, value if value in good else None)
+
     def test_dstu2_keeps_its_media_type(self) -> None:
         theirs = {"Content-Type": "application/json+fhir; charset=UTF-8"}
         self.script("Observation/mine", observation("mine"), 200, theirs)
@@ -5386,12 +5526,37 @@ class WhatIsBehind(ForwardingTest):
             self.assertEqual(portal.records.version, version, text)
 
     def test_without_metadata_r4_is_assumed_and_a_warning_logged_once(self) -> None:
-        portal = self.portal_with({})
-        lines: list[str] = []
-        portal.log = lines.append
-        self.assertEqual([portal.records.version for _ in range(3)], ["r4"] * 3)
-        self.assertEqual(len(lines), 1)
-        self.assertIn("R4 is assumed", lines[0])
+        for version in ("", "x", ["5.0.0"], None):
+            portal = self.portal_with({**self.STATEMENT, "fhirVersion": version})
+            lines: list[str] = []
+            portal.log = lines.append
+            self.assertEqual([portal.records.version for _ in range(3)], ["r4"] * 3)
+            self.assertEqual(len(lines), 1)
+            self.assertIn("R4 is assumed", lines[0])
+
+    def test_nothing_comes_from_a_version_that_is_not_understood(self) -> None:
+        visit = {"resourceType": "Appointment", "id": "a", "subject": {"reference": f"Patient/{OTHER}"},
+                 "participant": [{"actor": {"reference": f"Patient/{ME}"}}]}
+        self.behind.records["Appointment/a"] = visit
+        for version in ("5.0.0", "6.0.0-ballot2", "4.6.0", "0.0.82", "40.1"):
+            self.script("metadata", {**self.STATEMENT, "fhirVersion": version})
+            self.portal.reset()
+            token, log = self.issue(self.scope), self.log()
+            said = f"FHIR {version[:version.index('.') + 2]}; understood are 1.0, 3.0, 4.0, 4.3"
+            for path in ("Appointment/a", "Appointment", f"Patient/{ME}/$everything", "metadata"):
+                with self.subTest(version, path=path):
+                    got = self.get(path, token=token)
+                    self.assertEqual(got.status, 502, got)
+                    self.assertIn(said, got.json["issue"][0]["diagnostics"])
+            [line] = log
+            self.assertIn(said, line)
+
+    def test_metadata_tells_no_more_of_a_lying_server_than_versions_names_and_types(self) -> None:
+        lie: Any = json.loads(json.dumps(self.STATEMENT))
+        for wrong in (f"hidden.example/{OTHER}", [OTHER]):
+            lie["rest"][0]["resource"][0]["searchParam"].append({"name": "date", "type": wrong})
+        lie["fhirVersion"] = f"4.0.1 {OTHER} hidden.example"
+        self.assertNotRegex(self.metadata(self.portal_with(lie), "fhir")[2], f"hidden.example|{OTHER}")
 
     def test_patients_are_found_by_name(self) -> None:
         names: tuple[Any, ...] = ([{"given": ["Ann", "B"], "family": ["Cee"]}], [{"text": "Dee"}], [])
