@@ -3097,7 +3097,7 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 # Behind a type or parameter stand the versions that have it, if not all. The names are those of each
 # version's registry (Coverage's `patient` in STU3 is ours).
 _ADDRESS = """address, address-city=address.city, address-state=address.state,
-    address-postalcode=address.postalCode, address-country=address.country, name"""
+    address-postalcode=address.postalCode, address-country=address.country, name=name+alias"""
 SEARCH_PARAMETERS = f"""\
 Account | owner: patient, subject | token: identifier, status, type | string: name | reference: owner
 AdverseEvent stu3 r4 | owner: subject | token: category | date: date | reference: recorder
@@ -3114,11 +3114,12 @@ Binary
 BodySite dstu2 stu3 | owner: patient | token: identifier, code
 BodyStructure r4 | owner: patient | token: identifier, location, morphology
 CarePlan | owner: patient, subject | token: identifier stu3 r4, category stu3 r4, intent stu3 r4,
-    status stu3 r4 | date: date=period
+    status stu3 r4 | date: date=period | reference: encounter=encounter+context stu3 r4, context stu3
 CareTeam stu3 r4 | owner: patient, subject | token: identifier, category, status, role=participant.role r4
-    | date: date=period | reference: participant=participant.member
+    | date: date=period | reference: participant=participant.member, encounter=encounter+context, context stu3
 ChargeItem stu3 r4 | owner: patient, subject | token: identifier, code | date: occurrence=occurrence[x]
 Claim | owner: patient | token: identifier, use, status r4 | date: created stu3 r4
+    | reference: encounter=item.encounter stu3 r4
 ClaimResponse stu3 r4 | owner: patient | token: identifier, outcome | date: created | reference: request
 ClinicalImpression | owner: patient, subject stu3 r4 | token: status | date: date | reference: assessor
 Communication | owner: patient, subject | token: identifier, status, category, medium | date: received, sent
@@ -3131,7 +3132,7 @@ Condition | owner: patient, subject stu3 r4 | token: identifier, category, code,
     clinicalstatus=clinicalStatus dstu2, clinical-status stu3 r4, verification-status stu3 r4
     | date: onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4,
     abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
-    | reference: encounter=encounter+context, asserter
+    | reference: encounter=encounter+context, context stu3, asserter
 Consent stu3 r4 | owner: patient | token: identifier, status, category, scope r4 | date: date=dateTime,
     period=period+provision.period | reference: organization, consentor=consentingParty+performer
 Coverage stu3 r4 | owner: patient, beneficiary | token: identifier, type, status r4 | reference: payor,
@@ -3146,9 +3147,10 @@ DeviceRequest stu3 r4 | owner: patient, subject | token: identifier, status, int
 DeviceUseRequest dstu2 | owner: patient, subject | reference: device
 DeviceUseStatement | owner: patient, subject | reference: device
 DiagnosticOrder dstu2 | owner: patient, subject | token: identifier, status, code=item.code
+    | reference: encounter
 DiagnosticReport | owner: patient, subject | token: identifier, category, code, status
-    | date: date=effective[x], issued | reference: encounter=encounter+context, result, specimen,
-    performer=performer+performer.actor
+    | date: date=effective[x], issued | reference: encounter=encounter+context, context stu3, result,
+    specimen, performer=performer+performer.actor
 DocumentManifest | owner: patient, subject | token: identifier=masterIdentifier+identifier, status
     | date: created
 EligibilityRequest stu3 | owner: patient | token: identifier | date: created
@@ -3171,7 +3173,7 @@ Goal | owner: patient, subject | token: identifier, category, status dstu2 stu3,
 ImagingManifest stu3 | owner: patient | token: identifier | date: authoring-time | reference: author
 ImagingObjectSelection dstu2 | owner: patient | date: authoring-time | reference: author
 ImagingStudy | owner: patient, subject r4 | token: modality=series.modality, identifier stu3 r4, status r4
-    | date: started | reference: endpoint=endpoint+series.endpoint stu3 r4, encounter r4
+    | date: started | reference: endpoint=endpoint+series.endpoint stu3 r4, context stu3, encounter r4
 Immunization | owner: patient | token: identifier, status, vaccine-code,
     notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4, reason-code r4 | date: date=date+occurrence[x]
     | reference: location, manufacturer | string: lot-number
@@ -3182,11 +3184,12 @@ List | owner: patient, subject | token: identifier stu3 r4, code, status, empty-
     | reference: encounter, source, item=entry.item | string: title
 Location | token: identifier, status, type | reference: organization=managingOrganization | string: {_ADDRESS}
 MeasureReport stu3 r4 | owner: patient, subject r4 | token: identifier, status | date: date r4, period r4
-Media | owner: patient, subject | token: identifier, type
+Media | owner: patient, subject | token: identifier, type | reference: context stu3, encounter r4
 Medication | token: code, status stu3 r4, identifier r4
 MedicationAdministration | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x]
     | date: effectivetime=effectiveTime[x] dstu2, effective-time=effective[x] stu3 r4
-    | reference: medication=medication[x], context stu3 r4, prescription dstu2 stu3, request r4
+    | reference: medication=medication[x], encounter dstu2, context stu3 r4, prescription dstu2 stu3,
+    request r4
 MedicationDispense | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x], type
     | date: whenhandedover=whenHandedOver, whenprepared=whenPrepared | reference: medication=medication[x],
     context stu3 r4, prescription=authorizingPrescription
@@ -3204,7 +3207,8 @@ Observation | owner: patient, subject | token: identifier, category, code, statu
     component-code=component.code, combo-code=code+component.code stu3 r4, data-absent-reason
     | quantity: value-quantity=value[x], component-value-quantity=component.value[x]
     | date: date=effective[x], value-date=value[x]
-    | reference: encounter=encounter+context, performer, specimen, has-member r4, derived-from r4
+    | reference: encounter=encounter+context, context stu3, performer, specimen, has-member r4,
+    derived-from r4
 Order dstu2 | owner: patient, subject | token: identifier | date: date
 Organization | token: identifier, type, active | reference: partof=partOf | string: {_ADDRESS}
 Patient | token: identifier, gender, active, telecom, phone=telecom, email=telecom,
@@ -3217,14 +3221,16 @@ Practitioner | token: identifier, gender, phone=telecom, email=telecom
 PractitionerRole stu3 r4 | token: identifier, active, specialty, role=code, phone=telecom, email=telecom
     | reference: practitioner, organization, location, endpoint
 Procedure | owner: patient, subject | token: identifier, code, category stu3 r4, status stu3 r4
-    | date: date=performed[x] | reference: encounter=encounter+context, location, performer=performer.actor
+    | date: date=performed[x] | reference: encounter=encounter+context, context stu3, location,
+    performer=performer.actor
 ProcedureRequest dstu2 stu3 | owner: patient, subject | token: identifier, code stu3, intent stu3, status stu3
-    | date: authored=authoredOn stu3 | reference: encounter=encounter+context
+    | date: authored=authoredOn stu3, occurrence=occurrence[x] stu3
+    | reference: encounter=encounter+context, context stu3
 Provenance | owner: patient | token: agent-role=agent.role stu3 r4, agent-type=agent.type r4
     | date: recorded stu3 r4, when=occurred[x] r4, start=period.start dstu2 stu3, end=period.end dstu2 stu3
     | reference: target, location, agent=agent.actor+agent.who+agent.whoReference
 QuestionnaireResponse | owner: patient, subject | token: status, identifier stu3 r4 | date: authored
-    | reference: questionnaire, author, source
+    | reference: questionnaire, author, source, encounter dstu2 r4, context stu3
 ReferralRequest dstu2 stu3 | owner: patient, subject stu3 | token: status, type, priority, specialty
     | date: date dstu2, authored-on stu3
 RelatedPerson | owner: patient | token: identifier, gender, phone=telecom, email=telecom
@@ -3236,7 +3242,7 @@ Sequence stu3 | owner: patient | token: identifier, type
 ServiceRequest r4 | owner: patient, subject | token: identifier, category, code, intent, status
     | date: authored=authoredOn, occurrence=occurrence[x] | reference: encounter, requester
 Specimen | owner: patient, subject | token: identifier, type
-Substance | token: identifier, code, category
+Substance | token: identifier, code=code+ingredient.substanceCodeableConcept, category
 SupplyDelivery | owner: patient | token: identifier, status
 Task stu3 r4 | owner: patient, subject | token: identifier, status, intent, code, priority, business-status,
     performer=performerType | date: authored-on, modified=lastModified, period=executionPeriod | reference:
@@ -3278,7 +3284,7 @@ RESULT_PARAMETERS = (
 _OWN_COLUMNS = {  # kinds that need no rows: their columns are in the table resources, of which r is a row
     "id": {"value": "r.id"}, "owner": {"value": "r.patient_id"},
     "updated": {"first": "r.updated", "last": "(r.updated + 0.001)"}}
-_CHOICES = {"date": ("DateTime", "Period", "Instant", "Date"), "token": ("CodeableConcept",),
+_CHOICES = {"date": ("DateTime", "Period", "Instant", "Date", "Timing"), "token": ("CodeableConcept",),
             "reference": ("Reference",), "quantity": ("Quantity",)}  # what may stand for [x]
 
 
@@ -3692,11 +3698,16 @@ def fold(text: str) -> str:
 
 
 def period_of(value: Any) -> tuple[float, float] | None:
-    """The span of a date or a Period, which may lack its start or end; None if it is neither."""
+    """The span of a date, of a Period, which may lack its start or end, or of a Timing, of which the outer
+    limits count (FHIR search, "date"): of its events, or of the Period that bounds it. None if it is none."""
     try:
-        if isinstance(value, dict) and ("start" in value or "end" in value):
-            return (date_range(value["start"])[0] if "start" in value else -_EVER,
-                    date_range(value["end"])[1] if "end" in value else _EVER)
+        if isinstance(value, dict):
+            spans = [date_range(event) for event in elements(value, "event")]
+            spans += [(date_range(period["start"])[0] if "start" in period else -_EVER,
+                       date_range(period["end"])[1] if "end" in period else _EVER)
+                      for period in (value, *elements(value, "repeat.boundsPeriod"))
+                      if "start" in period or "end" in period]
+            return min(first for first, _ in spans), max(last for _, last in spans)
         return date_range(value)
     except (ValueError, TypeError):
         return None

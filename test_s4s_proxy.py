@@ -4456,6 +4456,54 @@ r4 | Coverage | patient status | issuer""".splitlines():
         for type_name in ("Coverage", "ExplanationOfBenefit", "MedicationRequest", "Endpoint"):
             self.assertNotIn(type_name, s4s.search_table("dstu2"))
 
+    def test_a_parameter_looks_into_every_element_that_its_version_names(self) -> None:
+        """The resource, where a search by its type finds it, and where none does."""
+        bounds: dict[str, Any] = {"repeat": {"boundsPeriod": {"start": "2020-01-10", "end": "2020-02"}}}
+        days: dict[str, Any] = {"event": ["2020-01-12", "2020-01-10"]}
+        both, person = {**days, "repeat": {"boundsPeriod": {"start": "2020-01-11"}}}, f"Patient/{DANIEL}"
+        found = ["date=ge2020-01-01", "date=sa2020-01-09", "date=ap2020-01-11", "date:missing=false"]
+        lost = ["date=2020-01-10", "date=lt2020-01-10", "date:missing=true", "date=sa2020-01-10"]
+        timed = [query.replace("date", "occurrence") for query in found]
+        for versions, type_name, given, finds, others in (
+                ("stu3 r4", "Organization", {"name": "UMich", "alias": ["Michigan Health"]},
+                 ["name=Michigan", "name=umich", "name:exact=Michigan Health"], ["name=health"]),
+                ("stu3 r4", "Location", {"alias": ["Old Ward", "B"]}, ["name=old", "name=b"], ["name=ward"]),
+                ("r4", "Observation", {"effectiveTiming": days}, [*found, "date=lt2020-01-11"], lost),
+                ("r4", "Observation", {"effectiveTiming": bounds}, [*found, "date=le2020-02"], lost),
+                ("r4", "Observation", {"effectiveTiming": both}, [*found, "date=ge2030"], lost),
+                ("r4", "Observation", {"effectiveTiming": {"code": {"text": "BID"}, "event": [{"event": {}}]}},
+                 ["date:missing=true"], found),
+                ("r4", "ServiceRequest", {"occurrenceTiming": days}, timed, ["occurrence:missing=true"]),
+                ("stu3", "ProcedureRequest", {"occurrenceTiming": bounds}, timed, ["occurrence=lt2020"]),
+                ("r4", "Substance", {"ingredient": [{"substanceCodeableConcept": {"coding": [{"code": "x"}]}}]},
+                 ["code=x"], ["code=y"])):
+            for version, query in itertools.product(versions.split(), [*finds, *others]):
+                with self.subTest(version=version, given=given, query=query):
+                    resource = {"resourceType": type_name, "id": "x", **given, "subject": {"reference": person}}
+                    pair = [(query.partition("=")[0], query.partition("=")[2])]
+                    self.assertEqual(s4s.resource_matches(resource, version, pair), query in finds)
+        self.portal.load({"resourceType": "Observation", "id": "days", "effectiveTiming": days,
+                          "subject": {"reference": person}})
+        self.finds((f"Observation?_id=days&{found[0]}", ["days"]), ("Observation?date:missing=true", []))
+
+    def test_each_version_finds_what_belongs_to_a_visit_by_its_own_names(self) -> None:
+        types = "Observation Condition CarePlan CareTeam Procedure DiagnosticReport QuestionnaireResponse Media"
+        for version, element, names, lacks in (
+                ("stu3", "context", ["context", "encounter"], ["episode"]),
+                ("r4", "encounter", ["encounter"], ["context"])):
+            with s4s.Server(fhir_version=version) as portal:
+                for type_name, name in itertools.product(types.split(), [*names, *lacks]):
+                    portal.load({"resourceType": type_name, "id": "x", "subject": {
+                        "reference": f"Patient/{DANIEL}"}, element: {"reference": "Encounter/v"}})
+                    if (version, type_name, name) in (("stu3", "QuestionnaireResponse", "encounter"),
+                                                      ("stu3", "Media", "encounter")):
+                        continue  # has none, in that version's registry
+                    with self.subTest(version=version, type=type_name, name=name):
+                        for value in ("v", "Encounter/v") if name in names else ("v",):
+                            got = ask(f"{portal.open_fhir_url}/{type_name}?{name}={value}")
+                            ids = [entry["resource"]["id"] for entry in got.json.get("entry", [])]
+                            self.assertEqual((got.status, ids), (200, ["x"]) if name in names else (400, []))
+
     def test_the_searches_that_apps_send_find_something_in_each_version(self) -> None:
         queries = """Observation?code=http://loinc.org%7C72166-2 Observation?category=social-history Condition
             Observation?category=laboratory Observation?category=vital-signs MedicationStatement Encounter
