@@ -3320,7 +3320,7 @@ def referring(type_name: str, version: str) -> list[tuple[str, str]]:
             if name in known and known[name].type == "reference"]
 
 
-MAX_VALUES = 500        # in one search: SQLite's expressions are bounded
+MAX_VALUES = 500        # that one search compares with: SQLite's expressions are bounded
 MAX_INCLUDED = 10_000   # resources on a page beside its matches
 
 
@@ -3345,8 +3345,8 @@ class Query(NamedTuple):
 def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
                 lenient: bool = False) -> Query:
     """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
-    _check(sum(text.count(",") + 1 for _, text in parameters) <= MAX_VALUES,
-           f"a search takes at most {MAX_VALUES} values", "too-costly")
+    costly = f"a search compares with at most {MAX_VALUES} values, and a date with ne, ge or le is two"
+    _check(sum(text.count(",") + 1 for _, text in parameters) <= MAX_VALUES, costly, "too-costly")
     terms: list[SearchTerm] = []
     includes: dict[Include, None] = {}
     sort: dict[str, bool] = {}
@@ -3358,14 +3358,15 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
                 shown[name] = text
             elif name in ("_include", "_revinclude"):
                 includes[_parse_include(version, type_name, name, text)] = None
-            elif name == "_sort":
-                _parse_sort(version, type_name, text, sort)
+            elif name == "_sort" or (version == "dstu2" and name in ("_sort:asc", "_sort:desc")):
+                _parse_sort(version, type_name, name, text, sort)
             elif name not in ("_format", "_pretty"):
                 terms.append(parse_term(version, type_name, name, text, base))
             effective.append((name, text))
         except FhirError as error:  # FHIR search, "Handling Errors": Prefer: handling=lenient
             if not lenient or error.error != "not-supported":
                 raise
+    _check(sum(len(term.alternatives) for term in terms) <= MAX_VALUES, costly, "too-costly")
     for name, possible in (("_summary", "count, false"), ("_total", "accurate, estimate, none")):
         _check(shown[name] in possible.split(", "), f"{name}={shown[name]}: expected one of {possible}")
     count = shown["_count"]
@@ -3409,13 +3410,16 @@ def _parse_include(version: str, type_name: str, name: str, text: str) -> Includ
     return Include(reverse, source, parameter, target)
 
 
-def _parse_sort(version: str, type_name: str, text: str, sort: dict[str, bool]) -> None:
-    """Add _sort=date,-code to what is sorted by already; True: falling."""
+def _parse_sort(version: str, type_name: str, parameter: str, text: str, sort: dict[str, bool]) -> None:
+    """Add _sort=date,-code to what is sorted by already; True: falling. DSTU2 wrote that _sort:desc=code, and
+    had no minus (FHIR DSTU2 search, "Sorting")."""
     known = search_table(version)[type_name]
     for word in text.split(","):
-        name = word.lstrip("-")
-        _check(name in known, f"_sort={text}: {word} can't be sorted by; {', '.join(sorted(known))} can")
-        sort.setdefault(name, word.startswith("-"))
+        minus = "" if version == "dstu2" else "-"
+        name = word.removeprefix(minus)
+        _check(name in known, f"{parameter}={text}: {word} can't be sorted by; {', '.join(sorted(known))} can"
+               + ("" if minus else ", downwards with _sort:desc"))
+        sort.setdefault(name, parameter == "_sort:desc" or name != word)
 
 
 def page_mark(keys: Sequence[Any]) -> str:
@@ -3470,8 +3474,8 @@ class SearchTerm(NamedTuple):
     def as_sql(self, pinned: bool) -> Sql:
         """pinned: few resources are left to look at, so look at each; else start from the value."""
         own = _OWN_COLUMNS.get(self.parameter.kind, {})
-        sql = " OR ".join(" AND ".join(comparison.sql(own) for comparison in comparisons) or "1"
-                          for comparisons in self.alternatives)
+        sql = _any_of([" AND ".join(comparison.sql(own) for comparison in comparisons) or "1"
+                       for comparisons in self.alternatives])
         values = tuple(comparison.value for comparisons in self.alternatives for comparison in comparisons)
         if own:
             return Sql(f"({sql})", values)
@@ -3492,6 +3496,12 @@ class SearchTerm(NamedTuple):
         met = any(all(_COMPARE[sign](row[_PLACES[column]], value) for column, sign, value in comparisons)
                   for row in rows for comparisons in self.alternatives)
         return met != self.negated
+
+
+def _any_of(conditions: Sequence[str]) -> str:
+    """Conditions joined by OR, half and half: SQLite takes a tree that is 1,000 deep, and a row is one."""
+    half = len(conditions) // 2
+    return f"({_any_of(conditions[:half])} OR {_any_of(conditions[half:])})" if half else conditions[0]
 
 
 _MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing"),

@@ -4344,6 +4344,42 @@ class Searching(RecordsTest):
         self.assertEqual((visits, visits[-1]), (sorted(visits), "~"))
         self.assertEqual(self.ids("Patient?_sort=-_id"), [DANIEL, JOSEPH, AMY])
 
+    def test_sorting_downwards_is_written_as_the_version_writes_it(self) -> None:
+        up, down = [f"2020-01-0{day}" for day in (1, 2, 3)], [f"2020-01-0{day}" for day in (3, 2, 1)]
+        for version, query, expected in (
+                ("dstu2", "_sort:desc=date", down), ("dstu2", "_sort:asc=date", up), ("dstu2", "_sort=date", up),
+                ("dstu2", "_sort:asc=status&_sort:desc=date", down), ("dstu2", "_sort=-date", "_sort:desc"),
+                ("dstu2", "_sort:desc=colour", "colour"), ("dstu2", "_sort:up=date", "_sort:up"),
+                ("stu3", "_sort=-date", down), ("stu3", "_sort:desc=date", "_sort"), ("r4", "_sort=-date", down),
+                ("r4", "_sort=status,-date", down), ("r4", "_sort:asc=date", "_sort"), ("r4", "_sort=--date", "date")):
+            with self.subTest(version=version, query=query), s4s.Server(fhir_version=version) as portal:
+                for day in (2, 3, 1):
+                    portal.load(observation(str(day), effectiveDateTime=f"2020-01-0{day}"))
+                url, dates = f"{portal.open_fhir_url}/Observation?_id=1,2,3&_count=2&{query}", []
+                if isinstance(expected, str):
+                    self.assertIn(expected, ask(url).json["issue"][0]["diagnostics"])
+                    continue
+                for page in self.pages(url):
+                    dates += [entry["resource"]["effectiveDateTime"] for entry in page["entry"]]
+                self.assertEqual(dates, expected)
+
+    def test_a_search_with_more_values_than_the_database_takes_is_too_costly(self) -> None:
+        log = self.log()
+        for name, one, most in (("date", "ne2008-01-01", 250), ("date", "le2008", 250), ("date", "gt2008", 500),
+                                ("_lastUpdated", "ne2008", 250), ("code", "http://loinc.org%7C1", 500),
+                                ("patient", "x", 500), ("encounter", "Encounter/x", 500)):
+            for joint in (",", f"&{name}="):
+                for count, status in ((most, 200), (most + 1, 400), (495, 200 if most == 500 else 400)):
+                    with self.subTest(one=one, joint=joint, count=count):
+                        form = f"{name}={joint.join([one] * count)}".encode()
+                        got = self.open("Observation/_search", data=form, method="POST",
+                                        headers={"Content-Type": "application/x-www-form-urlencoded"})
+                        self.assertEqual(got.status, status, got)
+                        if status == 400:
+                            self.assertEqual(got.json["issue"][0]["code"], "too-costly")
+        self.refused(f"Observation?date={'ne2008,' * 200}ne2008&code={'x,' * 200}x", "500", "ne")
+        self.assertNotIn("DATABASE", " ".join(log))
+
     def test_a_walk_over_the_pages_is_whole_though_records_are_loaded_meanwhile(self) -> None:
         for sort in ("", "&_sort=-date", "&_sort=code,-_lastUpdated"):
             with self.subTest(sort=sort):
