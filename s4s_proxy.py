@@ -2234,13 +2234,20 @@ class Resource:
         return False
 
 
-class _Everybody(frozenset[str]):
-    """Whose records an unlimited scope opens. Not None: a forgotten value must not open everything."""
+class Everybody(frozenset[str]):
+    """Whose records a scope without a bound opens. Not None: a forgotten value must not open everything. Nor
+    equal to the set of nobody, which it would be by what it holds: `access_for` remembers by equality."""
+    __hash__ = object.__hash__
+
     def __contains__(self, patient_id: object) -> bool:
         return True
 
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
-EVERYBODY = _Everybody()
+
+EVERYBODY = Everybody()     # of system/ scopes: also what nobody can tell whose it is
+ALL_PATIENTS = Everybody()  # of a clinician's user/ scopes: only what belongs to a patient, or to nobody
 NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to categories
 
 
@@ -2269,9 +2276,9 @@ class Access:
 
     def _opens(self, resource: Resource, letters: str) -> bool:
         """Whether a scope reaches the owner, type and resource, and all its categories were approved."""
-        if resource.owner == UNKNOWN:
-            return False
         for patients, constraints in self._openings(str(resource.type), letters):
+            if resource.owner == UNKNOWN and patients is not EVERYBODY:
+                continue
             # Each scope alone: the ?param=value of one go together, several scopes add up.
             if ((resource.owner == NOBODY or resource.owner in patients)
                     and (not constraints or resource_matches(resource.content, self.version, constraints))):
@@ -2285,7 +2292,7 @@ class Access:
         points to it, or because its reader may see everybody's records without limits."""
         if not self.allows("Binary", "r"):
             return False
-        is_opened = self.patients("Binary", "r") is EVERYBODY and not self.narrowed
+        is_opened = isinstance(self.patients("Binary", "r"), Everybody) and not self.narrowed
         # In this order, so that it costs the same to find that another's Binary, or none, is not pointed to.
         return ((is_opened or binary.is_pointed_to(self))
                 and not named_patients(binary.content, binary.base) - {UNKNOWN})
@@ -2313,10 +2320,11 @@ class Access:
         return bool(self.labels) or any(scope.constraints for scope in self.scopes)
 
     def patients(self, type_name: str, letter: str) -> frozenset[str]:
-        """The patients whose resources of a type may be seen, or EVERYBODY."""
-        reaches = [patients for patients, _ in self._openings(type_name, letter)]
-        if self.unlimited or any(patients is EVERYBODY for patients in reaches):
-            return EVERYBODY
+        """The patients whose resources of a type may be seen, or EVERYBODY or ALL_PATIENTS."""
+        reaches = [EVERYBODY] if self.unlimited else [reach for reach, _ in self._openings(type_name, letter)]
+        unbounded = [reach for reach in reaches if isinstance(reach, Everybody)]
+        if unbounded:
+            return EVERYBODY if EVERYBODY in unbounded else ALL_PATIENTS
         return frozenset().union(*reaches)
 
     def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str], Any]]:
@@ -2347,7 +2355,8 @@ def access_of(portal: Portal, row: Row) -> Access:
     scope, users_patients = row["token_scope"], frozenset[str]()
     user = portal.user(row["username"]) if "user/" in scope else None
     if user:
-        users_patients = EVERYBODY if user["any_patient"] else frozenset(portal.patients_of(user["username"]))
+        users_patients = ALL_PATIENTS if user["any_patient"] else frozenset(
+            portal.patients_of(user["username"]))
     labels = frozenset(json.loads(row["security_labels"])) if row["security_labels"] != "[]" else NO_LIMIT
     fhir_user = "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:])
     version = portal.records.version if "?" in scope else "r4"
@@ -3831,10 +3840,13 @@ def search_condition(query: Query, access: Access) -> Sql:
     """All that a match must meet; of `access.may_see`, which has the last word, only whose it is. Where the
     patient or id is known SQLite looks there, else it starts from the values (hence the plus)."""
     patients, is_shared = access.patients(query.type, "s"), query.type in SHARED_TYPES
-    pinned = ((patients is not EVERYBODY and not is_shared)
+    is_bounded = not isinstance(patients, Everybody)
+    pinned = ((is_bounded and not is_shared)
               or any(term.parameter.kind in ("owner", "id") for term in query.terms))
     parts = [term.as_sql(pinned) for term in query.terms]
-    if patients is not EVERYBODY:
+    if patients is ALL_PATIENTS:
+        parts.insert(0, Sql("r.patient_id != ?", (UNKNOWN,)))
+    if is_bounded:
         whose = (*sorted(patients), NOBODY) if is_shared or query.type == "Device" else sorted(patients)
         parts.insert(0, Sql(f"r.patient_id IN ({_marks(whose)})", tuple(whose)))
     by_value = any(part.sql.startswith("r.number IN") for part in parts)
@@ -5168,9 +5180,10 @@ class ForwardedRecords(Records):
         return refused(f"speaks FHIR {self._version[0]}; understood are {', '.join(VERSIONS_BEHIND)}")
 
     def check_type(self, asked: FhirRequest) -> None:
-        """Types of which nobody can tell whose they are, are refused."""
-        known = asked.access.unlimited or asked.type in OWNER_ELEMENTS or asked.type in SHARED_TYPES
-        permit(known, f"{asked.type}: not served, since it can't be told whose record it is in")
+        """Types of which nobody can tell whose they are are refused, but to those who may see all."""
+        known = asked.type in OWNER_ELEMENTS or asked.type in SHARED_TYPES
+        sees_all = any(asked.access.patients(asked.type, letter) is EVERYBODY for letter in "rs")
+        permit(known or sees_all, f"{asked.type}: not served, since it can't be told whose record it is in")
 
     def answer_search(self, asked: FhirRequest) -> Response:
         """See Records."""
@@ -5271,7 +5284,7 @@ def pinned_search(access: Access, type_name: str, pairs: Pairs, base: str) -> Pa
         return pairs
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
     sent = [forwarded_parameter(allowed, pin, name, value, base) for name, value in pairs]
-    if allowed is not EVERYBODY and type_name not in SHARED_TYPES and pin not in dict(sent):
+    if not isinstance(allowed, Everybody) and type_name not in SHARED_TYPES and pin not in dict(sent):
         sent.append((pin, owner_value(pin, sorted(allowed))))
     return sent
 
@@ -5472,7 +5485,7 @@ class Forwarding:
     def documents(self) -> Iterator[Resource]:
         """The record's documents and reports, as far as MAX_PAGES pages go."""
         left, patients = MAX_PAGES, self.access.patients("Binary", "r")
-        if patients is EVERYBODY:
+        if isinstance(patients, Everybody):
             patients = frozenset([self.access.patient_id] if self.access.patient_id else [])
         for patient_id, type_name in itertools.product(sorted(patients), DOCUMENT_TYPES):
             url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"

@@ -2721,7 +2721,8 @@ class WhoseItIs(unittest.TestCase):
                 ("system/Observation.r", s4s.NO_LIMIT, "r", theirs, True),
                 ("system/Observation.r", s4s.NO_LIMIT, "s", theirs, False),
                 ("system/Observation.r", s4s.NO_LIMIT, "r", {"resourceType": "Patient", "id": OTHER}, False),
-                ("system/*.rs", s4s.NO_LIMIT, "r", {"resourceType": "AuditEvent"}, False)):  # can't be placed
+                ("system/*.rs", s4s.NO_LIMIT, "r", {"resourceType": "AuditEvent"}, True),  # can't be placed
+                ("system/Patient.rs", s4s.NO_LIMIT, "r", {"resourceType": "AuditEvent"}, False)):
             with self.subTest((scope, labels, letter, resource)):
                 access = s4s.Access(scope, ME, labels=labels)
                 self.assertIs(access.may_see(s4s.Resource(resource), letter), expected)
@@ -3383,6 +3384,18 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
                 self.assertEqual(s4s.dispatch(self.portal.portal, request).body.count(b"fullUrl"), 2 * count)
                 return time.thread_time() - began
         self.assertLess(min(seconds(4000) for _ in range(2)), 20 * min(seconds(500) for _ in range(3)))
+
+    def test_a_service_sees_what_can_be_told_of_nobody_and_a_clinician_gets_no_number_of_it(self) -> None:
+        group = {"resourceType": "Group", "id": "g"}
+        self.stored = [observation("v0"), observation("g0", subject={"reference": "Group/g"}), group]
+        service = KeyedApp(self.portal).token().json["access_token"]
+        clinician = self.issue("user/*.rs", username="clinician")
+        self.assertEqual(self.ids("Observation", token=service), ["v0", "g0", "g"])
+        self.assertEqual(self.ids("Group", token=service), ["v0", "g0", "g"])
+        self.assertEqual(self.ids("Observation", token=clinician), ["v0"])
+        for count in ("_summary=count", "_count=0", "_count=1", "_count=2", "_count=3"):
+            self.assertNotIn("total", self.read(f"Observation?{count}", token=clinician), count)
+        self.assertEqual(self.get("Group", token=clinician).status, 403)
 
     def test_a_count_that_is_none(self) -> None:
         self.assert_not_forwarded("Observation?_count=-1", 400)
@@ -4464,6 +4477,40 @@ class Searching(RecordsTest):
         self.assertNotIn("total", got)
         self.assertEqual({code["code"] for entry in got["entry"] for category in entry["resource"]["category"]
                           for code in category["coding"]}, {"laboratory"})
+
+    def test_a_total_is_the_number_that_can_be_paged_to_whatever_the_count(self) -> None:
+        """Two Observations of a patient among three of a Group, which is nobody's record."""
+        group = [observation(f"g{number}", subject={"reference": "Group/1"}) for number in range(3)]
+        mine = [observation(f"p{number}", subject={"reference": "Patient/1p"}) for number in range(2)]
+        with s4s.Server(data=["none"]) as portal:
+            portal.load({"resourceType": "Bundle", "type": "collection", "entry": [
+                {"resource": resource} for resource in (
+                    group[0], mine[0], group[1], {"resourceType": "Patient", "id": "1p"}, mine[1], group[2])]})
+            clinician = portal.issue_token(username="clinician", patient_id="1p", scope="user/*.rs patient/*.rs")
+            his = portal.issue_token(username="clinician", patient_id="1p", scope="patient/*.rs")
+            base, service = portal.fhir_url, KeyedApp(portal).token().json
+            for who, url, token, number in (
+                    ("a clinician", base, clinician, 2), ("the patient", base, his, 2),
+                    ("a service", base, service, 5), ("anybody", portal.open_fhir_url, {"access_token": ""}, 5)):
+                value = token["access_token"]
+                for query in ("_summary=count", "_count=0", "_count=1", "_count=2", "_count=3", "_count=4", "",
+                              "_sort=-date", "_count=1&_sort=status", "status=final"):
+                    with self.subTest(who=who, query=query):
+                        pages = list(self.pages(f"{url}/Observation?{query}", value))
+                        entries = [entry for page in pages for entry in page.get("entry", [])]
+                        self.assertEqual({page["total"] for page in pages}, {number})
+                        if "=0" not in query and "=count" not in query:
+                            self.assertEqual(len(entries), number)
+                with self.subTest(who=who):
+                    read = ask(f"{url}/Observation/g1", token=value).status
+                    self.assertEqual(read == 200, number == 5)
+
+    def test_who_may_open_nobodys_record_is_not_taken_for_who_may_open_everybodys(self) -> None:
+        user = {"username": "new", "password": "x", "name": "New", "patients": []}
+        with s4s.Server(fixtures={"users": [user]}) as portal:
+            found = [ask(f"{portal.fhir_url}/Patient", token=portal.issue_token(
+                username=name, scope="user/*.rs")["access_token"]).json["total"] for name in ("clinician", "new")]
+            self.assertEqual(found, [3, 0])
 
     def test_a_page_is_full_though_much_of_what_matches_may_not_be_seen(self) -> None:
         token = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory")["access_token"]
