@@ -416,10 +416,27 @@ def scope_covers(registered: str, word: str) -> bool:
     """
     wanted = parse_scope(word)
     if wanted:
-        return any(scope.covers(wanted) for scope in resource_scopes(registered))
+        kept, whose = _scopes_by_value(registered), wanted.context
+        places = [("", ""), *((name, min(_COMMA.split(values))) for name, values in wanted.constraints)]
+        return any(scope.covers(wanted) for type_name in (wanted.type, "*") for place in places
+                   for scope in kept.get((whose, type_name, *place), ()))
     # Whoever may let the person choose a record may also be told which is open.
     wider = {"launch": "launch/patient", "profile": "fhirUser"}.get(word, word)
     return not {word, wider}.isdisjoint(registered.split())
+
+
+@functools.lru_cache(16)
+def _scopes_by_value(scope: str) -> dict[tuple[str, ...], list[ResourceScope]]:
+    """The resource scopes within a scope string by context, type, and each value that their rarest constraint
+    takes: of hundreds that may stand there, those that could cover another are found at once."""
+    kept: dict[tuple[str, ...], list[ResourceScope]] = {}
+    scopes = resource_scopes(scope)
+    counts = collections.Counter(pair for parsed in scopes for pair in parsed.constraints)
+    for parsed in scopes:
+        name, values = min(parsed.constraints, key=counts.__getitem__, default=("", ""))
+        for value in _COMMA.split(values):
+            kept.setdefault((parsed.context, parsed.type, name, value), []).append(parsed)
+    return kept
 
 
 def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
@@ -431,7 +448,7 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     'openid patient/*.rs patient/*.read'
     """
     need(SCOPE_SYNTAX.fullmatch(asked), f"scope {asked[:200]!r}: expected {SCOPE_WORDS}", "invalid_scope")
-    granted = [grantable(word, registered, contexts) for word in asked.split()]
+    granted = [grantable(word, registered, contexts) for word in dict.fromkeys(asked.split())]
     return " ".join(dict.fromkeys(filter(None, granted)))  # each once, in the order asked
 
 
@@ -615,7 +632,7 @@ class Store:
             rows = self.connection.execute(sql, values).fetchall()
             if self._remembers and not self.connection.in_transaction:
                 texts = [value for row in (values, *rows) for value in row if isinstance(value, str)]
-                size = 500 + sum(map(len, texts))
+                size = 500 + 100 * len(rows) + sum(map(len, texts))
                 if size <= MAX_KNOWN_OF_ONE:
                     if self._known_size >= MAX_KNOWN:
                         self.forget_rows()
@@ -1955,9 +1972,9 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     need(not wanted or SCOPE_SYNTAX.fullmatch(wanted),
          "scope: expected words of ASCII, 8192 characters at most", "invalid_scope")
     with spending(portal, client, "refresh", value) as (database, row):
-        for word in wanted.split():
-            need(scope_covers(row["scope"], word),
-                 f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
+        granted = row["scope"]
+        others = [word for word in dict.fromkeys(wanted.split()) if not scope_covers(granted, word)]
+        need(not others, f"scope: {' '.join(others)!r} was not granted; granted is {granted!r}", "invalid_scope")
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
         need(scope, f"scope {wanted!r}: nothing of it can be granted", "invalid_scope")
         answer = issue_tokens(database, row, scope, portal.clock.now(), True)
@@ -3054,8 +3071,14 @@ def constraints_cover(wide: Sequence[tuple[str, str]], narrow: Sequence[tuple[st
     >>> constraints_cover([("category", "a")], [])
     False
     """
-    return all(any(name == other and set(_COMMA.split(fewer)) <= set(_COMMA.split(values))
-                   for other, fewer in narrow) for name, values in wide)
+    if set(wide) <= set(narrow):
+        return True
+    found: dict[tuple[str, str], set[frozenset[str]]] = {}  # by one of its values: it must be in `wide` too
+    for name, values in narrow:
+        fewer = frozenset(_COMMA.split(values))
+        found.setdefault((name, min(fewer)), set()).add(fewer)
+    return all(any(fewer <= more for value in more for fewer in found.get((name, value), ()))
+               for name, more in ((name, frozenset(_COMMA.split(values))) for name, values in wide))
 
 
 def check_constraints(portal: Portal, granted: str) -> None:
@@ -3794,6 +3817,7 @@ CREATE INDEX IF NOT EXISTS search_by_value ON search_values (parameter, value);
 -- References that wait for what they mean to be loaded: Practitioner?identifier=..., urn:uuid:...
 CREATE TABLE IF NOT EXISTS unresolved (
     number INTEGER NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (number, reference)) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS unresolved_by_reference ON unresolved (reference);
 
 -- What reset brings back: the JSON before a load replaced it; NULL: it was not there.
 CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
@@ -3977,6 +4001,14 @@ class Prepared(NamedTuple):
     unresolved: set[str]     # references that are no Type/id yet
     given: Json              # its meta, as it came
 
+    def names(self) -> list[str]:
+        """What references that are no Type/id may call it."""
+        type_name, key = self.row[:2]
+        identified = [(system, value) for name, value, system, *_ in self.values if name == "identifier"]
+        return [f"urn:uuid:{key}", f"urn:oid:{key}", f"{type_name}?_id={key}",
+                *(f"{type_name}?identifier={system}|{value}" for system, value in identified),
+                *(f"{type_name}?identifier={value}" for _, value in identified)]
+
 
 def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     """A resource ready to be written, its meta completed. PortalError for what FHIR does not allow."""
@@ -3996,7 +4028,7 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
         raise PortalError("invalid_request", f"can't be written as JSON: {error}")
     row = (resource["resourceType"], resource["id"], owner(resource), " ".join(categories(resource)),
            updated, meta["versionId"], text)
-    return Prepared(resource, row, search_values(resource, version), set(_OPEN_IN_JSON.findall(text)), given)
+    return Prepared(resource, row, search_values(resource, version), set(map(unquote, _OPEN_IN_JSON.findall(text))), given)
 
 
 def _erase(database: sqlite3.Connection, number: int) -> None:
@@ -4265,7 +4297,7 @@ class EmbeddedRecords(Records):
              f"{', '.join(load.skipped)}: not served; these are {', '.join(sorted(self.served))}")
         with self.store.transaction() as database:
             load.put(prepared)
-            load.resolve()
+            load.resolve(prepared)
             place_provenances(database, provenances_of(database, load.written))
         return len(prepared)
 
@@ -4325,21 +4357,37 @@ class EmbeddedRecords(Records):
               access: Access, letters: str) -> Page:
         """A page of what `select` finds, by its `keys` (name, falling)."""
         _check(len(after) in (0, len(keys)), "_page: not a link of this search")
-        order = ", ".join(f"{name} DESC" if falling else name for name, falling in keys)
         seen: list[StoredResource] = []
-        hidden, more = False, count > 0
-        while more and len(seen) <= count:  # until the page is full and one more is seen
-            rest = _comes_after(keys, after) if after else Sql("1")
-            wanted = 500 if hidden else count + 1
-            found = self._select(f"* FROM ({select.sql}) WHERE {rest.sql} ORDER BY {order} LIMIT ?",
-                                 *select.values, *rest.values, wanted)
-            good = [match for match in found if access.may_see(match, letters)]
-            seen += good
-            hidden = hidden or len(good) < len(found)
-            more = len(found) == wanted
-            after = [found[-1].row[name] for name, _ in keys] if found else []
+        hidden, wanted, last = False, count + 1, None
+        while wanted > 1 and len(seen) <= count:  # until the page is full and one more is seen
+            looked_at = 0
+            for looked_at, last in enumerate(self._in_order(select, keys, after, wanted), 1):
+                if access.may_see(last, letters):
+                    seen.append(last)
+                else:
+                    hidden = True
+                if len(seen) > count:
+                    break
+            # Each time many more, so that what is hidden is sorted a few times over, however much it is.
+            wanted = max(500, 8 * wanted) if looked_at == wanted else 0
+            after = [last.row[name] for name, _ in keys] if last else []
         mark = page_mark([seen[count - 1].row[name] for name, _ in keys]) if len(seen) > count > 0 else ""
         return Page(seen[:count], mark, hidden)
+
+    def _in_order(self, select: Sql, keys: Sequence[tuple[str, bool]], after: Sequence[Any],
+                  limit: int) -> Iterator[StoredResource]:
+        """What `select` finds `after` a row, by its keys. Of many only the numbers are sorted and kept."""
+        rest = _comes_after(keys, after) if after else Sql("1")
+        order = ", ".join(f"{name} DESC" if falling else name for name, falling in keys)
+        sql = f"FROM ({select.sql}) WHERE {rest.sql} ORDER BY {order} LIMIT ?"
+        values = (*select.values, *rest.values, limit)
+        if limit <= 1001:
+            yield from self._select(f"* {sql}", *values)
+            return
+        numbers = [row["number"] for row in self.store.rows(f"SELECT number {sql}", *values)]
+        for some in (numbers[start:start + 500] for start in range(0, len(numbers), 500)):
+            found = self._select(f"* FROM ({select.sql}) WHERE number IN ({_marks(some)})", *select.values, *some)
+            yield from sorted(found, key=lambda match: some.index(match.number))
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. No value comes last."""
@@ -4600,10 +4648,18 @@ class Load:
             self.database.execute("DELETE FROM before_load WHERE number = ?", (number,))
         _write(self.database, number, new)
 
-    def resolve(self) -> None:
-        """Make references that were open when their resource was written Type/id, where that is known now."""
+    def resolve(self, new: Sequence[Prepared] | None = None) -> None:
+        """Make references that were open when their resource was written Type/id, where that is known now: all
+        of them, or those in `new` resources and those that call one of these by its names."""
         names: dict[str, str | None] = {}
-        waiting = self.database.execute("SELECT number, reference FROM unresolved").fetchall()
+        sql = "SELECT unresolved.number, reference FROM unresolved"
+        if new is None:
+            waiting = self.database.execute(sql).fetchall()
+        else:
+            own = f"{sql} JOIN resources USING (number) WHERE type = ? AND id = ?"
+            asked = [(own, resource.row[:2]) for resource in new if resource.unresolved]
+            asked += [(f"{sql} WHERE reference = ?", (name,)) for resource in new for name in resource.names()]
+            waiting = [row for query in asked for row in self.database.execute(*query)]
         known = [number for number, reference in waiting if self.resolve_reference(reference, names)]
         for number in dict.fromkeys(known):
             sql = "SELECT json FROM resources WHERE number = ?"
