@@ -3600,11 +3600,7 @@ def _unescaped(text: str) -> str:
 def _compare_date(name: str, text: str) -> Iterator[Comparisons]:
     """A date, or with a prefix ge2008."""
     prefix, date = (text[:2], text[2:]) if text[:2] in DATE_PREFIXES else ("eq", text)
-    try:
-        start, end = date_range(date.replace(" ", "+"))  # a + in a URL that was not encoded
-    except ValueError:
-        raise FhirError("value", f"{name}={text}: expected a date such as 2008-07-10, with a prefix "
-                                 f"({', '.join(DATE_PREFIXES)}) or without")
+    start, end = _span_asked(name, date, f"; with a prefix ({', '.join(DATE_PREFIXES)}) or without")
     yield from _compare_span(prefix, start, end)
 
 
@@ -3613,6 +3609,14 @@ def _compare_span(prefix: str, start: float, end: float) -> Iterator[Comparisons
     for alternative in DATE_PREFIXES[prefix].split(" or "):
         yield tuple(Comparison(column, sign, start if bound == "start" else end)
                     for column, sign, bound in map(str.split, alternative.split(" and ")))
+
+
+def _span_asked(name: str, text: str, more: str = "") -> tuple[float, float]:
+    """The span of time that a parameter names."""
+    try:
+        return date_range(text.replace(" ", "+"))  # a + in a URL that was not encoded
+    except ValueError:
+        raise FhirError("value", f"{name}={text}: expected a date such as 2008-07-10{more}")
 
 
 def _compare_quantity(name: str, text: str) -> Iterator[Comparisons]:
@@ -3926,6 +3930,34 @@ def bundle_response(asked: FhirRequest, page: Page, parameters: Sequence[tuple[s
     return fhir_response(asked.request, text, version=version)
 
 
+EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "end", "start")  # FHIR, Patient/[id]/$everything
+# Whether what happened to the patient, from a resource's first date to its last, falls between start and end.
+# What has no such date always does.
+CARE_DATES = """coalesce((SELECT min(first) < ? AND max(last) > ? FROM search_values WHERE number = r.number
+    AND first < last AND parameter NOT IN ('birthdate', 'death-date', 'value-date')), 1)"""
+
+
+def everything_asked(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """What $everything is asked for, "" for what isn't; FhirError for what it does not take."""
+    given = dict.fromkeys(EVERYTHING_PARAMETERS, "")
+    for name, text in pairs:
+        _check(name in given or name in ("_page", *NOT_FORWARDED), f"{name}: unknown parameter of $everything; "
+               f"known are {', '.join(EVERYTHING_PARAMETERS)}", "not-supported")
+        given[name] = f"{given[name]},{text}" if name == "_type" and given[name] else text
+    return given
+
+
+def describe_everything(rest: Json, version: str) -> None:
+    """Name $everything in a CapabilityStatement, with what it takes."""
+    url = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
+    takes = f"Patient/[id]/$everything takes {', '.join(EVERYTHING_PARAMETERS)}"
+    if version != "r4":
+        rest.update(operation=[{"name": "everything", "definition": {"reference": url}}], documentation=takes)
+        return
+    for patient in (kind for kind in rest["resource"] if kind["type"] == "Patient"):
+        patient["operation"] = [{"name": "everything", "definition": url, "documentation": takes}]
+
+
 def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
     """Some of a resource's elements, marked so that nobody writes it back (FHIR search, "Elements")."""
     system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
@@ -4004,10 +4036,9 @@ class Prepared(NamedTuple):
     def names(self) -> list[str]:
         """What references that are no Type/id may call it."""
         type_name, key = self.row[:2]
-        identified = [(system, value) for name, value, system, *_ in self.values if name == "identifier"]
         return [f"urn:uuid:{key}", f"urn:oid:{key}", f"{type_name}?_id={key}",
-                *(f"{type_name}?identifier={system}|{value}" for system, value in identified),
-                *(f"{type_name}?identifier={value}" for _, value in identified)]
+                *(f"{type_name}?identifier={system}|{value}" for name, value, system, *_ in self.values
+                  if name == "identifier")]
 
 
 def prepare(resource: Json, version: str, now: str = "") -> Prepared:
@@ -4386,8 +4417,9 @@ class EmbeddedRecords(Records):
             return
         numbers = [row["number"] for row in self.store.rows(f"SELECT number {sql}", *values)]
         for some in (numbers[start:start + 500] for start in range(0, len(numbers), 500)):
-            found = self._select(f"* FROM ({select.sql}) WHERE number IN ({_marks(some)})", *select.values, *some)
-            yield from sorted(found, key=lambda match: some.index(match.number))
+            found = {match.number: match for match in self._select(
+                f"* FROM ({select.sql}) WHERE number IN ({_marks(some)})", *select.values, *some)}
+            yield from (found[number] for number in some if number in found)
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. No value comes last."""
@@ -4494,30 +4526,34 @@ class EmbeddedRecords(Records):
         """A page of a patient's compartment, and what it refers to that is nobody's; all of it judged."""
         self.visible(asked)
         pairs = asked.request.pairs()
-        for name, _ in pairs:
-            _check(name in ("_count", "_page", "_format", "_pretty"), f"{name}: unknown parameter of "
-                   "$everything; known are _count, _format, _pretty", "not-supported")
-        query = parse_query(self.version, "Patient", (("_count", "1000"), *pairs))
-        sql = f"SELECT * FROM resources WHERE type IN ({_marks(self.served)}) AND patient_id = ?"
-        select = Sql(sql, (*self.served, asked.id))
+        given = everything_asked(pairs)
+        query = parse_query(self.version, "Patient", (
+            ("_count", "1000"), *(pair for pair in pairs if pair[0] not in ("_since", "_type", "start", "end"))))
+        types = set(given["_type"].split(",")) if given["_type"] else set(self.served)
+        # What is nobody's is found by what refers to it, of whatever type that is.
+        looked_at = set(self.served) if types & {"Device", *SHARED_TYPES} else types & self.served.keys()
+        since = _span_asked("_since", given["_since"])[0] if given["_since"] else 0
+        sql = f"SELECT * FROM resources r WHERE type IN ({_marks(looked_at)}) AND patient_id = ? AND updated >= ?"
+        select = Sql(sql, (*looked_at, asked.id, since))
+        if given["start"] or given["end"]:
+            begin = _span_asked("start", given["start"])[0] if given["start"] else -_EVER
+            end = _span_asked("end", given["end"])[1] if given["end"] else _EVER
+            select = Sql(f"{sql} AND {CARE_DATES}", (*select.values, end, begin))
         page = self._page(select, [("number", False)], query.limit, query.after, asked.access, "rs")
         targets = dict.fromkeys(
             target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
             if target[0] in SHARED_TYPES or target[0] == "Device")
         others = [other for other in (self.find(*target) for target in targets)
-                  if other and other.owner == NOBODY and asked.access.may_see(other, "rs")]
-        page = page._replace(included=others)
-        return bundle_response(asked, page, pairs, f"Patient/{asked.id}/$everything", self.version)
+                  if other and other.owner == NOBODY and asked.access.may_see(other, "rs")
+                  and other.type in types and other.updated >= since]
+        page = page._replace(matches=[match for match in page.matches if match.type in types], included=others)
+        path = f"Patient/{asked.id}/$everything"
+        return bundle_response(asked, page, pairs, path, self.version, query.elements)
 
     def describe(self, statement: Json, secured: bool) -> None:
         """See Records."""
-        url, rest = "http://hl7.org/fhir/OperationDefinition/Patient-everything", statement["rest"][0]
-        rest["resource"] = [self._describe_type(name) for name in sorted(self.served)]
-        if self.version == "r4":
-            patient = next(kind for kind in rest["resource"] if kind["type"] == "Patient")
-            patient["operation"] = [{"name": "everything", "definition": url}]
-        else:
-            rest["operation"] = [{"name": "everything", "definition": {"reference": url}}]
+        statement["rest"][0]["resource"] = [self._describe_type(name) for name in sorted(self.served)]
+        describe_everything(statement["rest"][0], self.version)
 
     def _describe_type(self, name: str) -> Json:
         """What a CapabilityStatement says of a type. An empty list is left out (FHIR has none)."""
@@ -4609,9 +4645,7 @@ class Load:
                     continue
                 new = prepare(resource, self.version, now)
                 if type_name in SHARED_TYPES:  # whom conditional references in later documents mean
-                    self._identified.update({
-                        f"{type_name}?identifier={system}|{value}": f"{type_name}/{resource['id']}"
-                        for name, value, system, *_ in new.values if name == "identifier"})
+                    self._identified.update(dict.fromkeys(new.names(), f"{type_name}/{resource['id']}"))
                 yield new
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
@@ -5268,6 +5302,8 @@ class ForwardedRecords(Records):
                 resources.append({"type": name, "interaction": [{"code": code} for code in codes],
                                   "searchParam": parameters})
         statement["rest"][0]["resource"] = resources
+        if "everything" in elements(theirs, "rest.operation.name", "rest.resource.operation.name"):
+            describe_everything(statement["rest"][0], self.version)
         version = re.match(r"\d+(\.\d+)*", str(theirs.get("fhirVersion")))
         statement.update(resourceType=theirs["resourceType"], fhirVersion=version and version[0])
 
@@ -5320,7 +5356,6 @@ FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_
              "_revinclude", "_total")
 # These stay here: only whole resources can be judged, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
-EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "start", "end")
 OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
 PINNED_BY = {"Patient": "_id", "Coverage": "beneficiary", "AdverseEvent": "subject"}  # all others: patient
 
@@ -5568,9 +5603,7 @@ class Forwarding:
     def everything(self) -> Response:
         """Patient/[id]/$everything. It reads and searches, so each resource in it takes both letters."""
         pairs = self.request.pairs()
-        for name, _ in pairs:
-            permit(name in (*EVERYTHING_PARAMETERS, *NOT_FORWARDED, "_page"),
-                   f"{name}: expected one of {', '.join(EVERYTHING_PARAMETERS)}")
+        everything_asked(pairs)
         url = self.page_url() or f"{self.upstream.base}/Patient/{self.asked.id}/$everything"
         return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
 

@@ -600,6 +600,21 @@ class ForwardingTest(RecordTest):
 class ScopeWords(unittest.TestCase):
     """One grammar for SMART 1, SMART 2 and constraints."""
 
+    def test_hundreds_of_constraints_or_scopes_are_compared_in_no_time(self) -> None:
+        head = "patient/Observation.rs?"
+        joined = ["&".join(f"code={number}" for number in range(800)),
+                  "&".join(f"code={number},{number + 1}" for number in range(500)),
+                  "category=a&" + "&".join(f"code={number}" for number in range(700)) + "&status=final"]
+        many = " ".join(f"{head}category=a&code={number}" for number in range(170))
+        for granted, wanted in ((head + joined[0], head + joined[0]), (head + joined[1], head + joined[1]),
+                                (head + joined[0][:4000], head + joined[0]), (head + joined[2], head + joined[2]),
+                                (many, many), (many, many.replace("=a&", "=a&status=x&")[:8000])):
+            with self.subTest(granted[-30:]):
+                begun = time.process_time()
+                wanted = wanted.rpartition(" ")[0] or wanted
+                self.assertEqual(s4s.negotiate_scope(wanted, granted), wanted)
+                self.assertLess(time.process_time() - begun, 0.15)  # it was a second and more
+
     def test_what_a_scope_means(self) -> None:
         many = "patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final"
         for word, meaning in (
@@ -3201,6 +3216,21 @@ class HostileAnswers(ForwardingTest):
         [line] = log  # of the one page that showed nothing because nobody could tell
         self.assertIn("nobody can tell whose the 2 resources are", line)
 
+    def test_everything_of_a_server_behind_takes_the_same_and_the_metadata_says_so_if_it_can(self) -> None:
+        query = "_since=2026-01-01T00:00:00Z&_type=Patient,Observation&start=2020&end=2021"
+        self.read(f"Patient/{ME}/$everything?{query}")
+        self.assertEqual(self.behind.seen[-1][0], f"/fhir/Patient/{ME}/$everything?{query}")
+        self.assert_refused(f"Patient/{ME}/$everything?colour=red", 400)
+        self.read("Observation?_sort:desc=date")  # of DSTU2, and the server's to judge
+        self.assertIn("_sort:desc=date", self.behind.seen[-1][0].replace("%3A", ":"))
+        for can in (True, False):
+            operations = {"operation": [{"name": "everything", "definition": "x"}]} if can else {}
+            patient = {"type": "Patient", "interaction": [{"code": "read"}], **operations}
+            self.script("metadata", {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1",
+                                     "rest": [{"mode": "server", "resource": [patient]}]})
+            self.portal.reset()
+            self.assertEqual("_since, _type" in ask(self.portal.fhir_url + "/metadata").text, can)
+
     def test_a_clinician_sees_every_record_and_a_representative_those_of_both(self) -> None:
         token = self.issue("user/*.rs", username="clinician", patient_id=ME)
         self.assertEqual(self.read("Observation/theirs", token=token)["id"], "theirs")
@@ -4512,6 +4542,39 @@ class Searching(RecordsTest):
                 username=name, scope="user/*.rs")["access_token"]).json["total"] for name in ("clinician", "new")]
             self.assertEqual(found, [3, 0])
 
+    def steps(self, call: Callable[[], Any]) -> int:
+        """How much the database of the records does meanwhile, in thousands of its own steps."""
+        database: Any = self.portal.portal.records
+        count = itertools.count()
+        database.store.connection.set_progress_handler(lambda: next(count) < 0, 1000)
+        call()
+        database.store.connection.set_progress_handler(None, 1000)
+        return next(count)
+
+    def test_what_is_hidden_costs_a_sorted_search_no_more_than_its_number(self) -> None:
+        records, costs = s4s.EmbeddedRecords(s4s.Settings(data=["none"]), s4s.Clock()), []
+        self.addCleanup(records.close)
+        access = s4s.Access("patient/*.rs", DANIEL, labels=frozenset(["vital-signs"]))
+        with mock.patch.object(self.portal.portal, "records", records):
+            for size in (1000, 1000, 2000, 4000):  # 1,000 to 8,000 in all
+                records.load({"resourceType": "Bundle", "type": "collection", "entry": [
+                    {"resource": observation(f"{len(costs)}-{number}", effectiveDateTime=f"20{number % 90 + 10}")}
+                    for number in range(size)]})
+                query = s4s.parse_query("r4", "Observation", (("_sort", "-date"), ("_count", "9")))
+                costs.append(self.steps(lambda query=query: records.search(query, access)))  # type: ignore[misc]
+        self.assertLess(costs[3], 16 * costs[0], costs)  # to sort anew for each 500 was 64 times as much
+
+    def test_a_load_costs_no_more_for_the_references_that_wait(self) -> None:
+        costs = []
+        for _ in range(3):
+            doctors = [{"reference": f"Practitioner?identifier=http://x|{number}"} for number in range(500)]
+            self.portal.load(observation(secrets.token_hex(8), performer=doctors))
+            costs.append(self.steps(lambda: [self.portal.load(observation(f"late-{n}")) for n in range(20)]))
+        self.assertLess(costs[2], 1.5 * costs[0] + 2, costs)
+        doctor = {"resourceType": "Practitioner", "identifier": [{"system": "http://x", "value": "7"}]}
+        self.portal.load({**doctor, "id": "seven"})
+        self.assertEqual(len(self.ids("Observation?performer=Practitioner/seven")), 3)
+
     def test_a_page_is_full_though_much_of_what_matches_may_not_be_seen(self) -> None:
         token = self.portal.issue_token(scope="patient/Observation.rs?category=laboratory")["access_token"]
         pages = self.pages(f"{self.portal.fhir_url}/Observation?_count=30", token)
@@ -4664,6 +4727,42 @@ class Reading(RecordsTest):
                 walk += [entry["resource"]["id"] for entry in matches]
         self.assertGreater(len(walks[4]), 4)
         self.assertEqual(walks[1000], walks[4])
+
+    def test_everything_takes_types_a_beginning_and_what_changed_since(self) -> None:
+        who = {"reference": "Patient/e"}
+        def of(name: str, updated: str = "2020-01-01", **more: Any) -> dict[str, Any]:
+            return {"id": name, "meta": {"lastUpdated": updated + "T00:00:00Z"}, **more}
+        everything = [
+            {"resourceType": "Patient", **of("e", birthDate="1960-01-01")},
+            {"resourceType": "Practitioner", **of("dr", "2026-05-01")},
+            observation("old", "e", **of("old", effectiveDateTime="2001-05-05", valueDateTime="2021-01-01")),
+            observation("new", "e", **of("new", "2026-02-01", effectiveDateTime="2021-05-05",
+                                         performer=[{"reference": "Practitioner/dr"}])),
+            {"resourceType": "Condition", **of("long", subject=who, onsetDateTime="2001",
+                                               abatementDateTime="2030")},
+            {"resourceType": "Coverage", **of("undated", "2026-01-01", beneficiary=who)}]
+        self.portal.load({"resourceType": "Bundle", "type": "collection", "entry": [
+            {"resource": resource} for resource in everything]})
+        token = self.portal.issue_token(username="clinician", patient_id="e", scope="patient/*.rs")
+        for query, ids in (
+                ("", "e old new long undated dr"), ("_since=2026-01-01T00:00:00Z", "new undated dr"),
+                ("_since=2026-01-01T00:00:01Z", "new dr"), ("_since=2027", ""),
+                ("_type=Observation,Patient", "e old new"), ("_type=Observation&_type=Patient", "e old new"),
+                ("_type=Practitioner", "dr"), ("_type=Observation,Practitioner,Slot", "old new dr"),
+                ("_type=Slot", ""), ("start=2010-01-01", "e new long undated dr"), ("end=2001-05-05", "e old long undated"),
+                ("start=2001-05-06&end=2020", "e long undated"), ("start=2031&_type=Condition", ""),
+                ("_type=Observation&_since=2026&start=2020&end=2022&_count=1", "new"),
+                ("_type=Observation&_count=1", "old new")):
+            with self.subTest(query=query):
+                pages = self.pages(f"{self.portal.fhir_url}/Patient/e/$everything?{query}", token["access_token"])
+                self.assertEqual({entry["resource"]["id"] for page in pages for entry in page.get("entry", [])},
+                                 set(ids.split()))
+        for query, word in (("_since=soon", "_since"), ("start=x", "start"), ("end=2020-13", "end"),
+                            ("colour=red", "_type")):
+            self.refused(f"Patient/e/$everything?{query}", word, query.partition("=")[0])
+        for version in s4s.FHIR_VERSIONS:
+            with s4s.Server(fhir_version=version) as portal:
+                self.assertIn("_count, _since, _type, end, start", ask(portal.fhir_url + "/metadata").text)
 
     def test_everything_shows_only_what_the_scope_lets_read_and_search(self) -> None:
         scope = "patient/Patient.rs patient/Condition.rs patient/Observation.r patient/Organization.r"
