@@ -1972,9 +1972,9 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     need(not wanted or SCOPE_SYNTAX.fullmatch(wanted),
          "scope: expected words of ASCII, 8192 characters at most", "invalid_scope")
     with spending(portal, client, "refresh", value) as (database, row):
-        granted = row["scope"]
-        others = [word for word in dict.fromkeys(wanted.split()) if not scope_covers(granted, word)]
-        need(not others, f"scope: {' '.join(others)!r} was not granted; granted is {granted!r}", "invalid_scope")
+        for word in dict.fromkeys(wanted.split()):
+            need(scope_covers(row["scope"], word),
+                 f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
         need(scope, f"scope {wanted!r}: nothing of it can be granted", "invalid_scope")
         answer = issue_tokens(database, row, scope, portal.clock.now(), True)
@@ -3073,7 +3073,7 @@ def constraints_cover(wide: Sequence[tuple[str, str]], narrow: Sequence[tuple[st
     """
     if set(wide) <= set(narrow):
         return True
-    found: dict[tuple[str, str], set[frozenset[str]]] = {}  # by one of its values: it must be in `wide` too
+    found: dict[tuple[str, str], set[frozenset[str]]] = {}  # by one of the values: `wide` must have it too
     for name, values in narrow:
         fewer = frozenset(_COMMA.split(values))
         found.setdefault((name, min(fewer)), set()).add(fewer)
@@ -3937,25 +3937,28 @@ CARE_DATES = """coalesce((SELECT min(first) < ? AND max(last) > ? FROM search_va
     AND first < last AND parameter NOT IN ('birthdate', 'death-date', 'value-date')), 1)"""
 
 
-def everything_asked(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """What $everything is asked for, "" for what isn't; FhirError for what it does not take."""
-    given = dict.fromkeys(EVERYTHING_PARAMETERS, "")
+def everything_asked(pairs: Sequence[tuple[str, str]]) -> tuple[set[str], dict[str, tuple[float, float]]]:
+    """The types and the times that $everything is asked for; FhirError for what it does not take."""
+    types, times = set[str](), dict[str, tuple[float, float]]()
     for name, text in pairs:
-        _check(name in given or name in ("_page", *NOT_FORWARDED), f"{name}: unknown parameter of $everything; "
-               f"known are {', '.join(EVERYTHING_PARAMETERS)}", "not-supported")
-        given[name] = f"{given[name]},{text}" if name == "_type" and given[name] else text
-    return given
+        if name in ("_since", "start", "end"):
+            times[name] = _span_asked(name, text)
+        elif name == "_type":
+            types.update(filter(None, text.split(",")))
+        else:
+            _check(name in ("_count", "_page", *NOT_FORWARDED), f"{name}: unknown parameter of $everything; "
+                   f"known are {', '.join(EVERYTHING_PARAMETERS)}", "not-supported")
+    return types, times
 
 
 def describe_everything(rest: Json, version: str) -> None:
     """Name $everything in a CapabilityStatement, with what it takes."""
     url = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
-    takes = f"Patient/[id]/$everything takes {', '.join(EVERYTHING_PARAMETERS)}"
+    rest["documentation"] = f"Patient/[id]/$everything takes {', '.join(EVERYTHING_PARAMETERS)}"
     if version != "r4":
-        rest.update(operation=[{"name": "everything", "definition": {"reference": url}}], documentation=takes)
-        return
-    for patient in (kind for kind in rest["resource"] if kind["type"] == "Patient"):
-        patient["operation"] = [{"name": "everything", "definition": url, "documentation": takes}]
+        rest["operation"] = [{"name": "everything", "definition": {"reference": url}}]
+    for patient in (kind for kind in rest["resource"] if version == "r4" and kind["type"] == "Patient"):
+        patient["operation"] = [{"name": "everything", "definition": url}]
 
 
 def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
@@ -4059,7 +4062,8 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
         raise PortalError("invalid_request", f"can't be written as JSON: {error}")
     row = (resource["resourceType"], resource["id"], owner(resource), " ".join(categories(resource)),
            updated, meta["versionId"], text)
-    return Prepared(resource, row, search_values(resource, version), set(map(unquote, _OPEN_IN_JSON.findall(text))), given)
+    unresolved = set(map(unquote, _OPEN_IN_JSON.findall(text)))
+    return Prepared(resource, row, search_values(resource, version), unresolved, given)
 
 
 def _erase(database: sqlite3.Connection, number: int) -> None:
@@ -4526,19 +4530,16 @@ class EmbeddedRecords(Records):
         """A page of a patient's compartment, and what it refers to that is nobody's; all of it judged."""
         self.visible(asked)
         pairs = asked.request.pairs()
-        given = everything_asked(pairs)
-        query = parse_query(self.version, "Patient", (
-            ("_count", "1000"), *(pair for pair in pairs if pair[0] not in ("_since", "_type", "start", "end"))))
-        types = set(given["_type"].split(",")) if given["_type"] else set(self.served)
+        asked_types, times = everything_asked(pairs)
+        shown = [pair for pair in pairs if pair[0] not in ("_since", "_type", "start", "end")]
+        query = parse_query(self.version, "Patient", (("_count", "1000"), *shown))
+        types, ever = asked_types or set(self.served), (-_EVER, _EVER)
         # What is nobody's is found by what refers to it, of whatever type that is.
         looked_at = set(self.served) if types & {"Device", *SHARED_TYPES} else types & self.served.keys()
-        since = _span_asked("_since", given["_since"])[0] if given["_since"] else 0
-        sql = f"SELECT * FROM resources r WHERE type IN ({_marks(looked_at)}) AND patient_id = ? AND updated >= ?"
-        select = Sql(sql, (*looked_at, asked.id, since))
-        if given["start"] or given["end"]:
-            begin = _span_asked("start", given["start"])[0] if given["start"] else -_EVER
-            end = _span_asked("end", given["end"])[1] if given["end"] else _EVER
-            select = Sql(f"{sql} AND {CARE_DATES}", (*select.values, end, begin))
+        since, start = times.get("_since", ever)[0], times.get("start", ever)[0]
+        sql = (f"SELECT * FROM resources r WHERE type IN ({_marks(looked_at)}) AND patient_id = ? "
+               f"AND updated >= ? AND {CARE_DATES}")
+        select = Sql(sql, (*looked_at, asked.id, since, times.get("end", ever)[1], start))
         page = self._page(select, [("number", False)], query.limit, query.after, asked.access, "rs")
         targets = dict.fromkeys(
             target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
@@ -4546,7 +4547,8 @@ class EmbeddedRecords(Records):
         others = [other for other in (self.find(*target) for target in targets)
                   if other and other.owner == NOBODY and asked.access.may_see(other, "rs")
                   and other.type in types and other.updated >= since]
-        page = page._replace(matches=[match for match in page.matches if match.type in types], included=others)
+        matches = [match for match in page.matches if match.type in types]
+        page = page._replace(matches=matches, included=others)
         path = f"Patient/{asked.id}/$everything"
         return bundle_response(asked, page, pairs, path, self.version, query.elements)
 
@@ -4683,8 +4685,8 @@ class Load:
         _write(self.database, number, new)
 
     def resolve(self, new: Sequence[Prepared] | None = None) -> None:
-        """Make references that were open when their resource was written Type/id, where that is known now: all
-        of them, or those in `new` resources and those that call one of these by its names."""
+        """Make references that were open when their resource was written Type/id, where that is known now:
+        all, or those in `new` resources and those that call one of these by a name."""
         names: dict[str, str | None] = {}
         sql = "SELECT unresolved.number, reference FROM unresolved"
         if new is None:
@@ -4692,7 +4694,7 @@ class Load:
         else:
             own = f"{sql} JOIN resources USING (number) WHERE type = ? AND id = ?"
             asked = [(own, resource.row[:2]) for resource in new if resource.unresolved]
-            asked += [(f"{sql} WHERE reference = ?", (name,)) for resource in new for name in resource.names()]
+            asked += [(f"{sql} WHERE reference = ?", (name,)) for given in new for name in given.names()]
             waiting = [row for query in asked for row in self.database.execute(*query)]
         known = [number for number, reference in waiting if self.resolve_reference(reference, names)]
         for number in dict.fromkeys(known):
