@@ -416,27 +416,13 @@ def scope_covers(registered: str, word: str) -> bool:
     """
     wanted = parse_scope(word)
     if wanted:
-        kept, whose = _scopes_by_value(registered), wanted.context
+        kept, whose = scopes_by_value(registered), wanted.context
         places = [("", ""), *((name, min(_COMMA.split(values))) for name, values in wanted.constraints)]
         return any(scope.covers(wanted) for type_name in (wanted.type, "*") for place in places
                    for scope in kept.get((whose, type_name, *place), ()))
     # Whoever may let the person choose a record may also be told which is open.
     wider = {"launch": "launch/patient", "profile": "fhirUser"}.get(word, word)
     return not {word, wider}.isdisjoint(registered.split())
-
-
-@functools.lru_cache(16)
-def _scopes_by_value(scope: str) -> dict[tuple[str, ...], list[ResourceScope]]:
-    """The resource scopes within a scope string by context, type, and each value that their rarest constraint
-    takes: of hundreds that may stand there, those that could cover another are found at once."""
-    kept: dict[tuple[str, ...], list[ResourceScope]] = {}
-    scopes = resource_scopes(scope)
-    counts = collections.Counter(pair for parsed in scopes for pair in parsed.constraints)
-    for parsed in scopes:
-        name, values = min(parsed.constraints, key=counts.__getitem__, default=("", ""))
-        for value in _COMMA.split(values):
-            kept.setdefault((parsed.context, parsed.type, name, value), []).append(parsed)
-    return kept
 
 
 def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
@@ -3081,6 +3067,20 @@ def constraints_cover(wide: Sequence[tuple[str, str]], narrow: Sequence[tuple[st
                for name, more in ((name, frozenset(_COMMA.split(values))) for name, values in wide))
 
 
+@functools.lru_cache(16)
+def scopes_by_value(scope: str) -> dict[tuple[str, ...], list[ResourceScope]]:
+    """The resource scopes within a scope string by context, type, and each value that their rarest constraint
+    takes: of hundreds that may stand there, those that could cover another are found at once."""
+    kept: dict[tuple[str, ...], list[ResourceScope]] = {}
+    scopes = resource_scopes(scope)
+    counts = collections.Counter(pair for parsed in scopes for pair in parsed.constraints)
+    for parsed in scopes:
+        name, values = min(parsed.constraints, key=counts.__getitem__, default=("", ""))
+        for value in _COMMA.split(values):
+            kept.setdefault((parsed.context, parsed.type, name, value), []).append(parsed)
+    return kept
+
+
 def check_constraints(portal: Portal, granted: str) -> None:
     """Each constraint is a search parameter of the records' version, with a value it takes; else PortalError.
     Any other would find nothing, and would put words of the app's choice before the person who decides."""
@@ -3150,14 +3150,16 @@ CarePlan | owner: patient, subject | token: identifier stu3 r4, category stu3 r4
 CareTeam stu3 r4 | owner: patient, subject | token: identifier, category, status, role=participant.role r4
     | date: date=period | reference: participant=participant.member, encounter=encounter+context, context stu3
 ChargeItem stu3 r4 | owner: patient, subject | token: identifier, code | date: occurrence=occurrence[x]
+    | reference: context
 Claim | owner: patient | token: identifier, use, status r4 | date: created stu3 r4
     | reference: encounter=item.encounter stu3 r4
 ClaimResponse stu3 r4 | owner: patient | token: identifier, outcome | date: created | reference: request
-ClinicalImpression | owner: patient, subject stu3 r4 | token: status | date: date | reference: assessor
+ClinicalImpression | owner: patient, subject stu3 r4 | token: status | date: date | reference: assessor,
+    context stu3, encounter r4
 Communication | owner: patient, subject | token: identifier, status, category, medium | date: received, sent
     | reference: sender, recipient, encounter=encounter+context, context stu3, based-on stu3 r4
 CommunicationRequest | owner: patient, subject | token: identifier, status, category | reference: sender,
-    recipient, encounter=encounter+context | date: requested=requestedOn dstu2, authored=authoredOn stu3 r4
+    recipient, encounter=encounter+context, context stu3 | date: requested=requestedOn dstu2, authored=authoredOn stu3 r4
 Composition | owner: patient, subject | token: identifier, status, type, class dstu2 stu3, category r4
     | date: date, period=event.period | reference: author, encounter, entry=section.entry | string: title
 Condition | owner: patient, subject stu3 r4 | token: identifier, category, code, severity,
@@ -3264,12 +3266,14 @@ Provenance | owner: patient | token: agent-role=agent.role stu3 r4, agent-type=a
 QuestionnaireResponse | owner: patient, subject | token: status, identifier stu3 r4 | date: authored
     | reference: questionnaire, author, source, encounter dstu2 r4, context stu3
 ReferralRequest dstu2 stu3 | owner: patient, subject stu3 | token: status, type, priority, specialty
-    | date: date dstu2, authored-on stu3
+    | date: date dstu2, authored-on stu3 | reference: encounter=context stu3, context stu3
 RelatedPerson | owner: patient | token: identifier, gender, phone=telecom, email=telecom
     | date: birthdate=birthDate | string: name
 RequestGroup stu3 r4 | owner: patient, subject | token: identifier, status, intent | date: authored=authoredOn
+    | reference: encounter=encounter+context, context stu3
 ResearchSubject stu3 r4 | owner: patient, individual | token: identifier, status | date: date=period
 RiskAssessment | owner: patient, subject | token: identifier | date: date=date+occurrence[x]
+    | reference: encounter=encounter+context
 Sequence stu3 | owner: patient | token: identifier, type
 ServiceRequest r4 | owner: patient, subject | token: identifier, category, code, intent, status
     | date: authored=authoredOn, occurrence=occurrence[x] | reference: encounter, requester
@@ -3280,6 +3284,7 @@ Task stu3 r4 | owner: patient, subject | token: identifier, status, intent, code
     performer=performerType | date: authored-on, modified=lastModified, period=executionPeriod | reference:
     owner, focus, based-on, part-of, requester=requester+requester.agent, context stu3, encounter r4
 VisionPrescription | owner: patient | token: identifier, status r4 | date: datewritten=dateWritten
+    | reference: encounter
 """
 # The types that reference parameters lead to: what _include, _revinclude and modifiers can name.
 REFERENCE_TARGETS = {name: types.split() for types, names in {
@@ -3934,7 +3939,8 @@ EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "end", "start")  # FHIR, P
 # Whether what happened to the patient, from a resource's first date to its last, falls between start and end.
 # What has no such date always does.
 CARE_DATES = """coalesce((SELECT min(first) < ? AND max(last) > ? FROM search_values WHERE number = r.number
-    AND first < last AND parameter NOT IN ('birthdate', 'death-date', 'value-date')), 1)"""
+    AND first < last AND parameter NOT IN ('birthdate', 'deathdate', 'death-date', 'value-date',
+    'value-quantity', 'component-value-quantity')), 1)"""
 
 
 def everything_asked(pairs: Sequence[tuple[str, str]]) -> tuple[set[str], dict[str, tuple[float, float]]]:
