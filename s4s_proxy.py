@@ -3159,7 +3159,8 @@ ClinicalImpression | owner: patient, subject stu3 r4 | token: status | date: dat
 Communication | owner: patient, subject | token: identifier, status, category, medium | date: received, sent
     | reference: sender, recipient, encounter=encounter+context, context stu3, based-on stu3 r4
 CommunicationRequest | owner: patient, subject | token: identifier, status, category | reference: sender,
-    recipient, encounter=encounter+context, context stu3 | date: requested=requestedOn dstu2, authored=authoredOn stu3 r4
+    recipient, encounter=encounter+context, context stu3
+    | date: requested=requestedOn dstu2, authored=authoredOn stu3 r4
 Composition | owner: patient, subject | token: identifier, status, type, class dstu2 stu3, category r4
     | date: date, period=event.period | reference: author, encounter, entry=section.entry | string: title
 Condition | owner: patient, subject stu3 r4 | token: identifier, category, code, severity,
