@@ -4032,7 +4032,10 @@ def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False)
 _RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})"')
-_OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|[A-Z][A-Za-z]+\?)[^"]+)"')
+# What may mean something that is loaded later: references, and the addresses of attachments.
+_OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|https?:|[A-Z][A-Za-z]+\?)[^"]+)"')
+_BINARY_IN_JSON = re.compile(rf'"url":"(https?:[^"]+/Binary/{_ID}(?:/_history/{_ID})?)"')
+_ABSOLUTE = re.compile(rf"(?:https?://.+|\.\.\.)/([A-Z][A-Za-z]+)/({_ID})(?:/_history/{_ID})?")
 
 
 class Prepared(NamedTuple):
@@ -4046,7 +4049,7 @@ class Prepared(NamedTuple):
     def names(self) -> list[str]:
         """What references that are no Type/id may call it."""
         type_name, key = self.row[:2]
-        return [f"urn:uuid:{key}", f"urn:oid:{key}", f"{type_name}?_id={key}",
+        return [f".../{type_name}/{key}", f"urn:uuid:{key}", f"urn:oid:{key}", f"{type_name}?_id={key}",
                 *(f"{type_name}?identifier={system}|{value}" for name, value, system, *_ in self.values
                   if name == "identifier")]
 
@@ -4057,11 +4060,13 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     need(isinstance(given, dict), "meta: expected an object")
     meta = {"versionId": "1", "lastUpdated": now, **given}
     resource = {**resource, "meta": meta}
+    for name, key in (("id", resource["id"]), ("meta.versionId", meta["versionId"])):
+        if not isinstance(key, str) or not FHIR_ID.fullmatch(key):
+            must(False, name, "a string of 1 to 64 of A-Z a-z 0-9 - .", key)
     try:
         updated = date_range(meta["lastUpdated"])[0]
-        need(FHIR_ID.fullmatch(meta["versionId"]), "meta: versionId is no id")
-    except (ValueError, TypeError) as error:
-        raise PortalError("invalid_request", f"meta: {error}")
+    except (ValueError, TypeError):
+        must(False, "meta.lastUpdated", "a time such as 2026-01-31T12:00:00Z", meta["lastUpdated"])
     try:
         text = _ENCODER.encode(resource)
         text.encode("utf-8")
@@ -4069,8 +4074,22 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
         raise PortalError("invalid_request", f"can't be written as JSON: {error}")
     row = (resource["resourceType"], resource["id"], owner(resource), " ".join(categories(resource)),
            updated, meta["versionId"], text)
-    unresolved = set(map(unquote, _OPEN_IN_JSON.findall(text)))
-    return Prepared(resource, row, search_values(resource, version), unresolved, given)
+    return Prepared(resource, row, search_values(resource, version), _waits_for(text, version), given)
+
+
+def _waits_for(text: str, version: str) -> set[str]:
+    """The references in a resource's JSON that are no Type/id yet. Of an absolute one the end counts, whichever
+    server's it is."""
+    references, waiting = _OPEN_IN_JSON.findall(text), set()
+    if "/Binary/" in text:
+        references += _BINARY_IN_JSON.findall(text)
+    for reference in references:
+        match = _ABSOLUTE.fullmatch(reference)
+        if match and match[1] in search_table(version):
+            waiting.add(f".../{match[1]}/{match[2]}")
+        elif not reference.startswith("http"):
+            waiting.add(unquote(reference))
+    return waiting
 
 
 def _erase(database: sqlite3.Connection, number: int) -> None:
@@ -4122,7 +4141,7 @@ def place_provenances(database: sqlite3.Connection, numbers: Iterable[int] | Non
             database.execute("UPDATE resources SET patient_id = ? WHERE number = ?", (whose, number))
 
 
-Document = tuple[Json, list[Json]]  # a JSON object, and those within it that may refer to something
+Document = tuple[Any, list[Json]]  # a JSON value, and the objects within it that may refer to something
 
 
 def parse_document(given: bytes | Json) -> Document:
@@ -4134,30 +4153,36 @@ def parse_document(given: bytes | Json) -> Document:
             pointers.append(inner)
         return inner
     try:
-        text = json.dumps(given) if isinstance(given, dict) else given.decode("utf-8-sig")
-        value = json.loads(text, object_hook=notice)
-    except (ValueError, TypeError, RecursionError) as error:
+        text = given.decode("utf-8-sig") if isinstance(given, bytes) else json.dumps(given)
+        return json.loads(text, object_hook=notice), pointers
+    except RecursionError:
+        raise PortalError("invalid_request", "the JSON nests too deep")
+    except (ValueError, TypeError) as error:
         raise PortalError("invalid_request", f"not JSON: {error}")
-    need(isinstance(value, dict), f"a JSON {type(value).__name__}: expected a FHIR resource or Bundle")
-    return value, pointers
 
 
-def unbundle(document: Json) -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
+def unbundle(document: Any, at: str = "") -> tuple[list[tuple[str, Json]], dict[str, str | None]]:
     """The resources of a document with their places in it, and what their fullUrls mean: Type/id."""
-    if document.get("resourceType") != "Bundle":
-        return [("", _with_id(document, {}, ""))], {}
-    entries = document.get("entry", [])
-    need(isinstance(entries, list) and document.get("type") != "history",
-         "Bundle: expected a transaction, batch, collection or searchset, with an array of entries")
     resources: list[tuple[str, Json]] = []
     names: dict[str, str | None] = {}
+    if isinstance(document, list):  # of resources, of Bundles
+        for place, item in enumerate(document):
+            inner, meanings = unbundle(item, f"[{place}]: ")
+            resources += inner
+            names.update(meanings)
+        return resources, names
+    if not isinstance(document, dict) or document.get("resourceType") != "Bundle":
+        return [(at, _with_id(document, {}, at))], {}
+    entries = document.get("entry", [])
+    need(isinstance(entries, list) and document.get("type") != "history",
+         f"{at}Bundle: expected a transaction, batch, collection or searchset, with an array of entries")
     for place, entry in enumerate(entries):
-        where = f"Bundle.entry[{place}]"
+        where = f"{at}Bundle.entry[{place}]"
         need(isinstance(entry, dict), f"{where}: expected an object")
         if "resource" in entry:  # a batch's GET and DELETE have none
             resource = _with_id(entry["resource"], entry, f"{where}.resource: ")
             resources.append((f"{where}.resource ({resource['resourceType']}): ", resource))
-            if isinstance(entry.get("fullUrl"), str):
+            if id_of(resource) and isinstance(entry.get("fullUrl"), str):
                 names[entry["fullUrl"]] = f"{resource['resourceType']}/{resource['id']}"
     return resources, names
 
@@ -4174,7 +4199,6 @@ def _with_id(resource: Any, entry: Json, where: str) -> Json:
             key = key or (match and match[1])
         key = key or hashlib.sha256(json.dumps(resource, sort_keys=True).encode()).hexdigest()[:32]
         resource = {**resource, "id": key}
-    need(id_of(resource), f"{where}id {key!r}: expected 1 to 64 of A-Z a-z 0-9 - .")
     return cast(Json, resource)
 
 
@@ -4192,25 +4216,31 @@ class Source(NamedTuple):
     path: str
     size: int
     given: Json | None = None
+    is_chosen: bool = True  # and not merely found in a folder, among what tools leave there
 
     def documents(self) -> Iterator[tuple[str, Document, int]]:
-        """The JSON texts in it, one a line or one in all, each with its place and the bytes read by then. No
-        more than a line of a file is in memory."""
+        """The JSON texts in it, each with its place and the bytes read by then. They are one a line where the
+        file's name says NDJSON, or the first line with anything in it is JSON by itself; else one in all. No
+        more than a line of NDJSON is in memory."""
         if self.given is not None:
             yield "", parse_document(self.given), self.size
             return
         import gzip  # only where it is needed: it takes long
         with open(self.path, "rb") as raw, gzip.open(raw) if self.path.endswith(".gz") else raw as stream:
-            for number, line in enumerate(itertools.chain([stream.readline()], stream), 1):
+            has_lines = bool(re.search(r"\.(ndjson|jsonl)(\.gz)?$", self.path))
+            for number, line in enumerate(itertools.chain([b""], stream)):
+                if not line.strip():
+                    continue
                 try:
                     document = parse_document(line)
                 except PortalError as error:
-                    if number == 1:  # one text over many lines
-                        yield "", parse_document(line + stream.read()), self.size
-                    elif line.strip():
+                    if has_lines:
                         raise PortalError(error.error, f"line {number}: {error.description}")
-                else:
-                    yield f"line {number}: ", document, raw.tell()
+                    break
+                has_lines = True
+                yield f"line {number}: ", document, raw.tell()
+            if not has_lines:  # one text over many lines
+                yield "", parse_document(b"\n" * (number - 1) + line + stream.read()), self.size
 
 
 def sources(data: Any) -> list[Source]:
@@ -4220,18 +4250,32 @@ def sources(data: Any) -> list[Source]:
     if not isinstance(data, (str, os.PathLike)):
         raise StartError(f"data {data!r}: expected a path, or a resource or Bundle as a dict")
     path = os.fspath(data)
-    files = [path]
     try:
-        if os.path.isdir(path):
-            files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
-                     if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
-            # swapcase: Synthea's hospitalInformation and practitionerInformation before what refers to them
-            files.sort(key=str.swapcase)
-        if files:
-            return [Source(name, os.stat(name).st_size) for name in files]
+        if not os.path.isdir(path):
+            return [Source(path, os.stat(path).st_size)]
+        files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
+                 if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
+        files.sort(key=_load_order)
+        hidden = {name for name in files if re.search(r"(^|[/\\])\.", os.path.relpath(name, path))}
+        if files:  # a hidden one is not opened: as if nothing were in it
+            return [Source(name, 0, {}, False) if name in hidden else
+                    Source(name, os.stat(name).st_size, None, False) for name in files]
     except OSError as error:
         raise StartError(f"--data {path}: {error.strerror}; name a file or folder that can be read")
     raise StartError(f"--data {path}: no .json, .ndjson or .jsonl file (or .gz of one) in this folder")
+
+
+def _load_order(path: str) -> tuple[int, str]:
+    """Files that others refer to come first: what refers to something not there yet is written twice. So do
+    Synthea's hospitalInformation and practitionerInformation, by swapcase."""
+    first, name = ("Organization", "Location", "Practitioner", "Patient", "Encounter"), os.path.basename(path)
+    return next((place for place, type_name in enumerate(first) if type_name in name), 9), path.swapcase()
+
+
+def says_it_is_fhir(value: Any) -> bool:
+    """Whether a JSON value, or the first in an array, has a resourceType."""
+    first = value[0] if isinstance(value, list) and value else value
+    return first == [] or (isinstance(first, dict) and "resourceType" in first)
 
 
 class Progress:
@@ -4392,7 +4436,7 @@ class EmbeddedRecords(Records):
         total = len(page.matches) if query.total and not page.hidden and not access.narrowed else None
         if total is not None and (not query.limit or page.next or query.after):  # this page is not all
             sql = f"SELECT count(*) FROM resources r WHERE {where.sql}"
-            total = self.store.rows(sql, *where.values)[0][0]
+            total = self._filled().rows(sql, *where.values)[0][0]
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def _page(self, select: Sql, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
@@ -4598,6 +4642,13 @@ class EmbeddedRecords(Records):
         self.store.close()
 
 
+# By type, what came after a number and is in no known patient's record. (A Binary is where its document is.)
+OUT_OF_REACH = """SELECT type, count(*) FROM resources r WHERE number > ? AND patient_id != ''
+    AND NOT EXISTS (SELECT 1 FROM resources WHERE type = 'Patient' AND id = r.patient_id)
+    AND NOT (type = 'Binary' AND EXISTS (SELECT 1 FROM search_values
+        WHERE parameter = '_attachment' AND value = r.id AND system = 'Binary')) GROUP BY type"""
+
+
 class Load:
     """Resources on their way into the records; what comes `later` than the start, reset takes back. `put` and
     `resolve` are called within a transaction."""
@@ -4606,6 +4657,7 @@ class Load:
         self.version, self.served, self.clock = records.version, records.served, records.clock
         self.skipped: collections.Counter[str] = collections.Counter()  # types that aren't served
         self.written: list[int] = []  # the numbers of what came later than the start
+        self.left_out: set[str] = set()  # files of folders that hold something else than FHIR
         self._indexed = True
         self._identified: dict[str, str] = {}  # Practitioner?identifier=system|value -> Practitioner/id
 
@@ -4635,7 +4687,10 @@ class Load:
         try:
             for place, document, read in source.documents():
                 progress.at(begin + read)
-                self.put(self.prepared(document, place))
+                if source.is_chosen or says_it_is_fhir(document[0]):
+                    self.put(self.prepared(document, place))
+                else:
+                    self.left_out.add(source.path)
             return ""
         except (PortalError, OSError, EOFError, zlib.error) as error:
             reason = error.description if isinstance(error, PortalError) else error
@@ -4650,11 +4705,12 @@ class Load:
             resources, names = unbundle(document[0])
             self._point(document[1], names)
             for where, resource in resources:
-                check_version(resource, self.version)
                 type_name = resource["resourceType"]
                 if type_name not in self.served:
+                    check_version({"resourceType": type_name}, self.version)  # nothing else of it is judged
                     self.skipped[type_name] += 1
                     continue
+                check_version(resource, self.version)
                 new = prepare(resource, self.version, now)
                 if type_name in SHARED_TYPES:  # whom conditional references in later documents mean
                     self._identified.update(dict.fromkeys(new.names(), f"{type_name}/{resource['id']}"))
@@ -4697,29 +4753,39 @@ class Load:
     def resolve(self, new: Sequence[Prepared] | None = None) -> None:
         """Make references that were open when their resource was written Type/id, where that is known now:
         all, or those in `new` resources and those that call one of these by a name."""
-        names: dict[str, str | None] = {}
-        sql = "SELECT unresolved.number, reference FROM unresolved"
         if new is None:
-            waiting = self.database.execute(sql).fetchall()
-        else:
-            own = f"{sql} JOIN resources USING (number) WHERE type = ? AND id = ?"
-            asked = [(own, resource.row[:2]) for resource in new if resource.unresolved]
-            asked += [(f"{sql} WHERE reference = ?", (name,)) for given in new for name in given.names()]
-            waiting = [row for query in asked for row in self.database.execute(*query)]
-        known = [number for number, reference in waiting if self.resolve_reference(reference, names)]
-        for number in dict.fromkeys(known):
-            sql = "SELECT json FROM resources WHERE number = ?"
-            (text,) = self.database.execute(sql, (number,)).fetchone()
-            resource, pointers = parse_document(text.encode())
-            self._point(pointers, names)
-            self._replace(number, text, prepare(resource, self.version))
+            last = -1
+            some = "SELECT DISTINCT number FROM unresolved WHERE number > ? ORDER BY number LIMIT 1000"
+            while numbers := [number for (number,) in self.database.execute(some, (last,))]:
+                self._resolve(numbers)
+                last = numbers[-1]
+            return
+        sql = "SELECT number FROM unresolved"
+        asked = [(f"{sql} JOIN resources USING (number) WHERE type = ? AND id = ?", resource.row[:2])
+                 for resource in new if resource.unresolved]
+        asked += [(f"{sql} WHERE reference = ?", (name,)) for resource in new for name in resource.names()]
+        self._resolve(dict.fromkeys(number for query in asked for (number,) in self.database.execute(*query)))
+
+    def _resolve(self, numbers: Iterable[int]) -> None:
+        names: dict[str, str | None] = {}
+        for number in numbers:
+            waiting = self.database.execute("SELECT reference FROM unresolved WHERE number = ?", (number,))
+            if any([self.resolve_reference(reference, names) for (reference,) in waiting.fetchall()]):
+                sql = "SELECT json FROM resources WHERE number = ?"
+                (text,) = self.database.execute(sql, (number,)).fetchone()
+                resource, pointers = parse_document(text.encode())
+                self._point(pointers, names)
+                self._replace(number, text, prepare(resource, self.version))
 
     def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
         """Make references, and addresses of attachments, say Type/id where that is what they mean."""
         for pointer in pointers:
             for key in ("reference", "url"):
                 text = pointer.get(key)
-                if isinstance(text, str) and (text in names or text.startswith("urn:") or "?" in text):
+                if not isinstance(text, str) or (
+                        key == "url" and text.startswith("http") and "/Binary/" not in text):
+                    continue  # such as a Questionnaire's url: its own name, not an address
+                if text in names or text.startswith(("urn:", "http")) or "?" in text:
                     pointer[key] = self.resolve_reference(text, names) or text
 
     def resolve_reference(self, reference: str, names: dict[str, str | None]) -> str | None:
@@ -4727,15 +4793,19 @@ class Load:
         mean, and what was looked up before), else by what is in the records."""
         if reference in self._identified:
             return self._identified[reference]
-        if reference not in names and self._indexed:
+        if reference not in names and (self._indexed or _ABSOLUTE.fullmatch(reference)):
             rows = self._meant_by(reference)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
         return names.get(reference)
 
     def _meant_by(self, reference: str) -> Sequence[Row]:
-        """What Type?search finds, which must be one (FHIR, transaction), or what has urn:uuid:'s id."""
+        """What Type?search finds, which must be one (FHIR, transaction), what has urn:uuid:'s id, or what an
+        absolute reference names: all that is loaded is one server's, whatever its name."""
         type_name, conditional, search = reference.partition("?")
         select = "SELECT type, id FROM resources r WHERE"
+        absolute = _ABSOLUTE.fullmatch(reference)
+        if absolute:
+            return self.store.rows(f"{select} type = ? AND id = ?", *absolute.groups())
         if reference.startswith("urn:"):
             return self.store.rows(f"{select} type IN ({_marks(self.served)}) AND id = ?",
                                    *self.served, reference.rpartition(":")[2])
@@ -4747,10 +4817,17 @@ class Load:
         return ()
 
     def warnings(self, before: int) -> Iterator[str]:
-        """What was left out, and which references of what came after number `before` lead nowhere."""
-        if self.skipped:
-            yield (f"{sum(self.skipped.values())} resources of types that are not served were left out: "
-                   + ", ".join(f"{name} ({count})" for name, count in sorted(self.skipped.items())))
+        """What was left out, and of what came after number `before`: what no patient's token will read, and
+        which references lead nowhere."""
+        if self.left_out:
+            yield (f"{len(self.left_out)} files were left out, hidden in a folder or without a resourceType, "
+                   f"such as {min(self.left_out)}")
+        unread = {row[0]: row[1] for row in self.store.rows(OUT_OF_REACH, before)}
+        for what, counts in (("of types that are not served were left out", self.skipped),
+                             ("belong to no patient who is known", unread)):
+            if counts:
+                yield (f"{sum(counts.values())} resources {what}: "
+                       + ", ".join(f"{name} ({count})" for name, count in sorted(counts.items())))
         count, example = self.store.rows(
             "SELECT count(*), min(reference) FROM (SELECT reference FROM unresolved UNION ALL "
             "SELECT system || '/' || value FROM search_values WHERE number > ? AND parameter != '_attachment'"

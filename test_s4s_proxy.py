@@ -4951,6 +4951,99 @@ class LoadingRecords(unittest.TestCase):
         self.assertEqual(len(self.read(records, "Patient/a")["generalPractitioner"]), 3)
         self.assertEqual([warning[:12] for warning in records.warnings], ["3 references"])
 
+    def test_absolute_references_mean_what_was_loaded_from_whichever_file_and_in_any_order(self) -> None:
+        base, person = "https://ehr.example/fhir", {"resourceType": "Patient", "id": "p1"}
+        document = {"resourceType": "DocumentReference", "id": "d", "subject": {
+            "reference": f"{base}/Patient/p1"}, "content": [{"attachment": {"url": f"{base}/Binary/b"}}]}
+        binary, pages = {"resourceType": "Binary", "id": "b"}, []
+        for ending in ("", "/_history/2"):
+            goal = {"resourceType": "Goal", "id": "g", "subject": {"reference": f"{base}/Patient/p1{ending}"}}
+            pages.append((goal, person, document, binary))
+        for version, resources in itertools.product(("r4", "stu3", "dstu2"), pages):
+            whole = self.bundle(*({"fullUrl": f"{base}/{one['resourceType']}/{one['id']}", "resource": one}
+                                  for one in resources), kind="searchset")
+            apart = [self.bundle(*whole["entry"][place:place + 1]) for place in range(4)]
+            files = [self.file(f"{version}/{one['resourceType']}.ndjson", json.dumps(one))
+                     for one in resources]
+            for data in ([whole], apart, apart[::-1], files, files[::-1], [str(self.folder / version)]):
+                with self.subTest(version=version, data=data), \
+                        s4s.Server(data=["none", *data], fhir_version=version) as portal:
+                    got = ask(f"{portal.fhir_url}/Goal?patient=p1",
+                              token=portal.issue_token(username="p1", scope="patient/*.rs")["access_token"])
+                    self.assertEqual(got.json["entry"][0]["resource"]["subject"]["reference"], "Patient/p1")
+                    records: Any = portal.portal.records
+                    self.assertEqual([pointing.id for pointing in records.pointing_to("b")], ["d"])
+                    self.assertEqual(records.warnings, [])
+
+    def test_absolute_references_to_what_was_not_loaded_and_canonical_urls_stay(self) -> None:
+        theirs = [{"reference": f"https://other.example/{name}"} for name in ("Practitioner/d", "Fax/1")]
+        named = [{"url": "https://ehr.example/Patient/a", "valueCode": "x"}]
+        records = self.records(self.patient("a", generalPractitioner=theirs, extension=named))
+        self.assertEqual(self.read(records, "Patient/a")["extension"], named)
+        self.assertEqual(self.read(records, "Patient/a")["generalPractitioner"], theirs)
+        self.assertEqual([warning[:12] for warning in records.warnings], ["1 references"])
+        records.load(self.doctor("d"))
+        doctors = [{"reference": "Practitioner/d"}, theirs[1]]
+        self.assertEqual(self.read(records, "Patient/a")["generalPractitioner"], doctors)
+
+    def test_what_is_in_no_known_patients_record_is_counted_by_type(self) -> None:
+        for version in ("r4", "stu3", "dstu2"):
+            document = {"resourceType": "DocumentReference", "subject": {"reference": "Patient/a"},
+                        "content": [{"attachment": {"url": "Binary/b"}}]}
+            records = self.records(
+                {"resourceType": "Patient", "id": "a"}, {"resourceType": "Goal"},
+                {"resourceType": "Goal", "id": "2"},
+                {"resourceType": "Observation", "subject": {"reference": "Patient/stranger"}}, document,
+                {"resourceType": "Binary", "id": "b"}, {"resourceType": "Binary", "id": "lost"},
+                self.doctor("d"), {"resourceType": "Device"}, fhir_version=version)
+            self.assertEqual(records.warnings, [
+                "4 resources belong to no patient who is known: Binary (1), Goal (2), Observation (1)"])
+
+    def test_ndjson_is_known_by_name_or_content_and_an_array_holds_resources(self) -> None:
+        a, b = json.dumps(self.patient("a")), json.dumps(self.patient("b"))
+        pages = json.dumps([self.bundle({"resource": self.patient("a")}), self.patient("b")], indent=1)
+        for name, text in (
+                ("x.ndjson", f"\n \r\n{a}\n{b}"), ("x.json", f"\n\n{a}\n\n{b}\n"), ("x.json", pages),
+                ("x.json", f"\n[{a},\n{b}]"), ("x.jsonl", f"[{a}]\n[]\n{b}"), ("x.data", f"{a}\n{b}")):
+            empty = [self.file("none.ndjson", ""), self.file("blank.ndjson.gz", gzip.compress(b"\n\n"))]
+            with self.subTest(name=name, text=text):
+                records = self.records(*empty, self.file(name, text))
+                self.assertEqual([key for key, _ in records.find_patients()], ["a", "b"])
+
+    def test_a_folder_is_taken_as_tools_leave_it(self) -> None:
+        self.file("in/Patient.ndjson", json.dumps(self.patient("a")))
+        for name, content in (
+                ("package.json", '{"name": "x"}'), (".index.json", '{"files": []}'), (".x/y.json", "["),
+                ("log.ndjson", '{}\n{"event": 1}'), ("._x.json", b"\x00\x05\x16"), ("m.json", "[1]")):
+            self.file(f"in/{name}", content)
+        (self.folder / "in/.#lock.json").symlink_to("nowhere")
+        records = self.records(str(self.folder / "in"))
+        self.assertEqual(records.find_patients(), [("a", "A")])
+        self.assertEqual([warning.partition(" files")[0] for warning in records.warnings], ["7"])
+
+    def test_what_is_left_out_for_its_type_is_not_judged_otherwise(self) -> None:
+        for more in ({"id": "x" * 67}, {"id": 5}, {"meta": 5}, {"x": float("nan")}):
+            left: Any = {"resourceType": "SearchParameter", **more}
+            entry = {"fullUrl": "urn:uuid:1", "resource": left}
+            for data in (left, self.bundle(entry)):
+                with self.subTest(more=more):
+                    records = self.records(self.patient("a"), data)
+                    self.assertEqual(len(records.find_patients()), 1)
+                    self.assertIn("SearchParameter (1)", records.warnings[0])
+        self.records({"resourceType": "ExplanationOfBenefit", "insurance": {}}, fhir_version="dstu2")
+
+    def test_a_value_of_a_wrong_type_is_named_with_what_was_expected(self) -> None:
+        wrong: list[tuple[dict[str, Any], str]] = [({"meta": 1}, "meta: expected an object")]
+        values: tuple[Any, ...] = (1, ["a"], {}, "a b")
+        for value in values:
+            wrong += [({"id": value}, "id: expected a string of 1 to 64"),
+                      ({"meta": {"versionId": value}}, "meta.versionId: expected a string of 1 to 64"),
+                      ({"meta": {"lastUpdated": value}}, "meta.lastUpdated: expected a time such as")]
+        for more, words in wrong:
+            with self.subTest(more=more), self.assertRaises(s4s.PortalError) as caught:
+                self.records().load({"resourceType": "Patient", "id": "a", **more})
+            self.assertTrue(caught.exception.description.startswith(words), caught.exception.description)
+
     def test_an_ambiguous_conditional_reference_stays_and_one_to_what_reset_took_away(self) -> None:
         records = self.records(self.doctor("p"), self.doctor("q"), self.visit("Practitioner?identifier=7"))
         self.assertEqual(self.doctor_of(records), "Practitioner?identifier=7")
@@ -5008,9 +5101,11 @@ class LoadingRecords(unittest.TestCase):
         for name, content, *words in (
                 ("cut.json", good[:-5], "not JSON", "line 1 column"),
                 ("lines.json", '{\n "resourceType": "Patient",\n "id": 1,}', "line 3"),
-                ("list.json", "[]", "list", "resource or Bundle"), ("empty.json", "", "not JSON"),
+                ("list.json", f"[{good}, 5]", "[1]", "resourceType"), ("empty.json", "", "not JSON"),
+                ("scalar.json", "null", "resourceType"), ("package.json", '{"name": "x"}', "resourceType"),
+                ("first.ndjson", f"\n{good[:9]}\n{good}", "line 2"),
                 ("other.json", '{"a": 1}', "resourceType"),
-                ("id.json", '{"resourceType": "Patient", "id": "a b"}', "'a b'"),
+                ("id.json", '{"resourceType": "Patient", "id": "a b"}', '"a b"'),
                 ("third.ndjson", f"{good}\n\n{good[:9]}", "line 3"),
                 ("nan.json", '{"resourceType": "Patient", "id": "a", "x": NaN}', "JSON"),
                 ("lone.json", '{"resourceType": "Patient", "id": "\\ud800"}', "id"),
@@ -5102,6 +5197,10 @@ class LoadingRecords(unittest.TestCase):
         for text, number in (("ULLER3", 3), ("ada muller4", 4), ("P2", 2)):
             self.assertEqual(records.find_patients(text), [(f"p{number}", f"Ada M\u00fcller{number}")])
         self.assertEqual((len(records.find_patients("ada")), len(records.find_patients(limit=2))), (5, 2))
+
+    def test_the_first_question_of_all_counts_the_samples(self) -> None:
+        query = s4s.parse_query("r4", "Patient", (("_count", "0"),))
+        self.assertEqual(self.with_samples().search(query, s4s.OPEN_ACCESS).total, 3)
 
     def test_readers_go_on_while_records_are_loaded(self) -> None:
         records = self.with_samples()
