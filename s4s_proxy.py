@@ -4034,7 +4034,7 @@ _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan
 _RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})"')
 # What may mean something that is loaded later: references, and the addresses of attachments.
 _OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|https?:|[A-Z][A-Za-z]+\?)[^"]+)"')
-_BINARY_IN_JSON = re.compile(rf'"url":"(https?:[^"]+/Binary/{_ID}(?:/_history/{_ID})?)"')
+_BINARY_IN_JSON = re.compile(r'"url":"(https?:[^"]+/Binary/[^"]+)"')
 _ABSOLUTE = re.compile(rf"(?:https?://.+|\.\.\.)/([A-Z][A-Za-z]+)/({_ID})(?:/_history/{_ID})?")
 
 
@@ -4078,8 +4078,8 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
 
 
 def _waits_for(text: str, version: str) -> set[str]:
-    """The references in a resource's JSON that are no Type/id yet. Of an absolute one the end counts, whichever
-    server's it is."""
+    """The references in a resource's JSON that are no Type/id yet. Of an absolute one the end counts,
+    whichever server's it is."""
     references, waiting = _OPEN_IN_JSON.findall(text), set()
     if "/Binary/" in text:
         references += _BINARY_IN_JSON.findall(text)
@@ -4642,13 +4642,6 @@ class EmbeddedRecords(Records):
         self.store.close()
 
 
-# By type, what came after a number and is in no known patient's record. (A Binary is where its document is.)
-OUT_OF_REACH = """SELECT type, count(*) FROM resources r WHERE number > ? AND patient_id != ''
-    AND NOT EXISTS (SELECT 1 FROM resources WHERE type = 'Patient' AND id = r.patient_id)
-    AND NOT (type = 'Binary' AND EXISTS (SELECT 1 FROM search_values
-        WHERE parameter = '_attachment' AND value = r.id AND system = 'Binary')) GROUP BY type"""
-
-
 class Load:
     """Resources on their way into the records; what comes `later` than the start, reset takes back. `put` and
     `resolve` are called within a transaction."""
@@ -4822,7 +4815,11 @@ class Load:
         if self.left_out:
             yield (f"{len(self.left_out)} files were left out, hidden in a folder or without a resourceType, "
                    f"such as {min(self.left_out)}")
-        unread = {row[0]: row[1] for row in self.store.rows(OUT_OF_REACH, before)}
+        unread = {row[0]: row[1] for row in self.store.rows(  # (a Binary is read where its document is)
+            "SELECT type, count(*) FROM resources r WHERE number > ? AND patient_id != '' AND NOT EXISTS "
+            "(SELECT 1 FROM resources WHERE type = 'Patient' AND id = r.patient_id) AND NOT (type = 'Binary' "
+            "AND EXISTS (SELECT 1 FROM search_values WHERE parameter = '_attachment' AND value = r.id "
+            "AND system = 'Binary')) GROUP BY type", before)}
         for what, counts in (("of types that are not served were left out", self.skipped),
                              ("belong to no patient who is known", unread)):
             if counts:
@@ -6647,7 +6644,7 @@ def parse_json(data: bytes) -> Json:
         raise PortalError("invalid_request", too_deep)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
         raise PortalError("invalid_request", f"the body is not JSON: {error}")
-    need(isinstance(value, dict), f"the body is a JSON {type(value).__name__}; expected an object")
+    need(isinstance(value, dict), "the body is JSON, but no object; expected one")
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
         inside = [outer.values() if isinstance(outer, dict) else outer for outer in level]
