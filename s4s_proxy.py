@@ -229,22 +229,49 @@ FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # our word -
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 
-def remembered(count: int) -> Callable[[AnyFunction], AnyFunction]:
-    """functools.lru_cache for texts that anybody may send: long ones, which would fill it, are not kept."""
+MEMORIES: list[dict[Any, Any]] = []  # what `remembered` keeps; a reset empties them
+MAX_MEMORY = 4 << 20                 # bytes of each
+
+
+def remembered(weight: int) -> Callable[[AnyFunction], AnyFunction]:
+    """functools.lru_cache for texts that anybody may send: bounded by what they and their answers take, which
+    is some `weight` bytes a character. Long texts are not kept; a memory that is full is emptied."""
     def decorate(function: AnyFunction) -> AnyFunction:
-        kept = functools.lru_cache(count)(function)
+        kept: dict[Any, Any] = {}
+        size = 0
+        MEMORIES.append(kept)
 
         @functools.wraps(function)
-        def call(text: Any, *others: Any) -> Any:
-            return (kept if len(text) < 2000 else function)(text, *others)
+        def call(*key: Any) -> Any:
+            nonlocal size
+            try:
+                return kept[key]
+            except KeyError:
+                answer = function(*key)
+            cost = 500 + weight * sum(map(length, key))
+            if cost <= MAX_MEMORY // 5:
+                if size + cost > MAX_MEMORY or not kept:
+                    kept.clear()
+                    size = 0
+                kept[key] = answer
+                size += cost
+            return answer
         return cast(AnyFunction, call)
     return decorate
+
+
+def length(value: Any) -> int:
+    """The characters in a text, or in those that a tuple or set holds."""
+    if isinstance(value, (tuple, frozenset)):
+        return 10 + sum(map(length, value))
+    return len(value) if isinstance(value, (str, bytes)) else 10
 
 
 # ======================================================================== Part One: the protocol
 # It uses of what stands below: search_table and parse_term (the records), fhir_response, FHIR_TYPE,
 # FHIR_TYPES, JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key,
-# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages).
+# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages),
+# scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -388,7 +415,7 @@ class ResourceScope(NamedTuple):
                 and constraints_cover(self.constraints, other.constraints))
 
 
-@remembered(1000)
+@remembered(20)
 def parse_scope(word: str) -> ResourceScope | None:
     """One word of a scope string as a resource scope; None if it is not one."""
     match = _RESOURCE_SCOPE.fullmatch(word)
@@ -398,7 +425,7 @@ def parse_scope(word: str) -> ResourceScope | None:
     return ResourceScope(match[1], match[2], LETTERS.get(match[3], match[3]), word, constraints)
 
 
-@remembered(1000)
+@remembered(40)
 def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
     """The resource scopes within a scope string."""
     return tuple(parsed for parsed in map(parse_scope, scope.split()) if parsed)
@@ -499,6 +526,7 @@ CREATE TABLE IF NOT EXISTS patients (
 CREATE TABLE IF NOT EXISTS clients (
     client_id TEXT PRIMARY KEY, secret_hash TEXT, metadata TEXT NOT NULL, created REAL NOT NULL,
     registered_itself INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX IF NOT EXISTS clients_by_secret ON clients (secret_hash);
 
 -- Signed-in browsers. The id is the cookie's value.
 CREATE TABLE IF NOT EXISTS sessions (
@@ -557,7 +585,14 @@ CREATE TABLE IF NOT EXISTS pages (
     path TEXT NOT NULL, url TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS pages_by_grant ON pages (grant_id);
 CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
-"""
+
+-- The secrets deleted last: requests recorded before still hold them, and must not show them (section 26).
+CREATE TABLE IF NOT EXISTS forgotten (secret TEXT PRIMARY KEY);
+""" + "".join(f"""
+CREATE TRIGGER IF NOT EXISTS forget_{table} AFTER DELETE ON {table} BEGIN
+    INSERT OR REPLACE INTO forgotten VALUES (OLD.{column});
+    DELETE FROM forgotten WHERE rowid <= last_insert_rowid() - 10000;
+END;""" for table, column in (("tokens", "token"), ("sessions", "session_id"), ("launches", "launch")))
 Row = sqlite3.Row
 MAX_KNOWN, MAX_KNOWN_OF_ONE = 5_000_000, 100_000  # characters that a Store remembers, in all and of one query
 
@@ -724,7 +759,7 @@ def dispatch(portal: Portal, request: Request) -> Response:
             request.body = request.body[:MAX_RECORDED_BODY]
     if route and route.cors:
         response.headers += ALLOWED_ORIGIN
-    response.headers.append(("X-Content-Type-Options", "nosniff"))
+    response.headers.append(NO_SNIFFING)
     return response
 
 
@@ -759,7 +794,7 @@ def respond(portal: Portal, request: Request, route: Route | None) -> Response:
     except PortalError as error:
         refusal = error
     except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
-        portal.log(f"DATABASE {error} in {request.method} {request.path}")
+        portal.log(f"DATABASE {error} in {request.method} {scrubbed(portal, request.path)}")
         told = f"the database says: {error}; nothing was changed"
         refusal = PortalError("temporarily_unavailable", told, 503)
     except Exception as error:  # noqa: BLE001
@@ -770,6 +805,8 @@ def respond(portal: Portal, request: Request, route: Route | None) -> Response:
 
 def serve(portal: Portal, request: Request, route: Route | None) -> Response:
     """What the endpoint answers, after the checks that all endpoints share."""
+    if request.broken and not request.headers:  # of its head no more than the first line can be used
+        raise request.broken
     check_host(portal, request)
     if not route:
         raise PortalError("not_found", f"there is nothing at {request.path}", 404)
@@ -823,7 +860,7 @@ def another_site(portal: Portal, request: Request) -> str:
     return "" if from_here else f"Origin is {origin!r}, Sec-Fetch-Site {site!r}"
 
 
-@remembered(1000)
+@remembered(4)
 def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
     host = host.strip("[]").lower()
@@ -863,6 +900,7 @@ def error_response(portal: Portal, request: Request, route: Route | None, error:
     return response
 
 
+NO_SNIFFING = ("X-Content-Type-Options", "nosniff")  # an answer is of the type that it says
 ALLOWED_ORIGIN = [
     ("Access-Control-Allow-Origin", "*"),  # safe: what has CORS goes by no cookie
     ("Access-Control-Expose-Headers",
@@ -885,7 +923,7 @@ class Request:
         self.client_id = self.username = ""     # learnt on the way, for the log
         self._pairs: list[tuple[str, str]] | None = None
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
-        self.broken: PortalError | None = None  # why the body could not be read
+        self.broken: PortalError | None = None  # why the body, or without headers the head, can't be used
 
     def note(self, text: str) -> None:
         """Tell what was decided, and which section says so. Secrets only through `shorten`."""
@@ -923,11 +961,13 @@ class Request:
         return parse_json(self.body)
 
     def cookie(self, name: str) -> str:
-        """A cookie's value, or "". """
+        """A cookie's value, or "": also where two values came, since a neighbour planted one of them (a path
+        of its own puts it first), and nobody can tell which."""
         # Not http.cookies: it drops all for one that it dislikes (localhost's come from every port), is slow
         # (quadratic), and decodes line breaks, which would get into Set-Cookie.
-        cookie = re.search(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?:;|$)", self.headers.get("cookie", ""))
-        return cookie[1] if cookie else ""
+        cookies = self.headers.get("cookie", "")
+        values = set(re.findall(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?=;|$)", cookies))
+        return values.pop() if len(values) == 1 else ""
 
 
 class Fields:
@@ -1392,8 +1432,11 @@ def browser_session(portal: Portal, request: Request) -> str:
 
 
 def cookie_name(portal: Portal) -> str:
-    """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names."""
-    return f"s4s_session_{portal.address.rpartition(':')[2]}"
+    """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names. With
+    __Host- the browser takes it over https only, and from this host alone: else a neighbour plants a session
+    of its own, and the user acts in that (RFC 6265bis section 4.1.3.2)."""
+    prefix = "__Host-" if portal.browser_base().startswith("https:") else ""
+    return f"{prefix}s4s_session_{portal.address.rpartition(':')[2]}"
 
 
 def set_cookie(portal: Portal, request: Request, value: str) -> str:
@@ -1457,6 +1500,12 @@ class Authorization:
         self.scope = ""                             # check_scope: what can be granted
         self.signed_in_since = 0.0                  # check_prompt: the user must have signed in after this
         self.launch: Json = {}                      # check_launch: the user, patient and context of the EHR's
+
+
+def check_lengths(asked: Authorization) -> None:
+    """What is kept until the user has decided is bounded, or strangers could fill the memory with it."""
+    for name in ("state", "nonce", "login_hint", "redirect_uri"):
+        need(len(asked.fields.values.get(name, "").encode()) <= 8 << 10, f"{name} is longer than 8 KiB")
 
 
 def check_client(asked: Authorization) -> None:
@@ -1611,13 +1660,13 @@ def check_launch(asked: Authorization) -> None:
     asked.request.note(f"launch {shorten(handle)}: of {row['patient_id']}, for {row['username'] or 'any'}")
 
 
-# In the order that safety needs. Until the first two have passed, nobody knows where a redirect would lead.
+# In the order that safety needs. Until the first three have passed, nobody knows where a redirect would lead.
 # Then check_audience, because an error that travels says who answers (iss). Only the last changes anything.
 #
 # Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of
 # a host that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to
 # be redirected before anybody signs in.
-PAGE_CHECKS = (check_client, check_redirect_uri)
+PAGE_CHECKS = (check_lengths, check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
                    check_request_object, check_prompt, check_launch)
 
@@ -2118,7 +2167,7 @@ PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction,
     ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"))]
 
 
-@remembered(1000)
+@remembered(20)
 def interaction_of(path: str, posted: bool) -> tuple[str, Mapping[str, str]]:
     """The interaction that a path below the base asks for, and the parts of the path by name; "" for none."""
     parts = [unquote(part) for part in path.split("/")]
@@ -2336,9 +2385,11 @@ class Access:
         if known is None:
             reach = {"patient": frozenset([self.patient_id] if self.patient_id else []),
                      "user": self.users_patients, "system": EVERYBODY}
-            known = self._known[type_name, letters] = [
+            if len(self._known) > 100:  # a FHIR server behind may name any type
+                self._known.clear()
+            known = self._known[type_name, letters] = list(dict.fromkeys(
                 (reach[scope.context], scope.constraints) for scope in self.scopes
-                if scope.type in ("*", type_name) and set(letters) <= set(scope.letters)]
+                if scope.type in ("*", type_name) and set(letters) <= set(scope.letters)))
         return known
 
     def binaries_in(self, documents: Iterable[Resource]) -> set[str]:
@@ -2350,7 +2401,7 @@ class Access:
 
 
 OPEN_ACCESS = Access("", unlimited=True)  # what /api/open-fhir shows
-access_for = functools.lru_cache(maxsize=1000)(Access)  # one for all requests of a token: it remembers
+access_for = remembered(40)(Access)  # one for all requests of a token: it remembers
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -2458,7 +2509,7 @@ def named_patients(resource: Json, base: str, owners: Mapping[str, str] = {}) ->
 
 
 
-@remembered(1000)  # the same few stand in every resource of a record
+@remembered(4)  # the same few stand in every resource of a record
 def local_name(reference: str, base: str) -> str:
     """The Type/id that a reference names, relative or below `base`; "" for any other."""
     if base and reference.startswith(base + "/"):
@@ -3380,6 +3431,7 @@ class Query(NamedTuple):
                 if term.parameter.kind == "owner" or (self.type == "Patient" and term.parameter.kind == "id")}
 
 
+@remembered(100)
 def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, str]], base: str = "",
                 lenient: bool = False) -> Query:
     """Search parameters, understood. FhirError for what is unknown, unless lenient: that is left out then."""
@@ -3413,14 +3465,6 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
     names = tuple(filter(None, shown["_elements"].split(",")))
     return Query(type_name, tuple(terms), tuple(sort.items()), tuple(includes), limit,
                  shown["_total"] != "none", names, _parse_mark(shown["_page"]), tuple(effective))
-
-
-parsed_query = functools.lru_cache(maxsize=100)(parse_query)  # for those that are short
-
-
-def are_short(parameters: Sequence[tuple[str, str]]) -> bool:
-    """Whether search parameters are short enough to remember what became of them: see `remembered`."""
-    return sum(len(name) + len(text) for name, text in parameters) < 2000
 
 
 def _check(good: object, description: str, error: str = "value") -> None:
@@ -3771,7 +3815,7 @@ _EPOCH = datetime.date(1970, 1, 1).toordinal()
 _EVER = 1e15  # seconds: the end of a Period that has none
 
 
-@functools.lru_cache(maxsize=4096)
+@remembered(4)
 def date_range(text: str) -> tuple[float, float]:
     """The span of time that a FHIR date or time may mean: from its first moment to the one after its last.
     What has no time zone is UTC. ValueError if it is none.
@@ -3870,10 +3914,11 @@ class Page(NamedTuple):
     included: Sequence[StoredResource] = ()
 
 
-def search_condition(query: Query, access: Access) -> Sql:
-    """All that a match must meet; of `access.may_see`, which has the last word, only whose it is. Where the
+@remembered(60)
+def search_condition(query: Query, patients: frozenset[str]) -> Sql:
+    """All that a match must meet; of `Access.may_see`, which has the last word, only whose it is. Where the
     patient or id is known SQLite looks there, else it starts from the values (hence the plus)."""
-    patients, is_shared = access.patients(query.type, "s"), query.type in SHARED_TYPES
+    is_shared = query.type in SHARED_TYPES
     is_bounded = not isinstance(patients, Everybody)
     pinned = ((is_bounded and not is_shared)
               or any(term.parameter.kind in ("owner", "id") for term in query.terms))
@@ -3887,9 +3932,6 @@ def search_condition(query: Query, access: Access) -> Sql:
     parts.insert(0, Sql("+r.type = ?" if by_value else "r.type = ?", (query.type,)))
     values = [value for part in parts for value in part.values]
     return Sql(" AND ".join(part.sql for part in parts), tuple(values))
-
-
-_known_condition = functools.lru_cache(maxsize=100)(search_condition)  # for those that are short
 
 
 def _marks(values: Collection[Any]) -> str:
@@ -3907,7 +3949,7 @@ def _comes_after(keys: Sequence[tuple[str, bool]], after: Sequence[Any]) -> Sql:
     return Sql(f"({name} {sign}= ? AND ({name} {sign} ? OR {rest.sql}))", (value, value, *rest.values))
 
 
-_quote = remembered(1000)(quote)  # the same few names and values stand in most searches
+_quote = remembered(8)(quote)  # the same few names and values stand in most searches
 
 
 def bundle_response(asked: FhirRequest, page: Page, parameters: Sequence[tuple[str, str]], path: str,
@@ -4427,7 +4469,7 @@ class EmbeddedRecords(Records):
 
     def search(self, query: Query, access: Access) -> Page:
         """A page of what matches and may be seen, sorted as asked, else patient by patient as loaded."""
-        where = (_known_condition if are_short(query.parameters) else search_condition)(query, access)
+        where = search_condition(query, access.patients(query.type, "s"))
         sort = [(self._sort_key(query.type, *key), key[1]) for key in query.sort] or [("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
@@ -4570,8 +4612,7 @@ class EmbeddedRecords(Records):
         given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
         pairs = tuple((name, value) for name, value in given if value)
         lenient = "handling=lenient" in request.headers.get("prefer", "").replace(" ", "")
-        parse = parsed_query if are_short(pairs) else parse_query
-        query = parse(self.version, asked.type, pairs, asked.base, lenient)
+        query = parse_query(self.version, asked.type, pairs, asked.base, lenient)
         allowed = asked.access.patients(asked.type, "s")
         others = [patient for patient in sorted(query.patients()) if patient not in allowed]
         permit(not others, f"{', '.join(others)}: the token is not for this patient's record")
@@ -4805,7 +4846,7 @@ class Load:
         if conditional and type_name in self.served:
             with contextlib.suppress(FhirError, ValueError):
                 query = parse_query(self.version, type_name, tuple(parse_qsl(search)))
-                where = search_condition(query, OPEN_ACCESS)
+                where = search_condition(query, EVERYBODY)
                 return self.store.rows(f"{select} {where.sql} LIMIT 2", *where.values)
         return ()
 
@@ -6381,7 +6422,7 @@ STEPS_FROM_R4: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dst
 # ######################################################################## 21 messages and JSON
 
 MAX_HEAD = 64 << 10          # bytes of a first line and headers
-_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r?\n)*")
+_HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
 _ONCE = frozenset(("host", "content-length", "transfer-encoding", "authorization", "content-type", "expect"))
 
 
@@ -6529,7 +6570,7 @@ class OpenSockets:
                     timed.end()
 
 
-@remembered(100)  # a client sends the same lines again and again
+@remembered(40)  # a client sends the same lines again and again
 def parse_headers(lines: bytes) -> Mapping[str, str]:
     """Header lines as name (lower case) -> value; BadRequest unless they are as RFC 9112 section 5 says."""
     if not _HEADER_LINES.fullmatch(lines):
@@ -6547,7 +6588,8 @@ def parse_headers(lines: bytes) -> Mapping[str, str]:
 
 
 def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
-    """The header lines up to the empty one."""
+    """The header lines up to the empty one. RFC 9112 section 2.2 lets us take a bare LF for a line's end; but
+    a server in front of us may not, and so see another request end there."""
     end = stream.peek().find(b"\r\n\r\n")  # mostly all of them are here already
     if 0 <= end <= most - 4:
         return dict(parse_headers(stream.read(end + 4)[:-2]))
@@ -6557,10 +6599,10 @@ def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
         most -= len(line)
         if most < 0:
             raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
-        if line in (b"\r\n", b"\n"):
+        if line == b"\r\n":
             return dict(parse_headers(b"".join(lines)))
-        if not line:
-            raise BadRequest(400, "the message ends within its header")
+        if not line.endswith(b"\r\n"):
+            raise BadRequest(400, "a header line, or the message within it, ends without CR LF")
         lines.append(line)
 
 
@@ -6661,7 +6703,7 @@ _ANY_JSON = frozenset(("*/*", "application/*", *JSON_TYPES))
 MEDIA_VERSIONS = {"dstu2": ("1.0",), "stu3": ("3.0",), "r4": ("4.0", "4.3")}
 
 
-@remembered(100)
+@remembered(40)
 def media_types(text: str, version: str) -> tuple[str, ...]:
     """The media types in an Accept header, less those that it refuses (q=0) or wants of another FHIR."""
     types = []
@@ -7964,6 +8006,8 @@ class Seeds:
             self.add_option(text)
         if settings.fixtures is not None:
             self.add_fixtures(settings.fixtures)
+        # As hashes; not drawn here, they may look like anything, and must still get into no log.
+        self.secrets = {client.secret_hash for client in self.clients.values()}
 
     def write(self, database: sqlite3.Connection, now: float) -> None:
         """Put them in place of older ones."""
@@ -8110,10 +8154,12 @@ class Portal:
         self.clock.offset = 0.0
         for kept in (self.faults, self.recorded, self.key_sets):
             kept.clear()
+        for memory in MEMORIES:
+            memory.clear()
         self.records.reset()
         with self.state.transaction() as database:
             tables = "pages tokens grants pending launches sessions assertions clients patients users"
-            for table in tables.split():
+            for table in [*tables.split(), "forgotten"]:  # the last, which gets what others lose
                 database.execute(f"DELETE FROM {table}")
             self.seeds.write(database, self.clock.now())
 
@@ -8191,7 +8237,7 @@ class Portal:
     def log_bug(self, during: str, error: Exception) -> None:
         """Log a bug of ours: what and where, but no value and no line of source, which may hold a secret."""
         import traceback  # takes long to import, and nobody should need it
-        lines = [f"BUG {type(error).__name__} in {during}"]
+        lines = [f"BUG {type(error).__name__} in {scrubbed(self, during)}"]
         for call in traceback.extract_tb(error.__traceback__):
             lines.append(f"    {call.filename}:{call.lineno} {call.name}")
         self.log("\n".join(lines))
@@ -8391,10 +8437,7 @@ class Controls:
     @property
     def requests(self) -> list[RecordedRequest]:
         """The last requests, oldest first, as they came."""
-        return [RecordedRequest(
-            request.method, request.path, request.query, status, dict(request.headers),
-            request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace"), request.client_id, request.username)
-            for request, status in list(self.portal.recorded)]
+        return [RecordedRequest(self.portal, *recorded) for recorded in list(self.portal.recorded)]
 
 
 def must(good: object, name: str, what: str, value: Any) -> None:
@@ -8479,59 +8522,114 @@ def debug_requests(portal: Portal, request: Request) -> Response:
     return json_response({"requests": [recorded.redacted() for recorded in Controls(portal).requests]})
 
 
-class RecordedRequest(NamedTuple):
+class RecordedRequest:
     """A request that came in, as it was; `repr` and `redacted` leave the secrets out."""
-    method: str
-    path: str
-    query: str
-    status: int              # 0: a test ordered a drop
-    headers: dict[str, str]  # names in lower case
-    body: str
-    client_id: str
-    username: str
+    def __init__(self, portal: Portal, request: Request, status: int):
+        self.method, self.path, self.query = request.method, request.path, request.query
+        self.status = status                  # 0: a test ordered a drop
+        self.headers = dict(request.headers)  # names in lower case
+        self.body = request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace")
+        self.client_id, self.username, self._portal = request.client_id, request.username, portal
 
     def redacted(self) -> Json:
         """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
-        media_type = self.headers.get("content-type", "").lower()
-        body = self.body and REDACTED  # unless it is of a kind in which secrets have names
-        if "json" in media_type:
-            with contextlib.suppress(ValueError, RecursionError):
-                body = json.dumps(redact(json.loads(self.body)))
-        elif "x-www-form-urlencoded" in media_type:
-            body = redact_pairs(self.body)
-        return {**self._asdict(), "path": scrubbed(self.path), "query": redact_pairs(self.query),
-                "headers": redact(self.headers), "body": body}
+        shown = Redaction(functools.partial(gave_out, self._portal), self.path.startswith("/api/"))
+        media_type, body = self.headers.get("content-type", "").lower(), self.body and REDACTED
+        if "x-www-form-urlencoded" in media_type or ("json" in media_type and self.body[:1] in ("{", "[")):
+            body = shown.text(self.body)  # of any other kind, nobody can tell where in it a secret stands
+        headers = {shown.text(name): REDACTED if _SECRET_HEADER.search(name) else shown.text(value)
+                   for name, value in self.headers.items()}
+        return {"method": self.method, "path": shown.text(self.path), "query": shown.text(self.query),
+                "status": self.status, "headers": headers, "body": body, "client_id": self.client_id,
+                "username": self.username}
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
 
 
-SECRET_NAMES = frozenset((
-    "access_token", "authorization", "client_assertion", "client_secret", "code", "code_verifier", "cookie",
-    "d", "form_token", "id_token", "id_token_hint", "launch", "password", "refresh_token", "request",
-    "set-cookie", "token"))
 REDACTED = "[redacted]"
+_SECRET_HEADER = re.compile("auth|cookie|token|secret|passw|key|credential|session|assertion")
+_SECRET_NAME = re.compile(  # a field's, whatever kind of request it is in
+    "secret|passw|assertion$|authorization|cookie|verifier|credential|api[-_]?key|_token|id_token_hint")
+_OAUTH_NAMES = frozenset(("code", "launch", "request", "token"))       # where FHIR's search has harmless ones
+_KEY_NAMES = frozenset(("d", "p", "q", "dp", "dq", "qi", "k", "oth"))  # of a private key (RFC 7518 section 6)
+_SIGNED_OR_KEY = re.compile(
+    r"(?s)(?<![\w-])eyJ[\w-]+\.[\w-]+\.[\w-]*|-----BEGIN[A-Z +]*PRIVATE.KEY-----.*?(?:-----END|$)")
+_FIELD = re.compile(r"""([^\s&?#;"'=]+)(?:=("[^"]*"|'[^']*'|[^\s&"']*))?""")
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
+_LOOKS_DRAWN = re.compile(_UUID.pattern + "|[A-Za-z0-9_-]{32,}")
 
 
-def redact(value: Any) -> Any:
-    """A copy of JSON in which the values of secret members are gone."""
-    if isinstance(value, dict):
-        return {name: REDACTED if name.lower() in SECRET_NAMES else redact(inner)
-                for name, inner in value.items()}
-    return [redact(inner) for inner in value] if isinstance(value, list) else value
+class Redaction:
+    """Hides the secrets in what a client sent. By value, wherever they stand, what `is_secret` knows; by the
+    name of the field what it can't know: other servers' secrets, and what is kept as a hash or not at all."""
+    def __init__(self, is_secret: Callable[[str], bool], of_fhir: bool):
+        self.is_secret, self.names = is_secret, frozenset[str]() if of_fhir else _OAUTH_NAMES
+
+    def text(self, text: str, depth: int = 0) -> str:
+        """A path, query, form, header, JSON, or any other text; also what is encoded in it."""
+        if depth > 8:
+            return REDACTED
+        if text[:1] in ("{", "["):
+            try:
+                return json.dumps(self.json(json.loads(text), depth + 1))
+            except (ValueError, RecursionError):
+                return REDACTED
+
+        def shown(match: re.Match[str]) -> str:
+            name, value = match.groups()
+            if value is None:
+                return self.word(name, depth)
+            plain = unquote(name).lower()
+            secret = plain in self.names or _SECRET_NAME.search(plain) or self.is_secret(decode_plus(value))
+            return f"{self.word(name, depth)}={REDACTED if secret else self.text(value, depth + 1)}"
+        return _FIELD.sub(shown, _SIGNED_OR_KEY.sub(REDACTED, text))
+
+    def json(self, value: Any, depth: int) -> Any:
+        """JSON, decoded."""
+        if isinstance(value, dict):
+            secret = {name for name in value if _SECRET_NAME.search(name.lower())
+                      or name.lower() in self.names or (self.names and name in _KEY_NAMES)}
+            return {self.text(name, depth): REDACTED if name in secret else self.json(inner, depth)
+                    for name, inner in value.items()}
+        if isinstance(value, list):
+            return [self.json(inner, depth) for inner in value]
+        if isinstance(value, str):
+            return REDACTED if self.is_secret(value) else self.text(value, depth)
+        return value
+
+    def word(self, word: str, depth: int) -> str:
+        """A word, which may be a secret, hold one, or be the encoding of a text."""
+        plain = unquote(word)
+        if plain != word:
+            hidden = self.text(plain, depth + 1)
+            return word if hidden == plain else quote(hidden, safe="/[]")
+        for part in {word, *re.split(r"[^\w~-]+", word), *_UUID.findall(word)}:
+            if part and self.is_secret(part):
+                word = word.replace(part, REDACTED)
+        return word
 
 
-def redact_pairs(text: str) -> str:
-    """A query or form in which the values of secret parameters are gone."""
-    parts = (part.partition("=") for part in text.split("&"))
-    return "&".join(f"{name}={REDACTED}" if unquote(name).lower() in SECRET_NAMES else name + equals + value
-                    for name, equals, value in parts)
+def gave_out(portal: Portal, word: str) -> bool:
+    """Whether a word is a secret of a client, or one that this portal drew: live, spent or forgotten."""
+    is_uuid = _UUID.fullmatch(word)
+    word = word.lower() if is_uuid else word
+    if hash_secret(word) in portal.seeds.secrets:
+        return True
+    known = ("SELECT 1 WHERE EXISTS (SELECT 1 FROM tokens WHERE token = ?1) "
+             "OR EXISTS (SELECT 1 FROM sessions WHERE session_id = ?1) "
+             "OR EXISTS (SELECT 1 FROM launches WHERE launch = ?1) "
+             "OR EXISTS (SELECT 1 FROM forgotten WHERE secret = ?1) "
+             "OR EXISTS (SELECT 1 FROM clients WHERE secret_hash = ?2)")
+    return bool((is_uuid or len(word) == 32) and portal.state.row(known, word, hash_secret(word)))
 
 
-def scrubbed(text: str) -> str:
-    """A text in which what looks like a token is cut short: an app may send one anywhere, in a path too."""
-    token = r"[0-9A-Fa-f]{8}-[0-9A-Fa-f-]{27}|[A-Za-z0-9_-]{32,}"
-    return re.sub(token, lambda match: shorten(match[0]), text)
+def scrubbed(portal: Portal, text: str) -> str:
+    """A text without clients' secrets and what looks like one drawn here: an app may send them anywhere."""
+    def is_secret(word: str) -> bool:
+        return bool(_LOOKS_DRAWN.fullmatch(word)) or hash_secret(word) in portal.seeds.secrets
+    text = re.sub("'([^']+)'", lambda quoted: REDACTED if is_secret(quoted[1]) else quoted[0], text)
+    return _LOOKS_DRAWN.sub(REDACTED, Redaction(is_secret, of_fhir=True).text(text))
 
 
 def write_log(line: str) -> None:
@@ -8623,7 +8721,8 @@ class Server(Controls):
 MAX_BODY = 1 << 20        # bytes of a request's body
 IN_ONE_WRITE = 64 << 10   # bytes of a body: to join more with its head takes longer than to write twice
 
-_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/([0-9])\.([0-9])\r?\n")
+_REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/([0-9])\.([0-9])\r\n")
+_ENDPOINT = re.compile(r"([A-Z]{1,20}) +(?i:https?://[^/?# ]*)?(/[!-~]*)")  # of a line that may be malformed
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
@@ -8712,8 +8811,12 @@ class Listener(http.server.ThreadingHTTPServer):
         if settings.quiet:
             return
         who = " ".join(filter(None, (request.client_id, request.username)))
-        line = f"{scrubbed(f'{request.method} {request.path}')} {status} {seconds * 1000:.1f} ms {who}"
-        lines = [line.rstrip(), *map(scrubbed, request.notes if settings.verbose else ())]
+        path = _LOOKS_DRAWN.sub(REDACTED, request.path)
+        if status >= 400:  # where something was found, the rest is its address
+            path = scrubbed(self.portal, path)
+        line = f"{request.method} {path} {status} {seconds * 1000:.1f} ms {who}"
+        notes = request.notes if settings.verbose else ()
+        lines = [line.rstrip(), *(scrubbed(self.portal, note) for note in notes)]
         self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda char: f"\\x{ord(char[0]):02x}", text)
                                       for text in lines))
 
@@ -8797,11 +8900,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.linger()
 
     def read_request(self) -> Request:
-        """The request that has begun to arrive."""
+        """The request that has begun to arrive. Where something is wrong with it, its endpoint answers in its
+        own shape; BadRequest if it is not even known which that is."""
         self.allow(self.server.head_seconds)
         line = self.lines.readline(MAX_HEAD + 1)
-        if line in (b"\r\n", b"\n"):  # RFC 9112 section 2.2: one empty line before a request is forgiven
+        if line == b"\r\n":  # RFC 9112 section 2.2: one empty line before a request is forgiven
             line = self.lines.readline(MAX_HEAD + 1)
+        endpoint = _ENDPOINT.match(line.decode("latin-1"))
+        request = Request(endpoint[1], endpoint[2], {}, scheme=self.server.scheme) if endpoint else None
+        try:
+            request = self.read_head(line)
+            request.body = self.read_body(request)
+        except BadRequest as error:
+            if not request:
+                raise
+            request.broken = PortalError("invalid_request", str(error), error.status)
+            self.close_connection = True
+        return request
+
+    def read_head(self, line: bytes) -> Request:
+        """The request of a request line and the headers that follow it."""
         match = _REQUEST_LINE.fullmatch(line.decode("latin-1"))
         if not match:
             if len(line) > MAX_HEAD:
@@ -8816,13 +8934,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
             headers.setdefault("host", urlsplit(self.server.portal.address).netloc)
         target = self.own_target(method, target, headers)
-        request = Request(method, target, headers, scheme=self.server.scheme)
-        try:
-            request.body = self.read_body(request)
-        except BadRequest as error:  # it is known what was asked: the endpoint answers in its own shape
-            request.broken = PortalError("invalid_request", str(error), error.status)
-            self.close_connection = True
-        return request
+        return Request(method, target, headers, scheme=self.server.scheme)
 
     @staticmethod
     def own_target(method: str, target: str, headers: dict[str, str]) -> str:
@@ -8877,11 +8989,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.timed.send(body)
 
     def refuse(self, error: BadRequest) -> None:
-        """Answer a request whose head can't be read."""
+        """Answer what can't be told to be a request of any endpoint."""
         self.close_connection = True
+        self.server.log_request(Request("-", "-", {}), error.status, 0.0)
         with contextlib.suppress(OSError, BadRequest):
             told = {"error": "invalid_request", "error_description": str(error)}
-            self.send("", json_response(told, error.status))
+            self.send("", json_response(told, error.status, [NO_SNIFFING]))
             self.linger()
 
     def linger(self) -> None:
