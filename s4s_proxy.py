@@ -4804,7 +4804,8 @@ class Load:
         names: dict[str, str | None] = {}
         for number in numbers:
             waiting = self.database.execute("SELECT reference FROM unresolved WHERE number = ?", (number,))
-            if any([self.resolve_reference(reference, names) for (reference,) in waiting.fetchall()]):
+            known = [self.resolve_reference(reference, names) for (reference,) in waiting.fetchall()]
+            if any(known):
                 sql = "SELECT json FROM resources WHERE number = ?"
                 (text,) = self.database.execute(sql, (number,)).fetchone()
                 resource, pointers = parse_document(text.encode())
