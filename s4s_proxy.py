@@ -224,11 +224,10 @@ __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
 
 Json = dict[str, Any]  # a JSON object; FHIR resources are such
+Pairs = Sequence[tuple[str, str]]  # names and values, of headers or a query
 FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # our word -> FHIR's number
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
-
-
 MEMORIES: list[dict[Any, Any]] = []  # what `remembered` keeps; a reset empties them
 MAX_MEMORY = 4 << 20                 # bytes of each
 
@@ -253,8 +252,7 @@ def remembered(weight: int) -> Callable[[AnyFunction], AnyFunction]:
                 if size + cost > MAX_MEMORY or not kept:
                     kept.clear()
                     size = 0
-                kept[key] = answer
-                size += cost
+                kept[key], size = answer, size + cost
             return answer
         return cast(AnyFunction, call)
     return decorate
@@ -275,8 +273,7 @@ def length(value: Any) -> int:
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
-# portal.user(name) and portal.patients_of(name) look up; portal.meet_fault(name) fails where a test ordered
-# it.
+# portal.user(name) and portal.patients_of(name) look up; portal.meet_fault(name) fails where a test says so.
 
 
 # ######################################################################## 1 errors
@@ -289,8 +286,7 @@ class StartError(Exception):
 class PortalError(Exception):
     """A refusal: `status` is HTTP's, `error` a code from the endpoint's specification, `description` for
     people. What it becomes on the way out, JSON or a page, the endpoint's kind says: see error_response."""
-    def __init__(self, error: str, description: str, status: int = 400,
-                 headers: Sequence[tuple[str, str]] = ()):
+    def __init__(self, error: str, description: str, status: int = 400, headers: Pairs = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
 
@@ -321,7 +317,7 @@ Good = TypeVar("Good")
 
 
 def need(good: Good | None, description: str, error: str = "invalid_request", status: int = 400,
-         kind: type[PortalError] = PortalError, headers: Sequence[tuple[str, str]] = ()) -> Good:
+         kind: type[PortalError] = PortalError, headers: Pairs = ()) -> Good:
     """Give back what is good; refuse with the description where it is None, false or empty."""
     if not good:
         raise kind(error, description, status, headers)
@@ -361,8 +357,7 @@ def hash_secret(secret: str) -> str:
 
 
 def hash_password(password: str, salt: str) -> str:
-    """A person's password as kept: slow on purpose (some 50 ms), so that a stolen table is slow to guess
-    from."""
+    """A person's password as kept: slow on purpose (50 ms), so that a stolen table is slow to guess from."""
     return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8", "replace"), salt.encode(), 200_000).hex()
 
 
@@ -466,9 +461,9 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
 
 
 def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
-    """What of one word of a scope can be granted, "" for nothing. Writing is left out; what remains is spelt
-    as it was asked: .* becomes .read, .cruds becomes .rs. A constraint that can't be kept is refused: without
-    it, the app would get more than it asked."""
+    """What of one word of a scope can be granted, "" for nothing: reading and searching, spelt as it was
+    asked (.* becomes .read, .cruds becomes .rs). A constraint that can't be kept is refused: without it, the
+    app would get more."""
     parsed = parse_scope(word)
     head, question, constraints = word.partition("?")
     if not parsed:
@@ -506,8 +501,7 @@ def describe_scope(word: str) -> str:
 # ######################################################################## 4 the tables and the clock
 
 STATE_SCHEMA = """
--- Who may sign in. fhir_user is the resource that stands for this person. any_patient: a clinician, who may
--- open every record.
+-- Who may sign in. fhir_user: the resource that is this person. any_patient: a clinician opens every record.
 CREATE TABLE IF NOT EXISTS users (
     username TEXT PRIMARY KEY, name TEXT NOT NULL, fhir_user TEXT, password_salt TEXT NOT NULL,
     password_hash TEXT NOT NULL, any_patient INTEGER NOT NULL DEFAULT 0);
@@ -515,8 +509,8 @@ CREATE TABLE IF NOT EXISTS users (
 -- What else is told of a user (OpenID Connect Core section 5.1): JSON, claims by name.
 CREATE TABLE IF NOT EXISTS claims (username TEXT PRIMARY KEY, claims TEXT NOT NULL);
 
--- Which records a user may open. is_user: the record is the user's own. fhir_user: who the user is to this
--- patient, if not who the user is anyway (a RelatedPerson).
+-- Which records a user may open. is_user: it is the user's own. fhir_user: who the user is to this patient
+-- alone (a RelatedPerson).
 CREATE TABLE IF NOT EXISTS patients (
     username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL, name TEXT NOT NULL,
     is_user INTEGER NOT NULL, fhir_user TEXT, PRIMARY KEY (username, patient_id));
@@ -532,19 +526,16 @@ CREATE INDEX IF NOT EXISTS clients_by_secret ON clients (secret_hash);
 CREATE TABLE IF NOT EXISTS sessions (
     session_id TEXT PRIMARY KEY, username TEXT NOT NULL REFERENCES users,
     started REAL NOT NULL, expires REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS sessions_by_expiry ON sessions (expires);
 
 -- Launches by the EHR that wait for their app. context is JSON: the members of the token response.
 CREATE TABLE IF NOT EXISTS launches (
     launch TEXT PRIMARY KEY, client_id TEXT REFERENCES clients,  -- NULL until an app uses it, if not named
     username TEXT, patient_id TEXT, context TEXT NOT NULL, expires REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS launches_by_expiry ON launches (expires);
 
 -- Authorization requests that were found good and wait for the user's decision. details is JSON.
 CREATE TABLE IF NOT EXISTS pending (
     request_id TEXT PRIMARY KEY, client_id TEXT NOT NULL REFERENCES clients,
     details TEXT NOT NULL, expires REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS pending_by_expiry ON pending (expires);
 
 -- What users approved. A row stays when it has ended, so that a used token that returns is recognised.
 CREATE TABLE IF NOT EXISTS grants (
@@ -574,7 +565,6 @@ CREATE INDEX IF NOT EXISTS codes_by_expiry ON tokens (expires) WHERE kind = 'cod
 CREATE TABLE IF NOT EXISTS assertions (
     client_id TEXT NOT NULL REFERENCES clients, jti TEXT NOT NULL, expires REAL NOT NULL,
     PRIMARY KEY (client_id, jti));
-CREATE INDEX IF NOT EXISTS assertions_by_expiry ON assertions (expires);
 
 -- The key that signs id_tokens, as its two primes in hexadecimal.
 CREATE TABLE IF NOT EXISTS keys (p TEXT NOT NULL, q TEXT NOT NULL);
@@ -584,11 +574,12 @@ CREATE TABLE IF NOT EXISTS pages (
     handle TEXT PRIMARY KEY, grant_id TEXT NOT NULL,   -- '': of /api/open-fhir
     path TEXT NOT NULL, url TEXT NOT NULL, expires REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS pages_by_grant ON pages (grant_id);
-CREATE INDEX IF NOT EXISTS pages_by_expiry ON pages (expires);
 
 -- The secrets deleted last: requests recorded before still hold them, and must not show them (section 26).
 CREATE TABLE IF NOT EXISTS forgotten (secret TEXT PRIMARY KEY);
 """ + "".join(f"""
+CREATE INDEX IF NOT EXISTS {table}_by_expiry ON {table} (expires);""" for table in (
+    "sessions", "launches", "pending", "assertions", "pages")) + "".join(f"""
 CREATE TRIGGER IF NOT EXISTS forget_{table} AFTER DELETE ON {table} BEGIN
     INSERT OR REPLACE INTO forgotten VALUES (OLD.{column});
     DELETE FROM forgotten WHERE rowid <= last_insert_rowid() - 10000;
@@ -610,10 +601,10 @@ class Store:
     """A SQLite database that many threads share.
 
     Theory of operation. There is one connection and one lock, so a `transaction` is alone from its first look
-    to its last write. What `rows` found is remembered, by its SQL and values, until anything is written. No
-    reader of this code has to think of that: every write is a transaction, each forgets everything as it
-    begins, and until it ends nothing is remembered and other threads wait. A memory that is full is emptied,
-    and a long answer not kept. A file, to which another process may write, has no memory.
+    to its last write. What `rows` found is remembered, by its SQL and values, until a transaction begins;
+    until it ends nothing is remembered and other threads wait. So no reader of this code has to think of
+    that. A memory that is full is emptied, a long answer is not kept, and a file, to which another process
+    may write, has no memory.
 
     What we would like better: to forget only what a write has touched, but nobody tells us which tables a
     query read; and readers that do not wait for each other, but a connection for each was slower (measured).
@@ -724,8 +715,8 @@ LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: year
 
 def moment(seconds: float) -> datetime.datetime:
     """A Unix time, UTC. Windows' own calendar ends in the year 3000; this one doesn't."""
-    return datetime.datetime(1970, 1, 1,
-                             tzinfo=datetime.timezone.utc) + datetime.timedelta(seconds=int(seconds))
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+    return epoch + datetime.timedelta(seconds=int(seconds))
 
 
 @functools.lru_cache(maxsize=1000)
@@ -829,9 +820,9 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
 
 def check_host(portal: Portal, request: Request) -> None:
     """Refuse names that aren't ours while anyone who can reach us is trusted: else a page elsewhere points
-    its own name at this machine (DNS rebinding), and its scripts read our answers as if we were its site. And
-    without base URLs, where the name asked for becomes the issuer: else aud would be whatever a false server
-    calls itself."""
+    its own name at this machine (DNS rebinding) and reads our answers as its own site's. And without base
+    URLs, where the name asked for becomes the issuer: else aud would be whatever a false server calls
+    itself."""
     settings = portal.settings
     trusting = settings.local or settings.serves_debug or settings.serves_open_fhir
     if (trusting or not settings.base_url) and not portal.is_ours(request.host):
@@ -841,8 +832,7 @@ def check_host(portal: Portal, request: Request) -> None:
 
 
 def check_debug(portal: Portal, request: Request) -> None:
-    """Debug endpoints are there on loopback only, unless told, and obey no other web page, though browsers
-    can reach us (CSRF)."""
+    """Debug endpoints are there on loopback only, unless told, and obey no page of another site (CSRF)."""
     need(portal.settings.serves_debug, "the debug endpoints are off; --debug turns them on", "not_found", 404)
     other = another_site(portal, request)
     need(not other, f"{other}: debug endpoints obey no other site", "forbidden", 403)
@@ -882,12 +872,8 @@ def same_address(one: str, other: str) -> bool:
 def error_response(portal: Portal, request: Request, route: Route | None, error: PortalError) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
     request.note(f"refused: {error}")
-    if route:
-        kind = route.kind
-    elif request.path.startswith("/api/"):
-        kind = "fhir"
-    else:
-        kind = "oauth" if request.path.startswith(("/oauth/", "/.well-known/")) else "page"
+    kinds = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}
+    kind = route.kind if route else kinds.get(request.path[:request.path.find("/", 1) + 1], "page")
     if kind == "page":
         response = error_page(portal, error, request, route)
     elif kind == "fhir":
@@ -1012,14 +998,13 @@ def decode_plus(text: str, errors: str = "replace") -> str:
 
 class Response:
     """What goes out."""
-    def __init__(self, status: int, body: bytes = b"", content_type: str = "",
-                 headers: Sequence[tuple[str, str]] = ()):
+    def __init__(self, status: int, body: bytes = b"", content_type: str = "", headers: Pairs = ()):
         self.status, self.body = status, body
         self.headers = [("Content-Type", content_type)] if content_type else []
         self.headers += headers
 
 
-def json_response(value: Any, status: int = 200, headers: Sequence[tuple[str, str]] = ()) -> Response:
+def json_response(value: Any, status: int = 200, headers: Pairs = ()) -> Response:
     """JSON that no cache may keep: what OAuth's endpoints answer (RFC 6749 section 5.1)."""
     return Response(status, json.dumps(value).encode("ascii"), "application/json",
                     [("Cache-Control", "no-store"), ("Pragma", "no-cache"), *headers])
@@ -1155,8 +1140,7 @@ def client_metadata(metadata: Json, listed: bool = False) -> Json:
     # Where codes may go is settled now, whole (RFC 7591 section 5, 9700 section 2.1). So are launches.
     uris = kept["redirect_uris"]
     schemes = "any that neither browsers nor systems act on" if listed else (
-        f"with a period in it, RFC 8252 section 7.1, or {', '.join(sorted(APP_SCHEMES))}; others only by "
-        "--client or --fixtures")
+        f"with a period in it, or {', '.join(sorted(APP_SCHEMES))}; others only by --client or --fixtures")
     good = all(is_redirect_uri(uri, listed) for uri in uris) and (uris or not code)
     need_member(good, kept, "redirect_uris",
                 f"one or more absolute URIs without a fragment: http, https or an app's scheme ({schemes})")
@@ -1194,8 +1178,7 @@ def check_member(metadata: Json, name: str) -> None:
 
 def check_keys(metadata: Json) -> None:
     """Keys that are weak, or came with their private half, prove nothing, and no keys prove less (SMART,
-    "Client Authentication: Asymmetric"). A key of another kind is left alone: it may be for something
-    else."""
+    "Client Authentication: Asymmetric"). Keys of other kinds may be for something else."""
     given = {"jwks", "jwks_uri"} & metadata.keys()
     # Of two sets, one would be forgotten when a stolen key is taken out of the other (RFC 7591 section 2).
     need_member(len(given) < 2, metadata, "jwks_uri", "not to stand beside jwks")
@@ -1223,7 +1206,7 @@ def is_web_url(uri: Any) -> bool:
 
 
 # An app's private scheme should be its maker's domain name, backwards (RFC 8252 section 7.1), so one with a
-# period is an app's. Of those without, an app that registers itself gets only these:
+# period is an app's. Without, an app that registers itself gets only these:
 APP_SCHEMES = frozenset((
     "cursor", "vscode", "vscode-insiders", "windsurf",  # editors, whose extensions register themselves so
     "exp",                                              # Expo Go, in which React Native apps are developed
@@ -1233,16 +1216,15 @@ APP_SCHEMES = frozenset((
 # act on by themselves, or let any web page act on (web+..., HTML's safelist for registerProtocolHandler).
 # javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
 ACTED_UPON = (
-    r"https?|wss?|s?ftps?|javascript|vbscript|jscript|livescript|mocha|data|file|blob|about|filesystem|jar|"
-    r"view-source|resource|res|wyciwyg|chrome.*|googlechrome.*|moz-.*|firefox.*|safari-.*|webkit-.*|edge|"
-    r"opera|brave|vivaldi|devtools|feed|rss|cid|mid|urn|mailto|tel|callto|voicemail|sips?|s?ms|smsto|mms|"
-    r"mmsto|rtsp|facetime.*|skype|i?message|im|xmpp|matrix|ircs?|wtai|openpgp4fpr|bitcoin|ethereum|web\+.*|geo|"
-    r"maps|webcal|news|nntp|gopher|magnet|ed2k|microsoft.*|ms|ms-.*|.*-ms|search|bing[a-z]*|xbox.*|onenote.*|"
-    r"calculator|outlook.*|hcp|its|mk|mhtml|shell|jnlps?|intent|content|android-app|package|market|itms.*|"
-    r"macappstores?|g?help|man|info|applescript|shortcuts|workflow|(app-)?prefs|dict|ical|addressbook|music|"
-    r"photos(-.*)?|podcasts?|videos|x-.*|ssh|telnet|rlogin|tn3270|vnc|rdp|ldaps?|smb|cifs|afp|nfs|davs?|"
-    r"webdavs?|fish|admin|trash|computer|network|apt|apturl|apt\+.*|snap|steam|git|git\+.*|svn|svn\+.*|"
-    r"z39\.50[rs]")
+    r"https?|wss?|s?ftps?|(java|vb|j|live)script|mocha|data|file|blob|about|filesystem|jar|view-source|"
+    r"resource|res|wyciwyg|(google)?chrome.*|(moz|safari|webkit)-.*|firefox.*|edge|opera|brave|vivaldi|"
+    r"devtools|feed|rss|cid|mid|urn|mailto|tel|callto|voicemail|sips?|s?ms|smsto|mms(to)?|rtsp|facetime.*|"
+    r"skype|i?message|im|xmpp|matrix|ircs?|wtai|openpgp4fpr|bitcoin|ethereum|web\+.*|geo|maps|webcal|news|"
+    r"nntp|gopher|magnet|ed2k|microsoft.*|ms-.*|.*-ms|search|bing[a-z]*|xbox.*|onenote.*|calculator|"
+    r"outlook.*|hcp|its|mk|mhtml|shell|jnlps?|intent|content|android-app|package|market|itms.*|macappstores?|"
+    r"g?help|man|info|applescript|shortcuts|workflow|(app-)?prefs|dict|ical|addressbook|music|photos(-.*)?|"
+    r"podcasts?|videos|x-.*|ssh|telnet|rlogin|tn3270|vnc|rdp|ldaps?|smb|cifs|afp|nfs|(web)?davs?|fish|admin|"
+    r"trash|computer|network|apturl|(apt|git|svn)(\+.*)?|snap|steam|z39\.50[rs]")
 
 
 def is_redirect_uri(uri: Any, listed: bool = False) -> bool:
