@@ -1,8 +1,5 @@
-"""Tests of s4s_proxy.py: a real server, real sockets, one behaviour a test. Run: python -m unittest
-
-    python -m unittest                              all of them
-    python -m unittest test_s4s_proxy.TokenEndpoint one endpoint's
-"""
+"""Tests of s4s_proxy.py: a real server, real sockets, one behaviour a test. python -m unittest runs all of
+them, python -m unittest test_s4s_proxy.TokenEndpoint one endpoint's."""
 from __future__ import annotations
 
 import ast
@@ -166,8 +163,7 @@ class Browser:
         raise AssertionError("redirects without end")
 
     def submit(self, button: str = "", form: int = 0, without: str = "", **changed: str) -> Answer:
-        """Submit a form of the page by a button (its id, value or text), with some fields changed, those of
-        the name `without` left out."""
+        """Submit a form of the page by a button (its id, value or text), with fields changed or left out."""
         sent = Form(self.page.text, form)
         fields = [(name, changed.pop(name, value)) for name, value in sent.fields if name != without]
         fields += list(changed.items())
@@ -401,10 +397,9 @@ class KeyedApp:
 
     def token(self, assertion: str | None = None, headers: Any = None, **changed: str) -> Answer:
         """A request of the token endpoint as a backend service."""
-        return ask(self.portal.address + "/oauth/token", headers=headers, form={
-            "grant_type": "client_credentials", "scope": "system/*.rs",
-            "client_assertion_type": s4s.ASSERTION_TYPE, "client_assertion": assertion or self.assertion(),
-            **changed})
+        proof = {"client_assertion_type": s4s.ASSERTION_TYPE, "client_assertion": assertion or self.assertion()}
+        form = {"grant_type": "client_credentials", "scope": "system/*.rs", **proof, **changed}
+        return ask(self.portal.address + "/oauth/token", headers=headers, form=form)
 
 
 # ######################################################################## helpers: a FHIR server
@@ -412,9 +407,7 @@ class KeyedApp:
 
 class FhirServer(http.server.ThreadingHTTPServer):
     """A FHIR server that can't be trusted: it answers each search with all it has, whatever was asked, and
-    `script` makes it worse (path -> status, headers, body; or bytes to send as they are, and close unless
-    keeps_open)."""
-
+    `script` makes it worse (path -> status, headers, body; or raw bytes, then the end unless keeps_open)."""
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FhirHandler)
         self.script: dict[str, tuple[int, dict[str, str], bytes] | bytes] = {}
@@ -478,16 +471,15 @@ class FhirHandler(http.server.BaseHTTPRequestHandler):
         answer = self.server.answer(self.path)
         if isinstance(answer, bytes):
             self.wfile.write(answer)
-            self.wfile.flush()
             self.close_connection = not self.server.keeps_open
-            return
-        status, given, text = answer
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(text)), **given}.items():
-            if value:
-                self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text)
+        else:
+            status, given, text = answer
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(text)), **given}.items():
+                if value:
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text)
         self.wfile.flush()
     do_POST = do_GET
 
@@ -589,8 +581,7 @@ class ForwardingTest(RecordTest):
         self.assert_refused(path, status, **how)
         self.assertEqual(self.behind.seen, [])
 
-    def script(self, path: str, resource: Any, status: int = 200,
-               headers: Mapping[str, str] | None = None) -> None:
+    def script(self, path: str, resource: Any, status: int = 200, headers: Any = None) -> None:
         """What the FHIR server answers at a path."""
         self.behind.script[path] = json_answer(resource, status, **(headers or {}))
 
@@ -607,17 +598,17 @@ class ScopeWords(unittest.TestCase):
                   "&".join(f"code={number},{number + 1}" for number in range(500)),
                   "category=a&" + "&".join(f"code={number}" for number in range(700)) + "&status=final"]
         many = " ".join(f"{head}category=a&code={number}" for number in range(170))
-        for granted, wanted in ((head + joined[0], head + joined[0]), (head + joined[1], head + joined[1]),
-                                (head + joined[0][:4000], head + joined[0]),
-                                (head + joined[2], head + joined[2]),
-                                (many, many), (many, many.replace("=a&", "=a&status=x&")[:8000])):
+        long = [head + constraints for constraints in joined]
+        for granted, wanted in ((long[0], long[0]), (long[1], long[1]), (long[0][:4023], long[0]),
+                                (long[2], long[2]), (many, many),
+                                (many, many.replace("=a&", "=a&status=x&")[:8000])):
             with self.subTest(granted[-30:]):
                 begun = time.process_time()
                 wanted = wanted.rpartition(" ")[0] or wanted
                 self.assertEqual(s4s.negotiate_scope(wanted, granted), wanted)
                 self.assertLess(time.process_time() - begun, 0.15)  # it was a second and more
 
-    def test_what_a_scope_means(self) -> None:
+    def test_what_a_scope_means_and_what_is_none(self) -> None:
         many = "patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final"
         for word, meaning in (
                 ("patient/*.rs", ("patient", "*", "rs", ())),
@@ -626,17 +617,12 @@ class ScopeWords(unittest.TestCase):
                 ("patient/Patient.write", ("patient", "Patient", "cud", ())),
                 (many, ("patient", "Observation", "rs", (
                     ("category", "laboratory,http://x|vital-signs"), ("status", "final"))))):
-            with self.subTest(word=word):
-                context, kind, letters, constraints = meaning
-                self.assertEqual(s4s.parse_scope(word), (context, kind, letters, word, constraints))
-
-    def test_what_is_no_resource_scope(self) -> None:
+            self.assertEqual(s4s.parse_scope(word), (*meaning[:3], word, meaning[3]), word)
         for word in ("patient/*.", "patient/*.dus", "patient/*.sr", "Patient/*.rs", "patient/observation.rs",
                      "patient/*", "patient/*.rs?", "patient/*.rs?x", "patient/*.rs?x=", "patient/*.rs?a=b&",
                      "launch/patient", "patient/*.rs?code:in=x", "patient/*.rs?subject.name=x",
                      "patient/*.rs?_filter=x", "patient/*.readx"):
-            with self.subTest(word=word):
-                self.assertIsNone(s4s.parse_scope(word))
+            self.assertIsNone(s4s.parse_scope(word), word)
 
     def test_a_registered_scope_bounds_by_meaning(self) -> None:
         for registered, word, covered in (
@@ -651,8 +637,7 @@ class ScopeWords(unittest.TestCase):
                 ("patient/Observation.rs?category=a", "patient/Observation.rs?category=a,b", False),
                 ("patient/Observation.rs?category=a", "patient/Observation.rs?code=a", False),
                 ("patient/Observation.rs?category=a%5C,b", "patient/Observation.rs?category=b", False)):
-            with self.subTest(registered=registered, word=word):
-                self.assertEqual(s4s.scope_covers(registered, word), covered)
+            self.assertEqual(s4s.scope_covers(registered, word), covered, (registered, word))
 
     def test_what_is_granted(self) -> None:
         everything = " ".join([*s4s.PLAIN_SCOPES, "patient/*.cruds user/*.cruds system/*.cruds"])
@@ -662,8 +647,7 @@ class ScopeWords(unittest.TestCase):
                 ("user/Condition.cruds?code=x", "user/Condition.rs?code=x"), ("patient/*.write", ""),
                 ("patient/*.r patient/*.cd", "patient/*.r"), ("system/*.rs", ""), ("online_access", ""),
                 ("nonsense patient/*.dus launch/imagingstudy fhirUser", "fhirUser")):
-            with self.subTest(asked=asked):
-                self.assertEqual(s4s.negotiate_scope(asked, everything), granted)
+            self.assertEqual(s4s.negotiate_scope(asked, everything), granted, asked)
         self.assertEqual(s4s.negotiate_scope("openid offline_access", "patient/*.rs openid"), "openid")
         system = s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",))
         self.assertEqual(system, "system/*.read")
@@ -680,8 +664,7 @@ class ScopeWords(unittest.TestCase):
                 ("patient/Condition.r", "open Condition records in the record"),
                 ("user/Condition.s", "search Condition records in every record you may open"),
                 ("offline_access", s4s.PLAIN_SCOPES["offline_access"])):
-            with self.subTest(word=word):
-                self.assertEqual(s4s.describe_scope(word), text)
+            self.assertEqual(s4s.describe_scope(word), text, word)
 
 
 # ######################################################################## 4 the tables and the clock
@@ -928,34 +911,28 @@ class Nonsense(PortalTest):
         self.addCleanup(lambda: self.assertEqual([line for line in lines if line.startswith("BUG")], []))
 
     def test_percent_signs_without_digits_bytes_that_are_no_utf_8_and_too_many_parameters(self) -> None:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
         for text in ("%", "%2", "%zz", "%ff", "%c0%80", "%ed%a0%80", "a=%00", "%00=a", "a&" * 2000):
-            with self.subTest(text=text[:9]):
-                for path in ("oauth/authorize", "login", "launch", "api/open-fhir/Patient",
-                             "oauth/debug/introspect"):
-                    self.assertEqual(ask(f"{self.portal.url}/{path}?{text}").status, 400, path)
-                form = {"Content-Type": "application/x-www-form-urlencoded"}
-                for path in ("oauth/token", "oauth/introspect", "oauth/revoke",
-                             "api/open-fhir/Patient/_search"):
-                    got = ask(f"{self.portal.url}/{path}", body=text.encode(), headers=form)
-                    self.assertEqual(got.status, 400, path)
+            for path in "oauth/authorize login launch api/open-fhir/Patient oauth/debug/introspect".split():
+                self.assertEqual(ask(f"{self.portal.url}/{path}?{text}").status, 400, (path, text[:9]))
+            for path in "oauth/token oauth/introspect oauth/revoke api/open-fhir/Patient/_search".split():
+                got = ask(f"{self.portal.url}/{path}", body=text.encode(), headers=form)
+                self.assertEqual(got.status, 400, (path, text[:9]))
         got = ask(self.portal.url + "/oauth/token", body=b"client_id=\0", headers=form)
         self.assertIn("NUL", got.json["error_description"])
 
     def test_a_path_may_hold_anything(self) -> None:
         for path in ("/%00", "/..", "/%2e%2e/", "//evil.example/", "/api/fhir/%00", "/api/open-fhir/%ff",
                      "/;x", "/oauth/", "/revoke/", "/api/open-fhir/Patient/" + "x" * 60_000):
-            with self.subTest(path=path[:40]):
-                self.assertIn(ask(self.portal.url + path).status, (401, 404, 405))
+            self.assertIn(ask(self.portal.url + path).status, (401, 404, 405), path[:40])
 
     def test_what_json_has_not(self) -> None:
-        for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 1001, "9" * 900_000,
-                      "1" + "0" * 400 + ".5", "01", "0x1", ".5", '"\\ud800"', '{"\\udfff": 1}', '["\\ud83d"]',
-                      "[NaN]"):
-            with self.subTest(value=value[:9]):
-                for path, body in (("/oauth/register", '{"redirect_uris": ["https://a.example/"], "x": %s}'),
-                                   ("/oauth/debug/clock", '{"seconds": %s}')):
-                    got = self.post(path, (body % value).encode())
-                    self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), path)
+        for value in ("NaN", "[NaN]", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 1001, "9" * 900_000,
+                      "1" + "0" * 400 + ".5", "01", "0x1", ".5", '"\\ud800"', '{"\\udfff": 1}', '["\\ud83d"]'):
+            for path, body in (("/oauth/register", '{"redirect_uris": ["https://a.example/"], "x": %s}'),
+                               ("/oauth/debug/clock", '{"seconds": %s}')):
+                got = self.post(path, (body % value).encode())
+                self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"), (path, value[:9]))
 
     def test_json_as_deep_as_is_taken_comes_out_again_everywhere(self) -> None:
         def nested(depth: int) -> Any:
@@ -1021,8 +998,8 @@ class Nonsense(PortalTest):
         self.assertLess(time.process_time() - started, 5)
 
     def test_an_authorization_url_that_is_no_url_is_refused(self) -> None:
-        for url in ("http://[", "javascript://localhost/oauth/authorize", "//", "http://\0/oauth/authorize",
-                    "x" * 9999):
+        path = "/oauth/authorize"
+        for url in ("http://[", "javascript://localhost" + path, "//", "http://\0" + path, "x" * 9999):
             got = self.post("/oauth/debug/authorize", {"url": url, "username": "daniel-adams"})
             self.assertEqual(got.status, 400, url)
 
@@ -1117,10 +1094,8 @@ class OtherSites(PortalTest):
                 ("/revoke/" + grant_id, {}), ("/launch", {"launch_uri": "https://a.example/"}),
                 ("/oauth/consent", consent)):
             for token in ({}, {"form_token": ""}, {"form_token": "x" * 64}, {"form_token": foreign}):
-                with self.subTest(path=path, token=token):
-                    got = ask(self.portal.url + path, form={**fields, **token}, headers=browser.headers)
-                    self.assertEqual(got.status, 403)
-                    self.assertNotIn("set-cookie", got.headers)
+                got = ask(self.portal.url + path, form={**fields, **token}, headers=browser.headers)
+                self.assertEqual((got.status, got.cookies), (403, []), (path, token))
         self.assertIn("Signed in as Daniel", browser.open(self.portal.url + "/apps").text)
         self.assertIn("Stop sharing", browser.page.text)
 
@@ -1144,11 +1119,9 @@ class OtherSites(PortalTest):
         for target in ("https://evil.example/", "//evil.example", "///evil.example", "/\\evil.example",
                        "\\\\evil.example", "/..//evil.example", "/a:b@evil.example", "/apps#@evil", "@evil",
                        "?x", ".evil.example", "/.evil", "/%0d%0aX: y", "%2f%2fevil", "/\tevil", "/ e",
-                       "/apps\r\nX-Evil: 1", "javascript:alert(1)",
-                       "http:evil.example"):
-            with self.subTest(target=target):
-                page = ask(self.portal.url + "/login?" + urlencode({"next": target})).text
-                self.assertEqual(dict(Form(page).fields)["next"], "/apps")
+                       "/apps\r\nX-Evil: 1", "javascript:alert(1)", "http:evil.example"):
+            page = ask(self.portal.url + "/login?" + urlencode({"next": target})).text
+            self.assertEqual(dict(Form(page).fields)["next"], "/apps", target)
         for target in ("//evil.example", "/apps\r\nX-Evil: 1"):
             browser = Browser(self.portal)
             browser.open(self.portal.url + "/login")
@@ -1164,27 +1137,23 @@ class OtherSites(PortalTest):
                     own.replace("https:", "http:"), own.replace(".example", ".example.evil"),
                     own.replace("app.", "evil@app."), own + "#", " " + own, own.replace("//", "/\\"),
                     own + "\r\n", own + "\0"):
-            with self.subTest(uri=uri):
-                got = ask(app.authorize_url(redirect_uri=uri))
-                self.assertEqual(got.status, 400)
-                self.assertNotIn("location", got.headers)
+            got = ask(app.authorize_url(redirect_uri=uri))
+            self.assertEqual((got.status, "location" in got.headers), (400, False), uri)
 
     def test_a_launch_leads_only_where_the_client_registered(self) -> None:
         app = App(self.portal, launch_uris=["https://app.example/launch"])
         for uri in ("https://evil.example/", "https://app.example/launch/../x", "javascript:alert(1)",
                     "//evil.example", "/demo"):
-            with self.subTest(uri=uri):
-                got = self.post("/oauth/debug/launch", {"launch_uri": uri, "client_id": app.client_id})
-                self.assertEqual(got.status, 400)
+            got = self.post("/oauth/debug/launch", {"launch_uri": uri, "client_id": app.client_id})
+            self.assertEqual(got.status, 400, uri)
         self.assertEqual(self.post("/oauth/debug/launch", {"launch_uri": "javascript:alert(1)"}).status, 400)
 
     def test_no_value_breaks_out_of_a_location(self) -> None:
         app, nasty = App(self.portal), "a\r\nSet-Cookie: x=y\r\n\r\n<html>&code=stolen#\u20ac"
-        for changed in ({"state": nasty}, {"state": nasty, "scope": nasty}, {"state": nasty, "aud": nasty},
-                        {"state": nasty, "response_type": nasty},
-                        {"state": nasty, "prompt": "none " + nasty}):
+        for changed in ({}, {"scope": nasty}, {"aud": nasty}, {"response_type": nasty},
+                        {"prompt": "none " + nasty}):
             with self.subTest(changed=changed):
-                got = ask(app.authorize_url(**changed))
+                got = ask(app.authorize_url(state=nasty, **changed))
                 if got.location.get("error"):
                     self.assertEqual(got.location["state"], nasty)
                 self.assertNotIn("code", got.location)
@@ -1207,13 +1176,6 @@ class OtherSites(PortalTest):
             error = ', error="invalid_token"' if value.startswith("Bearer") else "$"  # RFC 6750 section 3.1
             self.assertRegex(got.headers["www-authenticate"], '^Bearer realm="s4s"' + error)
 
-    def test_cookies_are_kept_from_scripts_and_other_sites_and_with_https_from_http(self) -> None:
-        [cookie] = ask(self.portal.url + "/login").cookies
-        self.assertRegex(cookie, r"=[A-Za-z0-9_-]{32}; Path=/; HttpOnly; SameSite=Lax$")
-        with s4s.Server(base_url="https://portal.example") as portal:
-            [cookie] = ask(portal.address + "/login").cookies
-            self.assertTrue(cookie.endswith("; HttpOnly; SameSite=Lax; Secure"))
-
     def test_a_name_that_is_not_ours_reaches_nothing(self) -> None:
         for host in ("evil.example", f"evil.example:{self.portal.port}", "127.0.0.1.evil.example",
                      "localhost.evil.example", "10.0.0.1", "0.0.0.0", "[::2]", "localhost.", "127.0.0.1.",
@@ -1230,16 +1192,14 @@ class OtherSites(PortalTest):
                     ("POST", "reset", {}), ("POST", "clock", {"seconds": 1}), ("DELETE", "requests", None),
                     ("POST", "token", {"client_id": "test-suite", "username": "clinician"}),
                     ("GET", "requests", None), ("GET", "introspect?token=x", None)):
-                with self.subTest(headers=headers, path=path):
-                    got = ask(f"{url}/oauth/debug/{path}", method=method, data=data, headers=headers)
-                    self.assertEqual(got.status, 403)
-                    self.assertNotIn("access-control-allow-origin", got.headers)
+                got = ask(f"{url}/oauth/debug/{path}", method=method, data=data, headers=headers)
+                self.assertEqual(got.status, 403, (headers, path))
+                self.assertNotIn("access-control-allow-origin", got.headers)
         for headers in from_here(url):
             self.assertEqual(self.post("/oauth/debug/clock", {"seconds": 0}, headers=headers).status, 200)
 
     def test_debug_endpoints_take_no_body_that_a_plain_form_could_send(self) -> None:
-        for media_type in ("text/plain", "application/x-www-form-urlencoded",
-                           "multipart/form-data; boundary=x", ""):
+        for media_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
             got = ask(self.portal.url + "/oauth/debug/token", headers={"Content-Type": media_type},
                       body=b'{"client_id": "test-suite", "username": "clinician"}')
             self.assertEqual(got.status, 415, media_type)
@@ -1266,8 +1226,7 @@ class Exposed(unittest.TestCase):
             for host, status in (("rebound.example:8000", 421), ("portal.example", portal_example),
                                  ("10.1.2.3:8000", 200), ("[fd00::1]:8000", 200), ("localhost:8000", 200),
                                  ("0.0.0.0", 200), ("10.1.2.3.example", 421), ("[x", 421), ("", 421)):
-                with self.subTest(settings=settings, host=host):
-                    self.assertEqual(self.status(host, **settings), status)
+                self.assertEqual(self.status(host, **settings), status, (settings, host))
         for host, refused in (("Portal.lan:8000", False), ("portal.lan", False), ("portal.lan.x", True)):
             portal = s4s.Portal(s4s.Settings(host="portal.LAN"))
             self.addCleanup(portal.close)
@@ -1287,8 +1246,7 @@ class Exposed(unittest.TestCase):
                     ask(url, headers={"Host": host}) for url in (
                         app.authorize_url(aud=f"http://{host}/api/fhir"),
                         portal.address + "/.well-known/openid-configuration")]
-                with self.subTest(host=host):
-                    self.assertEqual([answer.status for answer in answers], statuses)
+                self.assertEqual([answer.status for answer in answers], statuses, host)
 
     def fetch(self, url: str) -> None:
         with self.assertRaises((OSError, ValueError, s4s.BadRequest)):
@@ -1346,10 +1304,10 @@ class Registration(PortalTest):
     def register(self, **members: Any) -> Answer:
         return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
 
-    def assert_refused(self, error: str, member: str, value: Any) -> None:
+    def assert_refused(self, error: str, member: str, value: Any, **others: Any) -> None:
         """The member is refused, and named."""
         with self.subTest(member=member, value=value):
-            got = self.register(**{member: value})
+            got = self.register(**{member: value}, **others)
             self.assertEqual((got.status, got.json["error"]), (400, error))
             self.assertIn(member.partition("#")[0], got.json["error_description"])
 
@@ -1406,16 +1364,16 @@ class Registration(PortalTest):
 
     # Schemes that browsers, Windows, macOS, Linux, iOS or Android act on by themselves.
     ACTED_UPON = (
-        "javascript:alert(1)", "data:text/html,x", "sms:1", "ms-msdt:/id", "search-ms:query", "MS-Settings:x",
-        "intent:x", "chrome-extension://x/", "microsoft-edge:https://x", "microsoft.windows.camera:x",
-        "jnlp://x", "jnlps:x", "vnc://x", "RDP://x", "search:q", "content://x", "web+x://y", "xmpp:a",
-        "sip:a", "bitcoin:a", "x-apple.systempreferences:x", "prefs:x", "shortcuts://run", "apt:x", "git+ssh://x",
-        "firefox:x", "googlechrome://x", "smsto:1", "matrix:u", "z39.50r://x", "devtools://x", "cifs://x")
+        "javascript:alert(1) data:text/html,x sms:1 ms-msdt:/id search-ms:query MS-Settings:x intent:x "
+        "chrome-extension://x/ microsoft-edge:https://x microsoft.windows.camera:x jnlp://x jnlps:x vnc://x "
+        "RDP://x search:q content://x web+x://y xmpp:a sip:a bitcoin:a x-apple.systempreferences:x prefs:x "
+        "shortcuts://run apt:x git+ssh://x firefox:x googlechrome://x smsto:1 matrix:u z39.50r://x "
+        "devtools://x cifs://x").split()
 
     def test_who_registers_itself_has_a_scheme_with_a_period_or_a_known_apps(self) -> None:
-        for uri in ("com.example.app:/cb", "org.app://callback", "exp://127.0.0.1:8081/--/cb",
-                    "ionic://localhost", "cursor://anysphere.cursor-mcp/oauth/callback", "vscode://x/cb", "vscode-insiders://x/cb",
-                    "windsurf://x/cb", "capacitor://localhost", "smartapp://callback", "CURSOR://x"):
+        for uri in ("com.example.app:/cb", "org.app://callback", "exp://127.0.0.1:8081/--/cb", "vscode://x/cb",
+                    "ionic://localhost", "cursor://anysphere.cursor-mcp/oauth/callback", "windsurf://x/cb",
+                    "vscode-insiders://x/cb", "capacitor://localhost", "smartapp://callback", "CURSOR://x"):
             self.assertEqual(self.register(redirect_uris=[uri]).status, 201, uri)
         for uri in (*self.ACTED_UPON, "myapp:/cb", "smart-app://cb", "cursorx://cb", "xvscode://cb"):
             self.assert_refused("invalid_redirect_uri", "redirect_uris", [uri])
@@ -1463,13 +1421,6 @@ class Registration(PortalTest):
                 self.assertEqual((got.status, got.json["error"]), (400, "invalid_request"))
         self.assertEqual(ask(self.portal.url + "/oauth/register", form={"a": "b"}).status, 415)
 
-    def test_keys_come_in_one_way(self) -> None:
-        got = self.register(jwks={"keys": [RSA_JWK]}, jwks_uri="https://app.example/jwks")
-        self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
-        self.assertIn("jwks_uri", got.json["error_description"])
-        got = self.register(token_endpoint_auth_method="private_key_jwt")
-        self.assertIn("private_key_jwt needs jwks or jwks_uri", got.json["error_description"])
-
     def test_a_key_without_a_type_or_of_another_kind_is_let_be(self) -> None:
         for key in ({"crv": "P-384", "kid": "x"}, {"kty": ["RSA"]}, {"kty": "EC", "crv": "P-256"},
                     {"kty": "OKP", "crv": "Ed25519", "x": "AA"}):
@@ -1481,17 +1432,15 @@ class Registration(PortalTest):
             "token_endpoint_auth_method": "private_key_jwt"})
         self.assertEqual((got.status, got.json["redirect_uris"], got.json["response_types"]), (201, [], []))
 
-    def test_the_code_and_its_grant_type_come_together(self) -> None:
-        cases: Any = (({"response_types": []}, 400), ({"response_types": ["code"]}, 201),
-                      ({"grant_types": ["client_credentials"], "response_types": ["code"]}, 400),
-                      ({"grant_types": ["authorization_code"], "response_types": []}, 400))
-        for members, status in cases:
-            with self.subTest(members=members):
-                got = self.register(**members)
-                self.assertEqual(got.status, status)
-                if status == 400:
-                    self.assertEqual(got.json["error"], "invalid_client_metadata")
-                    self.assertIn("response_types", got.json["error_description"])
+    def test_the_code_comes_with_its_grant_type_and_keys_come_in_one_way(self) -> None:
+        for member, value, others in (
+                ("response_types", ["code"], {"grant_types": ["client_credentials"]}),
+                ("response_types", [], {"grant_types": ["authorization_code"]}),
+                ("jwks_uri", "https://app.example/jwks", {"jwks": {"keys": [RSA_JWK]}})):
+            self.assert_refused("invalid_client_metadata", member, value, **others)
+        got = self.register(token_endpoint_auth_method="private_key_jwt")
+        self.assertEqual((got.status, got.json["error"]), (400, "invalid_client_metadata"))
+        self.assertIn("private_key_jwt needs jwks or jwks_uri", got.json["error_description"])
 
 
 class ClientAuthentication(PortalTest):
@@ -1603,8 +1552,7 @@ class Cookies(PortalTest):
     def test_over_https_no_cookie_planted_over_http_or_by_another_host_is_a_session(self) -> None:
         with s4s.Server(base_url="https://portal.example") as portal:
             host = {"Host": "portal.example"}
-            page = ask(portal.url.replace("https://portal.example", portal.address) + "/login", headers=host)
-            [cookie] = page.cookies
+            [cookie] = ask(portal.address + "/login", headers=host).cookies
             pattern = r"^__Host-s4s_session_\d+=[\w-]{32}; Path=/; HttpOnly; SameSite=Lax; Secure$"
             self.assertRegex(cookie, pattern)
             session = s4s.start_session(portal.portal, "daniel-adams", "")
@@ -1622,14 +1570,13 @@ class Cookies(PortalTest):
                 self.assertIn("Sign out", browser.submit("sign-in").text)
 
     def test_a_form_that_stood_on_another_site_is_refused(self) -> None:
-        for site, status in ((None, 303), ("same-origin", 303), ("none", 303), ("cross-site", 403),
-                             ("same-site", 403)):
-            with self.subTest(site=site):
+        url = self.portal.url + "/login"
+        for sites, status in ((("", "same-origin", "none"), 303), (("cross-site", "same-site"), 403)):
+            for site in sites:
                 browser = Browser(self.portal)
-                page = browser.open(self.portal.url + "/login")
-                form = {**dict(Form(page.text).fields), "password": "demo-password"}
+                form = {**dict(Form(browser.open(url).text).fields), "password": "demo-password"}
                 headers = {**browser.headers, **({"Sec-Fetch-Site": site} if site else {})}
-                self.assertEqual(ask(self.portal.url + "/login", form=form, headers=headers).status, status)
+                self.assertEqual(ask(url, form=form, headers=headers).status, status, site)
 
     def test_a_session_left_open_ends_by_itself(self) -> None:
         browser = self.signed_in()
