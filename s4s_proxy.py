@@ -301,9 +301,9 @@ class PageError(PortalError):
 
 
 class RedirectError(PortalError):
-    """An authorization error that travels to the app (RFC 6749 section 4.1.2.1): `url` is where the browser
-    goes. Only for a client and redirect URI that were found good: before, a redirect would make this server a
-    tool for sending people anywhere (section 10.15)."""
+    """An authorization error that travels to the app (RFC 6749 section 4.1.2.1): the browser goes to `url`.
+    Only for a client and redirect URI that were found good: else this server would send people anywhere
+    (section 10.15)."""
     def __init__(self, error: PortalError, url: str):
         super().__init__(error.error, error.description)
         self.url = url
@@ -460,9 +460,8 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
 
 
 def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
-    """What of one word of a scope can be granted, "" for nothing: reading and searching, spelt as it was
-    asked (.* becomes .read, .cruds becomes .rs). A constraint that can't be kept is refused: without it, the
-    app would get more."""
+    """What of one word of a scope can be granted, "" for nothing: reading and searching, spelt as asked (.*
+    becomes .read, .cruds .rs). A constraint that can't be kept is refused: to drop it would grant more."""
     parsed = parse_scope(word)
     head, question, constraints = word.partition("?")
     if not parsed:
@@ -819,9 +818,8 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
 
 def check_host(portal: Portal, request: Request) -> None:
     """Refuse names that aren't ours while anyone who can reach us is trusted: else a page elsewhere points
-    its own name at this machine (DNS rebinding) and reads our answers as its own site's. And without base
-    URLs, where the name asked for becomes the issuer: else aud would be whatever a false server calls
-    itself."""
+    its own name at this machine (DNS rebinding) and reads our answers. And without base URLs, where the name
+    asked for becomes the issuer: else aud would be whatever a false server calls itself."""
     settings = portal.settings
     trusting = settings.local or settings.serves_debug or settings.serves_open_fhir
     if (trusting or not settings.base_url) and not portal.is_ours(request.host):
@@ -946,8 +944,8 @@ class Request:
         return parse_json(self.body)
 
     def cookie(self, name: str) -> str:
-        """A cookie's value, or "": also where two values came, since a neighbour planted one of them (a path
-        of its own puts it first), and nobody can tell which."""
+        """A cookie's value, or "": also where two values came, since a neighbour planted one of them (by a
+        path of its own, so it comes first)."""
         # Not http.cookies: it drops all for one that it dislikes (localhost's come from every port), is slow
         # (quadratic), and decodes line breaks, which would get into Set-Cookie.
         cookies = self.headers.get("cookie", "")

@@ -858,23 +858,16 @@ class Concurrency(unittest.TestCase):
     """Many at once."""
 
     def test_64_threads_through_the_whole_flow_do_not_disturb_each_other(self) -> None:
-        problems: list[object] = []
         with tempfile.TemporaryDirectory() as folder, s4s.Server(db=f"{folder}/state.db") as portal:
-            def run(number: int) -> None:
-                try:
-                    app = App(portal)
-                    patient, other = (DANIEL, AMY) if number % 2 else (AMY, DANIEL)
-                    tokens = app.tokens(patient_id=patient)
-                    again = app.refresh(tokens["refresh_token"]).json
-                    for patient_id, status in ((patient, 200), (other, 403)):
-                        got = ask(f"{portal.fhir_url}/Patient/{patient_id}", token=again["access_token"])
-                        assert got.status == status, got
-                except Exception as error:  # noqa: BLE001
-                    problems.append(error)
             numbers = iter(range(64))
-            with together(64, lambda: run(next(numbers))):
-                pass
-            self.assertEqual(problems, [])
+
+            def run() -> list[int]:
+                app = App(portal)
+                patients = (DANIEL, AMY) if next(numbers) % 2 else (AMY, DANIEL)
+                again = app.refresh(app.tokens(patient_id=patients[0])["refresh_token"]).json
+                return [ask(f"{portal.fhir_url}/Patient/{patient}", token=again["access_token"]).status
+                        for patient in patients]
+            self.assertEqual(at_once(64, run), [[200, 403]] * 64)
             self.assertEqual(len(portal.portal.state.rows("SELECT * FROM grants WHERE NOT ended")), 64)
 
     def test_reset_in_the_middle_of_traffic_is_safe(self) -> None:
@@ -921,8 +914,8 @@ class Nonsense(PortalTest):
             self.assertIn(ask(self.portal.url + path).status, (401, 404, 405), path[:40])
 
     def test_what_json_has_not(self) -> None:
-        for value in ("NaN", "[NaN]", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 1001, "9" * 900_000, "01",
-                      "1" + "0" * 400 + ".5", "0x1", ".5", '"\\ud800"', '{"\\udfff": 1}', '["\\ud83d"]'):
+        for value in ("NaN", "[NaN]", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 1001, "9" * 900_000,
+                      "1" * 400 + ".5", "01", "0x1", ".5", '"\\ud800"', '{"\\udfff": 1}', '["\\ud83d"]'):
             for path, body in (("/oauth/register", '{"redirect_uris": ["https://a.example/"], "x": %s}'),
                                ("/oauth/debug/clock", '{"seconds": %s}')):
                 got = self.post(path, (body % value).encode())
@@ -1000,7 +993,7 @@ class Nonsense(PortalTest):
     def test_cookies_of_others_neither_hide_ours_nor_cost_time(self) -> None:
         [(name, value)] = signed_in(self.portal).cookies.items()
         started = time.process_time()  # what others take from the machine doesn't count
-        for other in ('theirs={"a": [1, "x"]}', "=", ";;", 'c="d;e', 'x="' + "\\\\" * 29_000 + '"', "é"):
+        for other in ('theirs={"a": [1, "x"]}', "=", ";;", "a b", 'c="d', 'x="' + "\\\\" * 29000 + '"', "é"):
             for cookie in (f"{other}; {name}={value}", f"{name}={value}; {other}"):
                 headers = {"Cookie": cookie.encode("utf-8").decode("latin-1")}
                 got = ask(self.portal.url + "/apps", headers=headers)
