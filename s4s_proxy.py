@@ -302,8 +302,7 @@ class PageError(PortalError):
 
 class RedirectError(PortalError):
     """An authorization error that travels to the app (RFC 6749 section 4.1.2.1): the browser goes to `url`.
-    Only for a client and redirect URI that were found good: else this server would send people anywhere
-    (section 10.15)."""
+    Only for a client and redirect URI found good: else we would send people anywhere (section 10.15)."""
     def __init__(self, error: PortalError, url: str):
         super().__init__(error.error, error.description)
         self.url = url
@@ -944,8 +943,7 @@ class Request:
         return parse_json(self.body)
 
     def cookie(self, name: str) -> str:
-        """A cookie's value, or "": also where two values came, since a neighbour planted one of them (by a
-        path of its own, so it comes first)."""
+        """A cookie's value, or "": also where two values came, of which a neighbour must have planted one."""
         # Not http.cookies: it drops all for one that it dislikes (localhost's come from every port), is slow
         # (quadratic), and decodes line breaks, which would get into Set-Cookie.
         cookies = self.headers.get("cookie", "")
