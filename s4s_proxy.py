@@ -224,7 +224,7 @@ __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
 
 Json = dict[str, Any]  # a JSON object; FHIR resources are such
-Pairs = Sequence[tuple[str, str]]  # names and values, of headers or a query
+Headers = Sequence[tuple[str, str]]  # of an answer: names and values
 FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # our word -> FHIR's number
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -286,7 +286,7 @@ class StartError(Exception):
 class PortalError(Exception):
     """A refusal: `status` is HTTP's, `error` a code from the endpoint's specification, `description` for
     people. What it becomes on the way out, JSON or a page, the endpoint's kind says: see error_response."""
-    def __init__(self, error: str, description: str, status: int = 400, headers: Pairs = ()):
+    def __init__(self, error: str, description: str, status: int = 400, headers: Headers = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
 
@@ -316,7 +316,7 @@ Good = TypeVar("Good")
 
 
 def need(good: Good | None, description: str, error: str = "invalid_request", status: int = 400,
-         kind: type[PortalError] = PortalError, headers: Pairs = ()) -> Good:
+         kind: type[PortalError] = PortalError, headers: Headers = ()) -> Good:
     """Give back what is good; refuse with the description where it is None, false or empty."""
     if not good:
         raise kind(error, description, status, headers)
@@ -611,25 +611,22 @@ class Store:
         self._known: dict[tuple[Any, ...], list[Row]] = {}
         self._known_size, self._remembers = 0, path is None
         self._lock = threading.RLock()
+        connection = None
         try:
-            self.connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
-                                              check_same_thread=False)
-            try:
-                self._prepare(path, schema)
-            except sqlite3.Error:
-                self.connection.close()  # Windows lets nobody delete a file that is open
-                raise
+            connection = sqlite3.connect(path or ":memory:", timeout=10, isolation_level=None,
+                                         check_same_thread=False)
+            connection.row_factory = sqlite3.Row
+            if path:
+                connection.execute("PRAGMA journal_mode = WAL")    # a reader doesn't wait
+                connection.execute("PRAGMA synchronous = NORMAL")  # a commit outlives the process
+                connection.executescript(schema)
+            else:
+                empty_database(schema).backup(connection)
         except sqlite3.Error as error:
+            if connection:
+                connection.close()  # Windows lets nobody delete a file that is open
             raise StartError(f"--db {path}: {error}; expected a database of this program, or a new file")
-
-    def _prepare(self, path: str | None, schema: str) -> None:
-        self.connection.row_factory = sqlite3.Row
-        if path:
-            self.connection.execute("PRAGMA journal_mode = WAL")    # a reader doesn't wait
-            self.connection.execute("PRAGMA synchronous = NORMAL")  # a commit outlives the process
-            self.connection.executescript(schema)
-        else:
-            empty_database(schema).backup(self.connection)
+        self.connection = connection
 
     def rows(self, sql: str, *values: Any) -> Sequence[Row]:
         """All rows of a query."""
@@ -993,13 +990,13 @@ def decode_plus(text: str, errors: str = "replace") -> str:
 
 class Response:
     """What goes out."""
-    def __init__(self, status: int, body: bytes = b"", content_type: str = "", headers: Pairs = ()):
+    def __init__(self, status: int, body: bytes = b"", content_type: str = "", headers: Headers = ()):
         self.status, self.body = status, body
         self.headers = [("Content-Type", content_type)] if content_type else []
         self.headers += headers
 
 
-def json_response(value: Any, status: int = 200, headers: Pairs = ()) -> Response:
+def json_response(value: Any, status: int = 200, headers: Headers = ()) -> Response:
     """JSON that no cache may keep: what OAuth's endpoints answer (RFC 6749 section 5.1)."""
     return Response(status, json.dumps(value).encode("ascii"), "application/json",
                     [("Cache-Control", "no-store"), ("Pragma", "no-cache"), *headers])
