@@ -506,8 +506,7 @@ CREATE TABLE IF NOT EXISTS users (
 -- What else is told of a user (OpenID Connect Core section 5.1): JSON, claims by name.
 CREATE TABLE IF NOT EXISTS claims (username TEXT PRIMARY KEY, claims TEXT NOT NULL);
 
--- Which records a user may open. is_user: it is the user's own. fhir_user: who the user is to this patient
--- alone (a RelatedPerson).
+-- Which records a user may open. is_user: the user's own. fhir_user: what the user is to this patient alone.
 CREATE TABLE IF NOT EXISTS patients (
     username TEXT NOT NULL REFERENCES users, patient_id TEXT NOT NULL, name TEXT NOT NULL,
     is_user INTEGER NOT NULL, fhir_user TEXT, PRIMARY KEY (username, patient_id));
@@ -848,12 +847,6 @@ def is_loopback(host: str) -> bool:
     """Whether a host name or address means this very machine."""
     host = host.strip("[]").lower()
     return bool(re.fullmatch(r"::1|(.*\.)?localhost|127(\.\d{1,3}){3}", host))
-
-
-@remembered(1000)
-def is_address(host: str) -> bool:
-    """Whether a URL's host is an IP address, which nobody can point elsewhere as they can a name."""
-    return bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", host))
 
 
 def same_address(one: str, other: str) -> bool:
@@ -8237,8 +8230,9 @@ class Portal:
         name, colon, _ = host.rpartition(":")  # without the port
         if not colon or host.endswith("]"):
             name = host
+        is_address = re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name)
         return is_loopback(name) or (not self.settings.local and (
-            is_address(name) or name.lower() == self.settings.host.lower()))
+            bool(is_address) or name.lower() == self.settings.host.lower()))
 
 
 # ######################################################################## 26 test controls and Server
