@@ -3136,178 +3136,147 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 # SearchTerms, and a term compares columns of such rows with what was asked for: in SQL, where they lie in a
 # table (section 18), and in Python, where one resource is held against a scope's ?param=value.
 
-# What can be searched, a row for each type that is served. An example:
+# What can be searched, a row for each type. An example:
 #
-#     Goal | owner: patient, subject | token: status dstu2 stu3 | date: target-date=target.due[x] stu3 r4
+#     Goal | subject category | dstu2 stu3: status | stu3 r4: start-date=start[x] target-date=target.due[x]
 #
-# A Goal is found by `patient` and `subject`, which say whose record it is in (kind `owner`), before R4 by the
-# code in `status`, from STU3 on by the date in target.dueDate. A parameter looks into the element of its own
-# name in camel case, or into those after "=", with "+" between; [x] is each type that an element may have.
-# Behind a type or parameter stand the versions that have it, if not all. The names are those of each
-# version's registry (Coverage's `patient` in STU3 is ours).
-_ADDRESS = """address, address-city=address.city, address-state=address.state,
-    address-postalcode=address.postalCode, address-country=address.country, name=name+alias"""
+# A Goal is found by `subject`, before R4 by the code in `status`, from STU3 on by the date in target.dueDate.
+# A type is served in the versions that its cells name, or in all. Each is found by `patient` and `identifier`,
+# too, but for those after a minus. A parameter looks into the element of its own name in camel case, or into
+# those after "=", with "+" between; [x] is each type that an element may have. What kind it is of says its
+# name (_KINDS), or a word after ":". The names are those of each version's registry (Coverage's `patient` in
+# STU3 is ours).
+_ADDRESS = """name=name+alias address address-city=address.city address-state=address.state
+    address-postalcode=address.postalCode address-country=address.country"""
 SEARCH_PARAMETERS = f"""\
-Account | owner: patient, subject | token: identifier, status, type | string: name | reference: owner
-AdverseEvent stu3 r4 | owner: subject | token: category | date: date | reference: recorder
-AllergyIntolerance | owner: patient | token: identifier, category, criticality, type, status dstu2,
-    substance=substance+reaction.substance dstu2, clinical-status stu3 r4, verification-status stu3 r4,
-    code=code+reaction.substance stu3 r4 | date: date=recordedDate+assertedDate, onset=reaction.onset
-Appointment | owner: patient | token: identifier, status, part-status=participant.status, appointment-type
-    stu3 r4, service-type stu3 r4, service-category r4, specialty r4 | date: date=start | reference:
-    actor=participant.actor, practitioner=participant.actor, location=participant.actor
-AppointmentResponse | owner: patient | token: identifier, part-status=participantStatus
-    | reference: appointment
-Basic | owner: patient, subject | token: identifier, code | date: created
-Binary
-BodySite dstu2 stu3 | owner: patient | token: identifier, code
-BodyStructure r4 | owner: patient | token: identifier, location, morphology
-CarePlan | owner: patient, subject | token: identifier stu3 r4, category stu3 r4, intent stu3 r4,
-    status stu3 r4 | date: date=period | reference: encounter=encounter+context stu3 r4, context stu3
-CareTeam stu3 r4 | owner: patient, subject | token: identifier, category, status, role=participant.role r4
-    | date: date=period | reference: participant=participant.member, encounter=encounter+context, context stu3
-ChargeItem stu3 r4 | owner: patient, subject | token: identifier, code | date: occurrence=occurrence[x]
-    | reference: context
-Claim | owner: patient | token: identifier, use, status r4 | date: created stu3 r4
-    | reference: encounter=item.encounter stu3 r4
-ClaimResponse stu3 r4 | owner: patient | token: identifier, outcome | date: created | reference: request
-ClinicalImpression | owner: patient, subject stu3 r4 | token: status | date: date | reference: assessor,
-    context stu3, encounter r4
-Communication | owner: patient, subject | token: identifier, status, category, medium | date: received, sent
-    | reference: sender, recipient, encounter=encounter+context, context stu3, based-on stu3 r4
-CommunicationRequest | owner: patient, subject | token: identifier, status, category | reference: sender,
-    recipient, encounter=encounter+context, context stu3
-    | date: requested=requestedOn dstu2, authored=authoredOn stu3 r4
-Composition | owner: patient, subject | token: identifier, status, type, class dstu2 stu3, category r4
-    | date: date, period=event.period | reference: author, encounter, entry=section.entry | string: title
-Condition | owner: patient, subject stu3 r4 | token: identifier, category, code, severity,
-    clinicalstatus=clinicalStatus dstu2, clinical-status stu3 r4, verification-status stu3 r4
-    | date: onset=onset[x] dstu2, date-recorded=dateRecorded dstu2, onset-date=onset[x] stu3 r4,
-    abatement-date=abatement[x] stu3 r4, asserted-date stu3, recorded-date r4
-    | reference: encounter=encounter+context, context stu3, asserter
-Consent stu3 r4 | owner: patient | token: identifier, status, category, scope r4 | date: date=dateTime,
-    period=period+provision.period | reference: organization, consentor=consentingParty+performer
-Coverage stu3 r4 | owner: patient, beneficiary | token: identifier, type, status r4 | reference: payor,
-    subscriber
-CoverageEligibilityRequest r4 | owner: patient | token: identifier, status | date: created
-CoverageEligibilityResponse r4 | owner: patient | token: identifier, status, outcome | date: created
-DetectedIssue | owner: patient | token: identifier, code r4 | date: date dstu2 stu3,
-    identified=identified[x] r4
-Device | owner: patient | token: identifier, type, status stu3 r4
-DeviceRequest stu3 r4 | owner: patient, subject | token: identifier, status, intent, code=code[x]
-    | date: authored-on | reference: device=code[x], encounter=encounter+context
-DeviceUseRequest dstu2 | owner: patient, subject | reference: device
-DeviceUseStatement | owner: patient, subject | reference: device
-DiagnosticOrder dstu2 | owner: patient, subject | token: identifier, status, code=item.code
-    | reference: encounter
-DiagnosticReport | owner: patient, subject | token: identifier, category, code, status
-    | date: date=effective[x], issued | reference: encounter=encounter+context, context stu3, result,
-    specimen, performer=performer+performer.actor
-DocumentManifest | owner: patient, subject | token: identifier=masterIdentifier+identifier, status
-    | date: created
-EligibilityRequest stu3 | owner: patient | token: identifier | date: created
-DocumentReference | owner: patient, subject | token: identifier=masterIdentifier+identifier, status, type,
-    class dstu2 stu3, category r4, contenttype=content.attachment.contentType r4
-    | date: period=context.period, created dstu2 stu3, indexed dstu2 stu3, date r4 | reference: author,
-    custodian, encounter=context.encounter
-Encounter | owner: patient, subject stu3 r4 | token: identifier, status, type, class stu3 r4, reason-code r4
-    | date: date=period | reference: participant=participant.individual, location=location.location,
-    service-provider stu3 r4
-Endpoint stu3 r4 | token: identifier, status, connection-type | reference: organization=managingOrganization
-    | string: name
-EpisodeOfCare | owner: patient | token: identifier, status, type | date: date=period | reference: care-manager
-ExplanationOfBenefit stu3 r4 | owner: patient | token: identifier, status r4 | date: created
-    | reference: claim, provider, coverage=insurance.coverage, encounter=item.encounter
-FamilyMemberHistory | owner: patient | token: identifier, code=condition.code, status stu3 r4 | date: date
-Flag | owner: patient, subject | token: identifier stu3 r4 | date: date=period | reference: author, encounter
-Goal | owner: patient, subject | token: identifier, category, status dstu2 stu3, lifecycle-status r4,
-    achievement-status r4 | date: start-date=start[x] stu3 r4, target-date=target.due[x] stu3 r4
-ImagingManifest stu3 | owner: patient | token: identifier | date: authoring-time | reference: author
-ImagingObjectSelection dstu2 | owner: patient | date: authoring-time | reference: author
-ImagingStudy | owner: patient, subject r4 | token: modality=series.modality, identifier stu3 r4, status r4
-    | date: started | reference: endpoint=endpoint+series.endpoint stu3 r4, context stu3, encounter r4
-Immunization | owner: patient | token: identifier, status, vaccine-code,
-    notgiven=wasNotGiven+notGiven dstu2 stu3, status-reason r4, reason-code r4 | date: date=date+occurrence[x]
-    | reference: location, manufacturer | string: lot-number
-ImmunizationEvaluation r4 | owner: patient | token: identifier, status | date: date
-ImmunizationRecommendation | owner: patient | token: identifier | date: date=date+recommendation.date
-Invoice r4 | owner: patient, subject | token: identifier, status, type | date: date
-List | owner: patient, subject | token: identifier stu3 r4, code, status, empty-reason | date: date
-    | reference: encounter, source, item=entry.item | string: title
-Location | token: identifier, status, type | reference: organization=managingOrganization | string: {_ADDRESS}
-MeasureReport stu3 r4 | owner: patient, subject r4 | token: identifier, status | date: date r4, period r4
-Media | owner: patient, subject | token: identifier, type | reference: context stu3, encounter r4
-Medication | token: code, status stu3 r4, identifier r4
-MedicationAdministration | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x]
-    | date: effectivetime=effectiveTime[x] dstu2, effective-time=effective[x] stu3 r4
-    | reference: medication=medication[x], encounter dstu2, context stu3 r4, prescription dstu2 stu3,
-    request r4
-MedicationDispense | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x], type
-    | date: whenhandedover=whenHandedOver, whenprepared=whenPrepared | reference: medication=medication[x],
-    context stu3 r4, prescription=authorizingPrescription
-MedicationOrder dstu2 | owner: patient | token: identifier, status, code=medication[x]
-    | date: datewritten=dateWritten | reference: encounter, prescriber, medication=medication[x]
-MedicationRequest stu3 r4 | owner: patient, subject | token: identifier, status, intent, category, priority,
-    code=medication[x] | date: authoredon=authoredOn | reference: medication=medication[x],
-    requester=requester+requester.agent, context stu3, encounter r4
-MedicationStatement | owner: patient, subject stu3 r4 | token: identifier, status, code=medication[x],
-    category stu3 r4 | date: effectivedate=effective[x] dstu2, effective=effective[x] stu3 r4
-    | reference: medication=medication[x], context stu3 r4
-MolecularSequence r4 | owner: patient | token: identifier, type
-NutritionOrder | owner: patient | token: identifier, status | date: datetime=dateTime | reference: encounter
-Observation | owner: patient, subject | token: identifier, category, code, status, value-concept=value[x],
-    component-code=component.code, combo-code=code+component.code stu3 r4, data-absent-reason
-    | quantity: value-quantity=value[x], component-value-quantity=component.value[x]
-    | date: date=effective[x], value-date=value[x]
-    | reference: encounter=encounter+context, context stu3, performer, specimen, has-member r4,
-    derived-from r4
-Order dstu2 | owner: patient, subject | token: identifier | date: date
-Organization | token: identifier, type, active | reference: partof=partOf | string: {_ADDRESS}
-Patient | token: identifier, gender, active, telecom, phone=telecom, email=telecom,
-    deceased=deceasedBoolean+deceasedDateTime, language=communication.language | date: birthdate=birthDate,
-    deathdate=deceasedDateTime dstu2, death-date=deceasedDateTime stu3 r4
-    | reference: organization=managingOrganization, general-practitioner stu3 r4
-    | string: {_ADDRESS}, family=name.family, given=name.given
-Practitioner | token: identifier, gender, phone=telecom, email=telecom
-    | string: name, family=name.family, given=name.given
-PractitionerRole stu3 r4 | token: identifier, active, specialty, role=code, phone=telecom, email=telecom
-    | reference: practitioner, organization, location, endpoint
-Procedure | owner: patient, subject | token: identifier, code, category stu3 r4, status stu3 r4
-    | date: date=performed[x] | reference: encounter=encounter+context, context stu3, location,
-    performer=performer.actor
-ProcedureRequest dstu2 stu3 | owner: patient, subject | token: identifier, code stu3, intent stu3, status stu3
-    | date: authored=authoredOn stu3, occurrence=occurrence[x] stu3
-    | reference: encounter=encounter+context, context stu3
-Provenance | owner: patient | token: agent-role=agent.role stu3 r4, agent-type=agent.type r4
-    | date: recorded stu3 r4, when=occurred[x] r4, start=period.start dstu2 stu3, end=period.end dstu2 stu3
-    | reference: target, location, agent=agent.actor+agent.who+agent.whoReference
-QuestionnaireResponse | owner: patient, subject | token: status, identifier stu3 r4 | date: authored
-    | reference: questionnaire, author, source, encounter dstu2 r4, context stu3
-ReferralRequest dstu2 stu3 | owner: patient, subject stu3 | token: status, type, priority, specialty
-    | date: date dstu2, authored-on stu3 | reference: encounter=context stu3, context stu3
-RelatedPerson | owner: patient | token: identifier, gender, phone=telecom, email=telecom
-    | date: birthdate=birthDate | string: name
-RequestGroup stu3 r4 | owner: patient, subject | token: identifier, status, intent | date: authored=authoredOn
-    | reference: encounter=encounter+context, context stu3
-ResearchSubject stu3 r4 | owner: patient, individual | token: identifier, status | date: date=period
-RiskAssessment | owner: patient, subject | token: identifier | date: date=date+occurrence[x]
-    | reference: encounter=encounter+context
-Sequence stu3 | owner: patient | token: identifier, type
-ServiceRequest r4 | owner: patient, subject | token: identifier, category, code, intent, status
-    | date: authored=authoredOn, occurrence=occurrence[x] | reference: encounter, requester
-Specimen | owner: patient, subject | token: identifier, type
-Substance | token: identifier, code=code+ingredient.substanceCodeableConcept, category
-SupplyDelivery | owner: patient | token: identifier, status
-Task stu3 r4 | owner: patient, subject | token: identifier, status, intent, code, priority, business-status,
-    performer=performerType | date: authored-on, modified=lastModified, period=executionPeriod | reference:
-    owner, focus, based-on, part-of, requester=requester+requester.agent, context stu3, encounter r4
-VisionPrescription | owner: patient | token: identifier, status r4 | date: datewritten=dateWritten
-    | reference: encounter
+Account | subject status type name owner
+AdverseEvent | stu3 r4: -patient -identifier subject category date recorder
+AllergyIntolerance | category criticality type date=recordedDate+assertedDate onset=reaction.onset
+    | dstu2: status substance=substance+reaction.substance | stu3 r4: clinical-status verification-status
+    code=code+reaction.substance
+Appointment | status part-status=participant.status date=start actor=participant.actor
+    practitioner=participant.actor location=participant.actor | stu3 r4: appointment-type service-type
+    | r4: service-category specialty
+AppointmentResponse | part-status=participantStatus appointment
+Basic | subject code created
+Binary | -patient -identifier
+BodySite | dstu2 stu3: code
+BodyStructure | r4: location:token morphology
+CarePlan | subject date=period | dstu2: -identifier | stu3 r4: category intent status
+    encounter=encounter+context | stu3: context
+CareTeam | stu3 r4: subject category status date=period participant=participant.member
+    encounter=encounter+context | stu3: context | r4: role=participant.role
+ChargeItem | stu3 r4: subject code occurrence=occurrence[x] context
+Claim | use | stu3 r4: created encounter=item.encounter | r4: status
+ClaimResponse | stu3 r4: outcome created request
+ClinicalImpression | -identifier status date assessor | stu3 r4: subject | stu3: context | r4: encounter
+Communication | subject status category medium received sent sender recipient encounter=encounter+context
+    | stu3 r4: based-on | stu3: context
+CommunicationRequest | subject status category sender recipient encounter=encounter+context
+    | dstu2: requested=requestedOn | stu3 r4: authored=authoredOn | stu3: context
+Composition | subject status type date period=event.period author encounter entry=section.entry title
+    | dstu2 stu3: class | r4: category
+Condition | category code severity encounter=encounter+context asserter | dstu2: clinicalstatus=clinicalStatus
+    onset=onset[x] date-recorded=dateRecorded | stu3 r4: subject clinical-status verification-status
+    onset-date=onset[x] abatement-date=abatement[x] | stu3: asserted-date context | r4: recorded-date
+Consent | stu3 r4: status category date=dateTime period=period+provision.period organization
+    consentor=consentingParty+performer | r4: scope
+Coverage | stu3 r4: beneficiary type payor subscriber | r4: status
+CoverageEligibilityRequest | r4: status created
+CoverageEligibilityResponse | r4: status outcome created
+DetectedIssue | dstu2 stu3: date | r4: code identified=identified[x]
+Device | type | stu3 r4: status
+DeviceRequest | stu3 r4: subject status intent code=code[x] authored-on device=code[x]
+    encounter=encounter+context
+DeviceUseRequest | dstu2: -identifier subject device
+DeviceUseStatement | -identifier subject device
+DiagnosticOrder | dstu2: subject status code=item.code encounter
+DiagnosticReport | subject category code status date=effective[x] issued encounter=encounter+context result
+    specimen performer=performer+performer.actor | stu3: context
+DocumentManifest | subject identifier=masterIdentifier+identifier status created
+DocumentReference | subject identifier=masterIdentifier+identifier status type period=context.period author
+    custodian encounter=context.encounter | dstu2 stu3: class created indexed | r4: category
+    contenttype=content.attachment.contentType date
+EligibilityRequest | stu3: created
+Encounter | status type date=period participant=participant.individual location=location.location
+    | stu3 r4: subject class service-provider | r4: reason-code
+Endpoint | stu3 r4: -patient status connection-type organization=managingOrganization name
+EpisodeOfCare | status type date=period care-manager
+ExplanationOfBenefit | stu3 r4: created claim provider coverage=insurance.coverage encounter=item.encounter
+    | r4: status
+FamilyMemberHistory | code=condition.code date | stu3 r4: status
+Flag | subject date=period author encounter | dstu2: -identifier
+Goal | subject category | dstu2 stu3: status | stu3 r4: start-date=start[x] target-date=target.due[x]
+    | r4: lifecycle-status achievement-status
+ImagingManifest | stu3: authoring-time author
+ImagingObjectSelection | dstu2: -identifier authoring-time author
+ImagingStudy | modality=series.modality started | dstu2: -identifier
+    | stu3 r4: endpoint=endpoint+series.endpoint | stu3: context | r4: subject status encounter
+Immunization | status vaccine-code date=date+occurrence[x] location manufacturer lot-number
+    | dstu2 stu3: notgiven=wasNotGiven+notGiven | r4: status-reason reason-code
+ImmunizationEvaluation | r4: status date
+ImmunizationRecommendation | date=date+recommendation.date
+Invoice | r4: subject status type date
+List | subject code status empty-reason date encounter source item=entry.item title | dstu2: -identifier
+Location | -patient status type organization=managingOrganization {_ADDRESS}
+MeasureReport | stu3 r4: status | r4: subject date period
+Media | subject type | stu3: context | r4: encounter
+Medication | -patient code | dstu2 stu3: -identifier | stu3 r4: status
+MedicationAdministration | status code=medication[x] medication=medication[x] | dstu2 stu3: prescription
+    | dstu2: effectivetime=effectiveTime[x] encounter | stu3 r4: subject effective-time=effective[x] context
+    | r4: request
+MedicationDispense | status code=medication[x] type whenhandedover=whenHandedOver whenprepared=whenPrepared
+    medication=medication[x] prescription=authorizingPrescription | stu3 r4: subject context
+MedicationOrder | dstu2: status code=medication[x] datewritten=dateWritten encounter prescriber
+    medication=medication[x]
+MedicationRequest | stu3 r4: subject status intent category priority code=medication[x] authoredon=authoredOn
+    medication=medication[x] requester=requester+requester.agent | stu3: context | r4: encounter
+MedicationStatement | status code=medication[x] medication=medication[x] | dstu2: effectivedate=effective[x]
+    | stu3 r4: subject category effective=effective[x] context
+MolecularSequence | r4: type
+NutritionOrder | status datetime=dateTime encounter
+Observation | subject category code status value-concept=value[x] component-code=component.code
+    data-absent-reason value-quantity=value[x] component-value-quantity=component.value[x] date=effective[x]
+    value-date=value[x] encounter=encounter+context performer specimen
+    | stu3 r4: combo-code=code+component.code | stu3: context | r4: has-member derived-from
+Order | dstu2: subject date
+Organization | -patient type active partof=partOf {_ADDRESS}
+Patient | -patient gender active telecom deceased=deceasedBoolean+deceasedDateTime
+    language=communication.language birthdate=birthDate organization=managingOrganization family=name.family
+    given=name.given phone=telecom email=telecom {_ADDRESS} | dstu2: deathdate=deceasedDateTime
+    | stu3 r4: death-date=deceasedDateTime general-practitioner
+Practitioner | -patient gender name family=name.family given=name.given phone=telecom email=telecom
+PractitionerRole | stu3 r4: -patient active specialty role=code practitioner organization location endpoint
+    phone=telecom email=telecom
+Procedure | subject code date=performed[x] encounter=encounter+context location performer=performer.actor
+    | stu3 r4: category status | stu3: context
+ProcedureRequest | dstu2 stu3: subject encounter=encounter+context | stu3: code intent status
+    authored=authoredOn occurrence=occurrence[x] context
+Provenance | -identifier target location agent=agent.actor+agent.who+agent.whoReference
+    | dstu2 stu3: start=period.start end=period.end | stu3 r4: agent-role=agent.role recorded
+    | r4: agent-type=agent.type when=occurred[x]
+QuestionnaireResponse | subject status authored questionnaire author source | dstu2 r4: encounter
+    | dstu2: -identifier | stu3: context
+ReferralRequest | dstu2 stu3: -identifier status type priority specialty | dstu2: date | stu3: subject
+    authored-on encounter=context context
+RelatedPerson | gender birthdate=birthDate name phone=telecom email=telecom
+RequestGroup | stu3 r4: subject status intent authored=authoredOn encounter=encounter+context | stu3: context
+ResearchSubject | stu3 r4: individual status date=period
+RiskAssessment | subject date=date+occurrence[x] encounter=encounter+context
+Sequence | stu3: type
+ServiceRequest | r4: subject category code intent status authored=authoredOn occurrence=occurrence[x]
+    encounter requester
+Specimen | subject type
+Substance | -patient code=code+ingredient.substanceCodeableConcept category
+SupplyDelivery | status
+Task | stu3 r4: subject status intent code priority business-status performer:token=performerType authored-on
+    modified=lastModified period=executionPeriod owner focus based-on part-of
+    requester=requester+requester.agent | stu3: context | r4: encounter
+VisionPrescription | datewritten=dateWritten encounter | r4: status
 """
-# The types that reference parameters lead to: what _include, _revinclude and modifiers can name.
+# The reference parameters, by the types that they lead to, which _include, _revinclude and modifiers can name.
 REFERENCE_TARGETS = {name: types.split() for types, names in {
-    "Account": "account", "Appointment": "appointment", "Claim": "claim", "Condition": "condition problem",
-    "Coverage": "coverage", "Device": "device", "Encounter": "encounter context", "Endpoint": "endpoint",
+    "Appointment": "appointment", "Claim": "claim", "Coverage": "coverage", "Device": "device", "Encounter": "encounter context", "Endpoint": "endpoint",
     "Location": "location", "Medication": "medication", "MedicationOrder MedicationRequest": "prescription",
     "MedicationRequest": "request", "Observation": "result has-member derived-from",
     "Organization": "organization custodian service-provider manufacturer partof",
@@ -3318,7 +3287,18 @@ REFERENCE_TARGETS = {name: types.split() for types, names in {
         "author participant requester sender recipient agent",
     "Patient": "patient subject beneficiary individual", "Patient Practitioner RelatedPerson": "asserter",
     "Patient RelatedPerson": "subscriber", "Practitioner": "prescriber practitioner", "Specimen": "specimen",
-    " ".join((*OWNER_ELEMENTS, *SHARED_TYPES)): "target focus item entry"}.items() for name in names.split()}
+    " ".join((*OWNER_ELEMENTS, *SHARED_TYPES)): "target focus item entry",
+    "": "actor assessor based-on care-manager consentor owner part-of questionnaire recorder source"}.items() for name in names.split()}
+_KINDS = {**dict.fromkeys(REFERENCE_TARGETS, "reference"), **{name: kind for kind, names in {  # else: token
+    "owner": "patient subject beneficiary individual",  # which say whose record it is in
+    "string": "address address-city address-country address-postalcode address-state family given lot-number "
+              "name title",
+    "date": "abatement-date asserted-date authored authored-on authoredon authoring-time birthdate created "
+            "date date-recorded datetime datewritten death-date deathdate effective effective-time "
+            "effectivedate effectivetime end identified indexed issued modified occurrence onset onset-date "
+            "period received recorded recorded-date requested sent start start-date started target-date "
+            "value-date when whenhandedover whenprepared",
+    "quantity": "value-quantity component-value-quantity"}.items() for name in names.split()}}
 
 
 class Parameter(NamedTuple):
@@ -3347,24 +3327,27 @@ _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date", "Timing"), "token"
 def search_table(version: str) -> dict[str, dict[str, Parameter]]:
     """The types that a version of the embedded records serves, and what each can be searched by."""
     served: dict[str, dict[str, Parameter]] = {}
-    for head, *cells in table(SEARCH_PARAMETERS.replace("\n    ", " ")):
-        known = dict(COMMON_PARAMETERS)
-        for kind, _, words in (cell.partition(": ") for cell in cells):
-            for word in filter(None, (_if_in(version, word) for word in words.split(", "))):
-                name, _, paths = word.partition("=")
-                paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
-                known[name] = Parameter(kind, tuple(
-                    path.replace("[x]", choice) for path in paths.split("+")
-                    for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
-        if _if_in(version, head):
-            served[_if_in(version, head)] = known
+    for type_name, *cells in table(SEARCH_PARAMETERS.replace("\n    ", " ")):
+        parts = [cell.rpartition(": ") for cell in cells]
+        for words in [words for versions, _, words in parts if not versions or version in versions]:
+            known = served.setdefault(type_name, {
+                **COMMON_PARAMETERS, **{name: _parameter(name) for name in ("patient", "identifier")}})
+            for word in words.split():
+                if word.startswith("-"):
+                    del known[word[1:]]
+                else:
+                    known[re.split("[:=]", word)[0]] = _parameter(word)
     return served
 
 
-def _if_in(version: str, text: str) -> str:
-    """Of "name stu3 r4" the name, or "" if the version is not among those behind it; no versions are all."""
-    name, *versions = text.split()
-    return name if not versions or version in versions else ""
+def _parameter(word: str) -> Parameter:
+    """A parameter as SEARCH_PARAMETERS writes it."""
+    name, _, paths = word.partition("=")
+    name, _, kind = name.partition(":")
+    kind = kind or _KINDS.get(name, "token")
+    paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
+    return Parameter(kind, tuple(path.replace("[x]", choice) for path in paths.split("+")
+                                 for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
 
 
 @functools.cache
