@@ -3132,20 +3132,19 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 
 # ######################################################################## 17 search
 
-# What a resource can be found by are rows of values (SearchValue). A search is understood once, as a Query of
-# SearchTerms, and a term compares columns of such rows with what was asked for: in SQL, where they lie in a
-# table (section 18), and in Python, where one resource is held against a scope's ?param=value.
+# A resource is found by rows of values (SearchValue). A search is understood once, as a Query of SearchTerms,
+# which compare columns of such rows with what was asked for: in SQL, where they lie in a table (section 18),
+# and in Python, where one resource is held against a scope's ?param=value.
 
 # What can be searched, a row for each type. An example:
 #
 #     Goal | subject category | dstu2 stu3: status | stu3 r4: start-date=start[x] target-date=target.due[x]
 #
 # A Goal is found by `subject`, before R4 by the code in `status`, from STU3 on by the date in target.dueDate.
-# A type is served in the versions that its cells name, or in all. Each is found by `patient` and `identifier`,
+# A type is served in the versions that its cells name, or in all, and found by `patient` and `identifier`,
 # too, but for those after a minus. A parameter looks into the element of its own name in camel case, or into
-# those after "=", with "+" between; [x] is each type that an element may have. What kind it is of says its
-# name (_KINDS), or a word after ":". The names are those of each version's registry (Coverage's `patient` in
-# STU3 is ours).
+# those after "=", with "+" between; [x] is each type that an element may have. Its kind goes by its name
+# (_KINDS) or stands after ":". The names are of each version's registry (Coverage's `patient` in STU3 is ours).
 _ADDRESS = """name=name+alias address address-city=address.city address-state=address.state
     address-postalcode=address.postalCode address-country=address.country"""
 SEARCH_PARAMETERS = f"""\
@@ -3274,21 +3273,23 @@ Task | stu3 r4: subject status intent code priority business-status performer:to
     requester=requester+requester.agent | stu3: context | r4: encounter
 VisionPrescription | datewritten=dateWritten encounter | r4: status
 """
-# The reference parameters, by the types that they lead to, which _include, _revinclude and modifiers can name.
+# Reference parameters, and the types that they lead to: what _include, _revinclude and modifiers can name.
 REFERENCE_TARGETS = {name: types.split() for types, names in {
-    "Appointment": "appointment", "Claim": "claim", "Coverage": "coverage", "Device": "device", "Encounter": "encounter context", "Endpoint": "endpoint",
-    "Location": "location", "Medication": "medication", "MedicationOrder MedicationRequest": "prescription",
+    "Appointment": "appointment", "Claim": "claim", "Coverage": "coverage", "Device": "device",
+    "Encounter": "encounter context", "Endpoint": "endpoint", "Location": "location",
+    "Medication": "medication", "MedicationOrder MedicationRequest": "prescription", "Specimen": "specimen",
     "MedicationRequest": "request", "Observation": "result has-member derived-from",
     "Organization": "organization custodian service-provider manufacturer partof",
+    "Patient": "patient subject beneficiary individual", "Practitioner": "prescriber practitioner",
+    "Patient RelatedPerson": "subscriber", "Patient Practitioner RelatedPerson": "asserter",
     "Organization Patient RelatedPerson": "payor",
     "Organization Practitioner PractitionerRole": "general-practitioner provider",
     "Organization Patient Practitioner PractitionerRole": "performer",
     "Organization Patient Practitioner PractitionerRole RelatedPerson":
         "author participant requester sender recipient agent",
-    "Patient": "patient subject beneficiary individual", "Patient Practitioner RelatedPerson": "asserter",
-    "Patient RelatedPerson": "subscriber", "Practitioner": "prescriber practitioner", "Specimen": "specimen",
     " ".join((*OWNER_ELEMENTS, *SHARED_TYPES)): "target focus item entry",
-    "": "actor assessor based-on care-manager consentor owner part-of questionnaire recorder source"}.items() for name in names.split()}
+    "": "actor assessor based-on care-manager consentor owner part-of questionnaire recorder source"
+    }.items() for name in names.split()}
 _KINDS = {**dict.fromkeys(REFERENCE_TARGETS, "reference"), **{name: kind for kind, names in {  # else: token
     "owner": "patient subject beneficiary individual",  # which say whose record it is in
     "string": "address address-city address-country address-postalcode address-state family given lot-number "
@@ -3329,25 +3330,22 @@ def search_table(version: str) -> dict[str, dict[str, Parameter]]:
     served: dict[str, dict[str, Parameter]] = {}
     for type_name, *cells in table(SEARCH_PARAMETERS.replace("\n    ", " ")):
         parts = [cell.rpartition(": ") for cell in cells]
-        for words in [words for versions, _, words in parts if not versions or version in versions]:
-            known = served.setdefault(type_name, {
-                **COMMON_PARAMETERS, **{name: _parameter(name) for name in ("patient", "identifier")}})
-            for word in words.split():
-                if word.startswith("-"):
-                    del known[word[1:]]
-                else:
-                    known[re.split("[:=]", word)[0]] = _parameter(word)
+        texts = [text for versions, _, text in parts if not versions or version in versions]
+        words = " ".join(["patient identifier", *texts]).split()
+        if texts:
+            served[type_name] = {**COMMON_PARAMETERS, **dict(
+                _parameter(word) for word in words if word[0] != "-" and "-" + word not in words)}
     return served
 
 
-def _parameter(word: str) -> Parameter:
-    """A parameter as SEARCH_PARAMETERS writes it."""
+def _parameter(word: str) -> tuple[str, Parameter]:
+    """A parameter as SEARCH_PARAMETERS writes it, with its name."""
     name, _, paths = word.partition("=")
     name, _, kind = name.partition(":")
     kind = kind or _KINDS.get(name, "token")
     paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
-    return Parameter(kind, tuple(path.replace("[x]", choice) for path in paths.split("+")
-                                 for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
+    return name, Parameter(kind, tuple(path.replace("[x]", choice) for path in paths.split("+")
+                                       for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
 
 
 @functools.cache
@@ -3435,9 +3433,9 @@ def _parse_include(version: str, type_name: str, name: str, text: str) -> Includ
     reverse, known = name == "_revinclude", search_table(version)[type_name]
     possible = referring(type_name, version) if reverse else [
         (type_name, own) for own in known if known[own].type == "reference"]
-    words = ", ".join(sorted(map(":".join, possible))) or "none"
     _check((source, parameter) in possible and (not reverse or target in ("", type_name)),
-           f"{name}={text}: not possible for {type_name}; possible are {words}")
+           f"{name}={text}: not possible for {type_name}; possible are "
+           + (", ".join(sorted(map(":".join, possible))) or "none"))
     return Include(reverse, source, parameter, target)
 
 
@@ -3573,7 +3571,9 @@ def _comparisons(name: str, kind: str, modifier: str, text: str, base: str) -> I
     """What one of a parameter's values asks for: some dates for one of two things, all else for one."""
     plain = _unescaped(text)
     if kind in ("date", "updated"):
-        return _compare_date(name, plain)
+        prefix, date = (plain[:2], plain[2:]) if plain[:2] in DATE_PREFIXES else ("eq", plain)
+        more = f"; with a prefix ({', '.join(DATE_PREFIXES)}) or without"
+        return _compare_span(prefix, *_span_asked(name, date, more))
     if kind in ("reference", "owner"):
         return [_compare_reference(kind, modifier, plain, base)]
     if kind == "quantity":
@@ -3596,13 +3596,6 @@ def _unescaped(text: str) -> str:
     return re.sub(r"\\([,|$])", r"\1", text).replace("\0", "\\")
 
 
-def _compare_date(name: str, text: str) -> Iterator[Comparisons]:
-    """A date, or with a prefix ge2008."""
-    prefix, date = (text[:2], text[2:]) if text[:2] in DATE_PREFIXES else ("eq", text)
-    start, end = _span_asked(name, date, f"; with a prefix ({', '.join(DATE_PREFIXES)}) or without")
-    yield from _compare_span(prefix, start, end)
-
-
 def _compare_span(prefix: str, start: float, end: float) -> Iterator[Comparisons]:
     """What a prefix asks of a value's span."""
     for alternative in DATE_PREFIXES[prefix].split(" or "):
@@ -3619,8 +3612,8 @@ def _span_asked(name: str, text: str, more: str = "") -> tuple[float, float]:
 
 
 def _compare_quantity(name: str, text: str) -> Iterator[Comparisons]:
-    """[prefix]number, alone or with |system|code, of which the first may be empty: then the code may be the
-    unit. Without a prefix, as precise as it is written: 5.4 is all from 5.35 to 5.45 (FHIR search)."""
+    """[prefix]number, perhaps with |system|code: with no system the code may be the unit. Without a prefix,
+    as precise as it is written: 5.4 is all from 5.35 to 5.45 (FHIR search)."""
     match = re.fullmatch(r"([a-z]{2})?(-?\d{1,20}(?:\.(\d{1,20}))?)(?:[eE]([+-]?\d{1,2}))?"
                          r"(?:\|([^|]*)\|([^|]*))?", text)
     _check(match and (match[1] or "eq") in DATE_PREFIXES, f"{name}={text}: expected [prefix]number or "
@@ -3631,8 +3624,8 @@ def _compare_quantity(name: str, text: str) -> Iterator[Comparisons]:
     half = 0.5 * 10.0 ** -places
     width = {"ap": max(half, abs(number) / 10)}.get(prefix, half if prefix in (None, "eq", "ne") else 0)
     start, end = (round(bound, places + 1) for bound in (number - width, number + width))
-    wanted = [("system", system), ("value", code)]
-    unit = tuple(Comparison(column, "=", value) for column, value in wanted if value)
+    unit = tuple(Comparison(column, "=", value) for column, value in (("system", system), ("value", code))
+                 if value)
     prefix = {None: "eq", "sa": "gt", "eb": "lt"}.get(prefix, prefix)
     for comparisons in _compare_span(prefix, start, end):
         yield (*comparisons, *unit)
@@ -3728,8 +3721,7 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
     """The text in strings, and in the parts of HumanNames and Addresses."""
     for value in values:
         parts = [value] if isinstance(value, str) else elements(
-            value, "family", "given", "text", "prefix", "suffix",
-            "line", "city", "district", "state", "postalCode", "country")
+            value, *"family given text prefix suffix line city district state postalCode country".split())
         yield from (part for part in parts if isinstance(part, str))
 
 
@@ -3831,8 +3823,8 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 
 
 class StoredResource(Resource):
-    """A resource as it lies in the database, its JSON parsed only where somebody looks into it. Its owner and
-    categories were noted when it was written."""
+    """A resource as it lies in the database, with the owner and categories noted when it was written. Its JSON
+    is parsed only where somebody looks into it."""
     base = ""
 
     def __init__(self, row: Row, records: EmbeddedRecords):
@@ -3846,7 +3838,7 @@ class StoredResource(Resource):
         return cast(Json, json.loads(self.text))
 
     def categories(self) -> list[str]:
-        """Those noted when the resource was written."""
+        """See Resource."""
         return str(self.labels).split()
 
     def is_pointed_to(self, access: Access) -> bool:
@@ -3951,12 +3943,13 @@ def everything_asked(pairs: Sequence[tuple[str, str]]) -> tuple[set[str], dict[s
 
 def describe_everything(rest: Json, version: str) -> None:
     """Name $everything in a CapabilityStatement, with what it takes."""
-    url = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
+    url: Any = "http://hl7.org/fhir/OperationDefinition/Patient-everything"
     rest["documentation"] = f"Patient/[id]/$everything takes {', '.join(EVERYTHING_PARAMETERS)}"
+    holders = [kind for kind in rest["resource"] if kind["type"] == "Patient"]
     if version != "r4":
-        rest["operation"] = [{"name": "everything", "definition": {"reference": url}}]
-    for patient in (kind for kind in rest["resource"] if version == "r4" and kind["type"] == "Patient"):
-        patient["operation"] = [{"name": "everything", "definition": url}]
+        holders, url = [rest], {"reference": url}
+    for holder in holders:
+        holder["operation"] = [{"name": "everything", "definition": url}]
 
 
 def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
