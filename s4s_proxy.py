@@ -3144,7 +3144,7 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 # A type is served in the versions that its cells name, or in all, and found by `patient` and `identifier`,
 # too, but for those after a minus. A parameter looks into the element of its own name in camel case, or into
 # those after "=", with "+" between; [x] is each type that an element may have. Its kind goes by its name
-# (_KINDS) or stands after ":". The names are of each version's registry (Coverage's `patient` in STU3 is ours).
+# (_KINDS) or stands after ":". The names are each version's registry's (STU3's Coverage.patient is ours).
 _ADDRESS = """name=name+alias address address-city=address.city address-state=address.state
     address-postalcode=address.postalCode address-country=address.country"""
 SEARCH_PARAMETERS = f"""\
@@ -3823,8 +3823,8 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 
 
 class StoredResource(Resource):
-    """A resource as it lies in the database, with the owner and categories noted when it was written. Its JSON
-    is parsed only where somebody looks into it."""
+    """A resource as it lies in the database, its owner and categories noted when it was written. Its JSON is
+    parsed only where somebody looks into it."""
     base = ""
 
     def __init__(self, row: Row, records: EmbeddedRecords):
@@ -3920,8 +3920,7 @@ def bundle_response(asked: FhirRequest, page: Page, parameters: Sequence[tuple[s
 
 
 EVERYTHING_PARAMETERS = ("_count", "_since", "_type", "end", "start")  # FHIR, Patient/[id]/$everything
-# Whether what happened to the patient, from a resource's first date to its last, falls between start and end.
-# What has no such date always does.
+# Whether a resource's care dates, from first to last, meet start and end; what has none always does.
 CARE_DATES = """coalesce((SELECT min(first) < ? AND max(last) > ? FROM search_values WHERE number = r.number
     AND first < last AND parameter NOT IN ('birthdate', 'deathdate', 'death-date', 'value-date',
     'value-quantity', 'component-value-quantity')), 1)"""
@@ -3971,8 +3970,7 @@ def is_unchanged(request: Request, tag: str, updated: float) -> bool:
         return False
 
 
-# What shows of which version of FHIR a resource is: versions | types or elements, where others have the same
-# element with its JSON type.
+# What shows a resource's version of FHIR: versions | types or elements (:JSON type, where others have them).
 TELLTALES = """\
 dstu2 | AllergyIntolerance.substance Condition.patient DiagnosticOrder Encounter.class:string \
     Encounter.patient Immunization.wasNotGiven MedicationDispense.patient MedicationOrder \
@@ -4094,9 +4092,7 @@ def _write(database: sqlite3.Connection, number: int | None, new: Prepared) -> i
     number = int(added.lastrowid or 0)
     database.executemany("INSERT INTO search_values VALUES (?, ?, ?, ?, ?, ?)",
                          [(number, *value) for value in new.values])
-    if new.unresolved:
-        database.executemany("INSERT INTO unresolved VALUES (?, ?)",
-                             [(number, reference) for reference in new.unresolved])
+    database.executemany("INSERT INTO unresolved VALUES (?, ?)", [(number, text) for text in new.unresolved])
     return number
 
 
@@ -4203,9 +4199,8 @@ class Source(NamedTuple):
     is_chosen: bool = True  # and not merely found in a folder, among what tools leave there
 
     def documents(self) -> Iterator[tuple[str, Document, int]]:
-        """The JSON texts in it, each with its place and the bytes read by then. They are one a line where the
-        file's name says NDJSON, or the first line with anything in it is JSON by itself; else one in all. No
-        more than a line of NDJSON is in memory."""
+        """The JSON texts in it, each with its place and the bytes read by then: one a line (only that is in
+        memory) where the file's name says NDJSON, or the first line is JSON by itself; else one in all."""
         if self.given is not None:
             yield "", parse_document(self.given), self.size
             return
@@ -4250,8 +4245,8 @@ def sources(data: Any) -> list[Source]:
 
 
 def _load_order(path: str) -> tuple[int, str]:
-    """Files that others refer to come first: what refers to something not there yet is written twice. So do
-    Synthea's hospitalInformation and practitionerInformation, by swapcase."""
+    """Files that others refer to come first (what refers to nothing yet is written twice), and by swapcase
+    Synthea's hospitalInformation and practitionerInformation."""
     first, name = ("Organization", "Location", "Practitioner", "Patient", "Encounter"), os.path.basename(path)
     return next((place for place, type_name in enumerate(first) if type_name in name), 9), path.swapcase()
 
@@ -4567,10 +4562,10 @@ class EmbeddedRecords(Records):
         """A page of a patient's compartment, and what it refers to that is nobody's; all of it judged."""
         self.visible(asked)
         pairs = asked.request.pairs()
-        asked_types, times = everything_asked(pairs)
+        types, times = everything_asked(pairs)
+        types, ever = types or set(self.served), (-_EVER, _EVER)
         shown = [pair for pair in pairs if pair[0] not in ("_since", "_type", "start", "end")]
         query = parse_query(self.version, "Patient", (("_count", "1000"), *shown))
-        types, ever = asked_types or set(self.served), (-_EVER, _EVER)
         # What is nobody's is found by what refers to it, of whatever type that is.
         looked_at = set(self.served) if types & {"Device", *SHARED_TYPES} else types & self.served.keys()
         since, start = times.get("_since", ever)[0], times.get("start", ever)[0]
@@ -4780,8 +4775,7 @@ class Load:
         absolute reference names: all that is loaded is one server's, whatever its name."""
         type_name, conditional, search = reference.partition("?")
         select = "SELECT type, id FROM resources r WHERE"
-        absolute = _ABSOLUTE.fullmatch(reference)
-        if absolute:
+        if absolute := _ABSOLUTE.fullmatch(reference):
             return self.store.rows(f"{select} type = ? AND id = ?", *absolute.groups())
         if reference.startswith("urn:"):
             return self.store.rows(f"{select} type IN ({_marks(self.served)}) AND id = ?",
