@@ -3721,7 +3721,8 @@ def strings_of(values: Iterable[Any]) -> Iterator[str]:
     """The text in strings, and in the parts of HumanNames and Addresses."""
     for value in values:
         parts = [value] if isinstance(value, str) else elements(
-            value, *"family given text prefix suffix line city district state postalCode country".split())
+            value, "family", "given", "text", "prefix", "suffix",
+            "line", "city", "district", "state", "postalCode", "country")
         yield from (part for part in parts if isinstance(part, str))
 
 
