@@ -3147,6 +3147,8 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 # (_KINDS) or stands after ":". The names are each version's registry's (STU3's Coverage.patient is ours).
 _ADDRESS = """name=name+alias address address-city=address.city address-state=address.state
     address-postalcode=address.postalCode address-country=address.country"""
+_VISIT = "encounter=encounter+context | stu3: context"
+_DRUG = "status code=medication[x] medication=medication[x]"
 SEARCH_PARAMETERS = f"""\
 Account | subject status type name owner
 AdverseEvent | stu3 r4: -patient -identifier subject category date recorder
@@ -3161,23 +3163,21 @@ Basic | subject code created
 Binary | -patient -identifier
 BodySite | dstu2 stu3: code
 BodyStructure | r4: location:token morphology
-CarePlan | subject date=period | dstu2: -identifier | stu3 r4: category intent status
-    encounter=encounter+context | stu3: context
-CareTeam | stu3 r4: subject category status date=period participant=participant.member
-    encounter=encounter+context | stu3: context | r4: role=participant.role
+CarePlan | subject date=period | dstu2: -identifier | stu3 r4: category intent status {_VISIT}
+CareTeam | stu3 r4: subject category status date=period participant=participant.member {_VISIT}
+    | r4: role=participant.role
 ChargeItem | stu3 r4: subject code occurrence=occurrence[x] context
 Claim | use | stu3 r4: created encounter=item.encounter | r4: status
 ClaimResponse | stu3 r4: outcome created request
 ClinicalImpression | -identifier status date assessor | stu3 r4: subject | stu3: context | r4: encounter
-Communication | subject status category medium received sent sender recipient encounter=encounter+context
-    | stu3 r4: based-on | stu3: context
-CommunicationRequest | subject status category sender recipient encounter=encounter+context
-    | dstu2: requested=requestedOn | stu3 r4: authored=authoredOn | stu3: context
+Communication | subject status category medium received sent sender recipient {_VISIT} | stu3 r4: based-on
+CommunicationRequest | subject status category sender recipient {_VISIT} | dstu2: requested=requestedOn
+    | stu3 r4: authored=authoredOn
 Composition | subject status type date period=event.period author encounter entry=section.entry title
     | dstu2 stu3: class | r4: category
-Condition | category code severity encounter=encounter+context asserter | dstu2: clinicalstatus=clinicalStatus
-    onset=onset[x] date-recorded=dateRecorded | stu3 r4: subject clinical-status verification-status
-    onset-date=onset[x] abatement-date=abatement[x] | stu3: asserted-date context | r4: recorded-date
+Condition | category code severity asserter {_VISIT} | dstu2: clinicalstatus=clinicalStatus onset=onset[x]
+    date-recorded=dateRecorded | stu3 r4: subject clinical-status verification-status onset-date=onset[x]
+    abatement-date=abatement[x] | stu3: asserted-date | r4: recorded-date
 Consent | stu3 r4: status category date=dateTime period=period+provision.period organization
     consentor=consentingParty+performer | r4: scope
 Coverage | stu3 r4: beneficiary type payor subscriber | r4: status
@@ -3190,8 +3190,8 @@ DeviceRequest | stu3 r4: subject status intent code=code[x] authored-on device=c
 DeviceUseRequest | dstu2: -identifier subject device
 DeviceUseStatement | -identifier subject device
 DiagnosticOrder | dstu2: subject status code=item.code encounter
-DiagnosticReport | subject category code status date=effective[x] issued encounter=encounter+context result
-    specimen performer=performer+performer.actor | stu3: context
+DiagnosticReport | subject category code status date=effective[x] issued result specimen
+    performer=performer+performer.actor {_VISIT}
 DocumentManifest | subject identifier=masterIdentifier+identifier status created
 DocumentReference | subject identifier=masterIdentifier+identifier status type period=context.period author
     custodian encounter=context.encounter | dstu2 stu3: class created indexed | r4: category
@@ -3221,23 +3221,21 @@ Location | -patient status type organization=managingOrganization {_ADDRESS}
 MeasureReport | stu3 r4: status | r4: subject date period
 Media | subject type | stu3: context | r4: encounter
 Medication | -patient code | dstu2 stu3: -identifier | stu3 r4: status
-MedicationAdministration | status code=medication[x] medication=medication[x] | dstu2 stu3: prescription
-    | dstu2: effectivetime=effectiveTime[x] encounter | stu3 r4: subject effective-time=effective[x] context
-    | r4: request
-MedicationDispense | status code=medication[x] type whenhandedover=whenHandedOver whenprepared=whenPrepared
-    medication=medication[x] prescription=authorizingPrescription | stu3 r4: subject context
-MedicationOrder | dstu2: status code=medication[x] datewritten=dateWritten encounter prescriber
-    medication=medication[x]
-MedicationRequest | stu3 r4: subject status intent category priority code=medication[x] authoredon=authoredOn
-    medication=medication[x] requester=requester+requester.agent | stu3: context | r4: encounter
-MedicationStatement | status code=medication[x] medication=medication[x] | dstu2: effectivedate=effective[x]
-    | stu3 r4: subject category effective=effective[x] context
+MedicationAdministration | {_DRUG} | dstu2 stu3: prescription | dstu2: effectivetime=effectiveTime[x]
+    encounter | stu3 r4: subject effective-time=effective[x] context | r4: request
+MedicationDispense | {_DRUG} type whenhandedover=whenHandedOver whenprepared=whenPrepared
+    prescription=authorizingPrescription | stu3 r4: subject context
+MedicationOrder | dstu2: {_DRUG} datewritten=dateWritten encounter prescriber
+MedicationRequest | stu3 r4: {_DRUG} subject intent category priority authoredon=authoredOn
+    requester=requester+requester.agent | stu3: context | r4: encounter
+MedicationStatement | {_DRUG} | dstu2: effectivedate=effective[x] | stu3 r4: subject category
+    effective=effective[x] context
 MolecularSequence | r4: type
 NutritionOrder | status datetime=dateTime encounter
 Observation | subject category code status value-concept=value[x] component-code=component.code
     data-absent-reason value-quantity=value[x] component-value-quantity=component.value[x] date=effective[x]
-    value-date=value[x] encounter=encounter+context performer specimen
-    | stu3 r4: combo-code=code+component.code | stu3: context | r4: has-member derived-from
+    value-date=value[x] performer specimen {_VISIT} | stu3 r4: combo-code=code+component.code | r4: has-member
+    derived-from
 Order | dstu2: subject date
 Organization | -patient type active partof=partOf {_ADDRESS}
 Patient | -patient gender active telecom deceased=deceasedBoolean+deceasedDateTime
@@ -3247,10 +3245,10 @@ Patient | -patient gender active telecom deceased=deceasedBoolean+deceasedDateTi
 Practitioner | -patient gender name family=name.family given=name.given phone=telecom email=telecom
 PractitionerRole | stu3 r4: -patient active specialty role=code practitioner organization location endpoint
     phone=telecom email=telecom
-Procedure | subject code date=performed[x] encounter=encounter+context location performer=performer.actor
-    | stu3 r4: category status | stu3: context
-ProcedureRequest | dstu2 stu3: subject encounter=encounter+context | stu3: code intent status
-    authored=authoredOn occurrence=occurrence[x] context
+Procedure | subject code date=performed[x] location performer=performer.actor {_VISIT} | stu3 r4: category
+    status
+ProcedureRequest | dstu2 stu3: subject {_VISIT} | stu3: code intent status authored=authoredOn
+    occurrence=occurrence[x]
 Provenance | -identifier target location agent=agent.actor+agent.who+agent.whoReference
     | dstu2 stu3: start=period.start end=period.end | stu3 r4: agent-role=agent.role recorded
     | r4: agent-type=agent.type when=occurred[x]
@@ -3259,7 +3257,7 @@ QuestionnaireResponse | subject status authored questionnaire author source | ds
 ReferralRequest | dstu2 stu3: -identifier status type priority specialty | dstu2: date | stu3: subject
     authored-on encounter=context context
 RelatedPerson | gender birthdate=birthDate name phone=telecom email=telecom
-RequestGroup | stu3 r4: subject status intent authored=authoredOn encounter=encounter+context | stu3: context
+RequestGroup | stu3 r4: subject status intent authored=authoredOn {_VISIT}
 ResearchSubject | stu3 r4: individual status date=period
 RiskAssessment | subject date=date+occurrence[x] encounter=encounter+context
 Sequence | stu3: type
