@@ -3456,13 +3456,11 @@ def page_mark(keys: Sequence[Any]) -> str:
 
 def _parse_mark(text: str) -> tuple[Any, ...]:
     """What page_mark wrote; nothing of nothing."""
-    try:
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         keys = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))) if text else []
         json.dumps(keys, ensure_ascii=False).encode()  # fails, as does abs, for what SQLite can't take
         if isinstance(keys, list) and all(isinstance(key, str) or abs(key) < 1 << 63 for key in keys):
             return tuple(keys)
-    except (ValueError, TypeError, RecursionError):
-        pass
     raise FhirError("value", f"_page={text}: not a link of this server")
 
 
@@ -4288,14 +4286,14 @@ class EmbeddedRecords(Records):
     """FHIR resources of one version in SQLite.
 
     Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of
-    the last entry shown. Not how many came before: what is loaded meanwhile would shift others over the edge,
-    to be shown twice or never. SQL finds what matches, `Access` judges each resource; some may not be seen. A
-    page shorter for it would tell how many hidden resources match, and question by question what they hold.
-    So it is filled from what follows until it is full and one more is seen, the total is not told, and the
-    mark is of an entry that was shown. An app that makes up a mark chooses where to begin, and that is all.
+    the last entry shown, not how many came before: what is loaded meanwhile would shift others over the edge,
+    to be shown twice or never. SQL finds what matches, `Access` judges each. A page shorter for what may not
+    be seen would tell how many hidden resources match, and question by question what they hold. So it is
+    filled until one more is seen, the total is not told, and the mark is of an entry that was shown. An app
+    that makes up a mark chooses where to begin, and that is all.
 
-    What we would like better: the time of a page still tells a little; a search of which nothing may be seen
-    looks at all that matches in one request; each page of a sorted search works out all keys anew.
+    What we would like better: the time of a page still tells a little; where nothing may be seen all matches
+    are looked at in one request; each page of a sorted search works out all keys anew.
     """
     def __init__(self, settings: Settings, clock: Clock):
         """Open them and load what --data names, or StartError; `warnings` tell what was left out."""
@@ -4721,8 +4719,8 @@ class Load:
         _write(self.database, number, new)
 
     def resolve(self, new: Sequence[Prepared] | None = None) -> None:
-        """Make references that were open when their resource was written Type/id, where that is known now:
-        all, or those in `new` resources and those that call one of these by a name."""
+        """Make open references Type/id where that is known now: all, or those in `new` resources and those that
+        call one of these by a name."""
         if new is None:
             last = -1
             some = "SELECT DISTINCT number FROM unresolved WHERE number > ? ORDER BY number LIMIT 1000"
