@@ -4719,8 +4719,8 @@ class Load:
         _write(self.database, number, new)
 
     def resolve(self, new: Sequence[Prepared] | None = None) -> None:
-        """Make open references Type/id where that is known now: all, or those in `new` resources and those that
-        call one of these by a name."""
+        """Make open references Type/id where that is known now: all, or those in `new` resources, and those
+        that call one of these by a name."""
         if new is None:
             last = -1
             some = "SELECT DISTINCT number FROM unresolved WHERE number > ? ORDER BY number LIMIT 1000"
