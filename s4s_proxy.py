@@ -3925,9 +3925,9 @@ CARE_DATES = """coalesce((SELECT min(first) < ? AND max(last) > ? FROM search_va
 
 def everything_asked(pairs: Sequence[tuple[str, str]]) -> tuple[set[str], dict[str, tuple[float, float]]]:
     """The types and the times that $everything is asked for; FhirError for what it does not take."""
-    types, times = set[str](), dict[str, tuple[float, float]]()
+    types, times = set[str](), dict.fromkeys(("_since", "start", "end"), (-_EVER, _EVER))
     for name, text in pairs:
-        if name in ("_since", "start", "end"):
+        if name in times:
             times[name] = _span_asked(name, text)
         elif name == "_type":
             types.update(filter(None, text.split(",")))
@@ -4560,15 +4560,15 @@ class EmbeddedRecords(Records):
         self.visible(asked)
         pairs = asked.request.pairs()
         types, times = everything_asked(pairs)
-        types, ever = types or set(self.served), (-_EVER, _EVER)
-        shown = [pair for pair in pairs if pair[0] not in ("_since", "_type", "start", "end")]
+        types = types or set(self.served)
+        shown = [pair for pair in pairs if pair[0] not in ("_type", *times)]
         query = parse_query(self.version, "Patient", (("_count", "1000"), *shown))
         # What is nobody's is found by what refers to it, of whatever type that is.
         looked_at = set(self.served) if types & {"Device", *SHARED_TYPES} else types & self.served.keys()
-        since, start = times.get("_since", ever)[0], times.get("start", ever)[0]
+        since, start, end = times["_since"][0], times["start"][0], times["end"][1]
         sql = (f"SELECT * FROM resources r WHERE type IN ({_marks(looked_at)}) AND patient_id = ? "
                f"AND updated >= ? AND {CARE_DATES}")
-        select = Sql(sql, (*looked_at, asked.id, since, times.get("end", ever)[1], start))
+        select = Sql(sql, (*looked_at, asked.id, since, end, start))
         page = self._page(select, [("number", False)], query.limit, query.after, asked.access, "rs")
         targets = dict.fromkeys(
             target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
@@ -4674,11 +4674,11 @@ class Load:
             self._point(document[1], names)
             for where, resource in resources:
                 type_name = resource["resourceType"]
-                if type_name not in self.served:
-                    check_version({"resourceType": type_name}, self.version)  # nothing else of it is judged
+                is_served = type_name in self.served  # of what isn't, only the type is judged
+                check_version(resource if is_served else {"resourceType": type_name}, self.version)
+                if not is_served:
                     self.skipped[type_name] += 1
                     continue
-                check_version(resource, self.version)
                 new = prepare(resource, self.version, now)
                 if type_name in SHARED_TYPES:  # whom conditional references in later documents mean
                     self._identified.update(dict.fromkeys(new.names(), f"{type_name}/{resource['id']}"))
