@@ -2073,9 +2073,9 @@ def revoke(portal: Portal, request: Request) -> Response:
 
 # ######################################################################## 11 the record's boundary
 
-# Whatever stands behind, the records kept here (section 18) or another server's (section 19), an app sees of
-# them what `Access.may_see` lets through: one judge, asked for every single resource. Searches are narrowed
-# before, so that few have to be thrown away; that is for speed, and nothing relies on it.
+# Of the records kept here (section 18) as of another server's (section 19), an app sees what `Access.may_see`
+# lets through: one judge, asked for every single resource. Searches are narrowed before, so that few have to
+# be thrown away; that is for speed, and nothing relies on it.
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir",
@@ -2120,9 +2120,9 @@ class FhirRequest(NamedTuple):
         return self.request.rest.removesuffix("/_search")
 
 
-# The shapes that a path may have. Each of its parts is decoded by itself, and one that decodes to anything
-# else than such characters fits no shape: what a path hides in dots, slashes or semicolons, encoded once or
-# twice, ends here. An id is what FHIR says, less . and .., which climb in a path.
+# The shapes that a path may have. Each part is decoded by itself, and one of other characters fits no shape:
+# what a path hides in dots, slashes or semicolons, encoded once or twice, ends here. An id is what FHIR says,
+# less . and .., which climb in a path.
 _TYPE, _ID = "[A-Z][A-Za-z]{1,63}", r"(?!\.{1,2}(?:/|$))[A-Za-z0-9.-]{1,64}"
 FHIR_ID = re.compile(_ID)
 PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction, shape in (
@@ -2139,8 +2139,7 @@ def interaction_of(path: str, posted: bool) -> tuple[str, Mapping[str, str]]:
     parts = [unquote(part) for part in path.split("/")]
     plain = "/".join(parts) if all(re.fullmatch("[A-Za-z0-9._$-]*", part) for part in parts) else "?"
     for method, interaction, shape in PATH_SHAPES:
-        match = shape.fullmatch(plain) if posted == (method == "POST") else None
-        if match:
+        if posted == (method == "POST") and (match := shape.fullmatch(plain)):
             return interaction, match.groupdict(default="")
     return "", {}
 
@@ -2151,8 +2150,7 @@ def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> 
     interaction, parts = interaction_of(request.rest, posted)
     if not interaction:
         permit(not posted, "writing and batches are not possible here; only POST [type]/_search")
-        permit("$" not in unquote(request.rest), f"{request.path}: of operations only "
-               "Patient/[id]/$everything")
+        permit("$" not in unquote(request.rest), f"{request.path}: expected Patient/[id]/$everything")
         permit(request.rest, "a search over all types is not possible here: name a type")
         raise FhirError("not-supported", f"{request.path}: expected [type], [type]/_search, [type]/[id], "
                         "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
@@ -2188,15 +2186,14 @@ def permit(good: object, description: str, error: str = "forbidden") -> None:
 
 
 def not_in_record(asked: FhirRequest) -> FhirError:
-    """The one answer to a read of what is not in the record: it does not exist, was deleted, is another
-    patient's, or is of a category or ?param=value that the token does not reach. Two answers would let an app
-    count what is hidden from it, id by id."""
+    """The one answer to a read of what is not there, was deleted, is another patient's, or outside of the
+    token's categories and ?param=value. Two answers would let an app count what is hidden, id by id."""
     return FhirError("not-found", f"there is no {asked.type}/{asked.id} among what may be read here", 404)
 
 
 class Records(Protocol):
-    """The records as the protocol knows them. Two kinds stand behind this: those of section 18 lie in SQLite,
-    those of section 19 are another FHIR server's. No endpoint asks which it is."""
+    """The records as the protocol knows them: in SQLite (section 18), or another FHIR server's (section 19).
+    No endpoint asks which."""
     version: str         # of FHIR: a key of FHIR_VERSIONS
     warnings: list[str]  # what the person who starts the server should know
     one_request: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # while one is answered
@@ -2208,7 +2205,7 @@ class Records(Protocol):
     def answer_read(self, asked: FhirRequest) -> Response:
         """One resource, if it may be seen."""
     def answer_everything(self, asked: FhirRequest) -> Response:
-        """A Bundle of all that is in a patient's record and may be seen (FHIR, Patient/[id]/$everything)."""
+        """A Bundle of all in a patient's record that may be seen (FHIR, Patient/[id]/$everything)."""
     def describe(self, statement: Json, secured: bool) -> None:
         """Complete a CapabilityStatement with the types, parameters and operations that are served."""
     def find_patients(self, text: str = "") -> list[tuple[str, str]]:
@@ -2254,7 +2251,7 @@ class Resource:
 
 class Everybody(frozenset[str]):
     """Whose records a scope without a bound opens. Not None: a forgotten value must not open everything. Nor
-    equal to the set of nobody, which it would be by what it holds: `access_for` remembers by equality."""
+    equal to the empty set, as by what it holds it would be: `access_for` remembers by equality."""
     __hash__ = object.__hash__
 
     def __contains__(self, patient_id: object) -> bool:
@@ -2286,7 +2283,7 @@ class Access:
     def may_see(self, resource: Resource, letters: str) -> bool:
         """THE JUDGE: whether this very resource may be seen, by owner, scope and category. In doubt, no.
         `letters` says how it is reached: r (read), s (search), or both for an operation that does both."""
-        if self.unlimited or self._opens(resource, letters):
+        if self._opens(resource, letters):
             return True
         if self._is_user(resource.type, resource.id, letters):
             return resource.owner != UNKNOWN  # as it is where something contained is another patient's
@@ -2306,8 +2303,8 @@ class Access:
         return False
 
     def _opens_file(self, binary: Resource) -> bool:
-        """Whether a Binary may be read that does not say whose it is: because something that may be seen
-        points to it, or because its reader may see everybody's records without limits."""
+        """Whether a Binary may be read that does not say whose it is: something that may be seen points to
+        it, or its reader may see everybody's records without limits."""
         if not self.allows("Binary", "r"):
             return False
         is_opened = isinstance(self.patients("Binary", "r"), Everybody) and not self.narrowed
@@ -2317,11 +2314,9 @@ class Access:
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very one: a
-        token with fhirUser may read the resource that stands for its user, whatever its patient and
-        categories. With that word the user approved to be known (SMART, "Scopes for requesting identity
-        data")."""
-        return (self.unlimited or bool(self._openings(type_name, letter))
-                or self._is_user(type_name, resource_id, letter))
+        token with fhirUser may read its user's resource, whatever its patient and categories. By that word
+        the user approved to be known (SMART, "Scopes for requesting identity data")."""
+        return bool(self._openings(type_name, letter)) or self._is_user(type_name, resource_id, letter)
 
     def reaches(self, patient_id: str, letter: str) -> bool:
         """Whether the Patient of this id may be seen, if there is one."""
@@ -2333,20 +2328,22 @@ class Access:
 
     @property
     def narrowed(self) -> bool:
-        """Whether categories or ?param=value leave something out that the scope's types would show. A count
-        of what was found would tell how much that is, so Bundle.total must not be sent then."""
+        """Whether categories or ?param=value leave out something of the scope's types. A Bundle.total would
+        tell how much: it must not be sent then."""
         return bool(self.labels) or any(scope.constraints for scope in self.scopes)
 
     def patients(self, type_name: str, letter: str) -> frozenset[str]:
         """The patients whose resources of a type may be seen, or EVERYBODY or ALL_PATIENTS."""
-        reaches = [EVERYBODY] if self.unlimited else [reach for reach, _ in self._openings(type_name, letter)]
-        unbounded = [reach for reach in reaches if isinstance(reach, Everybody)]
-        if unbounded:
-            return EVERYBODY if EVERYBODY in unbounded else ALL_PATIENTS
+        reaches = [reach for reach, _ in self._openings(type_name, letter)]
+        for unbounded in (EVERYBODY, ALL_PATIENTS):
+            if unbounded in reaches:
+                return unbounded
         return frozenset().union(*reaches)
 
     def _openings(self, type_name: str, letters: str) -> list[tuple[frozenset[str], Any]]:
         """Of each scope that opens a type for these letters: the patients it reaches, its ?param=value."""
+        if self.unlimited:
+            return [(EVERYBODY, ())]
         known = self._known.get((type_name, letters))
         if known is None:
             reach = {"patient": frozenset([self.patient_id] if self.patient_id else []),
@@ -2372,23 +2369,21 @@ access_for = remembered(40)(Access)  # one for all requests of a token: it remem
 
 def access_of(portal: Portal, row: Row) -> Access:
     """What an access token lets its bearer see."""
-    scope, users_patients = row["token_scope"], frozenset[str]()
+    scope, theirs = row["token_scope"], frozenset[str]()
     user = portal.user(row["username"]) if "user/" in scope else None
     if user:
-        users_patients = ALL_PATIENTS if user["any_patient"] else frozenset(
-            portal.patients_of(user["username"]))
+        theirs = ALL_PATIENTS if user["any_patient"] else frozenset(portal.patients_of(user["username"]))
     labels = frozenset(json.loads(row["security_labels"])) if row["security_labels"] != "[]" else NO_LIMIT
     fhir_user = "/".join(claims_of(portal, row).get("fhirUser", "").split("/")[-2:])
     version = portal.records.version if "?" in scope else "r4"
-    return access_for(scope, row["patient_id"], users_patients, labels, fhir_user, version)
+    return access_for(scope, row["patient_id"], theirs, labels, fhir_user, version)
 
 
-# How each type belongs to a patient: the elements that say whose record it is, under their names in DSTU2,
-# STU3 and R4. FHIR's patient compartment counts more of them, but an Observation about Amy that her father
-# performed is Amy's alone. A Provenance belongs to the patient of all its targets. Left out, and so refused,
-# is what can't be told: AuditEvent is about accesses, Schedule and Slot point at doctors, Group and Person at
-# several people; Bundle and Parameters hold resources, and a Bundle within a Bundle is nothing that a search
-# or $everything should answer.
+# The elements that say whose record a resource is in, as DSTU2, STU3 and R4 name them. FHIR's patient
+# compartment counts more, but an Observation about Amy that her father performed is Amy's alone. A Provenance
+# belongs to the patient of all its targets. Left out, and so refused, is what can't be told: AuditEvent is
+# about accesses, Schedule and Slot point at doctors, Group and Person at several people; Bundle and
+# Parameters hold resources, which no search or $everything should answer within its Bundle.
 OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("id",): "Patient",
     ("patient",):
@@ -2420,13 +2415,11 @@ _NO_PATIENT = re.compile("(?:.*/)?(?:Practitioner(?:Role)?|Location|Device|Healt
 def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str:
     """The id of the patient a resource belongs to; NOBODY if to none; UNKNOWN if that can't be told.
 
-    Where several patients are named, in several elements or in contained resources, they must be the same
-    one: a record of two people may be shown to neither. References may be relative, or absolute below
-    `base`, and to a version; those by identifier alone or into the resource itself (#) can't be told.
-    `owners` are those of a Provenance's targets, by Type/id, as far as they are known.
-
-    A reference to somebody else elsewhere in a resource is an id, not a record: it stays. So does
-    Patient.link, and it opens nothing: what was filed under a linked Patient needs a token for that one.
+    The patients named in several elements or in contained resources must all be one: a record of two people
+    may be shown to neither. References may be relative, or absolute below `base`, and to a version; those by
+    identifier alone or into the resource itself (#) can't be told. `owners` are those of a Provenance's
+    targets, by Type/id, as far as they are known. A reference to somebody else elsewhere in a resource is an
+    id, not a record: it stays. So does Patient.link: what is a linked Patient's needs a token for that one.
     """
     named = named_patients(resource, base, owners)
     if not named and resource.get("resourceType") in ("Device", *SHARED_TYPES):
@@ -2437,8 +2430,8 @@ def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str
 
 
 def patients_within(inner: Any, base: str) -> set[str]:
-    """The patients that a contained resource names. It need not say whose it is. Where no element of its
-    type would say that by itself, all count that it refers to."""
+    """The patients that a contained resource names, if any; all that it refers to, where no element of its
+    type would say whose it is."""
     if not isinstance(inner, dict) or "contained" in inner or not isinstance(inner.get("resourceType"), str):
         return {UNKNOWN}
     if inner["resourceType"] in OWNER_ELEMENTS and inner["resourceType"] != "Provenance":
@@ -2471,8 +2464,6 @@ def named_patients(resource: Json, base: str, owners: Mapping[str, str] = {}) ->
     texts = [reference_of(value) for value in values]
     named = {_id_in(text, "Patient", base) or owners.get(local_name(text, base), UNKNOWN) for text in texts}
     return named - {NOBODY}  # among the targets of a Provenance, what is nobody's says nothing
-
-
 
 
 @remembered(4)  # the same few stand in every resource of a record
@@ -2518,8 +2509,8 @@ _LABEL_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for na
                   if name not in _BY_CONTENT}
 CATEGORIES["other"] = "Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _LABEL_OF_TYPE)
 OLD_CATEGORIES = {"allergy": "allergies"}
-# The laboratory's sections in HL7's table 0074, which US laboratories send as category, LAB among them: blood
-# gases and bank, cytogenetics, chemistry, cytopathology, genetics, hematology, immunology, microbiology ...
+# The laboratory's sections in HL7's table 0074, which US laboratories send as category: blood gases and bank,
+# cytogenetics, chemistry, cytopathology, genetics, hematology, immunology, microbiology ...
 _LABORATORY = ("BG", "BLB", "CG", "CH", "CP", "GE", "HM", "IMM", "LAB", "MB", "MCB", "MYC", "OSL", "PAR",
                "PAT", "SP", "SR", "TX", "VR")
 
@@ -2606,8 +2597,7 @@ def outcome(error: PortalError) -> Json:
 
 @route("GET /api/me", "S4S", cors=True, kind="fhir")
 def me(portal: Portal, request: Request) -> Response:
-    """The client of this token, and the good tokens of the same user, client and record; never their
-    values, and no other record."""
+    """The client of this token, and its good tokens for the same user and record; never their values."""
     row = bearer(portal, request)
     client = portal.client(row["client_id"])
     tokens = portal.state.rows(
@@ -8214,10 +8204,8 @@ CONTROLS: dict[str, Callable[..., Any]] = {}
 def control(path: str, answer: Callable[[Any], Json | None] = lambda given: given, whole: str = "",
             required: str = "", **aliases: str) -> Callable[[Control], Control]:
     """Declare the other door of a control: POST /oauth/debug/`path`, whose JSON members are its parameters.
-
     `answer` makes JSON of what the control gives (None: 204); `whole` is the parameter that the body is as a
-    whole; `required` names those that HTTP needs; `aliases` are other member names.
-    """
+    whole; `required` names those that HTTP needs; `aliases` are other member names."""
     def declare(function: Control) -> Control:
         CONTROLS[function.__name__], code = function, function.__code__
         names = code.co_varnames[1:code.co_argcount + code.co_kwonlyargcount]  # inspect takes long to import
@@ -8303,15 +8291,14 @@ class Controls:
         if patient == TO_CHOOSE:
             own = users_patient(portal, username, None, needed=True)
             patient = whose_record(portal, username, details, str(own))
-        labels = security_labels
-        if labels is None:
-            labels = offered_categories(portal, client, details["scope"])
-        must(isinstance(labels, (list, tuple)) and all(isinstance(label, str) for label in labels),
-             "security_labels", "an array of strings", labels)
+        if security_labels is None:
+            security_labels = offered_categories(portal, client, details["scope"])
+        must(isinstance(security_labels, (list, tuple)) and {*map(type, security_labels)} <= {str},
+             "security_labels", "an array of strings", security_labels)
         day = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
         visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
         return decide(portal, request_id, new_grant(
-            portal, client, username, patient, details, labels, day, visit, now))
+            portal, client, username, patient, details, security_labels, day, visit, now))
 
     # The launch URL ends with the parameters iss and launch.
     @control("launch", lambda url: {"launch_url": url, **dict(parse_qsl(url.partition("?")[2])[-2:])})
@@ -8496,8 +8483,8 @@ _LOOKS_DRAWN = re.compile(_UUID.pattern + "|[A-Za-z0-9_-]{32,}")
 
 
 class Redaction:
-    """Hides the secrets in what a client sent. By value, wherever they stand, what `is_secret` knows; by the
-    name of the field what it can't know: other servers' secrets, and what is kept as a hash or not at all."""
+    """Hides the secrets in what a client sent: by value, wherever they stand, those that `is_secret` knows;
+    by the field's name what it can't know: other servers', and what is kept as a hash or not at all."""
     def __init__(self, is_secret: Callable[[str], bool], of_fhir: bool):
         self.is_secret, self.names = is_secret, frozenset[str]() if of_fhir else _OAUTH_NAMES
 
@@ -8551,11 +8538,9 @@ def gave_out(portal: Portal, word: str) -> bool:
     word = word.lower() if is_uuid else word
     if hash_secret(word) in portal.seeds.secrets:
         return True
-    known = ("SELECT 1 WHERE EXISTS (SELECT 1 FROM tokens WHERE token = ?1) "
-             "OR EXISTS (SELECT 1 FROM sessions WHERE session_id = ?1) "
-             "OR EXISTS (SELECT 1 FROM launches WHERE launch = ?1) "
-             "OR EXISTS (SELECT 1 FROM forgotten WHERE secret = ?1) "
-             "OR EXISTS (SELECT 1 FROM clients WHERE secret_hash = ?2)")
+    known = ("SELECT 1 FROM tokens WHERE token = ?1 UNION ALL SELECT 1 FROM sessions WHERE session_id = ?1 "
+             "UNION ALL SELECT 1 FROM launches WHERE launch = ?1 UNION ALL SELECT 1 FROM forgotten "
+             "WHERE secret = ?1 UNION ALL SELECT 1 FROM clients WHERE secret_hash = ?2 LIMIT 1")
     return bool((is_uuid or len(word) == 32) and portal.state.row(known, word, hash_secret(word)))
 
 
