@@ -2743,9 +2743,10 @@ class OnePatientAndNothingElse(RecordTest):
         self.assertNotIn(HIDDEN, got.text)
 
     def test_what_is_not_in_the_record_is_answered_as_if_it_were_not_there(self) -> None:
-        since = {"If-Modified-Since": "Fri, 31 Dec 2100 00:00:00 GMT"}
-        for how in ({}, {"method": "HEAD"}, {"headers": {"If-None-Match": '*, W/"1", W/"7"'}},
-                    {"headers": since}, {"headers": {"Accept": "text/plain, */*"}}):
+        hows: list[dict[str, Any]] = [{}, {"method": "HEAD"}, *({"headers": {name: value}} for name, value in (
+            ("If-None-Match", '*, W/"1", W/"7"'), ("If-Modified-Since", "Fri, 31 Dec 2100 00:00:00 GMT"),
+            ("Accept", "text/plain, */*")))]
+        for how in hows:
             for attack, kind, paths in (
                     ("another patient's", "", ["Observation/theirs", "DocumentReference/their-doc"]),
                     ("a version", "", ["Observation/theirs/_history/1", "Observation/absent/_history/1"]),
@@ -2785,41 +2786,35 @@ class OnePatientAndNothingElse(RecordTest):
                     self.assertEqual((answers[0][0], answers[0][-1]), (403, 0))
 
     def test_what_looks_into_another_record_or_hides_something_in_a_path_is_kept_out(self) -> None:
-        for attack, path in (
-                ("a differently cased parameter", f"Observation?Patient={OTHER}"),
-                ("another reference to a patient", f"Observation?performer=Patient/{OTHER}"),
-                ("another reference with a type", f"Observation?performer:Patient={OTHER}"),
-                ("by absolute reference", f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}"),
-                ("a modifier that can't be judged", "Observation?patient:identifier=http://ids.example%7C1"),
-                ("a modifier that turns it round", f"Observation?patient:not={ME}"),
-                ("a modifier that takes it away", "Observation?subject:missing=true"),
-                ("a chain", "Observation?performer.name=Smith"),
-                ("a chain with a type", "Observation?performer:Practitioner.name=Smith"),
-                ("a chain to the owner", f"Observation?subject:Patient._id={OTHER}"),
-                ("a reverse chain", f"Practitioner?_has:Observation:performer:patient={OTHER}"),
-                ("the filter language", f"Observation?_filter=patient%20eq%20{OTHER}"),
-                ("a named query", "Observation?_query=everybody"),
-                ("a search over types", "?_type=Patient,Observation"),
-                ("types within a search", "Observation?_type=Patient"),
-                ("the FHIR server's own paging", "Observation?_getpages=0d33d1e1"),
-                *(("another operation", name) for name in (
-                    "$export", "Patient/$export", "Patient/$match", f"Patient/{ME}/$summary",
-                    "Observation/$lastn", "Observation/mine/%24meta", f"Observation/{ME}/$everything")),
-                *(("a type nobody can place", f"{name}{rest}") for rest in ("", "/1") for name in (
-                    "AuditEvent", "Group", "Bundle", "Person", "Unheard")),
-                ("a search for Binaries", "Binary")):
-            with self.subTest(attack, path=path):
-                self.assert_kept_out(path)
-        for path in (
-                "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient", "Observation/.",
-                "Observation/%2E%2E%2FPatient", "Observation/%252e%252e/Patient", "//Observation/theirs",
-                "Observation;a=b", "Observation/theirs%2f_history", "Observation/theirs%3fa=b", "metadata/..",
-                "Observation/theirs;a=b", "Observation%5ctheirs", "Observation\\theirs", "observation/theirs",
-                "Observation/theirs%00", "Observation/theirs%0d%0aX:y", "Observation/theirs/_history/..",
-                "Observation/theirs/x", "Observation/_search", f"Patient/{ME}/Observation/theirs",
-                "http://127.0.0.1/fhir/Observation/theirs"):
-            with self.subTest("a path", path=path):
-                self.assert_kept_out(path, 404)
+        for attack, status, *paths in (
+                ("another name of the parameter, another reference", 403, f"Observation?Patient={OTHER}",
+                 f"Observation?performer=Patient/{OTHER}", f"Observation?performer:Patient={OTHER}",
+                 f"Observation?subject=https://elsewhere.example/fhir/Patient/{ME}"),
+                ("a modifier that can't be judged, turns it round, takes it away", 403,
+                 "Observation?patient:identifier=http://ids.example%7C1", f"Observation?patient:not={ME}",
+                 "Observation?subject:missing=true"),
+                ("a chain, to the owner, and back", 403, "Observation?performer.name=Smith",
+                 "Observation?performer:Practitioner.name=Smith", f"Observation?subject:Patient._id={OTHER}",
+                 f"Practitioner?_has:Observation:performer:patient={OTHER}"),
+                ("a language, a query, types, the server's own paging", 403, "Observation?_query=everybody",
+                 f"Observation?_filter=patient%20eq%20{OTHER}", "?_type=Patient,Observation",
+                 "Observation?_type=Patient", "Observation?_getpages=0d33d1e1"),
+                ("another operation", 403, "$export", "Patient/$export", "Patient/$match",
+                 f"Patient/{ME}/$summary", "Observation/$lastn", "Observation/mine/%24meta",
+                 f"Observation/{ME}/$everything"),
+                ("a type nobody can place", 403, "Binary", *(name + rest for rest in ("", "/1") for name in (
+                    "AuditEvent", "Group", "Bundle", "Person", "Unheard"))),
+                ("a path", 404, "Observation/..", "Observation/../Patient", "Observation/%2e%2e/Patient",
+                 "Observation/.", "Observation/%2E%2E%2FPatient", "Observation/%252e%252e/Patient",
+                 "//Observation/theirs", "Observation;a=b", "Observation/theirs%2f_history", "metadata/..",
+                 "Observation/theirs%3fa=b", "Observation/theirs;a=b", "Observation%5ctheirs",
+                 "Observation\\theirs", "observation/theirs", "Observation/theirs%00",
+                 "Observation/theirs%0d%0aX:y", "Observation/theirs/_history/..", "Observation/theirs/x",
+                 "Observation/_search", f"Patient/{ME}/Observation/theirs",
+                 "http://127.0.0.1/fhir/Observation/theirs")):
+            for path in paths:
+                with self.subTest(attack, path=path):
+                    self.assert_kept_out(str(path), cast(int, status))
 
     def test_writing_and_batches_are_refused_before_the_body_is_judged(self) -> None:
         for method, path in (("POST", ""), ("POST", "Observation"), ("POST", "Observation/mine/_search"),
@@ -2835,9 +2830,8 @@ class OnePatientAndNothingElse(RecordTest):
         for attack, path, how in (
                 ("everybody's", all_of_them, {}), ("posted", "Observation/_search", {"form": form}),
                 ("my compartment", f"Patient/{ME}/Observation?_count=1000", {}),
-                ("by _include", f"{all_of_them}&_include=Observation:performer", {}),
-                ("by another _include", f"{all_of_them}&_include=Observation:subject", {}),
-                ("everything", f"Patient/{ME}/$everything", {})):
+                *(("by _include", f"{all_of_them}&_include=Observation:{name}", {})
+                  for name in ("performer", "subject")), ("everything", f"Patient/{ME}/$everything", {})):
             with self.subTest(attack):
                 ids = set(self.ids(path, **how))
                 self.assertEqual(ids & {"mine", "draft", "theirs", "group"}, {"mine", "draft"})
@@ -2889,8 +2883,8 @@ class OnePatientAndNothingElse(RecordTest):
 
     def test_a_binary_is_opened_by_what_points_to_it_or_by_itself(self) -> None:
         self.assertEqual(self.read("Binary/my-file")["data"], "aGk=")
-        own = {"resourceType": "Binary", "id": "own", "contentType": "text/plain"}
-        self.put({**own, "securityContext": {"reference": f"Patient/{ME}"}})
+        self.put({"resourceType": "Binary", "id": "own", "contentType": "text/plain",
+                  "securityContext": {"reference": f"Patient/{ME}"}})
         self.assertEqual(self.read("Binary/own")["id"], "own")
         unreached = self.issue("patient/Binary.rs patient/Observation.rs")  # which opens no document
         self.assert_refused("Binary/my-file", 404, token=unreached)
@@ -2928,15 +2922,14 @@ class OnePatientAndNothingElse(RecordTest):
                     self.assertEqual(self.get(f"{name}/of-lab", token=token).status, expected)
 
     def test_who_the_user_is_may_be_read_and_not_searched_and_tells_of_nobody_else(self) -> None:
-        me, doctor, theirs = ({"resourceType": name, "id": key} for name, key in (
-            ("Patient", ME), ("Practitioner", "smart-clinician"), ("Observation", "x")))
-        theirs["subject"] = {"reference": f"Patient/{OTHER}"}  # type: ignore[assignment]
-        for username, resource in (("daniel-adams", me), ("clinician", doctor)):
-            path = f"{resource['resourceType']}/{resource['id']}"
+        drug, theirs = {"resourceType": "Medication"}, observation("x", OTHER)
+        for username, name, key in (("daniel-adams", "Patient", ME),
+                                    ("clinician", "Practitioner", "smart-clinician")):
+            path = f"{name}/{key}"
             token = self.issue("openid fhirUser patient/Observation.rs", username=username, patient_id=ME)
-            for contained, expected in (([], 200), ([{"resourceType": "Medication"}], 200), ([theirs], 404)):
-                with self.subTest(path, contained=contained):
-                    self.put({**resource, "contained": contained} if contained else resource)
+            for more, expected in (({}, 200), ({"contained": [drug]}, 200), ({"contained": [theirs]}, 404)):
+                with self.subTest(path, more=more):
+                    self.put({"resourceType": name, "id": key, **more})
                     self.assertEqual(self.get(path, token=token).status, expected)
             self.assert_refused("Practitioner/dr", token=token)
             self.assert_refused(path.replace("/", "?_id="), token=token)
@@ -2984,14 +2977,14 @@ class HostileAnswers(ForwardingTest):
     """Attacks on the record's boundary that the FHIR server itself makes."""
 
     def test_resources_are_read_by_whose_they_are(self) -> None:
-        old, stranger = "Observation/mine/_history/1", {**observation("mine"), "id": ["mine"]}
+        new, mine = "Observation/mine", observation("mine")
+        old = f"{new}/_history/1"
         for attack, path, scripted, expected in (
-                ("my own resource in an older version", old, observation("mine"), 200),
+                ("my own resource in an older version", old, mine, 200),
                 ("a version that was another patient's", old, observation("mine", OTHER), 404),
-                ("another resource than the one asked for", "Observation/mine", observation("theirs"), 502),
-                ("a type that is no text", "Observation/mine",
-                 {**observation("mine"), "resourceType": ["Observation"]}, 502),
-                ("an id that is no text", "Observation/mine", stranger, 502)):
+                ("another resource than the one asked for", new, observation("theirs"), 502),
+                ("a type that is no text", new, {**mine, "resourceType": ["Observation"]}, 502),
+                ("an id that is no text", new, {**mine, "id": ["mine"]}, 502)):
             with self.subTest(attack):
                 self.script(path, scripted)
                 self.assertEqual(self.get(path).status, expected)
@@ -3023,13 +3016,6 @@ class HostileAnswers(ForwardingTest):
         self.assertEqual(target, "/fhir/Observation/_search")
         self.assertEqual(body, f"code=a%20b&patient=Patient/{ME}".encode())
         self.assertEqual(headers["content-type"], "application/x-www-form-urlencoded")
-
-    def test_an_absolute_request_target_is_served_for_this_host_only(self) -> None:
-        for host, expected in ((f"127.0.0.1:{self.portal.port}", 200), ("fhir.example", 421)):
-            with self.subTest(host), socket.create_connection(("127.0.0.1", self.portal.port)) as connection:
-                connection.sendall(f"GET http://{host}/api/fhir/Observation/mine HTTP/1.1\r\nHost: x\r\n"
-                                   f"Authorization: Bearer {self.token}\r\n\r\n".encode())
-                self.assertIn(f"HTTP/1.1 {expected} ".encode(), connection.recv(4096))
 
     def test_open_access_reads_everybodys_and_writes_nothing(self) -> None:
         how, number = {"token": "", "api": "/api/open-fhir/"}, len(self.behind.records)
@@ -3077,14 +3063,12 @@ class HostileAnswers(ForwardingTest):
             "Observation/mine", "Observation/theirs", f"Patient/{OTHER}"))
         performed, bundle = {**mine, "performer": [{"reference": f"Patient/{OTHER}"}]}, self.behind.bundle
         outcome = {"resourceType": "OperationOutcome", "id": "o", "issue": [{"diagnostics": OTHER}]}
-        for attack, scripted, expected in (
-                ("another patient, by _include", bundle(performed, patient), ["mine"]),
-                ("another's resource", bundle(mine, theirs), ["mine"]),
-                ("a Bundle within the Bundle", bundle(bundle(theirs)), []),
-                ("an outcome that quotes something", bundle(mine, outcome), ["mine"])):
+        for attack, *resources in (
+                ("another patient, by _include", performed, patient), ("another's resource", mine, theirs),
+                ("a Bundle within the Bundle", mine, bundle(theirs)), ("a quotation", mine, outcome)):
             with self.subTest(attack):
-                self.script("Observation", scripted)
-                self.assertEqual(self.ids("Observation?_include=Observation:performer"), expected)
+                self.script("Observation", bundle(*resources))
+                self.assertEqual(self.ids("Observation?_include=Observation:performer"), ["mine"])
         seen = self.ids("Practitioner?_revinclude=Observation:performer")
         self.assertEqual(seen, [ME, "mine", "dr", "my-doc"])
 
@@ -3190,9 +3174,9 @@ class HostileAnswers(ForwardingTest):
         self.read("Binary/my-file")
         self.assertEqual(len(self.behind.seen), asked + 1, "remembered")
         self.script("DocumentReference", b"", 404)
-        self.script("DiagnosticReport", self.behind.bundle({
-            "resourceType": "DiagnosticReport", "id": "r", "subject": {"reference": f"Patient/{ME}"},
-            "presentedForm": [{"url": "Binary/my-file"}]}))
+        report = {**observation("r"), "resourceType": "DiagnosticReport"}
+        self.script("DiagnosticReport", self.behind.bundle(
+            {**report, "presentedForm": [{"url": "Binary/my-file"}]}))
         self.portal.reset()
         self.assertEqual(self.read("Binary/my-file", token=self.issue(self.scope))["id"], "my-file")
 
@@ -3320,8 +3304,8 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
     def test_what_was_included_comes_with_what_is_shown_alone(self) -> None:
         self.fill("vhv")
         doctors = [{"resourceType": "Practitioner", "id": f"dr{number}"} for number in range(3)]
-        for resource, doctor in zip(self.stored, doctors):
-            resource["performer"] = [{"reference": f"Practitioner/{doctor['id']}"}]
+        for number, resource in enumerate(self.stored):
+            resource["performer"] = [{"reference": f"Practitioner/dr{number}"}]
         part = {**self.stored[0], "id": "part", "hasMember": [{"reference": "Observation/v0"}]}
         sample = {"resourceType": "Specimen", "id": "s", "subject": {"reference": f"Patient/{ME}"}}
         self.including(*doctors, observation("x", OTHER), part, sample)
