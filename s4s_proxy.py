@@ -2163,9 +2163,8 @@ LETTERS_OF = {"read": "r", "search": "s", "everything": "rs"}  # what a scope mu
 def answer_fhir(records: Records, asked: FhirRequest) -> Response:
     """Answer an interaction that the scope allows at all; which resources then come is the judge's to say."""
     records.check_type(asked)
-    resource_id = asked.id if asked.interaction == "read" else ""
     for letter in LETTERS_OF[asked.interaction]:
-        if not asked.access.allows(asked.type, letter, resource_id):
+        if not asked.access.allows(asked.type, letter, asked.id):
             wanted = f"patient/{asked.type}.{letter}"  # named in the header too (RFC 6750 section 3.1)
             raise FhirError("forbidden", f"the token's scope does not allow this; it would take {wanted}",
                             403, [challenge(error="insufficient_scope", scope=wanted)])
