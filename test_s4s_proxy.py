@@ -2931,8 +2931,8 @@ class OnePatientAndNothingElse(RecordTest):
                 with self.subTest(path, more=more):
                     self.put({"resourceType": name, "id": key, **more})
                     self.assertEqual(self.get(path, token=token).status, expected)
-            for refused in ("Practitioner/dr", f"Patient/{OTHER}", f"{path}/$everything", f"{name}?_id={key}"):
-                self.assert_refused(refused, token=token)
+            for other in ("Practitioner/dr", f"Patient/{OTHER}", f"{path}/$everything", f"{name}?_id={key}"):
+                self.assert_refused(other, token=token)
         token = token_for(self.portal, "problems", scope="openid fhirUser launch/patient patient/*.rs")
         self.put({"resourceType": "Patient", "id": ME})
         self.assertEqual(self.get(f"Patient/{ME}", token=token).status, 200)
