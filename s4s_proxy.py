@@ -2091,8 +2091,7 @@ def fhir(portal: Portal, request: Request) -> Response:
 @route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
 def open_fhir(portal: Portal, request: Request) -> Response:
     """All records, without a token: to look what there is."""
-    need(portal.settings.serves_open_fhir, "open FHIR access is off; --open-fhir turns it on", "not-found",
-         404, FhirError)
+    need(portal.settings.serves_open_fhir, "open FHIR is off; see --open-fhir", "not-found", 404, FhirError)
     if request.rest == "metadata":
         statement = capability_statement(portal, request, False)
         return fhir_response(request, statement, version=portal.records.version)
@@ -2230,8 +2229,8 @@ class Records(Protocol):
 
 
 class Resource:
-    """A resource as the judge looks at it: what it is, whose, of which categories. This one was sent by a
-    FHIR server, and says so in its JSON; for one that lies in SQLite it was noted before (StoredResource)."""
+    """A resource as the judge sees it: what it is, whose, of which categories. Of one that a FHIR server sent
+    its JSON says so; of one that lies in SQLite it was noted before (StoredResource)."""
     content: Json
 
     def __init__(self, content: Json, base: str = ""):
@@ -2244,7 +2243,7 @@ class Resource:
         return categories(self.content)
 
     def is_pointed_to(self, access: Access) -> bool:
-        """Of a Binary: whether a document that `access` may see points to it."""
+        """Of a Binary: whether a document that may be seen points to it."""
         return False
 
 
@@ -8246,8 +8245,7 @@ class Controls:
         """Tokens without the browser: as if this user had approved this client for this patient (S4S).
 
         access_lifetime is in seconds, approval_expires a Unix time (default: in seven days). Where either is
-        past, the tokens are born expired.
-        """
+        past, the tokens are born expired."""
         portal, now = self.portal, self.portal.clock.now()
         client = need(portal.client(need_text("client_id", client_id)),
                       f"client_id: {client_id!r} is not registered here")
@@ -8273,8 +8271,7 @@ class Controls:
         called back, with a code or with an error; PortalError where a person would see an error page.
 
         Without patient_id it is the launch's patient, or the user's own; without security_labels all offered
-        stay checked; approval_expires is a date (default: a year from today).
-        """
+        stay checked; approval_expires is a date (default: a year from today)."""
         portal, request, now = self.portal, authorization_request(self.portal, url), self.portal.clock.now()
         known_user(portal, username)
         try:
@@ -8324,8 +8321,7 @@ class Controls:
         """Make the next `times` requests of an endpoint fail (None: until reset), after earlier faults.
 
         status is HTTP's, error a code of the endpoint's text (alone: with the status that the text gives it),
-        retry_after and delay are seconds; drop closes the connection unanswered. A delay alone only delays.
-        """
+        retry_after and delay are seconds; drop closes the connection unanswered. A delay alone delays."""
         must(endpoint in FAULTS, "endpoint", f"one of {', '.join(FAULTS)}", endpoint)
         need(error is None or re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)),
              f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
@@ -8558,14 +8554,13 @@ def write_log(line: str) -> None:
 
 
 class Server(Controls):
-    """A running portal: what a test starts, talks to and stops.
+    """A running portal: what a test starts, talks to and stops. Any number may run at once.
 
         with s4s_proxy.Server() as portal:
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
 
     Takes the command line's options as keywords; the port is any free one, and there is no log unless
-    verbose. Any number may run at once. Its other methods are the test controls.
-    """
+    verbose. Its other methods are the test controls."""
     def __init__(self, **settings: Any):
         self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
         self._listener: Listener | None = None

@@ -2521,11 +2521,11 @@ def token_for(portal: s4s.Server, *labels: str, **scope: str) -> str:
 class FhirApi(RecordTest):
     """/api/fhir: one patient, and nothing else."""
 
-    def statuses(self, token: Any, expected: Mapping[str, int], **how: Any) -> None:
+    def assert_statuses(self, token: str, expected: Mapping[str, int]) -> None:
         """What each of these paths is answered with."""
         for path, status in expected.items():
             with self.subTest(path=path):
-                self.assertEqual(self.fhir(path, token, **how).status, status)
+                self.assertEqual(self.get(path, token=token).status, status)
 
     def test_without_a_good_token_it_is_401_and_with_too_small_a_scope_403(self) -> None:
         small = self.issue("patient/Observation.rs")
@@ -2541,10 +2541,10 @@ class FhirApi(RecordTest):
 
     def test_a_compartments_path_is_a_search_of_ones_own(self) -> None:
         self.assertEqual(self.ids(f"Patient/{DANIEL}/Condition?code=48167000"), ["smart-Condition-14"])
-        self.statuses(self.token, {
+        self.assert_statuses(self.token, {
             f"Patient/{DANIEL},{AMY}/Condition": 404, f"Patient/{DANIEL}/Condition?patient={AMY}": 403,
             "Patient//Condition": 404, f"Patient/Patient%2F{AMY}/Condition": 404})
-        self.statuses(self.issue("patient/Patient.rs"), {f"Patient/{DANIEL}/Condition": 403})
+        self.assert_statuses(self.issue("patient/Patient.rs"), {f"Patient/{DANIEL}/Condition": 403})
 
     def test_pages_lead_from_the_first_entry_to_the_last(self) -> None:
         url, seen = f"Observation?category=laboratory&patient={DANIEL}", []
@@ -2561,10 +2561,10 @@ class FhirApi(RecordTest):
         self.assertEqual(self.ids("Condition/_search", form=form), ["smart-Condition-14"])
 
     def test_a_base_that_ends_in_a_slash_is_the_same_base(self) -> None:
-        self.statuses(self.token, {
+        self.assert_statuses(self.token, {
             f"/Patient/{DANIEL}": 200, f"/Patient/{AMY}": 403, "/metadata": 200, "/Condition/_search": 404,
             "/.well-known/smart-configuration": 200, f"/Patient//{DANIEL}": 404})
-        self.statuses("", {f"/Patient/{DANIEL}": 401})
+        self.assert_statuses("", {f"/Patient/{DANIEL}": 401})
         self.assertEqual(ask(f"{self.portal.open_fhir_url}//Patient/{AMY}").status, 200)
 
     def test_an_unknown_parameter_is_named(self) -> None:
