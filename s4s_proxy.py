@@ -1443,8 +1443,8 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PortalError as error:
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(
-            asked.redirect_uri, fields.values.get("state", ""), asked.issuer, error=error.error,
-            error_description=error.error_description))
+            asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
+            error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer,
                "launch": asked.launch, "signed_in_since": asked.signed_in_since,
@@ -1484,9 +1484,8 @@ def check_client(asked: Authorization) -> None:
 
 def check_redirect_uri(asked: Authorization) -> None:
     """One of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
-    Only the port may differ, of a native app that listens on this machine: RFC 8252 section 7.3 has the
-    server take any, RFC 9700 section 4.1.3 makes it the one exception, and without PKCE such an app gets
-    nothing anyway."""
+    Only the port may differ, of a native app that listens on this machine (RFC 8252 section 7.3, RFC 9700
+    section 4.1.3); without PKCE it gets nothing anyway."""
     uri, client = asked.fields.need("redirect_uri"), asked.client
     registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
     native = client.auth_method == "none" and is_web_url(uri)
@@ -1504,8 +1503,7 @@ def uris_of(client: Client, base: str, member: str) -> list[str]:
 
 def check_audience(asked: Authorization) -> None:
     """The FHIR server that the app means must be this one: else a false server could fetch tokens for the
-    true one (SMART). The issuer is the name that the app knows us by. `resource` is RFC 8707's word for
-    aud."""
+    true one (SMART). The issuer is the name that the app knows us by. `resource` is aud in RFC 8707."""
     settings, fields = asked.portal.settings, asked.fields
     name = "aud" if fields.get("aud") else "resource"
     if not fields.get(name):
@@ -1521,13 +1519,9 @@ def check_audience(asked: Authorization) -> None:
     asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
 
 
-def check_repeats(asked: Authorization) -> None:
-    """No parameter twice (RFC 6749 section 3.1)."""
-    need(not asked.fields.repeated, f"{', '.join(asked.fields.repeated)}: given more than once")
-
-
 def check_state(asked: Authorization) -> None:
-    """SMART demands state from every app: it is how the app knows that it asked (RFC 6749 section 10.12)."""
+    """No parameter twice (RFC 6749 section 3.1); and state, by which the app knows that it asked (SMART)."""
+    need(not asked.fields.repeated, f"{', '.join(asked.fields.repeated)}: given more than once")
     asked.fields.need("state")
 
 
@@ -1585,8 +1579,7 @@ def check_request_object(asked: Authorization) -> None:
 
 
 def check_prompt(asked: Authorization) -> None:
-    """When the user must have signed in, and whether a page may be shown (OpenID Connect Core section
-    3.1.2.1)."""
+    """When the user signed in, and whether a page may be shown (OpenID Connect Core section 3.1.2.1)."""
     prompts, age = asked.fields.get("prompt").split(), asked.fields.get("max_age")
     need(not age or re.fullmatch(r"\d{1,9}", age), f"max_age is {age!r}; expected a number of seconds")
     if "login" in prompts:
@@ -1603,9 +1596,8 @@ def check_prompt(asked: Authorization) -> None:
 
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
-    Without the scope the parameter means nothing. Without the parameter the scope means nothing: it stays
-    beside launch/patient, in an app that can be launched either way, and else is dropped like any word that
-    can't be granted (RFC 6749 section 3.3)."""
+    Neither the scope nor the parameter means anything alone: the scope stays beside launch/patient, in an app
+    that can be launched either way, and else is dropped like what can't be granted (RFC 6749 section 3.3)."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if "launch" not in words:
         return
@@ -1633,7 +1625,7 @@ def check_launch(asked: Authorization) -> None:
 # a host that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to
 # be redirected before anybody signs in.
 PAGE_CHECKS = (check_lengths, check_client, check_redirect_uri)
-REDIRECT_CHECKS = (check_audience, check_repeats, check_state, check_response_type, check_pkce, check_scope,
+REDIRECT_CHECKS = (check_audience, check_state, check_response_type, check_pkce, check_scope,
                    check_request_object, check_prompt, check_launch)
 
 
@@ -1709,8 +1701,7 @@ def whose_record(portal: Portal, username: str, details: Json, chosen: str) -> s
 
 def only_record(portal: Portal, username: str, needed: bool) -> str | None:
     """The record of a user who has only one; TO_CHOOSE if one is needed that only the user can name.
-    Where none is needed, the first is taken all the same (not of a clinician): S4S's apps find a patient in
-    every token response."""
+    Where none is needed, the first (not a clinician's): S4S's apps expect a patient in every answer."""
     user = portal.user(username)
     patients = [] if user and user["any_patient"] else list(portal.patients_of(username))
     if needed and len(patients) != 1:
@@ -1737,8 +1728,7 @@ class Grant(NamedTuple):
 
 def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json,
               labels: Sequence[str], until: str, encounter_id: str, signed_in: float) -> Grant:
-    """What the consent form says, as a grant for the patient of `whose_record`; PageError where it can't
-    be."""
+    """What the consent form says, as a grant for the patient of `whose_record`; else PageError."""
     approved = approved_categories(offered_categories(portal, client, details["scope"]), client, labels)
     expires = end_of_approval(until, portal.clock.now())
     context = context_with_visit(portal, patient, details, encounter_id)
@@ -1847,8 +1837,7 @@ def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
 
 @route("POST /revoke/{}", "S4S", kind="page")
 def stop_sharing(portal: Portal, request: Request) -> Response:
-    """End every authorization that this user gave one app for one patient. A grant of somebody else counts as
-    not found."""
+    """End every authorization that this user gave one app for one patient; another user's is not found."""
     user = session_user(portal, request)
     if not user:
         return to_sign_in(portal, request, "/apps")  # the browser comes back by GET, and this is for POST
@@ -1910,9 +1899,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
 def spending(portal: Portal, client: Client, kind: str,
              value: str) -> Iterator[tuple[sqlite3.Connection, Row]]:
     """Use up a code or a refresh token, once. The block judges its row and issues what it buys; if it raises,
-    nothing is consumed. Looking, judging, issuing and marking are one transaction: of several at once, one
-    wins. A second use means that two hold it, one of them a thief: the whole authorization ends (RFC 6749
-    section 4.1.2, RFC 9700 section 4.14.2)."""
+    nothing is consumed. All is one transaction: of several at once, one wins. A second use means that two
+    hold it, one a thief: the whole authorization ends (RFC 6749 section 4.1.2, RFC 9700 section 4.14.2)."""
     name = {"code": "code", "refresh": "refresh_token"}[kind]
     with portal.state.transaction() as database:
         row = database.execute(TOKEN_SQL, (value,)).fetchone()
@@ -2002,9 +1990,8 @@ def introspect(portal: Portal, request: Request) -> Response:
 
 
 def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None) -> None:
-    """Introspection answers a client that proves who it is, a backend service's token, and the bearer of a
-    token of the same authorization. A public client proves nothing by its id, so it shows a token too (RFC
-    7662 section 2.1: against scanning)."""
+    """Introspection answers a client that proves who it is (a public one can't), or the bearer of a backend
+    service's token or one of the same authorization (RFC 7662 section 2.1: against scanning)."""
     expected = "expected a valid bearer token, for system/ scopes or of the authorization asked about"
     if bearer_value(request) is None:
         if authenticate_client(portal, request, form).auth_method == "none":
@@ -2613,9 +2600,8 @@ def me(portal: Portal, request: Request) -> Response:
 # ######################################################################## 12 discovery
 
 
-# With a base URL that has a path, RFC 8414 section 3.1 looks at the host's
-# /.well-known/oauth-authorization-server followed by the path. That never reaches a server below the path:
-# the reverse proxy must send it here.
+# RFC 8414 section 3.1 puts the path of a base URL after /.well-known/oauth-authorization-server. Such a
+# request never reaches a server below the path: the reverse proxy must send it here.
 @route("GET /.well-known/openid-configuration", "OpenID Connect Discovery section 4", True, fault="discovery")
 @route("GET /.well-known/oauth-authorization-server", "RFC 8414 section 3", True, fault="discovery")
 def oauth_configuration(portal: Portal, request: Request) -> Response:
@@ -2712,8 +2698,7 @@ def create_launch(portal: Portal, base: str, *, client_id: str | None = None, la
                   fhir_context: list[Json] | None = None) -> Json:
     """Launch an app as an EHR does (SMART, "Launch App: EHR Launch"): gives the address to open, and what is
     in it. The handle is for one app, once, within five minutes. It carries the choice of patient, not the
-    right to see one: who signs in must be the user named here, if one is, and may open the patient's
-    record."""
+    right to see one: who signs in must be the user named here, if one is, and may open that record."""
     for name, value in (("client_id", client_id), ("launch_uri", launch_uri), ("username", username),
                         ("intent", intent), ("patient_id", patient_id), ("encounter_id", encounter_id)):
         need(value is None or (isinstance(value, str) and value), f"{name}: expected a string")
@@ -2745,8 +2730,7 @@ def launch_address(portal: Portal, base: str, client_id: str | None, launch_uri:
         registered = uris_of(client, base, "launch_uris")
     uri = need(launch_uri or next(iter(registered), ""),
                "launch_uri is missing: give it, or the client_id of an app that registered launch_uris")
-    ours = f"one of the client's: {', '.join(registered)}"
-    expected = ours if registered else "an absolute http or https URL"
+    expected = f"of the client's {', '.join(registered)}" if registered else "an absolute http or https URL"
     need(is_web_url(uri) and (uri in registered or not registered), f"launch_uri: {uri!r} is not {expected}")
     return uri
 
@@ -2763,8 +2747,7 @@ def check_fhir_context(value: Any) -> None:
         need(isinstance(role, str) and re.fullmatch(r"launch|[A-Za-z][A-Za-z0-9+.-]*:.+", role),
              "fhir_context: expected an absolute URI as role")
         need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
-             "fhir_context: expected Patient and Encounter only with a role; the launch's own are patient_id "
-             "and encounter_id")
+             "fhir_context: Patient and Encounter need a role; the launch's own are patient_id, encounter_id")
 
 
 # ######################################################################## 14 identity
@@ -2772,9 +2755,8 @@ def check_fhir_context(value: Any) -> None:
 
 def claims_of(portal: Portal, row: Row) -> Json:
     """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know
-    it, `fhirUser`, the resource that stands for the user, which with another person's record is not the
-    patient (SMART, "Scopes for requesting identity data"); with the scopes `email` and `profile`, what the
-    fixtures say (OpenID Connect Core section 5.4)."""
+    it, `fhirUser`, the user's own resource, with another person's record not the patient (SMART, "Scopes for
+    requesting identity data"); with the scopes `email` and `profile`, what the fixtures say (section 5.4)."""
     words = row["token_scope"].split()
     if "openid" not in words:
         return {}
@@ -2837,6 +2819,7 @@ def userinfo(portal: Portal, request: Request) -> Response:
 
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion; how far two clocks may differ
+MAX_KEY_SET = 64 << 10  # bytes
 KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with, and the kind of key it takes
 
 
@@ -2846,14 +2829,14 @@ def client_of_assertion(portal: Portal, request: Request, form: Fields) -> Clien
         raise invalid_client(f"client_assertion_type: expected {ASSERTION_TYPE}")
     try:
         jwt = read_jwt(form.get("client_assertion"))
-    except ValueError as error:
+        client = claimed_client(portal, form, jwt.claims)
+        check_assertion_header(client, jwt.header)
+        # CORS is open for apps that act for a user. Nobody's page is to send this server about (SSRF).
+        other = "jwks_uri" in client.metadata and another_site(portal, request)
+        assertion_need(not other, f"{other}: no jwks_uri is fetched for a page of another site")
+        check_assertion_signature(portal, client, jwt)
+    except (ValueError, RecursionError) as error:
         raise invalid_client(f"client_assertion: {error}")
-    client = claimed_client(portal, form, jwt.claims)
-    check_assertion_header(client, jwt.header)
-    # CORS is open for apps that act for a user. Nobody's page is to send this server about (SSRF).
-    other = "jwks_uri" in client.metadata and another_site(portal, request)
-    assertion_need(not other, f"{other}: no jwks_uri is fetched for a page of another site")
-    check_assertion_signature(portal, client, jwt)
     # From here on it is known to be the client who says all this.
     check_assertion_audience(portal, request, jwt.claims)
     check_assertion_times(jwt.claims, portal.clock.now())
@@ -2892,14 +2875,10 @@ def check_assertion_header(client: Client, header: Json) -> None:
 
 
 def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
-    """Anyone may write the rest; only the client has the private half of its key."""
+    """Anyone may write the rest; only the client has the private half of its key. ValueError if it is bad."""
     algorithm = str(jwt.header["alg"])
-    try:
-        key = assertion_key(portal, client, jwt.header["kid"], algorithm)
-        good = verify(key, algorithm, jwt.signed, jwt.signature)
-    except (ValueError, RecursionError) as error:
-        raise invalid_client(f"client_assertion: {error}")
-    assertion_need(good, "the signature is not by this key")
+    key = assertion_key(portal, client, jwt.header["kid"], algorithm)
+    assertion_need(verify(key, algorithm, jwt.signed, jwt.signature), "the signature is not by this key")
 
 
 def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> None:
@@ -2912,18 +2891,15 @@ def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> 
 
 
 def check_assertion_times(claims: Json, now: float) -> None:
-    """It is good now, and for minutes only: one that leaks is soon worth nothing."""
+    """It is good now, and for minutes only: one that leaks is soon worth nothing (RFC 7519 section 4.1)."""
     moments, latest = {"nbf": 0, "iat": 0, "exp": None, **claims}, now + LEEWAY_SECONDS
     for name in ("exp", "nbf", "iat"):
-        assertion_need(is_moment(moments[name]), f"{name} is {moments[name]!r}; expected a Unix time")
+        value = moments[name]
+        numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+        assertion_need(numeric and 0 <= value <= LAST_SECOND, f"{name} is {value!r}; expected a Unix time")
     assertion_need(moments["exp"] > now, "exp: it has expired")
     assertion_need(moments["exp"] <= latest + ASSERTION_SECONDS, "exp: more than five minutes ahead")
     assertion_need(max(moments["nbf"], moments["iat"]) <= latest, "nbf or iat is in the future")
-
-
-def is_moment(value: Any) -> bool:
-    """Whether a claim is a Unix time (NumericDate, RFC 7519 section 2)."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LAST_SECOND
 
 
 def spend_assertion(portal: Portal, client: Client, claims: Json) -> None:
@@ -2986,17 +2962,11 @@ def key_set(value: Any) -> list[Json]:
     return keys
 
 
-MAX_KEY_SET = 64 << 10  # bytes
-
-
 def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; OSError, BadRequest or ValueError if it does
-    not come.
-
-    At most so many bytes and seconds, and no redirect is followed. public_only: only the public internet is
-    asked, or a stranger could learn of our neighbours. A name is looked up once, and the addresses that were
-    judged are those connected to: it may mean others the next time.
-    """
+    not come. No redirect is followed. public_only: only the public internet is asked, or a stranger could
+    learn of our neighbours. A name is looked up once, and the addresses that were judged are those connected
+    to: it may mean others the next time."""
     import ipaddress  # takes long to import, and few need it
     parts, deadline = urlsplit(url), time.monotonic() + seconds
     secure, host = parts.scheme.lower() == "https", parts.hostname or ""
@@ -3009,8 +2979,8 @@ def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5)
         raise OSError("a client that registered itself has its keys at an address that is not public; while "
                       "debug controls are off, it takes --fixtures")
     opened = Connection(secure, host, addresses, deadline, sockets, MAX_KEY_SET)
-    with contextlib.closing(opened) as connection:
-        answer = connection.exchange(message, url, deadline)
+    with contextlib.closing(opened):
+        answer = opened.exchange(message, url, deadline)
     if answer.status != 200:
         raise OSError(f"it answered {answer.status}")
     control = answer.headers.get("cache-control", "").lower()
