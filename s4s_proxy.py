@@ -2625,7 +2625,9 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
 
 def server_metadata(portal: Portal, request: Request) -> Json:
     """The members of RFC 8414 section 2 and OpenID Connect Discovery section 3: what other sections do."""
-    methods, algorithms = METADATA_CHOICES["token_endpoint_auth_method"], list(KEY_TYPES)
+    methods = METADATA_CHOICES["token_endpoint_auth_method"]
+    # For introspection not none: a public client shows a token, by the name of its kind (RFC 8414 section 2).
+    proofs = {"token": methods, "introspection": [*methods[1:], "Bearer"], "revocation": methods}
     scopes = [f"{whose}/*.{suffix}" for whose in ("patient", "user", "system") for suffix in ("rs", "read")]
     return {
         **addresses(portal.base(request), portal.browser_base(request)),
@@ -2633,13 +2635,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "response_types_supported": ["code"], "response_modes_supported": ["query"],
         "grant_types_supported": list(METADATA_CHOICES["grant_types"]),
         "code_challenge_methods_supported": ["S256"],
-        "token_endpoint_auth_methods_supported": list(methods),
-        "token_endpoint_auth_signing_alg_values_supported": algorithms,
-        # Not none: a public client shows a token of its own, by the name of its kind (RFC 8414 section 2).
-        "introspection_endpoint_auth_methods_supported": [*methods[1:], "Bearer"],
-        "introspection_endpoint_auth_signing_alg_values_supported": algorithms,
-        "revocation_endpoint_auth_methods_supported": list(methods),
-        "revocation_endpoint_auth_signing_alg_values_supported": algorithms,
+        **{f"{name}_endpoint_auth_methods_supported": list(accepted) for name, accepted in proofs.items()},
+        **{f"{name}_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES) for name in proofs},
         "authorization_response_iss_parameter_supported": True,
         "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
         "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name",
