@@ -1965,22 +1965,17 @@ class AppsPage(PortalTest):
         mine, theirs = self.app.tokens(), self.app.tokens(username="clinician", patient_id=DANIEL)
         self.browser.open(self.portal.url + "/apps")
         self.browser.submit("Stop sharing")
-        url = urljoin(self.browser.url, Form(self.browser.page.text).action)
-        self.assertEqual(self.browser.open(url, "POST", [("form_token", "forged")]).status, 403)
+        form, row = Form(self.browser.page.text), self.portal.portal.state.row(
+            "SELECT grant_id FROM grants WHERE username = 'clinician'")
+        assert row
+        for path, token, status in ((form.action, "forged", 403),
+                                    (f"/revoke/{row['grant_id']}", dict(form.fields)["form_token"], 404)):
+            url = urljoin(self.browser.url, path)
+            self.assertEqual(self.browser.open(url, "POST", [("form_token", token)]).status, status)
         self.browser.open(self.portal.url + "/apps")
         self.stop_sharing()
         for tokens, status in ((mine, 401), (theirs, 200)):
             self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, status)
-
-    def test_anybody_elses_authorization_is_not_found(self) -> None:
-        self.app.tokens(username="joseph-ross")
-        grant = self.portal.portal.state.row("SELECT grant_id FROM grants WHERE username = 'joseph-ross'")
-        assert grant
-        self.assertEqual(self.browser.submit("Sign out", form=0).status, 200)
-        self.browser.open(self.portal.url + "/apps")
-        token = dict(Form(self.browser.sign_in().text).fields)["form_token"]
-        address = f"{self.portal.url}/revoke/{grant['grant_id']}"
-        self.assertEqual(self.browser.open(address, "POST", [("form_token", token)]).status, 404)
 
 
 class WhoAsks(PortalTest):
@@ -2112,6 +2107,11 @@ class TokenTest(PortalTest):
         self.assertEqual((got.status, got.json.get("error")), (status, error))
         self.assertIn(words, got.json["error_description"])
 
+    def revoke(self, token: str, app: App | None = None) -> None:
+        app = app or self.app
+        got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=(app.client_id, app.secret))
+        self.assertEqual((got.status, got.json), (200, {}))
+
     def opens(self, token: Any, opens: bool = True) -> None:
         """Whether a token (response) opens Daniel's record."""
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", token).status, 200 if opens else 401)
@@ -2183,8 +2183,7 @@ class TokenEndpoint(TokenTest):
         for value in (code, tokens["refresh_token"]):
             self.opens(value, False)
         self.assertEqual(introspected(self.app, code), {"active": False})
-        pair = (self.app.client_id, self.app.secret)
-        ask(self.portal.url + "/oauth/revoke", form={"token": code}, basic=pair)
+        self.revoke(code)
         self.assertEqual(self.app.exchange(code).status, 200)
 
     def test_a_client_authenticates_by_basic_or_post_and_never_both(self) -> None:
@@ -2261,10 +2260,10 @@ class TokenEndpoint(TokenTest):
         theirs = self.public.tokens()["refresh_token"]
         other = App(self.portal, token_endpoint_auth_method="none")
         keyed = KeyedApp(self.portal, grant_types=["refresh_token"], scope="patient/*.rs")
-        requests: list[Callable[[str], Answer]] = [
-            self.app.refresh, other.refresh,
-            lambda value: keyed.token(grant_type="refresh_token", refresh_token=value)]
-        for refresh in requests:
+
+        def by_keys(value: str) -> Answer:
+            return keyed.token(grant_type="refresh_token", refresh_token=value)
+        for refresh in (self.app.refresh, other.refresh, by_keys):
             got = refresh(theirs)
             self.assertEqual((got.status, got.json), (400, refresh("nothing").json))
         self.assertEqual(self.token({"grant_type": "refresh_token", "refresh_token": "nothing"}).status, 401)
@@ -2272,8 +2271,7 @@ class TokenEndpoint(TokenTest):
 
     def test_a_refresh_without_a_client_tells_nothing_of_a_token_but_a_public_clients_own(self) -> None:
         app, ended, spent, public = self.app, self.app.tokens(), self.app.tokens(), self.public.tokens()
-        form = {"token": ended["refresh_token"]}
-        ask(self.portal.url + "/oauth/revoke", form=form, basic=(app.client_id, app.secret))
+        self.revoke(ended["refresh_token"])
         app.refresh(spent["refresh_token"])
         keyed = KeyedApp(self.portal, scope="patient/*.rs offline_access").client_id
         for more in ({}, {"client_secret": "guess"}, {"client_assertion_type": s4s.ASSERTION_TYPE},
@@ -2323,11 +2321,6 @@ class Introspection(TokenTest):
 
     def look(self, about: str, form: Any = (), **how: Any) -> Answer:
         return ask(self.portal.url + "/oauth/introspect", form={"token": about, **dict(form)}, **how)
-
-    def revoke(self, token: str, app: App | None = None) -> None:
-        app = app or self.app
-        got = ask(self.portal.url + "/oauth/revoke", form={"token": token}, basic=(app.client_id, app.secret))
-        self.assertEqual((got.status, got.json), (200, {}))
 
     def test_it_says_what_the_token_response_said(self) -> None:
         seen = introspected(self.app, self.given["access_token"])
@@ -3322,8 +3315,6 @@ class Discovery(PortalTest):
 class EhrLaunch(PortalTest):
     """Launch by the EHR: /launch and the test control."""
     scope = "launch openid fhirUser patient/*.rs offline_access"
-    bad_contexts: ClassVar[tuple[Any, ...]] = (
-        {}, [{}], [{"reference": "x"}], [{"reference": "Patient/1"}], [{"reference": "Task/1", "role": ""}])
 
     def setUp(self) -> None:
         super().setUp()
@@ -3435,6 +3426,8 @@ class EhrLaunch(PortalTest):
         self.assertIn("access_token", self.tokens())
 
     def test_what_can_not_be_launched_is_named(self) -> None:
+        contexts: list[Any] = [{}, [{}], [{"reference": "x"}], [{"reference": "Patient/1"}],
+                               [{"reference": "Task/1", "role": ""}]]
         plain, nobody, tries = App(self.portal).client_id, {"client_id": None}, None  # type: str, Any, Any
         for member, tries in (
                 ("client_id", ({"client_id": "nobody"}, nobody)), ("unknown", ({"unknown": 1},)),
@@ -3445,7 +3438,7 @@ class EhrLaunch(PortalTest):
                 ("patient_id", ({"patient_id": "x"}, {"username": "joseph-ross"}, {"patient_id": []})),
                 ("encounter_id", ({"encounter_id": "x"}, {"patient_id": AMY, "encounter_id": "visit-1"})),
                 ("need_patient_banner", ({"need_patient_banner": "yes"},)),
-                ("fhir_context", [{"fhir_context": context} for context in self.bad_contexts])):
+                ("fhir_context", [{"fhir_context": context} for context in contexts])):
             for given in tries:
                 with self.subTest(given=given):
                     asked = {"client_id": self.app.client_id, "patient_id": DANIEL, **given}
