@@ -1620,10 +1620,8 @@ def check_launch(asked: Authorization) -> None:
 
 # In the order that safety needs. Until the first three have passed, nobody knows where a redirect would lead.
 # Then check_audience, because an error that travels says who answers (iss). Only the last changes anything.
-#
-# Where everybody may register, a link here with an error in it leads to a page of anybody's choice, by way of
-# a host that people trust. RFC 9700 section 4.11.2 would have the user asked first; S4S's scripts expect to
-# be redirected before anybody signs in.
+# Where everybody may register, a link here with an error leads to a page of anybody's choice, by way of a
+# trusted host. RFC 9700 section 4.11.2 would ask the user first; S4S's scripts expect to be redirected.
 PAGE_CHECKS = (check_lengths, check_client, check_redirect_uri)
 REDIRECT_CHECKS = (check_audience, check_state, check_response_type, check_pkce, check_scope,
                    check_request_object, check_prompt, check_launch)

@@ -2311,6 +2311,27 @@ class TokenEndpoint(TokenTest):
             rows = self.portal.portal.state.rows(f"SELECT * FROM {table}")
             self.assertLessEqual(len(rows), 1, table)
 
+    def test_an_error_description_holds_no_quotes_backslashes_or_other_alphabets(self) -> None:
+        nobody = {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}
+        for got in (self.post("/oauth/register", {"redirect_uris": ['\u00e9"\\']}),
+                    self.post("/oauth/debug/token", nobody),
+                    ask(self.portal.url + "/oauth/token", form={"grant_type": '"\\\u00e9'})):
+            self.assertEqual(got.status, 400)
+            self.assertRegex(got.json["error_description"], r"^[ !#-\[\]-~]+$")
+        got = self.post("/oauth/register", {"redirect_uris": ["x"]})
+        self.assertIn("got ['", got.json["error_description"])
+
+    def test_another_scheme_gets_no_error_code_and_a_bad_token_does(self) -> None:
+        for path in (f"/api/fhir/Patient/{DANIEL}", "/oauth/userinfo", "/api/me"):
+            for header, pattern in (("", '^Bearer realm="s4s"$'), ("Basic YTpi", '^Bearer realm="s4s"$'),
+                                    ("Bearer", 'error="invalid_token"'),
+                                    ("bearer x", 'error="invalid_token"')):
+                with self.subTest(path=path, header=header):
+                    got = ask(self.portal.url + path, headers={"Authorization": header} if header else {})
+                    self.assertEqual(got.status, 401)
+                    self.assertRegex(got.headers["www-authenticate"], pattern)
+        self.assertEqual(self.fhir(f"Patient/{DANIEL}").json["issue"][0]["code"], "login")
+
 
 class Introspection(TokenTest):
     """POST /oauth/introspect (RFC 7662) and /oauth/revoke (RFC 7009)."""
@@ -2377,31 +2398,6 @@ class Introspection(TokenTest):
         self.revoke(second["refresh_token"])
         self.opens(self.given, False)
 
-
-
-class ByTheLetter(PortalTest):
-    """What the texts say of errors and of who asks."""
-
-    def test_an_error_description_holds_no_quotes_backslashes_or_other_alphabets(self) -> None:
-        nobody = {"client_id": "test-suite", "username": 'Jos\u00e9"\\\n'}
-        for got in (self.post("/oauth/register", {"redirect_uris": ['\u00e9"\\']}),
-                    self.post("/oauth/debug/token", nobody),
-                    ask(self.portal.url + "/oauth/token", form={"grant_type": '"\\\u00e9'})):
-            self.assertEqual(got.status, 400)
-            self.assertRegex(got.json["error_description"], r"^[ !#-\[\]-~]+$")
-        got = self.post("/oauth/register", {"redirect_uris": ["x"]})
-        self.assertIn("got ['", got.json["error_description"])
-
-    def test_another_scheme_gets_no_error_code_and_a_bad_token_does(self) -> None:
-        for path in (f"/api/fhir/Patient/{DANIEL}", "/oauth/userinfo", "/api/me"):
-            for header, pattern in (("", '^Bearer realm="s4s"$'), ("Basic YTpi", '^Bearer realm="s4s"$'),
-                                    ("Bearer", 'error="invalid_token"'),
-                                    ("bearer x", 'error="invalid_token"')):
-                with self.subTest(path=path, header=header):
-                    got = ask(self.portal.url + path, headers={"Authorization": header} if header else {})
-                    self.assertEqual(got.status, 401)
-                    self.assertRegex(got.headers["www-authenticate"], pattern)
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}").json["issue"][0]["code"], "login")
 
 
 # ######################################################################## 11 the record's boundary
