@@ -5767,9 +5767,8 @@ class Forwarding:
 
 def sample_resources(version: str) -> list[Json]:
     """The sample records in a version of FHIR, last changed at times spread over 2016 to 2018."""
-    builders = (build_people, build_history, build_medications, build_visits, build_labs, build_procedures,
-                build_documents, build_coverage)
-    resources = [resource for build in builders for resource in build()]
+    resources = [*build_people(), *build_history(), *build_medications(), *build_visits(), *build_labs(),
+                 *build_procedures(), *build_documents(), *build_coverage()]
     for place, resource in enumerate(resources):
         changed = datetime.date(2016, 1, 1) + datetime.timedelta(days=place * 3 % 1000)
         resource["meta"] = {"versionId": "1", "lastUpdated": f"{changed}{NOON}"}
@@ -5926,24 +5925,23 @@ INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health
 # The builders: resources of FHIR R4, as US Core profiles them.
 def build_people() -> Iterator[Json]:
     """Patients, a father who acts for his child, and what belongs to nobody: doctor, clinic, insurer."""
-    for (key, given, initial, family, gender, born, street, city, zip_code, phone, race,
-         race_text) in table(PATIENTS)[1:]:
-        groups = ("race", race, race_text), ("ethnicity", "2186-5", "Not Hispanic or Latino")
-        extensions: list[Json] = [{"url": US_CORE + name, "extension": [
-            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, code, text)},
-            {"url": "text", "valueString": text}]} for name, code, text in groups if code]
-        extensions.append({"url": US_CORE + "birthsex", "valueCode": gender[0].upper()})
+    for key, given, middle, family, gender, born, line, city, code, phone, race, group in table(PATIENTS)[1:]:
+        groups = ("race", race, group), ("ethnicity", "2186-5", "Not Hispanic or Latino")
+        about: list[Json] = [{"url": US_CORE + name, "extension": [
+            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, concept_id, text)},
+            {"url": "text", "valueString": text}]} for name, concept_id, text in groups if concept_id]
+        about.append({"url": US_CORE + "birthsex", "valueCode": gender[0].upper()})
         yield {
             "resourceType": "Patient", "id": key, "active": True, "gender": gender, "birthDate": born,
-            "extension": extensions,
+            "extension": about,
             "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
                             "system": "http://hospital.smarthealthit.org", "value": key[len("smart-"):]}],
-            "name": [{"use": "official", "family": family, "given": [given, initial],
-                      "text": f"{given} {family}"}],
+            "name": [{
+                "use": "official", "family": family, "given": [given, middle], "text": f"{given} {family}"}],
             "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
                         {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
-            "address": [{"use": "home", "line": street.split(", "), "city": city, "state": "OK",
-                         "postalCode": zip_code, "country": "USA"}],
+            "address": [{"use": "home", "line": line.split(", "), "city": city, "state": "OK",
+                         "postalCode": code, "country": "USA"}],
             "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
             "managingOrganization": CLINIC}
     yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
@@ -6045,19 +6043,18 @@ def build_labs() -> Iterator[Json]:
     for visit, *values in rows:
         results = [(f"{visit}-{loinc}", loinc, value) for loinc, value in zip(header[1:], values)]
         days.append((visit, DATES[visit], refer("Encounter", visit), results))
+    kinds = [concept(HL7 + name, *kind) for name, *kind in (
+        ("v2-0074", "LAB", "Laboratory"), ("observation-category", "laboratory"))]
     for key, date, encounter, results in days:
         for result, loinc, value in results:
             _, _, name, _, low, high, unit = tests[loinc]
             band = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
-            given: Json = {"valueCodeableConcept": {"text": value}}
-            if unit:
-                given = {"valueQuantity": quantity(f"{value} {unit}")}
-            yield observation(result, "Daniel", date, "laboratory", concept(LOINC, loinc, name),
-                              encounter=encounter, referenceRange=band, **given)
+            yield observation(
+                result, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=encounter,
+                referenceRange=band, valueQuantity=quantity(f"{value} {unit}") if unit else None,
+                valueCodeableConcept=None if unit else {"text": value})
         yield sample(
-            "DiagnosticReport", key, status="final",
-            category=[concept(HL7 + "v2-0074", "LAB", "Laboratory"),
-                      concept(HL7 + "observation-category", "laboratory")],
+            "DiagnosticReport", key, status="final", category=kinds,
             code=concept(LOINC, "11502-2", "Laboratory report"), subject=DANIEL, encounter=encounter,
             effectiveDateTime=date, issued=date + NOON, performer=[CLINIC],
             result=[refer("Observation", result) for result, _, _ in results])
@@ -6089,8 +6086,8 @@ def build_documents() -> Iterator[Json]:
             problems = [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
             medicines = [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]
             data = pdf("\n".join([name, "", text, "", "Problems", *problems, "", "Medicines", *medicines]))
-        yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
-                     securityContext=DANIEL)
+        document = base64.b64encode(data).decode()
+        yield sample("Binary", key, contentType=content_type, data=document, securityContext=DANIEL)
         number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
         yield sample(
             "DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
@@ -6143,8 +6140,8 @@ def build_coverage() -> Iterator[Json]:
 # What the builders are made of.
 def sample(type_name: str, key: str, **elements: Any) -> Json:
     """A resource with its id; an element that is None is left out."""
-    present = {name: value for name, value in elements.items() if value is not None}
-    return {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **present}
+    elements = {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **elements}
+    return {name: value for name, value in elements.items() if value is not None}
 
 
 def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
@@ -6161,14 +6158,12 @@ def refer(type_name: str, key: str) -> Json:
 
 def coding(system: str, code: str, display: str = "") -> Json:
     """A FHIR Coding."""
-    shown = {"display": display} if display else {}
-    return {"system": system, "code": code, **shown}
+    return {"system": system, "code": code, **({"display": display} if display else {})}
 
 
 def concept(system: str, code: str, display: str = "") -> Json:
     """A FHIR CodeableConcept of one coding."""
-    text = {"text": display} if display else {}
-    return {"coding": [coding(system, code, display)], **text}
+    return {"coding": [coding(system, code, display)], **({"text": display} if display else {})}
 
 
 def quantity(text: str) -> Json:
@@ -6198,8 +6193,7 @@ def adapt(resources: Sequence[Json], earlier: Version) -> list[Json]:
     text = json.dumps(adapted)
     for texts in earlier.texts:
         text = text.replace(*texts)
-    adapted = json.loads(text)
-    return adapted
+    return list(json.loads(text))
 
 
 def move(holder: Json, moves: str) -> None:
@@ -7049,10 +7043,9 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
     """Whose record: those of `patients`, found by `text` if any. A user who may open many can search."""
     nobody = f"{user['name']} may open no patient's record here."
     need(patients or text, nobody, "access_denied", 403, PageError)
-    many, count = len(patients) > MANY_PATIENTS, ""
-    if many:
-        count = f"The first {MANY_PATIENTS} of {len(patients)} patients."
-    elif not patients:
+    many = len(patients) > MANY_PATIENTS
+    count = many and f"The first {MANY_PATIENTS} of {len(patients)} patients."
+    if not patients:
         count = f"Nobody whose record you may open is called {text!r}."
     search = tag("form", tag("input", type="hidden", name="request", value=request_id),
                  field("Search by name or patient id", "q", text, "search"),
@@ -7120,9 +7113,8 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
     steps = [
         step(1, "What this is", tag("p", asked), app_facts(client, details, whose, user),
              scope_list(portal, client, details["scope"]), CONTINUE, REFUSE),
-        step(2, "Confirm each point",
-             [check_box(point, class_="glyphbox", rel="confirm", required=True) for point in points],
-             CONTINUE, BACK),
+        step(2, "Confirm each point", [check_box(point, class_="glyphbox", rel="confirm", required=True)
+                                       for point in points], CONTINUE, BACK),
         step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
              what_to_share(portal, client, details, patient_id),
              tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, BACK)]
@@ -7139,9 +7131,8 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
     goes_to = f"{target.scheme}://{target.netloc}"
     if not target.netloc:
         goes_to = f"the app that opens {target.scheme}: links"
-    pages = {"client_uri": "The app's own page", "policy_uri": "What it does with data",
-             "tos_uri": "Its terms"}
-    links = [tag("p", tag("a", label, href=known[name])) for name, label in pages.items() if name in known]
+    uris = {"client_uri": "The app's own page", "policy_uri": "What it does with data", "tos_uri": "Its terms"}
+    links = [tag("p", tag("a", label, href=known[name])) for name, label in uris.items() if name in known]
     known_as = [tag("code", client.client_id), client.registered_itself and ", registered itself"]
     told = facts(("App", [tag("strong", client.name), links]), ("Known here as", known_as),
                  ("Whose data", whose), ("Goes to", goes_to), ("Decided by", user["name"]))
@@ -7161,10 +7152,10 @@ def scope_list(portal: Portal, client: Client, scope: str) -> list[Markup]:
     if "offline_access" in scope.split():
         notes.append("The app can fetch new data while you are away. "
                      "That ends on the date you choose, or when you stop it.")
-    content = [tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
-               [tag("p", note, class_="note") for note in notes],
-               tag("p", "It can change nothing, and it never learns your password.")]
-    return [tag("h3", "If you approve, it can"), tag("div", content)]
+    return [tag("h3", "If you approve, it can"), tag(
+        "div", tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
+        [tag("p", note, class_="note") for note in notes],
+        tag("p", "It can change nothing, and it never learns your password."))]
 
 
 def scope_line(portal: Portal, client: Client, word: str) -> Markup:
@@ -7183,9 +7174,8 @@ def scope_line(portal: Portal, client: Client, word: str) -> Markup:
 def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str | None) -> list[Any]:
     """What the user chooses: categories, a visit if the app asks and no launch named it, the last day."""
     now, scope, visits = portal.clock.now(), details["scope"], {}
-    boxes = [check_box(CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label]),
-                       name="security_labels", value=label, checked=True)
-             for label in offered_categories(portal, client, scope)]
+    boxes = [check_box(CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label]), name="security_labels",
+                       value=label, checked=True) for label in offered_categories(portal, client, scope)]
     named = "encounter" in details["launch"].get("context", {})
     if patient_id and "launch/encounter" in scope.split() and not named:
         visits = encounters_of(portal, patient_id)
@@ -7210,14 +7200,14 @@ def apps(portal: Portal, request: Request) -> Response:
     stop = Fields(request.pairs()).get("stop")
     question = [stop_card(portal, request, last) for last, *_ in shares.values() if last["grant_id"] == stop]
     rows = [share_row(portal, request, grants) for grants in shares.values()]
-    shown = html_table(("App", *SHARE_HEADS, ""), rows) if rows else tag("p", NO_SHARES)
+    shown = html_table(("App", *SHARE_HEADS, ""), rows) if rows else tag(
+        "p", "You share with no app. When an app asks and you approve, it is listed here, with a button to "
+        "stop it.")
     return page(portal, "Apps you share with", question, tag("div", shown, class_="card"),
                 post_form(portal, request, "/logout", SIGN_OUT), username=user["name"])
 
 
 SHARE_HEADS = ("Whose record", "What", "Since and until")
-NO_SHARES = (
-    "You share with no app. When an app asks and you approve, it is listed here, with a button to stop it.")
 
 
 def share_row(portal: Portal, request: Request, grants: list[Row]) -> Markup:
@@ -7271,13 +7261,13 @@ def launch_page(portal: Portal, request: Request) -> Response:
     off = "Launching is a debug control, and those are off; --debug turns them on."
     need(portal.settings.serves_debug, off, "not_found", 404, PageError)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    chosen: Json = {name: fields.get(name) for name in (
-        "client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")}
+    names = "client_id launch_uri username patient_id encounter_id intent"
+    chosen: Json = {name: fields.get(name) for name in names.split()}
     if request.method != "POST":
         return launch_form(portal, request, chosen, fields.get("name"))
     given: Json = {name: value for name, value in chosen.items() if value}
-    banner = bool(fields.get("need_patient_banner"))
-    launch = create_launch(portal, portal.browser_base(request), need_patient_banner=banner, **given)
+    launch = create_launch(portal, portal.browser_base(request),
+                           need_patient_banner=bool(fields.get("need_patient_banner")), **given)
     return redirect(launch["launch_url"])
 
 
@@ -7317,7 +7307,6 @@ def launch_form(portal: Portal, request: Request, chosen: Json, text: str) -> Re
 def start_page(portal: Portal, request: Request) -> Response:
     """What this is, who can sign in, what can be tried."""
     base, settings, user = portal.base(request), portal.settings, session_user(portal, request)
-    launch = "Play the electronic health record: choose patient and app, and launch it."
     return page(
         portal, "A patient portal to test apps with",
         tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient "
@@ -7333,7 +7322,8 @@ def start_page(portal: Portal, request: Request) -> Response:
         card("Where to go", facts(
             (link(portal, "/demo", "Demo app"),
              "A whole SMART app in one page: watch every request and answer, then the record."),
-            (link(portal, "/launch", "Launch an app"), settings.serves_debug and launch),
+            (link(portal, "/launch", "Launch an app"), settings.serves_debug and
+             "Play the electronic health record: choose patient and app, and launch it."),
             (link(portal, "/login", "Sign in"),
              "As one of the accounts above, to see which apps you share with."),
             ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
@@ -7376,10 +7366,9 @@ TRY = {  # where to try what a plain link can't show
 
 def endpoint_table(portal: Portal, kind: str) -> Markup | None:
     """Every endpoint of a kind with the text it implements, from the routes themselves; a link to try it."""
-    rows, settings = [], portal.settings
-    served = {"/oauth/debug/": settings.serves_debug, "/launch": settings.serves_debug,
-              "/api/open-fhir/": settings.serves_open_fhir}
-    closed = tuple(prefix for prefix, is_open in served.items() if not is_open)
+    rows, closed = [], () if portal.settings.serves_debug else ("/oauth/debug/", "/launch")
+    if not portal.settings.serves_open_fhir:
+        closed += ("/api/open-fhir/",)
     for route in ROUTES:
         if route.kind == kind and not route.path.startswith(closed):
             path = tag("code", route.path.replace("{}", "..."))
@@ -7759,11 +7748,9 @@ class Settings:
     and debug are None, the address decides: see `local`."""
     host: str = option("127.0.0.1", "address to listen on", "ADDR")
     port: int = option(8000, "port to listen on; 0 takes any free one", "N")
-    base_url: list[str] = option(
-        [], "the public address, if not the one that each request names; repeatable", "URL")
+    base_url: list[str] = option([], "public address, if not the one each request names; repeatable", "URL")
     name: str = option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
-    fhir_server: str | None = option(
-        None, "forward FHIR requests to this server (default: the embedded records)", "URL")
+    fhir_server: str | None = option(None, "forward FHIR requests there (default: own records)", "URL")
     fhir_header: list[str] = option([], "added to every forwarded request; repeatable", '"Name: value"')
     fhir_timeout: float = option(30, "longest wait for the FHIR server", "SECONDS")
     fhir_version: str = option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
@@ -7775,8 +7762,7 @@ class Settings:
                                "ID[:SECRET]=REDIRECT_URI")
     db: str | None = option(None, "keep state in this SQLite file (default: in memory)", "FILE")
     strict: bool = option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: bool | None = option(
-        None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
+    open_fhir: bool | None = option(None, "serve /api/open-fhir/ (default: loopback, no --fhir-server)")
     debug: bool | None = option(None, "serve /oauth/debug/* (default: on loopback only)")
     certfile: str | None = option(None, "serve https with this certificate (PEM)", "FILE")
     keyfile: str | None = option(None, "its key, if not in the same file", "FILE")
@@ -7885,8 +7871,8 @@ class Seeds:
         for client_id, secret, uri in DEMO_CLIENTS:
             self.add_client("demo", {"client_id": client_id, "client_secret": secret, "redirect_uris": [uri],
                                      "scope": "launch/patient patient/*.read offline_access"})
-        metadata = {"client_id": "demo-app", "client_name": "Demo app", "redirect_uris": ["http://demo"]}
-        demo = self.add_client("demo", metadata)
+        demo = self.add_client("demo", {
+            "client_id": "demo-app", "client_name": "Demo app", "redirect_uris": ["http://demo"]})
         # It is wherever this server is: its addresses are paths, which nobody else can register.
         demo.metadata.update(redirect_uris=["/demo"], launch_uris=["/demo"])
         for text in settings.client:
@@ -7936,11 +7922,11 @@ class Seeds:
                             "or = in its id or secret goes into --fixtures")
         client_id, secret, uri = match.groups()
         earlier = self.clients.get(client_id)
-        client = self.add_client(where, {
-            "client_id": client_id, "client_secret": secret, "redirect_uris": [uri]})
+        given = {"client_id": client_id, "client_secret": secret, "redirect_uris": [uri]}
+        client = self.add_client(where, given)
         if earlier:
-            start_needs(client.secret_hash in (None, earlier.secret_hash),
-                        f"{where}: it was given with another secret before")
+            good = client.secret_hash in (None, earlier.secret_hash)
+            start_needs(good, f"{where}: it was given with another secret before")
             earlier.metadata["redirect_uris"].append(uri)
             self.clients[client_id] = earlier
 
@@ -7961,8 +7947,8 @@ class Seeds:
             place = f"{where}: users[{number}]"
             check_fixture(place, user, FIXTURE_USER, "username", "password")
             username, name = user["username"], user.get("name") or user["username"]
-            start_needs(re.fullmatch(r"[!-~]{1,255}", username),
-                        f"{place}: username is not 1 to 255 characters of ASCII without spaces")
+            good = re.fullmatch(r"[!-~]{1,255}", username)
+            start_needs(good, f"{place}: username is not 1 to 255 characters of ASCII without spaces")
             password = hashed(user["password"], salt)
             self.users.append((username, name, user.get("fhir_user"), salt, password, False))
             email = {"email": user["email"]} if "email" in user else {}
@@ -8046,7 +8032,7 @@ class Portal:
         self.records.reset()
         with self.state.transaction() as database:
             tables = "pages tokens grants pending launches sessions assertions clients patients users"
-            for table in [*tables.split(), "forgotten"]:  # the last, which gets what others lose
+            for table in f"{tables} forgotten".split():  # the last, which gets what others lose
                 database.execute(f"DELETE FROM {table}")
             self.seeds.write(database, self.clock.now())
 
@@ -8072,10 +8058,9 @@ class Portal:
         if name is None or self.state.row(has_account, username):
             return row
         with self.state.transaction() as database:
-            database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", (
-                username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH))
-            database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)",
-                             (username, username, name))
+            account = username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH
+            database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", account)
+            database.execute("INSERT OR IGNORE INTO patients VALUES (?1, ?1, ?2, 1, NULL)", account[:2])
         return self.state.row(sql, username)
 
     def patients_of(self, username: str, text: str = "") -> dict[str, str]:
