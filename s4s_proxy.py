@@ -7131,8 +7131,9 @@ def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
     goes_to = f"{target.scheme}://{target.netloc}"
     if not target.netloc:
         goes_to = f"the app that opens {target.scheme}: links"
-    uris = {"client_uri": "The app's own page", "policy_uri": "What it does with data", "tos_uri": "Its terms"}
-    links = [tag("p", tag("a", label, href=known[name])) for name, label in uris.items() if name in known]
+    pages = {"client_uri": "The app's own page", "policy_uri": "What it does with data",
+             "tos_uri": "Its terms"}
+    links = [tag("p", tag("a", label, href=known[name])) for name, label in pages.items() if name in known]
     known_as = [tag("code", client.client_id), client.registered_itself and ", registered itself"]
     told = facts(("App", [tag("strong", client.name), links]), ("Known here as", known_as),
                  ("Whose data", whose), ("Goes to", goes_to), ("Decided by", user["name"]))
