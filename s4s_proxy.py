@@ -6002,10 +6002,9 @@ def build_medications() -> Iterator[Json]:
         yield sample(
             "MedicationStatement", key, status=status, subject=patient, dateAsserted=written,
             medicationCodeableConcept=medicine, effectivePeriod={"start": written}, basedOn=[prescription])
-        yield sample(
-            "MedicationAdministration", key, status="completed", subject=patient, effectiveDateTime=written,
-            medicationCodeableConcept=medicine, request=prescription,
-            dosage={"text": directions, "dose": quantity(dose)})
+        yield sample("MedicationAdministration", key, status="completed", subject=patient,
+                     effectiveDateTime=written, medicationCodeableConcept=medicine, request=prescription,
+                     dosage={"text": directions, "dose": quantity(dose)})
         for fill_key, date in enumerate(dates.split(), int(fill)):
             yield sample(
                 "MedicationDispense", str(fill_key), status="completed", subject=patient, whenHandedOver=date,
@@ -6840,11 +6839,9 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     """
     words = [name]
     for key, value in attributes.items():
-        key = key.rstrip("_").replace("_", "-")
-        if value is True:
-            words.append(key)
-        elif value is not None and value is not False:
-            words.append(f'{key}="{html.escape(str(value))}"')
+        if value is not None and value is not False:
+            key = key.rstrip("_").replace("_", "-")
+            words.append(key if value is True else f'{key}="{html.escape(str(value))}"')
     end = "" if name in ("input", "br", "meta") else f"{escaped(children)}</{name}>"
     return Markup(f"<{' '.join(words)}>{end}")
 
@@ -6908,8 +6905,8 @@ def cited(text: str) -> Markup:
     """Words with each text that they cite as a link to it."""
     def linked(match: re.Match[str]) -> str:
         section = f"#section-{match[2]}" if match[2] else ""
-        address = TEXTS.get(match[3]) or f"https://www.rfc-editor.org/rfc/rfc{match[1]}{section}"
-        return tag("a", match[0], href=address)
+        rfc = f"https://www.rfc-editor.org/rfc/rfc{match[1]}{section}"
+        return tag("a", match[0], href=TEXTS.get(match[3], rfc))
     return Markup(_CITED.sub(linked, html.escape(text)))
 
 
@@ -6962,9 +6959,8 @@ def page(portal: Portal, title: str, *content: Any, status: int = 200, username:
          cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
     """A page of the portal; `brand` is whose page it is, if not the portal's."""
     name = portal.settings.name
-    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {name}"),
-               tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-               tag("style", Markup(style)))
+    head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {name}"), tag(
+        "meta", name="viewport", content="width=device-width, initial-scale=1"), tag("style", Markup(style)))
     nav = tag("nav", link(portal, "/", "Start"), link(portal, "/apps"), aria_label="Portal")
     signed_in = username and tag("span", f"Signed in as {username}", class_="quiet")
     warning = "This is a test server with made-up patients. Enter no real person's data."
@@ -6982,8 +6978,7 @@ def page_headers(style: str, script: str) -> list[tuple[str, str]]:
     def digest(text: str) -> str:
         return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
     policy = f"default-src 'none'; style-src {digest(style)}; "
-    if script:
-        policy += f"script-src {digest(script)}; connect-src 'self'; "
+    policy += f"script-src {digest(script)}; connect-src 'self'; " if script else ""
     return [("Content-Security-Policy", policy + "base-uri 'none'; frame-ancestors 'none'"),
             ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
 
@@ -7367,9 +7362,9 @@ TRY = {  # where to try what a plain link can't show
 
 def endpoint_table(portal: Portal, kind: str) -> Markup | None:
     """Every endpoint of a kind with the text it implements, from the routes themselves; a link to try it."""
-    rows, closed = [], () if portal.settings.serves_debug else ("/oauth/debug/", "/launch")
-    if not portal.settings.serves_open_fhir:
-        closed += ("/api/open-fhir/",)
+    served = {"/oauth/debug/": portal.settings.serves_debug, "/launch": portal.settings.serves_debug,
+              "/api/open-fhir/": portal.settings.serves_open_fhir}
+    rows, closed = [], tuple(prefix for prefix, is_open in served.items() if not is_open)
     for route in ROUTES:
         if route.kind == kind and not route.path.startswith(closed):
             path = tag("code", route.path.replace("{}", "..."))
@@ -7702,14 +7697,13 @@ else run(query.has('code') || query.has('error') ? comeBack() : prepare());
 def demo_page(portal: Portal, request: Request) -> Response:
     """A complete SMART app in one page, its own redirect URI: it shows all that is said, then the patient."""
     start = tag(
-        "div",
-        tag("p", "This page is an app, not a part of the portal: a public client with the id ",
-            tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record and shows "
-            "every request and answer. Its source is in this page, to be read and copied."),
+        "div", tag("p", "This page is an app, not a part of the portal: a public client with the id ",
+                   tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record "
+                   "and shows every request and answer. Its source is in this page, to be read and copied."),
         tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
                             class_="error")),
-        tag("form", tag("label", "Scope to ask for",
-                        tag("textarea", id="scope", rows=3, required=True, spellcheck="false")),
+        tag("form", tag("label", "Scope to ask for", tag("textarea", id="scope", rows=3, required=True,
+                                                         spellcheck="false")),
             tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
         tag("p", id="status", role="status"), class_="card")
     granted = tag("section", id="granted", class_="card", hidden=True)
@@ -7749,9 +7743,11 @@ class Settings:
     and debug are None, the address decides: see `local`."""
     host: str = option("127.0.0.1", "address to listen on", "ADDR")
     port: int = option(8000, "port to listen on; 0 takes any free one", "N")
-    base_url: list[str] = option([], "public address, if not the one each request names; repeatable", "URL")
+    base_url: list[str] = option(
+        [], "the public address, if not the one that each request names; repeatable", "URL")
     name: str = option("SMART Example Clinic", "the provider's name on the pages", "TEXT")
-    fhir_server: str | None = option(None, "forward FHIR requests there (default: own records)", "URL")
+    fhir_server: str | None = option(
+        None, "forward FHIR requests to this server (default: the embedded records)", "URL")
     fhir_header: list[str] = option([], "added to every forwarded request; repeatable", '"Name: value"')
     fhir_timeout: float = option(30, "longest wait for the FHIR server", "SECONDS")
     fhir_version: str = option("r4", "version of the embedded records: r4, stu3 or dstu2", "VERSION")
@@ -7763,7 +7759,8 @@ class Settings:
                                "ID[:SECRET]=REDIRECT_URI")
     db: str | None = option(None, "keep state in this SQLite file (default: in memory)", "FILE")
     strict: bool = option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
-    open_fhir: bool | None = option(None, "serve /api/open-fhir/ (default: loopback, no --fhir-server)")
+    open_fhir: bool | None = option(
+        None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
     debug: bool | None = option(None, "serve /oauth/debug/* (default: on loopback only)")
     certfile: str | None = option(None, "serve https with this certificate (PEM)", "FILE")
     keyfile: str | None = option(None, "its key, if not in the same file", "FILE")
@@ -7806,9 +7803,7 @@ class Settings:
     @property
     def serves_open_fhir(self) -> bool:
         """Whether anyone, any page in a browser too, may read every record; of --fhir-server only if told."""
-        if self.open_fhir is not None:
-            return self.open_fhir
-        return self.local and self.fhir_server is None
+        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
 
     @property
     def serves_debug(self) -> bool:
@@ -7901,8 +7896,8 @@ class Seeds:
         client_id, secret = given.pop("client_id", None), given.pop("client_secret", None)
         start_needs(isinstance(client_id, str) and re.fullmatch(r"[ -~]+", client_id),
                     f"{where}: client_id is missing or not a string of ASCII")  # RFC 6749 appendix A.1
-        start_needs(secret is None or (isinstance(secret, str) and secret),
-                    f"{where}: client_secret: expected a string")
+        good = secret is None or (isinstance(secret, str) and secret)
+        start_needs(good, f"{where}: client_secret: expected a string")
         method = "private_key_jwt" if {"jwks", "jwks_uri"} & given.keys() else "none"
         method = "client_secret_basic" if secret else method
         try:
@@ -7978,12 +7973,12 @@ ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope
 
 
 class Fault(NamedTuple):
-    """Trouble that a test ordered."""
-    status: int              # HTTP's; 0: none
+    """Trouble that a test ordered. Times are in seconds; status 0 is none; drop closes the connection."""
+    status: int
     error: str
-    retry_after: int | None  # seconds
-    delay: float             # seconds
-    drop: bool               # close the connection without an answer
+    retry_after: int | None
+    delay: float
+    drop: bool
 
     def refusal(self) -> PortalError:
         """An error like the real one; a PageError where only a status was ordered."""
@@ -8089,10 +8084,10 @@ class Portal:
     def fhir_user(self, username: str, patient_id: str | None) -> str:
         """The resource that stands for a user (SMART: fhirUser), for another's record maybe another one."""
         row = self.state.row(
-            "SELECT coalesce((SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?), "
-            "(SELECT nullif(fhir_user, '') FROM users WHERE username = ?), "
-            "(SELECT 'Patient/' || patient_id FROM patients WHERE username = ? AND is_user), '')",
-            username, patient_id, username, username)
+            "SELECT coalesce((SELECT fhir_user FROM patients WHERE username = ?1 AND patient_id = ?2), "
+            "(SELECT nullif(fhir_user, '') FROM users WHERE username = ?1), "
+            "(SELECT 'Patient/' || patient_id FROM patients WHERE username = ?1 AND is_user), '')",
+            username, patient_id)
         return str(row[0]) if row else ""
 
     def meet_fault(self, endpoint: str) -> None:
@@ -8950,14 +8945,14 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
     """What a person who starts the server wants to know."""
     settings, url = server.settings, server.url
     names = ", ".join(user["username"] for user in some_users(server.portal))
-    password = f"password {DEMO_PASSWORD} unless --fixtures says another"
     open_to_all = [f"{url}/api/open-fhir/ (every record)"] if settings.serves_open_fhir else []
     if settings.serves_debug:
         open_to_all.append(f"{url}/oauth/debug/ (tokens for anybody)")
     return "\n".join([
         f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
         f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
-        f"  accounts     {names}, and every loaded patient's id; {password}",
+        f"  accounts     {names}, and every loaded patient's id; password {DEMO_PASSWORD} unless "
+        "--fixtures says another",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}",
         *(f"  environment  {name} took effect" for name in from_environment),
         *(f"  data         {warning}" for warning in server.portal.records.warnings)])

@@ -5838,7 +5838,7 @@ class SampleRecords(unittest.TestCase):
         self.assertEqual([code for code in snomed if verhoeff(code) or code[-3:-1] not in ("00", "10")], [])
 
     def test_units_are_of_ucum(self) -> None:
-        units = {value.get("code") for records in self.records.values() for value in walk(records)
+        units = {value.get("code", "") for records in self.records.values() for value in walk(records)
                  if isinstance(value.get("value"), (int, float)) and "currency" not in value
                  and value.get("system") != "urn:iso:std:iso:4217"}
         self.assertEqual(" ".join(sorted(units)),
