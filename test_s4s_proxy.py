@@ -5725,7 +5725,6 @@ class SampleRecords(unittest.TestCase):
         cls.records = {version: list(s4s.sample_resources(version)) for version in ("dstu2", "stu3", "r4")}
 
     def of_type(self, version: str, type_name: str) -> list[dict[str, Any]]:
-        """The resources of a type."""
         return [resource for resource in self.records[version] if resource["resourceType"] == type_name]
 
     def kinds(self, version: str, patient: str) -> set[str]:
@@ -6222,8 +6221,7 @@ class StartPage(PortalTest):
 
     def test_its_links_lead_somewhere(self) -> None:
         for path in {link["href"] for link in self.page.all("a") if link["href"].startswith("/")}:
-            with self.subTest(path):
-                self.assertIn(ask(self.portal.url + path).status, (200, 303, 400, 401))
+            self.assertIn(ask(self.portal.url + path).status, (200, 303, 400, 401), path)
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
     def test_its_commands_work_when_pasted(self) -> None:
@@ -7575,19 +7573,19 @@ class Repository(unittest.TestCase):
             self.assertTrue(route.spec and route.endpoint.__doc__, route)
         body = self.sources[0].body
         overriding = ("setup", "finish", "readable", "readinto")  # the standard library says what these do
-        classes = [node for node in body if isinstance(node, ast.ClassDef)]
-        for node in [*body, *(inner for kind in classes for inner in kind.body)]:
+        inner = [node for kind in body if isinstance(kind, ast.ClassDef) for node in kind.body]
+        for node in [*body, *inner]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 self.assertTrue(ast.get_docstring(node) or node.name in overriding, node.name)
 
     @unittest.skipUnless(hasattr(sys, "stdlib_module_names"), "needs Python 3.10")
     def test_only_the_standard_library_is_imported(self) -> None:
-        for node in (node for module in self.sources for node in ast.walk(module)):
+        for node in itertools.chain(*map(ast.walk, self.sources)):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 modules = [node.module or ""]
-            for module in modules:
-                self.assertIn(module.partition(".")[0], {*sys.stdlib_module_names, "s4s_proxy"})
+            roots = {module.partition(".")[0] for module in modules}
+            self.assertLessEqual(roots, {*sys.stdlib_module_names, "s4s_proxy"})
 
     def test_the_module_works_under_another_name_inside_a_package_and_from_a_zip_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -7722,9 +7720,9 @@ def add_tokens(portal: s4s.Server, count: int) -> None:
     given = portal.issue_token()["access_token"]
     with portal.portal.state.transaction() as database:
         names = [row[1] for row in database.execute("PRAGMA table_info(tokens)")]
-        row = dict(zip(names, database.execute("SELECT * FROM tokens WHERE token = ?", (given,)).fetchone()))
-        database.executemany(f"INSERT INTO tokens VALUES ({', '.join('?' * len(names))})",
-                             (tuple({**row, "token": secrets.token_hex(16)}.values()) for _ in range(count)))
+        columns = ", ".join("?" if name == "token" else name for name in names)
+        database.executemany(f"INSERT INTO tokens SELECT {columns} FROM tokens WHERE token = '{given}'",
+                             ((secrets.token_hex(16),) for _ in range(count)))
 
 
 def show(what: str, figure: str, ratio: str = "") -> None:
