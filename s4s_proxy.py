@@ -7333,8 +7333,8 @@ def home(portal: Portal, request: Request, user: Row) -> Markup:
     """What a signed-in user can do here."""
     names = list(portal.patients_of(user["username"]).values())
     more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
-    records = facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more))
-    return card(f"Welcome, {user['name']}", records,
+    return card(f"Welcome, {user['name']}",
+                facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
                 tag("p", link(portal, "/apps"), ": what they see, until when, and a button to stop them."),
                 post_form(portal, request, "/logout", SIGN_OUT))
 
@@ -7803,7 +7803,9 @@ class Settings:
     @property
     def serves_open_fhir(self) -> bool:
         """Whether anyone, any page in a browser too, may read every record; of --fhir-server only if told."""
-        return self.local and self.fhir_server is None if self.open_fhir is None else self.open_fhir
+        if self.open_fhir is not None:
+            return self.open_fhir
+        return self.local and self.fhir_server is None
 
     @property
     def serves_debug(self) -> bool:
@@ -8945,14 +8947,14 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
     """What a person who starts the server wants to know."""
     settings, url = server.settings, server.url
     names = ", ".join(user["username"] for user in some_users(server.portal))
+    password = f"password {DEMO_PASSWORD} unless --fixtures says another"
     open_to_all = [f"{url}/api/open-fhir/ (every record)"] if settings.serves_open_fhir else []
     if settings.serves_debug:
         open_to_all.append(f"{url}/oauth/debug/ (tokens for anybody)")
     return "\n".join([
         f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
         f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
-        f"  accounts     {names}, and every loaded patient's id; password {DEMO_PASSWORD} unless "
-        "--fixtures says another",
+        f"  accounts     {names}, and every loaded patient's id; {password}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}",
         *(f"  environment  {name} took effect" for name in from_environment),
         *(f"  data         {warning}" for warning in server.portal.records.warnings)])
