@@ -6085,8 +6085,8 @@ def build_documents() -> Iterator[Json]:
             problems = [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
             medicines = [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]
             data = pdf("\n".join([name, "", text, "", "Problems", *problems, "", "Medicines", *medicines]))
-        document = base64.b64encode(data).decode()
-        yield sample("Binary", key, contentType=content_type, data=document, securityContext=DANIEL)
+        yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
+                     securityContext=DANIEL)
         number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
         yield sample(
             "DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
@@ -6905,8 +6905,8 @@ def cited(text: str) -> Markup:
     """Words with each text that they cite as a link to it."""
     def linked(match: re.Match[str]) -> str:
         section = f"#section-{match[2]}" if match[2] else ""
-        rfc = f"https://www.rfc-editor.org/rfc/rfc{match[1]}{section}"
-        return tag("a", match[0], href=TEXTS.get(match[3], rfc))
+        address = TEXTS.get(match[3]) or f"https://www.rfc-editor.org/rfc/rfc{match[1]}{section}"
+        return tag("a", match[0], href=address)
     return Markup(_CITED.sub(linked, html.escape(text)))
 
 
@@ -7148,10 +7148,10 @@ def scope_list(portal: Portal, client: Client, scope: str) -> list[Markup]:
     if "offline_access" in scope.split():
         notes.append("The app can fetch new data while you are away. "
                      "That ends on the date you choose, or when you stop it.")
-    return [tag("h3", "If you approve, it can"), tag(
-        "div", tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
-        [tag("p", note, class_="note") for note in notes],
-        tag("p", "It can change nothing, and it never learns your password."))]
+    content = [tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
+               [tag("p", note, class_="note") for note in notes],
+               tag("p", "It can change nothing, and it never learns your password.")]
+    return [tag("h3", "If you approve, it can"), tag("div", content)]
 
 
 def scope_line(portal: Portal, client: Client, word: str) -> Markup:
@@ -7257,13 +7257,13 @@ def launch_page(portal: Portal, request: Request) -> Response:
     off = "Launching is a debug control, and those are off; --debug turns them on."
     need(portal.settings.serves_debug, off, "not_found", 404, PageError)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    names = "client_id launch_uri username patient_id encounter_id intent"
-    chosen: Json = {name: fields.get(name) for name in names.split()}
+    chosen: Json = {name: fields.get(name) for name in (
+        "client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")}
     if request.method != "POST":
         return launch_form(portal, request, chosen, fields.get("name"))
     given: Json = {name: value for name, value in chosen.items() if value}
-    launch = create_launch(portal, portal.browser_base(request),
-                           need_patient_banner=bool(fields.get("need_patient_banner")), **given)
+    banner = bool(fields.get("need_patient_banner"))
+    launch = create_launch(portal, portal.browser_base(request), need_patient_banner=banner, **given)
     return redirect(launch["launch_url"])
 
 
@@ -7333,8 +7333,8 @@ def home(portal: Portal, request: Request, user: Row) -> Markup:
     """What a signed-in user can do here."""
     names = list(portal.patients_of(user["username"]).values())
     more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
-    return card(f"Welcome, {user['name']}",
-                facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more)),
+    records = facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more))
+    return card(f"Welcome, {user['name']}", records,
                 tag("p", link(portal, "/apps"), ": what they see, until when, and a button to stop them."),
                 post_form(portal, request, "/logout", SIGN_OUT))
 
@@ -7702,8 +7702,8 @@ def demo_page(portal: Portal, request: Request) -> Response:
                    "and shows every request and answer. Its source is in this page, to be read and copied."),
         tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
                             class_="error")),
-        tag("form", tag("label", "Scope to ask for", tag("textarea", id="scope", rows=3, required=True,
-                                                         spellcheck="false")),
+        tag("form", tag("label", "Scope to ask for",
+                        tag("textarea", id="scope", rows=3, required=True, spellcheck="false")),
             tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
         tag("p", id="status", role="status"), class_="card")
     granted = tag("section", id="granted", class_="card", hidden=True)
@@ -7869,8 +7869,8 @@ class Seeds:
         for client_id, secret, uri in DEMO_CLIENTS:
             self.add_client("demo", {"client_id": client_id, "client_secret": secret, "redirect_uris": [uri],
                                      "scope": "launch/patient patient/*.read offline_access"})
-        demo = self.add_client("demo", {
-            "client_id": "demo-app", "client_name": "Demo app", "redirect_uris": ["http://demo"]})
+        metadata = {"client_id": "demo-app", "client_name": "Demo app", "redirect_uris": ["http://demo"]}
+        demo = self.add_client("demo", metadata)
         # It is wherever this server is: its addresses are paths, which nobody else can register.
         demo.metadata.update(redirect_uris=["/demo"], launch_uris=["/demo"])
         for text in settings.client:
@@ -7898,8 +7898,8 @@ class Seeds:
         client_id, secret = given.pop("client_id", None), given.pop("client_secret", None)
         start_needs(isinstance(client_id, str) and re.fullmatch(r"[ -~]+", client_id),
                     f"{where}: client_id is missing or not a string of ASCII")  # RFC 6749 appendix A.1
-        good = secret is None or (isinstance(secret, str) and secret)
-        start_needs(good, f"{where}: client_secret: expected a string")
+        start_needs(secret is None or (isinstance(secret, str) and secret),
+                    f"{where}: client_secret: expected a string")
         method = "private_key_jwt" if {"jwks", "jwks_uri"} & given.keys() else "none"
         method = "client_secret_basic" if secret else method
         try:
@@ -7920,11 +7920,11 @@ class Seeds:
                             "or = in its id or secret goes into --fixtures")
         client_id, secret, uri = match.groups()
         earlier = self.clients.get(client_id)
-        given = {"client_id": client_id, "client_secret": secret, "redirect_uris": [uri]}
-        client = self.add_client(where, given)
+        client = self.add_client(where, {
+            "client_id": client_id, "client_secret": secret, "redirect_uris": [uri]})
         if earlier:
-            good = client.secret_hash in (None, earlier.secret_hash)
-            start_needs(good, f"{where}: it was given with another secret before")
+            start_needs(client.secret_hash in (None, earlier.secret_hash),
+                        f"{where}: it was given with another secret before")
             earlier.metadata["redirect_uris"].append(uri)
             self.clients[client_id] = earlier
 
@@ -7945,8 +7945,8 @@ class Seeds:
             place = f"{where}: users[{number}]"
             check_fixture(place, user, FIXTURE_USER, "username", "password")
             username, name = user["username"], user.get("name") or user["username"]
-            good = re.fullmatch(r"[!-~]{1,255}", username)
-            start_needs(good, f"{place}: username is not 1 to 255 characters of ASCII without spaces")
+            start_needs(re.fullmatch(r"[!-~]{1,255}", username),
+                        f"{place}: username is not 1 to 255 characters of ASCII without spaces")
             password = hashed(user["password"], salt)
             self.users.append((username, name, user.get("fhir_user"), salt, password, False))
             email = {"email": user["email"]} if "email" in user else {}
@@ -7975,12 +7975,12 @@ ERROR_STATUS = {"invalid_client": 401, "invalid_token": 401, "insufficient_scope
 
 
 class Fault(NamedTuple):
-    """Trouble that a test ordered. Times are in seconds; status 0 is none; drop closes the connection."""
-    status: int
+    """Trouble that a test ordered."""
+    status: int              # HTTP's; 0: none
     error: str
-    retry_after: int | None
-    delay: float
-    drop: bool
+    retry_after: int | None  # seconds
+    delay: float             # seconds
+    drop: bool               # close the connection without an answer
 
     def refusal(self) -> PortalError:
         """An error like the real one; a PageError where only a status was ordered."""
@@ -8030,7 +8030,7 @@ class Portal:
         self.records.reset()
         with self.state.transaction() as database:
             tables = "pages tokens grants pending launches sessions assertions clients patients users"
-            for table in f"{tables} forgotten".split():  # the last, which gets what others lose
+            for table in [*tables.split(), "forgotten"]:  # the last, which gets what others lose
                 database.execute(f"DELETE FROM {table}")
             self.seeds.write(database, self.clock.now())
 
