@@ -4799,8 +4799,7 @@ class Connection:
             import ssl  # takes long to import, and few need it
             self.socket = ssl.create_default_context().wrap_socket(self.socket, server_hostname=host,
                                                                    do_handshake_on_connect=False)
-        self.timed = TimedSocket(self.socket)
-        self.timed.deadline = deadline
+        self.timed = TimedSocket(self.socket, deadline)
         self.stream = io.BufferedReader(self.timed, 64 << 10)
         sockets.add(self.timed)
         try:
@@ -4812,20 +4811,18 @@ class Connection:
 
     def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
         """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
-        self.timed.deadline, self.reusable = deadline, False
-        try:
+        self.timed.deadline, self.reusable, alive = deadline, False, b""
+        with contextlib.suppress(ConnectionError):
             self.timed.send(message)
             alive = self.stream.peek(1)
-        except ConnectionError:
-            alive = b""
         if not alive and self.used:
             raise StaleConnection
         if not alive:
             raise BadRequest(400, "it closed the connection without an answer")
         self.used = True
         version, status, headers = self._read_head()
-        announced, body = "content-length" in headers or "transfer-encoding" in headers, b""
-        has_body = status not in (204, 304)
+        announced = "content-length" in headers or "transfer-encoding" in headers
+        has_body, body = status not in (204, 304), b""
         if has_body and announced:
             body = read_body(self.stream, headers, self.most)
         elif has_body:  # up to the end of the connection
@@ -4876,7 +4873,7 @@ def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> so
 
 
 def unpacked(body: bytes, coding: str, most: int) -> bytes:
-    """A body without its gzip; never more than so many bytes of it."""
+    """A body without its gzip, of so many bytes at most."""
     if coding == "identity":
         return body
     if coding not in ("gzip", "x-gzip"):
@@ -4915,9 +4912,8 @@ def _step(text: str, at: int, expected: str) -> tuple[str, int]:
 
 
 def split_bundle(text: str, judge: Callable[[Any, str], T]) -> tuple[Json, list[T]]:
-    """A Bundle's own members, and what `judge` makes of each of its entries and the text it came in, which is
-    sent on as it is: nothing is written anew, so that a decimal's trailing zeros survive. No entry is kept,
-    which is faster than having them all in memory. ValueError if it is no JSON object."""
+    """A Bundle's own members, and what `judge` makes of each of its entries and the text it came in. That is
+    sent on as it is: a decimal's trailing zeros survive. ValueError if it is no JSON object."""
     own: Json = {}
     judged: list[T] = []
     mark, at = _step(text, 0, "{")
@@ -4943,8 +4939,8 @@ def split_bundle(text: str, judge: Callable[[Any, str], T]) -> tuple[Json, list[
 
 
 class Patience(threading.local):
-    """How long a thread waits for the FHIR server: while it answers one request of an app, --fhir-timeout
-    from the first question on, however many there are; else (a control, a start) as long for each."""
+    """How long a thread waits for the FHIR server: for one request of an app, --fhir-timeout from the first
+    question on, however many there are; else (a control, a start) as long for each."""
     def __init__(self, seconds: float):
         self.seconds, self.until = seconds, NO_DEADLINE
 
@@ -4962,8 +4958,8 @@ class Patience(threading.local):
 
 
 class Upstream:
-    """The FHIR server behind: asks it, and knows its addresses, so that none of them gets out. The
-    environment's proxies are not used: they would be asked for a test's server on loopback."""
+    """The FHIR server behind: asks it, and knows its addresses, so that none gets out. The environment's
+    proxies are not used: they would be asked for a test's server on loopback."""
     def __init__(self, settings: Settings, sockets: OpenSockets):
         import urllib.request  # takes long to import, and few need it
         self.base, self.sockets = settings.fhir_server or "", sockets
@@ -5026,34 +5022,30 @@ class Upstream:
 
     def _send(self, request: Any) -> Answer:
         """Answer urllib's request over an idle connection on which nothing came unasked, or over a new one.
-        All that is ever sent only reads, so it may be repeated: once, where an idle connection turns out to
-        be closed. Each is in one thread's hands at a time: list.pop takes it out."""
+        All that is ever sent only reads, so it may be repeated where an idle connection turns out to be
+        closed: over a new one. Each is in one thread's hands at a time: list.pop takes it out."""
         deadline, body, url = time.monotonic() + request.timeout, request.data or b"", request.full_url
         head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}"
-        for name, value in request.headers.items():
-            head += f"{name}: {value}\r\n"
+        head += "".join([f"{name}: {value}\r\n" for name, value in request.headers.items()])
         head += f"Content-Length: {len(body)}\r\n\r\n" if body else "\r\n"
         message = head.encode("latin-1", "replace") + body
-        try:
-            connection = self._idle.pop()
-            while not connection.is_quiet():
-                connection.close()
+        while True:
+            try:
                 connection = self._idle.pop()
-            return self._exchange(connection, message, url, deadline)
-        except (IndexError, StaleConnection):
-            address = (self.host, self.port)
-            fresh = Connection(self.https, self.host, [address], deadline, self.sockets, MAX_ANSWER)
-            return self._exchange(fresh, message, url, deadline)
-
-    def _exchange(self, connection: Connection, message: bytes, url: str, deadline: float) -> Answer:
-        """Use a connection, then keep or close it."""
-        try:
-            return connection.exchange(message, url, deadline)
-        finally:
-            if connection.reusable and len(self._idle) < 64:
-                self._idle.append(connection)
-            else:
-                connection.close()
+            except IndexError:
+                address = (self.host, self.port)
+                connection = Connection(self.https, self.host, [address], deadline, self.sockets, MAX_ANSWER)
+            try:
+                if not connection.used or connection.is_quiet():
+                    return connection.exchange(message, url, deadline)
+                connection.reusable = False
+            except StaleConnection:
+                self.close()  # the others are as old
+            finally:
+                if connection.reusable and len(self._idle) < 64:
+                    self._idle.append(connection)
+                else:
+                    connection.close()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -5061,8 +5053,8 @@ class Upstream:
             self._idle.pop().close()
 
     def inside(self, url: str, seen_at: str) -> str | None:
-        """An address that the FHIR server gave, absolute or not; None if not below its base. Whatever the
-        host in it (the server may go by another name), requests only ever go to --fhir-server."""
+        """An address that the FHIR server gave; None if not below its base. Whatever the host in it (the
+        server may go by another name), requests only ever go to --fhir-server."""
         try:
             url = urljoin(seen_at, url)
             url.encode()  # fails for half a surrogate pair
@@ -5101,16 +5093,14 @@ class Upstream:
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` for each address of the FHIR server; ValueError if not UTF-8.
-        What else of its name there is (another path on the same host) becomes fhir-server.invalid. Only
-        attachments' base64 is not looked into."""
+        Other traces (another path on its host) become fhir-server.invalid. Base64 is not looked into."""
         text = body.decode("utf-8")
         if "\0" in text or "\1" in text:
             raise ValueError("a control character")
-        # \u002f is a slash: so that no address hides behind such
-        if "\\" in text and _ESCAPED_ASCII.search(text):
+        if "\\" in text and _ESCAPED_ASCII.search(text):  # \u002f is a slash: an address could hide so
             text = json.dumps(json.loads(text))
-        # By way of characters that can't be in JSON: our own address may look like a trace of the FHIR
-        # server's. And from the quick to the slow: mostly, after the first step nothing is left to look for.
+        # By way of characters that can't be in JSON, for our own address may look like a trace of theirs; and
+        # from the quick to the slow: mostly, after the first step nothing is left to look for.
         for base in (self.base, *self.names):
             for end in '/?"' if base in text else "":
                 text = text.replace(base + end, "\0" + end)
@@ -5144,7 +5134,7 @@ class Upstream:
 
     def bundle(self, answer: Answer, ours: str, judge: Callable[[Any, str], T]) -> tuple[Json, list[T]]:
         """See split_bundle; with our addresses. Where its link to itself tells another name of the server
-        (what stands there before the path that was asked for), it is judged again, by what that name says."""
+        (what stands before the path that was asked for), it is judged again, with that name known."""
         check_status(answer)
         known, path = len(self.names), urlsplit(answer.url).path[len(self.path):]
         try:
@@ -5165,8 +5155,8 @@ class Upstream:
         return own, [resource for entry in entries for resource in entry if isinstance(resource, dict)]
 
     def _learn(self, name: str, ours: str) -> None:
-        """Note a name that the server gives itself, in its metadata or a Bundle's link: what is below counts
-        as its own. No resource can teach one: whoever wrote it might name another server."""
+        """Note a name that the server gives itself, in its metadata or a Bundle's link. No resource can teach
+        one: whoever wrote it might name another server."""
         with contextlib.suppress(StartError):  # it is no address that a FHIR base can have
             name = fhir_base(name)
             if len(self.names) < 20 and name not in (ours, self.base, *self.names):
@@ -5249,10 +5239,10 @@ MAX_BINARIES = 10_000  # of which is remembered whether something does
 
 
 class ForwardedRecords(Records):
-    """The records of another FHIR server, --fhir-server. It is not trusted to filter: it may ignore every
-    parameter and answer each search with everybody's records. So each answer is read whole, every resource in
-    it judged, and only then sent on: as the text it came in, less what may not be seen, with this portal's
-    addresses in it. It is trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
+    """The records of another FHIR server, --fhir-server. It is not trusted to filter: it may answer each
+    search with everybody's records. So each answer is read whole, every resource in it judged, and only then
+    sent on: as the text it came in, less what may not be seen, with this portal's addresses in it. It is
+    trusted to label: a resource that says it is Daniel's is taken for Daniel's."""
     def __init__(self, portal: Portal):
         self.portal, self.upstream = portal, Upstream(portal.settings, portal.sockets)
         self.warnings: list[str] = []
@@ -5263,8 +5253,8 @@ class ForwardedRecords(Records):
 
     @property
     def version(self) -> str:  # type: ignore[override]
-        """Read from the server's metadata. A read must not depend on that: where it fails, R4 is assumed. But
-        nothing comes from a version that is not understood: nobody could tell whose it is."""
+        """Read from the server's metadata; where that fails, R4 is assumed. Nothing comes from a version that
+        is not understood: nobody could tell whose it is."""
         now, assumed = self.portal.clock.now(), "the FHIR server's version can't be read, R4 is assumed"
         if now >= self._version[1]:
             try:  # in half of the time, so that a read is possible after it
@@ -5285,9 +5275,9 @@ class ForwardedRecords(Records):
 
     def check_type(self, asked: FhirRequest) -> None:
         """Types of which nobody can tell whose they are are refused, but to those who may see all."""
-        known = asked.type in OWNER_ELEMENTS or asked.type in SHARED_TYPES
-        sees_all = any(asked.access.patients(asked.type, letter) is EVERYBODY for letter in "rs")
-        permit(known or sees_all, f"{asked.type}: not served, since it can't be told whose record it is in")
+        if asked.type not in OWNER_ELEMENTS and asked.type not in SHARED_TYPES:
+            permit(any(asked.access.patients(asked.type, letter) is EVERYBODY for letter in "rs"),
+                   f"{asked.type}: not served, since it can't be told whose record it is in")
 
     def answer_search(self, asked: FhirRequest) -> Response:
         """See Records."""
@@ -5382,9 +5372,9 @@ def may_be_forwarded(name: str) -> bool:
 
 def pinned_search(access: Access, type_name: str, pairs: Pairs, base: str) -> Pairs:
     """The search to send: each parameter checked, and pinned to the patients that may be seen."""
-    pairs = [(name, value) for name, value in pairs if value and (
-        name.partition(":")[0] not in NOT_FORWARDED
-        or (access.unlimited and (name, value) == ("_summary", "count")))]
+    counts = ("_summary", "count") if access.unlimited else None
+    pairs = [pair for pair in pairs
+             if pair[1] and (pair[0].partition(":")[0] not in NOT_FORWARDED or pair == counts)]
     if access.unlimited:
         return pairs
     allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
@@ -5401,10 +5391,9 @@ def owner_value(pin: str, patient_ids: Iterable[str]) -> str:
 
 def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str,
                         base: str) -> tuple[str, str]:
-    """One parameter of a search as it goes on. Asking for another patient is refused in words rather than
-    found empty: in a parameter that names the owner, under whatever of its names, and by Patient/... in any
-    other. So is what can't be checked: chains (a.b), and modifiers on what names the owner, but for its type
-    (subject:Patient)."""
+    """One parameter of a search as it goes on. Asking for another patient is refused in words, not found
+    empty: in a parameter that names the owner, under whichever name, and by Patient/... in any other. So is
+    what can't be checked: chains (a.b), and modifiers on what names the owner, but for subject:Patient."""
     stem, _, modifier = name.partition(":")
     permit("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, may look into other records")
     owns = stem in OWNER_PARAMETERS or stem == pin
@@ -5526,8 +5515,7 @@ class Forwarding:
         """One resource: fetched, then judged."""
         asked = self.asked
         url = f"{self.upstream.base}/{asked.type}/{asked.id}"
-        if asked.version:
-            url += f"/_history/{asked.version}"
+        url += f"/_history/{asked.version}" if asked.version else ""
         # First without If-None-Match: a 304 tells that it is there, and in which version, whosever it is.
         answer = self.upstream.ask(url, self.headers("Prefer"))
         if answer.status in (404, 410):  # judged all the same, which for a Binary means a search: same cost
@@ -5536,24 +5524,22 @@ class Forwarding:
         resource, text = self.upstream.resource(answer, self.base)
         if (resource["resourceType"], resource.get("id")) != (asked.type, asked.id):
             raise refused("answered with another resource than the one asked for")
-        if resource["resourceType"] == "Provenance" and not self.access.unlimited:
+        if asked.type == "Provenance" and not self.access.unlimited:
             self.find_targets([resource])
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
         unless = self.headers("If-None-Match", "If-Modified-Since")
         is_known = unless and self.upstream.ask(url, unless).status == 304
-        return self.respond("" if is_known else text, answer, "ETag", "Last-Modified",
-                            status=304 if is_known else 200)
+        body, status = ("", 304) if is_known else (text, 200)
+        return self.respond(body, answer, "ETag", "Last-Modified", status=status)
 
-    def may_see(self, resource: Any, text: str, letters: str) -> bool:
+    def may_see(self, resource: Json, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
         none under a member given twice, none in a place where FHIR has none."""
-        if self.access.unlimited:
-            return True
-        return (isinstance(resource, dict)
-                and text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
-                and self.access.may_see(FetchedResource(resource, self), letters))
+        return self.access.unlimited or (
+            text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
+            and self.access.may_see(FetchedResource(resource, self), letters))
 
     def find_targets(self, provenances: Iterable[Json]) -> None:
         """Ask whose that is which Provenances are about, a type at a time, if it did not come with them."""
@@ -5567,8 +5553,8 @@ class Forwarding:
                 wanted.setdefault(type_name, []).append(target)
         for type_name, targets in list(wanted.items())[:self.lookups]:
             self.lookups -= 1
-            query = f"_id={','.join(sorted(targets)[:100])}&_count=100"
-            answer = self.upstream.ask(f"{self.upstream.base}/{type_name}?{query}")
+            query = f"{type_name}?_id={','.join(sorted(targets)[:100])}&_count=100"
+            answer = self.upstream.ask(f"{self.upstream.base}/{query}")
             if answer.status == 200:
                 for found in self.upstream.resources(answer, self.base)[1]:
                     self.owners[f"{found.get('resourceType')}/{found.get('id')}"] = owner(found, self.base)
@@ -5682,12 +5668,11 @@ class Forwarding:
             text = json.dumps({member: words[member] for member in entry if member in words})
         return Entry(mode, name, text)
 
-    # Theory of a page. Where categories hide something, an empty place on a page, or a link to a page of
-    # nothing, would tell that it is there, and so would what was included with it. Then a page of ours is
-    # filled from the server's pages after it, and a link to the next comes if there is one more to see, or
-    # after MAX_PAGES. The address behind that link ends in #, how many were seen of the server's page
-    # already, and the size of ours. The server's `total` can't be checked, so it comes only where all that it
-    # counts is on this page; _summary=count is counted here. Better would be a server that knows such limits.
+    # Theory of a page. Where categories hide something, an empty place, a link to a page of nothing, or what
+    # was included with it would tell that it is there. Then a page of ours is filled from the server's next
+    # ones, and a link to the next comes if there is one more to see, or after MAX_PAGES. The address behind
+    # it ends in #, how many were seen of the server's page already, and the size of ours. The server's `total`
+    # can't be checked: it comes only where all that it counts is on this page; _summary=count is counted here.
 
     def page(self, url: str, sent: Pairs, pairs: Pairs, letters: str) -> Response:
         """A Bundle of what may be seen of the FHIR server's answer to `sent`; `pairs` are all that came."""
@@ -5708,10 +5693,9 @@ class Forwarding:
         if shown:
             text = f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}"
         if set(self.dropped) == {UNPLACED} and not self.matches and not self.included:
-            self.portal.log(
-                f"warning: {self.asked.path}: nobody can tell whose the {len(self.dropped)} resources are "
-                "that came; if they name patients by another address of the FHIR server, its metadata should "
-                "tell it (implementation.url)")
+            self.portal.log(f"warning: {self.asked.path}: nobody can tell whose the {len(self.dropped)} resources "
+                            "are that came; if they name patients by another address of the FHIR server, its "
+                            "metadata should tell it (implementation.url)")
         return self.respond(text, answer)
 
     def gather(self, url: str, query: str, letters: str, skip: int, size: int, fills: bool,
@@ -6341,8 +6325,8 @@ NO_DEADLINE, DO_NOT_WAIT = math.inf, -math.inf
 class TimedSocket(io.RawIOBase):
     """A connected socket that is read and written until its `deadline`; then BadRequest 408. With the
     deadline DO_NOT_WAIT it reads what is there: None (io's word for "would block") if nothing is."""
-    def __init__(self, connection: socket.socket):
-        self.connection, self.deadline = connection, NO_DEADLINE
+    def __init__(self, connection: socket.socket, deadline: float = NO_DEADLINE):
+        self.connection, self.deadline = connection, deadline
         self.idle = self.ended = False  # idle: between two requests, where a stop may end it
         self._plain = type(connection) is socket.socket
         self._by_kernel = self._plain and sys.platform != "win32"
