@@ -5481,10 +5481,8 @@ class Forwarding:
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
-        # Or 406, before anybody is asked; or 502: in another version nobody could tell whose a resource is.
-        named = "fhirversion=" in accepts(asked.request).lower()
-        self.media_type = fhir_type(asked.request, records.version if named else "r4")
-        _ = records.version
+        # Or 406; or 502: in a version that is not understood nobody could tell whose a resource is.
+        self.media_type = fhir_type(asked.request, records.version)
         # A page of ours, gathered from one or more of the FHIR server's.
         self.matches: list[Entry] = []
         self.included: list[Entry] = []
@@ -5669,10 +5667,10 @@ class Forwarding:
         return Entry(mode, name, text)
 
     # Theory of a page. Where categories hide something, an empty place, a link to a page of nothing, or what
-    # was included with it would tell that it is there. Then a page of ours is filled from the server's next
-    # ones, and a link to the next comes if there is one more to see, or after MAX_PAGES. The address behind
-    # it ends in #, how many were seen of the server's page already, and the size of ours. The server's `total`
-    # can't be checked: it comes only where all that it counts is on this page; _summary=count is counted here.
+    # was included with it would tell that it is there. So a page of ours is filled from the server's next ones,
+    # and a link to the next comes if there is one more to see, or after MAX_PAGES. The address behind it ends
+    # in #, how many were seen of the server's page already, and the size of ours. The server's `total` can't
+    # be checked: it comes only where all that it counts is on this page. _summary=count is counted here.
 
     def page(self, url: str, sent: Pairs, pairs: Pairs, letters: str) -> Response:
         """A Bundle of what may be seen of the FHIR server's answer to `sent`; `pairs` are all that came."""
@@ -5693,9 +5691,9 @@ class Forwarding:
         if shown:
             text = f"{text[:-1]}, \"entry\": [{', '.join(shown)}]}}"
         if set(self.dropped) == {UNPLACED} and not self.matches and not self.included:
-            self.portal.log(f"warning: {self.asked.path}: nobody can tell whose the {len(self.dropped)} resources "
-                            "are that came; if they name patients by another address of the FHIR server, its "
-                            "metadata should tell it (implementation.url)")
+            self.portal.log(f"warning: {self.asked.path}: nobody can tell whose the {len(self.dropped)} "
+                            "resources are that came; if they name patients by another address of the FHIR "
+                            "server, its metadata should tell it (implementation.url)")
         return self.respond(text, answer)
 
     def gather(self, url: str, query: str, letters: str, skip: int, size: int, fills: bool,
@@ -6305,19 +6303,17 @@ def too_large(most: int) -> BadRequest:
 # Deadlines: theory of operation.
 #
 # Nobody may hold a thread without end, by silence, by a byte a minute, or by reading nothing. So all that is
-# read or written has a deadline: a moment, not a number of seconds that each byte would begin anew. It is in
-# real time: a test that moves the portal's clock cuts nobody off. Who sets it also says what happens after
-# it: an app gets a 408 in words, or none if it had asked nothing; a FHIR server behind is told of as a 504.
+# read or written has a deadline: a moment, not seconds that each byte would begin anew; in real time, so that
+# a test that moves the portal's clock cuts nobody off. After it an app gets a 408, or nothing if it had asked
+# nothing; a FHIR server behind is told of as a 504.
 #
-# A thread wakes by its socket's timeout, which is set anew only where it differs much from the time left:
-# waking early does no harm, the clock is looked at again. settimeout() would do for all, but polls before
-# each system call, a quarter of the speed. So a plain socket blocks until the kernel wakes it (SO_RCVTIMEO).
-# TLS reads in layers that know nothing of that, on Windows a socket is unusable after it, and what the kernel
-# counts for writing begins anew, on some systems, with each byte read: these use settimeout(), the last once
-# the other side has left no room to write at once (MSG_DONTWAIT). A stop wakes threads by shutting their
-# sockets. On Windows that wakes nobody (cpython issue 91913): there a thread looks five times a second.
-#
-# What the author would like better: settimeout() for all, if Python tried to read before it polls.
+# A thread wakes by its socket's timeout, set anew only where it differs much from the time left: waking early
+# does no harm, it looks at the clock again. settimeout() would do for all, but polls before each system call,
+# a quarter of the speed (if only Python tried to read first). So a plain socket blocks until the kernel wakes
+# it (SO_RCVTIMEO). TLS reads in layers that know nothing of that, on Windows a socket is unusable after it,
+# and what the kernel counts for writing begins anew, on some systems, with each byte read: these use
+# settimeout(), the last once there is no room to write at once (MSG_DONTWAIT). A stop wakes threads by
+# shutting their sockets; on Windows that wakes nobody (cpython issue 91913): a thread looks there each 0.2 s.
 TIMED_OUT = (BlockingIOError, TimeoutError, socket.timeout)  # the last is TimeoutError too since Python 3.10
 NO_DEADLINE, DO_NOT_WAIT = math.inf, -math.inf
 
@@ -6406,8 +6402,8 @@ class TimedSocket(io.RawIOBase):
 
 
 class OpenSockets:
-    """The connections that are open, to apps and to other servers, so that a stop can end them. Whoever
-    closes one discards it first: a number that the system has given to the next one is never shut."""
+    """The open connections, to apps and to other servers, so that a stop can end them. Whoever closes one
+    discards it first: a number that the system has given to the next one is never shut."""
     def __init__(self) -> None:
         self._open: set[TimedSocket] = set()
         self._ended = False
@@ -6457,31 +6453,30 @@ def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
     end = stream.peek().find(b"\r\n\r\n")  # mostly all of them are here already
     if 0 <= end <= most - 4:
         return dict(parse_headers(stream.read(end + 4)[:-2]))
-    lines: list[bytes] = []
-    while True:
+    lines, line = b"", b""
+    while line != b"\r\n":
+        lines += line
         line = stream.readline(most + 1)
         most -= len(line)
         if most < 0:
             raise BadRequest(431, f"the header is longer than {MAX_HEAD} bytes")
-        if line == b"\r\n":
-            return dict(parse_headers(b"".join(lines)))
         if not line.endswith(b"\r\n"):
             raise BadRequest(400, "a header line, or the message within it, ends without CR LF")
-        lines.append(line)
+    return dict(parse_headers(lines))
 
 
 def read_body(stream: io.BufferedReader[Any], headers: Mapping[str, str], most: int,
               before: Callable[[], None] = lambda: None) -> bytes:
     """A body, as announced: by length or in chunks, never both, or two servers in a row may disagree on where
     it ends (RFC 9112 section 6.3); empty without either. `before` is called if it is to be read."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
-    if coding is not None:
+    if "transfer-encoding" in headers:
         if "content-length" in headers:
             raise BadRequest(400, "Content-Length and Transfer-Encoding exclude each other")
-        if coding.lower() != "chunked":
+        if headers["transfer-encoding"].lower() != "chunked":
             raise BadRequest(501, "Transfer-Encoding: only chunked is understood")
         before()
         return read_chunks(stream, most)
+    length = headers.get("content-length", "0")
     if not length.isdecimal() or len(length) > 18:
         raise BadRequest(400, "Content-Length: expected a number of bytes")
     if int(length) > most:
@@ -6572,9 +6567,8 @@ def media_types(text: str, version: str) -> tuple[str, ...]:
     """The media types in an Accept header, less those that it refuses (q=0) or wants of another FHIR."""
     types = []
     for part in filter(str.strip, text.lower().split(",")):
-        wanted = re.search(r";\s*fhirversion\s*=\s*\"?(\d+\.\d+)", part)
-        if not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part) and (
-                not wanted or wanted[1] in MEDIA_VERSIONS[version]):
+        wanted = re.findall(r";\s*fhirversion\s*=\s*\"?(\d+\.\d+)", part)[:1]
+        if not re.search(r";\s*q=0(\.0*)?\s*(;|$)", part) and {*wanted} <= {*MEDIA_VERSIONS[version]}:
             types.append(part.partition(";")[0].strip())
     return tuple(types)
 
@@ -8565,8 +8559,6 @@ class Server(Controls):
 # ######################################################################## 27 HTTP
 
 MAX_BODY = 1 << 20        # bytes of a request's body
-IN_ONE_WRITE = 64 << 10   # bytes of a body: to join more with its head takes longer than to write twice
-
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/([0-9])\.([0-9])\r\n")
 _ENDPOINT = re.compile(r"([A-Z]{1,20}) +(?i:https?://[^/?# ]*)?(/[!-~]*)")  # of a line that may be malformed
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
@@ -8583,11 +8575,10 @@ class Listener(http.server.ThreadingHTTPServer):
     def __init__(self, portal: Portal, host: str, port: int):
         self.portal = portal
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.scheme, self._context = "http", None
-        settings = portal.settings
+        settings, self._context = portal.settings, None
+        self.scheme = "https" if settings.certfile else "http"
         if settings.certfile:
             import ssl  # takes long to import, and few need it
-            self.scheme = "https"
             try:
                 self._context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
                 self._context.load_cert_chain(str(settings.certfile), settings.keyfile)
@@ -8639,8 +8630,7 @@ class Listener(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def finish_request(self, request: Any, client_address: Any) -> None:
-        """One connection, from its handshake to its end. What goes wrong outside of any request is logged
-        before the client sees the end."""
+        """One connection. What goes wrong outside of any request is logged before the client sees the end."""
         if self._context:
             request = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
         with request:
@@ -8656,13 +8646,12 @@ class Listener(http.server.ThreadingHTTPServer):
         settings = self.portal.settings
         if settings.quiet:
             return
-        who = " ".join(filter(None, (request.client_id, request.username)))
         path = _LOOKS_DRAWN.sub(REDACTED, request.path)
         if status >= 400:  # where something was found, the rest is its address
             path = scrubbed(self.portal, path)
-        line = f"{request.method} {path} {status} {seconds * 1000:.1f} ms {who}"
-        notes = request.notes if settings.verbose else ()
-        lines = [line.rstrip(), *(scrubbed(self.portal, note) for note in notes)]
+        taken, notes = f"{status} {seconds * 1000:.1f} ms", request.notes if settings.verbose else ()
+        line = " ".join(filter(None, (request.method, path, taken, request.client_id, request.username)))
+        lines = [line, *(scrubbed(self.portal, note) for note in notes)]
         self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda char: f"\\x{ord(char[0]):02x}", text)
                                       for text in lines))
 
@@ -8687,11 +8676,10 @@ class Listener(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. It reads requests strictly, with its own lean parser in place of http.server's, whose
-    use of email.parser takes longer than all that the portal does; and writes an answer at once: in two
-    writes it could take 40 ms longer (Nagle's algorithm waiting for a delayed acknowledgement)."""
+    """One connection. It reads requests strictly, with its own lean parser: email.parser, which http.server
+    uses, takes longer than all that the portal does."""
     server: Listener
-    disable_nagle_algorithm = True
+    disable_nagle_algorithm = True  # or a second write could wait 40 ms for a delayed acknowledgement
 
     def setup(self) -> None:
         """Before the first request."""
@@ -8779,24 +8767,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if minor == "0":
             headers.pop("expect", None)  # HTTP/1.0 has no interim answers (RFC 9110 section 10.1.1)
             headers.setdefault("host", urlsplit(self.server.portal.address).netloc)
-        target = self.own_target(method, target, headers)
-        return Request(method, target, headers, scheme=self.server.scheme)
+        return Request(method, self.own_target(method, target, headers), headers, scheme=self.server.scheme)
 
     @staticmethod
     def own_target(method: str, target: str, headers: dict[str, str]) -> str:
         """The target as path and query. An absolute one's host counts, not the header's (RFC 9112, 3.2.2)."""
-        if target[0] != "/":
-            absolute = re.fullmatch(r"https?://([^/?#]*)/?(.*)", target, re.IGNORECASE)
-            if absolute:
-                headers["host"], target = absolute[1], "/" + absolute[2]
-            elif target == "*" and method == "OPTIONS":
-                target = "/"
+        absolute = target[0] != "/" and re.fullmatch(r"https?://([^/?#]*)/?(.*)", target, re.IGNORECASE)
+        if absolute:
+            headers["host"], target = absolute[1], "/" + absolute[2]
+        elif target == "*" and method == "OPTIONS":
+            target = "/"
         if target[0] != "/" or "#" in target:
             raise BadRequest(400, "expected a request target that starts with /")
-        if "host" not in headers:
-            raise BadRequest(400, "the Host header is missing")
-        if not _HOST.fullmatch(headers["host"]):
-            raise BadRequest(400, "the Host header is malformed")
+        if not _HOST.fullmatch(headers.get("host", "")):
+            raise BadRequest(400, "expected a Host header with a host, and a port or none")
         return target
 
     def read_body(self, request: Request) -> bytes:
@@ -8813,8 +8797,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send(self, method: str, response: Response) -> None:
         """Write a response."""
-        if self.server.portal.stopping.is_set():
-            self.close_connection = True
+        self.close_connection = self.close_connection or self.server.portal.stopping.is_set()
         headers = [("Date", http_date(int(self.server.portal.clock.now()))), *response.headers]
         if response.status not in (204, 304):
             headers.append(("Content-Length", str(len(response.body))))
@@ -8828,11 +8811,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         head = f"{first}{lines}\r\n".encode("latin-1", "replace")
         body = b"" if method == "HEAD" else response.body
         self.allow(self.server.body_seconds)
-        if len(body) < IN_ONE_WRITE:
-            self.timed.send(head + body)
-        else:
-            self.timed.send(head)
-            self.timed.send(body)
+        # To join a long body with its head takes longer than to write twice.
+        for data in [head + body] if len(body) < 64 << 10 else [head, body]:
+            self.timed.send(data)
 
     def refuse(self, error: BadRequest) -> None:
         """Answer what can't be told to be a request of any endpoint."""
@@ -8844,8 +8825,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.linger()
 
     def linger(self) -> None:
-        """Let the client finish sending, for a moment: a connection that closes on unread bytes is reset, and
-        the client may never see the answer."""
+        """Let the client finish sending: where unread bytes are left, the answer is lost in a reset."""
         with contextlib.suppress(OSError, BadRequest):
             self.connection.shutdown(socket.SHUT_WR)
             self.allow(1)
