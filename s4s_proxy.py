@@ -5667,7 +5667,7 @@ class Forwarding:
         return Entry(mode, name, text)
 
     # Theory of a page. Where categories hide something, an empty place, a link to a page of nothing, or what
-    # was included with it would tell that it is there. So a page of ours is filled from the server's next ones,
+    # was included with it would tell that it is there. So a page of ours is filled from the server's next,
     # and a link to the next comes if there is one more to see, or after MAX_PAGES. The address behind it ends
     # in #, how many were seen of the server's page already, and the size of ours. The server's `total` can't
     # be checked: it comes only where all that it counts is on this page. _summary=count is counted here.
