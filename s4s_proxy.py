@@ -5481,8 +5481,10 @@ class Forwarding:
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
-        # Or 406; or 502: in a version that is not understood nobody could tell whose a resource is.
-        self.media_type = fhir_type(asked.request, records.version)
+        # Or 406, before anybody is asked; or 502: in another version nobody could tell whose a resource is.
+        named = "fhirversion=" in accepts(asked.request).lower()
+        self.media_type = fhir_type(asked.request, records.version if named else "r4")
+        _ = records.version
         # A page of ours, gathered from one or more of the FHIR server's.
         self.matches: list[Entry] = []
         self.included: list[Entry] = []
