@@ -4752,7 +4752,10 @@ class LoadingRecords(unittest.TestCase):
                 ("package.json", '{"name": "x"}'), (".index.json", '{"files": []}'), (".x/y.json", "["),
                 ("log.ndjson", '{}\n{"event": 1}'), ("._x.json", b"\x00\x05\x16"), ("m.json", "[1]")):
             self.file(f"in/{name}", content)
-        (self.folder / "in/.#lock.json").symlink_to("nowhere")
+        if os.name == "posix":
+            (self.folder / "in/.#lock.json").symlink_to("nowhere")
+        else:
+            self.file("in/.#lock.json", "nowhere")
         records = self.records(str(self.folder / "in"))
         self.assertEqual(records.find_patients(), [("a", "A")])
         self.assertEqual([warning.partition(" files")[0] for warning in records.warnings], ["7"])
@@ -7500,8 +7503,9 @@ class Repository(unittest.TestCase):
         self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
 
     def test_the_readme_shows_every_option_and_endpoint_and_names_functions_that_are_there(self) -> None:
-        flags = [flag for action in s4s.build_parser()._actions for flag in action.option_strings]
-        for words in flags + [f"`{route.path.replace('{}', '…')}`" for route in s4s.ROUTES]:
+        rows = [f"| {' '.join(route.methods)} | `{route.path.replace('{}', '…')}` | {route.spec} | "
+                f"{s4s.what_it_does(route)} |\n" for route in s4s.ROUTES]
+        for words in [flag for action in s4s.build_parser()._actions for flag in action.option_strings] + rows:
             self.assertTrue(words in self.readme, words)
         for name in re.findall(r"; (\w+)\(\)", self.readme):
             self.assertTrue(callable(getattr(s4s, name)), name)
