@@ -2290,10 +2290,11 @@ class Access:
         it, or its reader may see everybody's records without limits."""
         if not self.allows("Binary", "r"):
             return False
-        is_opened = isinstance(self.patients("Binary", "r"), Everybody) and not self.narrowed
+        is_opened = self.patients("Binary", "r") is EVERYBODY and not self.narrowed
         # In this order, so that it costs the same to find that another's Binary, or none, is not pointed to.
         return ((is_opened or binary.is_pointed_to(self))
-                and not named_patients(binary.content, binary.base) - {UNKNOWN})
+                and not named_patients(binary.content, binary.base) - {UNKNOWN}
+                and "contained" not in binary.content)
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very one: a
@@ -2413,13 +2414,15 @@ def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str
 
 
 def patients_within(inner: Any, base: str) -> set[str]:
-    """The patients that a contained resource names, if any; all that it refers to, where no element of its
-    type would say whose it is."""
+    """The patients that a contained resource names, if any; all that it refers to, where no element says
+    whose it is."""
     if not isinstance(inner, dict) or "contained" in inner or not isinstance(inner.get("resourceType"), str):
         return {UNKNOWN}
-    if inner["resourceType"] in OWNER_ELEMENTS and inner["resourceType"] != "Provenance":
-        return named_patients(inner, base)
     named, values = set[str](), list(inner.values())
+    if inner["resourceType"] in OWNER_ELEMENTS and inner["resourceType"] != "Provenance":
+        named = named_patients(inner, base)
+    if named:
+        return named
     for value in values:  # which grows by what is in them
         if isinstance(value, dict):
             reference = reference_of(value)
@@ -3967,7 +3970,7 @@ _RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,
 # What may mean something that is loaded later: references, and the addresses of attachments.
 _OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|https?:|[A-Z][A-Za-z]+\?)[^"]+)"')
 _BINARY_IN_JSON = re.compile(r'"url":"(https?:[^"]+/Binary/[^"]+)"')
-_ABSOLUTE = re.compile(rf"(?:https?://.+|\.\.\.)/([A-Z][A-Za-z]+)/({_ID})(?:/_history/{_ID})?")
+_ABSOLUTE = re.compile(rf"(?:https?://[^?#]+|\.\.\.)/([A-Z][A-Za-z]+)/({_ID})(?:/_history/{_ID})?")
 
 
 class Prepared(NamedTuple):
@@ -4004,8 +4007,11 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
         text.encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"can't be written as JSON: {error}")
-    row = (resource["resourceType"], resource["id"], owner(resource), " ".join(categories(resource)),
-           updated, meta["versionId"], text)
+    whose = owner(resource)
+    if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+        whose = UNKNOWN  # a resource stands where FHIR has none
+    row = (resource["resourceType"], resource["id"], whose, " ".join(categories(resource)), updated,
+           meta["versionId"], text)
     return Prepared(resource, row, search_values(resource, version), _waits_for(text, version), given)
 
 
@@ -4066,7 +4072,8 @@ def place_provenances(database: sqlite3.Connection, numbers: Iterable[int] | Non
         for (text,) in database.execute(sql, (number,)).fetchall():
             targets = database.execute(
                 "SELECT system || '/' || value, patient_id FROM search_values v JOIN resources "
-                "ON type = system AND id = value WHERE v.number = ? AND parameter = 'target'", (number,))
+                "ON type = system AND id = value WHERE v.number = ? AND parameter = 'target' "
+                "AND type != 'Provenance'", (number,))  # of one about another nobody could keep track
             whose = owner(json.loads(text), "", dict(map(tuple, targets)))
             database.execute("UPDATE resources SET patient_id = ? WHERE number = ?", (whose, number))
 
@@ -5468,7 +5475,8 @@ class FetchedResource(Resource):
         self.forwarding = forwarding
         if self.type == "Provenance":
             self.owner = owner(content, self.base, forwarding.owners)
-        forwarding.owners[f"{self.type}/{self.id}"] = self.owner
+        if id_of(content):
+            forwarding.owners[f"{self.type}/{self.id}"] = self.owner
 
     def is_pointed_to(self, access: Access) -> bool:
         """See Resource."""
@@ -5576,10 +5584,11 @@ class Forwarding:
     def documents(self) -> Iterator[Resource]:
         """The record's documents and reports, as far as MAX_PAGES pages go."""
         left, patients = MAX_PAGES, self.access.patients("Binary", "r")
+        pins = [f"patient=Patient/{quote(patient_id)}&" for patient_id in sorted(patients)]
         if isinstance(patients, Everybody):
-            patients = frozenset([self.access.patient_id] if self.access.patient_id else [])
-        for patient_id, type_name in itertools.product(sorted(patients), DOCUMENT_TYPES):
-            url = f"{self.upstream.base}/{type_name}?patient=Patient/{quote(patient_id)}&_count=100"
+            pins = [""]
+        for pin, type_name in itertools.product(pins, DOCUMENT_TYPES):
+            url = f"{self.upstream.base}/{type_name}?{pin}_count=100"
             while url and left:
                 left -= 1
                 answer = self.upstream.ask(url)

@@ -2464,6 +2464,17 @@ class FhirApi(RecordTest):
         got = self.assert_refused("Condition?colour=red", 400)
         self.assertIn("colour", got.json["issue"][0]["diagnostics"])
 
+    def test_open_access_that_is_off_shows_nothing(self) -> None:
+        with s4s.Server(open_fhir=False) as closed:
+            for path in ("Patient", f"Patient/{DANIEL}", "metadata"):
+                self.assertEqual(ask(f"{closed.open_fhir_url}/{path}").status, 404, path)
+
+    def test_a_parameter_of_a_scope_means_what_it_means_in_the_version_of_the_records(self) -> None:
+        with s4s.Server(fhir_version="dstu2") as portal:
+            token = portal.issue_token(scope="patient/MedicationOrder.rs?status=active")["access_token"]
+            orders = ask(f"{portal.fhir_url}/MedicationOrder", token=token).json["entry"]
+        self.assertEqual({order["resource"]["status"] for order in orders}, {"active"})
+
     def test_open_access_shows_everybodys_and_takes_no_writing(self) -> None:
         self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient?_count=50").json["total"], 3)
         self.assertEqual(ask(f"{self.portal.open_fhir_url}/Patient", data={}).status, 405)
@@ -2758,6 +2769,9 @@ class OnePatientAndNothingElse(RecordTest):
                 {"resourceType": "Group", "member": [{"entity": me}, {"entity": other}]},
                 {"resourceType": "Group", "member": [{"entity": {"type": "Patient", "identifier": {}}}]},
                 {"resourceType": "Provenance", "target": [other]},
+                {"resourceType": "Coverage", "subscriber": other}, {"resourceType": "Observation",
+                                                                    "performer": [other]},
+                {"resourceType": "List", "entry": [{"item": other}]},
                 {"resourceType": "Medication", "extension": [[{"valueReference": other}]]},
                 {"resourceType": "Parameters", "parameter": [{"resource": observation("y")}]})), (404, "x")]
         subjects: list[tuple[int, Any]] = [
@@ -2783,6 +2797,23 @@ class OnePatientAndNothingElse(RecordTest):
         self.assert_refused("Binary/my-file", 404, token=unreached)
         self.put(document("my-doc", ME, "Binary/their-own"))  # it says itself whose it is
         self.assert_refused("Binary/their-own", 404, token=self.narrow_token())
+        self.put(document("my-doc", ME, "Binary/full"), {
+            "resourceType": "Binary", "id": "full", "contained": [{"resourceType": "Patient", "id": OTHER}]})
+        self.assert_refused("Binary/full", 404)
+
+    def test_whoever_may_see_a_document_and_nobody_else_may_read_its_binary(self) -> None:
+        self.put(document("group-doc", ME, "Binary/group-file") | {"subject": {"reference": "Group/1"}},
+                 {"resourceType": "Binary", "id": "group-file", "contentType": "text/plain", "data": "aGk="})
+        app = App(self.portal, scope="user/*.rs")
+        back = self.portal.approve(app.authorize_url(), "clinician", security_labels=["vital-signs"])
+        narrow = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        clinician = self.issue("user/*.rs", username="clinician")
+        readers = [self.issue(f"patient/DocumentReference.{letter} patient/Binary.r") for letter in "rs"]
+        for token, name, status in (
+                (clinician, "my-file", 200), (clinician, "group-file", 404), (narrow, "my-file", 404),
+                (readers[0], "my-file", 200), (readers[1], "my-file", 200)):
+            with self.subTest(name, token=token):
+                self.assertEqual(self.get(f"Binary/{name}", token=token).status, status)
 
     def test_the_scopes_letters_and_types_hold(self) -> None:
         for scope in ("patient/*.s", "patient/*.r", "patient/Observation.rs"):  # it reads and searches
@@ -4797,7 +4828,7 @@ class LoadingRecords(unittest.TestCase):
             {"reference": name} for name in names.split()]} for place, names in enumerate((
                 "Observation/1", "Observation/1/_history/3 Practitioner/d Patient/a",
                 "Observation/1 Observation/2", "Practitioner/d", "Observation/1 Observation/3",
-                "urn:uuid:2", ""))]
+                "urn:uuid:2", "", "Provenance/p0"))]  # of the last nobody could keep track
 
         def owners() -> str:
             return "".join(records.find("Provenance", f"p{place}").owner for place in range(len(abouts)))
@@ -4805,12 +4836,21 @@ class LoadingRecords(unittest.TestCase):
             with self.subTest(given=len(given)):
                 records = self.records(*given)
                 records.load(self.bundle(*({"resource": resource} for resource in loaded)))
-                self.assertEqual(owners(), "aa???b?")
+                self.assertEqual(owners(), "aa???b??")
         # What they are about may come to be another's, and be taken back.
         records.load(observation("1", "b"))
-        self.assertEqual(owners(), "b?b??b?")
+        self.assertEqual(owners(), "b?b??b??")
         records.reset()
         self.assertEqual(owners(), "?" * len(abouts))
+
+    def test_an_address_that_only_ends_like_a_reference_places_and_opens_nothing(self) -> None:
+        viewer = "https://viewer.example/show?file=/"
+        records = self.records(
+            self.patient("a"), {"resourceType": "Binary", "id": "x"}, document("d", "a", f"{viewer}Binary/x"),
+            observation("o") | {"subject": {"reference": f"{viewer}Patient/a"}},
+            observation("n", "a", extension=[{"valueX": {"resourceType": "Patient", "id": "b"}}]))
+        self.assertEqual([records.find("Observation", name).owner for name in "on"], ["?", "?"])
+        self.assertEqual(records.pointing_to("x"), [])
 
     def test_loading_twice_gives_the_same_records_once(self) -> None:
         condition = {"resourceType": "Condition", "subject": {"reference": "urn:uuid:0a"}}
@@ -7505,7 +7545,8 @@ class Repository(unittest.TestCase):
     def test_the_readme_shows_every_option_and_endpoint_and_names_functions_that_are_there(self) -> None:
         rows = [f"| {' '.join(route.methods)} | `{route.path.replace('{}', '…')}` | {route.spec} | "
                 f"{s4s.what_it_does(route)} |\n" for route in s4s.ROUTES]
-        for words in [flag for action in s4s.build_parser()._actions for flag in action.option_strings] + rows:
+        for words in [flag for action in s4s.build_parser()._actions
+                      for flag in action.option_strings] + rows:
             self.assertTrue(words in self.readme, words)
         for name in re.findall(r"; (\w+)\(\)", self.readme):
             self.assertTrue(callable(getattr(s4s, name)), name)
