@@ -2286,13 +2286,9 @@ class Access:
         return False
 
     def _opens_file(self, binary: Resource) -> bool:
-        """Whether a Binary may be read that does not say whose it is: something that may be seen points to
-        it, or its reader may see everybody's records without limits."""
-        if not self.allows("Binary", "r"):
-            return False
-        is_opened = self.patients("Binary", "r") is EVERYBODY and not self.narrowed
+        """Whether a Binary that does not say whose it is may be read: what may be seen points to it."""
         # In this order, so that it costs the same to find that another's Binary, or none, is not pointed to.
-        return ((is_opened or binary.is_pointed_to(self))
+        return (self.allows("Binary", "r") and binary.is_pointed_to(self)
                 and not named_patients(binary.content, binary.base) - {UNKNOWN}
                 and "contained" not in binary.content)
 

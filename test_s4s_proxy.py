@@ -2809,9 +2809,11 @@ class OnePatientAndNothingElse(RecordTest):
         narrow = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
         clinician = self.issue("user/*.rs", username="clinician")
         readers = [self.issue(f"patient/DocumentReference.{letter} patient/Binary.r") for letter in "rs"]
+        service = KeyedApp(self.portal).token(scope="system/Binary.r").json["access_token"]  # is all
         for token, name, status in (
                 (clinician, "my-file", 200), (clinician, "group-file", 404), (narrow, "my-file", 404),
-                (readers[0], "my-file", 200), (readers[1], "my-file", 200)):
+                (readers[0], "my-file", 200), (readers[1], "my-file", 200),
+                (service, "group-file", 200)):
             with self.subTest(name, token=token):
                 self.assertEqual(self.get(f"Binary/{name}", token=token).status, status)
 
