@@ -266,10 +266,10 @@ def length(value: Any) -> int:
 
 
 # ======================================================================== Part One: the protocol
-# It uses of what stands below: search_table and parse_term (the records), fhir_response, FHIR_TYPE,
-# FHIR_TYPES, JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key,
-# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages),
-# scrubbed (test controls).
+# It uses of what stands below: elements, as_list, reference_of, tokens_of, attachments and DOCUMENT_TYPES (what
+# stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE, FHIR_TYPES,
+# JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt, read_jwt
+# and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages), scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -2515,85 +2515,6 @@ def categories(resource: Json) -> list[str]:
     return labels or ["other"]
 
 
-def within(values: list[Any], path: str) -> list[Any]:
-    """All that stands at a dotted path in values, through lists."""
-    for name in path.split("."):
-        values = [item for value in values if isinstance(value, dict) and name in value
-                  for item in (value[name] if isinstance(value[name], list) else (value[name],))]
-    return values
-
-
-def elements(resource: Any, *paths: str) -> list[Any]:
-    """All values at dotted paths of a resource."""
-    return [value for path in paths for value in within([resource], path)]
-
-
-DOCUMENT_TYPES = ("DocumentReference", "DiagnosticReport")  # what may open a Binary by pointing to it
-
-
-def attachments(document: Json) -> list[str]:
-    """The addresses of a DocumentReference's or DiagnosticReport's files."""
-    return list(map(str, elements(document, "content.attachment.url", "presentedForm.url")))
-
-
-def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
-    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
-    tokens: list[tuple[str, str]] = []
-    for value in values:
-        if isinstance(value, dict):
-            codings = value.get("coding")
-            for coding in codings if isinstance(codings, list) else [value]:
-                code = coding.get("code", coding.get("value")) if isinstance(coding, dict) else None
-                if isinstance(code, str):
-                    tokens.append((str(coding.get("system", "")), code))
-        elif isinstance(value, bool):
-            tokens.append(("", "true" if value else "false"))
-        elif isinstance(value, str):
-            tokens.append(("", value))
-    return tokens
-
-
-def as_list(value: Any) -> list[Any]:
-    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def reference_of(element: Any) -> str:
-    """The text of a FHIR Reference, "" if there is none."""
-    text = element.get("reference") if isinstance(element, dict) else None
-    return text if isinstance(text, str) else ""
-
-
-# FHIR's issue-type value set, where a status says nothing more particular.
-ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted",
-               429: "throttled", 503: "transient", 504: "timeout"}
-
-
-def outcome(error: PortalError) -> Json:
-    """An error as FHIR says it."""
-    other = "exception" if error.status >= 500 else "invalid"
-    code = error.error if isinstance(error, FhirError) else ISSUE_CODES.get(error.status, other)
-    return {"resourceType": "OperationOutcome", "issue": [
-        {"severity": "error", "code": code, "diagnostics": error.description}]}
-
-
-@route("GET /api/me", "S4S", cors=True, kind="fhir")
-def me(portal: Portal, request: Request) -> Response:
-    """The client of this token, and its good tokens for the same user and record; never their values."""
-    row = bearer(portal, request)
-    client = portal.client(row["client_id"])
-    tokens = portal.state.rows(
-        "SELECT tokens.scope, expires, approval_expires, patient_id FROM tokens JOIN grants USING (grant_id) "
-        "WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
-        "AND username IS ? AND patient_id IS ? ORDER BY issued",
-        portal.clock.now(), row["client_id"], row["username"], row["patient_id"])
-    return json_response({
-        "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
-            {"scope": token["scope"], "patient": token["patient_id"],
-             "access_expires": http_date(token["expires"]),
-             "approval_expires": http_date(token["approval_expires"])} for token in tokens]})
-
-
 # ######################################################################## 12 discovery
 
 
@@ -2807,6 +2728,23 @@ def userinfo(portal: Portal, request: Request) -> Response:
     need(claims, "the token's scope has no openid", "insufficient_scope", 403,
          headers=[challenge(error="insufficient_scope", scope="openid")])
     return json_response({"name": user["name"], **claims} if user and may_know_who(row) else claims)
+
+
+@route("GET /api/me", "S4S", cors=True, kind="fhir")
+def me(portal: Portal, request: Request) -> Response:
+    """The client of this token, and its good tokens for the same user and record; never their values."""
+    row = bearer(portal, request)
+    client = portal.client(row["client_id"])
+    tokens = portal.state.rows(
+        "SELECT tokens.scope, expires, approval_expires, patient_id FROM tokens JOIN grants USING (grant_id) "
+        "WHERE kind = 'access' AND NOT spent AND NOT ended AND expires > ? AND client_id = ? "
+        "AND username IS ? AND patient_id IS ? ORDER BY issued",
+        portal.clock.now(), row["client_id"], row["username"], row["patient_id"])
+    return json_response({
+        "client_id": row["client_id"], "client_name": client.name if client else row["client_id"], "tokens": [
+            {"scope": token["scope"], "patient": token["patient_id"],
+             "access_expires": http_date(token["expires"]),
+             "approval_expires": http_date(token["approval_expires"])} for token in tokens]})
 
 
 # ######################################################################## 15 keys, and backend services
@@ -3083,6 +3021,56 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 
 
 # ######################################################################## 17 search
+
+
+def within(values: list[Any], path: str) -> list[Any]:
+    """All that stands at a dotted path in values, through lists."""
+    for name in path.split("."):
+        values = [item for value in values if isinstance(value, dict) and name in value
+                  for item in (value[name] if isinstance(value[name], list) else (value[name],))]
+    return values
+
+
+def elements(resource: Any, *paths: str) -> list[Any]:
+    """All values at dotted paths of a resource."""
+    return [value for path in paths for value in within([resource], path)]
+
+
+DOCUMENT_TYPES = ("DocumentReference", "DiagnosticReport")  # what may open a Binary by pointing to it
+
+
+def attachments(document: Json) -> list[str]:
+    """The addresses of a DocumentReference's or DiagnosticReport's files."""
+    return list(map(str, elements(document, "content.attachment.url", "presentedForm.url")))
+
+
+def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
+    """(system, code) of codes, booleans, Codings, CodeableConcepts, Identifiers and ContactPoints."""
+    tokens: list[tuple[str, str]] = []
+    for value in values:
+        if isinstance(value, dict):
+            codings = value.get("coding")
+            for coding in codings if isinstance(codings, list) else [value]:
+                code = coding.get("code", coding.get("value")) if isinstance(coding, dict) else None
+                if isinstance(code, str):
+                    tokens.append((str(coding.get("system", "")), code))
+        elif isinstance(value, bool):
+            tokens.append(("", "true" if value else "false"))
+        elif isinstance(value, str):
+            tokens.append(("", value))
+    return tokens
+
+
+def as_list(value: Any) -> list[Any]:
+    """An element's values, however many: what may repeat in one version of FHIR is single in another."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def reference_of(element: Any) -> str:
+    """The text of a FHIR Reference, "" if there is none."""
+    text = element.get("reference") if isinstance(element, dict) else None
+    return text if isinstance(text, str) else ""
+
 
 # A resource is found by rows of values (SearchValue). A search is understood once, as a Query of SearchTerms,
 # which compare columns of such rows with what was asked for: in SQL, where they lie in a table (section 18),
@@ -6559,6 +6547,19 @@ def parse_json(data: bytes) -> Json:
         level = [inner for values in inside for inner in values if isinstance(inner, (dict, list))]
     need(not level, too_deep)
     return cast(Json, value)
+
+
+# FHIR's issue-type value set, where a status says nothing more particular.
+ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted",
+               429: "throttled", 503: "transient", 504: "timeout"}
+
+
+def outcome(error: PortalError) -> Json:
+    """An error as FHIR says it."""
+    other = "exception" if error.status >= 500 else "invalid"
+    code = error.error if isinstance(error, FhirError) else ISSUE_CODES.get(error.status, other)
+    return {"resourceType": "OperationOutcome", "issue": [
+        {"severity": "error", "code": code, "diagnostics": error.description}]}
 
 
 FHIR_TYPE = "application/fhir+json"
