@@ -266,10 +266,11 @@ def length(value: Any) -> int:
 
 
 # ======================================================================== Part One: the protocol
-# It uses of what stands below: elements, as_list, reference_of, tokens_of, attachments and DOCUMENT_TYPES (what
-# stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE, FHIR_TYPES,
-# JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key, sign_jwt, read_jwt
-# and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages), scrubbed (test controls).
+# It uses of what stands below: elements, as_list, reference_of, tokens_of, attachments and DOCUMENT_TYPES
+# (what stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE,
+# FHIR_TYPES, JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key,
+# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages),
+# scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
