@@ -1188,6 +1188,15 @@ class OtherSites(PortalTest):
                       body=b'{"client_id": "test-suite", "username": "clinician"}')
             self.assertEqual(got.status, 415, media_type)
 
+    def test_a_preflight_opens_what_apps_ask_and_no_page(self) -> None:
+        for path, is_open in (("/oauth/token", True), ("/api/fhir/Patient", True),
+                              ("/oauth/introspect", True), ("/oauth/authorize", False), ("/login", False),
+                              ("/apps", False)):
+            got = ask(self.portal.url + path, method="OPTIONS", headers={"Origin": "https://app.example"})
+            self.assertEqual("Authorization" in got.headers.get("access-control-allow-headers", ""), is_open,
+                             path)
+            self.assertEqual((got.status, "access-control-allow-origin" in got.headers), (204, is_open), path)
+
     def test_a_preflight_opens_no_debug_endpoint(self) -> None:
         for path in ("/oauth/debug/token", "/oauth/debug/reset", "/login", "/oauth/consent", "/launch"):
             got = ask(self.portal.url + path, method="OPTIONS", headers={"Origin": "https://evil.example"})
@@ -1215,6 +1224,8 @@ class Exposed(unittest.TestCase):
                 self.assertEqual(self.answer(host, **settings), (status, status == 421), (settings, host))
         for host, status in (("Portal.lan:8000", 200), ("portal.lan", 200), ("portal.lan.x", 421)):
             self.assertEqual(self.answer(host, "portal.LAN"), (status, status == 421), host)
+        shut = {**public, "debug": False, "open_fhir": False}  # on loopback, whatever is open
+        self.assertEqual(self.answer("rebound.example:8000", "127.0.0.1", **shut), (421, True))
 
     def test_a_false_servers_name_is_neither_aud_nor_issuer_whatever_the_host_header(self) -> None:
         """A false server sends an app on to the true one, under its own name: tokens for it would be ours."""
