@@ -2858,6 +2858,18 @@ class OnePatientAndNothingElse(RecordTest):
                               "category": [{"coding": [{"system": system, "code": code}]}]})
                     self.assertEqual(self.get(f"{name}/of-lab", token=token).status, expected)
 
+    def test_smoking_is_told_by_its_category_or_by_its_code(self) -> None:
+        token = token_for(self.portal, "smoking")
+        for category, system, code, expected in (
+                ("social-history", "http://loinc.org", "1-8", 200), ("survey", "http://loinc.org", "72166-2",
+                                                                     200),
+                ("survey", "http://loinc.org", "1-8", 404), ("survey", "http://local.example", "72166-2",
+                                                             404)):
+            with self.subTest(category, code=code):
+                self.put(observation("habit", category=[{"coding": [{"code": category}]}],
+                                     code={"coding": [{"system": system, "code": code}]}))
+                self.assertEqual(self.get("Observation/habit", token=token).status, expected)
+
     def test_who_the_user_is_may_be_read_and_not_searched_and_tells_of_nobody_else(self) -> None:
         drug, theirs = {"resourceType": "Medication"}, observation("x", OTHER)
         for username, name, key in (("daniel-adams", "Patient", ME),
