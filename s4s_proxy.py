@@ -5539,18 +5539,29 @@ class Forwarding:
         texts = [str(text) for provenance in provenances for text in elements(provenance, "target.reference")]
         wanted: dict[str, list[str]] = {}
         for name in {local_name(text, self.base) for text in texts} - self.owners.keys():
-            type_name, _, target = name.partition("/")
+            type_name = name.partition("/")[0]
             if type_name in SHARED_TYPES:
                 self.owners[name] = NOBODY
             elif type_name in OWNER_ELEMENTS and type_name != "Patient":
-                wanted.setdefault(type_name, []).append(target)
-        for type_name, targets in list(wanted.items())[:self.lookups]:
+                wanted.setdefault(type_name, []).append(name)
+        for type_name, names in wanted.items():
+            names.sort()
+            for start in range(0, len(names), 100):  # all at once might be too long for an address line
+                self.find_owners(type_name, names[start:start + 100])
+
+    def find_owners(self, type_name: str, names: list[str]) -> None:
+        """Ask whose these resources of a type are, as far as the lookups left go."""
+        ids = ",".join(name.partition("/")[2] for name in names)
+        url = f"{self.upstream.base}/{type_name}?_id={ids}&_count=100"
+        while url and self.lookups and not self.owners.keys() >= set(names):
             self.lookups -= 1
-            query = f"{type_name}?_id={','.join(sorted(targets)[:100])}&_count=100"
-            answer = self.upstream.ask(f"{self.upstream.base}/{query}")
-            if answer.status == 200:
-                for found in self.upstream.resources(answer, self.base)[1]:
-                    self.owners[f"{found.get('resourceType')}/{found.get('id')}"] = owner(found, self.base)
+            answer = self.upstream.ask(url)
+            if answer.status not in (200, 429, 503):  # it has no such type, or doesn't show it
+                break
+            own, resources = self.upstream.resources(answer, self.base)
+            for found in resources:
+                self.owners[f"{found.get('resourceType')}/{found.get('id')}"] = owner(found, self.base)
+            url = self.links(own, answer).get("next", "")
 
     def finds_binary(self, binary_id: str) -> bool:
         """Whether a document or report of the record points to a Binary. What was found is remembered, and

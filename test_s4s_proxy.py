@@ -3010,6 +3010,45 @@ class HostileAnswers(ForwardingTest):
         self.ids("Provenance")
         self.assertEqual(len(self.behind.seen), 3)
 
+    def test_provenances_of_many_things_do_not_vanish(self) -> None:
+        answer = self.behind.answer
+
+        def in_pages(target: str) -> Any:
+            path, _, query = target.partition("?_id=")
+            if path != "/fhir/Condition":
+                return answer(target)
+            ids = query.partition("&")[0].split(",")
+            self.assertLessEqual(len(ids), 100)
+            links = {"next": f"{path}?_id={','.join(ids[size:])}&_count=100"} if ids[size:] else {}
+            return json_answer(self.behind.bundle(*({
+                "resourceType": "Condition", "id": name, "subject": {"reference": f"Patient/{ME}"}}
+                for name in ids[:size]), **links))
+        for number, targets, size, lookups in (
+                (60, 2, 100, 2), (100, 2, 100, 2), (1, 101, 100, 2), (50, 2, 30, 4), (2000, 1, 100, 20)):
+            with self.subTest(number=number, targets=targets), \
+                    mock.patch.object(self.behind, "answer", in_pages):
+                about = [{"resourceType": "Provenance", "id": f"p{place}", "target": [
+                    {"reference": f"Condition/c{place}-{part}"} for part in range(targets)]}
+                    for place in range(number)]
+                self.script("Provenance", self.behind.bundle(*about))
+                self.script("Provenance/p0", about[0])
+                self.behind.seen.clear()
+                self.assertEqual(len(self.ids(f"Provenance?_count={number}")), number)
+                self.assertEqual(len(self.behind.seen), 1 + lookups)
+                self.assertEqual(self.read("Provenance/p0")["id"], "p0")
+
+    def test_whose_a_provenance_is_may_be_asked_for_at_a_busy_time(self) -> None:
+        about = {"resourceType": "Provenance", "id": "p", "target": [{"reference": "Condition/c"}]}
+        self.script("Provenance/p", about)
+        self.script("Provenance", self.behind.bundle(about))
+        for status, told, found in ((503, 503, 503), (429, 429, 429), (404, 404, 200), (403, 404, 200)):
+            self.script("Condition", {}, status, {"Retry-After": "7"})
+            for path, expected in (("Provenance/p", told), ("Provenance", found)):
+                with self.subTest(path, status=status):
+                    got = self.get(path)
+                    wait = "7" if status in (503, 429) else None
+                    self.assertEqual((got.status, got.headers.get("retry-after")), (expected, wait))
+
     def test_what_comes_along_in_a_bundle_is_judged_by_itself(self) -> None:
         mine, theirs, patient = (self.behind.records[name] for name in (
             "Observation/mine", "Observation/theirs", f"Patient/{OTHER}"))
