@@ -4966,7 +4966,7 @@ class Upstream:
             "Accept: application/fhir+json, application/json+fhir;q=0.9, application/json;q=0.8",
             f"Accept-Encoding: {'identity' if is_this_machine(self.host) else 'gzip'}",
             *settings.fhir_header))
-        self.names: list[str] = []  # bases that the server says are its own
+        self._learning = threading.Lock()
         self.forget()
         self._idle: list[Connection] = []
         send = self._send
@@ -4984,8 +4984,8 @@ class Upstream:
 
     def forget(self) -> None:
         """Forget what was found out of the server's names and abilities."""
-        self.names.clear()
-        self._spell()
+        with self._learning:
+            self._spell([])
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
     def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None,
@@ -5062,55 +5062,56 @@ class Upstream:
         safe = "!$%&'()*+,/:;=?@[]~|"
         return self.origin + quote(path, safe=safe) + ("?" + quote(query, safe=safe) if query else "")
 
-    def _spell(self) -> None:
+    def _spell(self, names: list[str]) -> None:
         """Prepare to find the server's bases, however spelled, and other traces of its names."""
-        addresses, traces, self._hints = [], [], set[str]()
-        for base in (self.base, *self.names):
+        addresses, traces, hints = [], [], set[str]()
+        for base in (self.base, *names):
             parts = urlsplit(base)
             host, port, before = parts.hostname or "", parts.port, r"(?:(?<![\w.-])|(?<=%2[Ff]))"
             path = "".join(_SLASH if char == "/" else re.escape(char) for char in parts.path)
             is_near, usual_port = is_this_machine(host), port in (None, 80, 443)
             name = _NEAR if is_near else f"(?i:{re.escape(f'[{host}]' if ':' in host else host)})"
-            where = f"{name}(?:{_COLON}0*(?:80|443))?" if usual_port else f"{name}{_COLON}0*{port}(?!\\d)"
-            if not is_near:  # the name alone tells too much
-                trace, hints = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
-            elif usual_port:  # everybody's name, and a number: only in an address is it this server's
-                trace, hints = rf"(?:(?<=/)|(?<=%2[Ff])){where}(?![\w.:-]|%3)", {"/", "%2f"}
-            else:
-                trace, hints = before + where, {str(port)}
+            with_port = f"{_COLON}0*{'(?:80|443)' if usual_port else port}(?!\\d)"
+            where = f"{name}(?:{with_port})?" if usual_port else name + with_port
+            if is_near and usual_port:  # everybody's name, and a number: only in an address is it its own
+                trace, more = rf"(?:(?<=/)|(?<=%2[Ff])){where}(?![\w.:-]|%3)", {"/", "%2f"}
+            elif is_near:
+                trace, more = before + where, {str(port)}
+            elif re.search(r"[.:]", host[:-1]):  # the name alone tells too much
+                trace, more = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
+            else:  # "fhir", "server": it may be a mere word
+                trace = (rf"(?:(?<=//)|(?<=/\\/)|(?<=%2[Ff]%2[Ff])){name}(?:{_COLON}\d+)?(?![\w-]|\.\w)"
+                         f"|{before}{name}{with_port}")
+                more = {f"//{host}", rf"/\/{host}", f"%2f{host}", f"{host}:", f"{host}%3a"}
             addresses.append(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
             traces.append(trace)
-            self._hints |= hints
-        self._addresses, self._traces = re.compile("|".join(addresses)), re.compile("|".join(traces))
+            hints |= more
+        # New ones, in one step: other threads are at their answers, each with those that it began with.
+        self._spelled = ((self.base, *names), hints,
+                         re.compile("|".join(addresses)), re.compile("|".join(traces)))
+        self.names = names  # bases that the server says are its own
 
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` for each address of the FHIR server; ValueError if not UTF-8.
         Other traces (another path on its host) become fhir-server.invalid. Base64 is not looked into."""
         text = body.decode("utf-8")
+        bases, hints, addresses, traces = self._spelled
         if "\0" in text or "\1" in text:
             raise ValueError("a control character")
         if "\\" in text and _ESCAPED_ASCII.search(text):  # \u002f is a slash: an address could hide so
             text = json.dumps(json.loads(text))
         # By way of characters that can't be in JSON, for our own address may look like a trace of theirs; and
         # from the quick to the slow: mostly, after the first step nothing is left to look for.
-        for base in (self.base, *self.names):
+        for base in bases:
             for end in '/?"' if base in text else "":
                 text = text.replace(base + end, "\0" + end)
-        if self._hinted(text):
-            text = self._addresses.sub(functools.partial(_hide, "\0", "\1"), text)
-            if self._hinted(text):
-                text = self._traces.sub(functools.partial(_hide, NOWHERE[8:], NOWHERE[8:]), text)
+        if _hinted(text, hints):
+            text = addresses.sub(functools.partial(_hide, "\0", "\1"), text)
+            if _hinted(text, hints):
+                text = traces.sub(functools.partial(_hide, NOWHERE[8:], NOWHERE[8:]), text)
         if "\0" in text or "\1" in text:
             text = text.replace("\0", ours).replace("\1", quote(ours, safe=""))
         return text
-
-    def _hinted(self, text: str) -> bool:
-        """Whether something of the FHIR server's address may be in a text."""
-        lower = text if all(map(str.isdecimal, self._hints)) else text.lower()
-        for hint in self._hints:  # any() would take twice as long
-            if hint in lower:
-                return True
-        return False
 
     def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
         """The resource in an answer, and its text, with our addresses."""
@@ -5128,7 +5129,7 @@ class Upstream:
         """See split_bundle; with our addresses. Where its link to itself tells another name of the server
         (what stands before the path that was asked for), it is judged again, with that name known."""
         check_status(answer)
-        known, path = len(self.names), urlsplit(answer.url).path[len(self.path):]
+        known, path = self.names, urlsplit(answer.url).path[len(self.path):]
         try:
             own, judged = split_bundle(self.rewritten(answer.body, ours), judge)
         except (ValueError, RecursionError):
@@ -5139,7 +5140,7 @@ class Upstream:
             url = url.partition("?")[0]
             if relation == "self" and url.endswith(path):
                 self._learn(url[:-len(path)], ours)
-        return (own, judged) if len(self.names) == known else self.bundle(answer, ours, judge)
+        return (own, judged) if self.names is known else self.bundle(answer, ours, judge)
 
     def resources(self, answer: Answer, ours: str) -> tuple[Json, list[Json]]:
         """The own members of the Bundle in an answer, and the resources in it."""
@@ -5151,9 +5152,9 @@ class Upstream:
         one: whoever wrote it might name another server."""
         with contextlib.suppress(StartError):  # it is no address that a FHIR base can have
             name = fhir_base(name)
-            if len(self.names) < 20 and name not in (ours, self.base, *self.names):
-                self.names.append(name)
-                self._spell()
+            with self._learning:
+                if len(self.names) < 20 and name not in (ours, self.base, *self.names):
+                    self._spell([*self.names, name])
 
     def statement(self, now: float, share: float = 1.0) -> Json:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), kept for five minutes."""
@@ -5183,6 +5184,15 @@ def is_this_machine(host: str) -> bool:
         return is_loopback(host)
     unspecified = bytes(16), mapped + bytes(4)  # :: and 0.0.0.0 reach it too
     return packed.startswith(mapped + b"\x7f") or packed in (bytes(15) + b"\1", *unspecified)
+
+
+def _hinted(text: str, hints: set[str]) -> bool:
+    """Whether something of the FHIR server's address may be in a text."""
+    lower = text if all(map(str.isdecimal, hints)) else text.lower()
+    for hint in hints:  # any() would take twice as long
+        if hint in lower:
+            return True
+    return False
 
 
 def _hide(plain: str, encoded: str, match: re.Match[str]) -> str:
@@ -7821,8 +7831,10 @@ def fhir_base(url: str) -> str:
     'https://example.org/R4'
     """
     url = url.rstrip("/")
-    match = re.fullmatch(r"(?i)(https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::(\d{1,5}))?)(/[!-~]*)?", url)
-    if not match or not 0 < int(match[2] or 80) < 65536 or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
+    host = r"(?:[a-z0-9_-]{1,63}(?:\.|(?=[:/]|$)))+|\[[0-9a-f:.]+\]"
+    match = re.fullmatch(rf"(?i)(https?://(?:{host})(?::(\d{{1,5}}))?)(/[!-~]*)?", url)
+    good = match and is_web_url(match[1]) and 0 < int(match[2] or 80) < 65536
+    if not match or not good or re.search(r"[?#\\\"<>]|/\.", match[3] or ""):
         raise StartError(f"--fhir-server {url}: give its FHIR base, http(s), without user, query or fragment")
     return match[1].lower() + (match[3] or "")
 

@@ -5128,6 +5128,19 @@ class NoAddressGetsOut(ForwardingTest):
                 ("http://localhost/r4", "http://127.1/r4/Patient/1", ours + "/Patient/1"),
                 ("http://localhost/r4", "http://[0::1]:80/admin", "http://fhir-server.invalid/admin"),
                 ("http://localhost/r4", "2130706433 or localhost", "2130706433 or localhost"),
+                ("http://fhir:8080/fhir", "http://FHIR:8080/fhir/Patient/1", ours + "/Patient/1"),
+                ("http://fhir:8080/fhir", "http://hl7.org/fhir/us/core", "http://hl7.org/fhir/us/core"),
+                ("http://fhir:8080/fhir", "FHIR, http://fhir.org/fhir", "FHIR, http://fhir.org/fhir"),
+                ("http://fhir:8080/fhir", "http://hapi-fhir:8080/fhir", "http://hapi-fhir:8080/fhir"),
+                ("http://fhir:8080/fhir", "http://fhir:8080/x", "http://fhir-server.invalid/x"),
+                ("http://fhir:8080/fhir", "ftp://FHIR:9/x", "ftp://fhir-server.invalid/x"),
+                ("http://fhir:8080/fhir", "see //fhir.", "see //fhir-server.invalid."),
+                ("http://fhir:8080/fhir", "at fhir:08080, fhir%3a8080",
+                 "at fhir-server.invalid, fhir-server.invalid"),
+                ("http://fhir:8080/fhir", r"ftp:\/\/fhir\/x", r"ftp:\/\/fhir-server.invalid\/x"),
+                ("http://fhir:8080/fhir", "a=ftp%3A%2F%2Ffhir%2Fx", "a=ftp%3A%2F%2Ffhir-server.invalid%2Fx"),
+                ("http://server", "a server: http://server:80/Patient/1", f"a server: {ours}/Patient/1"),
+                ("http://server/r4", "server:443, http://Server", "fhir-server.invalid, http://fhir-server.invalid"),
                 ("http://localhost/r4", "http://127.0.0.1.example/r4/", "http://127.0.0.1.example/r4/"),
                 ("http://127.1:9/r4", "http://localhost:9/r4/Patient/1", ours + "/Patient/1"),
                 ("http://127.1:9/r4", "http://10.0.0.1:9/r4/Patient/1", "http://10.0.0.1:9/r4/Patient/1"),
@@ -5161,7 +5174,8 @@ class NoAddressGetsOut(ForwardingTest):
 
     def test_the_name_that_its_metadata_tells_is_hidden_from_the_first_read_on(self) -> None:
         there, ours = "http://hidden.example/r4", self.portal.fhir_url
-        wrong: tuple[Any, ...] = (7, None, "x", "http://[", "http://h:x/", "http://user@h/", {"a": ["b"]})
+        wrong: tuple[Any, ...] = (7, None, "x", "http://[", "http://h:x/", "http://user@h/", {"a": ["b"]},
+                                  "http://[1:2:3]:5/x")
         for name in (there, there + "/", "HTTP://hidden.example/r4", *wrong):
             self.script("metadata", {**WhatIsBehind.STATEMENT, "implementation": {"url": name}})
             for text, expected in (("x", "x"),) if name in wrong else (
@@ -5173,6 +5187,33 @@ class NoAddressGetsOut(ForwardingTest):
                     self.portal.reset()
                     self.token = self.issue(self.scope)
                     self.assertEqual(self.spelled(text)["note"], expected)
+
+    def test_a_link_to_itself_by_a_name_that_cannot_be_is_ignored(self) -> None:
+        for _ in range(2):
+            self.script("Observation", self.behind.bundle(
+                observation("mine", note=self.behind.url), self="http://[1:2:3]:5/x/Observation"))
+            self.assertIn("mine", self.clean("Observation"))
+
+    def test_while_one_name_is_learned_others_stay_hidden_and_are_learned(self) -> None:
+        is_near, reads, notes = s4s.is_this_machine, [1], list[str]()
+        self.script("Observation/mine",
+                    observation("mine", note=f"http://localhost:{self.behind.port}/fhir/Patient/1"))
+        for name, host in (("Condition", "hidden.example"), ("Goal", "hidden.example.net")):
+            self.script(name, self.behind.bundle(self=f"http://{host}/r4/{name}"))
+        goal = threading.Thread(target=self.ids, args=("Goal",))
+
+        def meanwhile(host: str) -> bool:
+            if reads and reads.pop():
+                notes.append(self.read("Observation/mine")["note"])
+                goal.start()
+                goal.join(0.2)  # it can't be learned now, or the other would replace it
+            return bool(is_near(host))
+        with mock.patch.object(s4s, "is_this_machine", meanwhile):
+            self.ids("Condition")
+            goal.join()
+        self.assertEqual(notes, [f"{self.portal.fhir_url}/Patient/1"])
+        self.assertEqual(self.spelled("http://hidden.example/r4 http://hidden.example.net/r4")["note"],
+                         f"{self.portal.fhir_url} {self.portal.fhir_url}")
 
     def test_no_resource_teaches_another_name(self) -> None:
         told = json.dumps(self.behind.bundle(observation("mine", note="http://loinc.org/1"))).replace(
@@ -5694,7 +5735,8 @@ class WhatIsBehind(ForwardingTest):
     def test_settings_that_cannot_be(self) -> None:
         wrong: dict[str, tuple[Any, ...]] = {
             "fhir_server": ("ftp://x/", "x", "http://u@h/", "http:///x", "http://h/?a", "http://h/#a",
-                            "http://h:99999", "http://h/../a", 7),
+                            "http://h:99999", "http://h/../a", "http://a..b", f"http://{'x' * 64}", 7,
+                            *("http://[1:2:3]:5/x" for _ in range(sys.version_info >= (3, 11, 4)))),
             "fhir_header": ("x", "A: b\r\nC: d", ["Host: x"], "Content-Length: 1", "A:"),
             "fhir_timeout": (0, float("nan"), "soon", 1e9)}
         for name, values in wrong.items():
