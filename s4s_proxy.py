@@ -1416,6 +1416,7 @@ def set_cookie(portal: Portal, request: Request, value: str) -> str:
 # ######################################################################## 8 the authorization request
 
 PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, LAUNCH_SECONDS, DAY = 1800, 60, 3600, 300, 86400
+MAX_PENDING = 2000  # that wait for a decision: anybody may ask, and each may hold 24 KiB
 
 
 @route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART", kind="page", fault="authorize")
@@ -1454,6 +1455,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
         forget_expired(database, "pending", now)
         database.execute("INSERT INTO pending VALUES (?, ?, ?, ?)",
                          (request_id, asked.client.client_id, json.dumps(details), now + PENDING_SECONDS))
+        database.execute("DELETE FROM pending WHERE rowid <= last_insert_rowid() - ?", (MAX_PENDING,))
     return request_id
 
 
@@ -7869,6 +7871,7 @@ class Seeds:
         self.patients: list[tuple[Any, ...]] = []
         self.claims: list[tuple[str, str]] = []
         self.clients: dict[str, Client] = {}
+        self._secrets: set[str] = set()
         samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
         for username, name, fhir_user, any_patient in DEMO_USERS:
             if samples or any_patient:
@@ -7887,8 +7890,8 @@ class Seeds:
             self.add_option(text)
         if settings.fixtures is not None:
             self.add_fixtures(settings.fixtures)
-        # As hashes; not drawn here, they may look like anything, and must still get into no log.
-        self.secrets = {client.secret_hash for client in self.clients.values()}
+        # Not drawn here, they may look like anything, and must still get into no log.
+        self.known = pattern_of(self._secrets)
 
     def write(self, database: sqlite3.Connection, now: float) -> None:
         """Put them in place of older ones."""
@@ -7919,6 +7922,7 @@ class Seeds:
         method, but = kept["token_endpoint_auth_method"], "but" if secret else "without"
         start_needs(method.startswith("client_secret") == bool(secret),
                     f"{where}: token_endpoint_auth_method is {method}, {but} a client_secret")
+        self._secrets.add(secret or "")
         self.clients[client_id] = Client(client_id, hash_secret(secret) if secret else None, kept)
         return self.clients[client_id]
 
@@ -8406,17 +8410,24 @@ class RecordedRequest:
         self.body = request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace")
         self.client_id, self.username, self._portal = request.client_id, request.username, portal
 
-    def redacted(self) -> Json:
-        """The same as JSON, fit for a log: whatever may hold a secret is replaced."""
-        shown = Redaction(functools.partial(gave_out, self._portal), self.path.startswith("/api/"))
+    def redacted(self, own: Collection[str] = ()) -> Json:
+        """The same as JSON, fit for a log: whatever may hold a secret is replaced. own: those that came with
+        this request, learnt at a first go: it may have them elsewhere, too."""
+        found = pattern_of(own).pattern if len(own) <= MAX_OWN_SECRETS else "(?s).+"
+        shown = Redaction(functools.partial(gave_out, self._portal), self.path.startswith("/api/"),
+                          re.compile(f"{found}|{self._portal.seeds.known.pattern}"))
         media_type, body = self.headers.get("content-type", "").lower(), self.body and REDACTED
         if "x-www-form-urlencoded" in media_type or ("json" in media_type and self.body[:1] in ("{", "[")):
             body = shown.text(self.body)  # of any other kind, nobody can tell where in it a secret stands
-        headers = {shown.text(name): REDACTED if _SECRET_HEADER.search(name) else shown.text(value)
+        secret = {name for name in self.headers if _SECRET_HEADER.search(name)}
+        for name in secret:  # credentials, and cookies' values
+            shown.came.update(re.findall(r"(?:^|[=\s])([^\s;,=]{8,}=*)(?=[\s;,]|$)", self.headers[name]))
+        headers = {shown.text(name): REDACTED if name in secret else shown.text(value)
                    for name, value in self.headers.items()}
-        return {"method": self.method, "path": shown.text(self.path), "query": shown.text(self.query),
-                "status": self.status, "headers": headers, "body": body, "client_id": self.client_id,
-                "username": self.username}
+        told = {"method": self.method, "path": shown.text(self.path), "query": shown.text(self.query),
+                "status": self.status, "headers": headers, "body": body,
+                "client_id": shown.text(self.client_id), "username": shown.text(self.username)}
+        return self.redacted(shown.came) if shown.came and not own else told
 
     def __repr__(self) -> str:
         return f"RecordedRequest({', '.join(f'{name}={value!r}' for name, value in self.redacted().items())})"
@@ -8425,84 +8436,96 @@ class RecordedRequest:
 REDACTED = "[redacted]"
 _SECRET_HEADER = re.compile("auth|cookie|token|secret|passw|key|credential|session|assertion")
 _SECRET_NAME = re.compile(  # a field's, whatever kind of request it is in
-    "secret|passw|assertion$|authorization|cookie|verifier|credential|api[-_]?key|_token|id_token_hint")
+    "secret|passw|^pwd?$|assertion$|authorization|cookie|verifier|credential|api[-_]?key|_token|id_token_hint")
 _OAUTH_NAMES = frozenset(("code", "launch", "request", "token"))       # where FHIR's search has harmless ones
 _KEY_NAMES = frozenset(("d", "p", "q", "dp", "dq", "qi", "k", "oth"))  # of a private key (RFC 7518 section 6)
 _SIGNED_OR_KEY = re.compile(
     r"(?s)(?<![\w-])eyJ[\w-]+\.[\w-]+\.[\w-]*|-----BEGIN[A-Z +]*PRIVATE.KEY-----.*?(?:-----END|$)")
 _FIELD = re.compile(r"""([^\s&?#;"'=]+)(?:=("[^"]*"|'[^']*'|[^\s&"']*))?""")
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-_LOOKS_DRAWN = re.compile(_UUID.pattern + "|[A-Za-z0-9_-]{32,}")
+_LOOKS_DRAWN = re.compile("[A-Za-z0-9_-]{32,}")                           # UUIDs too
+_DRAWN_WITHIN = re.compile(f"(?=({_UUID.pattern}|[A-Za-z0-9_-]{{32}}))")  # at each place: they may overlap
+_ESCAPED = re.compile(r"\\u([0-9A-Fa-f]{4})")
+MAX_OWN_SECRETS = 20  # of one request, to be found wherever else it has them; of one with more, all is hidden
+
+
+def pattern_of(known: Iterable[str]) -> re.Pattern[str]:
+    """What finds these secrets in a text, the short ones as words; spaces may be + there, as in forms, and
+    what is not ASCII may be in any encoding."""
+    patterns = []
+    for secret in sorted(filter(None, known), key=len, reverse=True):
+        text = re.sub(r"[^\0-\x7f]+", r"[^\\0-\\x7f]+", re.sub(r"\\[ +]", "[ +]", re.escape(secret)))
+        patterns.append(text if len(secret) >= 8 else rf"(?<![^\W_]){text}(?![^\W_])")
+    return re.compile("|".join(patterns) or "(?!)")
 
 
 class Redaction:
-    """Hides the secrets in what a client sent: by value, wherever they stand, those that `is_secret` knows;
-    by the field's name what it can't know: other servers', and what is kept as a hash or not at all."""
-    def __init__(self, is_secret: Callable[[str], bool], of_fhir: bool):
+    """Hides the secrets in what a client sent: by value, wherever they stand, those that `known` finds, and
+    those drawn here, which `is_secret` knows; by the field's name what else `came`: other servers', and what
+    is kept as a hash or not at all."""
+    def __init__(self, is_secret: Callable[[str], bool], of_fhir: bool, known: re.Pattern[str]):
         self.is_secret, self.names = is_secret, frozenset[str]() if of_fhir else _OAUTH_NAMES
+        self.known, self.came = known, set[str]()
 
     def text(self, text: str, depth: int = 0) -> str:
         """A path, query, form, header, JSON, or any other text; also what is encoded in it."""
         if depth > 8:
             return REDACTED
-        if text[:1] in ("{", "["):
-            try:
-                return json.dumps(self.json(json.loads(text), depth + 1))
-            except (ValueError, RecursionError):
-                return REDACTED
+        if text.lstrip("+ \t\r\n")[:1] in ("{", "["):
+            for spaced in (text.lstrip("+"), text.replace("+", " ")):
+                with contextlib.suppress(ValueError, RecursionError):
+                    return json.dumps(self.json(json.loads(spaced), depth + 1))
+            return REDACTED
 
         def shown(match: re.Match[str]) -> str:
             name, value = match.groups()
             if value is None:
                 return self.word(name, depth)
             plain = unquote(name).lower()
-            secret = plain in self.names or _SECRET_NAME.search(plain) or self.is_secret(decode_plus(value))
-            return f"{self.word(name, depth)}={REDACTED if secret else self.text(value, depth + 1)}"
-        return _FIELD.sub(shown, _SIGNED_OR_KEY.sub(REDACTED, text))
+            if plain in self.names or _SECRET_NAME.search(plain):
+                self.came.add(decode_plus(value).strip("\"'"))
+                return f"{self.word(name, depth)}={REDACTED}"
+            return f"{self.word(name, depth)}={self.text(value, depth + 1)}"
+        hidden = _FIELD.sub(shown, _SIGNED_OR_KEY.sub(REDACTED, self.known.sub(REDACTED, text)))
+        return REDACTED if self.known.search(unquote(hidden)) else hidden  # a part encoded, a part not
 
     def json(self, value: Any, depth: int) -> Any:
         """JSON, decoded."""
         if isinstance(value, dict):
             secret = {name for name in value if _SECRET_NAME.search(name.lower())
                       or name.lower() in self.names or (self.names and name in _KEY_NAMES)}
+            self.came.update(value[name] for name in secret if isinstance(value[name], str))
             return {self.text(name, depth): REDACTED if name in secret else self.json(inner, depth)
                     for name, inner in value.items()}
         if isinstance(value, list):
             return [self.json(inner, depth) for inner in value]
-        if isinstance(value, str):
-            return REDACTED if self.is_secret(value) else self.text(value, depth)
-        return value
+        return self.text(value, depth) if isinstance(value, str) else value
 
     def word(self, word: str, depth: int) -> str:
         """A word, which may be a secret, hold one, or be the encoding of a text."""
-        plain = unquote(word)
+        plain = _ESCAPED.sub(lambda match: chr(int(match[1], 16)), unquote(word))
         if plain != word:
             hidden = self.text(plain, depth + 1)
-            return word if hidden == plain else quote(hidden, safe="/[]")
-        for part in {word, *re.split(r"[^\w~-]+", word), *_UUID.findall(word)}:
-            if part and self.is_secret(part):
-                word = word.replace(part, REDACTED)
-        return word
+            return word if hidden == plain else quote(hidden, safe="/[]", errors="replace")
+        return _LOOKS_DRAWN.sub(self.drawn, word)
+
+    def drawn(self, match: re.Match[str]) -> str:
+        """Characters such as drawn secrets have: hidden if one is among them, whatever is glued to it."""
+        return REDACTED if any(map(self.is_secret, _DRAWN_WITHIN.findall(match[0]))) else match[0]
 
 
 def gave_out(portal: Portal, word: str) -> bool:
-    """Whether a word is a secret of a client, or one that this portal drew: live, spent or forgotten."""
-    is_uuid = _UUID.fullmatch(word)
-    word = word.lower() if is_uuid else word
-    if hash_secret(word) in portal.seeds.secrets:
-        return True
+    """Whether a word is a secret that this portal drew: live, spent or forgotten."""
+    word = word.lower() if _UUID.fullmatch(word) else word
     known = ("SELECT 1 FROM tokens WHERE token = ?1 UNION ALL SELECT 1 FROM sessions WHERE session_id = ?1 "
              "UNION ALL SELECT 1 FROM launches WHERE launch = ?1 UNION ALL SELECT 1 FROM forgotten "
              "WHERE secret = ?1 UNION ALL SELECT 1 FROM clients WHERE secret_hash = ?2 LIMIT 1")
-    return bool((is_uuid or len(word) == 32) and portal.state.row(known, word, hash_secret(word)))
+    return bool(portal.state.row(known, word, hash_secret(word)))
 
 
 def scrubbed(portal: Portal, text: str) -> str:
     """A text without clients' secrets and what looks like one drawn here: an app may send them anywhere."""
-    def is_secret(word: str) -> bool:
-        return bool(_LOOKS_DRAWN.fullmatch(word)) or hash_secret(word) in portal.seeds.secrets
-    text = re.sub("'([^']+)'", lambda quoted: REDACTED if is_secret(quoted[1]) else quoted[0], text)
-    return _LOOKS_DRAWN.sub(REDACTED, Redaction(is_secret, of_fhir=True).text(text))
+    return Redaction(bool, of_fhir=True, known=portal.seeds.known).text(text)
 
 
 def write_log(line: str) -> None:

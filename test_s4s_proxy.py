@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 from unittest import mock
-from urllib.parse import parse_qsl, quote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus, urlencode, urljoin, urlsplit
 
 import s4s_proxy as s4s
 
@@ -1618,6 +1618,14 @@ class AuthorizationRequest(PortalTest):
         app = App(self.portal)
         app.client_id = self.portal.register_client(redirect_uris=[long])["client_id"]
         self.assertEqual(ask(app.authorize_url(redirect_uri=long)).status, 400)
+
+    def test_of_those_that_wait_for_a_decision_the_newest_are_kept(self) -> None:
+        with mock.patch.object(s4s, "MAX_PENDING", 3), s4s.Server() as portal:
+            app, browser = App(portal), Browser(portal)
+            waiting = [ask(app.authorize_url()).headers["location"] for _ in range(5)]
+            browser.sign_in()
+            self.assertEqual([browser.open(page).status for page in waiting], [400, 400, 200, 200, 200])
+            self.assertEqual(len(portal.portal.state.rows("SELECT * FROM pending")), 3)
 
     def test_everything_else_goes_back_to_the_app(self) -> None:
         evil, launch = "https://evil.example/api/fhir", "launch patient/*.rs"
@@ -6826,6 +6834,8 @@ class Secrets(unittest.TestCase):
             for secret in given:
                 for text in (secret, secret.replace("-", "%2D"), f"x={secret}", f"x%3D{secret}",
                              f"{secret}=1", f"next=%2Fa%3Fb%3D{secret}%26c",
+                             f"11111111-1111-1111-1111-2222{secret}", f"0{secret}0", f"{secret}~",
+                             f"note=code_{secret}", f"a-{secret}{secret}",
                              f"u=https%253A%252F%252Fa%253Fb%253D{secret}"):
                     referer = {"Referer": f"https://a.example/?{text}"}
                     ask(f"{portal.fhir_url}/Observation?{text}", headers=referer)
@@ -6839,7 +6849,62 @@ class Secrets(unittest.TestCase):
                      ask(portal.url + "/oauth/debug/requests").text, "\n".join(lines)]
         for secret in [*given, *came]:
             for number, text in enumerate(shown):
+                secret = secret if secret in text else secret[-20:]  # nor most of it
                 self.assertNotIn(secret, text, (number, text[max(0, text.find(secret) - 300):][:400]))
+
+    def test_secrets_of_any_characters_are_hidden_however_they_are_written(self) -> None:
+        known = ("correct horse battery", "päss/wörd", "tea & 2+2=5", "ab c")
+        clients = [{"client_id": f"own-{number}", "client_secret": secret,
+                    "redirect_uris": ["https://a.example/"]} for number, secret in enumerate(known)]
+        with s4s.Server(fixtures={"clients": clients}, quiet=False, verbose=True) as portal:
+            lines: list[str] = []
+            portal.portal.log = lines.append
+            for secret in known:
+                escaped = "".join(f"\\u{ord(char):04x}" for char in secret)
+                part = secret[:-4] + "".join(f"%{byte:02X}" for byte in secret[-4:].encode())
+                for text in (quote(secret, safe=""), quote_plus(secret), quote_plus(quote(secret, safe="")),
+                             quote(secret, safe="", encoding="latin-1"), quote(part, safe="%"),
+                             quote(f' {{"a": "{escaped}"}}'), "+" + quote(f'{{"a": "{escaped}"}}'),
+                             quote(f'see {{"a": "{escaped}"}}')):
+                    url = f"{portal.url}/nothing/{text}?x={text}&y=my+{text}+ok"
+                    ask(url, headers={"X-Odd": f"is {text}"})
+                for text in (secret, f"is {secret} ok", part):
+                    sent = text.encode().decode("latin-1")
+                    ask(portal.url + "/oauth/register", headers={"X-Odd": sent},
+                        data={"a": f"my {text}.", text: 1})
+            self.assertIn("400 ", lines[-1])
+            shown = [repr(portal.requests), ask(portal.url + "/oauth/debug/requests").text, "\n".join(lines)]
+        for text in shown:
+            for _ in range(3):
+                text = unquote_plus(re.sub(r"\\+u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), text))
+            for piece in ("orse", "batter", "2+2", "ss/w", "p\xe4", "ab c"):
+                self.assertNotIn(piece, text, text[max(0, text.find(piece) - 100):][:150])
+
+    def test_what_came_as_a_secret_is_hidden_wherever_else_the_request_has_it(self) -> None:
+        with s4s.Server() as portal:
+            for path, form in (
+                    ("/login", {"username": "open-sesame", "password": "open-sesame"}),
+                    ("/login?next=/open-sesame", {"username": "x", "password": "open-sesame"}),
+                    ("/open-sesame", {"x": '{"password": "open-sesame"}'}),
+                    ("/oauth/token", {"client_secret": "open-sesame", "a": "my open-sesame"}),
+                    ("/oauth/token", {"client_secret": "open-sesame", "open-sesame": "1"}),
+                    ("/oauth/token", {"client_id": "open-sesame", "code": "open-sesame"}),
+                    ("/oauth/token", {"x": ' {"p\\u0061ssword": "open-sesame"}', "y": "open-sesame"}),
+                    ("/x", {"pw": "open-sesame", "b": "x%2525open-sesame"}),
+                    ("/x", {f"password{number}": f"{number}open-sesame" for number in range(300)})):
+                with self.subTest(path=path, form=form):
+                    ask(portal.url + path, form=form)
+                    self.assertNotIn("sesame", repr(portal.requests[-1]))
+            for header in ("Bearer open-sesame", "Basic b3BlbjpzZXNhbWU="):
+                value = header.split()[1]
+                ask(f"{portal.fhir_url}/Patient?x={quote(value)}",
+                    headers={"Authorization": header, "X-Odd": value})
+                self.assertNotIn(value.rstrip("="), repr(portal.requests[-1]))
+            app = App(portal)
+            ask(app.authorize_url(password=app.client_id))
+            self.assertNotIn(app.client_id, repr(portal.requests[-1]))
+            ask(portal.url + "/x?y=open-sesame", headers={"Cookie": "a=1; theirs=open-sesame; b=2"})
+            self.assertNotIn("sesame", repr(portal.requests[-1]))
 
     def dead_secrets(self, portal: s4s.Server, app: App, browser: Browser) -> list[str]:
         """A launch handle that was used, a code that expired, a session that ended: no table has them now."""
@@ -6893,9 +6958,11 @@ class Secrets(unittest.TestCase):
         with s4s.Server() as portal:
             form, started = {"Content-Type": "application/x-www-form-urlencoded"}, time.process_time()
             for text in ("eyJ" * 20_000, "a=" * 30_000, "%25" * 20_000, "-----BEGIN " * 5000, '"=' * 30_000,
-                         "{" * 60_000, "a-" * 30_000, "0" * 60_000):
+                         "{" * 60_000, "a-" * 30_000, "0" * 60_000, "00000000-0000-0000-0000-" * 2500,
+                         ("0" * 300 + ".") * 200, "&".join(f"password{i}=p{i}" for i in range(4000)),
+                         "&".join(f"password{i}={i}" for i in range(20)) + "&x=" + "p0" * 30_000):
                 ask(portal.url + "/oauth/token", body=text.encode(), headers=form)
-            self.assertEqual(len(ask(portal.url + "/oauth/debug/requests").json["requests"]), 8)
+            self.assertEqual(len(ask(portal.url + "/oauth/debug/requests").json["requests"]), 12)
             self.assertLess(time.process_time() - started, 5)
 
     def keep(self, answer: Any) -> Any:
