@@ -1488,10 +1488,11 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """One of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
     Only the port may differ, of a native app that listens on this machine (RFC 8252 section 7.3, RFC 9700
-    section 4.1.3); without PKCE it gets nothing anyway."""
+    section 4.1.3): what listens on another can do nothing with a code that PKCE binds. No challenge, no code."""
     uri, client = asked.fields.need("redirect_uri"), asked.client
     registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
-    native = client.auth_method == "none" and is_web_url(uri)
+    bound = asked.portal.settings.pkce or asked.fields.values.get("code_challenge")
+    native = bound and client.auth_method == "none" and is_web_url(uri)
     but_for_port = native and without_loopback_port(uri) in map(without_loopback_port, registered)
     need(uri in registered or but_for_port, f"redirect_uri {uri!r} is not of {client.client_id!r}: expected, "
          f"to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
@@ -1538,13 +1539,16 @@ def check_response_type(asked: Authorization) -> None:
 
 
 def check_pkce(asked: Authorization) -> None:
-    """A challenge from every public client: it alone ties the code to the app (RFC 7636)."""
+    """A challenge from every public client: it alone ties the code to the app (RFC 7636). Apps of SMART 1.0's
+    day have none: --no-pkce lets them in."""
     code_challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
+    settings, public = asked.portal.settings, asked.client.auth_method == "none"
     if not code_challenge:
-        required = asked.client.auth_method == "none" or asked.portal.settings.strict
-        need(not required, "code_challenge is missing (PKCE, RFC 7636)")
+        hint = "" if settings.strict else "; --no-pkce lets in old apps that have none"
+        need(not (settings.strict or (public and settings.pkce)),
+             f"code_challenge is missing (PKCE, RFC 7636){hint}")
         need(not method, "code_challenge_method is given without code_challenge")
-        asked.request.note("no PKCE: a client with a secret or keys may go without, unless --strict")
+        asked.request.note("no PKCE: this client may go without, by its secret or keys or by --no-pkce")
         return
     # "plain" would send the verifier itself through the browser, for a thief to read (RFC 7636 section 7.2).
     need(method == "S256", f"code_challenge_method is {method or 'missing, so plain'}; expected S256")
@@ -7769,6 +7773,7 @@ class Settings:
                                "ID[:SECRET]=REDIRECT_URI")
     db: str | None = option(None, "keep state in this SQLite file (default: in memory)", "FILE")
     strict: bool = option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    pkce: bool = option(True, "ask public clients for PKCE (default: on); off lets SMART 1.0's apps in")
     open_fhir: bool | None = option(
         None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
     debug: bool | None = option(None, "serve /oauth/debug/* (default: on loopback only)")
@@ -7792,6 +7797,7 @@ class Settings:
             start_needs(is_web_url(url), f"--base-url {url}: give an absolute http or https address")
         start_needs(self.certfile or not self.keyfile, "--keyfile is given without --certfile")
         start_needs(not (self.quiet and self.verbose), "--quiet and --verbose exclude each other")
+        start_needs(self.pkce or not self.strict, "--strict and --no-pkce exclude each other")
         start_needs(not self.fhir_server or all(source == "none" for source in self.data),
                     "--data and --fhir-server exclude each other: load the data into that server")
         if self.fhir_server is not None:
@@ -8934,7 +8940,7 @@ def build_parser() -> argparse.ArgumentParser:
         kind = Settings.__annotations__[name]
         shown: Json = {"default": argparse.SUPPRESS, "help": option.text}
         if kind.startswith("bool"):
-            shown["action"] = "store_true" if kind == "bool" else argparse.BooleanOptionalAction
+            shown["action"] = "store_true" if option.default is False else argparse.BooleanOptionalAction
         else:
             shown.update(metavar=option.placeholder, type={"int": int, "float": float}.get(kind, str))
             if kind.startswith("list"):
@@ -8970,6 +8976,8 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
     open_to_all = [f"{url}/api/open-fhir/ (every record)"] if settings.serves_open_fhir else []
     if settings.serves_debug:
         open_to_all.append(f"{url}/oauth/debug/ (tokens for anybody)")
+    if not settings.pkce:
+        open_to_all.append("the code of a public client, for whoever steals it (--no-pkce)")
     return "\n".join([
         f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
         f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",

@@ -1711,14 +1711,30 @@ class AuthorizationRequest(PortalTest):
         tokens = App(self.portal, grant_types=["authorization_code"]).tokens()
         self.assertEqual(("refresh_token" in tokens, tokens["scope"]), (False, "launch/patient patient/*.rs"))
 
-    def test_a_confidential_client_may_leave_out_aud_and_pkce_and_a_public_one_not_pkce(self) -> None:
+    def test_a_public_client_needs_pkce_unless_told_and_then_a_challenge_binds(self) -> None:
+        plain = {"code_challenge": None, "code_challenge_method": None}
         public = App(self.portal, token_endpoint_auth_method="none")
-        got = ask(public.authorize_url(code_challenge=None, code_challenge_method=None))
+        got = ask(public.authorize_url(**plain))
         self.assertEqual(got.location.get("error"), "invalid_request")
-        app = App(self.portal, token_endpoint_auth_method="client_secret_post")
-        code = app.code(code_challenge=None, code_challenge_method=None, aud=None)
-        self.assertEqual(app.exchange(code).json["error"], "invalid_grant", "a verifier without a challenge")
-        self.assertEqual(app.exchange(code, code_verifier="").status, 200)
+        self.assertIn("--no-pkce", got.location["error_description"])
+        with s4s.Server(pkce=False) as portal:
+            for app in (App(portal, token_endpoint_auth_method="none"),
+                        App(self.portal, token_endpoint_auth_method="client_secret_post")):
+                code = app.code(**plain, aud=None)
+                self.assertEqual(app.exchange(code).json["error"], "invalid_grant", "a verifier unasked")
+                self.assertEqual(app.exchange(code, code_verifier="").status, 200)
+            app = App(portal, token_endpoint_auth_method="none")
+            code = app.code()
+            self.assertEqual(app.exchange(code, code_verifier="").json["error"], "invalid_grant", "stolen")
+            self.assertEqual(app.exchange(code).status, 200)
+            app = App(portal)  # a native app: whoever listens on another port would get its code
+            app.client_id = portal.register_client(
+                redirect_uris=["http://127.0.0.1/cb"], token_endpoint_auth_method="none")["client_id"]
+            for uri, changed, status in (("http://127.0.0.1:51004/cb", plain, 400),
+                                         ("http://127.0.0.1:51004/cb", {}, 303),
+                                         ("http://127.0.0.1/cb", plain, 303)):
+                with self.subTest(uri, changed=changed):
+                    self.assertEqual(ask(app.authorize_url(redirect_uri=uri, **changed)).status, status)
 
     def test_strict_requires_pkce_and_aud_from_every_client(self) -> None:
         with s4s.Server(strict=True) as portal:
@@ -7443,10 +7459,11 @@ class CommandLine(unittest.TestCase):
                     heard.append(ask(text + "/health"))
                     signal.raise_signal(signal.SIGINT)
                 return super().write(text)
-        status, out, err = self.run_main("--port", "0", out=Out())
+        status, out, err = self.run_main("--port", "0", "--no-pkce", out=Out())
         self.assertEqual((status, heard[0].json["status"]), (0, "ok"))
         self.assertRegex(out, r"^http://127\.0\.0\.1:\d+\n$")
-        for needle in ("daniel-adams", "demo-password", "open-fhir", "FOR TESTING ONLY", "GET /health 200"):
+        for needle in ("daniel-adams", "demo-password", "open-fhir", "FOR TESTING ONLY", "GET /health 200",
+                       "(--no-pkce)"):
             self.assertIn(needle, err)
 
     def test_as_a_process_of_its_own(self) -> None:
@@ -7457,7 +7474,8 @@ class CommandLine(unittest.TestCase):
 
     def test_a_bad_option_is_exit_status_2(self) -> None:
         for line in ("--nonsense", "--base-url nonsense", "--base-url http://[", "--keyfile x",
-                     "--quiet --verbose", "--fhir-version r9", "--data x --fhir-server http://localhost:1/"):
+                     "--quiet --verbose", "--strict --no-pkce", "--fhir-version r9",
+                     "--data x --fhir-server http://localhost:1/"):
             with self.subTest(line):
                 status, out, err = self.run_main(*line.split())
                 self.assertEqual((status, out), (2, ""))
