@@ -1603,14 +1603,13 @@ def check_prompt(asked: Authorization) -> None:
 
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
-    Neither the scope nor the parameter means anything alone: the scope stays beside launch/patient, in an app
-    that can be launched either way, and else is dropped like what can't be granted (RFC 6749 section 3.3)."""
+    A handle counts whatever the scope: many apps ask for launch/patient and bring one. The scope launch
+    without a handle stays beside launch/patient, in an app that can be launched either way, and else is
+    dropped like what can't be granted (RFC 6749 section 3.3)."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
-    if "launch" not in words:
-        return
     if not handle:
         if "launch/patient" not in words:
-            words.remove("launch")
+            words = [word for word in words if word != "launch"]
         asked.scope = need(" ".join(words), "launch is missing: the scope launch is for an app that the EHR "
                            "launched; one that starts by itself asks for launch/patient")
         return

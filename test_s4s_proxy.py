@@ -3535,11 +3535,17 @@ class EhrLaunch(PortalTest):
         self.launch(patient_id=None)  # without a patient, the user chooses
         self.assertEqual(self.tokens(patient_id=AMY)["patient"], AMY)
 
-    def test_without_the_scope_launch_the_parameter_means_nothing(self) -> None:
-        self.launch(intent="review")
-        tokens = self.tokens(scope="patient/*.rs", patient_id=AMY)
-        self.assertEqual((tokens["patient"], "intent" in tokens), (AMY, False))
-        self.assertIn("access_token", self.tokens())
+    def test_a_handle_that_is_sent_counts_whatever_the_scope(self) -> None:
+        """fhirclient asks for launch only where no other word of the scope has it: launch/patient does."""
+        self.app = App(self.portal, "launch/patient patient/*.rs user/*.rs", launch_uris=["https://app.example/"])
+        for scope in ("launch/patient patient/*.rs", "patient/*.rs", "user/*.rs"):
+            with self.subTest(scope):
+                self.launch(patient_id=AMY, intent="review")
+                self.refused(self.app, scope=scope, launch="bogus")
+                self.refused(self.other, scope="patient/*.rs")
+                tokens = self.tokens(scope=scope)
+                self.assertEqual((tokens["patient"], tokens["intent"], tokens["scope"]), (AMY, "review", scope))
+                self.refused(self.app, scope=scope)
 
     def test_what_can_not_be_launched_is_named(self) -> None:
         contexts: list[Any] = [{}, [{}], [{"reference": "x"}], [{"reference": "Patient/1"}],
