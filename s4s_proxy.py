@@ -49,7 +49,7 @@ in <angle brackets> is new each time, or the portal's own address. At the right,
      > POST /oauth/consent
        request=<request>&decision=approve&patient_id=smart-1288992&security_labels=problems
        &approval_expires=<day>&form_token=<form>
-     < 303 https://app.example/cb?code=<code>&state=<state>&iss=<issuer>
+     < 303 https://app.example/cb?code=<code>&state=<state>
   6  The app trades the code for tokens, with the secret behind <challenge>.            token_endpoint
      > POST /oauth/token
        grant_type=authorization_code&code=<code>&redirect_uri=https://app.example/cb
@@ -1445,7 +1445,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
     except PortalError as error:
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
         raise RedirectError(error, back_to_app(
-            asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
+            portal, asked.redirect_uri, fields.values.get("state", ""), asked.issuer,
             error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer,
@@ -1625,7 +1625,7 @@ def check_launch(asked: Authorization) -> None:
 
 
 # In the order that safety needs. Until the first three have passed, nobody knows where a redirect would lead.
-# Then check_audience, because an error that travels says who answers (iss). Only the last changes anything.
+# Then check_audience, because an error that travels says who answers (iss, --strict). Only the last changes anything.
 # Where everybody may register, a link here with an error leads to a page of anybody's choice, by way of a
 # trusted host. RFC 9700 section 4.11.2 would ask the user first; S4S's scripts expect to be redirected.
 PAGE_CHECKS = (check_lengths, check_client, check_redirect_uri)
@@ -1633,9 +1633,11 @@ REDIRECT_CHECKS = (check_audience, check_state, check_response_type, check_pkce,
                    check_request_object, check_prompt, check_launch)
 
 
-def back_to_app(redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
-    """The app's redirect URI with an answer: `state` as it came, `iss` to say who answers (RFC 9207)."""
-    return with_query(redirect_uri, **parameters, **({"state": state} if state else {}), iss=issuer)
+def back_to_app(portal: Portal, redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
+    """The app's redirect URI with an answer: `state` as it came; with --strict `iss`, to say who answers (RFC
+    9207). Else not: an app whose redirect and launch page are one would take that for an EHR's launch."""
+    added = {"state": state, "iss": issuer if portal.settings.strict else ""}
+    return with_query(redirect_uri, **parameters, **{name: value for name, value in added.items() if value})
 
 
 # ######################################################################## 9 consent, and the code
@@ -1827,7 +1829,7 @@ def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
             database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
                              (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
             answer = {"code": code}
-    return back_to_app(details["redirect_uri"], details["state"], details["issuer"], **answer)
+    return back_to_app(portal, details["redirect_uri"], details["state"], details["issuer"], **answer)
 
 
 def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
@@ -2561,7 +2563,7 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         "code_challenge_methods_supported": ["S256"],
         **{f"{name}_endpoint_auth_methods_supported": list(accepted) for name, accepted in proofs.items()},
         **{f"{name}_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES) for name in proofs},
-        "authorization_response_iss_parameter_supported": True,
+        "authorization_response_iss_parameter_supported": portal.settings.strict,
         "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
         "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name",
                              "email"],
@@ -7505,10 +7507,11 @@ async function comeBack() {
   history.replaceState(null, '', home);  // and nobody shall find it in the address
   if (!kept) fail('An answer came, but this tab asked nothing.');
   for (const told of kept.story) tell(...told);
-  tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207',
+  tell('4. The browser comes back', 'RFC 6749 section 4.1.2; RFC 9207 where the server is strict',
        [['In the address', Object.fromEntries(query)]]);
   if (query.get('state') !== kept.state) fail('state is not the one we sent: someone else made this answer.');
-  if (query.get('iss') !== kept.config.issuer) fail('iss is not the server we asked (RFC 9207).');
+  if (kept.config.authorization_response_iss_parameter_supported && query.get('iss') !== kept.config.issuer)
+    fail('iss is not the server we asked (RFC 9207).');
   if (query.has('error')) fail(`No permission: ${query.get('error')}, ${query.get('error_description')}.`);
   await obtain('5. Trade the code for tokens', 'RFC 6749 section 4.1.3; RFC 7636 section 4.5', {
     grant_type: 'authorization_code', code: query.get('code'), redirect_uri: home, client_id: 'demo-app',
@@ -7771,7 +7774,8 @@ class Settings:
     client: list[str] = option([], "a client known from the start; without a secret it is public; repeatable",
                                "ID[:SECRET]=REDIRECT_URI")
     db: str | None = option(None, "keep state in this SQLite file (default: in memory)", "FILE")
-    strict: bool = option(False, "SMART 2.2 to the letter: PKCE and aud from every client")
+    strict: bool = option(
+        False, "SMART 2.2 to the letter: PKCE and aud from every client, iss in the redirect")
     pkce: bool = option(True, "ask public clients for PKCE (default: on); off lets SMART 1.0's apps in")
     open_fhir: bool | None = option(
         None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")

@@ -1647,7 +1647,7 @@ class AuthorizationRequest(PortalTest):
                     got = self.ask(**changed)
                     self.assertEqual((got.status, got.location.get("error")), (303, error))
                     self.assertEqual(got.location["state"], self.app.state)
-                    self.assertEqual(got.location["iss"], self.portal.url)
+                    self.assertNotIn("iss", got.location)
                     self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
                     self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
 
@@ -1681,8 +1681,8 @@ class AuthorizationRequest(PortalTest):
             for name in ("aud", "resource"):
                 with self.subTest(host=host, name=name):
                     named = {"aud": None, name: f"http://{host}:{port}/api/fhir{slash}"}
-                    back = self.portal.approve(self.app.authorize_url(**named), username="daniel-adams")
-                    self.assertEqual(query_of(back)["iss"], f"http://{host}:{port}")
+                    given = self.app.tokens(**named)["access_token"]
+                    self.assertEqual(introspected(self.app, given)["iss"], f"http://{host}:{port}")
         for aud in (f"http://localhost:{port + 1}/api/fhir", f"https://localhost:{port}/api/fhir",
                     self.portal.url):
             with self.subTest(aud=aud):
@@ -1736,7 +1736,18 @@ class AuthorizationRequest(PortalTest):
                 with self.subTest(uri, changed=changed):
                     self.assertEqual(ask(app.authorize_url(redirect_uri=uri, **changed)).status, status)
 
-    def test_strict_requires_pkce_and_aud_from_every_client(self) -> None:
+    def test_strict_requires_pkce_and_aud_and_alone_says_in_the_redirect_who_answers(self) -> None:
+        """Elsewhere an app whose redirect and launch page are one would take iss for an EHR's launch."""
+        told = "authorization_response_iss_parameter_supported"
+        documents = ".well-known/oauth-authorization-server", "api/fhir/.well-known/smart-configuration"
+        for strict in (True, False):
+            with self.subTest(strict=strict), s4s.Server(strict=strict) as portal:
+                app = App(portal)
+                self.assertEqual([ask(f"{portal.url}/{path}").json[told] for path in documents], [strict] * 2)
+                for back in (portal.approve(app.authorize_url(), "daniel-adams"),
+                             portal.approve(app.authorize_url(), "daniel-adams", deny=True),
+                             ask(app.authorize_url(scope="nonsense")).headers["location"]):
+                    self.assertEqual(query_of(back).get("iss"), portal.url if strict else None, back)
         with s4s.Server(strict=True) as portal:
             app = App(portal, token_endpoint_auth_method="client_secret_basic")
             for left_out in (("code_challenge", "code_challenge_method"), ("aud",)):
@@ -1765,7 +1776,6 @@ class SeveralNames(PortalTest):
         app = App(self.portal, "openid fhirUser launch/patient patient/*.rs")
         url = app.authorize_url(aud="http://smart:8000/api/fhir")
         back = query_of(self.portal.approve(url, username="daniel-adams"))
-        self.assertEqual(back["iss"], "http://smart:8000")
         got = ask(f"{self.portal.address}/oauth/token", basic=(app.client_id, app.secret), form={
             "grant_type": "authorization_code", "code": back["code"], "redirect_uri": app.redirect_uri,
             "code_verifier": app.verifier}).json
@@ -1774,7 +1784,7 @@ class SeveralNames(PortalTest):
                          ("http://smart:8000", f"http://smart:8000/api/fhir/Patient/{DANIEL}"))
 
     def test_the_issuer_is_spelled_as_this_server_spells_it(self) -> None:
-        with s4s.Server(base_url="http://localhost:8123") as portal:
+        with s4s.Server(base_url="http://localhost:8123", strict=True) as portal:
             url = App(portal).authorize_url(aud="http://127.0.0.1:8123/api/fhir/")
             back = portal.approve(url, username="daniel-adams")
         self.assertEqual(query_of(back)["iss"], "http://localhost:8123")
@@ -1827,7 +1837,7 @@ class CodeFlow(PortalTest):
         self.assertIn("Amy Shaw", self.browser.submit(AMY).text)
         back = self.approve()
         self.assertTrue(back.headers["location"].startswith("https://app.example/cb?own=1&"))
-        self.assertEqual((back.location["state"], back.location["iss"]), (self.app.state, self.portal.url))
+        self.assertEqual(back.location["state"], self.app.state)
         tokens = self.app.exchange(back.location["code"])
         self.assertEqual((tokens.status, tokens.json["patient"]), (200, AMY))
         self.assertEqual(self.fhir(f"Patient/{AMY}", tokens.json).status, 200)
