@@ -1488,7 +1488,7 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """One of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
     Only the port may differ, of a native app that listens on this machine (RFC 8252 section 7.3, RFC 9700
-    section 4.1.3): what listens on another can do nothing with a code that PKCE binds. No challenge, no code."""
+    section 4.1.3): what listens on another can't use a code that PKCE binds. An app without PKCE has one."""
     uri, client = asked.fields.need("redirect_uri"), asked.client
     registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
     bound = asked.portal.settings.pkce or asked.fields.values.get("code_challenge")
@@ -1625,7 +1625,7 @@ def check_launch(asked: Authorization) -> None:
 
 
 # In the order that safety needs. Until the first three have passed, nobody knows where a redirect would lead.
-# Then check_audience, because an error that travels says who answers (iss, --strict). Only the last changes anything.
+# Then check_audience: an error that travels may say who answers (iss). Only the last changes anything.
 # Where everybody may register, a link here with an error leads to a page of anybody's choice, by way of a
 # trusted host. RFC 9700 section 4.11.2 would ask the user first; S4S's scripts expect to be redirected.
 PAGE_CHECKS = (check_lengths, check_client, check_redirect_uri)
@@ -1897,7 +1897,7 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
     proof = "verifier" if verifier else "no PKCE"
     request.note(f"code {shorten(code)}: client, redirect_uri, {proof}, time, once (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, row)  # takes milliseconds, so nobody waits for the database
+        answer["id_token"] = id_token(portal, row, answer["access_token"])  # takes milliseconds, so nobody waits for the database
     return answer
 
 
@@ -2565,8 +2565,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
         **{f"{name}_endpoint_auth_signing_alg_values_supported": list(KEY_TYPES) for name in proofs},
         "authorization_response_iss_parameter_supported": portal.settings.strict,
         "subject_types_supported": ["public"], "id_token_signing_alg_values_supported": ["RS256"],
-        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "fhirUser", "name",
-                             "email"],
+        "claims_supported": ["iss", "sub", "aud", "exp", "iat", "auth_time", "nonce", "at_hash", "fhirUser",
+                             "profile", "name", "email"],
         "request_parameter_supported": False, "request_uri_parameter_supported": False}
 
 
@@ -2679,7 +2679,8 @@ def check_fhir_context(value: Any) -> None:
 def claims_of(portal: Portal, row: Row) -> Json:
     """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know
     it, `fhirUser`, the user's own resource, with another person's record not the patient (SMART, "Scopes for
-    requesting identity data"); with the scopes `email` and `profile`, what the fixtures say (section 5.4)."""
+    requesting identity data"); with the scopes `email` and `profile`, what the fixtures say (section 5.4).
+    `profile` is what SMART 1.0 called it, Type/id, which its apps take apart at the slash."""
     words = row["token_scope"].split()
     if "openid" not in words:
         return {}
@@ -2690,6 +2691,8 @@ def claims_of(portal: Portal, row: Row) -> Json:
     who = portal.fhir_user(row["username"], row["patient_id"])
     if who and may_know_who(row):
         claims["fhirUser"] = f"{row['issuer']}/api/fhir/{who}"
+        if "profile" in words:
+            claims["profile"] = who
     return claims
 
 
@@ -2698,11 +2701,13 @@ def may_know_who(row: Row) -> bool:
     return not {"fhirUser", "profile"}.isdisjoint(row["token_scope"].split())
 
 
-def id_token(portal: Portal, grant: Row) -> str:
+def id_token(portal: Portal, grant: Row, access_token: str) -> str:
     """A signed statement of who signed in, for the app alone (OpenID Connect Core section 2)."""
     now = int(portal.clock.now())
     claims = {**claims_of(portal, grant), "iss": grant["issuer"], "aud": grant["client_id"], "iat": now,
               "exp": now + ACCESS_SECONDS, "auth_time": int(grant["signed_in"])}
+    # It belongs to the access token that came with it, and to no other (section 3.1.3.6).
+    claims["at_hash"] = base64url(hashlib.sha256(access_token.encode()).digest()[:16])
     if grant["nonce"]:
         claims["nonce"] = grant["nonce"]
     return sign_jwt(signing_key(portal), claims)

@@ -3547,14 +3547,16 @@ class EhrLaunch(PortalTest):
 
     def test_a_handle_that_is_sent_counts_whatever_the_scope(self) -> None:
         """fhirclient asks for launch only where no other word of the scope has it: launch/patient does."""
-        self.app = App(self.portal, "launch/patient patient/*.rs user/*.rs", launch_uris=["https://app.example/"])
+        scopes = "launch/patient patient/*.rs user/*.rs"
+        self.app = App(self.portal, scopes, launch_uris=["https://app.example/"])
         for scope in ("launch/patient patient/*.rs", "patient/*.rs", "user/*.rs"):
             with self.subTest(scope):
                 self.launch(patient_id=AMY, intent="review")
                 self.refused(self.app, scope=scope, launch="bogus")
                 self.refused(self.other, scope="patient/*.rs")
                 tokens = self.tokens(scope=scope)
-                self.assertEqual((tokens["patient"], tokens["intent"], tokens["scope"]), (AMY, "review", scope))
+                told = [tokens[name] for name in ("patient", "intent", "scope")]
+                self.assertEqual(told, [AMY, "review", scope])
                 self.refused(self.app, scope=scope)
 
     def test_what_can_not_be_launched_is_named(self) -> None:
@@ -3650,7 +3652,9 @@ class Identity(PortalTest):
 
     def test_the_id_token_says_who_signed_in_to_whom_and_when(self) -> None:
         now = int(self.portal.portal.clock.now())
-        claims = self.claims(self.app.tokens(nonce="n-0S6"))
+        tokens = self.app.tokens(nonce="n-0S6")
+        claims, access = self.claims(tokens), tokens["access_token"]
+        self.assertEqual(claims["at_hash"], b64(hashlib.sha256(access.encode()).digest()[:16]))
         self.assertEqual({name: claims[name] for name in ("iss", "aud", "sub", "nonce", "fhirUser")}, {
             "iss": self.portal.url, "aud": self.app.client_id, "sub": "daniel-adams", "nonce": "n-0S6",
             "fhirUser": f"{self.portal.fhir_url}/Patient/{DANIEL}"})
@@ -3677,7 +3681,17 @@ class Identity(PortalTest):
     def test_without_openid_there_is_no_id_token_and_without_fhir_user_no_claim(self) -> None:
         self.assertNotIn("id_token", self.app.tokens(scope="fhirUser patient/*.rs"))
         self.assertNotIn("fhirUser", self.claims(self.app.tokens(scope="openid patient/*.rs")))
-        self.assertIn("fhirUser", self.claims(self.app.tokens(scope="openid profile patient/*.rs")))
+
+    def test_the_scope_profile_gives_the_claim_relative_as_the_apps_of_smart_1_take_it_apart(self) -> None:
+        for scope, patient_id, who in (
+                ("openid profile", DANIEL, f"Patient/{DANIEL}"), ("openid fhirUser", DANIEL, None),
+                ("openid profile", AMY, "RelatedPerson/daniel-adams-amy-shaw")):
+            tokens = self.app.tokens(scope=scope + " patient/*.rs", patient_id=patient_id)
+            told = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"]).json
+            for claims in (self.claims(tokens), told, introspected(self.app, tokens["access_token"])):
+                with self.subTest(scope, who=who):
+                    self.assertEqual(claims.get("profile"), who)
+                    self.assertIn("fhirUser", claims)
 
     def test_jwks_has_public_members_only(self) -> None:
         key, = ask(self.portal.url + "/oauth/jwks").json["keys"]
