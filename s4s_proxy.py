@@ -914,8 +914,11 @@ class Request:
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
     def need_type(self, good: object, expected: str) -> None:
-        """Refuse a body of another type (RFC 9110 section 15.5.16)."""
+        """Refuse a body of another type, or in any coding (RFC 9110 sections 15.5.16 and 12.5.3)."""
         need(good, f"Content-Type is {self.media_type or 'missing'}; expected {expected}", status=415)
+        coding = self.headers.get("content-encoding", "identity")
+        need(coding.lower() == "identity", f"Content-Encoding is {coding}; expected none", status=415,
+             headers=[("Accept-Encoding", "identity")])
 
     def form(self) -> list[tuple[str, str]]:
         """The body's parameters: application/x-www-form-urlencoded in UTF-8 (RFC 6749 appendix B)."""
@@ -2012,10 +2015,11 @@ def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None)
          headers=[challenge(error="invalid_token")])
 
 
-def bearer(portal: Portal, request: Request) -> Row:
-    """The access token of a request; PortalError 401 without a good one. A request that brought none is only
-    told that it takes one: an error code is for those that tried (RFC 6750 section 3.1)."""
-    value = bearer_value(request)
+def bearer(portal: Portal, request: Request, posted: str = "") -> Row:
+    """The access token of a request, or the one `posted` in its form (RFC 6750 section 2.2); PortalError 401
+    without a good one. A request that brought none is only told that it takes one: an error code is for those
+    that tried (section 3.1)."""
+    value = posted or bearer_value(request)
     if value is None:
         raise PortalError("invalid_token", "no token: send Authorization: Bearer ...", 401, [challenge()])
     row = known_token(portal, value)
@@ -2075,6 +2079,8 @@ def revoke(portal: Portal, request: Request) -> Response:
        fault="fhir")
 def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else."""
+    if request.rest.startswith(".well-known/"):  # some libraries look for OpenID's document here
+        raise FhirError("not-found", f"{request.path}: expected .well-known/smart-configuration", 404)
     row = bearer(portal, request)
     permit(request.method in ("GET", "HEAD", "POST"), f"{request.method}: this server only reads")
     base = portal.base(request) + "/api/fhir"
@@ -2735,7 +2741,11 @@ def jwks(portal: Portal, request: Request) -> Response:
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
     """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
-    row = bearer(portal, request)
+    in_form = request.media_type == "application/x-www-form-urlencoded"
+    posted = Fields(request.form()).get("access_token") if in_form else ""
+    need(not posted or bearer_value(request) is None, "the token is given twice, in the header and in the form",
+         headers=[challenge(error="invalid_request")])
+    row = bearer(portal, request, posted)
     user = portal.user(row["username"] or "")
     claims = claims_of(portal, row) if user else {}
     need(claims, "the token's scope has no openid", "insufficient_scope", 403,
@@ -2827,9 +2837,10 @@ def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
 
 
 def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> None:
-    """It is meant for us. Another server, for which one was meant, could else send it on here."""
+    """It is meant for us: the issuer, the token endpoint or the endpoint called. Another server, for which one
+    was meant, could else send it on here."""
     bases = portal.settings.base_url or [portal.base(request)]
-    ours = [base + path for base in bases for path in ("", "/oauth/token")]
+    ours = [base + path for base in bases for path in ("", "/oauth/token", request.path)]
     audiences = [name for name in as_list(claims.get("aud")) if isinstance(name, str)]
     assertion_need(any(same_address(name, url) for name in audiences for url in ours),
                    f"aud: expected {ours[1]} or {ours[0]}")

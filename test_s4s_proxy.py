@@ -912,6 +912,15 @@ class Nonsense(PortalTest):
         got = ask(self.portal.url + "/oauth/token", body=b"client_id=\0", headers=form)
         self.assertIn("NUL", got.json["error_description"])
 
+    def test_a_body_in_a_coding_is_told_that_none_is_taken(self) -> None:
+        form: Any = {"form": {"_id": "x"}}
+        for path, body in (("oauth/token", form), ("oauth/userinfo", form), ("oauth/register", {"data": {}}),
+                           ("oauth/debug/clock", {"data": {}}), ("api/open-fhir/Patient/_search", form)):
+            for coding, refused in (("gzip", True), ("br, gzip", True), ("identity", False)):
+                with self.subTest(path, coding=coding):
+                    got = ask(f"{self.portal.url}/{path}", headers={"Content-Encoding": coding}, **body)
+                    self.assertEqual((got.status == 415, "accept-encoding" in got.headers), (refused, refused))
+
     def test_a_path_may_hold_anything(self) -> None:
         for path in ("/%00", "/..", "/%2e%2e/", "//evil.example/", "/api/fhir/%00", "/api/open-fhir/%ff",
                      "/;x", "/oauth/", "/revoke/", "/api/open-fhir/Patient/" + "x" * 60_000):
@@ -3422,6 +3431,14 @@ class Discovery(PortalTest):
         extension = self.fhir("metadata").json["rest"][0]["security"]["extension"][0]["extension"]
         self.assertLessEqual({endpoint["valueUri"] for endpoint in extension}, named)
 
+    def test_at_the_fhir_base_there_is_the_document_of_smart_and_no_other(self) -> None:
+        for token in ("", "x", self.portal.issue_token()["access_token"]):
+            for name, status in (("openid-configuration", 404), ("oauth-authorization-server", 404),
+                                 ("smart-configuration", 200)):
+                with self.subTest(name, token=token[:1]):
+                    got = self.fhir(f".well-known/{name}", token)
+                    self.assertEqual((got.status, got.headers["access-control-allow-origin"]), (status, "*"))
+
     def test_every_capability_is_a_smart_2_2_word(self) -> None:
         kinds = (r"launch-(ehr|standalone)|authorize-post|client-(public|confidential-(a?symmetric))"
                  r"|sso-openid-connect|context-banner|context-(ehr|standalone)-(patient|encounter)"
@@ -3716,8 +3733,10 @@ class Identity(PortalTest):
         for name in ("iss", "sub", "fhirUser"):
             self.assertEqual(seen[name], claims[name])
         told = {"sub": claims["sub"], "fhirUser": claims["fhirUser"], "name": "Daniel Adams"}
-        for method in ("GET", "POST"):
-            got = ask(self.portal.url + "/oauth/userinfo", token=tokens["access_token"], method=method)
+        access, form = tokens["access_token"], {"access_token": tokens["access_token"]}
+        for how in ({"token": access}, {"token": access, "method": "POST"}, {"form": form},
+                    {"token": access, "form": {}}):  # RFC 6750 sections 2.1 and 2.2
+            got = ask(self.portal.url + "/oauth/userinfo", **how)
             self.assertEqual(got.json, told)
         for scope, named in (("openid patient/*.rs", False), ("openid profile", True)):
             token = self.portal.issue_token(scope=scope)["access_token"]
@@ -3753,6 +3772,16 @@ class Identity(PortalTest):
             got = ask(self.portal.url + "/oauth/userinfo", token=token)
             self.assertEqual(got.status, status)
             self.assertIn(header, got.headers["www-authenticate"])
+        form = {"access_token": tokens["access_token"]}
+        for why, how, status, header in (
+                ("two ways at once", {"token": tokens["access_token"], "form": form}, 400, "invalid_request"),
+                ("twice", {"form": [*form.items(), *form.items()]}, 400, ""),
+                ("a bad one", {"form": {"access_token": "x"}}, 401, "invalid_token"),
+                ("none", {"form": {"token": "x"}}, 401, 'Bearer realm="s4s"')):
+            with self.subTest(why):  # RFC 6750 section 2: a client must not use more than one method
+                got = ask(self.portal.url + "/oauth/userinfo", **how)
+                self.assertEqual(got.status, status)
+                self.assertIn(header, got.headers.get("www-authenticate", ""))
 
 
 
@@ -3786,6 +3815,14 @@ class Assertions(PortalTest):
                 ("RS384", f"http://localhost:{self.portal.port}/oauth/token")):
             with self.subTest(algorithm, aud=aud):
                 self.assertEqual(self.app.token(self.app.assertion(algorithm, aud=aud)).status, 200)
+        for path, aud, status in (("revoke", "revoke", 200), ("introspect", "introspect", 200),
+                                  ("revoke", "token", 200), ("revoke", "introspect", 401),
+                                  ("introspect", "revoke", 401)):
+            with self.subTest(path, aud=aud):  # the endpoint called is meant too; another is not
+                got = ask(f"{url}/oauth/{path}", form={
+                    "token": "x", "client_assertion_type": s4s.ASSERTION_TYPE,
+                    "client_assertion": self.app.assertion(aud=f"{url}/oauth/{aud}")})
+                self.assertEqual(got.status, status)
 
     def test_each_rule_is_enforced(self) -> None:
         now, other = self.portal.portal.clock.now(), App(self.portal).client_id
