@@ -313,6 +313,15 @@ class FhirError(PortalError):
     """An error of the FHIR API, an OperationOutcome: `error` is a code of FHIR's value set issue-type."""
 
 
+class ScopeError(PortalError):
+    """The token's scope is too small; any of `words` would do (RFC 6750 section 3.1)."""
+    def __init__(self, *words: str):
+        told = challenge(error="insufficient_scope", scope=words[0])
+        what = f"the token's scope does not allow this; it would take {words[0]}"
+        super().__init__("insufficient_scope", what, 403, [told])
+        self.words = words
+
+
 Good = TypeVar("Good")
 
 
@@ -858,7 +867,9 @@ def same_address(one: str, other: str) -> bool:
 
 def error_response(portal: Portal, request: Request, route: Route | None, error: PortalError) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
-    request.note(f"refused: {error}")
+    if isinstance(error, ScopeError):
+        error.description += unregistered(portal, request.client_id, *error.words)
+    request.note(f"refused: {error.error}: {error.description}")
     kinds = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}
     kind = route.kind if route else kinds.get(request.path[:request.path.find("/", 1) + 1], "page")
     if kind == "page":
@@ -1569,17 +1580,9 @@ def check_scope(asked: Authorization) -> None:
     asked.scope = need(" ".join(words), f"scope {wanted!r}: nothing of it can be granted; the client "
                        f"registered for {asked.client.scope!r}", "invalid_scope")
     asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
-
-
-def served_scope(portal: Portal, wanted: str, registered: str,
-                 contexts: Sequence[str] = ("patient", "user")) -> str:
-    """`negotiate_scope`, less the types that are never served (section 11 lists them: those of which nobody
-    can tell whose they are), each constraint one that can be kept."""
-    served = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}
-    words = negotiate_scope(wanted, registered, contexts).split()
-    scope = " ".join(word for word in words if not (parsed := parse_scope(word)) or parsed.type in served)
-    check_constraints(portal, scope)
-    return scope
+    why = functools.partial(why_dropped, asked.portal, asked.client)
+    for reason, dropped in itertools.groupby(sorted({*wanted.split()} - {*words}, key=why), why):
+        asked.request.note(f"scope: dropped {' '.join(dropped)}{reason}")
 
 
 def check_request_object(asked: Authorization) -> None:
@@ -1611,8 +1614,9 @@ def check_launch(asked: Authorization) -> None:
     dropped like what can't be granted (RFC 6749 section 3.3)."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if not handle:
-        if "launch/patient" not in words:
-            words = [word for word in words if word != "launch"]
+        if "launch" in words and "launch/patient" not in words:
+            words.remove("launch")
+            asked.request.note("scope: dropped launch: no launch came with it")
         asked.scope = need(" ".join(words), "launch is missing: the scope launch is for an app that the EHR "
                            "launched; one that starts by itself asks for launch/patient")
         return
@@ -1900,7 +1904,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
     proof = "verifier" if verifier else "no PKCE"
     request.note(f"code {shorten(code)}: client, redirect_uri, {proof}, time, once (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
-        answer["id_token"] = id_token(portal, row, answer["access_token"])  # takes milliseconds, so nobody waits for the database
+        # It takes milliseconds: after the transaction, so that nobody waits for the database.
+        answer["id_token"] = id_token(portal, row, answer["access_token"])
     return answer
 
 
@@ -2163,9 +2168,7 @@ def answer_fhir(records: Records, asked: FhirRequest) -> Response:
     records.check_type(asked)
     for letter in LETTERS_OF[asked.interaction]:
         if not asked.access.allows(asked.type, letter, asked.id):
-            wanted = f"patient/{asked.type}.{letter}"  # named in the header too (RFC 6750 section 3.1)
-            raise FhirError("forbidden", f"the token's scope does not allow this; it would take {wanted}",
-                            403, [challenge(error="insufficient_scope", scope=wanted)])
+            raise ScopeError(*(f"{whose}/{asked.type}.{letter}" for whose in ("patient", "user", "system")))
         # Another patient is refused by the id alone, without a look: so it tells nothing of who is there.
         permit(asked.type != "Patient" or not asked.id or asked.access.reaches(asked.id, letter),
                f"Patient/{asked.id}: the token is not for this patient's record")
@@ -2401,6 +2404,7 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
                 "Endpoint")
+SERVED_TYPES = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}  # in a scope
 NOBODY, UNKNOWN = "", "?"  # owners: of what belongs to nobody, of what can't be told; no ids that FHIR allows
 _LOCAL = re.compile(rf"({_TYPE}/{_ID})(?:/_history/{_ID})?")
 _NO_PATIENT = re.compile("(?:.*/)?(?:Practitioner(?:Role)?|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
@@ -2743,13 +2747,13 @@ def userinfo(portal: Portal, request: Request) -> Response:
     """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
     in_form = request.media_type == "application/x-www-form-urlencoded"
     posted = Fields(request.form()).get("access_token") if in_form else ""
-    need(not posted or bearer_value(request) is None, "the token is given twice, in the header and in the form",
+    need(not posted or bearer_value(request) is None, "the token is given twice, in header and form",
          headers=[challenge(error="invalid_request")])
     row = bearer(portal, request, posted)
     user = portal.user(row["username"] or "")
     claims = claims_of(portal, row) if user else {}
-    need(claims, "the token's scope has no openid", "insufficient_scope", 403,
-         headers=[challenge(error="insufficient_scope", scope="openid")])
+    if not claims:
+        raise ScopeError("openid")
     return json_response({"name": user["name"], **claims} if user and may_know_who(row) else claims)
 
 
@@ -3027,6 +3031,36 @@ def check_constraints(portal: Portal, granted: str) -> None:
                 which = "any type" if scope.type == "*" else scope.type
                 raise PortalError("invalid_scope", f"scope {scope.text!r}: {name} is no search parameter of "
                                   f"{which}, or does not take {value!r}")
+
+
+def served_scope(portal: Portal, wanted: str, registered: str,
+                 contexts: Sequence[str] = ("patient", "user")) -> str:
+    """`negotiate_scope`, less the types that are never served (section 11 lists them: those of which nobody
+    can tell whose they are), each constraint one that can be kept."""
+    words = negotiate_scope(wanted, registered, contexts).split()
+    scope = " ".join(word for word in words if not (parsed := parse_scope(word)) or parsed.type in SERVED_TYPES)
+    check_constraints(portal, scope)
+    return scope
+
+
+def why_dropped(portal: Portal, client: Client, word: str) -> str:
+    """Why a word of a scope was not granted, or not as it was asked: for the log."""
+    scope = parse_scope(word)
+    if not scope and word not in PLAIN_SCOPES:
+        return ": unknown here"
+    if scope and (scope.context == "system" or scope.type not in SERVED_TYPES):
+        return ": for backend services" if scope.context == "system" else ": of no type that is served"
+    if word == "offline_access" and not client.may_use("refresh_token"):
+        return ": the client did not register for refresh_token"
+    return unregistered(portal, client.client_id, word) or ": granted in part"
+
+
+def unregistered(portal: Portal, client_id: str, *words: str) -> str:
+    """That what a client registered for is the limit, where it has none of these words of a scope; else ""."""
+    client = portal.client(client_id)
+    if not client or any(scope_covers(client.scope, word) for word in words):
+        return ""
+    return f": the client registered for {client.scope!r}: add it to the registration or to --fixtures"
 
 
 def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:

@@ -1660,6 +1660,25 @@ class AuthorizationRequest(PortalTest):
                     self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
                     self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
 
+    def test_what_was_dropped_of_a_scope_and_why_is_in_the_log(self) -> None:
+        own = "launch patient/Patient.rs user/*.rs offline_access"
+        asked = f"{own} patient/Condition.rs system/*.rs user/Slot.rs patient/Patient.rds online_access"
+        with s4s.Server(verbose=True) as portal:
+            portal.portal.log = (lines := list[str]()).append
+            app = App(portal, own, grant_types=["authorization_code"])
+            self.assertEqual(ask(app.authorize_url(scope=asked)).status, 303)
+            token = app.tokens(scope="patient/Patient.rs")["access_token"]
+            self.assertEqual(ask(portal.fhir_url + "/Patient", token=token).status, 200)
+            self.assertEqual(ask(portal.url + "/oauth/userinfo", token=token).status, 403)
+        for told in ("launch: no launch came with it", "system/*.rs: for backend services",
+                     "user/Slot.rs: of no type that is served", "patient/Patient.rds: granted in part",
+                     "online_access: unknown here", f"patient/Condition.rs: the client registered for {own!r}: "
+                     "add it to the registration or to --fixtures",
+                     "offline_access: the client did not register for refresh_token"):
+            with self.subTest(told):
+                self.assertIn(f"scope: dropped {told}", "\n".join(lines))
+        self.assertIn(f"it would take openid: the client registered for {own!r}", lines[-1])
+
     def test_a_parameter_given_twice_is_refused(self) -> None:
         for name, status in (("scope", 303), ("nonce", 303), ("anything", 303), ("client_id", 400),
                              ("redirect_uri", 400)):
@@ -2485,6 +2504,21 @@ class FhirApi(RecordTest):
                     self.assertIn(f'error="{error}"', got.headers["www-authenticate"])
                 else:  # RFC 6750 section 3.1: a request without a token is told no error code
                     self.assertEqual(got.headers["www-authenticate"], 'Bearer realm="s4s"')
+
+    def test_where_the_registration_was_the_limit_the_403_says_so(self) -> None:
+        condition, userinfo = self.portal.fhir_url + "/Condition/x", self.portal.url + "/oauth/userinfo"
+        for registered, asked, url, limit in (
+                ("patient/Patient.rs", "patient/Patient.rs patient/Condition.rs", condition, True),
+                ("patient/*.rs", "patient/Patient.rs", condition, False),
+                ("user/*.rs", "user/Patient.rs", condition, False),
+                ("user/Patient.rs", "openid user/Patient.rs", userinfo, True),
+                ("openid user/*.rs", "user/*.rs", userinfo, False)):
+            with self.subTest(registered, asked=asked):
+                got = ask(url, token=App(self.portal, registered).tokens(scope=asked)["access_token"])
+                self.assertEqual(got.status, 403)
+                self.assertIn("insufficient_scope", got.headers["www-authenticate"])
+                words = f"registered for '{registered}': add it to the registration or to --fixtures"
+                self.assertEqual(words in got.text, limit, got)
 
     def test_a_compartments_path_is_a_search_of_ones_own(self) -> None:
         self.assertEqual(self.ids(f"Patient/{DANIEL}/Condition?code=48167000"), ["smart-Condition-14"])
