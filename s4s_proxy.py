@@ -552,6 +552,7 @@ CREATE TABLE IF NOT EXISTS grants (
     issuer TEXT,                                  -- the base URL that the app knows this server by
     redirect_uri TEXT, code_challenge TEXT,       -- what the code is bound to
     nonce TEXT, signed_in REAL,                   -- what the id_token repeats, and when the user signed in
+    access_lifetime REAL,                         -- of its access tokens, where a test said it
     context TEXT NOT NULL DEFAULT '{}');          -- JSON: members of the token response beside patient
 CREATE INDEX IF NOT EXISTS grants_by_user ON grants (username, client_id, patient_id);
 
@@ -1737,6 +1738,7 @@ class Grant(NamedTuple):
     nonce: str = ""
     signed_in: float | None = None
     context: str = "{}"
+    access_lifetime: float | None = None
 
 
 def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json,
@@ -1900,7 +1902,8 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
     with spending(portal, client, "code", code) as (database, row):
         check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        answer = issue_tokens(database, row, row["scope"], portal.clock.now(), offline)
+        answer = issue_tokens(database, row, row["scope"], portal.clock.now(), offline,
+                              portal.settings.token_lifetime)
     proof = "verifier" if verifier else "no PKCE"
     request.note(f"code {shorten(code)}: client, redirect_uri, {proof}, time, once (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
@@ -1947,12 +1950,13 @@ def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
 
 
 def issue_tokens(database: sqlite3.Connection, grant: Row, scope: str, now: float, offline: bool,
-                 lifetime: float = ACCESS_SECONDS) -> Json:
+                 lifetime: float) -> Json:
     """An access token for the scope, in an answer of RFC 6749 section 5.1; with a refresh token for all that
     was granted, if `offline`. It lasts as long as the approval, which the access token never outlives."""
     insert, grant_id = "INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, 0, ?)", grant["grant_id"]
     access, end, refresh_token = new_token(), grant["approval_expires"], None
-    expires = min(now + lifetime, end)
+    own = grant["access_lifetime"]
+    expires = min(now + (lifetime if own is None else own), end)
     answer = {"access_token": access, "token_type": "Bearer", "expires_in": max(0, int(expires - now)),
               "scope": scope, **launch_context(grant)}
     if offline:
@@ -1980,7 +1984,7 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
                  f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
         need(scope, f"scope {wanted!r}: nothing of it can be granted", "invalid_scope")
-        answer = issue_tokens(database, row, scope, portal.clock.now(), True)
+        answer = issue_tokens(database, row, scope, portal.clock.now(), True, portal.settings.token_lifetime)
     request.note("refresh token rotated: the old one, used again, ends all (RFC 9700 section 4.14.2)")
     return answer
 
@@ -2965,7 +2969,8 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
     now = portal.clock.now()
     grant = Grant(new_token(), client.client_id, None, None, scope, now + 300, portal.base(request))
     with portal.state.transaction() as database:
-        return issue_tokens(database, store_grant(database, grant, now), scope, now, False)
+        row = store_grant(database, grant, now)
+        return issue_tokens(database, row, scope, now, False, portal.settings.token_lifetime)
 
 
 # ######################################################################## 16 granular scopes
@@ -3056,7 +3061,7 @@ def why_dropped(portal: Portal, client: Client, word: str) -> str:
 
 
 def unregistered(portal: Portal, client_id: str, *words: str) -> str:
-    """That what a client registered for is the limit, where it has none of these words of a scope; else ""."""
+    """Where none of these words of a scope is within what the client registered for: that this is why."""
     client = portal.client(client_id)
     if not client or any(scope_covers(client.scope, word) for word in words):
         return ""
@@ -7826,6 +7831,7 @@ class Settings:
     db: str | None = option(None, "keep state in this SQLite file (default: in memory)", "FILE")
     strict: bool = option(
         False, "SMART 2.2 to the letter: PKCE and aud from every client, iss in the redirect")
+    token_lifetime: float = option(ACCESS_SECONDS, "how long access tokens are good", "SECONDS")
     pkce: bool = option(True, "ask public clients for PKCE (default: on); off lets SMART 1.0's apps in")
     open_fhir: bool | None = option(
         None, "serve /api/open-fhir/ (default: on loopback, without --fhir-server)")
@@ -7861,8 +7867,10 @@ class Settings:
             good = re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+: *[!-~][ -~]*", header)
             start_needs(good and name.lower() not in of_http.split(),  # not the value: it may be secret
                         f"--fhir-header {name}: expected \"Name: value\", and no name that HTTP itself needs")
-        start_needs(isinstance(self.fhir_timeout, (int, float)) and 0 < self.fhir_timeout <= 3600,
-                    f"--fhir-timeout {self.fhir_timeout}: expected seconds, more than 0, at most 3600")
+        for flag, seconds, most in (("--fhir-timeout", self.fhir_timeout, 3600),
+                                    ("--token-lifetime", self.token_lifetime, 2 * 366 * DAY)):
+            start_needs(isinstance(seconds, (int, float)) and 0 < seconds <= most,
+                        f"{flag} {seconds}: expected seconds, more than 0, at most {most}")
 
     @property
     def local(self) -> bool:
@@ -8262,7 +8270,7 @@ class Controls:
     @control("token", required="client_id username", user_name="username")
     def issue_token(self, *, client_id: str = "test-suite", username: str = "daniel-adams",
                     scope: str | None = None, patient_id: str | None = None,
-                    access_lifetime: float = ACCESS_SECONDS, approval_expires: float | None = None) -> Json:
+                    access_lifetime: float | None = None, approval_expires: float | None = None) -> Json:
         """Tokens without the browser: as if this user had approved this client for this patient (S4S).
 
         access_lifetime is in seconds, approval_expires a Unix time (default: in seven days). Where either is
@@ -8274,25 +8282,25 @@ class Controls:
         asked = client.scope if scope is None else need_text("scope", scope)
         granted = need(served_scope(portal, asked, asked), f"scope: nothing of {asked!r} can be granted",
                        "invalid_scope")
-        lifetime = need_number("access_lifetime", access_lifetime, "seconds that end from 1970 to 9999",
-                               -now, LAST_SECOND - now)
+        lifetime = portal.settings.token_lifetime if access_lifetime is None else access_lifetime
         until = now + 7 * DAY if approval_expires is None else approval_expires
         until = need_number("approval_expires", until, "a Unix time from 1970 to 9999", 0, LAST_SECOND)
         patient = users_patient(portal, username, patient_id, needs_patient(granted))
         grant = Grant(new_token(), client.client_id, username, patient, granted, until, portal.browser_base())
         with portal.state.transaction() as database:
             row = store_grant(database, grant, now)
-            return issue_tokens(database, row, granted, now, True, lifetime)
+            return issue_tokens(database, row, granted, now, True, need_lifetime(lifetime, now))
 
     @control("authorize", lambda url: {"redirect_to": url}, required="url username")
     def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
-                deny: bool = False) -> str:
+                deny: bool = False, access_lifetime: float | None = None) -> str:
         """Play the browser: sign in, choose the patient, answer the consent page. Gives where the app is
         called back, with a code or with an error; PortalError where a person would see an error page.
 
         Without patient_id it is the launch's patient, or the user's own; without security_labels all offered
-        stay checked; approval_expires is a date (default: a year from today)."""
+        stay checked; approval_expires is a date (default: a year from today); access_lifetime is that of
+        each access token of this authorization, in seconds."""
         portal, request, now = self.portal, authorization_request(self.portal, url), self.portal.clock.now()
         known_user(portal, username)
         try:
@@ -8314,8 +8322,9 @@ class Controls:
              "security_labels", "an array of strings", security_labels)
         day = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
         visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
-        return decide(portal, request_id, new_grant(
-            portal, client, username, patient, details, security_labels, day, visit, now))
+        grant = new_grant(portal, client, username, patient, details, security_labels, day, visit, now)
+        lifetime = None if access_lifetime is None else need_lifetime(access_lifetime, now)
+        return decide(portal, request_id, grant._replace(access_lifetime=lifetime))
 
     # The launch URL ends with the parameters iss and launch.
     @control("launch", lambda url: {"launch_url": url, **dict(parse_qsl(url.partition("?")[2])[-2:])})
@@ -8403,6 +8412,12 @@ def need_number(name: str, value: Any, what: str, least: float, most: float) -> 
         number = math.nan
     must(least <= number <= most, name, what, value)
     return number
+
+
+def need_lifetime(seconds: Any, now: float) -> float:
+    """How long an access token shall be good; less than nothing, and it is born expired."""
+    bounds = -now, LAST_SECOND - now
+    return need_number("access_lifetime", seconds, "seconds that end from 1970 to 9999", *bounds)
 
 
 def known_user(portal: Portal, username: Any) -> Row:

@@ -2201,6 +2201,27 @@ class TokenEndpoint(TokenTest):
                          ("Bearer", 3600, self.app.scope))
         self.assertNotIn("refresh_token", self.app.tokens(scope="launch/patient patient/*.rs"))
 
+    def test_how_long_access_tokens_last_is_said_at_the_start_and_for_one_authorization(self) -> None:
+        """Apps in browsers refresh by their own clock, which advance does not move."""
+        for lifetime, service in ((3600, 300), (20, 20), (7200, 300)):
+            with self.subTest(lifetime), s4s.Server(token_lifetime=lifetime) as portal:
+                app = App(portal)
+                self.assertEqual(portal.issue_token()["expires_in"], lifetime)
+                self.assertEqual(portal.issue_token(access_lifetime=7)["expires_in"], 7)
+                self.assertEqual(KeyedApp(portal).token().json["expires_in"], service)
+                for said, expected in ((None, lifetime), (5, 5), ("5.5", 5), (0, 0), (9000, 9000)):
+                    back = portal.approve(app.authorize_url(), "daniel-adams", access_lifetime=said)
+                    given = app.exchange(query_of(back)["code"]).json
+                    later = app.refresh(given["refresh_token"]).json
+                    self.assertEqual([given["expires_in"], later["expires_in"]], [expected] * 2, said)
+                    self.assertEqual(introspected(app, later["access_token"])["active"], expected > 0)
+        for wrong in ("soon", True, "nan", 1e15, []):
+            with self.subTest(wrong=wrong), self.assertRaisesRegex(s4s.PortalError, "access_lifetime: exp"):
+                self.portal.approve(self.app.authorize_url(), "daniel-adams", access_lifetime=wrong)
+        for wrong in (0, -1, "20", math.nan, 1e9):
+            with self.subTest(wrong=wrong), self.assertRaisesRegex(s4s.StartError, "--token-lifetime"):
+                s4s.Server(token_lifetime=wrong)
+
     def test_of_many_uses_at_once_of_a_code_or_a_refresh_token_one_wins_and_then_all_ends(self) -> None:
         code = self.app.code()
         self.assertEqual(sorted(at_once(16, lambda: self.app.exchange(code).status)), [200] + [400] * 15)
@@ -7575,7 +7596,7 @@ class CommandLine(unittest.TestCase):
 
     def test_a_bad_option_is_exit_status_2(self) -> None:
         for line in ("--nonsense", "--base-url nonsense", "--base-url http://[", "--keyfile x",
-                     "--quiet --verbose", "--strict --no-pkce", "--fhir-version r9",
+                     "--quiet --verbose", "--strict --no-pkce", "--token-lifetime 0", "--fhir-version r9",
                      "--data x --fhir-server http://localhost:1/"):
             with self.subTest(line):
                 status, out, err = self.run_main(*line.split())
