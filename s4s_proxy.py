@@ -869,7 +869,7 @@ def same_address(one: str, other: str) -> bool:
 def error_response(portal: Portal, request: Request, route: Route | None, error: PortalError) -> Response:
     """An error in the shape that this kind of endpoint's clients parse."""
     if isinstance(error, ScopeError):
-        error.description += unregistered(portal, request.client_id, *error.words)
+        error.description += unregistered(portal.client(request.client_id), *error.words)
     request.note(f"refused: {error.error}: {error.description}")
     kinds = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}
     kind = route.kind if route else kinds.get(request.path[:request.path.find("/", 1) + 1], "page")
@@ -1257,10 +1257,8 @@ def authenticate_client(portal: Portal, request: Request, form: Fields) -> Clien
          "one of the Authorization header, client_secret and client_assertion")
     if assertion:  # signed by the client's key: section 15
         client = client_of_assertion(portal, request, form)
-    elif basic:    # id and secret in the Authorization header
-        client = client_of_secret(portal, form, *basic)
-    else:          # id and secret in the form; a public client's id alone
-        client = client_of_secret(portal, form, form.get("client_id"), posted)
+    else:          # id and secret, in the Authorization header or the form; a public client's id alone
+        client = client_of_secret(portal, form, *(basic or (form.get("client_id"), posted)))
     request.client_id = client.client_id
     request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
     return client
@@ -1545,23 +1543,25 @@ def check_state(asked: Authorization) -> None:
 
 
 def check_response_type(asked: Authorization) -> None:
-    """Only the code flow, and only the answer in the query; from a client that registered for it."""
+    """Only the code flow, and only the answer in the query; from a client that registered for it. Plain
+    parameters, no objects (OpenID Connect Core sections 6 and 7.2.1)."""
     kind, mode = asked.fields.need("response_type"), asked.fields.get("response_mode", "query")
     need(kind == "code", f"response_type is {kind!r}; expected code", "unsupported_response_type")
     need(mode == "query", f"response_mode is {mode!r}; expected query")
     need(asked.client.may_use("authorization_code"),
          f"client {asked.client.client_id!r} did not register for authorization_code", "unauthorized_client")
+    for name in ("request", "request_uri", "registration"):
+        need(not asked.fields.get(name), f"{name}: give plain parameters instead", f"{name}_not_supported")
 
 
 def check_pkce(asked: Authorization) -> None:
     """A challenge from every public client: it alone ties the code to the app (RFC 7636). Apps of SMART 1.0's
     day have none: --no-pkce lets them in."""
     code_challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
-    settings, public = asked.portal.settings, asked.client.auth_method == "none"
+    settings = asked.portal.settings
     if not code_challenge:
-        hint = "" if settings.strict else "; --no-pkce lets in old apps that have none"
-        need(not (settings.strict or (public and settings.pkce)),
-             f"code_challenge is missing (PKCE, RFC 7636){hint}")
+        required = settings.strict or (settings.pkce and asked.client.auth_method == "none")
+        need(not required, "code_challenge is missing (PKCE, RFC 7636); --no-pkce lets in apps without")
         need(not method, "code_challenge_method is given without code_challenge")
         asked.request.note("no PKCE: this client may go without, by its secret or keys or by --no-pkce")
         return
@@ -1581,15 +1581,10 @@ def check_scope(asked: Authorization) -> None:
     asked.scope = need(" ".join(words), f"scope {wanted!r}: nothing of it can be granted; the client "
                        f"registered for {asked.client.scope!r}", "invalid_scope")
     asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
-    why = functools.partial(why_dropped, asked.portal, asked.client)
-    for reason, dropped in itertools.groupby(sorted({*wanted.split()} - {*words}, key=why), why):
-        asked.request.note(f"scope: dropped {' '.join(dropped)}{reason}")
-
-
-def check_request_object(asked: Authorization) -> None:
-    """Plain parameters only: no objects of OpenID Connect Core sections 6 and 7.2.1."""
-    for name in ("request", "request_uri", "registration"):
-        need(not asked.fields.get(name), f"{name}: give plain parameters instead", f"{name}_not_supported")
+    why = functools.partial(why_dropped, asked.client)
+    dropped = sorted(sorted({*wanted.split()} - {*words}), key=why)
+    for reason, alike in itertools.groupby(dropped, why):
+        asked.request.note(f"scope: dropped {' '.join(alike)}{reason}")
 
 
 def check_prompt(asked: Authorization) -> None:
@@ -1637,8 +1632,8 @@ def check_launch(asked: Authorization) -> None:
 # Where everybody may register, a link here with an error leads to a page of anybody's choice, by way of a
 # trusted host. RFC 9700 section 4.11.2 would ask the user first; S4S's scripts expect to be redirected.
 PAGE_CHECKS = (check_lengths, check_client, check_redirect_uri)
-REDIRECT_CHECKS = (check_audience, check_state, check_response_type, check_pkce, check_scope,
-                   check_request_object, check_prompt, check_launch)
+REDIRECT_CHECKS = (check_audience, check_state, check_response_type, check_pkce, check_scope, check_prompt,
+                   check_launch)
 
 
 def back_to_app(portal: Portal, redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
@@ -2015,16 +2010,13 @@ def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None)
         if authenticate_client(portal, request, form).auth_method == "none":
             raise invalid_client(f"a public client proves nothing by its id: {expected}")
         return
-    try:
-        asker = bearer(portal, request)
-    except PortalError as error:
-        raise PortalError("invalid_client", expected, 401, error.headers)
+    asker = bearer(portal, request, error="invalid_client")
     is_service, same_grant = asker["username"] is None, row and row["grant_id"] == asker["grant_id"]
     need(is_service or same_grant, expected, "invalid_client", 401,
          headers=[challenge(error="invalid_token")])
 
 
-def bearer(portal: Portal, request: Request, posted: str = "") -> Row:
+def bearer(portal: Portal, request: Request, posted: str = "", error: str = "invalid_token") -> Row:
     """The access token of a request, or the one `posted` in its form (RFC 6750 section 2.2); PortalError 401
     without a good one. A request that brought none is only told that it takes one: an error code is for those
     that tried (section 3.1)."""
@@ -2036,7 +2028,7 @@ def bearer(portal: Portal, request: Request, posted: str = "") -> Row:
         timed_out = row and row["kind"] == "access" and row["live"]
         why = f"the access token {'has expired' if timed_out else 'is not a valid one'}"
         told = challenge(error="invalid_token", error_description=why)
-        raise PortalError("invalid_token", why, 401, [told])
+        raise PortalError(error, why, 401, [told])
     request.client_id, request.username = row["client_id"], row["username"]
     request.note(f"access token {shorten(row['token'])}: patient {row['patient_id']}, scope "
                  f"{row['token_scope']} (RFC 6750 section 2.1)")
@@ -2845,8 +2837,8 @@ def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
 
 
 def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> None:
-    """It is meant for us: the issuer, the token endpoint or the endpoint called. Another server, for which one
-    was meant, could else send it on here."""
+    """It is meant for us: the issuer, the token endpoint or the one called. Else another server, for which it
+    was meant, could send it on here."""
     bases = portal.settings.base_url or [portal.base(request)]
     ours = [base + path for base in bases for path in ("", "/oauth/token", request.path)]
     audiences = [name for name in as_list(claims.get("aud")) if isinstance(name, str)]
@@ -3043,12 +3035,13 @@ def served_scope(portal: Portal, wanted: str, registered: str,
     """`negotiate_scope`, less the types that are never served (section 11 lists them: those of which nobody
     can tell whose they are), each constraint one that can be kept."""
     words = negotiate_scope(wanted, registered, contexts).split()
-    scope = " ".join(word for word in words if not (parsed := parse_scope(word)) or parsed.type in SERVED_TYPES)
+    words = [word for word in words if not (parsed := parse_scope(word)) or parsed.type in SERVED_TYPES]
+    scope = " ".join(words)
     check_constraints(portal, scope)
     return scope
 
 
-def why_dropped(portal: Portal, client: Client, word: str) -> str:
+def why_dropped(client: Client, word: str) -> str:
     """Why a word of a scope was not granted, or not as it was asked: for the log."""
     scope = parse_scope(word)
     if not scope and word not in PLAIN_SCOPES:
@@ -3057,15 +3050,14 @@ def why_dropped(portal: Portal, client: Client, word: str) -> str:
         return ": for backend services" if scope.context == "system" else ": of no type that is served"
     if word == "offline_access" and not client.may_use("refresh_token"):
         return ": the client did not register for refresh_token"
-    return unregistered(portal, client.client_id, word) or ": granted in part"
+    return unregistered(client, word) or ": granted in part"
 
 
-def unregistered(portal: Portal, client_id: str, *words: str) -> str:
+def unregistered(client: Client | None, *words: str) -> str:
     """Where none of these words of a scope is within what the client registered for: that this is why."""
-    client = portal.client(client_id)
     if not client or any(scope_covers(client.scope, word) for word in words):
         return ""
-    return f": the client registered for {client.scope!r}: add it to the registration or to --fixtures"
+    return f": the client registered for {client.scope[:1000]!r}: add it to the registration or to --fixtures"
 
 
 def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:
