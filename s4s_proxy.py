@@ -1555,8 +1555,7 @@ def check_response_type(asked: Authorization) -> None:
 
 
 def check_pkce(asked: Authorization) -> None:
-    """A challenge from every public client: it alone ties the code to the app (RFC 7636). Apps of SMART 1.0's
-    day have none: --no-pkce lets them in."""
+    """A challenge from every public client, unless --no-pkce: it alone ties the code to the app (RFC 7636)."""
     code_challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
     settings = asked.portal.settings
     if not code_challenge:
@@ -2017,9 +2016,8 @@ def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None)
 
 
 def bearer(portal: Portal, request: Request, posted: str = "", error: str = "invalid_token") -> Row:
-    """The access token of a request, or the one `posted` in its form (RFC 6750 section 2.2); PortalError 401
-    without a good one. A request that brought none is only told that it takes one: an error code is for those
-    that tried (section 3.1)."""
+    """The access token of a request, or the one `posted` in its form (RFC 6750 section 2.2); else PortalError
+    401. Without one, it is only told that it takes one: an error code is for those that tried (3.1)."""
     value = posted or bearer_value(request)
     if value is None:
         raise PortalError("invalid_token", "no token: send Authorization: Bearer ...", 401, [challenge()])
@@ -2837,8 +2835,7 @@ def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
 
 
 def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> None:
-    """It is meant for us: the issuer, the token endpoint or the one called. Else another server, for which it
-    was meant, could send it on here."""
+    """It is meant for us (issuer, token endpoint or the one called): else another server sends on what it got."""
     bases = portal.settings.base_url or [portal.base(request)]
     ours = [base + path for base in bases for path in ("", "/oauth/token", request.path)]
     audiences = [name for name in as_list(claims.get("aud")) if isinstance(name, str)]
