@@ -316,9 +316,8 @@ class FhirError(PortalError):
 class ScopeError(PortalError):
     """The token's scope is too small; any of `words` would do (RFC 6750 section 3.1)."""
     def __init__(self, *words: str):
-        told = challenge(error="insufficient_scope", scope=words[0])
-        what = f"the token's scope does not allow this; it would take {words[0]}"
-        super().__init__("insufficient_scope", what, 403, [told])
+        super().__init__("insufficient_scope", f"the token's scope is too small; it would take {words[0]}",
+                         403, [challenge(error="insufficient_scope", scope=words[0])])
         self.words = words
 
 
@@ -1555,7 +1554,7 @@ def check_response_type(asked: Authorization) -> None:
 
 
 def check_pkce(asked: Authorization) -> None:
-    """A challenge from every public client, unless --no-pkce: it alone ties the code to the app (RFC 7636)."""
+    """A challenge from every public client (but see --no-pkce): it alone ties code to app (RFC 7636)."""
     code_challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
     settings = asked.portal.settings
     if not code_challenge:
@@ -1604,9 +1603,8 @@ def check_prompt(asked: Authorization) -> None:
 
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
-    A handle counts whatever the scope: many apps ask for launch/patient and bring one. The scope launch
-    without a handle stays beside launch/patient, in an app that can be launched either way, and else is
-    dropped like what can't be granted (RFC 6749 section 3.3)."""
+    Its handle counts whatever the scope: many bring one with launch/patient. The scope launch without one
+    stays beside launch/patient, in an app that can start either way, else is dropped (RFC 6749 section 3.3)."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if not handle:
         if "launch" in words and "launch/patient" not in words:
@@ -1896,8 +1894,7 @@ def exchange_code(portal: Portal, request: Request, client: Client, form: Fields
     with spending(portal, client, "code", code) as (database, row):
         check_code(row, redirect_uri, verifier)
         offline = "offline_access" in row["scope"].split()
-        answer = issue_tokens(database, row, row["scope"], portal.clock.now(), offline,
-                              portal.settings.token_lifetime)
+        answer = issue_tokens(portal, database, row, row["scope"], portal.clock.now(), offline)
     proof = "verifier" if verifier else "no PKCE"
     request.note(f"code {shorten(code)}: client, redirect_uri, {proof}, time, once (RFC 6749 section 4.1.3)")
     if "openid" in answer["scope"].split():
@@ -1943,14 +1940,14 @@ def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
          "code_verifier does not match the code_challenge", "invalid_grant")
 
 
-def issue_tokens(database: sqlite3.Connection, grant: Row, scope: str, now: float, offline: bool,
-                 lifetime: float) -> Json:
+def issue_tokens(portal: Portal, database: sqlite3.Connection, grant: Row, scope: str, now: float,
+                 offline: bool, lifetime: float | None = None) -> Json:
     """An access token for the scope, in an answer of RFC 6749 section 5.1; with a refresh token for all that
     was granted, if `offline`. It lasts as long as the approval, which the access token never outlives."""
     insert, grant_id = "INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, 0, ?)", grant["grant_id"]
     access, end, refresh_token = new_token(), grant["approval_expires"], None
-    own = grant["access_lifetime"]
-    expires = min(now + (lifetime if own is None else own), end)
+    said = grant["access_lifetime"] if lifetime is None else lifetime
+    expires = min(now + (portal.settings.token_lifetime if said is None else said), end)
     answer = {"access_token": access, "token_type": "Bearer", "expires_in": max(0, int(expires - now)),
               "scope": scope, **launch_context(grant)}
     if offline:
@@ -1978,7 +1975,7 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
                  f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
         need(scope, f"scope {wanted!r}: nothing of it can be granted", "invalid_scope")
-        answer = issue_tokens(database, row, scope, portal.clock.now(), True, portal.settings.token_lifetime)
+        answer = issue_tokens(portal, database, row, scope, portal.clock.now(), True)
     request.note("refresh token rotated: the old one, used again, ends all (RFC 9700 section 4.14.2)")
     return answer
 
@@ -2835,7 +2832,7 @@ def check_assertion_signature(portal: Portal, client: Client, jwt: Jwt) -> None:
 
 
 def check_assertion_audience(portal: Portal, request: Request, claims: Json) -> None:
-    """It is meant for us (issuer, token endpoint or the one called): else another server sends on what it got."""
+    """It is meant for us (issuer, token endpoint or the one called): another server could send its own on."""
     bases = portal.settings.base_url or [portal.base(request)]
     ours = [base + path for base in bases for path in ("", "/oauth/token", request.path)]
     audiences = [name for name in as_list(claims.get("aud")) if isinstance(name, str)]
@@ -2958,8 +2955,7 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
     now = portal.clock.now()
     grant = Grant(new_token(), client.client_id, None, None, scope, now + 300, portal.base(request))
     with portal.state.transaction() as database:
-        row = store_grant(database, grant, now)
-        return issue_tokens(database, row, scope, now, False, portal.settings.token_lifetime)
+        return issue_tokens(portal, database, store_grant(database, grant, now), scope, now, False)
 
 
 # ######################################################################## 16 granular scopes
@@ -7818,8 +7814,7 @@ class Settings:
     client: list[str] = option([], "a client known from the start; without a secret it is public; repeatable",
                                "ID[:SECRET]=REDIRECT_URI")
     db: str | None = option(None, "keep state in this SQLite file (default: in memory)", "FILE")
-    strict: bool = option(
-        False, "SMART 2.2 to the letter: PKCE and aud from every client, iss in the redirect")
+    strict: bool = option(False, "SMART 2.2 to the letter: PKCE and aud required, iss in the redirect")
     token_lifetime: float = option(ACCESS_SECONDS, "how long access tokens are good", "SECONDS")
     pkce: bool = option(True, "ask public clients for PKCE (default: on); off lets SMART 1.0's apps in")
     open_fhir: bool | None = option(
@@ -8271,14 +8266,14 @@ class Controls:
         asked = client.scope if scope is None else need_text("scope", scope)
         granted = need(served_scope(portal, asked, asked), f"scope: nothing of {asked!r} can be granted",
                        "invalid_scope")
-        lifetime = portal.settings.token_lifetime if access_lifetime is None else access_lifetime
+        lifetime = need_lifetime(access_lifetime, now)
         until = now + 7 * DAY if approval_expires is None else approval_expires
         until = need_number("approval_expires", until, "a Unix time from 1970 to 9999", 0, LAST_SECOND)
         patient = users_patient(portal, username, patient_id, needs_patient(granted))
         grant = Grant(new_token(), client.client_id, username, patient, granted, until, portal.browser_base())
         with portal.state.transaction() as database:
             row = store_grant(database, grant, now)
-            return issue_tokens(database, row, granted, now, True, need_lifetime(lifetime, now))
+            return issue_tokens(portal, database, row, granted, now, True, lifetime)
 
     @control("authorize", lambda url: {"redirect_to": url}, required="url username")
     def approve(self, url: str, username: str, patient_id: str | None = None, encounter_id: str | None = None,
@@ -8312,8 +8307,8 @@ class Controls:
         day = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
         visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
         grant = new_grant(portal, client, username, patient, details, security_labels, day, visit, now)
-        lifetime = None if access_lifetime is None else need_lifetime(access_lifetime, now)
-        return decide(portal, request_id, grant._replace(access_lifetime=lifetime))
+        grant = grant._replace(access_lifetime=need_lifetime(access_lifetime, now))
+        return decide(portal, request_id, grant)
 
     # The launch URL ends with the parameters iss and launch.
     @control("launch", lambda url: {"launch_url": url, **dict(parse_qsl(url.partition("?")[2])[-2:])})
@@ -8403,10 +8398,11 @@ def need_number(name: str, value: Any, what: str, least: float, most: float) -> 
     return number
 
 
-def need_lifetime(seconds: Any, now: float) -> float:
-    """How long an access token shall be good; less than nothing, and it is born expired."""
+def need_lifetime(seconds: Any, now: float) -> float | None:
+    """How long an access token shall be good, if that is said; less than nothing, and it is born expired."""
     bounds = -now, LAST_SECOND - now
-    return need_number("access_lifetime", seconds, "seconds that end from 1970 to 9999", *bounds)
+    return None if seconds is None else need_number(
+        "access_lifetime", seconds, "seconds that end from 1970 to 9999", *bounds)
 
 
 def known_user(portal: Portal, username: Any) -> Row:
