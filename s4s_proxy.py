@@ -1604,7 +1604,7 @@ def check_prompt(asked: Authorization) -> None:
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
     Its handle counts whatever the scope: many bring one with launch/patient. The scope launch without one
-    stays beside launch/patient, in an app that can start either way, else is dropped (RFC 6749 section 3.3)."""
+    stays beside launch/patient, in an app that can start either way, else goes (RFC 6749 section 3.3)."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if not handle:
         if "launch" in words and "launch/patient" not in words:
