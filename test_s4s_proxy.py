@@ -1594,9 +1594,9 @@ class AuthorizationRequest(PortalTest):
 
     def test_until_the_client_is_known_and_its_redirect_uri_to_the_letter_nothing_redirects(self) -> None:
         own = self.app.redirect_uri
-        for uri in (None, "https://evil.example/", own + "/x", own + "&x", own + "/..", own.upper(),
-                    " " + own, own.replace("https:", "http:"), own.replace(".example", ".example.evil"), own + "#",
-                    own.replace("app.", "evil@app."), own.replace("//", "/\\"), own + "\r\n", own + "\0"):
+        for uri in (None, "https://evil.example/", own + "&x", own + "/..", own + "#", own.upper(), " " + own,
+                    own.replace("https:", "http:"), own.replace(".example", ".example.evil"), own + "\0",
+                    own.replace("app.", "evil@app."), own.replace("//", "/\\"), own + "\r\n"):
             self.assert_page(redirect_uri=uri)
         for client_id in ("nobody", None):
             self.assert_page(client_id=client_id)
