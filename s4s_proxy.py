@@ -1500,7 +1500,7 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """One of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
     Only the port may differ, of a native app that listens on this machine (RFC 8252 section 7.3, RFC 9700
-    section 4.1.3): what listens on another can't use a code that PKCE binds. An app without PKCE has one."""
+    section 4.1.3): what listens on another can't use a code that PKCE binds, only one that nothing binds."""
     uri, client = asked.fields.need("redirect_uri"), asked.client
     registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
     bound = asked.portal.settings.pkce or asked.fields.values.get("code_challenge")
