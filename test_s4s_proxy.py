@@ -7800,34 +7800,42 @@ class Repository(unittest.TestCase):
     sources = tuple(ast.parse((HERE / name).read_text(encoding="utf-8"))
                     for name in ("s4s_proxy.py", "test_s4s_proxy.py"))
 
-    def example(self, start: str) -> str:
-        """The README's code block whose first lines match."""
-        block = re.search(rf"```{start}\n(.*?)```", self.readme, re.DOTALL)
-        assert block, start
-        return block[1]
+    def example(self, marker: str) -> str:
+        """The README's code blocks below a comment such as `run: tour`, as one text."""
+        blocks = re.findall(rf"<!-- {marker} -->\n```\w*\n(.*?)```", self.readme, re.DOTALL)
+        assert blocks, marker
+        return "".join(blocks)
 
     def run_example(self, name: str, *command: str, portal: s4s.Server | None = None) -> str:
         """Run the example marked `run: name` as it stands, but for the server's address; give its output."""
         if not shutil.which(command[0]):
             self.skipTest(f"{command[0]} is not installed")
-        text, url = self.example(rf"\w+\n(?:#|//) run: {name}"), "http://localhost:8000"
+        text, url = self.example(f"run: {name}"), "http://localhost:8000"
+        if command[0] in ("bash", "sh", "zsh"):
+            text = f'python() {{ "{sys.executable}" "$@"; }}\n{text}'  # whatever it is called here
         return output_of(*command, given=text.replace(url, portal.url if portal else url))
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
-    def test_the_readmes_shell_examples_lead_through_the_flow(self) -> None:
+    def test_the_readmes_shell_examples_lead_through_the_flow_in_any_shell(self) -> None:
         with s4s.Server() as portal:
             self.assertRegex(self.run_example("quick", "bash", "-e", portal=portal), '"family": ?"Adams"')
             self.assertEqual({request.status for request in portal.requests}, {200})
-        with s4s.Server() as portal:
-            self.run_example("tour", "bash", "-e", portal=portal)
-            seen = [(request.path.rpartition("/")[2], request.status) for request in portal.requests]
-        self.assertEqual(seen, [
-            ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200),
-            ("Observation", 200), (AMY, 403), ("smart-Condition-120", 404), ("introspect", 200),
-            ("token", 200), ("revoke", 200), (DANIEL, 401)])
+        for shell in filter(shutil.which, ("bash", "sh", "zsh")):
+            with self.subTest(shell), s4s.Server() as portal:
+                shown = self.run_example("tour", shell, "-e", portal=portal)
+                shows = self.example("shows").replace("http://localhost:8000", portal.url)
+                pattern = ".*?".join(re.escape(part.strip()) for part in shows.split("…"))
+                self.assertTrue(re.fullmatch(pattern, shown.strip(), re.DOTALL), shown)
+                seen = [(request.path.rpartition("/")[2], request.status) for request in portal.requests]
+                self.assertEqual(seen, [
+                    ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200),
+                    ("Observation", 200), (AMY, 403), ("smart-Condition-120", 404), ("introspect", 200),
+                    ("token", 200), ("revoke", 200), (DANIEL, 401)])
+        # Typed into a shell, # is a comment and ! none of the history in some of them only.
+        self.assertNotRegex(self.example("run: (?:quick|tour)"), "#|!")
 
     def test_the_readmes_fixtures_start_a_server(self) -> None:
-        with s4s.Server(fixtures=json.loads(self.example("json"))) as portal:
+        with s4s.Server(fixtures=json.loads(self.example("fixtures.json"))) as portal:
             token = portal.issue_token(username="maria", client_id="growth-chart")
             self.assertEqual(token["patient"], JOSEPH)
 
@@ -7835,7 +7843,13 @@ class Repository(unittest.TestCase):
         self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
 
     def test_the_readmes_javascript_example_runs(self) -> None:
-        self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
+        with mock.patch.dict(os.environ, {"PYTHON": sys.executable}):
+            self.assertEqual(self.run_example("node", "node", "-").split(), ["200", "Adams", "401"])
+
+    def test_the_readmes_backend_service_reads_all_patients(self) -> None:
+        with s4s.Server() as portal:
+            shown = self.run_example("backend", sys.executable, "-", portal=portal)
+            self.assertEqual(shown.strip(), str([AMY, JOSEPH, DANIEL]))
 
     def test_the_readme_shows_every_option_and_endpoint_and_names_functions_that_are_there(self) -> None:
         rows = [f"| {' '.join(route.methods)} | `{route.path.replace('{}', '…')}` | {route.spec} | "
@@ -7843,7 +7857,7 @@ class Repository(unittest.TestCase):
         for words in [flag for action in s4s.build_parser()._actions
                       for flag in action.option_strings] + rows:
             self.assertTrue(words in self.readme, words)
-        for name in re.findall(r"; (\w+)\(\)", self.readme):
+        for name in re.findall(r"; `(\w+)\(\)`", self.readme):
             self.assertTrue(callable(getattr(s4s, name)), name)
 
     def test_every_route_class_and_function_says_what_it_does(self) -> None:
