@@ -1739,17 +1739,16 @@ def new_grant(portal: Portal, client: Client, username: str, patient: str | None
     approved = approved_categories(offered_categories(portal, client, details["scope"]), client, labels)
     expires = end_of_approval(until, portal.clock.now())
     context = context_with_visit(portal, patient, details, encounter_id)
-    return Grant(new_token(), client.client_id, username, patient, details["scope"], expires,
+    return Grant(new_token(), client.client_id, username, patient,
+                 chosen_scope(portal, details["scope"], approved), expires,
                  details["issuer"], json.dumps(approved), details["redirect_uri"], details["code_challenge"],
                  details["nonce"], signed_in, json.dumps(context))
 
 
 def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
     """The categories that a scope reaches; a client's security_labels narrow them."""
-    access = Access(scope, "any", frozenset(["any"]))
     wanted = present_names(client.metadata.get("security_labels")) or CATEGORIES
-    return [label for label, (_, types) in CATEGORIES.items() if label in wanted
-            and any(access.allows(type_name, letter) for type_name in types for letter in GRANTABLE_LETTERS)]
+    return [label for label in scopes_by_category(scope) if label in wanted]
 
 
 def present_names(labels: Sequence[str] | None) -> list[str]:
@@ -2496,6 +2495,9 @@ CATEGORIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "imaging": ("Imaging studies", ("ImagingStudy",)),
     "encounters": ("Visits", ("Encounter",))}
 _BY_CONTENT = ("Observation", "DiagnosticReport")  # whose own category decides
+# A category of Observations, as HL7's code for it; smoking status also goes by what was observed.
+OBSERVATION_CODES = {"vital-signs": "vital-signs", "laboratory": "laboratory", "smoking": "social-history"}
+SMOKING_STATUS = ("http://loinc.org", "72166-2")
 _LABEL_OF_TYPE = {name: label for label, (_, types) in CATEGORIES.items() for name in types
                   if name not in _BY_CONTENT}
 CATEGORIES["other"] = "Everything else", tuple(name for name in OWNER_ELEMENTS if name not in _LABEL_OF_TYPE)
@@ -2518,8 +2520,8 @@ def categories(resource: Json) -> list[str]:
              for system, code in tokens}
     if type_name == "DiagnosticReport":
         return ["laboratory"] if "laboratory" in codes else ["other"]
-    labels: list[str] = [label for label in ("vital-signs", "laboratory") if label in codes]
-    if "social-history" in codes or ("http://loinc.org", "72166-2") in tokens_of(elements(resource, "code")):
+    labels = [label for label, code in OBSERVATION_CODES.items() if code in codes]
+    if "smoking" not in labels and SMOKING_STATUS in tokens_of(elements(resource, "code")):
         labels.append("smoking")
     return labels or ["other"]
 
@@ -3004,6 +3006,49 @@ def scopes_by_value(scope: str) -> dict[tuple[str, ...], list[ResourceScope]]:
         for value in _COMMA.split(values):
             kept.setdefault((parsed.context, parsed.type, name, value), []).append(parsed)
     return kept
+
+
+def scopes_by_category(scope: str) -> dict[str, list[ResourceScope]]:
+    """The categories that the scopes of a string reach, in the consent page's order, each with these."""
+    reached = [(parsed, categories_of(parsed)) for parsed in resource_scopes(scope)]
+    by_category = {label: [parsed for parsed, labels in reached if label in labels] for label in CATEGORIES}
+    return {label: scopes for label, scopes in by_category.items() if scopes}
+
+
+def categories_of(scope: ResourceScope) -> list[str]:
+    """The categories that a scope reaches: its own ?category= names one, else those of its type."""
+    own = [value for name, values in scope.constraints if name == "category" for value in _COMMA.split(values)]
+    if not own or scope.type not in _BY_CONTENT:
+        return [label for label, (_, types) in CATEGORIES.items() if scope.type in ("*", *types)]
+    codings = [dict(zip(("system", "code"), value.rpartition("|")[::2])) for value in own]
+    return [label for coding in codings
+            for label in categories({"resourceType": scope.type, "category": [{"coding": [coding]}]})]
+
+
+def chosen_scope(portal: Portal, scope: str, left: Sequence[str]) -> str:
+    """What of a scope is granted where a person left these categories checked. The app must be able to tell
+    "refused" from "none" (SMART, "Scopes for requesting FHIR Resources"). What can't be said so, stays as it
+    was asked: `Access` keeps hidden what was not chosen all the same."""
+    return " ".join(dict.fromkeys(granted for word in scope.split()
+                                  for granted in words_left(portal, word, left))) or scope
+
+
+def words_left(portal: Portal, word: str, left: Sequence[str]) -> list[str]:
+    """What is granted of one word: nothing, if none of its type's categories was left; for some of
+    Observation's, a word for each. SMART 1 has no ?, and a * stands for more than was offered."""
+    parsed, (head, _, own) = parse_scope(word), word.partition("?")
+    if not parsed or parsed.type == "*" or head.rpartition(".")[2] in LETTERS:
+        return [word]
+    reached = categories_of(parsed)
+    kept = [label for label in reached if label in left]
+    if not kept or parsed.type != "Observation" or kept == reached or "other" in kept:
+        return [word] if kept or not reached else []
+    r4 = portal.records.version == "r4"
+    system = f"http://{'terminology.hl7.org/CodeSystem' if r4 else 'hl7.org/fhir'}/observation-category"
+    pairs = [f"category={system}|{OBSERVATION_CODES[label]}" for label in kept]
+    if "smoking" in kept:
+        pairs.append(f"code={'|'.join(SMOKING_STATUS)}")
+    return [f"{head}?{own and own + '&'}{pair}" for pair in pairs]
 
 
 def check_constraints(portal: Portal, granted: str) -> None:

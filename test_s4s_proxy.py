@@ -1872,6 +1872,39 @@ class CodeFlow(PortalTest):
         self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 404)
         self.assertNotIn("entry", self.fhir(f"Condition?patient={DANIEL}", tokens).json)
 
+    def test_the_scope_granted_is_what_the_person_chose(self) -> None:
+        five = "patient/Patient.rs {} patient/Condition.rs patient/Immunization.rs patient/MedicationRequest.rs"
+        seen, final = "patient/Observation.rs", "user/Observation.s?status=final"
+        both, report = f"{seen}?category=vital-signs,laboratory", "patient/DiagnosticReport.r"
+        unsaid = f"openid patient/*.rs patient/Observation.read user/Immunization.read {report}"
+        all_of_them = "vital-signs laboratory smoking other"
+        for version, left, asked, granted in (
+                *((version, "patient problems laboratory", five.format(seen),
+                   f"patient/Patient.rs {seen}?category=@|laboratory patient/Condition.rs")
+                  for version in ("dstu2", "stu3", "r4")),
+                ("r4", "vital-signs smoking", f"{final} patient/Practitioner.rs",
+                 f"{final}&category=@|vital-signs {final}&category=@|social-history "
+                 f"{final}&code=http://loinc.org|72166-2 patient/Practitioner.rs"),
+                ("r4", "laboratory", f"{seen}?category=@|vital-signs {both} {seen}?category=LAB "
+                 f"{report}?category=LAB {report}?category=radiology",
+                 f"{both}&category=@|laboratory {seen}?category=LAB {report}?category=LAB"),
+                ("r4", "laboratory other", f"{seen} patient/Goal.rs patient/Coverage.rs",
+                 f"{seen} patient/Goal.rs"),
+                ("r4", "laboratory", unsaid, unsaid), ("r4", all_of_them, seen, seen)):
+            hl7 = "http://terminology.hl7.org/CodeSystem/" if version == "r4" else "http://hl7.org/fhir/"
+            asked, granted = (text.replace("@|", hl7 + "observation-category|") for text in (asked, granted))
+            with self.subTest(version, left=left, asked=asked), s4s.Server(fhir_version=version) as portal:
+                set_signing_key(portal)
+                app = App(portal, f"launch/patient offline_access {asked}")
+                back = portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=left.split())
+                tokens = app.exchange(query_of(back)["code"]).json
+                apps = Page(signed_in(portal, "/apps").open(portal.url + "/apps").text)
+                mine = ask(portal.url + "/api/me", token=tokens["access_token"]).json["tokens"]
+                told = (tokens["scope"], introspected(app, tokens["access_token"])["scope"],
+                        app.refresh(tokens["refresh_token"]).json["scope"], *apps.texts["code"],
+                        *(token["scope"] for token in mine))
+                self.assertEqual(set(told), {f"launch/patient offline_access {granted}"})
+
     def test_a_form_that_says_too_little_or_too_much_is_refused(self) -> None:
         for why, status, changed in (
                 ("no category", 400, {"without": "security_labels"}),
@@ -2925,6 +2958,18 @@ class OnePatientAndNothingElse(RecordTest):
             self.assertNotIn("total", page)
             ids = {entry["resource"]["id"] for entry in page.get("entry", [])}
             self.assertEqual(ids & {"mine", "draft", "performed"}, expected)
+
+    def test_what_the_person_left_out_by_its_type_is_refused_by_its_category_not_there(self) -> None:
+        hl7, scope = "http://terminology.hl7.org/CodeSystem/observation-category", "patient/Observation.rs"
+        self.put(*(observation(code, category=[{"coding": [{"system": hl7, "code": code}]}])
+                   for code in ("laboratory", "vital-signs")))
+        token = token_for(self.portal, "laboratory", scope=f"launch/patient {scope} patient/Condition.rs")
+        for path, status in (("Observation/laboratory", 200), ("Observation/vital-signs", 404),
+                             ("Observation/mine", 404), ("Condition/x", 403), ("Condition", 403)):
+            with self.subTest(path):
+                self.assertEqual(self.get(path, token=token).status, status)
+        self.assertEqual(set(self.ids("Observation?_count=1000", token=token)) & {"mine", "vital-signs"}, set())
+        self.assertIn("laboratory", self.ids("Observation?_count=1000", token=token))
 
     def test_results_of_the_laboratorys_sections_are_laboratory_results(self) -> None:
         token, hl7 = token_for(self.portal, "laboratory"), "http://terminology.hl7.org/CodeSystem/v2-0074"
