@@ -7260,18 +7260,45 @@ def scope_line(portal: Portal, client: Client, word: str) -> Markup:
     if parsed and parsed.type != "*" and not parsed.constraints:
         labels = [label for label in offered_categories(portal, client, word) if label != "other"]
         details = [labels and ": ", ", ".join(CATEGORIES[label][0].lower() for label in labels)]
-    for name, value in parsed.constraints if parsed else ():
-        # The app wrote the values. Quoted, they can't read as the portal's own words.
-        values = [tag("code", json.dumps(choice, ensure_ascii=False)) for choice in _COMMA.split(value)]
-        details += [" and " if details else ", but only where ", name, " is ", Markup(" or ".join(values))]
+    elif parsed and parsed.constraints:
+        details = [", but only", where(parsed.constraints)]
     return tag("li", describe_scope(word), details, " ", tag("small", tag("code", word)))
+
+
+def where(constraints: Sequence[tuple[str, str]]) -> str:
+    """A scope's ?name=value in words. The app wrote the values: quoted, they can't read as the portal's."""
+    told = [f"{name} is " + " or ".join(tag("code", json.dumps(value, ensure_ascii=False))
+                                        for value in _COMMA.split(values)) for name, values in constraints]
+    return Markup(" where " + " and ".join(told)) if told else ""
+
+
+def category_in_words(label: str, scopes: Sequence[ResourceScope]) -> Markup:
+    """A category's name, with what these scopes reach of it where that is not all."""
+    name, types = CATEGORIES[label]
+    parts: dict[str, set[str]] = {}  # a type: in which cases
+    for scope in scopes:
+        of_category = scope.type in _BY_CONTENT  # then ?category= is no limit within the category
+        limits = [pair for pair in scope.constraints if not of_category or pair[0] != "category"]
+        parts.setdefault(scope.type, set()).add(where(limits))
+    wholly = {type_name for type_name, cases in parts.items() if "" in cases}
+    if "*" in wholly or wholly.issuperset(types):
+        return Markup(name)
+    told = []
+    for type_name, cases in sorted(parts.items()):
+        records = re.sub(r"(?<=[a-z])(?=[A-Z])|\*", " ", type_name).lower() + " records"
+        kinds = " of other kinds" if label == "other" and type_name in _BY_CONTENT else ""
+        told += [records.strip() + kinds + case for case in (sorted(cases) if "" not in cases else [""])]
+    return Markup(f"{name} (only {', '.join(told)})")
 
 
 def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str | None) -> list[Any]:
     """What the user chooses: categories, a visit if the app asks and no launch named it, the last day."""
     now, scope, visits = portal.clock.now(), details["scope"], {}
-    boxes = [check_box(CATEGORIES[label][0], tag("small", CATEGORY_WORDS[label]), name="security_labels",
-                       value=label, checked=True) for label in offered_categories(portal, client, scope)]
+    reached, boxes = scopes_by_category(scope), []
+    for label in offered_categories(portal, client, scope):
+        name = category_in_words(label, reached[label])
+        words = "" if label == "other" and "(" in name else CATEGORY_WORDS[label]
+        boxes.append(check_box(name, tag("small", words), name="security_labels", value=label, checked=True))
     named = "encounter" in details["launch"].get("context", {})
     if patient_id and "launch/encounter" in scope.split() and not named:
         visits = encounters_of(portal, patient_id)
@@ -7310,7 +7337,7 @@ def share_row(portal: Portal, request: Request, grants: list[Row]) -> Markup:
     """What a user shares with one app of one patient, with a button that asks for `stop_card`."""
     newest, (app, whose) = grants[0], app_and_record(portal, grants[0])
     scopes = dict.fromkeys(scope for grant in grants for scope in grant["scope"].split())
-    what = [categories_in_words([json.loads(grant["security_labels"]) for grant in grants]),
+    what = [categories_in_words(grants),
             tag("details", tag("summary", "Scope"), tag("code", " ".join(scopes)))]
     until = max(grant["approval_expires"] for grant in grants)
     days = f"{day_of(newest['approved'])} until {day_of(until)}"
@@ -7328,15 +7355,20 @@ def app_and_record(portal: Portal, grant: Row) -> tuple[str, str]:
     return client.name if client else grant["client_id"], name or patient_id
 
 
-def categories_in_words(approved: list[list[str]]) -> str:
-    """The categories of several grants; a grant without any is not limited by category."""
-    if not all(approved):
-        return "everything its scope allows"
-    seen = [name for label, (name, _) in CATEGORIES.items() if any(label in labels for labels in approved)]
-    left_out = [name for name, _ in CATEGORIES.values() if name not in seen]
-    if len(left_out) > 3:
-        return "; ".join(seen)
-    return f"everything but {'; '.join(left_out)}" if left_out else "everything"
+def categories_in_words(grants: list[Row]) -> Markup:
+    """What several grants share by category; a grant without any is not limited by category."""
+    shared: dict[str, list[ResourceScope]] = {}
+    for grant in grants:
+        labels = json.loads(grant["security_labels"])
+        if not labels:
+            return Markup("everything its scope allows")
+        for label, scopes in scopes_by_category(grant["scope"]).items():
+            shared.setdefault(label, []).extend(scopes if label in labels else [])
+    seen = [category_in_words(label, shared[label]) for label in CATEGORIES if shared.get(label)]
+    left_out = [name for label, (name, _) in CATEGORIES.items() if not shared.get(label)]
+    if len(left_out) > 3 or any("(" in words for words in seen):
+        return Markup("; ".join(seen))
+    return Markup(f"everything but {'; '.join(left_out)}" if left_out else "everything")
 
 
 def stop_card(portal: Portal, request: Request, grant: Row) -> Markup:

@@ -6427,6 +6427,27 @@ class ConsentPage(PortalTest):
         for label, (name, _) in s4s.CATEGORIES.items():
             self.assertIn(name + s4s.CATEGORY_WORDS[label], main)
 
+    def test_it_and_the_apps_page_say_what_of_a_category_this_scope_reaches(self) -> None:
+        seen, whole = "patient/Observation.rs", "Whatever else the record holds"
+        tests, other = "Laboratory results (only observation records", "Everything else (only observation records"
+        for scope, said, not_said in (
+                ("patient/*.rs", "", "(only"), (seen, f"{tests})", "diagnostic"),
+                (seen, f"{other} of other kinds)", whole),
+                (f"{seen} patient/DiagnosticReport.rs patient/Goal.rs",
+                 "Everything else (only diagnostic report records of other kinds, goal records, observation "
+                 "records of other kinds)", tests),
+                ("patient/MedicationRequest.rs patient/Patient.rs",
+                 "Medications (only medication request records)", "patient records"),
+                (f"{seen}?code=8867-4", f'{other} of other kinds where code is "8867-4")', whole),
+                (f"{seen}?category=laboratory", f"{tests})", "Vital signs"),
+                ("patient/*.r?status=final", 'Visits (only records where status is "final")', "Visits;")):
+            with self.subTest(scope, said=said):
+                step_3 = self.consent("launch/patient " + scope).main.partition("Review")[2]
+                self.assertIn("code", self.browser.submit("authorize").location)
+                for told in (step_3, Page(self.browser.open(self.portal.url + "/apps").text).texts["tr"][1]):
+                    self.assertIn(said, told)
+                    self.assertNotIn(not_said, told)
+
     def test_the_steps_are_those_that_scripts_know(self) -> None:
         page = self.consent()
         steps = self.browser.page.text.partition("</main>")[0].split("<section")[1:]
