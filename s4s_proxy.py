@@ -1435,17 +1435,18 @@ MAX_PENDING = 2000  # that wait for a decision: anybody may ask, and each may ho
 def authorize(portal: Portal, request: Request) -> Response:
     """An app asks for a user's permission: check the request, remember it, send the browser on to consent."""
     fields = Fields(request.form() if request.method == "POST" else request.pairs())
+    base = portal.browser_base(request)
     try:
-        request_id = begin_authorization(portal, request, fields)
+        request_id = begin_authorization(portal, request, fields, base)
     except RedirectError as error:
         return redirect(error.url)
-    return redirect(f"{portal.browser_base(request)}/oauth/consent?request={request_id}")
+    return redirect(f"{base}/oauth/consent?request={request_id}")
 
 
-def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str:
+def begin_authorization(portal: Portal, request: Request, fields: Fields, issuer: str) -> str:
     """Check an authorization request and remember it; gives the id by which the consent page knows it. A
     failed check is a PortalError for the person at the browser, or a RedirectError for the app."""
-    asked = Authorization(portal, request, fields)
+    asked = Authorization(portal, request, fields, issuer)
     for check in PAGE_CHECKS:
         check(asked)
     try:
@@ -1473,11 +1474,11 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields) -> str
 
 class Authorization:
     """An authorization request on its way through the checks. What they find out:"""
-    def __init__(self, portal: Portal, request: Request, fields: Fields):
+    def __init__(self, portal: Portal, request: Request, fields: Fields, issuer: str):
         self.portal, self.request, self.fields = portal, request, fields
         self.client: Client                         # check_client
         self.redirect_uri = ""                      # check_redirect_uri
-        self.issuer = portal.browser_base(request)  # check_audience, if aud uses another of our names
+        self.issuer = issuer                        # check_audience, if aud uses another of our names
         self.scope = ""                             # check_scope: what can be granted
         self.signed_in_since = 0.0                  # check_prompt: the user must have signed in after this
         self.launch: Json = {}                      # check_launch: the user, patient and context of the EHR's
@@ -3017,7 +3018,7 @@ def scopes_by_category(scope: str) -> dict[str, list[ResourceScope]]:
 
 def categories_of(scope: ResourceScope) -> list[str]:
     """The categories that a scope reaches: its own ?category= names one, else those of its type."""
-    own = [value for name, values in scope.constraints if name == "category" for value in _COMMA.split(values)]
+    own = [value for name, text in scope.constraints if name == "category" for value in _COMMA.split(text)]
     if not own or scope.type not in _BY_CONTENT:
         return [label for label, (_, types) in CATEGORIES.items() if scope.type in ("*", *types)]
     codings = [dict(zip(("system", "code"), value.rpartition("|")[::2])) for value in own]
@@ -8308,7 +8309,7 @@ def control(path: str, answer: Callable[[Any], Json | None] = lambda given: give
                 need(name in names, f"{name}: unknown; {function.__name__} takes {known}")
             for name in required.split():
                 need(name in members, f"{name} is missing")
-            given = answer(function(Controls(portal), **members))
+            given = answer(function(Controls(portal, portal.browser_base(request)), **members))
             return Response(204) if given is None else json_response(given)
         over_http.__doc__, over_http.__name__ = function.__doc__, f"debug_{function.__name__}"
         route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
@@ -8320,9 +8321,15 @@ class Controls:
     """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`). They
     raise PortalError, which over HTTP is the answer."""
     portal: Portal
+    asked_as = ""  # over HTTP: the name by which the caller knows this server
 
-    def __init__(self, portal: Portal):
-        self.portal = portal
+    def __init__(self, portal: Portal, asked_as: str = ""):
+        self.portal, self.asked_as = portal, asked_as
+
+    @property
+    def url(self) -> str:
+        """The base URL, and issuer: the first base_url, or the address listened on."""
+        return self.asked_as or self.portal.browser_base()
 
     def register_client(self, **metadata: Any) -> Json:
         """Register an app, by the members of RFC 7591 section 2: over HTTP that is /oauth/register."""
@@ -8347,7 +8354,7 @@ class Controls:
         until = now + 7 * DAY if approval_expires is None else approval_expires
         until = need_number("approval_expires", until, "a Unix time from 1970 to 9999", 0, LAST_SECOND)
         patient = users_patient(portal, username, patient_id, needs_patient(granted))
-        grant = Grant(new_token(), client.client_id, username, patient, granted, until, portal.browser_base())
+        grant = Grant(new_token(), client.client_id, username, patient, granted, until, self.url)
         with portal.state.transaction() as database:
             row = store_grant(database, grant, now)
             return issue_tokens(portal, database, row, granted, now, True, lifetime)
@@ -8365,7 +8372,7 @@ class Controls:
         portal, request, now = self.portal, authorization_request(self.portal, url), self.portal.clock.now()
         known_user(portal, username)
         try:
-            request_id = begin_authorization(portal, request, Fields(request.pairs()))
+            request_id = begin_authorization(portal, request, Fields(request.pairs()), self.url)
         except RedirectError as error:
             return error.url
         client, details = pending_request(portal, request_id)
@@ -8394,7 +8401,7 @@ class Controls:
                need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
         """Launch an app as the EHR does, without the page: see create_launch. Gives the app's launch URL."""
         return str(create_launch(
-            self.portal, self.portal.browser_base(), client_id=client_id, launch_uri=launch_uri,
+            self.portal, self.url, client_id=client_id, launch_uri=launch_uri,
             username=username, patient_id=patient_id, encounter_id=encounter_id, intent=intent,
             need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
 
@@ -8718,11 +8725,6 @@ class Server(Controls):
     def address(self) -> str:
         """The address listened on."""
         return self.portal.address
-
-    @property
-    def url(self) -> str:
-        """The base URL, and issuer: the first base_url, or the address listened on."""
-        return self.portal.browser_base()
 
     @property
     def fhir_url(self) -> str:
