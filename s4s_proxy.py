@@ -4339,7 +4339,8 @@ class EmbeddedRecords(Records):
         self.served = search_table(self.version)
         self.store = Store(settings.db, RECORD_SCHEMA)
         self.warnings: list[str] = []
-        self._in_memory, self._with_samples = settings.db is None, "none" not in settings.data
+        self._in_memory = settings.db is None
+        self._samples = "clinician" if "none" in settings.data else "yes"  # her account is there without, too
         self._ready, self._filling = False, threading.Lock()
         try:
             with self.store.transaction() as database:
@@ -4370,22 +4371,23 @@ class EmbeddedRecords(Records):
         """The store with the sample records in it: put there on first use, so that a start need not wait."""
         if not self._ready:
             with self._filling:
-                if not self._ready and self._with_samples and not self._fact("samples"):
+                if not self._ready and self._fact("samples") not in (self._samples, "yes"):
                     self._fill(sample_database(self.version))
                 self._ready = True
         return self.store
 
     def _fill(self, samples: sqlite3.Connection) -> None:
         """Copy the sample records in."""
-        if self._in_memory:
+        if self._in_memory and self._samples == "yes":
             samples.backup(self.store.connection)
             self.store.forget_rows()
             return
         with self.store.transaction() as database:
-            texts = samples.execute("SELECT json FROM resources ORDER BY number").fetchall()
+            texts = samples.execute("SELECT json FROM resources WHERE ? = 'yes' OR id = 'smart-clinician' "
+                                    "ORDER BY number", (self._samples,)).fetchall()
             Load(self, later=False).put(prepare(json.loads(text), self.version) for (text,) in texts)
             place_provenances(database)
-            database.execute("INSERT INTO record_facts VALUES ('samples', 'yes')")
+            database.execute("INSERT OR REPLACE INTO record_facts VALUES ('samples', ?)", (self._samples,))
 
     def load(self, document: Json) -> int:
         """Add or replace a resource, or those of a Bundle, all or none; gives how many.
@@ -8004,8 +8006,7 @@ class Seeds:
         samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
         for username, name, fhir_user, any_patient in DEMO_USERS:
             if samples or any_patient:
-                who = fhir_user if samples else None
-                self.users.append((username, name, who, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
+                self.users.append((username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
         if samples:
             self.patients.extend(DEMO_PATIENTS)
         for client_id, secret, uri in DEMO_CLIENTS:

@@ -4853,6 +4853,26 @@ class Loading(PortalTest):
             portal.load({"resourceType": "Patient", "id": "new"})
             self.assertEqual(portal.issue_token(username="new")["patient"], "new")
 
+    def test_the_clinician_stays_with_her_resource_without_the_sample_patients(self) -> None:
+        mine: Any = {"resourceType": "Patient", "id": "mine"}
+        hers = {"resourceType": "Practitioner", "id": "smart-clinician", "name": [{"text": "Another"}]}
+        with tempfile.TemporaryDirectory() as folder:
+            kept = {"db": os.path.join(folder, "state.db")}
+            for version, data, more, name in (
+                    ("dstu2", [], {}, "Clara"), ("stu3", [mine], {}, "Clara"),
+                    ("r4", [mine, hers], {}, "Another"), ("r4", [mine], kept, "Clara"),
+                    ("r4", [hers], kept, "Another"), ("r4", [], kept, "Another")):
+                with self.subTest(version, data=data), s4s.Server(
+                        fhir_version=version, data=["none", *data], **more) as portal:
+                    portal.load(mine)
+                    token = portal.issue_token(username="clinician", patient_id="mine",
+                                               scope="openid fhirUser launch/patient")["access_token"]
+                    url = ask(portal.url + "/oauth/userinfo", token=token).json["fhirUser"]
+                    self.assertEqual(url, portal.fhir_url + "/Practitioner/smart-clinician")
+                    self.assertIn(name, ask(url, token=token).text)
+                    every = ask(portal.open_fhir_url + "/Practitioner?_summary=count").json
+                    self.assertEqual(every["total"], 1)
+
 
 class LoadingRecords(unittest.TestCase):
     """--data, Server(data=...) and Records.load."""
@@ -6436,7 +6456,7 @@ class ConsentPage(PortalTest):
                 ("patient/*.rs", "", "(only"), (seen, f"{tests})", "diagnostic"),
                 (seen, f"{other} of other kinds)", whole),
                 (f"{seen} patient/DiagnosticReport.rs patient/Goal.rs",
-                 "only diagnostic report records of other kinds, goal records, observation records of", tests),
+                 "only diagnostic report records of other kinds, goal records, observation records", tests),
                 ("patient/MedicationRequest.rs patient/Patient.rs",
                  "Medications (only medication request records)", "patient records"),
                 (f"{seen}?code=8867-4", f'{other} of other kinds where code is "8867-4")', whole),
