@@ -269,8 +269,8 @@ def length(value: Any) -> int:
 # It uses of what stands below: elements, as_list, reference_of, tokens_of, attachments and DOCUMENT_TYPES
 # (what stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE,
 # FHIR_TYPES, JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key,
-# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page and consent_page (pages),
-# scrubbed (test controls).
+# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page and LOOK
+# (pages), scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -1960,7 +1960,10 @@ def issue_tokens(portal: Portal, database: sqlite3.Connection, grant: Row, scope
 def launch_context(grant: Row) -> Json:
     """What is open, as a token response says it (SMART, "Launch context arrives with your access_token")."""
     patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
-    return {**patient, **json.loads(grant["context"])}
+    context = {**patient, **json.loads(grant["context"])}
+    if "need_patient_banner" in context:  # of an EHR launch: the app is to look as if it belonged to us
+        context["smart_style_url"] = f"{grant['issuer']}/smart-style/{style_digest()}"
+    return context
 
 
 def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> Json:
@@ -2548,9 +2551,10 @@ def smart_configuration(portal: Portal, request: Request) -> Response:
     document["token_endpoint_auth_methods_supported"].remove("none")
     return json_response({**document, "capabilities": [  # each is a promise
         "launch-ehr", "launch-standalone", "authorize-post", "client-public", "client-confidential-symmetric",
-        "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-ehr-patient",
-        "context-ehr-encounter", "context-standalone-patient", "context-standalone-encounter",
-        "permission-offline", "permission-patient", "permission-user", "permission-v1", "permission-v2"]})
+        "client-confidential-asymmetric", "sso-openid-connect", "context-banner", "context-style",
+        "context-ehr-patient", "context-ehr-encounter", "context-standalone-patient",
+        "context-standalone-encounter", "permission-offline", "permission-patient", "permission-user",
+        "permission-v1", "permission-v2"]})
 
 
 def server_metadata(portal: Portal, request: Request) -> Json:
@@ -2675,6 +2679,19 @@ def check_fhir_context(value: Any) -> None:
              "fhir_context: expected an absolute URI as role")
         need(role != "launch" or not reference.startswith(("Patient/", "Encounter/")),
              "fhir_context: Patient and Encounter need a role; the launch's own are patient_id, encounter_id")
+
+
+@route("GET /smart-style/{}", "SMART, Styling", cors=True)
+def smart_style(portal: Portal, request: Request) -> Response:
+    """The pages' colours and sizes, for an app that is launched from them to take over."""
+    need(request.rest == style_digest(), "there is no such style", "not_found", 404)
+    return Response(200, json.dumps(LOOK).encode(), "application/json",
+                    [("Cache-Control", "max-age=31536000, immutable")])
+
+
+def style_digest() -> str:
+    """What names the style in its address: another one has another, so that an app may keep what it has."""
+    return hashlib.sha256(json.dumps(LOOK).encode()).hexdigest()[:16]
 
 
 # ######################################################################## 14 identity
@@ -7013,27 +7030,35 @@ def cited(text: str) -> Markup:
     return Markup(_CITED.sub(linked, html.escape(text)))
 
 
+# The light colours and the sizes, in SMART's names for them: what apps take over from here ("Styling").
+LOOK = {"color_background": "#f2f5f7", "color_error": "#8a3200", "color_highlight": "#0a5a83",
+        "color_modal_backdrop": "#f2f5f7", "color_success": "#0a5a83", "color_text": "#17242f",
+        "dim_border_radius": ".7rem", "dim_font_size": "1.0625rem", "dim_spacing_size": "1.25rem",
+        "font_family_body": "system-ui,sans-serif", "font_family_heading": "system-ui,sans-serif"}
 # Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
-STYLE = """
-:root{color-scheme:light dark;--ink:#17242f;--quiet:#4d5e6b;--paper:#fff;--ground:#f2f5f7;--line:#cfd8de;
---edge:#6b7d8a;--accent:#0a5a83;--on:#fff;--tint:#e4f0f7;--warn:#8a3200;--warm:#fdf1e7}
+STYLE = ":root{" + "".join(f"--{name}:{value};" for name, value in LOOK.items()) + """
+color-scheme:light dark;--ink:var(--color_text);--quiet:#4d5e6b;--paper:#fff;--ground:var(--color_background);
+--line:#cfd8de;--edge:#6b7d8a;--accent:var(--color_highlight);--on:#fff;--tint:#e4f0f7;
+--warn:var(--color_error);--warm:#fdf1e7}
 @media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;
 --ground:#10171d;--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;
---warm:#352419}}*{box-sizing:border-box}body{margin:0;font:1.0625rem/1.55 system-ui,sans-serif;
+--warm:#352419}}*{box-sizing:border-box}body{margin:0;font:var(--dim_font_size)/1.55 var(--font_family_body);
 color:var(--ink);background:var(--ground);overflow-wrap:anywhere}body>*{padding:1rem max(1rem,50% - 25rem)}
 main{padding-bottom:2rem}body>header,header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}body>header{
 align-items:center;background:var(--paper);border-bottom:1px solid var(--line)}header strong{flex:1 1 14rem;
 font-size:1.1rem}header a{padding:.4rem 0}header strong::before{content:"";display:inline-block;width:.9em;
 height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}footer{
-color:var(--warn);border-top:1px solid var(--line)}h1{font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{
-font-size:1.25rem;line-height:1.3;margin:0 0 .6em}h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{
-margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}a{color:var(--accent)}:focus-visible{
+color:var(--warn);border-top:1px solid var(--line)}h1,h2,h3{font-family:var(--font_family_heading)}h1{
+font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
+h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
+a{color:var(--accent)}:focus-visible{
 outline:3px solid var(--accent);outline-offset:2px}small,.quiet{color:var(--quiet);font-size:.95rem}
-.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:.7rem;padding:1.25rem;
-margin:0 0 1.25rem}.modal{border:2px solid var(--accent)}.card>:first-child,.card>label:first-of-type{
-margin-top:0}.card>:last-child{margin-bottom:0}.note,.error{border-left:.3rem solid var(--accent);
-background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;border-radius:.2rem}.error{border-color:var(--warn);
-background:var(--warm)}dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;
+.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:var(--dim_border_radius);
+padding:var(--dim_spacing_size);margin:0 0 var(--dim_spacing_size)}.modal{border:2px solid var(--accent)}
+.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
+.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
+border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
+dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;
 margin:.6em 0}dt{color:var(--quiet)}dd{margin:0}label{display:block;margin:.9rem 0;font-weight:600}fieldset{
 border:0;padding:0;margin:1.2rem 0}legend{padding:0;font-weight:600}input,select,textarea{font:inherit;
 font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);border-radius:.4rem}

@@ -3523,7 +3523,7 @@ class Discovery(PortalTest):
 
     def test_every_capability_is_a_smart_2_2_word(self) -> None:
         kinds = (r"launch-(ehr|standalone)|authorize-post|client-(public|confidential-(a?symmetric))"
-                 r"|sso-openid-connect|context-banner|context-(ehr|standalone)-(patient|encounter)"
+                 r"|sso-openid-connect|context-(banner|style)|context-(ehr|standalone)-(patient|encounter)"
                  r"|permission-(offline|patient|user|v1|v2)")
         for word in self.documents()[2]["capabilities"]:
             self.assertRegex(word, f"^({kinds})$")
@@ -3703,6 +3703,29 @@ class EhrLaunch(PortalTest):
         self.assertEqual(got.status, 403, "another site launches in somebody's name")
         with s4s.Server(debug=False) as portal:
             self.assertEqual(ask(portal.url + "/launch").status, 404)
+
+    def test_an_app_that_was_launched_learns_how_the_pages_look(self) -> None:
+        self.assertIn("context-style", ask(f"{self.portal.fhir_url}/.well-known/smart-configuration").text)
+        self.launch()
+        tokens = self.tokens()
+        url, css = tokens["smart_style_url"], Page(ask(self.portal.url + "/").text).texts["style"][0]
+        self.assertTrue(url.startswith(self.portal.url + "/smart-style/"))
+        seen = introspected(self.app, tokens["access_token"])
+        for answer in (seen, self.app.refresh(tokens["refresh_token"]).json):
+            self.assertEqual(answer["smart_style_url"], url)
+        got = ask(url, headers={"Origin": "https://app.example"})
+        self.assertEqual((got.status, got.headers["access-control-allow-origin"]), (200, "*"))
+        self.assertEqual(list(got.json), [  # SMART, "Styling"
+            "color_background", "color_error", "color_highlight", "color_modal_backdrop", "color_success",
+            "color_text", "dim_border_radius", "dim_font_size", "dim_spacing_size", "font_family_body",
+            "font_family_heading"])
+        for name, value in got.json.items():
+            self.assertIn(f"--{name}:{value};", css)
+        with mock.patch.dict(s4s.LOOK, color_text="#000"):
+            self.launch()
+            changed = ask(self.tokens()["smart_style_url"])
+            self.assertEqual((ask(url).status, changed.json["color_text"]), (404, "#000"))
+        self.assertNotIn("smart_style_url", self.app.tokens(scope="patient/*.rs"))
 
     def test_the_demo_app_lives_where_this_server_is(self) -> None:
         demo = self.portal.url + "/demo"
