@@ -7431,7 +7431,7 @@ def launch_form(portal: Portal, request: Request, chosen: Json, text: str) -> Re
     """What to launch, with what was chosen so far, and the patients called `text`."""
     clients = [portal.client(row["client_id"]) for row in portal.state.rows("SELECT client_id FROM clients")]
     launchable = [(client.client_id, client.name) for client in clients
-                  if client and client.metadata.get("launch_uris")]
+                  if client and client.may_use("authorization_code")]
     users = [(user["username"], user["name"]) for user in some_users(portal, 200)]
     patients, patient_id = portal.patients_of("clinician", text), chosen["patient_id"]
     if patient_id and patient_id not in patients:

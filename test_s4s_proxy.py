@@ -3704,6 +3704,17 @@ class EhrLaunch(PortalTest):
         with s4s.Server(debug=False) as portal:
             self.assertEqual(ask(portal.url + "/launch").status, 404)
 
+    def test_the_launch_page_offers_every_app_and_takes_the_address_of_one_that_registered_none(self) -> None:
+        there = "http://localhost:3000/launch.html"
+        with s4s.Server(client=f"mine={there}") as portal:
+            browser, service = Browser(portal), KeyedApp(portal).client_id
+            for client_id in ("mine", "test-suite", App(portal).client_id):
+                offered = Page(browser.open(portal.url + "/launch").text).all("option")
+                self.assertIn({"value": client_id}, offered)
+                self.assertNotIn({"value": service}, offered)  # nobody signs in to a service
+                url = browser.submit("launch", client_id=client_id, launch_uri=there).headers["location"]
+                self.assertTrue(url.startswith(there + "?iss="))
+
     def test_an_app_that_was_launched_learns_how_the_pages_look(self) -> None:
         self.assertIn("context-style", ask(f"{self.portal.fhir_url}/.well-known/smart-configuration").text)
         self.launch()
