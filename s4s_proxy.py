@@ -269,8 +269,8 @@ def length(value: Any) -> int:
 # It uses of what stands below: elements, as_list, reference_of, tokens_of, attachments and DOCUMENT_TYPES
 # (what stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE,
 # FHIR_TYPES, JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key,
-# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page and LOOK
-# (pages), scrubbed (test controls).
+# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page, LOOK_JSON
+# and LOOK_DIGEST (pages), scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -1749,7 +1749,7 @@ def new_grant(portal: Portal, client: Client, username: str, patient: str | None
 def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
     """The categories that a scope reaches; a client's security_labels narrow them."""
     wanted = present_names(client.metadata.get("security_labels")) or CATEGORIES
-    return [label for label in scopes_by_category(scope) if label in wanted]
+    return [label for label, scopes in scopes_by_category(scope).items() if scopes and label in wanted]
 
 
 def present_names(labels: Sequence[str] | None) -> list[str]:
@@ -1962,7 +1962,7 @@ def launch_context(grant: Row) -> Json:
     patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
     context = {**patient, **json.loads(grant["context"])}
     if "need_patient_banner" in context:  # of an EHR launch: the app is to look as if it belonged to us
-        context["smart_style_url"] = f"{grant['issuer']}/smart-style/{style_digest()}"
+        context["smart_style_url"] = f"{grant['issuer']}/smart-style/{LOOK_DIGEST}"
     return context
 
 
@@ -2288,12 +2288,15 @@ class Access:
         for patients, constraints in self._openings(str(resource.type), letters):
             if resource.owner == UNKNOWN and patients is not EVERYBODY:
                 continue
-            # Each scope alone: the ?param=value of one go together, several scopes add up.
-            if ((resource.owner == NOBODY or resource.owner in patients)
-                    and (not constraints or resource_matches(resource.content, self.version, constraints))):
+            if resource.owner != NOBODY:
+                if resource.owner not in patients:
+                    continue
                 # A resource of two categories needs both: who left out laboratory results meant all of them.
-                return (resource.owner == NOBODY or not self.labels
-                        or self.labels.issuperset(resource.categories()))
+                if self.labels and not self.labels.issuperset(resource.categories()):
+                    return False
+            # Each scope alone: the ?param=value of one go together, several scopes add up.
+            if not constraints or resource_matches(resource.content, self.version, constraints):
+                return True
         return False
 
     def _opens_file(self, binary: Resource) -> bool:
@@ -2683,15 +2686,9 @@ def check_fhir_context(value: Any) -> None:
 
 @route("GET /smart-style/{}", "SMART, Styling", cors=True)
 def smart_style(portal: Portal, request: Request) -> Response:
-    """The pages' colours and sizes, for an app that is launched from them to take over."""
-    need(request.rest == style_digest(), "there is no such style", "not_found", 404)
-    return Response(200, json.dumps(LOOK).encode(), "application/json",
-                    [("Cache-Control", "max-age=31536000, immutable")])
-
-
-def style_digest() -> str:
-    """What names the style in its address: another one has another, so that an app may keep what it has."""
-    return hashlib.sha256(json.dumps(LOOK).encode()).hexdigest()[:16]
+    """The pages' colours and sizes, for an app that is launched from them. Others have another address."""
+    need(request.rest == LOOK_DIGEST, "there is no such style", "not_found", 404)
+    return Response(200, LOOK_JSON, "application/json", [("Cache-Control", "max-age=31536000, immutable")])
 
 
 # ######################################################################## 14 identity
@@ -3027,43 +3024,41 @@ def scopes_by_value(scope: str) -> dict[tuple[str, ...], list[ResourceScope]]:
 
 
 def scopes_by_category(scope: str) -> dict[str, list[ResourceScope]]:
-    """The categories that the scopes of a string reach, in the consent page's order, each with these."""
+    """Of each category, in the consent page's order, the scopes within a scope string that reach it."""
     reached = [(parsed, categories_of(parsed)) for parsed in resource_scopes(scope)]
-    by_category = {label: [parsed for parsed, labels in reached if label in labels] for label in CATEGORIES}
-    return {label: scopes for label, scopes in by_category.items() if scopes}
+    return {label: [parsed for parsed, labels in reached if label in labels] for label in CATEGORIES}
 
 
 def categories_of(scope: ResourceScope) -> list[str]:
-    """The categories that a scope reaches: its own ?category= names one, else those of its type."""
+    """The categories that a scope reaches: what its own ?category= names, else those of its type."""
     own = [value for name, text in scope.constraints if name == "category" for value in _COMMA.split(text)]
     if not own or scope.type not in _BY_CONTENT:
         return [label for label, (_, types) in CATEGORIES.items() if scope.type in ("*", *types)]
-    codings = [dict(zip(("system", "code"), value.rpartition("|")[::2])) for value in own]
+    codings = [{"system": value.rpartition("|")[0], "code": value.rpartition("|")[2]} for value in own]
     return [label for coding in codings
-            for label in categories({"resourceType": scope.type, "category": [{"coding": [coding]}]})]
+            for label in categories({"resourceType": scope.type, "category": [coding]})]
 
 
 def chosen_scope(portal: Portal, scope: str, left: Sequence[str]) -> str:
-    """What of a scope is granted where a person left these categories checked. The app must be able to tell
-    "refused" from "none" (SMART, "Scopes for requesting FHIR Resources"). What can't be said so, stays as it
-    was asked: `Access` keeps hidden what was not chosen all the same."""
-    return " ".join(dict.fromkeys(granted for word in scope.split()
-                                  for granted in words_left(portal, word, left))) or scope
+    """What of a scope is granted where a person left these categories checked: an app must be able to tell
+    "refused" from "none". What can't be said in a scope stays as asked, and `Access` hides what was not
+    chosen all the same."""
+    words = [granted for word in scope.split() for granted in words_left(portal, word, left)]
+    return " ".join(dict.fromkeys(words)) or scope
 
 
 def words_left(portal: Portal, word: str, left: Sequence[str]) -> list[str]:
-    """What is granted of one word: nothing, if none of its type's categories was left; for some of
-    Observation's, a word for each. SMART 1 has no ?, and a * stands for more than was offered."""
+    """What is granted of one word: none, if nothing is left of its type; for a part of Observation, a word
+    for each category. SMART 1 has no ?, and other types, or all (*), no such parameters."""
     parsed, (head, _, own) = parse_scope(word), word.partition("?")
-    if not parsed or parsed.type == "*" or head.rpartition(".")[2] in LETTERS:
-        return [word]
-    reached = categories_of(parsed)
+    reached = categories_of(parsed) if parsed else []
     kept = [label for label in reached if label in left]
-    if not kept or parsed.type != "Observation" or kept == reached or "other" in kept:
-        return [word] if kept or not reached else []
-    r4 = portal.records.version == "r4"
-    system = f"http://{'terminology.hl7.org/CodeSystem' if r4 else 'hl7.org/fhir'}/observation-category"
-    pairs = [f"category={system}|{OBSERVATION_CODES[label]}" for label in kept]
+    if not parsed or kept == reached or head.rpartition(".")[2] in LETTERS:
+        return [word]
+    if parsed.type != "Observation" or "other" in kept:
+        return [word] if kept else []
+    hl7 = "terminology.hl7.org/CodeSystem" if portal.records.version == "r4" else "hl7.org/fhir"
+    pairs = [f"category=http://{hl7}/observation-category|{OBSERVATION_CODES[label]}" for label in kept]
     if "smoking" in kept:
         pairs.append(f"code={'|'.join(SMOKING_STATUS)}")
     return [f"{head}?{own and own + '&'}{pair}" for pair in pairs]
@@ -3117,15 +3112,22 @@ def unregistered(client: Client | None, *words: str) -> str:
 
 
 def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:
-    """Whether a resource meets search parameters (name, value), as a search for them would find it. False
-    where a type isn't served, a parameter isn't known or a value is none: see `parse_term`."""
-    type_name = resource.get("resourceType", "")
+    """Whether a resource meets search parameters (name, value), as a search for them would find it."""
+    terms = constraint_terms(version, str(resource.get("resourceType")), tuple(parameters))
+    return terms is not None and all(term.met_by(resource) for term in terms)
+
+
+@remembered(100)
+def constraint_terms(version: str, type_name: str,
+                     parameters: tuple[tuple[str, str], ...]) -> list[SearchTerm] | None:
+    """What resources of a type must meet. None, which no resource does, where the type isn't served, a
+    parameter isn't known or a value is none: see `parse_term`."""
     if type_name not in search_table(version):
-        return False
+        return None
     try:
-        return all(parse_term(version, type_name, name, text).met_by(resource) for name, text in parameters)
+        return [parse_term(version, type_name, name, text) for name, text in parameters]
     except FhirError:
-        return False
+        return None
 
 
 # ======================================================================== Part Two: the records
@@ -7035,6 +7037,8 @@ LOOK = {"color_background": "#f2f5f7", "color_error": "#8a3200", "color_highligh
         "color_modal_backdrop": "#f2f5f7", "color_success": "#0a5a83", "color_text": "#17242f",
         "dim_border_radius": ".7rem", "dim_font_size": "1.0625rem", "dim_spacing_size": "1.25rem",
         "font_family_body": "system-ui,sans-serif", "font_family_heading": "system-ui,sans-serif"}
+LOOK_JSON = json.dumps(LOOK).encode()
+LOOK_DIGEST = hashlib.sha256(LOOK_JSON).hexdigest()[:16]
 # Light, dark and print; contrast is AA (4.5 to 1 for text, 3 to 1 for the edges of controls) in each.
 STYLE = ":root{" + "".join(f"--{name}:{value};" for name, value in LOOK.items()) + """
 color-scheme:light dark;--ink:var(--color_text);--quiet:#4d5e6b;--paper:#fff;--ground:var(--color_background);
@@ -7303,19 +7307,17 @@ def where(constraints: Sequence[tuple[str, str]]) -> str:
 def category_in_words(label: str, scopes: Sequence[ResourceScope]) -> Markup:
     """A category's name, with what these scopes reach of it where that is not all."""
     name, types = CATEGORIES[label]
-    parts: dict[str, set[str]] = {}  # a type: in which cases
-    for scope in scopes:
-        of_category = scope.type in _BY_CONTENT  # then ?category= is no limit within the category
-        limits = [pair for pair in scope.constraints if not of_category or pair[0] != "category"]
-        parts.setdefault(scope.type, set()).add(where(limits))
-    wholly = {type_name for type_name, cases in parts.items() if "" in cases}
+    limits = {scope: where([pair for pair in scope.constraints  # ?category= is none within the category
+                            if pair[0] != "category" or scope.type not in _BY_CONTENT]) for scope in scopes}
+    wholly = {scope.type for scope, limit in limits.items() if not limit}
     if "*" in wholly or wholly.issuperset(types):
         return Markup(name)
-    told = []
-    for type_name, cases in sorted(parts.items()):
-        records = re.sub(r"(?<=[a-z])(?=[A-Z])|\*", " ", type_name).lower() + " records"
-        kinds = " of other kinds" if label == "other" and type_name in _BY_CONTENT else ""
-        told += [records.strip() + kinds + case for case in (sorted(cases) if "" not in cases else [""])]
+    told: dict[str, None] = {}
+    for scope, limit in limits.items():
+        records = re.sub(r"\B(?=[A-Z])|\*", " ", scope.type).strip().lower()
+        kinds = " of other kinds" if label == "other" and scope.type in _BY_CONTENT else ""
+        if not limit or scope.type not in wholly:
+            told[f"{records} records{kinds}{limit}".strip()] = None
     return Markup(f"{name} (only {', '.join(told)})")
 
 
