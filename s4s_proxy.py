@@ -3068,17 +3068,13 @@ def check_constraints(portal: Portal, granted: str) -> None:
     """Each constraint is a search parameter of the records' version, with a value it takes; else PortalError.
     Any other would find nothing, and would put words of the app's choice before the person who decides."""
     for scope in resource_scopes(granted):
-        for name, value in scope.constraints:
-            version = portal.records.version
-            types = [type_name for type_name in search_table(version) if scope.type in ("*", type_name)]
-            for type_name in types:
-                with contextlib.suppress(FhirError):
-                    parse_term(version, type_name, name, value)
-                    break
-            else:
-                which = "any type" if scope.type == "*" else scope.type
-                raise PortalError("invalid_scope", f"scope {scope.text!r}: {name} is no search parameter of "
-                                  f"{which}, or does not take {value!r}")
+        for pair in scope.constraints:
+            version, of_all = portal.records.version, scope.type == "*"
+            types = search_table(version) if of_all else [scope.type]
+            if not any(constraint_terms(version, type_name, (pair,)) for type_name in types):
+                which = "any type" if of_all else scope.type
+                raise PortalError("invalid_scope", f"scope {scope.text!r}: {pair[0]} is no search parameter "
+                                  f"of {which}, or does not take {pair[1]!r}")
 
 
 def served_scope(portal: Portal, wanted: str, registered: str,
