@@ -7323,7 +7323,7 @@ def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str
     reached, boxes = scopes_by_category(scope), []
     for label in offered_categories(portal, client, scope):
         name = category_in_words(label, reached[label])
-        words = "" if label == "other" and "(" in name else CATEGORY_WORDS[label]
+        words = "" if "(" in name else CATEGORY_WORDS[label]  # which tell of the whole category
         boxes.append(check_box(name, tag("small", words), name="security_labels", value=label, checked=True))
     named = "encounter" in details["launch"].get("context", {})
     if patient_id and "launch/encounter" in scope.split() and not named:

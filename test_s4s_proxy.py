@@ -6489,7 +6489,7 @@ class ConsentPage(PortalTest):
         tests, other = (f"{name} (only observation records"
                         for name in ("Laboratory results", "Everything else"))
         for scope, said, not_said in (
-                ("patient/*.rs", "", "(only"), (seen, f"{tests})", "diagnostic"),
+                ("patient/*.rs", "", "(only"), (seen, f"{tests})", "reports on them"),
                 (seen, f"{other} of other kinds)", whole),
                 (f"{seen} patient/DiagnosticReport.rs patient/Goal.rs",
                  "records of other kinds, diagnostic report records of other kinds, goal records)", tests),
