@@ -3044,7 +3044,8 @@ def chosen_scope(portal: Portal, scope: str, left: Sequence[str]) -> str:
     "refused" from "none". What can't be said in a scope stays as asked, and `Access` hides what was not
     chosen all the same."""
     words = [granted for word in scope.split() for granted in words_left(portal, word, left)]
-    return " ".join(dict.fromkeys(words)) or scope
+    chosen = " ".join(dict.fromkeys(words))
+    return chosen if SCOPE_SYNTAX.fullmatch(chosen) else scope  # not empty, and not without end
 
 
 def words_left(portal: Portal, word: str, left: Sequence[str]) -> list[str]:

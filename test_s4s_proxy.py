@@ -1878,6 +1878,7 @@ class CodeFlow(PortalTest):
         both, report = f"{seen}?category=vital-signs,laboratory", "patient/DiagnosticReport.r"
         unsaid = f"openid patient/*.rs patient/Observation.read user/Immunization.read {report}"
         all_of_them = "vital-signs laboratory smoking other"
+        many = " ".join(f"{seen}?code={number}" for number in range(200))
         for version, left, asked, granted in (
                 *((version, "patient problems laboratory", " ".join(f"patient/{name}.rs" for name in five),
                    f"patient/Patient.rs {seen}?category=@|laboratory patient/Condition.rs")
@@ -1891,7 +1892,8 @@ class CodeFlow(PortalTest):
                  f"{report}?category=LAB"),
                 ("r4", "laboratory other", f"{seen} patient/Goal.rs patient/Coverage.rs",
                  f"{seen} patient/Goal.rs"),
-                ("r4", "laboratory", unsaid, unsaid), ("r4", all_of_them, seen, seen)):
+                ("r4", "laboratory", unsaid, unsaid), ("r4", all_of_them, seen, seen),
+                ("r4", "laboratory", many, many)):
             hl7 = "http://terminology.hl7.org/CodeSystem/" if version == "r4" else "http://hl7.org/fhir/"
             asked, granted = (text.replace("@|", hl7 + "observation-category|") for text in (asked, granted))
             with self.subTest(version, left=left, asked=asked), s4s.Server(fhir_version=version) as portal:
