@@ -395,7 +395,7 @@ PLAIN_SCOPES = {          # the scopes that are no resource's, and what each let
     "launch": "know whose record is open",
     "launch/patient": "know whose record you choose",
     "launch/encounter": "know which visit is open",
-    "offline_access": "come back for new data when you are not there, until the date below or you stop it"}
+    "offline_access": "come back for new data when you are not there, until a day you choose or you stop it"}
 SCOPE_SYNTAX = re.compile(r"(?= *[^ ])[!#-\[\]-~ ]{1,8192}")  # RFC 6749 section 3.3, but not without end
 SCOPE_WORDS = "words of ASCII without quotes and backslashes, 8192 characters at most (RFC 6749 section 3.3)"
 _RESOURCE_SCOPE = re.compile(r"(patient|user|system)/(\*|[A-Z][A-Za-z]{1,63})"
@@ -1342,10 +1342,10 @@ def local_path(text: str) -> str:
     """Where to go after signing in: a path of this server, or a link with our name on it could lead anywhere,
     to a page that asks for the password once more (open redirect).
 
-    >>> [local_path(text) for text in ("/apps?x=1", "https://evil.example/", "//evil.example")]
-    ['/apps?x=1', '/apps', '/apps']
+    >>> [local_path(text) for text in ("/", "/apps?x=1", "https://evil.example/", "//evil.example")]
+    ['/', '/apps?x=1', '/apps', '/apps']
     """
-    return text if re.fullmatch(r"/[A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?", text) else "/apps"
+    return text if re.fullmatch(r"/([A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?)?", text) else "/apps"
 
 
 def start_session(portal: Portal, username: str, earlier: str) -> str:
@@ -1363,10 +1363,10 @@ def start_session(portal: Portal, username: str, earlier: str) -> str:
 @route("POST /logout", "S4S", kind="page")
 def logout(portal: Portal, request: Request) -> Response:
     """Sign out: the session ends on the server, so a cookie copied before is worth nothing."""
-    guarded_form(portal, request)
+    form = guarded_form(portal, request)
     with portal.state.transaction() as database:
         database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
-    return redirect(portal.browser_base(request) + "/")
+    return redirect(portal.browser_base(request) + local_path(form.get("next", "/")))
 
 
 def session_user(portal: Portal, request: Request) -> Row | None:
@@ -1665,10 +1665,16 @@ def consent(portal: Portal, request: Request) -> Response:
         patients = portal.patients_of(user["username"], text)
         return picker_page(portal, request, user, client, request_id, patients, text)
     if decision != "approve":
+        if posted:  # a page that is no answer to a form: going back and forth in the browser sends none again
+            here = portal.browser_base(request) + "/oauth/consent"
+            return redirect(with_query(here, request=request_id, patient_id=patient_id or ""))
         return consent_page(portal, request, user, client, details, request_id, patient_id)
     labels = [value for name, value in request.form() if name == "security_labels"]
-    grant = new_grant(portal, client, user["username"], patient_id, details, labels,
-                      fields.get("approval_expires"), fields.get("encounter_id"), user["started"])
+    try:
+        grant = new_grant(portal, client, user["username"], patient_id, details, labels,
+                          fields.get("approval_expires"), fields.get("encounter_id"), user["started"])
+    except PageError as error:
+        return consent_page(portal, request, user, client, details, request_id, patient_id, error)
     return redirect(decide(portal, request_id, grant))
 
 
@@ -1761,8 +1767,8 @@ def approved_categories(offered: Sequence[str], client: Client, checked: Sequenc
     """The categories that the user left checked."""
     approved = present_names(checked)
     for label in approved:
-        need(label in offered, f"{label!r} is not a category offered here.", kind=PageError)
-    need(approved or not offered, "Nothing is checked: choose a category, or do not approve.", kind=PageError)
+        need(label in offered, f"security_labels: {label!r} is no category offered here.", kind=PageError)
+    need(approved or not offered, "security_labels: check at least one, or do not approve.", kind=PageError)
     # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
     return approved or present_names(client.metadata.get("security_labels"))
 
@@ -1795,9 +1801,9 @@ def end_of_approval(until: str, now: float) -> float:
     try:
         expires = end_of_day(until)
     except ValueError:
-        raise PageError("invalid_request", f"The end date {until!r} is not a date such as {day_of(now)}.")
+        raise PageError("invalid_request", f"approval_expires: {until!r} is no date such as {day_of(now)}.")
     need(now < expires <= end_of_day(day_of(now, 2)),
-         f"The end date {until} is not from today to two years from now.", kind=PageError)
+         f"approval_expires: {until} is not from today to two years from now.", kind=PageError)
     return expires
 
 
@@ -2206,6 +2212,8 @@ class Records(Protocol):
         """(id, name) of the first patients, with a text of those that it names."""
     def patient_name(self, patient_id: str) -> str | None:
         """A patient's name; None where there is none of this id."""
+    def birth_dates(self, patient_ids: list[str]) -> dict[str, str]:
+        """When patients were born, of those of whom that is known at once."""
     def visits(self, patient_id: str) -> list[Json]:
         """A patient's Encounters, the first hundred."""
     def load(self, document: Json) -> int:
@@ -2663,7 +2671,7 @@ def launch_address(portal: Portal, base: str, client_id: str | None, launch_uri:
         client = need(portal.client(client_id), f"client_id: {client_id!r} is not registered here")
         registered = uris_of(client, base, "launch_uris")
     uri = need(launch_uri or next(iter(registered), ""),
-               "launch_uri is missing: give it, or the client_id of an app that registered launch_uris")
+               "launch_uri: give the address to open, or an app (client_id) that has registered launch_uris")
     expected = f"of the client's {', '.join(registered)}" if registered else "an absolute http or https URL"
     need(is_web_url(uri) and (uri in registered or not registered), f"launch_uri: {uri!r} is not {expected}")
     return uri
@@ -4659,6 +4667,11 @@ class EmbeddedRecords(Records):
         patient = self.find("Patient", patient_id)
         return display_name(patient.content) if patient else None
 
+    def birth_dates(self, patient_ids: list[str]) -> dict[str, str]:
+        """See Records."""
+        patients = [self.find("Patient", patient_id) for patient_id in patient_ids]
+        return {str(patient.id): str(patient.content.get("birthDate", "")) for patient in patients if patient}
+
     def account_name(self, username: str) -> str | None:
         """Every patient who was loaded signs in by id."""
         return self.patient_name(username)
@@ -5446,6 +5459,15 @@ class ForwardedRecords(Records):
             return self.patient_name(patient_id) is None
         except FhirError:
             return False
+
+    def birth_dates(self, patient_ids: list[str]) -> dict[str, str]:
+        """Asked in one search; a server that can't tell keeps nobody from choosing."""
+        query = urlencode({"_id": ",".join(patient_ids), "_count": str(len(patient_ids))})
+        try:
+            people = self._all("Patient", query)
+        except FhirError:
+            return {}
+        return {person["id"]: str(person.get("birthDate", "")) for person in people}
 
     def visits(self, patient_id: str) -> list[Json]:
         """See Records."""
@@ -6996,9 +7018,27 @@ def post_form(portal: Portal, request: Request, path: str, *content: Any, sessio
     return tag("form", fields, *content, method="post", action=action, **attributes)
 
 
-def field(label: str, name: str, value: str, kind: str = "text", **attributes: Any) -> Markup:
+NOTHING: Json = {}  # is wrong
+
+
+def field(label: str, name: str, value: str, kind: str = "text", wrong: Json = NOTHING,
+          **attributes: Any) -> Markup:
     """An input with its label."""
-    return tag("label", label, tag("input", type=kind, id=name, name=name, value=value, **attributes))
+    box = tag("input", type=kind, id=name, name=name, value=value, **attributes)
+    return tag("label", label, box, complaint(name, wrong))
+
+
+def complaint(name: str, wrong: Json) -> Markup | None:
+    """Beside a field: what is wrong with it, if anything is."""
+    return tag("span", wrong[name], class_="error", role="alert") if name in wrong else None
+
+
+def what_is_wrong(error: PortalError | None, *names: str) -> Json:
+    """The field that an error begins with, and what it says of it; an error of no such field stays one."""
+    name, _, told = error.description.partition(": ") if error else ("", "", "")
+    if error and name not in names:
+        raise error
+    return {name: told[:1].upper() + told[1:]}
 
 
 def check_box(*label: Any, **attributes: Any) -> Markup:
@@ -7006,10 +7046,11 @@ def check_box(*label: Any, **attributes: Any) -> Markup:
     return tag("label", tag("input", type="checkbox", **attributes), tag("span", *label), class_="choice")
 
 
-def selection(label: str, name: str, choices: Iterable[tuple[str, str]], chosen: str = "") -> Markup:
+def selection(label: str, name: str, choices: Iterable[tuple[str, str]], chosen: str = "",
+              wrong: Json = NOTHING) -> Markup:
     """A list to choose one of, as value and text."""
     options = [tag("option", text, value=value, selected=value == chosen) for value, text in choices]
-    return tag("label", label, tag("select", options, id=name, name=name))
+    return tag("label", label, tag("select", options, id=name, name=name), complaint(name, wrong))
 
 
 # Where the texts can be read, besides the RFCs.
@@ -7074,31 +7115,44 @@ display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
 font:.9em/1.5 ui-monospace,monospace}pre{background:var(--ground);padding:.8rem;border-radius:.4rem;
 white-space:pre-wrap;overflow:auto;margin:.5rem 0}table{border-collapse:collapse;width:100%;font-size:.95rem}
 th,td{text-align:left;vertical-align:top;padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);
-min-width:6.8rem}th:first-child,td:first-child{min-width:13rem}td button{margin:0;white-space:nowrap}
+min-width:6.8rem}th:first-child,td:first-child{min-width:13rem}td button{margin:0;min-width:9rem}
+button.plain{min-height:0;padding:0;margin:0;border:0;background:none;color:var(--accent);font-weight:400;
+text-decoration:underline}button small{display:block;color:inherit;font-weight:400}.apart{
+border-top:1px solid var(--line);margin-top:1.5rem}span.error{display:block;font-weight:400;max-width:26rem}
+li.note{margin:.4em 0 .4em -1.2rem;list-style:none}time,h2 small{white-space:nowrap}tr[aria-current]{
+background:var(--tint);box-shadow:0 0 0 .5rem var(--tint)}summary{cursor:pointer}
 .js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){
 display:inline-block}@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{
 border:0;padding:.1rem 0}tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}
 td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}dl{display:block}dd{margin:0 0 .6rem}}
-@media print{nav,button{display:none!important}.js section:not(.active){display:block}body{background:none}
-body>*{padding:.5rem 0}.card,.modal{break-inside:avoid}}
+@media print{:root{font-size:9pt}nav,button{display:none!important}.js section:not(.active){display:block}
+body{background:none;line-height:1.3}body>*{padding:.2rem 0}.choice{padding:.15rem 0;break-inside:avoid}
+fieldset{columns:2}}
 """
 
 
-def page(portal: Portal, title: str, *content: Any, status: int = 200, username: str = "",
+def page(portal: Portal, title: str, *content: Any, status: int = 200, who: tuple[Any, ...] = (),
          cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
-    """A page of the portal; `brand` is whose page it is, if not the portal's."""
+    """A page of the portal; `who` is what `signed_in` says, `brand` whose page it is, if not the portal's."""
     name = portal.settings.name
     head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {name}"), tag(
         "meta", name="viewport", content="width=device-width, initial-scale=1"), tag("style", Markup(style)))
     nav = tag("nav", link(portal, "/", "Start"), link(portal, "/apps"), aria_label="Portal")
-    signed_in = username and tag("span", f"Signed in as {username}", class_="quiet")
     warning = "This is a test server with made-up patients. Enter no real person's data."
-    body = tag("body", tag("header", tag("strong", brand or name), nav, signed_in),
-               tag("main", tag("h1", title), *content), tag("footer", warning),
+    body = tag("body", tag("header", tag("strong", brand or name), nav, who[:1]),
+               tag("main", tag("h1", title), *content), tag("footer", warning, who[1:]),
                script and tag("script", Markup(script)))
     text = "<!doctype html>" + tag("html", head, body, lang="en")
     return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
                     [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
+
+
+def signed_in(portal: Portal, request: Request, user: Row, back: str = "/") -> tuple[Markup, Markup]:
+    """Who is signed in, with a button that signs out and leads `back`; and its form, which stands at the end:
+    scripts look for a page's own form first."""
+    button = tag("button", "Not you? Sign out", form="sign-out", class_="plain")
+    return (tag("span", f"Signed in as {user['name']}. ", button, class_="quiet"),
+            post_form(portal, request, "/logout", id="sign-out", hidden=[("next", back)]))
 
 
 def page_headers(style: str, script: str) -> list[tuple[str, str]]:
@@ -7131,33 +7185,50 @@ def what_it_does(route: Route) -> str:
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, path: str) -> Response:
     """The form, then `path`; with a cookie for a browser that has none, for its form token to hang on."""
     session_id, demo = browser_session(portal, request) or new_session_id(), "" if message else DEMO_PASSWORD
+    request_id = dict(parse_qsl(urlsplit(path).query)).get("request", "")
+    row = portal.state.row("SELECT client_id FROM pending WHERE request_id = ? AND expires > ?",
+                           request_id, portal.clock.now())
+    client = portal.client(row["client_id"]) if row else None
+    asks = client and tag("p", f"{client.name} asks to see a health record. Sign in, to this portal alone, "
+                          "and decide: the app does not learn your password.")
     form = post_form(
         portal, request, "/login",
         field("User name", "username", username, autocomplete="username", required=True),
-        field("Password", "password", demo, "password", autocomplete="current-password", required=True),
+        field("Password", "password", demo, "password", {"password": message} if message else NOTHING,
+              autocomplete="current-password", required=True),
         tag("button", "Sign in", id="sign-in"), session_id=session_id, hidden=[("next", path)], class_="card")
-    error = message and tag("p", message, class_="error", role="alert")
-    return page(portal, "Sign in", error, form, accounts(portal), status=401 if message else 200,
-                cookies=[set_cookie(portal, request, session_id)])
+    return page(portal, "Sign in", asks, form, accounts(portal), status=401 if message else 200,
+                cookies=[set_cookie(portal, request, session_id)], script=SIGN_IN_SCRIPT)
+
+
+# Typing replaces the password that stands there.
+SIGN_IN_SCRIPT = "document.getElementById('password').onfocus = event => event.target.select();"
 
 
 def accounts(portal: Portal) -> Markup:
-    """Who can sign in, and how."""
-    names = facts(*((user["name"], tag("code", user["username"])) for user in some_users(portal)))
-    return card("Test accounts", names, tag(
+    """Who can sign in, how, and what each may open."""
+    users = [(user["name"], [tag("code", user["username"]), " opens ", records_in_words(portal, user)])
+             for user in some_users(portal)]
+    return card("Test accounts", facts(*users), tag(
         "p", "Their password is ", tag("code", DEMO_PASSWORD), ", unless fixtures gave them another. Every "
-        "patient who was loaded signs in by id, with the same password."))
+        "patient who was loaded signs in by id, with the same password, and opens that record."))
 
 
 def some_users(portal: Portal, limit: int = 20) -> Sequence[Row]:
     """The first users."""
-    return portal.state.rows("SELECT username, name FROM users ORDER BY rowid LIMIT ?", limit)
+    return portal.state.rows("SELECT * FROM users ORDER BY rowid LIMIT ?", limit)
+
+
+def records_in_words(portal: Portal, user: Row) -> str:
+    """Whose records a user may open."""
+    names = [] if user["any_patient"] else list(portal.patients_of(user["username"]).values())
+    more = [f"{len(names) - MANY_PATIENTS} more"] if len(names) > MANY_PATIENTS else []
+    return ", ".join(names[:MANY_PATIENTS] + more) or ("any record" if user["any_patient"] else "no record")
 
 
 MANY_PATIENTS = 12  # more than this, and the picker has a search box
 CONTINUE = tag("button", "Continue", type="button", data_slide="next")
 BACK = tag("button", "Back", type="button", data_slide="back")
-SIGN_OUT = tag("button", "Sign out", class_="btn-default")
 REFUSE = tag(
     "button", "Do not approve", class_="btn-default", name="decision", value="deny", formnovalidate=True)
 
@@ -7175,13 +7246,19 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
                  field("Search by name or patient id", "q", text, "search"),
                  tag("button", "Search", class_="btn-default"),
                  action=f"{portal.browser_base(request)}/oauth/consent", role="search", class_="card")
-    buttons = [tag("button", name, name="patient_id", value=patient_id, data_patient_id=patient_id)
-               for patient_id, name in list(patients.items())[:MANY_PATIENTS]]
+    shown, own = list(patients)[:MANY_PATIENTS], portal.fhir_user(user["username"], None)
+    born, buttons = portal.records.birth_dates(shown) if shown else {}, []
+    for patient_id in shown:
+        about = tag("small", own == f"Patient/{patient_id}" and "your own record; ",
+                    "born ", tag("time", born.get(patient_id) or "on a day that is not known"))
+        buttons.append(tag("button", patients[patient_id], about, name="patient_id", value=patient_id,
+                           data_patient_id=patient_id))
     form = post_form(portal, request, "/oauth/consent", count and tag("p", count, role="status"), buttons,
-                     REFUSE, hidden=[("request", request_id)], class_="card")
+                     tag("p", REFUSE, class_="apart"), hidden=[("request", request_id)], class_="card")
     asked = tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page "
                 "you decide what of it, and until when.")
-    return page(portal, "Whose record?", asked, (text or many) and search, form, username=user["name"])
+    return page(portal, "Whose record?", asked, (text or many) and search, form,
+                who=signed_in(portal, request, user, f"/oauth/consent?request={request_id}"))
 
 
 CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
@@ -7200,30 +7277,37 @@ CATEGORY_WORDS = {  # what each category of the consent page covers, for the per
     "imaging": "Which pictures were taken, such as X-rays, and when.",
     "encounters": "Visits and stays: when, where, why, with whom.",
     "other": "Whatever else the record holds and is not named above."}
-# The consent page's three steps. Without this script all three stand below each other, as one plain form.
+# The consent page's three steps, each an entry of the browser's history. Without this script all three stand
+# below each other, as one plain form. A page that was loaded anew forgot what was confirmed.
 CONSENT_SCRIPT = """
 const form = document.getElementById('consent-carousel'), steps = form.querySelectorAll('section');
-let at = 0;
+const unconfirmed = () => steps[1].querySelector('input[rel=confirm]:not(:checked)');
+let at;
+function show(step) {
+  at = step > 1 && unconfirmed() ? 1 : step;
+  steps.forEach((section, number) => section.classList.toggle('active', number === at));
+}
 form.classList.add('js');
-steps[0].classList.add('active');
+show(form.querySelector('.error') ? 2 : history.state ?? 0);
+window.addEventListener('popstate', event => show(event.state ?? 0));
 form.addEventListener('click', event => {
   const button = event.target.closest('button[data-slide]');
   if (!button) return;
   if (button.hidden) return event.preventDefault();
-  const next = button.dataset.slide === 'next';
-  const missing = next && steps[at].querySelector('input[rel=confirm]:not(:checked)');
+  if (button.dataset.slide === 'back') return history.back();
+  const missing = at === 1 && unconfirmed();
   if (missing) return missing.reportValidity();
-  steps[at].classList.remove('active');
-  at += next ? 1 : -1;
-  steps[at].classList.add('active');
+  show(at + 1);
+  history.pushState(at, '');
   steps[at].querySelector('h2').focus();
 });
 """
 
 
 def consent_page(portal: Portal, request: Request, user: Row, client: Client, details: Json, request_id: str,
-                 patient_id: str | None) -> Response:
-    """The consent in three steps: what this is, confirm each point, review. One form, sent once."""
+                 patient_id: str | None, error: PortalError | None = None) -> Response:
+    """The consent in three steps: what this is, confirm each point, review. One form, sent once; after an
+    error as it was filled in."""
     name = patient_id and portal.patient_name(user["username"], patient_id)
     whose = f"the health record of {name}" if name else "what you may see here"
     asked = f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."
@@ -7235,63 +7319,58 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
         heading = tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1)
         return tag("section", heading, *content, class_="card")
     steps = [
-        step(1, "What this is", tag("p", asked), app_facts(client, details, whose, user),
+        step(1, "What this is", tag("p", asked), app_facts(client, details),
              scope_list(portal, client, details["scope"]), CONTINUE, REFUSE),
-        step(2, "Confirm each point", [check_box(point, class_="glyphbox", rel="confirm", required=True)
-                                       for point in points], CONTINUE, BACK),
+        step(2, "Confirm each point", [check_box(
+            point, class_="glyphbox", rel="confirm", required=True, checked=bool(error)) for point in points],
+            CONTINUE, BACK),
         step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
-             what_to_share(portal, client, details, patient_id),
+             what_to_share(portal, client, details, patient_id, request.form() if error else [],
+                           what_is_wrong(error, "security_labels", "approval_expires")),
              tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, BACK)]
     # Enter in a field presses a form's first button, which would refuse. This one decides nothing.
     stay = tag("button", "Stay", data_slide="stay", hidden=True)
     form = post_form(portal, request, "/oauth/consent", stay, steps, id="consent-carousel",
                      hidden=[("request", request_id), ("patient_id", patient_id or "")])
-    return page(portal, f"Share data with {client.name}?", form, username=user["name"], script=CONSENT_SCRIPT)
+    return page(portal, f"Share data with {client.name}?", form, status=error.status if error else 200,
+                who=signed_in(portal, request, user, f"/oauth/consent?request={request_id}"),
+                script=CONSENT_SCRIPT)
 
 
-def app_facts(client: Client, details: Json, whose: str, user: Row) -> Markup:
-    """Who asks, for what, of whom."""
+def app_facts(client: Client, details: Json) -> Markup:
+    """Who asks, and where the answer goes."""
     target, known = urlsplit(details["redirect_uri"]), client.metadata
     goes_to = f"{target.scheme}://{target.netloc}"
     if not target.netloc:
         goes_to = f"the app that opens {target.scheme}: links"
-    pages = {"client_uri": "The app's own page", "policy_uri": "What it does with data",
-             "tos_uri": "Its terms"}
+    pages = {"client_uri": "its own page", "policy_uri": "what it does with data", "tos_uri": "its terms"}
     links = [tag("p", tag("a", label, href=known[name])) for name, label in pages.items() if name in known]
     known_as = [tag("code", client.client_id), client.registered_itself and ", registered itself"]
-    told = facts(("App", [tag("strong", client.name), links]), ("Known here as", known_as),
-                 ("Whose data", whose), ("Goes to", goes_to), ("Decided by", user["name"]))
+    told = facts(("Known here as", known_as), ("What it says", links), ("Goes to", goes_to))
     return tag("div", told, client.registered_itself and tag(
         "p", "The app's maker chose its name. This portal has not checked who that is: anybody may register "
         "an app. Approve only if you have just come from that app.", class_="quiet"))
 
 
 def scope_list(portal: Portal, client: Client, scope: str) -> list[Markup]:
-    """What a scope lets the app do, in words, with the warnings that SMART's best practices ask for."""
-    parsed, notes = resource_scopes(scope), []
-    if any(part.type == "*" for part in parsed):
-        notes.append("Everything means every kind of data, those that are added later too. "
-                     "The last step lets you leave kinds out.")
-    if any(part.context == "user" for part in parsed):
-        notes.append("The app asks for the records of everybody whose record you may open, not for one.")
-    if "offline_access" in scope.split():
-        notes.append("The app can fetch new data while you are away. "
-                     "That ends on the date you choose, or when you stop it.")
+    """What a scope lets the app do, in words."""
     content = [tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
-               [tag("p", note, class_="note") for note in notes],
                tag("p", "It can change nothing, and it never learns your password.")]
     return [tag("h3", "If you approve, it can"), tag("div", content)]
 
 
 def scope_line(portal: Portal, client: Client, word: str) -> Markup:
-    """One scope in words: what it allows, of which kinds, or only where."""
+    """One scope in words: what it allows, of which kinds, or only where. What reaches far stands out: all
+    kinds of data, all records, access while nobody is there (SMART, "Best Practices")."""
     parsed, details = parse_scope(word), []  # type: ResourceScope | None, list[Any]
     if parsed and parsed.type != "*" and not parsed.constraints:
         labels = [label for label in offered_categories(portal, client, word) if label != "other"]
         details = [labels and ": ", ", ".join(CATEGORIES[label][0].lower() for label in labels)]
     elif parsed and parsed.constraints:
         details = [", but only", where(parsed.constraints)]
-    return tag("li", describe_scope(word), details, " ", tag("small", tag("code", word)))
+    far = word == "offline_access" or (parsed and (parsed.type == "*" or parsed.context == "user"))
+    return tag("li", describe_scope(word), details, " ", tag("small", tag("code", word)),
+               class_="note" if far else None)
 
 
 def where(constraints: Sequence[tuple[str, str]]) -> str:
@@ -7318,28 +7397,32 @@ def category_in_words(label: str, scopes: Sequence[ResourceScope]) -> Markup:
     return Markup(f"{name} (only {', '.join(told)})")
 
 
-def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str | None) -> list[Any]:
-    """What the user chooses: categories, a visit if the app asks and no launch named it, the last day."""
-    now, scope, visits = portal.clock.now(), details["scope"], {}
+def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str | None,
+                  sent: list[tuple[str, str]], wrong: Json) -> list[Any]:
+    """What the user chooses: categories, all checked at first; a visit if the app asks and no launch named
+    it; the last day. Of a form that was `sent`, what was chosen there."""
+    now, scope, visits, filled = portal.clock.now(), details["scope"], {}, dict(sent)
     reached, boxes = scopes_by_category(scope), []
     for label in offered_categories(portal, client, scope):
         name = category_in_words(label, reached[label])
         words = "" if "(" in name else CATEGORY_WORDS[label]  # which tell of the whole category
-        boxes.append(check_box(name, tag("small", words), name="security_labels", value=label, checked=True))
+        boxes.append(check_box(name, tag("small", words), name="security_labels", value=label,
+                               checked=not sent or ("security_labels", label) in sent))
     named = "encounter" in details["launch"].get("context", {})
     if patient_id and "launch/encounter" in scope.split() and not named:
         visits = encounters_of(portal, patient_id)
-    return [tag("fieldset", tag("legend", "What it sees"), boxes),
-            selection("Which visit", "encounter_id", visits.items()) if visits else None,
-            field("Until the end of", "approval_expires", day_of(now, 1), "date", required=True,
-                  min=day_of(now), max=day_of(now, 2)),
+    return [tag("fieldset", tag("legend", "What it sees"), complaint("security_labels", wrong), boxes),
+            selection("Which visit", "encounter_id", visits.items(), filled.get("encounter_id", ""))
+            if visits else None,
+            field("Until the end of", "approval_expires", filled.get("approval_expires", day_of(now, 1)),
+                  "date", wrong, required=True, min=day_of(now), max=day_of(now, 2)),
             tag("p", "You can stop sharing before that day, at any time, under ", link(portal, "/apps"),
                 ". What the app has fetched by then, it keeps.")]
 
 
 @route("GET /apps", "S4S", kind="page")
 def apps(portal: Portal, request: Request) -> Response:
-    """What the user shares, with whom, until when, and a button to stop it. `?stop=` asks once more."""
+    """What the user shares, with whom, until when, and a button to stop it."""
     user = session_user(portal, request)
     if not user:
         return to_sign_in(portal, request)
@@ -7349,30 +7432,32 @@ def apps(portal: Portal, request: Request) -> Response:
         shares.setdefault((grant["client_id"], grant["patient_id"]), []).append(grant)
     stop = Fields(request.pairs()).get("stop")
     question = [stop_card(portal, request, last) for last, *_ in shares.values() if last["grant_id"] == stop]
-    rows = [share_row(portal, request, grants) for grants in shares.values()]
+    rows = [share_row(portal, request, grants, stop) for grants in shares.values()]
     shown = html_table(("App", *SHARE_HEADS, ""), rows) if rows else tag(
         "p", "You share with no app. When an app asks and you approve, it is listed here, with a button to "
         "stop it.")
     return page(portal, "Apps you share with", question, tag("div", shown, class_="card"),
-                post_form(portal, request, "/logout", SIGN_OUT), username=user["name"])
+                who=signed_in(portal, request, user))
 
 
 SHARE_HEADS = ("Whose record", "What", "Since and until")
 
 
-def share_row(portal: Portal, request: Request, grants: list[Row]) -> Markup:
-    """What a user shares with one app of one patient, with a button that asks for `stop_card`."""
+def share_row(portal: Portal, request: Request, grants: list[Row], stop: str) -> Markup:
+    """What a user shares with one app of one patient, with a button that asks for `stop_card`, which makes
+    it the row in question."""
     newest, (app, whose) = grants[0], app_and_record(portal, grants[0])
     scopes = dict.fromkeys(scope for grant in grants for scope in grant["scope"].split())
     what = [categories_in_words(grants),
             tag("details", tag("summary", "Scope"), tag("code", " ".join(scopes)))]
     until = max(grant["approval_expires"] for grant in grants)
-    days = f"{day_of(newest['approved'])} until {day_of(until)}"
+    days = [tag("time", day_of(newest["approved"])), " until ", tag("time", day_of(until))]
     cells = [tag("td", value, data_label=head) for head, value in zip(SHARE_HEADS, (whose, what, days))]
-    button = tag("button", "Stop sharing", class_="btn-default", name="stop", value=newest["grant_id"],
-                 aria_label=f"Stop sharing with {app}")
+    button = tag("button", "Stop sharing", tag("small", f" with {app}: {whose}"), class_="btn-default",
+                 name="stop", value=newest["grant_id"])
     form = tag("form", button, action=f"{portal.browser_base(request)}/apps")
-    return tag("tr", tag("td", tag("strong", app)), cells, tag("td", form), rel=newest["client_id"])
+    return tag("tr", tag("td", tag("strong", app)), cells, tag("td", form), rel=newest["client_id"],
+               aria_current="true" if newest["grant_id"] == stop else None)
 
 
 def app_and_record(portal: Portal, grant: Row) -> tuple[str, str]:
@@ -7405,7 +7490,8 @@ def stop_card(portal: Portal, request: Request, grant: Row) -> Markup:
         f"Stop sharing with {app}?",
         tag("p", f"From now on it can fetch nothing more of this record: {whose}. What it has fetched, it "
             "keeps. To share again, start in the app."),
-        post_form(portal, request, f"/revoke/{grant['grant_id']}", tag("button", "Stop sharing")),
+        post_form(portal, request, f"/revoke/{grant['grant_id']}",
+                  tag("button", "Stop sharing", autofocus=True)),
         tag("p", tag("a", "Keep sharing", href=f"{portal.browser_base(request)}/apps")), class_="modal in")
 
 
@@ -7416,18 +7502,26 @@ def launch_page(portal: Portal, request: Request) -> Response:
     off = "Launching is a debug control, and those are off; --debug turns them on."
     need(portal.settings.serves_debug, off, "not_found", 404, PageError)
     fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
-    chosen: Json = {name: fields.get(name) for name in (
-        "client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")}
     if request.method != "POST":
-        return launch_form(portal, request, chosen, fields.get("name"))
-    given: Json = {name: value for name, value in chosen.items() if value}
-    banner = bool(fields.get("need_patient_banner"))
-    launch = create_launch(portal, portal.browser_base(request), need_patient_banner=banner, **given)
-    return redirect(launch["launch_url"])
+        return launch_form(portal, request, fields)
+    given: Json = {name: fields.get(name) for name in LAUNCH_FIELDS if fields.get(name)}
+    given["need_patient_banner"] = bool(fields.get("need_patient_banner"))
+    try:
+        return redirect(create_launch(portal, portal.browser_base(request), **given)["launch_url"])
+    except PortalError as error:
+        return launch_form(portal, request, fields, error)
 
 
-def launch_form(portal: Portal, request: Request, chosen: Json, text: str) -> Response:
-    """What to launch, with what was chosen so far, and the patients called `text`."""
+LAUNCH_FIELDS = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
+
+
+def launch_form(portal: Portal, request: Request, fields: Fields,
+                error: PortalError | None = None) -> Response:
+    """What to launch, with what was chosen so far, and the patients whose names have the text looked for."""
+    wrong, text, sent = what_is_wrong(error, *LAUNCH_FIELDS), fields.get("name"), fields.get("form_token")
+    chosen = {name: fields.get(name) for name in LAUNCH_FIELDS}
+    if not (sent or chosen["client_id"] or chosen["launch_uri"]):
+        chosen["client_id"] = "demo-app"
     clients = [portal.client(row["client_id"]) for row in portal.state.rows("SELECT client_id FROM clients")]
     launchable = [(client.client_id, client.name) for client in clients
                   if client and client.may_use("authorization_code")]
@@ -7436,32 +7530,35 @@ def launch_form(portal: Portal, request: Request, chosen: Json, text: str) -> Re
     if patient_id and patient_id not in patients:
         patients[patient_id] = portal.patient_name("clinician", patient_id) or patient_id
     visits = encounters_of(portal, patient_id) if patient_id else {}
-    session_id, address = browser_session(portal, request) or new_session_id(), chosen["launch_uri"]
+    session_id = browser_session(portal, request) or new_session_id()
 
     def choose(label: str, name: str, nothing: str, choices: Iterable[tuple[str, str]]) -> Markup:
-        return selection(label, name, [("", nothing), *choices], chosen[name])
+        return selection(label, name, [("", nothing), *choices], chosen[name], wrong)
     form = post_form(
         portal, request, "/launch", choose("App", "client_id", "the one at the address below", launchable),
-        field("Its launch address (if none is registered, or another one)", "launch_uri", address),
+        field("Its launch address (if none is registered, or another one)", "launch_uri",
+              chosen["launch_uri"], wrong=wrong),
         choose("Who uses it", "username", "whoever signs in", users),
         field("Find patients by name", "name", text),
         choose("Whose record is open", "patient_id", "none yet", patients.items()),
         tag("button", "Show patients and visits", class_="btn-default", formmethod="get",
             formnovalidate=True),
         choose("Which visit", "encounter_id", "none", visits.items()),
-        field("Intent (a word that you and the app agreed on)", "intent", chosen["intent"]),
-        check_box("The app shows the patient's name itself (need_patient_banner)", name="need_patient_banner",
-                  value="1", checked=True),
+        field("Intent (a word that you and the app agreed on)", "intent", chosen["intent"], wrong=wrong),
+        check_box("The app must show whose record is open (need_patient_banner)", name="need_patient_banner",
+                  value="1", checked=not sent or bool(fields.get("need_patient_banner"))),
         tag("button", "Launch", id="launch"), session_id=session_id, class_="card")
     told = tag("p", "As an electronic health record does: the app opens, is told whose record is open here, "
                "and asks for permission as always. It runs once, within five minutes.")
-    return page(portal, "Launch an app", told, form, cookies=[set_cookie(portal, request, session_id)])
+    return page(portal, "Launch an app", told, form, status=error.status if error else 200,
+                cookies=[set_cookie(portal, request, session_id)])
 
 
 @route("GET /", "S4S", kind="page")
 def start_page(portal: Portal, request: Request) -> Response:
     """What this is, who can sign in, what can be tried."""
     base, settings, user = portal.base(request), portal.settings, session_user(portal, request)
+    version = "that of the FHIR server behind" if settings.fhir_server else settings.fhir_version.upper()
     return page(
         portal, "A patient portal to test apps with",
         tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient "
@@ -7471,31 +7568,41 @@ def start_page(portal: Portal, request: Request) -> Response:
             "All patients are made up. Open to anyone who can reach this server: ",
             settings.serves_open_fhir and "every record, at /api/open-fhir/; ",
             settings.serves_debug and "tokens for any account, at /oauth/debug/; ",
-            "the password below.", class_="error"),
-        user and home(portal, request, user),
-        accounts(portal),
-        card("Where to go", facts(
+            "the passwords and secrets below.", class_="error"),
+        user and card(f"Welcome, {user['name']}", tag(
+            "p", f"You may open {records_in_words(portal, user)}, and see what you share under ",
+            link(portal, "/apps"), ".")),
+        card("What to try", facts(
             (link(portal, "/demo", "Demo app"),
              "A whole SMART app in one page: watch every request and answer, then the record."),
             (link(portal, "/launch", "Launch an app"), settings.serves_debug and
              "Play the electronic health record: choose patient and app, and launch it."),
-            (link(portal, "/login", "Sign in"),
-             "As one of the accounts above, to see which apps you share with."),
-            ("FHIR base for your app", tag("code", f"{base}/api/fhir")),
-            ("S4S", "Sync for Science: what its apps and its scripts rely on here."),
+            (link(portal, "/login", "Sign in"), "As one of those below, to see which apps you share with."),
+            (link(portal, "/api/open-fhir/Patient?_pretty=true", "All patients"),
+             settings.serves_open_fhir and "As FHIR has them, without a token."),
+            ("In a shell", tag("button", "Copy", id="copy", hidden=True, class_="plain"))),
+            tag("pre", first_steps(portal, base), tabindex=0)),
+        accounts(portal), card("For your app", facts(
+            ("FHIR base", tag("code", f"{base}/api/fhir")), ("FHIR version", version),
+            ("Clients", client_list(portal)),
+            ("Discovery", link(portal, "/api/fhir/.well-known/smart-configuration", "every address")),
             ("More", "README.md beside the program; then the program itself, from its first line."))),
-        card("Try it in a shell", tag("pre", first_steps(portal, base), tabindex=0)),
-        [endpoint_table(portal, kind) for kind in KINDS], username=user["name"] if user else "")
+        endpoint_list(portal), who=signed_in(portal, request, user) if user else (), script=COPY_SCRIPT)
 
 
-def home(portal: Portal, request: Request, user: Row) -> Markup:
-    """What a signed-in user can do here."""
-    names = list(portal.patients_of(user["username"]).values())
-    more = f" and {len(names) - MANY_PATIENTS} more" if len(names) > MANY_PATIENTS else ""
-    records = facts(("Records you may open", ", ".join(names[:MANY_PATIENTS]) + more))
-    return card(f"Welcome, {user['name']}", records,
-                tag("p", link(portal, "/apps"), ": what they see, until when, and a button to stop them."),
-                post_form(portal, request, "/logout", SIGN_OUT))
+COPY_SCRIPT = """
+const copy = document.getElementById('copy');
+copy.hidden = !navigator.clipboard;  // which browsers give to https and localhost alone
+copy.onclick = () => navigator.clipboard.writeText(document.querySelector('pre').textContent).then(
+  () => { copy.textContent = 'Copied'; });
+"""
+
+
+def client_list(portal: Portal) -> Markup:
+    """The clients known from the start; secrets of the demo's alone, which stand in the source."""
+    told = {name: [", its secret ", tag("code", secret)] for name, secret, _ in DEMO_CLIENTS
+            if portal.seeds.clients[name].secret_hash == hash_secret(secret)}
+    return tag("ul", [tag("li", tag("code", name), told.get(name)) for name in portal.seeds.clients])
 
 
 def first_steps(portal: Portal, base: str) -> str:
@@ -7511,28 +7618,18 @@ def first_steps(portal: Portal, base: str) -> str:
             f'curl -s "{base}/api/fhir/Patient/{patient_id}?_pretty=true" -H "Authorization: Bearer $token"')
 
 
-KINDS = {  # of routes, in the start page's order
-    "page": "Pages, for people", "oauth": "OAuth 2.0 and OpenID Connect, for apps",
-    "fhir": "FHIR, for apps", "debug": "Test controls, open to anyone"}
-TRY = {  # where to try what a plain link can't show
-    "/oauth/authorize": "/demo", "/oauth/consent": "/demo", "/oauth/token": "/demo", "/oauth/revoke": "/demo",
-    "/api/fhir/{}": "/demo", "/api/open-fhir/{}": "/api/open-fhir/Patient?_pretty=true"}
-
-
-def endpoint_table(portal: Portal, kind: str) -> Markup | None:
-    """Every endpoint of a kind with the text it implements, from the routes themselves; a link to try it."""
+def endpoint_list(portal: Portal) -> Markup:
+    """Every endpoint with the text it implements, from the routes themselves; closed until asked for."""
     served = {"/oauth/debug/": portal.settings.serves_debug, "/launch": portal.settings.serves_debug,
               "/api/open-fhir/": portal.settings.serves_open_fhir}
     rows, closed = [], tuple(prefix for prefix, is_open in served.items() if not is_open)
     for route in ROUTES:
-        if route.kind == kind and not route.path.startswith(closed):
-            path = tag("code", route.path.replace("{}", "..."))
-            plain = route.path if "GET" in route.methods and "{" not in route.path else ""
-            target = TRY.get(route.path, plain)
-            first = [link(portal, target, path) if target else path, tag("br")]
-            cells = [*first, tag("small", ", ".join(route.methods))], what_it_does(route), cited(route.spec)
+        if not route.path.startswith(closed):
+            path, methods = route.path.replace("{}", "..."), ", ".join(route.methods)
+            cells = [tag("code", path), " ", tag("small", methods)], what_it_does(route), cited(route.spec)
             rows.append(tag("tr", [tag("td", cell) for cell in cells]))
-    return card(KINDS[kind], html_table(("Path and methods", "What it does", "Text"), rows)) if rows else None
+    return tag("details", tag("summary", f"All {len(rows)} endpoints"),
+               html_table(("Path and methods", "What it does", "Text"), rows), class_="card")
 
 
 # ######################################################################## 24 demo app
@@ -7540,15 +7637,20 @@ def endpoint_table(portal: Portal, kind: str) -> Markup | None:
 # A SMART app such as others write: a public client that this server treats like any other. Its script is the
 # example to copy: discovery, PKCE, authorization, token, reading, refreshing, revoking, in that order.
 DEMO_STYLE = STYLE + """
-.story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{cursor:pointer;padding:.35rem 0}
-.story h3{margin:.6rem 0 0;font-size:.95rem}.story pre{max-height:18rem}#actions{margin:0 0 1.25rem}
-svg{display:block;width:12rem}svg text{font:10px system-ui,sans-serif;fill:var(--quiet)}.off{font-weight:600}
-.range{fill:var(--edge);opacity:.35}polyline{fill:none;stroke:var(--accent);stroke-width:1.5}
-circle{fill:var(--accent)}.off{color:var(--warn);fill:var(--warn)}[hidden]{display:none!important}
-#patient :is(th,td){min-width:0;overflow-wrap:normal}@media(max-width:48rem){#patient td::before{display:none}
-#patient td{display:inline-block;padding-right:1rem}#patient td:first-child{display:block}}
-@media(min-width:70rem){body>*{padding-inline:max(1rem,50% - 38rem)}main>*{grid-column:1;min-width:0}
-main{display:grid;grid-template-columns:3fr 2fr;gap:0 2rem}#told{grid-area:2/2}}
+.story{list-style:none;padding:0}.story>li{margin:0 0 .6rem}summary{padding:.35rem 0}.story h3{
+margin:.6rem 0 0;font-size:.95rem}.story pre{max-height:calc(.8rem + 18em)}#actions{margin:0 0 1.25rem}figure{
+margin:0;position:relative;width:15rem}figure ul{display:none;position:absolute;z-index:1;right:0;margin:0;
+padding:.5rem .8rem;list-style:none;background:var(--paper);border:1px solid var(--edge);border-radius:.4rem}
+figure:is(:hover,:focus) ul{display:block}td small{display:block}svg{display:block}svg text{
+font:10px system-ui,sans-serif;fill:var(--quiet)}.grid{stroke:var(--line)}.range{fill:var(--edge);opacity:.35}
+polyline{fill:none;stroke:var(--accent);stroke-width:1.5}circle{fill:var(--accent);stroke:var(--accent)}
+.second polyline{stroke-dasharray:4 3}.second circle{fill:var(--paper)}.off{color:var(--warn);
+fill:var(--warn);stroke:var(--warn);font-weight:600}[hidden]{display:none!important}#patient :is(th,td){
+min-width:0;overflow-wrap:normal}@media(max-width:48rem){#patient td::before{display:none}#patient td{
+display:inline-block;padding-right:1rem}#patient td:first-child{display:block}figure ul{right:auto;left:0}
+.story summary{white-space:nowrap;overflow:hidden;text-overflow:ellipsis}}@media(min-width:70rem){body>*{
+padding-inline:max(1rem,50% - 38rem)}main>*{grid-column:1;min-width:0}main{display:grid;
+grid-template-columns:3fr 2fr;gap:0 2rem}#told{grid-area:2/2}}
 """
 DEMO_SCRIPT = r"""
 'use strict';
@@ -7556,7 +7658,7 @@ DEMO_SCRIPT = r"""
 // ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run it.
 
 const $ = id => document.getElementById(id);
-const SVG = ['svg', 'rect', 'polyline', 'circle', 'text', 'title'];
+const SVG = ['svg', 'g', 'rect', 'path', 'polyline', 'circle', 'text', 'title'];
 
 function make(name, attributes, ...children) {
   const made = document.createElementNS(
@@ -7569,23 +7671,22 @@ function make(name, attributes, ...children) {
 const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
 const definitions = pairs => make('dl', {}, pairs.filter(([, value]) => value).map(
   ([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
+const roomy = window.matchMedia('(min-width: 48rem)').matches;  // else a step is one line, until it is opened
 let story = [];  // what happened so far: title, section of the text, parts to look at, shown open or closed
 
 function tell(title, section, parts, open = true) {
   story.push([title, section, parts, open]);
-  $('story').append(make('li', {}, make('details', open ? {open} : {},
+  $('story').append(make('li', {}, make('details', open && roomy ? {open} : {},
     make('summary', {}, title + ' ', make('small', {}, section)),
-    parts.map(([heading, value]) => {
-      const text = pretty(value), more = text.length > 6000 ? `\n... of ${text.length} characters` : '';
-      return [make('h3', {}, heading),
-              make('pre', {tabindex: 0, 'aria-label': heading}, text.slice(0, 6000) + more)];
-    }))));
+    parts.map(([heading, value]) => [
+      make('h3', {}, heading), make('pre', {tabindex: 0, 'aria-label': heading}, pretty(value))]))));
   $('told').hidden = false;
 }
 
 const fail = message => { throw new Error(message); };
-const run = work => work.catch(error => $('status').replaceChildren(
-  make('p', {class: 'error', role: 'alert'}, error.message, ' ', make('a', {href: home}, 'Start again'))));
+const run = work => work.then(told => told && $('status').replaceChildren(told), error =>
+  $('status').replaceChildren(make('p', {class: 'error', role: 'alert'}, error.message, ' ', again())));
+const again = () => make('a', {href: home}, 'Start again');
 
 // One request, shown with its answer.
 async function call(title, section, url, {method = 'GET', headers = {}, form} = {}, open = true) {
@@ -7667,7 +7768,7 @@ async function comeBack() {
     if (told.nonce !== kept.nonce || told.iss !== kept.config.issuer || told.aud !== 'demo-app' ||
         told.exp < now - 60) fail('The id_token is not for this sign-in.');
   }
-  await readRecord();
+  return readRecord();
 }
 
 const post = (title, section, url, form) => call(title, section, url, {method: 'POST', form, headers: {
@@ -7678,6 +7779,10 @@ async function obtain(title, section, form) {
   if (!answer.ok) fail(`The token endpoint refused: ${answer.body.error}, ${answer.body.error_description}.`);
   token = {...token, ...answer.body};  // a refresh may leave out what stays as it is
   expires = Date.now() + token.expires_in * 1000;
+  showGranted();
+}
+
+function showGranted(ended = 'none: ask again') {
   const id = token.id_token && claims(token.id_token);
   $('granted').replaceChildren(make('h2', {}, 'What we were granted'), definitions([
     ['Scope asked', kept.asked.scope], ['Scope granted', token.scope],
@@ -7685,7 +7790,7 @@ async function obtain(title, section, form) {
     ...['encounter', 'intent', 'need_patient_banner', 'fhirContext'].map(name => [name, pretty(token[name])]),
     ['User (id_token)', id && `${id.sub}, ${id.fhirUser || 'no fhirUser'}`],
     ['Access token', make('span', {id: 'countdown', role: 'timer'})],
-    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : 'none: ask again']]));
+    ['Refresh token', token.refresh_token ? 'yes: we may come back (offline_access)' : ended]]));
   $('refresh').hidden = $('revoke').hidden = !token.refresh_token;
   $('granted').hidden = $('actions').hidden = false;
   countDown();
@@ -7730,24 +7835,28 @@ async function readRecord() {
     $('status').textContent = `Reading ${type} ...`;
     record[type] = await search(type, parameter);
   }
-  $('status').textContent = `Done: ${story.length} steps, with all that was sent, are under What was said.`;
   show(record);
+  return make('p', {}, 'Done. All that was sent: ', make('a', {href: '#told'}, 'What was said'));
 }
 
 // ---- 7 and 8: come back with the refresh token; end it all.
 
 $('refresh').onclick = () => run(obtain('7. Refresh: it buys new tokens, once', 'RFC 6749 section 6', {
-  grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'}));
-$('reread').onclick = () => run(getPatient('Read the patient again', true));
+  grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'})
+  .then(() => 'Refreshed: both tokens are new.'));
+$('reread').onclick = () => run(getPatient('Read the patient again', true).then(
+  answer => `The patient was asked for again: ${answer.status}.`));
 $('revoke').onclick = () => run(revoke());
 
 async function revoke() {
   await post('8. Revoke: ending the refresh token ends the authorization', 'RFC 7009 section 2.1',
     kept.config.revocation_endpoint, {token: token.refresh_token, client_id: 'demo-app'});
   await getPatient('What the old access token is worth now', true);
-  token.access_token = '';
-  countDown();
-  $('actions').hidden = true;
+  token.access_token = token.refresh_token = '';
+  showGranted('revoked');
+  $('actions').hidden = true;  // and with it the button that had the focus
+  $('status').focus();
+  return make('p', {}, 'Revoked: this app can read nothing more. ', again());
 }
 
 // ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
@@ -7755,7 +7864,7 @@ async function revoke() {
 const array = value => [].concat(value || []);  // DSTU2 has one where R4 has several
 const words = concept => concept && (concept.text || array(concept.coding).map(
   coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference) || '';
-const day = text => (text || '').slice(0, 10);
+const day = text => (text || '').slice(0, 10), time = text => make('time', {}, day(text));
 const isKind = kind => observation => array(observation.category).some(
   concept => array(concept.coding).some(coding => coding.code === kind));
 const card = (title, ...content) => make('section', {class: 'card'}, make('h2', {}, title), content);
@@ -7768,27 +7877,27 @@ function show(record) {
   const observations = all('Observation'), orders = all('MedicationRequest', 'MedicationOrder');
   const granted = token.scope.split(' '), [patient] = all('Patient'), name = array(patient?.name)[0] || {};
   const called = name.text || [...array(name.given), ...array(name.family)].join(' ') || 'A patient, unnamed';
-  const without = (kinds, present) => kinds.filter(kind => !present(kind)).join(', ') || 'none';
+  const kinds = ['vital-signs', 'laboratory', 'social-history'], types = Object.keys(record);
+  const without = (told, all, present) => told + (all.filter(kind => !present(kind)).join(', ') || 'none');
   $('patient').replaceChildren(
     // need_patient_banner is false where the EHR shows already whose record it is.
     ...(token.need_patient_banner === false ? [] : [card(called, definitions([
       ['Born', patient?.birthDate], ['Gender', patient?.gender], ['Id', token.patient]]))]),
     card('Vital signs', measurements(observations.filter(isKind('vital-signs')))),
     card('Laboratory', measurements(observations.filter(isKind('laboratory')))),
-    list('Problems', all('Condition').map(problem => words(problem.code) + ' ' + day(
-      problem.onsetDateTime || problem.recordedDate || problem.assertedDate || problem.dateRecorded))),
+    list('Problems', all('Condition').map(problem => [words(problem.code), ' ', time(
+      problem.onsetDateTime || problem.recordedDate || problem.assertedDate || problem.dateRecorded)])),
     list('Medicines', (orders.length ? orders : all('MedicationStatement')).map(order => [
       words(order.medicationCodeableConcept || order.medicationReference),
       ...array(order.dosageInstruction || order.dosage).map(dose => dose.text || '')].join(', '))),
     list('Allergies', all('AllergyIntolerance').map(allergy => [words(allergy.code || allergy.substance),
       ...array(allergy.reaction).flatMap(reaction => array(reaction.manifestation).map(words))].join(': '))),
     list('What the consent left out', [
-      'Scopes asked, not granted: ' + without(kept.asked.scope.split(' '), scope => granted.includes(scope)),
-      'Refused: ' + without(Object.keys(record), type => !record[type].refused),
-      'Nothing came of: ' + without(Object.keys(record), type => record[type].refused || all(type).length),
-      'Nor of Observation: ' + without(['vital-signs', 'laboratory', 'social-history'],
-                                       kind => observations.some(isKind(kind)))],
-      quiet('What does not come is not in the record, or not shared: an app can not tell which.')));
+      without('Scopes asked for, not granted: ', kept.asked.scope.split(' '), word => granted.includes(word)),
+      without('Types whose search was refused: ', types, type => !record[type].refused),
+      without('Kinds of Observation without one: ', kinds, kind => observations.some(isKind(kind))),
+      without('Other types without a resource: ', types, type => record[type].refused || all(type).length)],
+      quiet('Such a resource is not in the record, or not shared: an app can not tell which.')));
   $('patient').hidden = false;
 }
 
@@ -7797,26 +7906,40 @@ function show(record) {
 const outside = ({value, low, high}) => (value > high && 'high') || (value < low && 'low') || '';
 const reference = ({low, high}) => [['range from', low], ['to', high]].filter(
   ([, bound]) => bound !== undefined).flat().join(' ') || 'no range';
+const joined = (parts, told) => [...new Set(parts.map(told))].filter(Boolean).join(' / ');
+const said = ({parts}) => parts.map(part => part.value).join(' / ') + ' ' + joined(parts, part => part.unit);
+// What people call the tests whose codings have LOINC's short names, "Creat SerPl-mCnc".
+const CALLED = {
+  '1742-6': 'ALT (liver)', '1975-2': 'Bilirubin', '2085-9': 'HDL cholesterol', '2093-3': 'Cholesterol',
+  '2160-0': 'Creatinine', '2345-7': 'Glucose', '2571-8': 'Triglycerides', '2823-3': 'Potassium',
+  '2951-2': 'Sodium', '4548-4': 'Hemoglobin A1c', '5767-9': 'Appearance of urine', '718-7': 'Hemoglobin',
+  '5796-8': 'Hyaline casts in urine', '5802-4': 'Nitrite in urine', '5803-2': 'pH of urine',
+  '5811-5': 'Density of urine', '5821-4': 'White cells in urine', '785-6': 'Hemoglobin per red cell',
+  '789-8': 'Red blood cells', '11580-8': 'TSH (thyroid)', '13457-7': 'LDL cholesterol',
+  '26464-8': 'White blood cells', '26515-7': 'Platelets', '30385-9': 'Spread of red cell size',
+  '30428-7': 'Red cell volume', '30522-7': 'C-reactive protein'};
 
-// A row for each thing measured, in each unit: the latest value, and how all came to be over time.
+// A row for each thing measured, in each unit: what came last, and how all came to be over time.
 function measurements(observations) {
   const measured = {};
-  for (const seen of observations) {
+  for (const {code, component, ...seen} of observations) {
     const when = seen.effectiveDateTime || seen.effectivePeriod?.start || seen.issued || '';
-    const time = Date.parse(when) || 0;
-    for (const part of seen.component || [seen]) {  // a blood pressure has two components
-      const name = words(part.code), {low, high} = part.referenceRange?.[0] ?? {};
+    const parts = (component || [{code, ...seen}]).map(part => {  // a blood pressure has two components
+      const {low, high} = part.referenceRange?.[0] ?? {};
       const text = words(part.valueCodeableConcept) || part.valueString;
       const {value = text, unit = ''} = part.valueQuantity ?? {};
-      const point = {name, value, unit, when, time, low: low?.value, high: high?.value};
-      if (value !== undefined) (measured[name + unit] ??= []).push(point);
-    }
+      return {name: words(part.code), value, unit, low: low?.value, high: high?.value};
+    }).filter(({value}) => value !== undefined);
+    const key = words(code) + parts.map(({name, unit}) => name + unit);
+    if (parts.length) (measured[key] ??= []).push({code, when, time: Date.parse(when) || 0, parts});
   }
   const rows = Object.values(measured).map(points => {
     points.sort((earlier, later) => earlier.time - later.time);
-    const latest = points.at(-1), {name, value, unit, when} = latest, off = outside(latest);
-    const shown = make('span', {class: off && 'off'}, `${value} ${unit} ${off}`);
-    return [name, shown, reference(latest), day(when), chart(points)];
+    const latest = points.at(-1), short = words(latest.code), off = joined(latest.parts, outside);
+    const name = array(latest.code.coding).map(({code}) => CALLED[code]).find(Boolean) || short;
+    return [[name, name === short ? '' : make('small', {}, short)],
+            make('span', {class: off && 'off'}, `${said(latest)} ${off}`), joined(latest.parts, reference),
+            time(latest.when), chart(name, points)];
   });
   if (!rows.length) return quiet('Nothing came.');
   return make('table', {}, make('thead', {}, make('tr', {},
@@ -7824,24 +7947,43 @@ function measurements(observations) {
     make('tbody', {}, rows.map(row => make('tr', {}, row.map(cell => make('td', {}, cell))))));
 }
 
-// Values over time; the band behind them is the reference range.
-function chart(points) {
-  if (points.length < 2 || points.some(({time, value}) => !time || typeof value !== 'number')) return '';
-  const {low, high, unit} = points.at(-1), first = points[0].time, last = points.at(-1).time;
-  const values = [...points.map(point => point.value), low, high].filter(value => value !== undefined);
-  const least = Math.min(...values), most = Math.max(...values);
-  const x = time => 36 + (time - first) / (last - first || 1) * 160;
-  const y = value => 8 + (most - value) / (most - least || 1) * 40;
-  const top = y(high ?? most), told = points.map(point => `${point.value} ${unit} on ${day(point.when)}`);
-  return make('svg', {viewBox: '0 0 200 62', role: 'img', 'aria-label': told.join(', ')},
+// Round numbers, three to five, between which all these lie.
+function ticks(numbers) {
+  const least = Math.min(...numbers), most = Math.max(...numbers), third = (most - least || 1) / 3;
+  const power = 10 ** Math.floor(Math.log10(third));
+  const step = power * [1, 2, 5, 10].find(times => times * power >= third);
+  const from = Math.floor(least / step), to = Math.max(Math.ceil(most / step), from + 2);
+  return Array.from({length: to - from + 1}, (_, at) => Number(((from + at) * step).toPrecision(9)));
+}
+
+// Values over time, a line for each component; the band behind a single line is its reference range. With the
+// pointer or the focus on it, it lists them.
+function chart(name, points) {
+  const lines = points[0].parts, {low, high} = lines.length > 1 ? {} : points.at(-1).parts[0];
+  const numbers = [...points.flatMap(({parts}) => parts.map(({value}) => value)), low, high].filter(
+    number => number !== undefined);
+  if (points.length < 2 || points.some(({time}) => !time) || numbers.some(isNaN)) return '';
+  const scale = ticks(numbers), least = scale[0], most = scale.at(-1);
+  const first = points[0].time, last = points.at(-1).time;
+  const x = time => 40 + (time - first) / (last - first || 1) * 190;
+  const y = value => 8 + (most - value) / (most - least) * 60, top = y(high ?? most);
+  const label = (x, y, anchor, text) => make('text', {x, y, 'text-anchor': anchor}, text);
+  const told = points.map(point => `${day(point.when)}: ${said(point)}`);
+  const svg = make('svg', {viewBox: '0 0 240 86', role: 'img', 'aria-label': `${name}. ${told.join(', ')}`},
     (low ?? high) === undefined ? '' : make('rect',
-      {class: 'range', x: 36, width: 160, y: top, height: y(low ?? least) - top}),
-    [least, most].map(value => make('text', {x: 32, y: y(value) + 4, 'text-anchor': 'end'}, value)),
-    make('text', {x: 36, y: 60}, day(points[0].when)),
-    make('text', {x: 196, y: 60, 'text-anchor': 'end'}, day(points.at(-1).when)),
-    make('polyline', {points: points.map(point => `${x(point.time)},${y(point.value)}`).join(' ')}),
-    points.map((point, at) => make('circle', {cx: x(point.time), cy: y(point.value), r: 2.5,
-      class: outside(point) && 'off'}, make('title', {}, told[at]))));
+      {class: 'range', x: 40, width: 190, y: top, height: y(low ?? least) - top}),
+    scale.map(value => [make('path', {class: 'grid', d: `M40 ${y(value)}h190`}),
+                        label(36, y(value) + 4, 'end', value)]),
+    [first, (first + last) / 2, last].map((time, at) => label(
+      x(time), 84, ['start', 'middle', 'end'][at], new Date(time).toISOString().slice(0, 7))),
+    lines.map((_, line) => make('g', {class: line % 2 ? 'second' : ''},
+      make('polyline', {points: points.map(({time, parts}) => [x(time), y(parts[line].value)]).join(' ')}),
+      points.map(({time, parts}, at) => make('circle', {cx: x(time), cy: y(parts[line].value), r: 2.5,
+        class: outside(parts[line]) && 'off'}, make('title', {}, told[at]))))));
+  const legend = lines.map((line, at) => make('small', {}, `${'\u25cf\u25cb'[at % 2]} ${line.name}`));
+  return make('figure', {tabindex: 0, 'aria-label': `${name} over time`}, svg,
+    lines.length > 1 ? make('figcaption', {}, legend) : '',
+    make('ul', {}, told.map(line => make('li', {}, line))));
 }
 
 // ---- Start: with an answer in the address, or anew.
@@ -7853,25 +7995,27 @@ else run(query.has('code') || query.has('error') ? comeBack() : prepare());
 """
 
 
+DEMO_HTML = Markup("""
+<div class="card"><p>This page is an app, not a part of the portal: a public client with the id
+<code>demo-app</code>. It finds the server, asks for permission, reads one record and shows every request and
+answer. Its source is in this page, to be read and copied.</p>
+<noscript><p class="error">The app is a script: it needs JavaScript. The portal's pages do not.</p></noscript>
+<form id="ask" hidden><label>Scope to ask for
+<textarea id="scope" rows="3" required spellcheck="false"></textarea></label>
+<button id="connect">Ask for permission</button></form>
+<p id="status" role="status" tabindex="-1"></p></div>
+<section id="granted" class="card" hidden></section>
+<p id="actions" hidden><button id="refresh">Refresh</button>
+<button id="reread" class="btn-default">Read again</button>
+<button id="revoke" class="btn-default">Revoke</button></p>
+<div id="patient" hidden></div>
+""")
+
+
 @route("GET /demo", "SMART App Launch, RFC 6749, RFC 7636", kind="page")
 def demo_page(portal: Portal, request: Request) -> Response:
     """A complete SMART app in one page, its own redirect URI: it shows all that is said, then the patient."""
-    start = tag(
-        "div", tag("p", "This page is an app, not a part of the portal: a public client with the id ",
-                   tag("code", "demo-app"), ". It finds the server, asks for permission, reads one record "
-                   "and shows every request and answer. Its source is in this page, to be read and copied."),
-        tag("noscript", tag("p", "The app is a script, so it needs JavaScript. The portal's pages do not.",
-                            class_="error")),
-        tag("form", tag("label", "Scope to ask for",
-                        tag("textarea", id="scope", rows=3, required=True, spellcheck="false")),
-            tag("button", "Ask for permission", id="connect"), id="ask", hidden=True),
-        tag("p", id="status", role="status"), class_="card")
-    granted = tag("section", id="granted", class_="card", hidden=True)
-    actions = tag("p", tag("button", "Refresh", id="refresh"),
-                  tag("button", "Read again", id="reread", class_="btn-default"),
-                  tag("button", "Revoke", id="revoke", class_="btn-default"), id="actions", hidden=True)
-    app = tag("div", start, granted, actions, tag("div", id="patient", hidden=True),
-              id="app", data_base=portal.browser_base(request))
+    app = tag("div", DEMO_HTML, id="app", data_base=portal.browser_base(request))
     told = tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"),
                id="told", class_="card", hidden=True)
     return page(portal, "A SMART app in one page", app, told,
@@ -8389,7 +8533,9 @@ class Controls:
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False, access_lifetime: float | None = None) -> str:
         """Play the browser: sign in, choose the patient, answer the consent page. Gives where the app is
-        called back, with a code or with an error; PortalError where a person would see an error page.
+        called back, with a code or with an error.
+
+        PortalError where a person would see an error page.
 
         Without patient_id it is the launch's patient, or the user's own; without security_labels all offered
         stay checked; approval_expires is a date (default: a year from today); access_lifetime is that of
@@ -8424,7 +8570,7 @@ class Controls:
     def launch(self, client_id: str | None = None, launch_uri: str | None = None, username: str | None = None,
                patient_id: str | None = None, encounter_id: str | None = None, intent: str | None = None,
                need_patient_banner: bool = True, fhir_context: list[Json] | None = None) -> str:
-        """Launch an app as the EHR does, without the page: see create_launch. Gives the app's launch URL."""
+        """Launch an app as the EHR does, without the page; gives the app's launch URL."""
         return str(create_launch(
             self.portal, self.url, client_id=client_id, launch_uri=launch_uri,
             username=username, patient_id=patient_id, encounter_id=encounter_id, intent=intent,
@@ -8441,10 +8587,11 @@ class Controls:
     def fail(self, endpoint: str, status: int | None = None, error: str | None = None,
              retry_after: int | None = None, delay: float = 0, drop: bool = False,
              times: int | None = 1) -> Json:
-        """Make the next `times` requests of an endpoint fail (None: until reset), after earlier faults.
+        """Make an endpoint's next request fail, or so many, after those that earlier orders fail.
 
         status is HTTP's, error a code of the endpoint's text (alone: with the status that the text gives it),
-        retry_after and delay are seconds; drop closes the connection unanswered. A delay alone delays."""
+        retry_after and delay are seconds; drop closes the connection unanswered; times None is until reset.
+        A delay alone delays."""
         must(endpoint in FAULTS, "endpoint", f"one of {', '.join(FAULTS)}", endpoint)
         need(error is None or re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)),
              f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
