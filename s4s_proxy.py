@@ -2408,7 +2408,7 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("target",): "Provenance",
 }.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
-                "Endpoint")
+                "Endpoint", "Questionnaire")
 SERVED_TYPES = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}  # in a scope
 NOBODY, UNKNOWN = "", "?"  # owners: of what belongs to nobody, of what can't be told; no ids that FHIR allows
 _LOCAL = re.compile(rf"({_TYPE}/{_ID})(?:/_history/{_ID})?")
@@ -3310,6 +3310,8 @@ ProcedureRequest | dstu2 stu3: subject {_VISIT} | stu3: code intent status autho
 Provenance | -identifier target location agent=agent.actor+agent.who+agent.whoReference
     | dstu2 stu3: start=period.start end=period.end | stu3 r4: agent-role=agent.role recorded
     | r4: agent-type=agent.type when=occurred[x]
+Questionnaire | -patient status date | dstu2: code=group.concept title=group.title version:string
+    | stu3 r4: code=item.code name title url version
 QuestionnaireResponse | subject status authored questionnaire author source | dstu2 r4: encounter
     | dstu2: -identifier | stu3: context
 ReferralRequest | dstu2 stu3: -identifier status type priority specialty | dstu2: date | stu3: subject
@@ -3334,7 +3336,8 @@ REFERENCE_TARGETS = {name: types.split() for types, names in {
     "Appointment": "appointment", "Claim": "claim", "Coverage": "coverage", "Device": "device",
     "Encounter": "encounter context", "Endpoint": "endpoint", "Location": "location",
     "Medication": "medication", "MedicationOrder MedicationRequest": "prescription", "Specimen": "specimen",
-    "MedicationRequest": "request", "Observation": "result has-member derived-from",
+    "MedicationRequest": "request", "Questionnaire": "questionnaire",
+    "Observation": "result has-member derived-from",
     "Organization": "organization custodian service-provider manufacturer partof",
     "Patient": "patient subject beneficiary individual", "Practitioner": "prescriber practitioner",
     "Patient RelatedPerson": "subscriber", "Patient Practitioner RelatedPerson": "asserter",
@@ -3344,18 +3347,19 @@ REFERENCE_TARGETS = {name: types.split() for types, names in {
     "Organization Patient Practitioner PractitionerRole RelatedPerson":
         "author participant requester sender recipient agent",
     " ".join((*OWNER_ELEMENTS, *SHARED_TYPES)): "target focus item entry",
-    "": "actor assessor based-on care-manager consentor owner part-of questionnaire recorder source"
+    "": "actor assessor based-on care-manager consentor owner part-of recorder source"
     }.items() for name in names.split()}
 _KINDS = {**dict.fromkeys(REFERENCE_TARGETS, "reference"), **{name: kind for kind, names in {  # else: token
     "owner": "patient subject beneficiary individual",  # which say whose record it is in
     "string": "address address-city address-country address-postalcode address-state family given lot-number "
               "name title",
-    "date": "abatement-date asserted-date authored authored-on authoredon authoring-time birthdate created "
-            "date date-recorded datetime datewritten death-date deathdate effective effective-time "
-            "effectivedate effectivetime end identified indexed issued modified occurrence onset onset-date "
-            "period received recorded recorded-date requested sent start start-date started target-date "
-            "value-date when whenhandedover whenprepared",
-    "quantity": "value-quantity component-value-quantity"}.items() for name in names.split()}}
+    "date": "abatement-date asserted-date authored authored-on authoredon authoring-time "
+            "billable-period-start birthdate created date date-recorded datetime datewritten death-date "
+            "deathdate effective effective-time effectivedate effectivetime end identified indexed issued "
+            "modified occurrence onset onset-date period received recorded recorded-date requested sent "
+            "service-date service-start-date start start-date started target-date targetdate value-date when "
+            "whenhandedover whenprepared",
+    "quantity": "value-quantity component-value-quantity", "uri": "url"}.items() for name in names.split()}}
 
 
 class Parameter(NamedTuple):
@@ -3450,7 +3454,7 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
             if name in shown:
                 shown[name] = text
             elif name in ("_include", "_revinclude"):
-                includes[_parse_include(version, type_name, name, text)] = None
+                includes.update(dict.fromkeys(_parse_include(version, type_name, name, text)))
             elif name == "_sort" or (version == "dstu2" and name in ("_sort:asc", "_sort:desc")):
                 _parse_sort(version, type_name, name, text, sort)
             elif name not in ("_format", "_pretty"):
@@ -3483,27 +3487,29 @@ class Include(NamedTuple):
     target: str  # a type, or "" for any
 
 
-def _parse_include(version: str, type_name: str, name: str, text: str) -> Include:
-    """_include=Type:parameter or Type:parameter:Target; _revinclude alike."""
+def _parse_include(version: str, type_name: str, name: str, text: str) -> list[Include]:
+    """_include=Type:parameter or Type:parameter:Target, with * for every parameter; _revinclude alike."""
     source, parameter, target = (*text.split(":", 2), "", "")[:3]
     reverse, known = name == "_revinclude", search_table(version)[type_name]
     possible = referring(type_name, version) if reverse else [
         (type_name, own) for own in known if known[own].type == "reference"]
-    _check((source, parameter) in possible and (not reverse or target in ("", type_name)),
-           f"{name}={text}: not possible for {type_name}; possible are "
-           + (", ".join(sorted(map(":".join, possible))) or "none"))
-    return Include(reverse, source, parameter, target)
+    chosen = [Include(reverse, source, own, target) for kind, own in possible
+              if kind == source and parameter in ("*", own) and (not reverse or target in ("", type_name))]
+    words = {":".join(pair) for kind, own in possible for pair in ((kind, own), (kind, "*"))}
+    _check(chosen, f"{name}={text}: not possible for {type_name}; possible are "
+           + (", ".join(sorted(words)) or "none"), "not-supported")
+    return chosen
 
 
 def _parse_sort(version: str, type_name: str, parameter: str, text: str, sort: dict[str, bool]) -> None:
     """Add _sort=date,-code to what is sorted by already; True: falling. DSTU2 wrote that _sort:desc=code, and
     had no minus (FHIR DSTU2 search, "Sorting")."""
-    known = search_table(version)[type_name]
-    for word in text.split(","):
-        minus = "" if version == "dstu2" else "-"
-        name = word.removeprefix(minus)
+    known, minus = search_table(version)[type_name], "" if version == "dstu2" else "-"
+    words = {word: word.removeprefix(minus) for word in text.split(",")}
+    for word, name in words.items():
         _check(name in known, f"{parameter}={text}: {word} can't be sorted by; {', '.join(sorted(known))} can"
-               + ("" if minus else ", downwards with _sort:desc"))
+               + ("" if minus else ", downwards with _sort:desc"), "not-supported")
+    for word, name in words.items():
         sort.setdefault(name, parameter == "_sort:desc" or name != word)
 
 
@@ -3556,7 +3562,10 @@ class SearchTerm(NamedTuple):
 
     def as_sql(self, pinned: bool) -> Sql:
         """pinned: few resources are left to look at, so look at each; else start from the value."""
-        own = _OWN_COLUMNS.get(self.parameter.kind, {})
+        kind, paths = self.parameter
+        own = _OWN_COLUMNS.get(kind, {})
+        if kind == "text":  # of which no rows are kept; the paths are our table's, so they may stand in SQL
+            own = {"value": f"words(r.json, '{' '.join(paths)}')"}
         sql = _any_of([" AND ".join(comparison.sql(own) for comparison in comparisons) or "1"
                        for comparisons in self.alternatives])
         values = tuple(comparison.value for comparisons in self.alternatives for comparison in comparisons)
@@ -3587,8 +3596,9 @@ def _any_of(conditions: Sequence[str]) -> str:
     return f"({_any_of(conditions[:half])} OR {_any_of(conditions[half:])})" if half else conditions[0]
 
 
-_MODIFIERS = {"token": ("not", "missing"), "date": ("missing",), "string": ("exact", "contains", "missing"),
-              "reference": ("missing",), "quantity": ("missing",)}  # beside REFERENCE_TARGETS
+_MODIFIERS = {"token": ("not", "missing", "text"), "date": ("missing",), "uri": ("missing",),
+              "string": ("exact", "contains", "missing"), "reference": ("missing",),
+              "quantity": ("missing",)}  # beside REFERENCE_TARGETS
 # FHIR search, "Prefixes": how a resource's time (first, last) stands to the span searched for (start, end).
 DATE_PREFIXES = {
     "eq": "first >= start and last <= end", "ne": "first < start or last > end",
@@ -3614,6 +3624,8 @@ def parse_term(version: str, type_name: str, name: str, text: str, base: str = "
     if modifier == "missing":
         _check(text in ("true", "false"), f"{name}={text}: expected true or false")
         return SearchTerm(bare, parameter, ((),), negated=text == "true")  # (): any value will do
+    if modifier == "text":
+        parameter = Parameter("text", parameter.paths)
     if (bare, text) == ("deceased", "false"):  # whoever isn't said to be dead is alive
         modifier, text = "" if modifier else "not", "true"
     alternatives = [comparisons for word in _COMMA.split(text.replace("\\\\", "\0"))
@@ -3636,8 +3648,10 @@ def _comparisons(name: str, kind: str, modifier: str, text: str, base: str) -> I
         *systems, code = re.split(r"(?<!\\)\|", text, maxsplit=1)
         asked = [Comparison("system", "=", _unescaped(system)) for system in systems]
         return [(*asked, Comparison("value", "=", _unescaped(code))) if code or not systems else tuple(asked)]
-    if kind == "id":
+    if kind in ("id", "uri"):
         return [(Comparison("value", "=", plain),)]
+    if kind == "text":
+        return [(Comparison("value", "contains", "\n" + fold(plain)),)]
     if modifier == "exact":
         return [(Comparison("system", "=", plain),)]
     if modifier == "contains":
@@ -3689,6 +3703,9 @@ def _compare_reference(kind: str, modifier: str, text: str, base: str) -> Compar
     """An id, Type/id or a URL below `base`; a modifier is a type too, and an owner is a Patient."""
     is_below = base and text.startswith(base + "/")
     type_name, target = reference_parts(text[len(base) + 1:] if is_below else text)
+    if kind == "reference":
+        target, bar, version = target.partition("|")  # a canonical's; see references_in
+        type_name = type_name or bar + version
     wanted = modifier or ("Patient" if kind == "owner" else type_name)
     if type_name and type_name != wanted:
         target = text  # as it stands this is no id, so it is found nowhere
@@ -3729,19 +3746,21 @@ def _parameters_by_element(version: str) -> dict[str, dict[str, list[tuple[str, 
 
 def values_of(name: str, kind: str, values: Iterable[Any]) -> list[SearchValue]:
     """What a search parameter of a kind makes of its elements' values."""
-    if kind == "token":
+    if kind in ("token", "uri"):
         if name in ("phone", "email"):
             values = [value for value in values if isinstance(value, dict) and value.get("system") == name]
         elif name == "deceased":  # by a moment, too
             values = [value is not False for value in values]
         return [(name, code, system, 0, 0) for system, code in tokens_of(values)]
     if kind == "reference":
-        return [(name, target, type_name, 0, 0)
-                for type_name, target in map(reference_parts, filter(None, references_in(values)))]
+        return [(name, target, type_name, 0, 0) for type_name, target in references_in(values) if target]
     if kind == "quantity":
         return [(name, unit, system, number, number) for system, unit, number in quantities_in(values)]
     if kind == "string":
         return [(name, fold(text), text, 0, 0) for text in strings_of(values)]
+    if kind == "text":
+        return [(name, "".join("\n" + fold(text) for text in strings_of(
+            value for value in values if isinstance(value, dict))), "", 0, 0)]
     return [(name, "", "", *span) for span in map(period_of, values) if span]
 
 
@@ -3754,10 +3773,15 @@ def reference_parts(text: str) -> tuple[str, str]:
     return (match[1], match[2]) if match else ("", text)
 
 
-def references_in(values: Iterable[Any]) -> Iterator[str]:
-    """The texts of References, and of canonicals, these with and without their version."""
+def references_in(values: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """What References name, (type, id), and canonicals, which are texts: ("|" and a version, if any; url)."""
     for value in values:
-        yield from {value, value.partition("|")[0]} if isinstance(value, str) else (reference_of(value),)
+        if isinstance(value, str):
+            text, bar, version = value.partition("|")
+            type_name, target = reference_parts(text)
+            yield type_name or bar + version, target
+        else:
+            yield reference_parts(reference_of(value))
 
 
 def quantities_in(values: Iterable[Any]) -> Iterator[tuple[str, str, float]]:
@@ -3772,12 +3796,18 @@ def quantities_in(values: Iterable[Any]) -> Iterator[tuple[str, str, float]]:
 
 
 def strings_of(values: Iterable[Any]) -> Iterator[str]:
-    """The text in strings, and in the parts of HumanNames and Addresses."""
+    """The text in strings, in the parts of HumanNames and Addresses, and beside codes."""
     for value in values:
         parts = [value] if isinstance(value, str) else elements(
             value, "family", "given", "text", "prefix", "suffix",
-            "line", "city", "district", "state", "postalCode", "country")
+            "line", "city", "district", "state", "postalCode", "country",
+            "display", "coding.display", "type.text")
         yield from (part for part in parts if isinstance(part, str))
+
+
+def words_in(document: str, paths: str) -> str:
+    """The words beside the codes at some paths of a resource, a line each: a function in SQL, for :text."""
+    return values_of("", "text", elements(json.loads(document), *paths.split()))[0][1]
 
 
 def fold(text: str) -> str:
@@ -4029,16 +4059,17 @@ def is_unchanged(request: Request, tag: str, updated: float) -> bool:
 TELLTALES = """\
 dstu2 | AllergyIntolerance.substance Condition.patient DiagnosticOrder Encounter.class:string \
     Encounter.patient Immunization.wasNotGiven MedicationDispense.patient MedicationOrder \
-    MedicationStatement.patient Observation.category:object Patient.name.family:array Practitioner.name:object
+    MedicationStatement.patient Observation.category:object Patient.name.family:array \
+    Practitioner.name:object Questionnaire.group QuestionnaireResponse.group
 dstu2 stu3 | Condition.clinicalStatus:string DiagnosticReport.category:object DocumentReference.indexed \
-    ImagingStudy.uid Immunization.date ProcedureRequest
+    ImagingStudy.uid Immunization.date ProcedureRequest QuestionnaireResponse.questionnaire:object
 stu3 | AllergyIntolerance.clinicalStatus:string ExplanationOfBenefit.insurance:object Immunization.notGiven \
     MedicationRequest.requester.agent MedicationStatement.taken
 stu3 r4 | CareTeam Encounter.class:object Endpoint MedicationRequest Observation.category:array \
-    Patient.name.family:string Practitioner.name:array PractitionerRole
+    Patient.name.family:string Practitioner.name:array PractitionerRole Questionnaire.item
 r4 | AllergyIntolerance.clinicalStatus:object Condition.clinicalStatus:object DocumentReference.date \
     DiagnosticReport.category:array ExplanationOfBenefit.insurance:array ServiceRequest \
-    Immunization.occurrenceDateTime
+    Immunization.occurrenceDateTime QuestionnaireResponse.questionnaire:string
 """
 _JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
 
@@ -4362,6 +4393,7 @@ class EmbeddedRecords(Records):
         self.version, self.clock = settings.fhir_version, clock
         self.served = search_table(self.version)
         self.store = Store(settings.db, RECORD_SCHEMA)
+        self.store.connection.create_function("words", 2, words_in)
         self.warnings: list[str] = []
         self._in_memory = settings.db is None
         self._samples = "clinician" if "none" in settings.data else "yes"  # her account is there without, too
@@ -4552,9 +4584,10 @@ class EmbeddedRecords(Records):
         if include.reverse:
             sql, values = "type = ? AND patient_id = ?", [source, match.id]
             if not names_owner:
-                sql = ("+type = ? AND number IN (SELECT number FROM search_values WHERE value = ? "
-                       "AND parameter = ? AND system = ?)")
-                values += [parameter, match.type]
+                form = match.content if match.type == "Questionnaire" else {}
+                sql = ("+type = ? AND number IN (SELECT number FROM search_values WHERE value IN (?, ?) "
+                       "AND parameter = ? AND system IN (?, '', ?))")
+                values += [str(form.get("url")), parameter, match.type, f"|{form.get('version')}"]
             patients = access.patients(source, "s")
             if patients is not EVERYBODY:  # a doctor has many patients
                 sql += f" AND +patient_id IN ({_marks([NOBODY, *patients])})"
@@ -4565,8 +4598,17 @@ class EmbeddedRecords(Records):
         if not names_owner:
             sql = "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?"
             targets = self.store.rows(sql, match.number, parameter)
-        found = [self.find(*target) for target in targets if include.target in ("", target[0])]
-        return [other for other in found if other]
+        found = [other for target in targets for other in self._named(*target)]
+        return [other for other in found if include.target in ("", other.type)]
+
+    def _named(self, system: str, value: str) -> list[StoredResource]:
+        """What a reference or canonical names: see references_in. Of a canonical without a version, all."""
+        if system[:1] not in ("", "|"):
+            found = self.find(system, value)
+            return [found] if found else []
+        return self._select("r.* FROM resources r JOIN search_values USING (number) WHERE parameter = 'url' "
+                            "AND value = ? AND ? IN ('', (SELECT value FROM search_values WHERE number = "
+                            "r.number AND parameter = 'version'))", value, system[1:])
 
     def check_type(self, asked: FhirRequest) -> None:
         """See Records."""
@@ -4655,9 +4697,10 @@ class EmbeddedRecords(Records):
         if name == "Binary":
             return {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]}
         known = sorted(self.served[name].items())
+        named = [word for word, parameter in known if parameter.type == "reference"]
         described = {
             "type": name, "interaction": [{"code": code} for code in ("read", "vread", "search-type")],
-            "searchInclude": [f"{name}:{word}" for word, parameter in known if parameter.type == "reference"],
+            "searchInclude": [f"{name}:{word}" for word in ["*", *named] if named],
             "searchRevInclude": sorted(map(":".join, referring(name, self.version))),
             "searchParam": [{"name": word, "type": parameter.type} for word, parameter in known]}
         return {member: value for member, value in described.items() if value}
@@ -5581,16 +5624,25 @@ class Entry(NamedTuple):
 HIDDEN, UNPLACED = Entry("", "", ""), Entry("", UNKNOWN, "")  # of the second nobody can tell whose it is
 BESIDE = Entry("", "include", "")  # hidden too, but no match: it makes no total wrong
 _NAMED = re.compile(r'(?<=["/])([A-Z][A-Za-z]{1,63}/[A-Za-z0-9.-]{1,64})(?:/_history/[A-Za-z0-9.-]{1,64})?"')
+_CANONICAL = re.compile(r'"questionnaire"\s*:\s*"([^"]+)"')  # by which answers name their form since R4
 
 
 def going_with(matches: list[Entry], included: list[Entry]) -> list[Entry]:
     """Those of the included entries that a match refers to, or that refer to one."""
     def named(entry: Entry) -> set[str]:
-        return set(_NAMED.findall(entry.text.replace("\\/", "/")))
+        text = entry.text.replace("\\/", "/")
+        return {*_NAMED.findall(text), *_CANONICAL.findall(text)}
 
-    names = {entry.name for entry in matches}
+    def names(entry: Entry) -> set[str]:
+        if not entry.name.startswith("Questionnaire/"):
+            return {entry.name}
+        form = json.loads(entry.text)["resource"]
+        return {entry.name, str(form.get("url")), f"{form.get('url')}|{form.get('version')}"}
+
+    ours = set[str]().union(*map(names, matches))
     wanted = set[str]().union(*map(named, matches if included else ()))
-    return [entry for entry in included if entry.name in wanted or not names.isdisjoint(named(entry))]
+    return [entry for entry in included
+            if not wanted.isdisjoint(names(entry)) or not ours.isdisjoint(named(entry))]
 
 
 _PREFERENCES = re.compile(r"(?<![\w-])(?:handling|return)=[\w-]+")  # those of FHIR that travel

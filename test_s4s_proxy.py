@@ -2882,17 +2882,18 @@ class OnePatientAndNothingElse(RecordTest):
                     self.assertEqual(self.asked_behind(), before)
 
     def test_a_search_shows_mine_and_nobodys(self) -> None:
-        form, all_of_them = {"_count": "1000"}, "Observation?_count=1000"
+        form, every = {"_count": "1000"}, "Observation?_count=1000"
         for attack, path, how in (
-                ("everybody's", all_of_them, {}), ("posted", "Observation/_search", {"form": form}),
+                ("everybody's", every, {}), ("posted", "Observation/_search", {"form": form}),
                 ("my compartment", f"Patient/{ME}/Observation?_count=1000", {}),
-                *(("by _include", f"{all_of_them}&_include=Observation:{name}", {})
-                  for name in ("performer", "subject")), ("everything", f"Patient/{ME}/$everything", {})):
+                *(("by _include", f"{every}&_include=Observation:{name}", {}) for name in ("performer", "*")),
+                ("everything", f"Patient/{ME}/$everything", {})):
             with self.subTest(attack):
                 ids = set(self.ids(path, **how))
                 self.assertEqual(ids & {"mine", "draft", "theirs", "group"}, {"mine", "draft"})
                 self.assertNotIn(HIDDEN, self.get(path, **how).text)  # type: ignore[arg-type]
-        for path in ("Patient", "Practitioner?_revinclude=Observation:performer"):
+        for path in ("Patient", "Practitioner?_revinclude=Observation:performer",
+                     "Practitioner?_revinclude=Observation:*"):
             self.assertNotIn(HIDDEN, self.get(path).text)
 
     def test_anothers_paging_link_opens_nothing(self) -> None:
@@ -3471,6 +3472,17 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
             body = body.replace(b"REFERENCE", reference.encode())
             self.behind.script["Observation"] = status, headers, body
             self.assertEqual(self.ids("Observation", token=self.narrow), ["v0", "dr"], reference)
+
+    def test_a_form_is_included_with_the_answers_to_it_that_are_shown_alone(self) -> None:
+        forms = [{"resourceType": "Questionnaire", "id": f"q{number}", "url": "http://forms.example/q",
+                  "version": str(number)} for number in (1, 2)]
+        for name, expected in (("|1", ["q1"]), ("", ["q1", "q2"]), ("|3", []), ("1", [])):
+            self.fill("vh")
+            for observed, version in zip(self.stored, (name, "|2")):
+                observed["questionnaire"] = f"http://forms.example/q{version}"
+            self.including(*forms)
+            self.assertEqual(self.ids("Observation", token=self.narrow), ["v0", *expected], name)
+            self.assertEqual(len(self.ids("Observation")), 4)
 
     def test_included_resources_cost_no_more_than_they_are_long(self) -> None:
         def seconds(count: int) -> float:
@@ -4402,6 +4414,13 @@ class Searching(RecordsTest):
         ("r4", "QuestionnaireResponse", {"questionnaire": "http://q.example/q|1"},
          "questionnaire=http://q.example/q questionnaire=http://q.example/q%7C1"),
         ("stu3", "QuestionnaireResponse", {"questionnaire": _END}, "questionnaire=e"),
+        ("dstu2", "Questionnaire", {"status": "draft", "version": "Beta", "group": {
+            "title": "Pain", "concept": [{"code": "c"}]}}, "status=draft title=pain code=c version=be"),
+        *((version, "Questionnaire", {
+            "url": "http://q.example/q", "name": "Q", "title": "Pain", "status": "c", "version": "1",
+            "identifier": [{"value": "i"}], "date": "2026"},
+           "url=http://q.example/q name=q title=pain status=c version=1 identifier=i date=2026")
+          for version in ("stu3", "r4")),
         ("r4", "Observation", {"component": [{"code": _CODE}]}, "combo-code=c"))
 
     def test_the_parameters_of_types_are_their_registrys(self) -> None:
@@ -4579,6 +4598,54 @@ class Searching(RecordsTest):
         visit, *readings = within(self.open("Encounter?_count=1&_revinclude=Observation:encounter").json)
         found = {reading["encounter"]["reference"] for reading in readings}
         self.assertEqual(found, {f"Encounter/{visit['id']}"})
+        named = [self.open(f"MedicationRequest?_count=3&_include=MedicationRequest:{name}").json["entry"]
+                 for name in ("*", "*:Practitioner")]
+        kinds = [{entry["resource"]["resourceType"] for entry in entries} for entries in named]
+        self.assertEqual(kinds[1], {"MedicationRequest", "Practitioner"})
+        self.assertLess(kinds[1], kinds[0])
+        every = within(self.open(f"Patient?_id={DANIEL}&_revinclude=Observation:*").json, "include")
+        self.assertEqual(len(every), len(self.ids(f"Observation?patient={DANIEL}")))
+
+    def test_answers_come_with_their_questionnaire_by_reference_or_by_its_own_name(self) -> None:
+        form = "http://forms.example/pain"
+        forms = {"q1": ("pain", "1"), "q2": ("pain", "2"), "q3": ("x", "1")}
+        for version, asked, ids in (
+                *((version, {"reference": "Questionnaire/q1"}, "q1") for version in ("dstu2", "stu3")),
+                ("r4", form, "q1 q2"), ("r4", form + "|2", "q2"), ("r4", form + "|3", ""),
+                ("r4", "Questionnaire/q3", "q3")):
+            with self.subTest(asked=asked), s4s.Server(fhir_version=version, data="none") as portal:
+                portal.load({"resourceType": "Patient", "id": "p"})
+                for key, (name, number) in forms.items():
+                    portal.load({"resourceType": "Questionnaire", "id": key, "version": number,
+                                 "url": f"http://forms.example/{name}"})
+                for key in ("mine", "theirs"):
+                    portal.load({"resourceType": "QuestionnaireResponse", "id": key, "questionnaire": asked,
+                                 "subject": {"reference": "Patient/p" if key == "mine" else "Patient/other"}})
+                token = portal.issue_token(username="p", scope="patient/*.rs")["access_token"]
+                answers = "QuestionnaireResponse"
+                for path, expected in (
+                        (f"{answers}?_include={answers}:questionnaire", ["mine", *ids.split()]),
+                        (f"{answers}?_include={answers}:*", ["mine", "p", *ids.split()]),
+                        *((f"Questionnaire?_id={key}&_revinclude={answers}:questionnaire", [key, "mine"])
+                          for key in ids.split()), ("Questionnaire", [*forms])):
+                    got = ask(f"{portal.fhir_url}/{path}", token=token).json
+                    self.assertEqual(sorted(ids_within(got)), sorted(expected), path)
+                self.assertEqual(ask(f"{portal.fhir_url}/Questionnaire/q1", token=token).status, 200)
+
+    def test_codes_are_found_by_the_words_beside_them(self) -> None:
+        self.portal.load(observation("w", code={"text": "Total Chol\u00e9sterol", "coding": [
+            {"code": "2093-3", "display": "Cholesterol, all"}]}))
+        self.portal.load({"resourceType": "Patient", "id": "n", "identifier": [
+            {"value": "1", "type": {"text": "Driver's licence"}}], "gender": "female"})
+        words = "_id=w&code:text="
+        self.finds(*((f"Observation?{words}{text}", ["w"]) for text in (
+                       "total", "TOTAL%20chole", "cholesterol%5C,%20ALL", "none,chol", "Total&code=2093-3")),
+                   *((f"Observation?{words}{text}", []) for text in ("2093", "all", "tot%25", "total%20x")),
+                   ("Patient?identifier:text=driver", ["n"]), ("Patient?gender:text=female", []))
+        rates = self.resources("Observation?code:text=heart")
+        self.assertEqual({rate["code"]["coding"][0]["code"] for rate in rates}, {"8867-4"})
+        token = self.portal.issue_token(scope="patient/Observation.rs", patient_id=AMY)
+        self.assertEqual(self.fhir("Observation?code:text=total&_id=w", token).json["total"], 0)
 
     def test_included_resources_need_their_own_scope_and_patient(self) -> None:
         token = self.portal.issue_token(scope="patient/Encounter.rs patient/Practitioner.rs")
@@ -4597,7 +4664,9 @@ class Searching(RecordsTest):
     def test_what_is_not_known_is_named_with_what_is(self) -> None:
         for query, *words in (
                 ("colour=red", "colour", "category", "_sort"), ("_include=*", "Observation:encounter"),
-                ("category:text=x", "category:text", "missing"), ("_has:Provenance:target:x=y", "_has"),
+                ("_include=Patient:*", "Observation:*"), ("_revinclude=Patient:*", "DiagnosticReport:*"),
+                ("status:above=x", "status:above", "missing", "text"), ("date:text=x", "date:text"),
+                ("_has:Provenance:target:x=y", "_has"),
                 ("patient:not=x", "patient:not", "Patient"), ("_filter=x", "_filter"), ("code:=x", "code:"),
                 ("patient.name=x", "patient.name"), ("_include=Observation:code", "Observation:encounter"),
                 ("_revinclude=Patient:link", "DiagnosticReport:result"), ("_sort=colour", "colour", "date"),
@@ -4612,6 +4681,10 @@ class Searching(RecordsTest):
         got = self.open("Patient?colour=red&gender=female&name:text=x", headers=lenient).json
         self.assertEqual((got["total"], got["link"][0]["url"]), (1, url))
         self.refused("Patient?birthdate=soon", "soon", headers=lenient)
+        more = "_include=Patient:colour&_revinclude=x&_sort=-birthdate,colour&_sort=family"
+        got = self.open(f"Patient?{more}", headers=lenient).json
+        self.assertEqual(ids_within(got), [DANIEL, JOSEPH, AMY])
+        self.assertEqual(got["link"][0]["url"], f"{self.portal.open_fhir_url}/Patient?_sort=family")
 
     def test_a_total_is_the_number_that_can_be_paged_to_whatever_the_count(self) -> None:
         """Two Observations of a patient among three of a Group, which is nobody's record."""
@@ -4701,6 +4774,7 @@ stu3 | QuestionnaireResponse | context | encounter
 r4 | CarePlan QuestionnaireResponse | encounter | context
 dstu2 | DiagnosticOrder | encounter | context
 dstu2 | CarePlan | patient | encounter identifier
+dstu2 | Questionnaire | code identifier | url name patient
 r4 | Coverage | patient status identifier | issuer
 r4 | AdverseEvent Location Endpoint Patient | _id | patient""".splitlines():
             version, types, has, lacks = row.split(" | ")
@@ -5251,7 +5325,9 @@ class LoadingRecords(unittest.TestCase):
                 ("r4", "Condition", {"clinicalStatus": "active"}), ("dstu2", "Observation", {"category": []}),
                 ("stu3", "Condition", {"clinicalStatus": {}}), ("r4", "Observation", {"category": {}}),
                 ("r4", "Patient", {"name": [{"family": []}]}), ("dstu2", "Patient", {"name": {"family": ""}}),
-                ("stu3", "Immunization", {"occurrenceDateTime": "2008"})):
+                ("stu3", "Immunization", {"occurrenceDateTime": "2008"}),
+                ("r4", "Questionnaire", {"group": {}}), ("dstu2", "Questionnaire", {"item": []}),
+                ("stu3", "QuestionnaireResponse", {"questionnaire": ""})):
             with self.subTest(version=version, type=type_name), \
                     self.assertRaisesRegex(s4s.StartError, "--fhir-version"):
                 self.records({"resourceType": type_name, **elements}, fhir_version=version)
