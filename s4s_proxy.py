@@ -3221,7 +3221,7 @@ Basic | subject code created
 Binary | -patient -identifier
 BodySite | dstu2 stu3: code
 BodyStructure | r4: location:token morphology
-CarePlan | subject date=period | dstu2: -identifier | stu3 r4: category intent status {_VISIT}
+CarePlan | subject category status date=period | dstu2: -identifier | stu3 r4: intent {_VISIT}
 CareTeam | stu3 r4: subject category status date=period participant=participant.member {_VISIT}
     | r4: role=participant.role
 ChargeItem | stu3 r4: subject code occurrence=occurrence[x] context

@@ -4421,6 +4421,8 @@ class Searching(RecordsTest):
             "identifier": [{"value": "i"}], "date": "2026"},
            "url=http://q.example/q name=q title=pain status=c version=1 identifier=i date=2026")
           for version in ("stu3", "r4")),
+        ("dstu2", "CarePlan", {"status": "c", "period": _PERIOD, "category": [_CODE]},  # Argonaut
+         "category=c&status=c&date=ge2026"),
         ("r4", "Observation", {"component": [{"code": _CODE}]}, "combo-code=c"))
 
     def test_the_parameters_of_types_are_their_registrys(self) -> None:
