@@ -3202,7 +3202,8 @@ def reference_of(element: Any) -> str:
 # A type is served in the versions that its cells name, or in all, and found by `patient` and `identifier`,
 # too, but for those after a minus. A parameter looks into the element of its own name in camel case, or into
 # those after "=", with "+" between; [x] is each type that an element may have. Its kind goes by its name
-# (_KINDS) or stands after ":". The names are each version's registry's (STU3's Coverage.patient is ours).
+# (_KINDS) or stands after ":". The names are each version's registry's, and some of guides for it: Argonaut's
+# (CarePlan in DSTU2), US Core's, CARIN's (ExplanationOfBenefit). STU3's Coverage.patient is ours.
 _ADDRESS = """name=name+alias address address-city=address.city address-state=address.state
     address-postalcode=address.postalCode address-country=address.country"""
 _VISIT = "encounter=encounter+context | stu3: context"
@@ -3235,7 +3236,7 @@ Composition | subject status type date period=event.period author encounter entr
     | dstu2 stu3: class | r4: category
 Condition | category code severity asserter {_VISIT} | dstu2: clinicalstatus=clinicalStatus onset=onset[x]
     date-recorded=dateRecorded | stu3 r4: subject clinical-status verification-status onset-date=onset[x]
-    abatement-date=abatement[x] | stu3: asserted-date | r4: recorded-date
+    abatement-date=abatement[x] | stu3: asserted-date | r4: recorded-date asserted-date=extension
 Consent | stu3 r4: status category date=dateTime period=period+provision.period organization
     consentor=consentingParty+performer | r4: scope
 Coverage | stu3 r4: beneficiary type payor subscriber | r4: status
@@ -3256,15 +3257,18 @@ DocumentReference | subject identifier=masterIdentifier+identifier status type p
     contenttype=content.attachment.contentType date
 EligibilityRequest | stu3: created
 Encounter | status type date=period participant=participant.individual location=location.location
-    | stu3 r4: subject class service-provider | r4: reason-code
+    | stu3 r4: subject class service-provider
+    | r4: reason-code discharge-disposition=hospitalization.dischargeDisposition
 Endpoint | stu3 r4: -patient status connection-type organization=managingOrganization name
 EpisodeOfCare | status type date=period care-manager
 ExplanationOfBenefit | stu3 r4: created claim provider coverage=insurance.coverage encounter=item.encounter
-    | r4: status
+    care-team=careTeam.provider payee=payee.party | r4: status type insurer
+    service-date=billablePeriod+item.serviced[x] billable-period-start=billablePeriod.start
+    service-start-date=billablePeriod.start+item.servicedDate+item.servicedPeriod.start
 FamilyMemberHistory | code=condition.code date | stu3 r4: status
 Flag | subject date=period author encounter | dstu2: -identifier
 Goal | subject category | dstu2 stu3: status | stu3 r4: start-date=start[x] target-date=target.due[x]
-    | r4: lifecycle-status achievement-status
+    | r4: lifecycle-status achievement-status description | dstu2: targetdate=targetDate
 ImagingManifest | stu3: authoring-time author
 ImagingObjectSelection | dstu2: -identifier authoring-time author
 ImagingStudy | modality=series.modality started | dstu2: -identifier
@@ -3338,14 +3342,14 @@ REFERENCE_TARGETS = {name: types.split() for types, names in {
     "Medication": "medication", "MedicationOrder MedicationRequest": "prescription", "Specimen": "specimen",
     "MedicationRequest": "request", "Questionnaire": "questionnaire",
     "Observation": "result has-member derived-from",
-    "Organization": "organization custodian service-provider manufacturer partof",
+    "Organization": "organization custodian service-provider manufacturer partof insurer",
     "Patient": "patient subject beneficiary individual", "Practitioner": "prescriber practitioner",
     "Patient RelatedPerson": "subscriber", "Patient Practitioner RelatedPerson": "asserter",
     "Organization Patient RelatedPerson": "payor",
-    "Organization Practitioner PractitionerRole": "general-practitioner provider",
+    "Organization Practitioner PractitionerRole": "general-practitioner provider care-team",
     "Organization Patient Practitioner PractitionerRole": "performer",
     "Organization Patient Practitioner PractitionerRole RelatedPerson":
-        "author participant requester sender recipient agent",
+        "author participant requester sender recipient agent payee",
     " ".join((*OWNER_ELEMENTS, *SHARED_TYPES)): "target focus item entry",
     "": "actor assessor based-on care-manager consentor owner part-of recorder source"
     }.items() for name in names.split()}
@@ -3761,6 +3765,9 @@ def values_of(name: str, kind: str, values: Iterable[Any]) -> list[SearchValue]:
     if kind == "text":
         return [(name, "".join("\n" + fold(text) for text in strings_of(
             value for value in values if isinstance(value, dict))), "", 0, 0)]
+    if name == "asserted-date":  # before R4 an element, since then an extension
+        values = [date for value in values for date in (elements(value, "valueDateTime") if isinstance(
+            value, dict) and str(value.get("url")).endswith("/condition-assertedDate") else [value])]
     return [(name, "", "", *span) for span in map(period_of, values) if span]
 
 

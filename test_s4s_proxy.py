@@ -4423,6 +4423,16 @@ class Searching(RecordsTest):
           for version in ("stu3", "r4")),
         ("dstu2", "CarePlan", {"status": "c", "period": _PERIOD, "category": [_CODE]},  # Argonaut
          "category=c&status=c&date=ge2026"),
+        ("dstu2", "Goal", {"targetDate": "2026-02"}, "targetdate=2026-02"),
+        ("r4", "Goal", {"description": _CODE}, "description=c"),  # US Core 6.1, with the next
+        ("r4", "Encounter", {"hospitalization": {"dischargeDisposition": _CODE}}, "discharge-disposition=c"),
+        ("r4", "ExplanationOfBenefit", {  # CARIN
+            "type": _CODE, "billablePeriod": {"start": "2026-01-01", "end": "2026-03-01"}, "insurer": _END,
+            "payee": {"party": _ILL}, "careTeam": [{"provider": _VISIT}],
+            "item": [{"servicedPeriod": {"start": "2025-01-01", "end": "2027"}}, {"servicedDate": "2024"}]},
+         "type=c service-date=2024 service-date=2026-01-01,ap2026-03 service-date=eb2025 insurer=e payee=c "
+         "care-team=e service-start-date=2025-01-01 service-start-date=2026-01-01 service-start-date=2024 "
+         "service-start-date:missing=false billable-period-start=2026-01-01"),
         ("r4", "Observation", {"component": [{"code": _CODE}]}, "combo-code=c"))
 
     def test_the_parameters_of_types_are_their_registrys(self) -> None:
@@ -4764,7 +4774,7 @@ class Searching(RecordsTest):
         for row in """\
 dstu2 | Condition | clinicalstatus onset patient | clinical-status subject
 stu3 | Condition | clinical-status asserted-date subject | clinicalstatus recorded-date
-r4 | Condition | clinical-status recorded-date subject | clinicalstatus asserted-date
+r4 | Condition | clinical-status recorded-date asserted-date subject | clinicalstatus
 dstu2 | MedicationOrder | datewritten prescriber patient | authoredon subject
 stu3 | MedicationRequest | authoredon intent context | datewritten encounter
 r4 | MedicationRequest | authoredon intent encounter | context
@@ -4775,8 +4785,9 @@ stu3 | Observation Condition CarePlan CareTeam Procedure DiagnosticReport | cont
 stu3 | QuestionnaireResponse | context | encounter
 r4 | CarePlan QuestionnaireResponse | encounter | context
 dstu2 | DiagnosticOrder | encounter | context
-dstu2 | CarePlan | patient | encounter identifier
+dstu2 | CarePlan | patient | encounter identifier intent
 dstu2 | Questionnaire | code identifier | url name patient
+stu3 | ExplanationOfBenefit | claim | type service-date insurer
 r4 | Coverage | patient status identifier | issuer
 r4 | AdverseEvent Location Endpoint Patient | _id | patient""".splitlines():
             version, types, has, lacks = row.split(" | ")
@@ -4808,6 +4819,13 @@ r4 | AdverseEvent Location Endpoint Patient | _id | patient""".splitlines():
                  ["context=w", "encounter=w"]),
                 ("r4", "ServiceRequest", {"occurrenceTiming": days}, timed, ["occurrence:missing=true"]),
                 ("stu3", "ProcedureRequest", {"occurrenceTiming": bounds}, timed, ["occurrence=lt2020"]),
+                ("r4", "Condition", {"extension": [
+                    {"url": "http://hl7.org/fhir/StructureDefinition/condition-assertedDate",
+                     "valueDateTime": "2026"}, {"url": "http://x.example/other", "valueDateTime": "2020"}]},
+                 ["asserted-date=2026"], ["asserted-date=2020"]),
+                ("r4", "ExplanationOfBenefit", {"billablePeriod": {"start": "2026", "end": "2027"}},
+                 ["service-date=ap2027", "billable-period-start=2026"],
+                 ["service-start-date=ap2027", "billable-period-start=ap2027"]),
                 ("r4", "Substance", {"ingredient": {"substanceCodeableConcept": {"code": "x"}}},
                  ["code=x"], ["code=y"])):
             for version, query in itertools.product(versions.split(), [*finds, *others]):
