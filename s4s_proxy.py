@@ -3600,9 +3600,8 @@ def _any_of(conditions: Sequence[str]) -> str:
     return f"({_any_of(conditions[:half])} OR {_any_of(conditions[half:])})" if half else conditions[0]
 
 
-_MODIFIERS = {"token": ("not", "missing", "text"), "date": ("missing",), "uri": ("missing",),
-              "string": ("exact", "contains", "missing"), "reference": ("missing",),
-              "quantity": ("missing",)}  # beside REFERENCE_TARGETS
+_MODIFIERS = {"token": "not missing text", "string": "exact contains missing",  # beside REFERENCE_TARGETS
+              **dict.fromkeys(("date", "quantity", "reference", "uri"), "missing")}
 # FHIR search, "Prefixes": how a resource's time (first, last) stands to the span searched for (start, end).
 DATE_PREFIXES = {
     "eq": "first >= start and last <= end", "ne": "first < start or last > end",
@@ -3621,7 +3620,7 @@ def parse_term(version: str, type_name: str, name: str, text: str, base: str = "
                         + ", ".join(sorted([*known, *RESULT_PARAMETERS])))
     parameter = known[bare]
     types = REFERENCE_TARGETS.get(bare, ()) if parameter.type == "reference" else ()
-    possible = [*_MODIFIERS.get(parameter.kind, ()), *types]
+    possible = [*_MODIFIERS.get(parameter.kind, "").split(), *types]
     if colon and modifier not in possible:
         takes = ", ".join(possible) or "none"
         raise FhirError("not-supported", f"{name}: unknown modifier; {bare} takes {takes}")
@@ -3783,12 +3782,9 @@ def reference_parts(text: str) -> tuple[str, str]:
 def references_in(values: Iterable[Any]) -> Iterator[tuple[str, str]]:
     """What References name, (type, id), and canonicals, which are texts: ("|" and a version, if any; url)."""
     for value in values:
-        if isinstance(value, str):
-            text, bar, version = value.partition("|")
-            type_name, target = reference_parts(text)
-            yield type_name or bar + version, target
-        else:
-            yield reference_parts(reference_of(value))
+        text, bar, version = value.partition("|") if isinstance(value, str) else (reference_of(value), "", "")
+        type_name, target = reference_parts(text)
+        yield type_name or bar + version, target
 
 
 def quantities_in(values: Iterable[Any]) -> Iterator[tuple[str, str, float]]:
@@ -3844,7 +3840,6 @@ def period_of(value: Any) -> tuple[float, float] | None:
 
 _DATE = re.compile(r"(\d{4})(?:-(\d\d)(?:-(\d\d)(?:T(\d\d):(\d\d)"
                    r"(?::(\d\d)(\.\d+)?)?(Z|[+-]\d\d:\d\d)?)?)?)?")
-_EPOCH = datetime.date(1970, 1, 1).toordinal()
 _EVER = 1e15  # seconds: the end of a Period that has none
 
 
@@ -3860,17 +3855,15 @@ def date_range(text: str) -> tuple[float, float]:
     if not match:
         raise ValueError(f"{text!r} is no date")
     year, month, day, hour, minute, second, fraction, zone = match.groups()
-    date = datetime.date(int(year), int(month or 1), int(day or 1))
-    start = (date.toordinal() - _EPOCH) * 86400.0
+    moment = datetime.datetime(int(year), int(month or 1), int(day or 1), int(hour or 0), int(minute or 0),
+                               59 if second == "60" else int(second or 0), tzinfo=datetime.timezone.utc)
+    start = moment.timestamp() + float(fraction or 0)
     if not month:
-        return start, start + 86400 * (365 + calendar.isleap(date.year))
+        return start, start + 86400 * (365 + calendar.isleap(moment.year))
     if not day:
-        return start, start + 86400 * calendar.monthrange(date.year, date.month)[1]
+        return start, start + 86400 * calendar.monthrange(moment.year, moment.month)[1]
     if not hour:
         return start, start + 86400
-    if hour > "23" or minute > "59" or (second or "") > "60":
-        raise ValueError(f"{text!r} is no time")
-    start += int(hour) * 3600 + int(minute) * 60 + min(int(second or 0), 59) + float(fraction or 0)
     if zone and zone != "Z":
         offset = int(zone[1:3]) * 3600 + int(zone[4:]) * 60
         start += offset if zone[0] == "-" else -offset
