@@ -3478,9 +3478,9 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
                  shown["_total"] != "none", names, _parse_mark(shown["_page"]), tuple(effective))
 
 
-def _check(good: object, description: str, error: str = "value") -> None:
+def _check(good: Good | None, description: str, error: str = "value") -> Good:
     """`need`, with an error of FHIR's about a search."""
-    need(good, description, error, kind=FhirError)
+    return need(good, description, error, kind=FhirError)
 
 
 class Include(NamedTuple):
@@ -3608,6 +3608,8 @@ DATE_PREFIXES = {
     "gt": "last > end", "ge": "first >= start or last > end", "sa": "first >= end",
     "lt": "first < start", "le": "last <= end or first < start", "eb": "last <= start",
     "ap": "first < end and last > start"}
+_QUANTITY = re.compile(rf"({'|'.join(DATE_PREFIXES)})?" r"(-?\d{1,20}(?:\.(\d{1,20}))?)"
+                       r"(?:[eE]([+-]?\d{1,2}))?(?:\|([^|]*)\|([^|]*))?")
 
 
 def parse_term(version: str, type_name: str, name: str, text: str, base: str = "") -> SearchTerm:
@@ -3685,11 +3687,8 @@ def _span_asked(name: str, text: str, more: str = "") -> tuple[float, float]:
 def _compare_quantity(name: str, text: str) -> Iterator[Comparisons]:
     """[prefix]number, perhaps with |system|code: with no system the code may be the unit. Without a prefix,
     as precise as it is written: 5.4 is all from 5.35 to 5.45 (FHIR search)."""
-    match = re.fullmatch(r"([a-z]{2})?(-?\d{1,20}(?:\.(\d{1,20}))?)(?:[eE]([+-]?\d{1,2}))?"
-                         r"(?:\|([^|]*)\|([^|]*))?", text)
-    _check(match and (match[1] or "eq") in DATE_PREFIXES, f"{name}={text}: expected [prefix]number or "
-           "[prefix]number|system|code, such as gt5.4|http://unitsofmeasure.org|mg")
-    assert match
+    match = _check(_QUANTITY.fullmatch(text), f"{name}={text}: expected [prefix]number or "
+                   "[prefix]number|system|code, such as gt5.4|http://unitsofmeasure.org|mg")
     prefix, digits, fraction, exponent, system, code = match.groups()
     number, places = float(f"{digits}e{exponent or 0}"), len(fraction or "") - int(exponent or 0)
     half = 0.5 * 10.0 ** -places
