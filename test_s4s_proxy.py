@@ -4441,9 +4441,9 @@ class Searching(RecordsTest):
             "type": _CODE, "insurer": _END, "payee": {"party": _ILL}, "careTeam": [{"provider": _VISIT}],
             "item": [{"servicedPeriod": {"start": "2025-01-01", "end": "2025-02"}}, {"servicedDate": "2024"}],
             "billablePeriod": {"start": "2026-01-01", "end": "2026-03-01"}},
-         "type=c insurer=e payee=c care-team=e service-date=2024 service-date=ap2025-02 "
-         "service-date=ap2026-03 service-start-date=2024 service-start-date=2025-01-01 "
-         "service-start-date=2026-01-01 billable-period-start=2026-01-01",
+         ("type=c insurer=e payee=c care-team=e service-date=2024 service-date=ap2025-02 "
+          "service-date=ap2026-03 service-start-date=2024 service-start-date=2025-01-01 "
+          "service-start-date=2026-01-01 billable-period-start=2026-01-01"),
          "service-start-date=ap2025-02 service-start-date=ap2026-03 billable-period-start=ap2026-03"),
         ("r4", "Observation", {"component": [{"code": _CODE}]}, "combo-code=c"),
         ("stu3 r4", "Organization", {"name": "UMich", "alias": ["Michigan Health"]},
