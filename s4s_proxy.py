@@ -3196,144 +3196,145 @@ def reference_of(element: Any) -> str:
 
 # What can be searched, a row for each type. An example:
 #
-#     Goal | subject category | dstu2 stu3: status | stu3 r4: start-date=start[x] target-date=target.due[x]
+#     Goal | subject category | dstu2 stu3: status | stu3 r4: @start-date=start[x] @target-date=target.due[x]
 #
 # A Goal is found by `subject`, before R4 by the code in `status`, from STU3 on by the date in target.dueDate.
 # A type is served in the versions that its cells name, or in all, and found by `patient` and `identifier`,
 # too, but for those after a minus. A parameter looks into the element of its own name in camel case, or into
-# those after "=", with "+" between; [x] is each type that an element may have. Its kind goes by its name
-# (_KINDS) or stands after ":". The names are each version's registry's, and some of guides for it: Argonaut's
-# (CarePlan in DSTU2), US Core's, CARIN's (ExplanationOfBenefit). STU3's Coverage.patient is ours.
-_ADDRESS = """name=name+alias address address-city=address.city address-state=address.state
-    address-postalcode=address.postalCode address-country=address.country"""
+# those after "=", with "+" between; [x] is each type that an element may have. It is a token, or a date (@),
+# string (') or quantity (#), or a reference (REFERENCE_TARGETS), or what stands after ":". The names are each
+# version's registry's, and some of guides for it: Argonaut's (CarePlan in DSTU2), US Core's, CARIN's
+# (ExplanationOfBenefit). STU3's Coverage.patient is ours.
+_ADDRESS = """'name=name+alias 'address 'address-city=address.city 'address-state=address.state
+    'address-postalcode=address.postalCode 'address-country=address.country"""
 _VISIT = "encounter=encounter+context | stu3: context"
 _DRUG = "status code=medication[x] medication=medication[x]"
 SEARCH_PARAMETERS = f"""\
-Account | subject status type name owner
-AdverseEvent | stu3 r4: -patient -identifier subject category date recorder
-AllergyIntolerance | category criticality type date=recordedDate+assertedDate onset=reaction.onset
+Account | subject status type 'name owner
+AdverseEvent | stu3 r4: -patient -identifier subject category @date recorder
+AllergyIntolerance | category criticality type @date=recordedDate+assertedDate @onset=reaction.onset
     | dstu2: status substance=substance+reaction.substance | stu3 r4: clinical-status verification-status
     code=code+reaction.substance
-Appointment | status part-status=participant.status date=start actor=participant.actor
+Appointment | status part-status=participant.status @date=start actor=participant.actor
     practitioner=participant.actor location=participant.actor | stu3 r4: appointment-type service-type
     | r4: service-category specialty
 AppointmentResponse | part-status=participantStatus appointment
-Basic | subject code created
+Basic | subject code @created
 Binary | -patient -identifier
 BodySite | dstu2 stu3: code
 BodyStructure | r4: location:token morphology
-CarePlan | subject category status date=period | dstu2: -identifier | stu3 r4: intent {_VISIT}
-CareTeam | stu3 r4: subject category status date=period participant=participant.member {_VISIT}
+CarePlan | subject category status @date=period | dstu2: -identifier | stu3 r4: intent {_VISIT}
+CareTeam | stu3 r4: subject category status @date=period participant=participant.member {_VISIT}
     | r4: role=participant.role
-ChargeItem | stu3 r4: subject code occurrence=occurrence[x] context
-Claim | use | stu3 r4: created encounter=item.encounter | r4: status
-ClaimResponse | stu3 r4: outcome created request
-ClinicalImpression | -identifier status date assessor | stu3 r4: subject | stu3: context | r4: encounter
-Communication | subject status category medium received sent sender recipient {_VISIT} | stu3 r4: based-on
-CommunicationRequest | subject status category sender recipient {_VISIT} | dstu2: requested=requestedOn
-    | stu3 r4: authored=authoredOn
-Composition | subject status type date period=event.period author encounter entry=section.entry title
+ChargeItem | stu3 r4: subject code @occurrence=occurrence[x] context
+Claim | use | stu3 r4: @created encounter=item.encounter | r4: status
+ClaimResponse | stu3 r4: outcome @created request
+ClinicalImpression | -identifier status @date assessor | stu3 r4: subject | stu3: context | r4: encounter
+Communication | subject status category medium @received @sent sender recipient {_VISIT} | stu3 r4: based-on
+CommunicationRequest | subject status category sender recipient {_VISIT} | dstu2: @requested=requestedOn
+    | stu3 r4: @authored=authoredOn
+Composition | subject status type @date @period=event.period author encounter entry=section.entry 'title
     | dstu2 stu3: class | r4: category
-Condition | category code severity asserter {_VISIT} | dstu2: clinicalstatus=clinicalStatus onset=onset[x]
-    date-recorded=dateRecorded | stu3 r4: subject clinical-status verification-status onset-date=onset[x]
-    abatement-date=abatement[x] | stu3: asserted-date | r4: recorded-date asserted-date=extension
-Consent | stu3 r4: status category date=dateTime period=period+provision.period organization
+Condition | category code severity asserter {_VISIT} | dstu2: clinicalstatus=clinicalStatus @onset=onset[x]
+    @date-recorded=dateRecorded | stu3 r4: subject clinical-status verification-status @onset-date=onset[x]
+    @abatement-date=abatement[x] | stu3: @asserted-date | r4: @recorded-date @asserted-date=extension
+Consent | stu3 r4: status category @date=dateTime @period=period+provision.period organization
     consentor=consentingParty+performer | r4: scope
 Coverage | stu3 r4: beneficiary type payor subscriber | r4: status
-CoverageEligibilityRequest | r4: status created
-CoverageEligibilityResponse | r4: status outcome created
-DetectedIssue | dstu2 stu3: date | r4: code identified=identified[x]
+CoverageEligibilityRequest | r4: status @created
+CoverageEligibilityResponse | r4: status outcome @created
+DetectedIssue | dstu2 stu3: @date | r4: code @identified=identified[x]
 Device | type | stu3 r4: status
-DeviceRequest | stu3 r4: subject status intent code=code[x] authored-on device=code[x]
+DeviceRequest | stu3 r4: subject status intent code=code[x] @authored-on device=code[x]
     encounter=encounter+context
 DeviceUseRequest | dstu2: -identifier subject device
 DeviceUseStatement | -identifier subject device
 DiagnosticOrder | dstu2: subject status code=item.code encounter
-DiagnosticReport | subject category code status date=effective[x] issued result specimen
+DiagnosticReport | subject category code status @date=effective[x] @issued result specimen
     performer=performer+performer.actor {_VISIT}
-DocumentManifest | subject identifier=masterIdentifier+identifier status created
-DocumentReference | subject identifier=masterIdentifier+identifier status type period=context.period author
-    custodian encounter=context.encounter | dstu2 stu3: class created indexed | r4: category
-    contenttype=content.attachment.contentType date
-EligibilityRequest | stu3: created
-Encounter | status type date=period participant=participant.individual location=location.location
+DocumentManifest | subject identifier=masterIdentifier+identifier status @created
+DocumentReference | subject identifier=masterIdentifier+identifier status type @period=context.period author
+    custodian encounter=context.encounter | dstu2 stu3: class @created @indexed | r4: category
+    contenttype=content.attachment.contentType @date
+EligibilityRequest | stu3: @created
+Encounter | status type @date=period participant=participant.individual location=location.location
     | stu3 r4: subject class service-provider
     | r4: reason-code discharge-disposition=hospitalization.dischargeDisposition
-Endpoint | stu3 r4: -patient status connection-type organization=managingOrganization name
-EpisodeOfCare | status type date=period care-manager
-ExplanationOfBenefit | stu3 r4: created claim provider coverage=insurance.coverage encounter=item.encounter
+Endpoint | stu3 r4: -patient status connection-type organization=managingOrganization 'name
+EpisodeOfCare | status type @date=period care-manager
+ExplanationOfBenefit | stu3 r4: @created claim provider coverage=insurance.coverage encounter=item.encounter
     care-team=careTeam.provider payee=payee.party | r4: status type insurer
-    service-date=billablePeriod+item.serviced[x] billable-period-start=billablePeriod.start
-    service-start-date=billablePeriod.start+item.servicedDate+item.servicedPeriod.start
-FamilyMemberHistory | code=condition.code date | stu3 r4: status
-Flag | subject date=period author encounter | dstu2: -identifier
-Goal | subject category | dstu2 stu3: status | stu3 r4: start-date=start[x] target-date=target.due[x]
-    | r4: lifecycle-status achievement-status description | dstu2: targetdate=targetDate
-ImagingManifest | stu3: authoring-time author
-ImagingObjectSelection | dstu2: -identifier authoring-time author
-ImagingStudy | modality=series.modality started | dstu2: -identifier
+    @service-date=billablePeriod+item.serviced[x] @billable-period-start=billablePeriod.start
+    @service-start-date=billablePeriod.start+item.servicedDate+item.servicedPeriod.start
+FamilyMemberHistory | code=condition.code @date | stu3 r4: status
+Flag | subject @date=period author encounter | dstu2: -identifier
+Goal | subject category | dstu2 stu3: status | stu3 r4: @start-date=start[x] @target-date=target.due[x]
+    | r4: lifecycle-status achievement-status description | dstu2: @targetdate=targetDate
+ImagingManifest | stu3: @authoring-time author
+ImagingObjectSelection | dstu2: -identifier @authoring-time author
+ImagingStudy | modality=series.modality @started | dstu2: -identifier
     | stu3 r4: endpoint=endpoint+series.endpoint | stu3: context | r4: subject status encounter
-Immunization | status vaccine-code date=date+occurrence[x] location manufacturer lot-number
+Immunization | status vaccine-code @date=date+occurrence[x] location manufacturer 'lot-number
     | dstu2 stu3: notgiven=wasNotGiven+notGiven | r4: status-reason reason-code
-ImmunizationEvaluation | r4: status date
-ImmunizationRecommendation | date=date+recommendation.date
-Invoice | r4: subject status type date
-List | subject code status empty-reason date encounter source item=entry.item title | dstu2: -identifier
+ImmunizationEvaluation | r4: status @date
+ImmunizationRecommendation | @date=date+recommendation.date
+Invoice | r4: subject status type @date
+List | subject code status empty-reason @date encounter source item=entry.item 'title | dstu2: -identifier
 Location | -patient status type organization=managingOrganization {_ADDRESS}
-MeasureReport | stu3 r4: status | r4: subject date period
+MeasureReport | stu3 r4: status | r4: subject @date @period
 Media | subject type | stu3: context | r4: encounter
 Medication | -patient code | dstu2 stu3: -identifier | stu3 r4: status
-MedicationAdministration | {_DRUG} | dstu2 stu3: prescription | dstu2: effectivetime=effectiveTime[x]
-    encounter | stu3 r4: subject effective-time=effective[x] context | r4: request
-MedicationDispense | {_DRUG} type whenhandedover=whenHandedOver whenprepared=whenPrepared
+MedicationAdministration | {_DRUG} | dstu2 stu3: prescription | dstu2: @effectivetime=effectiveTime[x]
+    encounter | stu3 r4: subject @effective-time=effective[x] context | r4: request
+MedicationDispense | {_DRUG} type @whenhandedover=whenHandedOver @whenprepared=whenPrepared
     prescription=authorizingPrescription | stu3 r4: subject context
-MedicationOrder | dstu2: {_DRUG} datewritten=dateWritten encounter prescriber
-MedicationRequest | stu3 r4: {_DRUG} subject intent category priority authoredon=authoredOn
+MedicationOrder | dstu2: {_DRUG} @datewritten=dateWritten encounter prescriber
+MedicationRequest | stu3 r4: {_DRUG} subject intent category priority @authoredon=authoredOn
     requester=requester+requester.agent | stu3: context | r4: encounter
-MedicationStatement | {_DRUG} | dstu2: effectivedate=effective[x] | stu3 r4: subject category
-    effective=effective[x] context
+MedicationStatement | {_DRUG} | dstu2: @effectivedate=effective[x] | stu3 r4: subject category
+    @effective=effective[x] context
 MolecularSequence | r4: type
-NutritionOrder | status datetime=dateTime encounter
+NutritionOrder | status @datetime=dateTime encounter
 Observation | subject category code status value-concept=value[x] component-code=component.code
-    data-absent-reason value-quantity=value[x] component-value-quantity=component.value[x] date=effective[x]
-    value-date=value[x] performer specimen {_VISIT} | stu3 r4: combo-code=code+component.code | r4: has-member
-    derived-from
-Order | dstu2: subject date
+    data-absent-reason #value-quantity=value[x] #component-value-quantity=component.value[x]
+    @date=effective[x] @value-date=value[x] performer specimen {_VISIT} | stu3 r4:
+    combo-code=code+component.code | r4: has-member derived-from
+Order | dstu2: subject @date
 Organization | -patient type active partof=partOf {_ADDRESS}
 Patient | -patient gender active telecom deceased=deceasedBoolean+deceasedDateTime
-    language=communication.language birthdate=birthDate organization=managingOrganization family=name.family
-    given=name.given phone=telecom email=telecom {_ADDRESS} | dstu2: deathdate=deceasedDateTime
-    | stu3 r4: death-date=deceasedDateTime general-practitioner
-Practitioner | -patient gender name family=name.family given=name.given phone=telecom email=telecom
+    language=communication.language @birthdate=birthDate organization=managingOrganization 'family=name.family
+    'given=name.given phone=telecom email=telecom {_ADDRESS} | dstu2: @deathdate=deceasedDateTime
+    | stu3 r4: @death-date=deceasedDateTime general-practitioner
+Practitioner | -patient gender 'name 'family=name.family 'given=name.given phone=telecom email=telecom
 PractitionerRole | stu3 r4: -patient active specialty role=code practitioner organization location endpoint
     phone=telecom email=telecom
-Procedure | subject code date=performed[x] location performer=performer.actor {_VISIT} | stu3 r4: category
+Procedure | subject code @date=performed[x] location performer=performer.actor {_VISIT} | stu3 r4: category
     status
-ProcedureRequest | dstu2 stu3: subject {_VISIT} | stu3: code intent status authored=authoredOn
-    occurrence=occurrence[x]
+ProcedureRequest | dstu2 stu3: subject {_VISIT} | stu3: code intent status @authored=authoredOn
+    @occurrence=occurrence[x]
 Provenance | -identifier target location agent=agent.actor+agent.who+agent.whoReference
-    | dstu2 stu3: start=period.start end=period.end | stu3 r4: agent-role=agent.role recorded
-    | r4: agent-type=agent.type when=occurred[x]
-Questionnaire | -patient status date | dstu2: code=group.concept title=group.title version:string
-    | stu3 r4: code=item.code name title url version
-QuestionnaireResponse | subject status authored questionnaire author source | dstu2 r4: encounter
+    | dstu2 stu3: @start=period.start @end=period.end | stu3 r4: agent-role=agent.role @recorded
+    | r4: agent-type=agent.type @when=occurred[x]
+Questionnaire | -patient status @date | dstu2: code=group.concept 'title=group.title 'version
+    | stu3 r4: code=item.code 'name 'title url:uri version
+QuestionnaireResponse | subject status @authored questionnaire author source | dstu2 r4: encounter
     | dstu2: -identifier | stu3: context
-ReferralRequest | dstu2 stu3: -identifier status type priority specialty | dstu2: date | stu3: subject
-    authored-on encounter=context context
-RelatedPerson | gender birthdate=birthDate name phone=telecom email=telecom
-RequestGroup | stu3 r4: subject status intent authored=authoredOn {_VISIT}
-ResearchSubject | stu3 r4: individual status date=period
-RiskAssessment | subject date=date+occurrence[x] encounter=encounter+context
+ReferralRequest | dstu2 stu3: -identifier status type priority specialty | dstu2: @date | stu3: subject
+    @authored-on encounter=context context
+RelatedPerson | gender @birthdate=birthDate 'name phone=telecom email=telecom
+RequestGroup | stu3 r4: subject status intent @authored=authoredOn {_VISIT}
+ResearchSubject | stu3 r4: individual status @date=period
+RiskAssessment | subject @date=date+occurrence[x] encounter=encounter+context
 Sequence | stu3: type
-ServiceRequest | r4: subject category code intent status authored=authoredOn occurrence=occurrence[x]
+ServiceRequest | r4: subject category code intent status @authored=authoredOn @occurrence=occurrence[x]
     encounter requester
 Specimen | subject type
 Substance | -patient code=code+ingredient.substanceCodeableConcept category
 SupplyDelivery | status
-Task | stu3 r4: subject status intent code priority business-status performer:token=performerType authored-on
-    modified=lastModified period=executionPeriod owner focus based-on part-of
+Task | stu3 r4: subject status intent code priority business-status performer:token=performerType @authored-on
+    @modified=lastModified @period=executionPeriod owner focus based-on part-of
     requester=requester+requester.agent | stu3: context | r4: encounter
-VisionPrescription | datewritten=dateWritten encounter | r4: status
+VisionPrescription | @datewritten=dateWritten encounter | r4: status
 """
 # Reference parameters, and the types that they lead to: what _include, _revinclude and modifiers can name.
 REFERENCE_TARGETS = {name: types.split() for types, names in {
@@ -3353,17 +3354,8 @@ REFERENCE_TARGETS = {name: types.split() for types, names in {
     " ".join((*OWNER_ELEMENTS, *SHARED_TYPES)): "target focus item entry",
     "": "actor assessor based-on care-manager consentor owner part-of recorder source"
     }.items() for name in names.split()}
-_KINDS = {**dict.fromkeys(REFERENCE_TARGETS, "reference"), **{name: kind for kind, names in {  # else: token
-    "owner": "patient subject beneficiary individual",  # which say whose record it is in
-    "string": "address address-city address-country address-postalcode address-state family given lot-number "
-              "name title",
-    "date": "abatement-date asserted-date authored authored-on authoredon authoring-time "
-            "billable-period-start birthdate created date date-recorded datetime datewritten death-date "
-            "deathdate effective effective-time effectivedate effectivetime end identified indexed issued "
-            "modified occurrence onset onset-date period received recorded recorded-date requested sent "
-            "service-date service-start-date start start-date started target-date targetdate value-date when "
-            "whenhandedover whenprepared",
-    "quantity": "value-quantity component-value-quantity", "uri": "url"}.items() for name in names.split()}}
+_KINDS = {"@": "date", "'": "string", "#": "quantity", **dict.fromkeys(REFERENCE_TARGETS, "reference"),
+          **dict.fromkeys(("patient", "subject", "beneficiary", "individual"), "owner")}  # of the record
 
 
 class Parameter(NamedTuple):
@@ -3404,9 +3396,9 @@ def search_table(version: str) -> dict[str, dict[str, Parameter]]:
 
 def _parameter(word: str) -> tuple[str, Parameter]:
     """A parameter as SEARCH_PARAMETERS writes it, with its name."""
-    name, _, paths = word.partition("=")
+    name, _, paths = word.lstrip("@'#").partition("=")
     name, _, kind = name.partition(":")
-    kind = kind or _KINDS.get(name, "token")
+    kind = kind or _KINDS.get(word[0]) or _KINDS.get(name, "token")
     paths = paths or re.sub(r"-(\w)", lambda match: match[1].upper(), name)
     return name, Parameter(kind, tuple(path.replace("[x]", choice) for path in paths.split("+")
                                        for choice in (_CHOICES[kind] if path.endswith("[x]") else ("",))))
@@ -3907,8 +3899,7 @@ CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT N
 
 
 class StoredResource(Resource):
-    """A resource as it lies in the database, its owner and categories noted when it was written. Its JSON is
-    parsed only where somebody looks into it."""
+    """A resource as it lies in the database: owner and categories were noted when it was written."""
     base = ""
 
     def __init__(self, row: Row, records: EmbeddedRecords):
@@ -4148,8 +4139,7 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
 
 
 def _waits_for(text: str, version: str) -> set[str]:
-    """The references in a resource's JSON that are no Type/id yet. Of an absolute one the end counts,
-    whichever server's it is."""
+    """The references in a resource's JSON that are no Type/id yet; of an absolute one, anyone's, its end."""
     references, waiting = _OPEN_IN_JSON.findall(text), set()
     if "/Binary/" in text:
         references += _BINARY_IN_JSON.findall(text)
@@ -4169,8 +4159,7 @@ def _erase(database: sqlite3.Connection, number: int) -> None:
 
 
 def _write(database: sqlite3.Connection, number: int | None, new: Prepared) -> int:
-    """Put a resource in the place `number`; with None after all others, unless there is one of its type and
-    id. Gives its number, or 0."""
+    """Put a resource in a place, with None the last, unless its type and id are there. Its number, or 0."""
     if number is not None:
         _erase(database, number)
     sql = "INSERT OR IGNORE INTO resources VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
@@ -4830,8 +4819,7 @@ class Load:
         _write(self.database, number, new)
 
     def resolve(self, new: Sequence[Prepared] | None = None) -> None:
-        """Make open references Type/id where that is known now: all, or those in `new` resources, and those
-        that call one of these by a name."""
+        """Make open references Type/id where that is known: all, or those in `new` resources and to these."""
         if new is None:
             last = -1
             some = "SELECT DISTINCT number FROM unresolved WHERE number > ? ORDER BY number LIMIT 1000"
@@ -4896,8 +4884,7 @@ class Load:
         return ()
 
     def warnings(self, before: int) -> Iterator[str]:
-        """What was left out, and of what came after number `before`: what no patient's token will read, and
-        which references lead nowhere."""
+        """What was left out; after number `before`, what no patient will read and what leads nowhere."""
         if self.left_out:
             yield (f"{len(self.left_out)} files were left out, hidden in a folder or without a resourceType, "
                    f"such as {min(self.left_out)}")
