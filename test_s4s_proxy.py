@@ -4535,35 +4535,28 @@ class Searching(RecordsTest):
             self.assertTrue(all(counts))
             self.assertEqual(sum(counts), len(self.ids("Observation")))
 
-    def pairs(self, name: str, parameter: s4s.Parameter, resources: list[Any]) -> Iterator[tuple[str, str]]:
-        """Searches by one parameter: for the first of the resources' own values, and more by its kind."""
-        given = [value for resource in resources[:40] for value in s4s.elements(resource, *parameter.paths)]
-        rows = s4s.values_of(name, parameter.kind, given)
-        values = {f"{row[3]}|{row[2]}|{row[1]}" if parameter.kind == "quantity" else row[1] or "2008"
-                  for row in rows}
-        yield from ((name, value.replace(",", "\\,")) for value in sorted(values)[:3])
-        if name == "_id":
-            yield name, DANIEL
-        if parameter.type == "date":
-            yield name, "ge2009"
-        if parameter.kind in ("token", "date", "string", "reference"):
-            yield name + ":missing", "true"
-
     def test_a_search_in_sql_and_a_match_in_python_mean_the_same(self) -> None:
+        """Of all samples, by each parameter: for the first of their own values, and for more by its kind."""
+        more = {"id": f"={DANIEL}", "date": "=ge2009 :missing=true", "updated": "=ge2009",
+                "token": ":missing=true :text=a", "string": ":missing=true", "reference": ":missing=true"}
         for version in s4s.FHIR_VERSIONS:
             records = s4s.EmbeddedRecords(s4s.Settings(fhir_version=version), s4s.Clock())
             self.addCleanup(records.store.close)
-            rows = records._filled().rows("SELECT json FROM resources")
-            everything = [json.loads(row["json"]) for row in rows]
             for type_name, known in s4s.search_table(version).items():
-                resources = [resource for resource in everything if resource["resourceType"] == type_name]
-                for pair in (pair for name in known for pair in self.pairs(name, known[name], resources)):
-                    with self.subTest(version=version, type=type_name, pair=pair):
-                        query = s4s.parse_query(version, type_name, (pair, ("_count", "1000")))
-                        matches = records.search(query, s4s.OPEN_ACCESS).matches
-                        self.assertEqual({match.content["id"] for match in matches}, {
-                            resource["id"] for resource in resources
-                            if s4s.resource_matches(resource, version, [pair])})
+                rows = records._filled().rows("SELECT json FROM resources WHERE type = ?", type_name)
+                resources = [json.loads(row["json"]) for row in rows]
+                for name, (kind, paths) in known.items():
+                    given = [value for each in resources[:40] for value in s4s.elements(each, *paths)]
+                    values = {f"{row[3]}|{row[2]}|{row[1]}" if kind == "quantity" else row[1] or "2008"
+                              for row in s4s.values_of(name, kind, given)}
+                    pairs = [(name, value.replace(",", "\\,")) for value in sorted(values)[:3]]
+                    pairs += parse_qsl("&".join(name + end for end in more.get(kind, "").split()))
+                    for pair in pairs:
+                        with self.subTest(version=version, type=type_name, pair=pair):
+                            query = s4s.parse_query(version, type_name, (pair, ("_count", "1000")))
+                            matches = {match.id for match in records.search(query, s4s.OPEN_ACCESS).matches}
+                            self.assertEqual(matches, {each["id"] for each in resources
+                                                       if s4s.resource_matches(each, version, [pair])})
 
     def test_sort_by_several_parameters_missing_ones_last(self) -> None:
         keys = [(resource["effectiveDateTime"], min(code["code"] for code in resource["code"]["coding"]))
