@@ -4734,36 +4734,25 @@ class Load:
         if is_new:  # but for samples nothing was there: the longest index is faster made at once, at the end
             self.database.execute("DROP INDEX IF EXISTS search_by_value")
             self._indexed = False
-        ends = list(itertools.accumulate(source.size for source in given))
-        progress = Progress(ends[-1], self.clock)
-        for _, batch in itertools.groupby(zip(given, ends), lambda pair: pair[1] >> 25):  # of 32 MB
-            bad = ""
-            with self.store.transaction():
-                for source, end in batch:
-                    bad = bad or self._try_source(source, end - source.size, progress)
-            if bad:
-                raise StartError(bad)
+        progress, begin = Progress(sum(source.size for source in given), self.clock), 0
+        for source in given:
+            try:
+                with self.store.transaction():
+                    for place, document, read in source.documents():
+                        progress.at(begin + read)
+                        if source.is_chosen or says_it_is_fhir(document[0]):
+                            self.put(self.prepared(document, place))
+                        else:
+                            self.left_out.add(source.path)
+            except (PortalError, OSError, EOFError, zlib.error) as error:
+                reason = error.description if isinstance(error, PortalError) else error
+                raise StartError(f"--data {source.path}: {reason}")
+            begin += source.size
         self.database.executescript(RECORD_SCHEMA)
         self._indexed, self._identified = True, {}
         with self.store.transaction():
             self.resolve()
             place_provenances(self.database)
-
-    def _try_source(self, source: Source, begin: int, progress: Progress) -> str:
-        """Write a source, or, if it is bad, nothing of it; gives what is wrong, or ""."""
-        self.database.execute("SAVEPOINT source")
-        try:
-            for place, document, read in source.documents():
-                progress.at(begin + read)
-                if source.is_chosen or says_it_is_fhir(document[0]):
-                    self.put(self.prepared(document, place))
-                else:
-                    self.left_out.add(source.path)
-            return ""
-        except (PortalError, OSError, EOFError, zlib.error) as error:
-            reason = error.description if isinstance(error, PortalError) else error
-        self.database.execute("ROLLBACK TO source")
-        return f"--data {source.path}: {reason}"
 
     def prepared(self, document: Document, place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. What isn't served is counted and left out."""
