@@ -3695,12 +3695,9 @@ def _compare_quantity(name: str, text: str) -> Iterator[Comparisons]:
 
 def _compare_reference(kind: str, modifier: str, text: str, base: str) -> Comparisons:
     """An id, Type/id or a URL below `base`; a modifier is a type too, and an owner is a Patient."""
-    is_below = base and text.startswith(base + "/")
-    type_name, target = reference_parts(text[len(base) + 1:] if is_below else text)
-    if kind == "reference":
-        target, bar, version = target.partition("|")  # a canonical's; see references_in
-        type_name = type_name or bar + version
-    wanted = modifier or ("Patient" if kind == "owner" else type_name)
+    name, bar, version = text.partition("|") if kind == "reference" else (text, "", "")  # see references_in
+    type_name, target = reference_parts(name, base)
+    wanted = modifier or ("Patient" if kind == "owner" else type_name or bar + version)
     if type_name and type_name != wanted:
         target = text  # as it stands this is no id, so it is found nowhere
     if wanted and kind == "reference":
@@ -3761,13 +3758,10 @@ def values_of(name: str, kind: str, values: Iterable[Any]) -> list[SearchValue]:
     return [(name, "", "", *span) for span in map(period_of, values) if span]
 
 
-_RELATIVE = re.compile(r"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})(?:/_history/.*)?")
-
-
-def reference_parts(text: str) -> tuple[str, str]:
-    """A reference as (type, id); ("", text) if it is not a relative one."""
-    match = _RELATIVE.fullmatch(text)
-    return (match[1], match[2]) if match else ("", text)
+def reference_parts(text: str, base: str = "") -> tuple[str, str]:
+    """A reference, relative or below `base`, as (type, id); ("", text) for any other."""
+    type_name, _, target = local_name(text, base).partition("/")
+    return (type_name, target) if target else ("", text)
 
 
 def references_in(values: Iterable[Any]) -> Iterator[tuple[str, str]]:
