@@ -3340,13 +3340,12 @@ VisionPrescription | @datewritten=dateWritten encounter | r4: status
 REFERENCE_TARGETS = {name: types.split() for types, names in {
     "Appointment": "appointment", "Claim": "claim", "Coverage": "coverage", "Device": "device",
     "Encounter": "encounter context", "Endpoint": "endpoint", "Location": "location",
-    "Medication": "medication", "MedicationOrder MedicationRequest": "prescription", "Specimen": "specimen",
-    "MedicationRequest": "request", "Questionnaire": "questionnaire",
-    "Observation": "result has-member derived-from",
+    "Medication": "medication", "Specimen": "specimen", "MedicationRequest": "request",
+    "MedicationOrder MedicationRequest": "prescription", "Questionnaire": "questionnaire",
+    "Observation": "result has-member derived-from", "Patient": "patient subject beneficiary individual",
+    "Practitioner": "prescriber practitioner", "Patient RelatedPerson": "subscriber",
+    "Patient Practitioner RelatedPerson": "asserter", "Organization Patient RelatedPerson": "payor",
     "Organization": "organization custodian service-provider manufacturer partof insurer",
-    "Patient": "patient subject beneficiary individual", "Practitioner": "prescriber practitioner",
-    "Patient RelatedPerson": "subscriber", "Patient Practitioner RelatedPerson": "asserter",
-    "Organization Patient RelatedPerson": "payor",
     "Organization Practitioner PractitionerRole": "general-practitioner provider care-team",
     "Organization Patient Practitioner PractitionerRole": "performer",
     "Organization Patient Practitioner PractitionerRole RelatedPerson":
@@ -3645,15 +3644,12 @@ def _comparisons(name: str, kind: str, modifier: str, text: str, base: str) -> I
         *systems, code = re.split(r"(?<!\\)\|", text, maxsplit=1)
         asked = [Comparison("system", "=", _unescaped(system)) for system in systems]
         return [(*asked, Comparison("value", "=", _unescaped(code))) if code or not systems else tuple(asked)]
-    if kind in ("id", "uri"):
-        return [(Comparison("value", "=", plain),)]
-    if kind == "text":
-        return [(Comparison("value", "contains", "\n" + fold(plain)),)]
-    if modifier == "exact":
-        return [(Comparison("system", "=", plain),)]
-    if modifier == "contains":
-        return [(Comparison("value", "contains", fold(plain)),)]
-    return [(Comparison("value", ">=", fold(plain)), Comparison("value", "<", fold(plain) + "\U0010ffff"))]
+    start = fold(plain)
+    whole = {"id": ("value", "=", plain), "uri": ("value", "=", plain), "exact": ("system", "=", plain),
+             "contains": ("value", "contains", start), "text": ("value", "contains", "\n" + start)}
+    if (modifier or kind) in whole:
+        return [(Comparison(*whole[modifier or kind]),)]
+    return [(Comparison("value", ">=", start), Comparison("value", "<", start + "\U0010ffff"))]
 
 
 def _unescaped(text: str) -> str:
