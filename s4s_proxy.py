@@ -3172,10 +3172,8 @@ def tokens_of(values: Iterable[Any]) -> list[tuple[str, str]]:
                 code = coding.get("code", coding.get("value")) if isinstance(coding, dict) else None
                 if isinstance(code, str):
                     tokens.append((str(coding.get("system", "")), code))
-        elif isinstance(value, bool):
-            tokens.append(("", "true" if value else "false"))
-        elif isinstance(value, str):
-            tokens.append(("", value))
+        elif isinstance(value, (str, bool)):
+            tokens.append(("", value if isinstance(value, str) else str(value).lower()))
     return tokens
 
 
@@ -4582,8 +4580,7 @@ class EmbeddedRecords(Records):
     def _named(self, system: str, value: str) -> list[StoredResource]:
         """What a reference or canonical names: see references_in. Of a canonical without a version, all."""
         if system[:1] not in ("", "|"):
-            found = self.find(system, value)
-            return [found] if found else []
+            return self._select("* FROM resources WHERE type = ? AND id = ?", system, value)
         return self._select("r.* FROM resources r JOIN search_values USING (number) WHERE parameter = 'url' "
                             "AND value = ? AND ? IN ('', (SELECT value FROM search_values WHERE number = "
                             "r.number AND parameter = 'version'))", value, system[1:])
