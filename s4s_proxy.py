@@ -4509,23 +4509,20 @@ class EmbeddedRecords(Records):
         return Page(seen[:count], mark, hidden)
 
     def _in_order(self, select: Sql, keys: Sequence[tuple[str, bool]], after: Sequence[Any],
-                  limit: int) -> Iterable[StoredResource]:
+                  limit: int) -> Iterator[StoredResource]:
         """What `select` finds `after` a row, by its keys. Of many only the numbers are sorted and kept."""
         rest = _comes_after(keys, after) if after else Sql("1")
         order = ", ".join(f"{name} DESC" if falling else name for name, falling in keys)
         sql = f"FROM ({select.sql}) WHERE {rest.sql} ORDER BY {order} LIMIT ?"
         values = (*select.values, *rest.values, limit)
         if limit <= 1001:
-            return self._select(f"* {sql}", *values)
+            yield from self._select(f"* {sql}", *values)
+            return
         numbers = [row["number"] for row in self.store.rows(f"SELECT number {sql}", *values)]
-        return itertools.chain.from_iterable(
-            self._numbered(select, numbers[start:start + 500]) for start in range(0, len(numbers), 500))
-
-    def _numbered(self, select: Sql, numbers: Sequence[int]) -> list[StoredResource]:
-        """Those of what `select` finds that have these numbers, in their order."""
-        found = {match.number: match for match in self._select(
-            f"* FROM ({select.sql}) WHERE number IN ({_marks(numbers)})", *select.values, *numbers)}
-        return [found[number] for number in numbers if number in found]
+        for some in (numbers[start:start + 500] for start in range(0, len(numbers), 500)):
+            found = {match.number: match for match in self._select(
+                f"* FROM ({select.sql}) WHERE number IN ({_marks(some)})", *select.values, *some)}
+            yield from (found[number] for number in some if number in found)
 
     def _sort_key(self, type_name: str, name: str, falling: bool) -> str:
         """What _sort looks at, as SQL: of several values the first in its direction. No value comes last."""
