@@ -4562,7 +4562,7 @@ class EmbeddedRecords(Records):
                        "AND parameter = ? AND system IN (?, '', ?))")
                 values += [str(form.get("url")), parameter, match.type, f"|{form.get('version')}"]
             patients = access.patients(source, "s")
-            if patients is not EVERYBODY:  # a doctor has many patients
+            if not isinstance(patients, Everybody):  # a doctor has many patients
                 sql += f" AND +patient_id IN ({_marks([NOBODY, *patients])})"
                 values += [NOBODY, *patients]
             select = Sql(f"SELECT * FROM resources WHERE {sql}", tuple(values))

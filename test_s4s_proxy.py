@@ -4689,6 +4689,8 @@ class Searching(RecordsTest):
         amys = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
         path = "Practitioner?_revinclude=Encounter:participant"
         self.assertEqual(self.types(path, amys), {"Practitioner"})
+        doctors = self.portal.issue_token(username="clinician", scope="user/*.rs")
+        self.assertEqual(self.types(path, doctors), {"Practitioner", "Encounter"})
         # However many there are that may not be seen, they take no places.
         self.portal.load({**self.resources("Encounter")[0], "id": "coming", "status": "planned"})
         coming = self.portal.issue_token(scope="patient/Practitioner.rs patient/Encounter.rs?status=planned")
