@@ -3844,8 +3844,7 @@ def date_range(text: str) -> tuple[float, float]:
     if not hour:
         return start, start + 86400
     if zone and zone != "Z":
-        offset = int(zone[1:3]) * 3600 + int(zone[4:]) * 60
-        start += offset if zone[0] == "-" else -offset
+        start -= int(zone[:3]) * 3600 + int(zone[0] + zone[4:]) * 60
     if fraction:
         return start, start + 10.0 ** (1 - len(fraction))
     return start, start + (1 if second else 60)

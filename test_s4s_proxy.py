@@ -3462,27 +3462,23 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
             self.assertEqual(self.ids(path, token=token), expected)
         self.assertEqual(self.read("Observation")["total"], 3, "it tells nothing of whose was included")
 
-    def test_what_a_match_names_is_included_however_the_reference_is_spelled(self) -> None:
-        for reference in ("Practitioner/dr", "Practitioner/dr/_history/2", "Practitioner\\/dr",
-                          f"{self.behind.url}/Practitioner/dr"):
+    def test_what_a_match_names_is_included_however_it_names_it_and_nothing_else(self) -> None:
+        form, included = "http://forms.example/q", [{"resourceType": "Practitioner", "id": "dr"}, *(
+            {"resourceType": "Questionnaire", "id": f"q{number}", "url": "http://forms.example/q",
+             "version": f"{number}"} for number in (1, 2))]
+        for element, name, expected in (
+                *(("performer", name, ["dr"]) for name in (
+                    "Practitioner/dr", "Practitioner/dr/_history/2", "Practitioner\\/dr",
+                    f"{self.behind.url}/Practitioner/dr")),
+                ("questionnaire", form, ["q1", "q2"]), ("questionnaire", f"{form}|1", ["q1"]),
+                ("questionnaire", f"{form}|3", []), ("questionnaire", f"{form}1", [])):
             self.fill("vh")
-            self.stored[0]["performer"] = [{"reference": "REFERENCE"}]
-            self.including({"resourceType": "Practitioner", "id": "dr"})
+            self.stored[0][element] = "NAME" if element == "questionnaire" else [{"reference": "NAME"}]
+            self.stored[1]["questionnaire"] = f"{form}|2"
+            self.including(*included)
             status, headers, body = cast(Any, self.behind.script["Observation"])
-            body = body.replace(b"REFERENCE", reference.encode())
-            self.behind.script["Observation"] = status, headers, body
-            self.assertEqual(self.ids("Observation", token=self.narrow), ["v0", "dr"], reference)
-
-    def test_a_form_is_included_with_the_answers_to_it_that_are_shown_alone(self) -> None:
-        forms = [{"resourceType": "Questionnaire", "id": f"q{number}", "url": "http://forms.example/q",
-                  "version": str(number)} for number in (1, 2)]
-        for name, expected in (("|1", ["q1"]), ("", ["q1", "q2"]), ("|3", []), ("1", [])):
-            self.fill("vh")
-            for observed, version in zip(self.stored, (name, "|2")):
-                observed["questionnaire"] = f"http://forms.example/q{version}"
-            self.including(*forms)
+            self.behind.script["Observation"] = status, headers, body.replace(b"NAME", name.encode())
             self.assertEqual(self.ids("Observation", token=self.narrow), ["v0", *expected], name)
-            self.assertEqual(len(self.ids("Observation")), 4)
 
     def test_included_resources_cost_no_more_than_they_are_long(self) -> None:
         def seconds(count: int) -> float:
