@@ -4822,8 +4822,8 @@ class Load:
         for pointer in pointers:
             for key in ("reference", "url"):
                 text = pointer.get(key)
-                if not isinstance(text, str) or (
-                        key == "url" and text.startswith("http") and "/Binary/" not in text):
+                if not isinstance(text, str) or (key == "url" and ("resourceType" in pointer or (
+                        text.startswith("http") and "/Binary/" not in text))):
                     continue  # such as a Questionnaire's url: its own name, not an address
                 if text in names or text.startswith(("urn:", "http")) or "?" in text:
                     pointer[key] = self.resolve_reference(text, names) or text
