@@ -5110,14 +5110,14 @@ class LoadingRecords(unittest.TestCase):
             {"fullUrl": "urn:uuid:0a", "resource": self.patient("given")},
             {"fullUrl": "urn:uuid:0b", "resource": {
                 "resourceType": "Encounter", "subject": {"reference": "urn:uuid:0a"}}},
-            {"fullUrl": "urn:uuid:0c", "resource": {"resourceType": "Questionnaire", "url": "urn:uuid:0c"}},
+            {"fullUrl": "urn:q", "resource": {"resourceType": "Questionnaire", "id": "0c", "url": "urn:q"}},
             {"fullUrl": "https://old/fhir/Binary/9", "resource": {"resourceType": "Binary", "id": "9"}},
             {"request": {"method": "PUT", "url": "DocumentReference/d"}, "resource": {
                 "resourceType": "DocumentReference", "subject": {"reference": "urn:uuid:0a"},
                 "context": {"encounter": [{"reference": "urn:uuid:0b"}]},
                 "content": [{"attachment": {"url": "https://old/fhir/Binary/9"}}]}}))
         self.assertEqual(self.read(records, "Encounter/0b")["subject"], {"reference": "Patient/given"})
-        self.assertEqual(self.read(records, "Questionnaire/0c")["url"], "urn:uuid:0c", "its own name")
+        self.assertEqual(self.read(records, "Questionnaire/0c")["url"], "urn:q", "its own name")
         document = self.read(records, "DocumentReference/d")
         self.assertEqual(document["context"]["encounter"][0]["reference"], "Encounter/0b")
         self.assertEqual(document["content"][0]["attachment"]["url"], "Binary/9")
