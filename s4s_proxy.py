@@ -5903,343 +5903,228 @@ class Forwarding:
 
 # ######################################################################## 20 sample data
 
-# Three people who never were. Tables hold the facts, builders make FHIR R4 of their rows, and `adapt` takes
-# that a version back: to STU3, and from there to DSTU2.
+# Three people who never were. FACTS are tables of what is known of them. RECORDS says where FHIR R4 has it;
+# STU3 and DSTU2, where these have what the version after them has elsewhere. `moved` reads all three.
 
 
 def sample_resources(version: str) -> list[Json]:
     """The sample records in a version of FHIR, last changed at times spread over 2016 to 2018."""
-    resources = [*build_people(), *build_history(), *build_medications(), *build_visits(), *build_labs(),
-                 *build_procedures(), *build_documents(), *build_coverage()]
-    for place, resource in enumerate(resources):
-        changed = datetime.date(2016, 1, 1) + datetime.timedelta(days=place * 3 % 1000)
-        resource["meta"] = {"versionId": "1", "lastUpdated": f"{changed}{NOON}"}
+    resources: list[Json] = []
+    for type_name, source, moves in table(RECORDS):
+        for row in DERIVED[source]() if source in DERIVED else rows(source):
+            changed = datetime.date(2016, 1, 1) + datetime.timedelta(days=len(resources) * 3 % 1000)
+            resources.append({"resourceType": type_name, "id": f"smart-{type_name}-{row['id']}",
+                              "meta": {"versionId": "1", "lastUpdated": f"{changed}T12:00:00Z"},
+                              **moved(row, moves)})
     for earlier in STEPS_FROM_R4[version]:
         resources = adapt(resources, earlier)
     return resources
 
 
 def table(text: str) -> list[list[str]]:
-    """The rows and columns of one of the tables below."""
-    return [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    """The rows and columns of one of the tables below; an indented line goes on with the one before."""
+    return [[cell.strip() for cell in line.split("|")] for line in text.replace("\n    ", " ").splitlines()]
 
 
-# The facts: columns between bars, named by the first row; from VISITS on, all are Daniel's. They are some of
-# the SMART sample patients', with units in UCUM and two codes put right that are no concepts of SNOMED CT
-# now. Made up, since SMART has none: ethnicity, Daniel's phone, Daniel's and Joseph's vaccines, dates of
-# smoking status, doses taken in the clinic, and all from MORE_LABS on.
-PATIENTS = """id | given | initial | family | gender | born | street | city | zip | phone | race (CDC) | text
-smart-1032702 | Amy | V | Shaw | female | 2007-03-20 | 49 Meadow St | Mounds | 74047 | 800-782-6765 |  | 
-smart-1081332 | Joseph | I | Ross | male | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108 \
-    | 800-960-9294 | 2106-3 | White
-smart-1288992 | Daniel | X | Adams | male | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117 | 800-782-6700 \
-    | 2054-5 | Black or African American"""
-PROBLEMS = """id | patient | since | SNOMED CT | name
-14 | Daniel | 2005-05-22 | 48167000 | Amnesia
-15 | Daniel | 2007-07-11 | 1201005 | Benign essential hypertension
-16 | Daniel | 2007-07-11 | 396275006 | Osteoarthritis
-17 | Daniel | 2007-09-15 | 52448006 | Other persistent mental disorders due to conditions classified elsewhere
-18 | Daniel | 2007-11-17 | 429998004 | Vascular dementia, uncomplicated
-19 | Daniel | 2008-04-20 | 38341003 | Essential hypertension
-20 | Daniel | 2008-07-10 | 427359005 | Disorder of lung
-21 | Daniel | 2008-08-08 | 26929004 | Alzheimer's disease
-22 | Daniel | 2008-08-08 | 191519005 | Dementia associated with another disease
-23 | Daniel | 2008-08-08 | 185903001 | Needs influenza immunization
-120 | Amy | 2007-12-19 | 267024001 | Abnormal weight loss
-122 | Amy | 2008-04-03 | 235595009 | Gastroesophageal reflux disease
-450 | Joseph | 2004-07-13 | 65363002 | Otitis media
-453 | Joseph | 2004-12-07 | 62315008 | Diarrhea
-456 | Joseph | 2004-12-07 | 233604007 | Pneumonia
-601 | Daniel | 2009-07-18 | 238012003 | Thiopurine methyltransferase deficiency"""
-ALLERGIES = """id | patient | since | SNOMED CT | NDF-RT | allergen | reaction (SNOMED CT) | text | severity
-19 | Amy | 2000 | 716186003 |  | No known allergies |  |  | 
-20 | Joseph | 2000 | 716186003 |  | No known allergies |  |  | 
-28 | Daniel | 2000 | 387406002 | N0000175503 | sulfonamide antibacterial | 271807003 | skin rash | mild"""
-MEDICATIONS = """id | patient | written | RxNorm | name | directions | dose \
-    | times a day | dispensed | days | id of the first fill, then one more each | days | quantity | dates
-101 | Amy | 2008-04-05 | 582620 | Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 10 mL \
-    | 2 | 1 {bottle} | 30 | 187 | 30 |  | 2008-04-05 2008-05-09
-102 | Joseph | 2004-07-13 | 308189 | Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid x 10 days | 7 mL \
-    | 2 | 1 {bottle} | 10 | 1229 | 7 | 75 mL | 2004-07-13
-107 | Joseph | 2007-06-06 | 239191 | Amoxicillin 50 MG/ML Oral Suspension | 10 mL bid x 10 days | 10 mL \
-    | 2 | 1 {bottle} | 10 | 1232 | 10 |  | 2007-06-06 2007-08-14
-139 | Daniel | 2008-08-13 | 314077 | Lisinopril 20 MG Oral Tablet | 1 daily | 1 {tablet} \
-    | 1 | 90 {tablet} | 90 | 14 | 90 | 90 {tablet} | 2008-08-13 2008-10-19 2009-01-17 2009-04-28 2009-07-06
-140 | Daniel | 2008-08-13 | 404673 | Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 1 {tablet} \
-    | 2 | 180 {tablet} | 90 | 19 | 90 | 180 {tablet} | 2008-08-13 2008-11-01 2009-04-28 2009-07-06
-141 | Daniel | 2008-08-14 | 153357 | donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 1 {tablet} \
-    | 1 | 90 {tablet} | 90 | 23 | 90 | 90 {tablet} | 2008-08-14 2008-10-20 2009-01-18 2009-04-28 2009-07-07
-142 | Daniel | 2008-08-14 | 197770 | Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 1 {tablet} \
-    | 1 | 90 {tablet} | 90 | 9 | 90 | 90 {tablet} | 2008-08-14 2008-11-09 2009-01-18 2009-04-28 2009-07-07
-143 | Daniel | 2008-09-30 | 199381 | potassium citrate 10 MEQ Extended Release Tablet | 1 daily | 1 {tablet} \
-    | 1 | 200 {tablet} | 90 | 5 | 90 | 200 {tablet} | 2008-09-30 2009-01-03 2009-04-28 2009-07-06"""
-IMMUNIZATIONS = """id | patient | date | CVX | vaccine | why it was not given (HL7 ActReason)
-1 | Amy | 2007-09-27 | 110 | DTaP-hepatitis B and poliovirus vaccine | 
-5 | Daniel | 2008-10-14 | 141 | Influenza, seasonal, injectable | 
-9 | Joseph | 2005-04-04 | 21 | varicella virus vaccine | 
-10 | Daniel | 2009-10-29 | 141 | Influenza, seasonal, injectable | PATOBJ Patient objection"""
-SMOKING = """id | patient | date | SNOMED CT | name
-21 | Daniel | 2009-12-01 | 8517006 | Ex-smoker
-5 | Amy | 2008-06-29 | 428041000124106 | Occasional tobacco smoker
-6 | Joseph | 2007-06-20 | 8517006 | Ex-smoker"""
-VISITS = """id | date | heart rate | breaths | temperature | weight | height | BMI | O2 | systolic | diastolic
-829 | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 100 | 107 | 67
-832 | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 100 | 128 | 81
-834 | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 100 | 63
-836 | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 100 | 133 | 82
-841 | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 100 | 97 | 58
-842 | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 100 | 60 | 35
-844 | 2005-02-25 | 66 | 22 | 36.9 | 92.4 | 166.6 | 33.3 | 100 | 109 | 66
-846 | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 100 | 120 | 72
-847 | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 100 | 125 | 75
-851 | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 100 | 132 | 79
-852 | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 100 | 120 | 72
-854 | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 100 | 60"""
-LABS = """id | LOINC | name | value | normal from | to | unit (UCUM)
-67 | 1975-2 | Bilirub SerPl-mCnc | 1.8 | 0 | 1 | mg/dL
-68 | 2345-7 | Glucose SerPl-mCnc | 99 | 70 | 109 | mg/dL
-69 | 5821-4 | WBC #/area UrnS HPF | 1 | 0 | 5 | /[HPF]
-71 | 2085-9 | HDLc SerPl-mCnc | 59 |  |  | mg/dL
-72 | 5802-4 | Nitrite Ur Ql Strip | Negative |  |  | 
-73 | 13457-7 | LDLc SerPl Calc-mCnc | 89 | 0 | 100 | mg/dL
-76 | 30385-9 | RDW RBC-Rto | 14.5 | 11.5 | 14.5 | %
-77 | 5796-8 | Hyaline Casts #/area UrnS LPF | 9 | 0 | 2 | /[LPF]
-80 | 11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 2.229 | 0.4 | 4.2 | u[IU]/mL
-81 | 5767-9 | Appearance Ur | Clear |  |  | 
-82 | 5811-5 | Sp Gr Ur Strip | 1.022 | 1.003 | 1.03 | 1
-83 | 5803-2 | pH Ur Strip | 6 | 5 | 8 | [pH]
-86 | 26515-7 | Platelet # Bld | 190 | 150 | 450 | 10*3/uL
-87 | 30428-7 | MCV RBC | 74 | 80 | 94 | fL
-88 | 785-6 | MCH RBC Qn Auto | 24.1 | 26 | 32 | pg
-95 | 2951-2 | Sodium SerPl-sCnc | 139 | 135 | 145 | mmol/L
-96 | 2160-0 | Creat SerPl-mCnc | 1.4 | 0.8 | 1.4 | mg/dL
-97 | 1742-6 | ALT SerPl-cCnc | 13 | 0 | 45 | U/L
-98 | 2823-3 | Potassium SerPl-sCnc | 3.4 | 3.5 | 5.5 | mmol/L
-105 | 718-7 | Hgb Bld-mCnc | 12.8 | 14 | 18 | g/dL
-107 | 2571-8 | Trigl SerPl-mCnc | 62 | 0 | 150 | mg/dL
-108 | 2093-3 | Cholest SerPl-mCnc | 160 | 0 | 200 | mg/dL
-109 | 26464-8 | WBC # Bld | 3.9 | 4.5 | 11.5 | 10*3/uL
-110 | 789-8 | RBC # Bld Auto | 5.32 | 4.6 | 6 | 10*6/uL
-112 | 30522-7 | CRP SerPl HS-mCnc | 4.4 | 0 | 3 | mg/L"""
-# The same tests on other days, under their LOINC.
-MORE_LABS = """visit | 2345-7 | 2160-0 | 13457-7 | 2823-3 | 718-7 | 11580-8
-836 | 88 | 1.0 | 131 | 4.4 | 14.6 | 1.71
-842 | 94 | 1.2 | 118 | 4.1 | 13.9 | 1.96
-851 | 104 | 1.5 | 86 | 3.7 | 12.6 | 2.41
-852 | 112 | 1.6 | 92 | 3.9 | 12.9 | 2.3
-854 | 107 | 1.5 | 90 | 4.0 | 13.1 | 2.52"""
-PROCEDURES = """id | visit | SNOMED CT | name
-1 | 834 | 73761001 | Colonoscopy
-2 | 841 | 399208008 | Plain X-ray of chest
-3 | 846 | 816077007 | Magnetic resonance imaging of brain"""
-IMAGES = """id | visit | DICOM modality | description | study UID
+def rows(name: str) -> Iterator[Json]:
+    """The rows of a table of FACTS: cells by the names in its first row, without the empty ones."""
+    names, *lines = table(FACTS[name])
+    for cells in lines:
+        yield {**NAMED, **{name: cell for name, cell in zip(names, cells) if cell}}
+
+
+# Some of what SMART's sample patients have, with units in UCUM, and two codes put right that are none of
+# SNOMED CT's now. Made up, since SMART has none: ethnicity, Amy's race, Daniel's phone, Daniel's and
+# Joseph's vaccines, dates of smoking status, doses taken in the clinic, later fills, the health concern,
+# Amy's visits, laboratory results but visit 1's, and all from PROCEDURES on (Daniel's). What TESTS names was
+# measured at the visits that have a column there, or a value in its column of VISITS.
+FACTS = {
+    "-": "id\n1",  # for what there is once
+    "PATIENTS": """id | given | initial | family | name | gender | sex | born | street | city | zip
+    | phone | email | race
+1032702 | Amy | V | Shaw | Amy Shaw | female | F | 2007-03-20 | 49 Meadow St | Mounds | 74047
+    | 800-782-6765 | amy.shaw@example.com | 2054-5 Black or African American
+1081332 | Joseph | I | Ross | Joseph Ross | male | M | 2003-10-02 | 19 Church St, Apt 29 | Tulsa | 74108
+    | 800-960-9294 | joseph.ross@example.com | 2106-3 White
+1288992 | Daniel | X | Adams | Daniel Adams | male | M | 1925-12-23 | 1 Hill Ave, Apt 14 | Tulsa | 74117
+    | 800-782-6700 | daniel.adams@example.com | 2054-5 Black or African American""",
+    "PROBLEMS": """id | who | since | problem | concern
+14 | Daniel | 2005-05-22 | 48167000 Amnesia
+15 | Daniel | 2007-07-11 | 1201005 Benign essential hypertension
+16 | Daniel | 2007-07-11 | 396275006 Osteoarthritis
+18 | Daniel | 2007-11-17 | 429998004 Vascular dementia, uncomplicated
+19 | Daniel | 2008-04-20 | 38341003 Essential hypertension
+20 | Daniel | 2008-07-10 | 427359005 Disorder of lung
+21 | Daniel | 2008-08-08 | 26929004 Alzheimer's disease
+22 | Daniel | 2008-08-08 | 191519005 Dementia associated with another disease
+23 | Daniel | 2008-08-08 | 185903001 Needs influenza immunization
+30 | Daniel | 2009-04-08 | 415510005 Sedentary lifestyle | health-concern
+120 | Amy | 2007-12-19 | 267024001 Abnormal weight loss
+122 | Amy | 2008-04-03 | 235595009 Gastroesophageal reflux disease
+450 | Joseph | 2004-07-13 | 65363002 Otitis media
+453 | Joseph | 2004-12-07 | 62315008 Diarrhea
+456 | Joseph | 2004-12-07 | 233604007 Pneumonia
+601 | Daniel | 2009-07-18 | 238012003 Thiopurine methyltransferase deficiency""",
+    "ALLERGIES": """id | who | since | allergen | class | type | of | risk | reaction | severity
+19 | Amy | 2000 | 716186003 No known allergies
+20 | Joseph | 2000 | 716186003 No known allergies
+28 | Daniel | 2000 | 387406002 sulfonamide antibacterial | N0000175503 sulfonamide antibacterial
+    | allergy | medication | low | 271807003 skin rash | mild""",
+    "MEDICATIONS": """id | who | written | medicine | directions | dose | times | days | fills
+101 | Amy | 2008-04-05 | 582620 Nizatidine 15 MG/ML Oral Solution [Axid] | 10 mL bid | 10 mL | 2 | 30 | 187
+102 | Joseph | 2004-07-13 | 308189 Amoxicillin 80 MG/ML Oral Suspension | 7 mL bid | 7 mL | 2 | 10 | 1229
+140 | Daniel | 2008-08-13 | 404673 Memantine 10 MG Oral Tablet [Namenda] | 1 bid | 1 {tablet} | 2 | 90 | 19 20
+141 | Daniel | 2008-08-14 | 153357 donepezil 10 MG Oral Tablet [Aricept] | 1 qhs | 1 {tablet} | 1 | 90 | 23
+142 | Daniel | 2008-08-14 | 197770 Hydrochlorothiazide 50 MG Oral Tablet | 1 daily | 1 {tablet} | 1 | 90 | 9
+139 | Daniel | 2008-08-13 | 314077 Lisinopril 20 MG Oral Tablet | 1 daily | 1 {tablet} | 1 | 90 | 14 15 16""",
+    "IMMUNIZATIONS": """id | who | date | status | vaccine | refused
+1 | Amy | 2007-09-27 | completed | 110 DTaP-hepatitis B and poliovirus vaccine
+5 | Daniel | 2008-10-14 | completed | 141 Influenza, seasonal, injectable
+9 | Joseph | 2005-04-04 | completed | 21 varicella virus vaccine
+10 | Daniel | 2009-10-29 | not-done | 141 Influenza, seasonal, injectable | PATOBJ Patient objection""",
+    "SMOKING": """id | who | date | smokes
+21 | Daniel | 2009-12-01 | 8517006 Ex-smoker
+5 | Amy | 2008-06-29 | 428041000124106 Occasional tobacco smoker
+6 | Joseph | 2007-06-20 | 8517006 Ex-smoker""",
+    "VISITS": """id | who | date | 8867-4 | 9279-1 | 8310-5 | 29463-7 | 8302-2 | 39156-5 | 59408-5 | 85354-9
+829 | Daniel | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 100 | 107/67
+832 | Daniel | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 100 | 128/81
+834 | Daniel | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 100/63
+836 | Daniel | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 100 | 133/82
+841 | Daniel | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 100 | 97/58
+842 | Daniel | 2005-02-23 | 35 | 22 | 36.9 | 93.9 | 166.6 | 33.8 | 100 | 60/35
+1 | Daniel | 2008-07-10
+846 | Daniel | 2009-04-08 | 72 | 20 | 36.9 | 89.3 | 163.3 | 33.5 | 100 | 120/72
+847 | Daniel | 2009-04-14 | 75 | 20 | 36.9 | 92.4 | 163.3 | 34.7 | 100 | 125/75
+851 | Daniel | 2009-04-28 | 79 | 20 | 36.9 | 90.7 | 163.1 | 34.1 | 100 | 132/79
+852 | Daniel | 2009-10-29 | 72 | 20 | 36.9 | 88.0 | 163.1 | 33.1 | 100 | 120/72
+854 | Daniel | 2009-12-01 | 60 | 20 | 36.9 | 91.5 | 163.1 | 34.4 | 100 | 100/60
+2 | Amy | 2008-03-24 | | | | 9.0 | 74.2 | 16.3 | | 86/40
+3 | Amy | 2009-03-26 | | | | 11.9 | 86.3 | 16.0 | | 88/45
+4 | Amy | 2010-04-01 | | | | 14.0 | 94.6 | 15.6 | | 89/49
+5 | Amy | 2011-03-28 | | | | 15.9 | 101.3 | 15.5 | | 91/52
+6 | Amy | 2012-04-02 | | | | 18.0 | 108.0 | 15.4 | | 93/54
+7 | Amy | 2013-03-25 | | | | 20.3 | 115.0 | 15.3 | | 94/56
+8 | Amy | 2014-09-29 | | | | 24.3 | 124.8 | 15.6 | | 96/58
+9 | Amy | 2016-03-21 | | | | 28.9 | 132.9 | 16.4 | | 98/59""",
+    "TESTS": """LOINC | name | low | high | unit | 1 | 836 | 842 | 851 | 852 | 854
+8867-4 | Heart rate | | | /min
+9279-1 | Respiratory rate | | | /min
+8310-5 | Body temperature | | | Cel
+29463-7 3141-9 | Body weight | | | kg
+8302-2 | Body height | | | cm
+39156-5 | Body mass index (BMI) | | | kg/m2
+59408-5 2708-6 | Oxygen saturation in Arterial blood by Pulse oximetry | | | %
+85354-9 55284-4 | Blood pressure | | | mm[Hg]
+1975-2 | Bilirub SerPl-mCnc | 0 | 1 | mg/dL | 1.8
+2345-7 | Glucose SerPl-mCnc | 70 | 109 | mg/dL | 99 | 88 | 94 | 104 | 112 | 107
+5821-4 | WBC #/area UrnS HPF | 0 | 5 | /[HPF] | 1
+2085-9 | HDLc SerPl-mCnc | | | mg/dL | 59
+5802-4 | Nitrite Ur Ql Strip | | | | Negative
+13457-7 2089-1 | LDLc SerPl Calc-mCnc | 0 | 100 | mg/dL | 89 | 131 | 118 | 86 | 92 | 90
+5796-8 | Hyaline Casts #/area UrnS LPF | 0 | 2 | /[LPF] | 9
+11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 0.4 | 4.2 | u[IU]/mL | 2.229 | 1.71 | 1.96 | 2.41 | 2.3 | 2.52
+5767-9 | Appearance Ur | | | | Clear
+5811-5 | Sp Gr Ur Strip | 1.003 | 1.03 | 1 | 1.022
+5803-2 | pH Ur Strip | 5 | 8 | [pH] | 6
+2951-2 | Sodium SerPl-sCnc | 135 | 145 | mmol/L | 139
+2160-0 | Creat SerPl-mCnc | 0.8 | 1.4 | mg/dL | 1.4 | 1.0 | 1.2 | 1.5 | 1.6 | 1.5
+1742-6 | ALT SerPl-cCnc | 0 | 45 | U/L | 13
+2823-3 | Potassium SerPl-sCnc | 3.5 | 5.5 | mmol/L | 3.4 | 4.4 | 4.1 | 3.7 | 3.9 | 4.0
+718-7 | Hgb Bld-mCnc | 14 | 18 | g/dL | 12.8 | 14.6 | 13.9 | 12.6 | 12.9 | 13.1
+2571-8 | Trigl SerPl-mCnc | 0 | 150 | mg/dL | 62
+2093-3 | Cholest SerPl-mCnc | 0 | 200 | mg/dL | 160
+26464-8 | WBC # Bld | 4.5 | 11.5 | 10*3/uL | 3.9
+789-8 | RBC # Bld Auto | 4.6 | 6 | 10*6/uL | 5.32
+30522-7 | CRP SerPl HS-mCnc | 0 | 3 | mg/L | 4.4
+4548-4 | Hgb A1c MFr Bld | 4 | 5.6 | % | | | | 5.8 | | 6.1""",
+    "PROCEDURES": """id | visit | procedure
+1 | 834 | 73761001 Colonoscopy
+2 | 841 | 399208008 Plain X-ray of chest
+3 | 846 | 816077007 Magnetic resonance imaging of brain""",
+    "IMAGES": """id | visit | modality | description | uid
 1 | 841 | CR | Chest, two views | 2.25.164279582463318447291538442131974560
-2 | 846 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521"""
-DOCUMENTS = """id | visit | LOINC | type | content type | text (the PDF adds problems and medicines)
-1 | 851 | 34133-9 | Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
-2 | 854 | 11506-3 | Progress note | text/plain \
-    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines."""
-BILLS = """id | visit | date of the bill | billed | paid, in USD
+2 | 846 | MR | Brain without contrast | 2.25.298637104275598143330712644910385521""",
+    "DOCUMENTS": """id | visit | type | format | text
+1 | 851 | 34133-9 Summary of episode note | application/pdf | Seen for hypertension. No new complaints.
+2 | 854 | 11506-3 Progress note | text/plain
+    | Blood pressure 100/60, weight 91.5 kg. Continue present medicines.""",
+    "BILLS": """id | visit | created | billed | paid
 1 | 847 | 2009-04-20 | 145.00 | 116.00
-2 | 851 | 2009-05-04 | 145.00 | 116.00"""
-VITAL_SIGNS = (  # LOINC, name, unit, in the order of VISITS; the last two are one Observation
-    ("8867-4", "Heart rate", "/min"), ("9279-1", "Respiratory rate", "/min"),
-    ("8310-5", "Body temperature", "Cel"), ("29463-7", "Body weight", "kg"), ("8302-2", "Body height", "cm"),
-    ("39156-5", "Body mass index (BMI)", "kg/m2"),
-    ("59408-5", "Oxygen saturation in Arterial blood by Pulse oximetry", "%"),
-    ("8480-6", "Systolic blood pressure", "mm[Hg]"), ("8462-4", "Diastolic blood pressure", "mm[Hg]"))
-LOINC, SNOMED, UCUM = "http://loinc.org", "http://snomed.info/sct", "http://unitsofmeasure.org"
-RXNORM, NDFRT = "http://www.nlm.nih.gov/research/umls/rxnorm", "http://hl7.org/fhir/ndfrt"
-CVX, CDC_RACE = "http://hl7.org/fhir/sid/cvx", "urn:oid:2.16.840.1.113883.6.238"
-HL7, DICOM = "http://terminology.hl7.org/CodeSystem/", "http://dicom.nema.org/resources/ontology/DCM"
-US_CORE = "http://hl7.org/fhir/us/core/StructureDefinition/us-core-"
-IHE = "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem"
-CHECK_UP = SNOMED, "185349003", "Encounter for check up"
-NOON = "T12:00:00Z"  # after a date, for elements that must be moments
-DATES = {row[0]: row[1] for row in table(VISITS)}
-PEOPLE = {row[1]: {"reference": f"Patient/{row[0]}"} for row in table(PATIENTS)}
-DANIEL = PEOPLE["Daniel"]
-DOCTOR = {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"}
-CLINIC = {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"}
-INSURER = {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}
+2 | 851 | 2009-05-04 | 145.00 | 116.00"""}
+US, HL7 = "http://hl7.org/fhir/us/core/", "http://terminology.hl7.org/CodeSystem/"
+US_CORE = US + "StructureDefinition/us-core-"
+IHE, CDC_RACE = "http://ihe.net/fhir/ValueSet/IHE.FormatCode.codesystem", "urn:oid:2.16.840.1.113883.6.238"
+DICOM, ARGONAUT = "http://dicom.nema.org/resources/ontology/DCM", "http://argonaut.hl7.org"
+SYSTEMS = {  # by the words that `moved` takes; any other word means one of HL7's own
+    "LOINC": "http://loinc.org", "SNOMED": "http://snomed.info/sct", "CVX": "http://hl7.org/fhir/sid/cvx",
+    "RXNORM": "http://www.nlm.nih.gov/research/umls/rxnorm", "NDFRT": "http://hl7.org/fhir/ndfrt", "IHE": IHE,
+    "NUCC": "http://nucc.org/provider-taxonomy", "BCP47": "urn:ietf:bcp:47", "CDC": CDC_RACE, "DICOM": DICOM,
+    "ARGONAUT": ARGONAUT, "SECTIONS": "http://hl7.org/fhir/ValueSet/diagnostic-service-sections"}
+NAMED = {"DANIEL": {"reference": "Patient/smart-1288992"},
+         "DOCTOR": {"reference": "Practitioner/smart-clinician", "display": "Clara Clinician"},
+         "CLINIC": {"reference": "Organization/smart-clinic", "display": "SMART Example Clinic"},
+         "INSURER": {"reference": "Organization/smart-insurer", "display": "Example Health Plan"}}
 
 
-# The builders: resources of FHIR R4, as US Core profiles them.
-def build_people() -> Iterator[Json]:
-    """Patients, a father who acts for his child, and what belongs to nobody: doctor, clinic, insurer."""
-    for key, given, middle, family, gender, born, line, city, code, phone, race, group in table(PATIENTS)[1:]:
-        groups = ("race", race, group), ("ethnicity", "2186-5", "Not Hispanic or Latino")
-        about: list[Json] = [{"url": US_CORE + name, "extension": [
-            {"url": "ombCategory", "valueCoding": coding(CDC_RACE, concept_id, text)},
-            {"url": "text", "valueString": text}]} for name, concept_id, text in groups if concept_id]
-        about.append({"url": US_CORE + "birthsex", "valueCode": gender[0].upper()})
-        yield {
-            "resourceType": "Patient", "id": key, "active": True, "gender": gender, "birthDate": born,
-            "extension": about,
-            "identifier": [{"use": "usual", "type": concept(HL7 + "v2-0203", "MR", "Medical record number"),
-                            "system": "http://hospital.smarthealthit.org", "value": key[len("smart-"):]}],
-            "name": [{
-                "use": "official", "family": family, "given": [given, middle], "text": f"{given} {family}"}],
-            "telecom": [{"system": "phone", "value": phone, "use": "mobile"},
-                        {"system": "email", "value": f"{given}.{family}@example.com".lower()}],
-            "address": [{"use": "home", "line": line.split(", "), "city": city, "state": "OK",
-                         "postalCode": code, "country": "USA"}],
-            "communication": [{"language": concept("urn:ietf:bcp:47", "en-US", "English (United States)")}],
-            "managingOrganization": CLINIC}
-    yield {"resourceType": "RelatedPerson", "id": "daniel-adams-amy-shaw", "active": True,
-           "patient": PEOPLE["Amy"],
-           "name": [{"family": "Adams", "given": ["Daniel"], "text": "Daniel Adams"}],
-           "relationship": [concept(HL7 + "v3-RoleCode", "FTH", "father")]}
-    yield {"resourceType": "Practitioner", "id": "smart-clinician", "active": True,
-           "identifier": [{"system": "http://hl7.org/fhir/sid/us-npi", "value": "1234567893"}],
-           "name": [{"family": "Clinician", "given": ["Clara"], "text": "Clara Clinician"}]}
-    for key, kind, named in (("clinic", "prov", CLINIC), ("insurer", "pay", INSURER)):
-        yield {"resourceType": "Organization", "id": f"smart-{key}", "active": True, "name": named["display"],
-               "type": [concept(HL7 + "organization-type", kind)]}
+# What is more than the rows of a table.
+def measurements() -> Iterator[Json]:
+    """A row for each value measured at a visit."""
+    for visit, test in itertools.product(rows("VISITS"), rows("TESTS")):
+        loinc, _, second = test["LOINC"].partition(" ")
+        value, unit = test.get(visit["id"], visit.get(loinc)), test.get("unit")
+        if not value:
+            continue
+        row = {**visit, "visit": visit["id"], "id": f"{visit['id']}-{loinc}", "second": second or None,
+               "code": f"{loinc} {test['name']}",
+               "category": "laboratory" if visit["id"] in test else "vital-signs"}
+        row.update({end: f"{test[end]} {unit}" for end in ("low", "high") if end in test})
+        if "/" in value:
+            row["systolic"], row["diastolic"] = (f"{part} {unit}" for part in value.split("/"))
+            row["upper"], row["lower"] = "8480-6 Systolic blood pressure", "8462-4 Diastolic blood pressure"
+        else:
+            row["measured" if unit else "said"] = f"{value} {unit}" if unit else value
+        yield row
 
 
-def build_history() -> Iterator[Json]:
-    """Problems, allergies or that none is known, vaccines given or refused, smoking."""
-    for key, given, since, code, name in table(PROBLEMS)[1:]:
-        yield sample(
-            "Condition", key, clinicalStatus=concept(HL7 + "condition-clinical", "active"),
-            verificationStatus=concept(HL7 + "condition-ver-status", "confirmed"),
-            category=[concept(HL7 + "condition-category", "problem-list-item", "Problem List Item")],
-            code=concept(SNOMED, code, name), subject=PEOPLE[given], onsetDateTime=since, recordedDate=since)
-    for key, given, since, code, drug_class, name, reaction, reaction_name, severity in table(ALLERGIES)[1:]:
-        allergen, known = concept(SNOMED, code, name), {}
-        if reaction:
-            allergen["coding"].append(coding(NDFRT, drug_class, name))
-            known = {"type": "allergy", "category": ["medication"], "criticality": "low", "reaction": [
-                {"manifestation": [concept(SNOMED, reaction, reaction_name)], "severity": severity}]}
-        yield sample(
-            "AllergyIntolerance", key, clinicalStatus=concept(HL7 + "allergyintolerance-clinical", "active"),
-            verificationStatus=concept(HL7 + "allergyintolerance-verification", "confirmed"),
-            code=allergen, patient=PEOPLE[given], recordedDate=since, **known)
-    for key, given, date, code, name, reason in table(IMMUNIZATIONS)[1:]:
-        refusal = concept(HL7 + "v3-ActReason", *reason.split(" ", 1)) if reason else None
-        yield sample(
-            "Immunization", key, status="not-done" if reason else "completed",
-            vaccineCode=concept(CVX, code, name), patient=PEOPLE[given], occurrenceDateTime=date,
-            primarySource=True, statusReason=refusal)
-    for key, given, date, code, name in table(SMOKING)[1:]:
-        question = concept(LOINC, "72166-2", "Tobacco smoking status")
-        yield observation(f"{key}-smoking", given, date, "social-history", question, issued=date + NOON,
-                          valueCodeableConcept=concept(SNOMED, code, name))
+def reports() -> Iterator[Json]:
+    """The visits with laboratory results, and references to these."""
+    for visit in rows("VISITS"):
+        results = [made("Observation", f"{visit['id']}-{test['LOINC'].split()[0]}")
+                   for test in rows("TESTS") if visit["id"] in test]
+        if results:
+            yield {**visit, "results": results}
 
 
-def build_medications() -> Iterator[Json]:
-    """What was prescribed, that it is taken, the first dose, taken in the clinic, and each fill."""
-    for (key, given, written, code, name, directions, dose, times, dispensed, days, fill, fill_days, amount,
-         dates) in table(MEDICATIONS)[1:]:
-        patient, medicine = PEOPLE[given], concept(RXNORM, code, name)
-        prescription, status = refer("MedicationRequest", key), "active" if int(days) >= 30 else "completed"
-        yield sample(
-            "MedicationRequest", key, status=status, intent="order", subject=patient, requester=DOCTOR,
-            medicationCodeableConcept=medicine, authoredOn=written, dosageInstruction=[{
-                "text": directions, "doseAndRate": [{"doseQuantity": quantity(dose)}],
-                "timing": {"repeat": {"frequency": int(times), "period": 1, "periodUnit": "d"}}}],
-            dispenseRequest={
-                "quantity": quantity(dispensed), "expectedSupplyDuration": quantity(f"{days} d")})
-        yield sample(
-            "MedicationStatement", key, status=status, subject=patient, dateAsserted=written,
-            medicationCodeableConcept=medicine, effectivePeriod={"start": written}, basedOn=[prescription])
-        yield sample("MedicationAdministration", key, status="completed", subject=patient,
-                     effectiveDateTime=written, medicationCodeableConcept=medicine, request=prescription,
-                     dosage={"text": directions, "dose": quantity(dose)})
-        for fill_key, date in enumerate(dates.split(), int(fill)):
-            yield sample(
-                "MedicationDispense", str(fill_key), status="completed", subject=patient, whenHandedOver=date,
-                medicationCodeableConcept=medicine, daysSupply=quantity(f"{fill_days} d"),
-                authorizingPrescription=[prescription], quantity=quantity(amount) if amount else None)
+def prescriptions() -> Iterator[Json]:
+    """The rows of MEDICATIONS, with how much that is in all, and whether it is for long."""
+    for row in rows("MEDICATIONS"):
+        number, unit = row["dose"].split()
+        amount, days = int(number) * int(row["times"]) * int(row["days"]), int(row["days"])
+        yield {**row, "amount": f"{amount} {unit}", "supply": f"{days} d",
+               "status": "active" if days >= 30 else "completed"}
 
 
-def build_visits() -> Iterator[Json]:
-    """An Encounter for each visit, and an Observation for each vital sign."""
-    for key, date, *values in table(VISITS)[1:]:
-        yield sample(
-            "Encounter", key, status="finished", **{"class": coding(HL7 + "v3-ActCode", "AMB", "ambulatory")},
-            type=[concept(*CHECK_UP)], subject=DANIEL, period={"start": date, "end": date},
-            participant=[{"individual": DOCTOR}], serviceProvider=CLINIC)
-        visit, pressures = refer("Encounter", key), []
-        for value, (code, name, unit) in zip(values, VITAL_SIGNS):
-            sign, measured = concept(LOINC, code, name), quantity(f"{value} {unit}")
-            if code == "59408-5":  # R4 wants the code of any way to measure it beside that of the oximeter
-                sign["coding"].append(coding(LOINC, "2708-6", "Oxygen saturation in Arterial blood"))
-            if unit == "mm[Hg]":
-                pressures.append({"code": sign, "valueQuantity": measured})
-            else:
-                yield observation(f"{key}-{code}", "Daniel", date, "vital-signs", sign, encounter=visit,
-                                  valueQuantity=measured)
-        yield observation(f"{key}-85354-9", "Daniel", date, "vital-signs",
-                          concept(LOINC, "85354-9", "Blood pressure"), encounter=visit, component=pressures)
+def fills() -> Iterator[Json]:
+    """A row for each fill of a prescription: the first when it was written, then whenever it ran out."""
+    for row in prescriptions():
+        for place, fill in enumerate(row["fills"].split()):
+            date = datetime.date.fromisoformat(row["written"]) + place * datetime.timedelta(int(row["days"]))
+            yield {**row, "prescription": row["id"], "id": fill, "filled": str(date)}
 
 
-def build_labs() -> Iterator[Json]:
-    """Laboratory results, and for each day the DiagnosticReport that gathers them."""
-    tests = {row[1]: row for row in table(LABS)[1:]}
-    header, *rows = table(MORE_LABS)
-    first_day = [(f"{row[0]}-lab", row[1], row[3]) for row in tests.values()]
-    days: list[Any] = [("1", "2008-07-10", None, first_day)]
-    for visit, *values in rows:
-        results = [(f"{visit}-{loinc}", loinc, value) for loinc, value in zip(header[1:], values)]
-        days.append((visit, DATES[visit], refer("Encounter", visit), results))
-    kinds = [concept(HL7 + name, *kind) for name, *kind in (
-        ("v2-0074", "LAB", "Laboratory"), ("observation-category", "laboratory"))]
-    for key, date, encounter, results in days:
-        for result, loinc, value in results:
-            _, _, name, _, low, high, unit = tests[loinc]
-            band = [{"low": quantity(f"{low} {unit}"), "high": quantity(f"{high} {unit}")}] if high else None
-            yield observation(
-                result, "Daniel", date, "laboratory", concept(LOINC, loinc, name), encounter=encounter,
-                referenceRange=band, valueQuantity=quantity(f"{value} {unit}") if unit else None,
-                valueCodeableConcept=None if unit else {"text": value})
-        yield sample(
-            "DiagnosticReport", key, status="final", category=kinds,
-            code=concept(LOINC, "11502-2", "Laboratory report"), subject=DANIEL, encounter=encounter,
-            effectiveDateTime=date, issued=date + NOON, performer=[CLINIC],
-            result=[refer("Observation", result) for result, _, _ in results])
-
-
-def build_procedures() -> Iterator[Json]:
-    """Procedures; the pictures that were taken, a series each, and the Endpoint that says where they are."""
-    for key, visit, code, name in table(PROCEDURES)[1:]:
-        yield sample("Procedure", key, status="completed", code=concept(SNOMED, code, name), subject=DANIEL,
-                     encounter=refer("Encounter", visit), performedDateTime=DATES[visit])
-    for key, visit, modality, description, uid in table(IMAGES)[1:]:
-        kind = coding(DICOM, modality)
-        yield sample(
-            "ImagingStudy", key, status="available", subject=DANIEL, encounter=refer("Encounter", visit),
-            identifier=[{"system": "urn:dicom:uid", "value": f"urn:oid:{uid}"}], started=DATES[visit],
-            modality=[kind], numberOfSeries=1, numberOfInstances=1, description=description,
-            endpoint=[{"reference": "Endpoint/smart-imaging"}],
-            series=[{"uid": f"{uid}.1", "number": 1, "modality": kind, "numberOfInstances": 1}])
-    yield {"resourceType": "Endpoint", "id": "smart-imaging", "status": "active",
-           "connectionType": coding(HL7 + "endpoint-connection-type", "dicom-wado-rs"),
-           "payloadType": [{"text": "DICOM"}], "address": "https://imaging.example/wado-rs"}
-
-
-def build_documents() -> Iterator[Json]:
-    """DocumentReferences, each with the Binary that holds the document."""
-    for key, visit, code, name, content_type, text in table(DOCUMENTS)[1:]:
-        data, moment = text.encode(), DATES[visit] + NOON
-        if content_type == "application/pdf":
-            problems = [f"- {row[4]}, since {row[2]}" for row in table(PROBLEMS) if row[1] == "Daniel"]
-            medicines = [f"- {row[4]}: {row[5]}" for row in table(MEDICATIONS) if row[1] == "Daniel"]
-            data = pdf("\n".join([name, "", text, "", "Problems", *problems, "", "Medicines", *medicines]))
-        yield sample("Binary", key, contentType=content_type, data=base64.b64encode(data).decode(),
-                     securityContext=DANIEL)
-        number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{key}"}
-        yield sample(
-            "DocumentReference", key, status="current", masterIdentifier=number, identifier=[number],
-            type=concept(LOINC, code, name), subject=DANIEL, date=moment, author=[DOCTOR],
-            category=[concept("http://hl7.org/fhir/us/core/CodeSystem/us-core-documentreference-category",
-                              "clinical-note", "Clinical Note")],
-            content=[{
-                "attachment": {"contentType": content_type, "url": refer("Binary", key)["reference"],
-                               "title": name, "size": len(data), "creation": moment},
-                "format": coding(IHE, "urn:ihe:iti:xds:2017:mimeTypeSufficient", "mimeType Sufficient")}],
-            context={"encounter": [refer("Encounter", visit)]})
+def documents() -> Iterator[Json]:
+    """The rows of DOCUMENTS with their bytes; the PDF adds problems and medicines."""
+    for row in rows("DOCUMENTS"):
+        data, title = row["text"].encode(), row["type"].partition(" ")[2]
+        if row["format"] == "application/pdf":
+            known = [*rows("PROBLEMS"), *rows("MEDICATIONS")]
+            lines = ["- " + each.get("problem", each.get("medicine", "")).partition(" ")[2] for each in known
+                     if each["who"] == "Daniel"]
+            data = pdf("\n".join([title, "", row["text"], "", "Problems and medicines", *lines]))
+        number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{row['id']}"}
+        yield {**row, "title": title, "size": len(data), "data": base64.b64encode(data).decode(),
+               "number": number}
 
 
 def pdf(text: str) -> bytes:
@@ -6259,42 +6144,184 @@ def pdf(text: str) -> bytes:
             f"startxref\n{len(body)}\n%%EOF\n").encode("ascii")
 
 
-def build_coverage() -> Iterator[Json]:
-    """Daniel's insurance, and an ExplanationOfBenefit for each visit that it paid."""
-    plan = {"type": concept(HL7 + "coverage-class", "plan"), "value": "senior", "name": "Example Senior Plan"}
-    yield sample(
-        "Coverage", "1", status="active", type=concept(HL7 + "v3-ActCode", "EHCPOL", "extended healthcare"),
-        subscriberId="S4S-1288992", beneficiary=DANIEL, payor=[INSURER], period={"start": "2008-01-01"},
-        relationship=concept(HL7 + "subscriber-relationship", "self"), **{"class": [plan]})
-    for key, visit, billed_on, billed, paid in table(BILLS)[1:]:
-        price, payment = ({"value": float(amount), "currency": "USD"} for amount in (billed, paid))
-        totals = [{"category": concept(HL7 + "adjudication", category), "amount": amount}
-                  for category, amount in (("submitted", price), ("benefit", payment))]
-        yield sample(
-            "ExplanationOfBenefit", key, status="active", type=concept(HL7 + "claim-type", "professional"),
-            use="claim", patient=DANIEL, created=billed_on, insurer=INSURER, provider=DOCTOR,
-            outcome="complete", insurance=[{"focal": True, "coverage": refer("Coverage", "1")}], total=totals,
-            item=[{"sequence": 1, "productOrService": concept(*CHECK_UP), "servicedDate": DATES[visit],
-                   "net": price, "encounter": [refer("Encounter", visit)]}])
+DERIVED = {rows_of.__name__: rows_of for rows_of in (measurements, reports, prescriptions, fills, documents)}
+_MOVES = re.compile(r"(\S+?)=((?:[\w/-]+\()*'[^']*'\)*|\S+)")
+# Type | table of FACTS, or function | what R4 has.
+RECORDS = """\
+Patient | PATIENTS | id=smart(id) active=true gender=gender birthDate=born managingOrganization=CLINIC
+    extension.0.url=us-core('race') extension.0.extension.0.url='ombCategory' .valueCoding=coding(CDC(race))
+    extension.0.extension.1.url='text' .valueString=text(CDC(race)) extension.1.url=us-core('ethnicity')
+    extension.1.extension.0.url='ombCategory' .valueCoding=coding(CDC('2186-5 Not Hispanic or Latino'))
+    extension.1.extension.1.url='text' .valueString='Not Hispanic or Latino'
+    extension.2.url=us-core('birthsex') .valueCode=sex identifier.0.use='usual'
+    .type=v2-0203('MR Medical record number') .value=id .system='http://hospital.smarthealthit.org'
+    name.0.use='official' .family=family .text=name name.0.given.0=given .1=initial telecom.0.system='phone'
+    .value=phone .use='mobile' telecom.1.system='email' .value=email address.0.use='home' .city=city
+    .state='OK' .postalCode=zip .country='USA' address.0.line.0=street
+    communication.0.language=BCP47('en-US English (United States)')
+RelatedPerson | - | id='daniel-adams-amy-shaw' active=true patient=Patient('Amy') name.0.family='Adams'
+    .text='Daniel Adams' name.0.given.0='Daniel' relationship.0=v3-RoleCode('FTH father')
+Practitioner | - | id='smart-clinician' active=true name.0.family='Clinician' .text='Clara Clinician'
+    name.0.given.0='Clara' identifier.0.system='http://hl7.org/fhir/sid/us-npi' .value='1234567893'
+PractitionerRole | - | active=true practitioner=DOCTOR organization=CLINIC
+    code.0=NUCC('208D00000X General Practice Physician') location.0=Location('1')
+    specialty.0=NUCC('208D00000X General Practice Physician') telecom.0.system='phone' .value='918-555-0100'
+Organization | - | id='smart-clinic' active=true name='SMART Example Clinic' type.0=organization-type('prov')
+Organization | - | id='smart-insurer' active=true name='Example Health Plan' type.0=organization-type('pay')
+Location | - | status='active' name='SMART Example Clinic' type.0=v3-RoleCode('OF Outpatient facility')
+    telecom.0.system='phone' .value='918-555-0100' address.line.0='1 Main St' address.city='Tulsa' .state='OK'
+    .postalCode='74117' managingOrganization=CLINIC
+Condition | PROBLEMS | clinicalStatus=condition-clinical('active')
+    verificationStatus=condition-ver-status('confirmed') category.0=condition-category('problem-list-item')
+    category.0=US/condition-category(concern) code=SNOMED(problem) subject=Patient(who) onsetDateTime=since
+    recordedDate=since
+AllergyIntolerance | ALLERGIES | clinicalStatus=allergyintolerance-clinical('active')
+    verificationStatus=allergyintolerance-verification('confirmed') code=SNOMED(allergen)
+    code.coding.1=coding(NDFRT(class)) patient=Patient(who) recordedDate=since type=type category.0=of
+    criticality=risk reaction.0.manifestation.0=SNOMED(reaction) reaction.0.severity=severity
+Immunization | IMMUNIZATIONS | status=status vaccineCode=CVX(vaccine) patient=Patient(who)
+    occurrenceDateTime=date primarySource=true statusReason=v3-ActReason(refused)
+Observation | SMOKING | status='final' category.0=observation-category('social-history')
+    code=LOINC('72166-2 Tobacco smoking status') subject=Patient(who) effectiveDateTime=date issued=noon(date)
+    valueCodeableConcept=SNOMED(smokes)
+MedicationRequest | prescriptions | status=status intent='order' subject=Patient(who) requester=DOCTOR
+    medicationCodeableConcept=RXNORM(medicine) authoredOn=written dosageInstruction.0.text=directions
+    dosageInstruction.0.doseAndRate.0.doseQuantity=quantity(dose)
+    dosageInstruction.0.timing.repeat.frequency=json(times) .period=1 .periodUnit='d'
+    dispenseRequest.quantity=quantity(amount) .expectedSupplyDuration=quantity(supply)
+MedicationStatement | prescriptions | status=status subject=Patient(who) dateAsserted=written
+    medicationCodeableConcept=RXNORM(medicine) effectivePeriod.start=written basedOn.0=MedicationRequest(id)
+MedicationAdministration | prescriptions | status='completed' subject=Patient(who) effectiveDateTime=written
+    medicationCodeableConcept=RXNORM(medicine) request=MedicationRequest(id) dosage.text=directions
+    .dose=quantity(dose)
+MedicationDispense | fills | status='completed' subject=Patient(who) whenHandedOver=filled
+    medicationCodeableConcept=RXNORM(medicine) daysSupply=quantity(supply) quantity=quantity(amount)
+    authorizingPrescription.0=MedicationRequest(prescription)
+Encounter | VISITS | status='finished' class=coding(v3-ActCode('AMB ambulatory'))
+    type.0=SNOMED('185349003 Encounter for check up') subject=Patient(who) period.start=date .end=date
+    participant.0.individual=DOCTOR location.0.location=Location('1') serviceProvider=CLINIC
+Observation | measurements | status='final' category.0=observation-category(category) code=LOINC(code)
+    code.coding.1=coding(LOINC(second)) subject=Patient(who) effectiveDateTime=date encounter=Encounter(visit)
+    valueQuantity=quantity(measured) valueCodeableConcept.text=said referenceRange.0.low=quantity(low)
+    .high=quantity(high) component.0.code=LOINC(upper) .valueQuantity=quantity(systolic)
+    component.1.code=LOINC(lower) .valueQuantity=quantity(diastolic)
+DiagnosticReport | reports | status='final' category.0=v2-0074('LAB Laboratory')
+    category.1=observation-category('laboratory') code=LOINC('11502-2 Laboratory report') subject=Patient(who)
+    encounter=Encounter(id) effectiveDateTime=date issued=noon(date) performer.0=CLINIC result=results
+Procedure | PROCEDURES | status='completed' code=SNOMED(procedure) subject=DANIEL encounter=Encounter(visit)
+    performedDateTime=date(visit)
+ImagingStudy | IMAGES | status='available' subject=DANIEL encounter=Encounter(visit)
+    identifier.0.system='urn:dicom:uid' .value=oid(uid) started=date(visit) modality.0=coding(DICOM(modality))
+    numberOfSeries=1 numberOfInstances=1 description=description endpoint.0.reference='Endpoint/smart-imaging'
+    series.0.uid=series(uid) .number=1 .modality=coding(DICOM(modality)) .numberOfInstances=1
+Endpoint | - | id='smart-imaging' status='active' payloadType.0.text='DICOM'
+    connectionType=coding(endpoint-connection-type('dicom-wado-rs')) address='https://imaging.example/wado-rs'
+Binary | documents | contentType=format data=data securityContext=DANIEL
+DocumentReference | documents | status='current' subject=DANIEL type=LOINC(type) masterIdentifier=number
+    identifier.0=number date=noon(date(visit)) author.0=DOCTOR
+    category.0=US/us-core-documentreference-category('clinical-note') description=text
+    content.0.attachment.contentType=format .url=binary(id) .title=title .size=size
+    .creation=noon(date(visit)) content.0.format=coding(IHE('urn:ihe:iti:xds:2017:mimeTypeSufficient'))
+    context.encounter.0=Encounter(visit)
+Coverage | - | status='active' type=v3-ActCode('EHCPOL extended healthcare') subscriberId='S4S-1288992'
+    beneficiary=DANIEL payor.0=INSURER period.start='2008-01-01' relationship=subscriber-relationship('self')
+    class.0.type=coverage-class('plan') .value='senior' .name='Example Senior Plan'
+ExplanationOfBenefit | BILLS | status='active' type=claim-type('professional') use='claim' patient=DANIEL
+    created=created insurer=INSURER provider=DOCTOR outcome='complete' insurance.0.focal=true
+    .coverage=Coverage('1') item.0.sequence=1 .productOrService=SNOMED('185349003 Encounter for check up')
+    .net=usd(billed) .servicedDate=date(visit) item.0.encounter.0=Encounter(visit)
+    total.0.category=adjudication('submitted') .amount=usd(billed) total.1.category=adjudication('benefit')
+    .amount=usd(paid)
+CarePlan | - | status='active' intent='plan' subject=DANIEL period.start='2009-12-01'
+    category.0=US/careplan-category('assess-plan') careTeam.0=CareTeam('1') goal.0=Goal('1')
+    addresses.0=Condition('19') text.status='generated'
+    .div='<div xmlns="http://www.w3.org/1999/xhtml">Less salt, and a walk each day.</div>'
+CareTeam | - | status='active' subject=DANIEL period.start='2009-12-01' participant.0.member=DOCTOR
+    participant.0.role.0=SNOMED('446050000 Primary care provider') participant.1.member=DANIEL
+    participant.1.role.0=SNOMED('116154003 Patient')
+Goal | - | lifecycleStatus='active' description.text='Blood pressure below 140/90' subject=DANIEL
+    startDate='2009-12-01' target.0.dueDate='2010-06-01'
+Device | - | status='active' type=SNOMED('14106009 Cardiac pacemaker') patient=DANIEL
+    udiCarrier.0.deviceIdentifier='09504000059118' distinctIdentifier='A9999XYZ100T0474'
+    udiCarrier.0.carrierHRF='(01)09504000059118(11)050101(17)150101(10)7654321D(21)10987654d321'
+    manufactureDate='2005-01-01' expirationDate='2015-01-01' lotNumber='7654321D' serialNumber='10987654d321'
+Provenance | - | target.0=DocumentReference('1') recorded='2009-04-28T12:00:00Z'
+    agent.0.type=provenance-participant-type('author') .who=DOCTOR .onBehalfOf=CLINIC
+    agent.1.type=US/us-core-provenance-participant-type('transmitter') .who=CLINIC
+Provenance | - | id='smart-Provenance-2' target.0=DiagnosticReport('1') recorded='2008-07-11T12:00:00Z'
+    agent.0.who=CLINIC .type=US/us-core-provenance-participant-type('transmitter')
+Questionnaire | - | url='https://smart.example/Questionnaire/falls' name='Falls' title='Falls' status='active'
+    item.0.linkId='1' .text='Any falls this year?' .type='boolean' item.1.linkId='2' .text='How often?'
+    .type='integer'
+QuestionnaireResponse | - | questionnaire='https://smart.example/Questionnaire/falls' status='completed'
+    subject=DANIEL author=DANIEL authored='2009-12-01T12:00:00Z' item.0.linkId='1'
+    .text='Any falls this year?' item.0.answer.0.valueBoolean=true item.1.linkId='2' .text='How often?'
+    item.1.answer.0.valueInteger=2"""
 
 
-# What the builders are made of.
-def sample(type_name: str, key: str, **elements: Any) -> Json:
-    """A resource with its id; an element that is None is left out."""
-    elements = {"resourceType": type_name, "id": f"smart-{type_name}-{key}", **elements}
-    return {name: value for name, value in elements.items() if value is not None}
+def moved(holder: Json, moves: str) -> Json:
+    """Elements made of those of a resource, of a part of one, or of a row: new=old, both paths, a number is a
+    place in a list; .new stands beside the one before. Old may also be 'text', a number, true, or KIND(old):
+    see MAKERS and `made`. What is not there makes nothing.
+
+    >>> moved({"total": [{"amount": 7}], "to": "Al"}, "cost=total.0.amount party.0.name=to .plan=Goal('1')")
+    {'cost': 7, 'party': [{'name': 'Al', 'plan': {'reference': 'Goal/smart-Goal-1'}}]}
+    """
+    elements: Json = {}
+    for name, rest, take in _understood(moves):
+        value = take(holder)
+        if value is not None:
+            elements[name] = put(elements.get(name), rest, value)
+    return elements
 
 
-def observation(key: str, given: str, date: str, category: str, code: Json, **value: Any) -> Json:
-    """An Observation of a category, with whatever holds its value."""
-    return sample(
-        "Observation", key, status="final", category=[concept(HL7 + "observation-category", category)],
-        code=code, subject=PEOPLE[given], effectiveDateTime=date, **value)
+@functools.cache
+def _understood(moves: str) -> list[tuple[str, list[str], Callable[[Any], Any]]]:
+    """Word by word of `moved`: the element a value goes to, the path in it, what takes it from a holder."""
+    path, words = "", []
+    for new, old in _MOVES.findall(moves):
+        path = path.rpartition(".")[0] + new if new[0] == "." else new
+        name, *rest = path.split(".")
+        words.append((name, rest, taker(old)))
+    return words
 
 
-def refer(type_name: str, key: str) -> Json:
-    """A reference to what `sample` makes."""
-    return {"reference": f"{type_name}/smart-{type_name}-{key}"}
+def taker(old: str) -> Callable[[Any], Any]:
+    """What takes a value, as `moved` names it, from a holder; None if it is not there."""
+    kind, bracket, rest = old.partition("(")
+    if old[0] == "'" or old == "true" or old.isdigit():
+        constant = old[1:-1] if old[0] == "'" else json.loads(old)
+        return lambda holder: constant
+    if bracket:
+        take, make = taker(rest[:-1]), MAKERS.get(kind) or functools.partial(made, kind)
+        return lambda holder: None if (value := take(holder)) is None else make(value)
+    if "." not in old:
+        return operator.methodcaller("get", old)
+    return lambda holder: functools.reduce(
+        lambda value, step: value and (value[int(step)] if step.isdigit() else value.get(step)),
+        old.split("."), holder)
+
+
+def put(whole: Any, path: Sequence[str], value: Any) -> Any:
+    """A copy of an object or list, or a new one, with a value at a path in it."""
+    if not path:
+        return value
+    step, *rest = path
+    if not step.isdigit():
+        return {**(whole or {}), step: put((whole or {}).get(step), rest, value)}
+    items, place = list(whole or ()), int(step)
+    items[place:place + 1] = [put(items[place] if place < len(items) else None, rest, value)]
+    return items
+
+
+@functools.cache
+def made(kind: str, text: str) -> Json:
+    """A reference to a sample of a type, or, of "code display", a CodeableConcept of a code system."""
+    if kind.isalpha() and kind[0].isupper() and kind not in SYSTEMS:
+        return {"reference": f"{kind}/smart-{kind}-{text}"}
+    code, _, display = text.partition(" ")
+    system = US + "CodeSystem/" + kind[3:] if kind.startswith("US/") else SYSTEMS.get(kind, HL7 + kind)
+    return {"coding": [coding(system, code, display)], **({"text": display} if display else {})}
 
 
 def coding(system: str, code: str, display: str = "") -> Json:
@@ -6302,144 +6329,119 @@ def coding(system: str, code: str, display: str = "") -> Json:
     return {"system": system, "code": code, **({"display": display} if display else {})}
 
 
-def concept(system: str, code: str, display: str = "") -> Json:
-    """A FHIR CodeableConcept of one coding."""
-    return {"coding": [coding(system, code, display)], **({"text": display} if display else {})}
-
-
 def quantity(text: str) -> Json:
-    """A FHIR Quantity from a number and a UCUM unit. The unit 1 is not shown to people.
-
-    >>> quantity("99 mg/dL")
-    {'value': 99, 'unit': 'mg/dL', 'system': 'http://unitsofmeasure.org', 'code': 'mg/dL'}
-    """
+    """A FHIR Quantity from a number and a UCUM unit. The unit 1 is not shown to people."""
     number, unit = text.split()
-    value = float(number)
     shown = {"unit": unit} if unit != "1" else {}
-    return {"value": int(value) if value.is_integer() else value, **shown, "system": UCUM, "code": unit}
+    return {"value": json.loads(number), **shown, "system": "http://unitsofmeasure.org", "code": unit}
+
+
+MAKERS: dict[str, Callable[[Any], Any]] = {
+    "Patient": {row["given"]: {"reference": f"Patient/smart-{row['id']}"} for row in rows("PATIENTS")}.get,
+    "date": {row["id"]: row["date"] for row in rows("VISITS")}.get, "noon": "{}T12:00:00Z".format,
+    "coding": lambda concept: concept["coding"][0], "json": json.loads, "quantity": quantity,
+    "usd": lambda amount: {"value": float(amount), "currency": "USD"}, "oid": "urn:oid:{}".format,
+    "series": "{}.1".format, "binary": "Binary/smart-Binary-{}".format, "smart": "smart-{}".format,
+    "us-core": (US_CORE + "{}").format, "text": operator.itemgetter("text")}
 
 
 # The versions. Here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
 def adapt(resources: Sequence[Json], earlier: Version) -> list[Json]:
-    """Resources as the version before theirs has them."""
-    lacks = set(earlier.lacks.split())
-    adapted: list[Json] = json.loads(json.dumps([
-        {name: value for name, value in resource.items() if f"{resource['resourceType']}.{name}" not in lacks}
-        for resource in resources if resource["resourceType"] not in lacks]))
+    """Resources as the version before theirs has them; those given are changed on the way."""
+    adapted = [resource for resource in resources if resource["resourceType"] not in earlier.lacks.split()]
     for types_and_path, moves in table(earlier.moves):
         types, _, path = types_and_path.partition(" at ")
         holders = [resource for resource in adapted if resource["resourceType"] in types.split()]
         for holder in within(holders, path) if path else holders:
-            move(holder, moves)
+            elements = moved(holder, moves)
+            for name in {end.split(".")[0] for pair in _MOVES.findall(moves) for end in pair}:
+                holder.pop(name, None)
+            holder.update(elements)
+            holder.pop("-", None)
     text = json.dumps(adapted)
     for texts in earlier.texts:
         text = text.replace(*texts)
     return list(json.loads(text))
 
 
-def move(holder: Json, moves: str) -> None:
-    """Moves elements of a resource, or of a part of one: new=old, paths where 0 is the first of a list.
-
-    >>> bill = {"total": [{"amount": 7}], "payee": "Al"}
-    >>> move(bill, "cost=total.0.amount use='claim' party.0.name=payee")
-    >>> bill
-    {'cost': 7, 'use': 'claim', 'party': [{'name': 'Al'}]}
-    """
-    moved: Json = {}
-    gone = set()
-    for new, old in (pair.split("=") for pair in moves.split()):
-        element, *steps = old.split(".")
-        value: Any = old.strip("'")
-        if value == old:
-            value = holder.get(element)
-            for step in steps:
-                value = value and value[int(step) if step.isdigit() else step]
-        if value is not None:
-            moved = put(moved, new.split("."), value)
-            gone |= {element, new.split(".")[0]}
-    for element in gone:
-        holder.pop(element, None)
-    holder.update(moved)
-
-
-def put(whole: Any, steps: list[str], value: Any) -> Any:
-    """An object or list, or an empty one, with a value at a path in it."""
-    if not steps:
-        return value
-    step, *rest = steps
-    if step == "0":
-        return [put(whole[0] if whole else {}, rest, value)]
-    return {**whole, step: put(whole.get(step, {}), rest, value)}
-
-
 class Version(NamedTuple):
     """How a version of FHIR differs from the one after it."""
-    lacks: str                        # types and elements that it does not have, or not so that they fit here
-    moves: str                        # types, perhaps "at" a path inside | what `move` does there
+    lacks: str                        # types that it does not have
+    moves: str                        # types, perhaps "at" a path inside | what `moved` does there; -=: away
     texts: Sequence[tuple[str, str]]  # what it then writes otherwise: code systems, values, a type's name
 
 
-STU3 = Version(lacks="DocumentReference.category ExplanationOfBenefit.use ImagingStudy.status", moves="""\
-AllergyIntolerance Condition | clinicalStatus=clinicalStatus.coding.0.code \
+STU3 = Version(lacks="", moves="""\
+AllergyIntolerance Condition | clinicalStatus=clinicalStatus.coding.0.code
     verificationStatus=verificationStatus.coding.0.code assertedDate=recordedDate
 Binary | content=data
+CareTeam at participant | role=role.0
 Coverage | grouping.plan=class.0.value grouping.planDisplay=class.0.name
+Device | udi=udiCarrier.0 -=distinctIdentifier -=serialNumber
 DiagnosticReport | category=category.0 performer.0.actor=performer.0
 DiagnosticReport ImagingStudy Observation Procedure | context=encounter
 DocumentReference at context | encounter=encounter.0
-DocumentReference | created=date indexed=date
+DocumentReference | created=date indexed=date -=category
 ExplanationOfBenefit at item | net=net service=productOrService
-ExplanationOfBenefit | insurance.coverage=insurance.0.coverage \
-    outcome.coding.0.system='http://hl7.org/fhir/remittance-outcome' outcome.coding.0.code=outcome \
+ExplanationOfBenefit | insurance.coverage=insurance.0.coverage outcome=remittance-outcome(outcome) -=use
     totalCost=total.0.amount totalBenefit=total.1.amount
-ImagingStudy | uid=identifier.0.value availability='ONLINE' modalityList=modality patient=subject
-ImagingStudy at series | uid=uid
-Immunization | date=occurrenceDateTime notGiven=status status='completed' \
+Goal | status='in-progress' -=lifecycleStatus target=target.0
+ImagingStudy | uid=identifier.0.value availability='ONLINE' modalityList=modality patient=subject -=status
+ImagingStudy at series | uid=oid(uid)
+Immunization | date=occurrenceDateTime notGiven=status status='completed'
     explanation.reasonNotGiven.0=statusReason
-MedicationAdministration | prescription=request
+Location RelatedPerson | type=type.0 relationship=relationship.0
+MedicationAdministration MedicationRequest | prescription=request requester.agent=requester
 MedicationRequest at dosageInstruction | doseQuantity=doseAndRate.0.doseQuantity
-MedicationRequest | requester.agent=requester
 MedicationStatement | taken='y'
-RelatedPerson | relationship=relationship.0""", texts=(
+Provenance at agent | role.0=type whoReference=who onBehalfOfReference=onBehalfOf
+QuestionnaireResponse | questionnaire=Questionnaire('1')""", texts=(
+    (f'{US}CodeSystem/us-core-provenance-participant-type", "code": "transmitter',
+     HL7 + 'provenance-participant-role", "code": "informant'),
+    (HL7 + "provenance-participant-type", HL7 + "provenance-participant-role"),
     (HL7 + "v2-", "http://hl7.org/fhir/v2/"), (HL7 + "v3-", "http://hl7.org/fhir/v3/"),
-    (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"),
+    (HL7 + "claim-type", "http://hl7.org/fhir/ex-claimtype"), ('"code": "pay"', '"code": "ins"'),
     (HL7 + "subscriber-relationship", "http://hl7.org/fhir/policyholder-relationship"),
-    (HL7, "http://hl7.org/fhir/"), ('"currency": "', '"system": "urn:iso:std:iso:4217", "code": "'),
-    ('"notGiven": "not-done"', '"notGiven": true'), ('"notGiven": "completed"', '"notGiven": false'),
-    ('"uid": "2.', '"uid": "urn:oid:2.')))
-DSTU2 = Version(
-    lacks="AllergyIntolerance.verificationStatus Binary.securityContext Coverage Endpoint "
-    "ExplanationOfBenefit ImagingStudy.context ImagingStudy.endpoint MedicationRequest.intent "
-    "MedicationStatement.taken RelatedPerson.active", moves="""\
-AllergyIntolerance | recordedDate=assertedDate category=category.0 status=clinicalStatus substance=code \
-    criticality=criticality
-Condition | dateRecorded=assertedDate category.coding.0.system='http://argonaut.hl7.org' \
-    category.coding.0.code='problem' category.coding.0.display='Problem' category.text='Problem'
-Condition Encounter MedicationAdministration MedicationDispense MedicationRequest MedicationStatement \
+    (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"), (HL7, "http://hl7.org/fhir/"),
+    ('"currency": "', '"system": "urn:iso:std:iso:4217", "code": "'),
+    ('"notGiven": "not-done"', '"notGiven": true'), ('"notGiven": "completed"', '"notGiven": false')))
+DSTU2 = Version(lacks="Coverage Endpoint ExplanationOfBenefit PractitionerRole", moves="""\
+AllergyIntolerance | recordedDate=assertedDate category=category.0 status=clinicalStatus substance=code
+    -=verificationStatus
+Binary CarePlan ImagingStudy RelatedPerson | -=securityContext -=intent -=careTeam -=context -=endpoint
+    -=active
+CareTeam | category.0=ARGONAUT('careteam Care Team')
+Condition Observation | dateRecorded=assertedDate category=category.0
+Condition Encounter MedicationAdministration MedicationDispense MedicationRequest MedicationStatement
     | patient=subject
-DiagnosticReport | performer=performer.0.actor
+Device | udi=udi.carrierHRF status='available' expiry=expirationDate
+DiagnosticReport | performer=performer.0.actor category=category category.coding.1=coding(SECTIONS('LAB'))
 DiagnosticReport Observation Procedure | encounter=context
 DocumentReference at content | format.0=format
 Encounter | class='ambulatory'
+Goal | description=description.text targetDate=target.dueDate
 Immunization | wasNotGiven=notGiven reported=primarySource
 MedicationAdministration at dosage | quantity=dose
 MedicationAdministration | effectiveTimeDateTime=effectiveDateTime
 MedicationRequest at dosageInstruction.timing.repeat | periodUnits=periodUnit
-MedicationRequest | dateWritten=authoredOn prescriber=requester.agent
-MedicationStatement | supportingInformation=basedOn
-Observation | category=category.0
+MedicationRequest | dateWritten=authoredOn prescriber=requester.agent -=intent
+MedicationStatement | supportingInformation=basedOn -=taken
 Organization | type=type.0
 Patient Practitioner RelatedPerson at name | family.0=family
-Practitioner RelatedPerson | name=name.0""", texts=(
+Practitioner RelatedPerson | name=name.0
+Provenance at agent | role=role.0.coding.0 actor=whoReference -=onBehalfOfReference
+Questionnaire | status='published' group.linkId='falls' group.title=title group.question=item -=url -=name
+QuestionnaireResponse | group.linkId='falls' group.question=item""", texts=(
     (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"),
+    (US + "CodeSystem/careplan-category", ARGONAUT), (US + "CodeSystem/condition-category", ARGONAUT),
+    ('http://hl7.org/fhir/condition-category", "code": "problem-list-item', ARGONAUT + '", "code": "problem'),
     (DICOM, "http://nema.org/dicom/dicm"), ("MedicationRequest", "MedicationOrder"),
+    ('"resourceType": "CareTeam"', '"resourceType": "CarePlan"'),
     ('"criticality": "low"', '"criticality": "CRITL"'), ('"reported": true', '"reported": false'),
     (f'"{CDC_RACE}", "code": "2186-5"', '"http://hl7.org/fhir/v3/Ethnicity", "code": "2186-5"'),
     (CDC_RACE, "http://hl7.org/fhir/v3/Race")))
 STEPS_FROM_R4: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
 
-
-# ======================================================================== Part Three: the machinery
 
 # ######################################################################## 21 messages and JSON
 

@@ -3808,7 +3808,7 @@ class EhrLaunch(PortalTest):
         back = browser.submit("authorize", encounter_id="visit-1")
         self.assertEqual(app.exchange(back.location["code"]).json["encounter"], "visit-1")
         self.assertEqual(app.tokens()["encounter"], "visit-2", "without a choice, the newest")
-        self.assertNotIn("encounter", app.tokens(patient_id=AMY), "who was never here has none")
+        self.assertNotIn("encounter", app.tokens(username="joseph-ross"), "who was never here has none")
         for url, encounter in ((app.authorize_url(), "visit-9"),
                                (self.app.authorize_url(scope="patient/*.rs"), "visit-1")):
             with self.assertRaises(s4s.PortalError):
@@ -4500,7 +4500,8 @@ class Searching(RecordsTest):
         query = f"Observation?_id={first}&_revinclude=Provenance:target"
         for scope, path, ids in (
                 ("patient/*.rs", query, [first, "p"]), ("patient/Observation.rs", query, [first]),
-                ("patient/*.rs", f"Provenance?patient={DANIEL}&_include=Provenance:target", ["p", first]),
+                ("patient/*.rs", f"Provenance?patient={DANIEL}&_id=p,q&_include=Provenance:target",
+                 ["p", first]),
                 ("patient/*.rs", f"Provenance?target=Observation/{theirs}", []),
                 ("patient/*.rs", f"Provenance?target=Observation/{first}", ["p"])):
             with self.subTest(scope=scope, path=path):
@@ -4682,13 +4683,14 @@ class Searching(RecordsTest):
         path = ("Encounter?_include=Encounter:subject&_include=Encounter:participant"
                 "&_revinclude=Observation:encounter")
         self.assertEqual(self.types(path, token), {"Encounter", "Practitioner"})
-        amys = self.portal.issue_token(scope="patient/*.rs", patient_id=AMY)
+        josephs = self.portal.issue_token(scope="patient/*.rs", username="joseph-ross")
         path = "Practitioner?_revinclude=Encounter:participant"
-        self.assertEqual(self.types(path, amys), {"Practitioner"})
+        self.assertEqual(self.types(path, josephs), {"Practitioner"})
         doctors = self.portal.issue_token(username="clinician", scope="user/*.rs")
         self.assertEqual(self.types(path, doctors), {"Practitioner", "Encounter"})
         # However many there are that may not be seen, they take no places.
-        self.portal.load({**self.resources("Encounter")[0], "id": "coming", "status": "planned"})
+        visit = self.resources(f"Encounter?patient={DANIEL}")[0]
+        self.portal.load({**visit, "id": "coming", "status": "planned"})
         coming = self.portal.issue_token(scope="patient/Practitioner.rs patient/Encounter.rs?status=planned")
         with mock.patch.object(s4s, "MAX_INCLUDED", 2):
             self.assertEqual(self.types(path, coming), {"Practitioner", "Encounter"})
@@ -4819,15 +4821,25 @@ Location Patient | _id:234 patient:""".splitlines():
         queries = """Observation?code=http://loinc.org%7C72166-2 Observation?category=social-history Condition
             Observation?category=laboratory Observation?category=vital-signs MedicationStatement Encounter
             MedicationDispense MedicationAdministration AllergyIntolerance Procedure Immunization
-            DocumentReference ImagingStudy"""
-        later = "MedicationRequest DiagnosticReport Coverage ExplanationOfBenefit"
-        for version, more in (("dstu2", "MedicationOrder"), ("stu3", later), ("r4", later)):
+            DocumentReference ImagingStudy DiagnosticReport Goal Provenance
+            CarePlan?category=assess-plan&status=active&date=gt2009 Device Device?type=14106009
+            Condition?category=health-concern QuestionnaireResponse Observation?code=3141-9
+            Observation?code=55284-4 Observation?code=2089-1 Observation?code=4548-4"""
+        later = f"""MedicationRequest Coverage Coverage?beneficiary={DANIEL} ExplanationOfBenefit
+            CareTeam?status=active"""
+        first = "MedicationOrder CarePlan?category=careteam"
+        for version, more in (("dstu2", first), ("stu3", later), ("r4", later)):
             with s4s.Server(fhir_version=version) as portal:
                 token = portal.issue_token(scope="patient/*.read")["access_token"]
                 for query in [*queries.split(), *more.split()]:
-                    path = f"{query}{'&' if '?' in query else '?'}patient={DANIEL}"
-                    with self.subTest(version=version, path=path):
-                        self.assertTrue(ask(f"{portal.fhir_url}/{path}", token=token).json.get("entry"))
+                    path = f"{query}{'&' if '?' in query else '?'}patient="
+                    for more_of_it, found in ((DANIEL, True), (f"Patient/{DANIEL}&_lastUpdated=gt2015", True),
+                                              (f"{DANIEL}&_lastUpdated=gt2019", False)):
+                        with self.subTest(version=version, path=path + more_of_it):
+                            got = ask(f"{portal.fhir_url}/{path}{more_of_it}", token=token)
+                            self.assertEqual(bool(got.json.get("entry")), found, got)
+                laboratory = ask(f"{portal.fhir_url}/Observation?category=laboratory", token=token).json
+                self.assertIn("next", [link["relation"] for link in laboratory["link"]])
                 document = ask(f"{portal.fhir_url}/DocumentReference?patient={DANIEL}", token=token)
                 url = document.json["entry"][0]["resource"]["content"][0]["attachment"]["url"]
                 self.assertEqual(ask(f"{portal.fhir_url}/{url}", token=token).json["resourceType"], "Binary")
@@ -4870,7 +4882,7 @@ class Reading(RecordsTest):
         path = f"Patient/{AMY}/$everything"
         self.assertEqual(set(map(s4s.owner, within(self.fhir(path, token).json, "match"))), {AMY})
         self.assertGreater(len(self.types(path, token, "match")), 4)
-        self.assertEqual(self.types(path, token, "include"), {"Organization", "Practitioner"})
+        self.assertEqual(self.types(path, token, "include"), {"Location", "Organization", "Practitioner"})
         self.assertEqual(self.open("Patient/nobody/$everything").status, 404)
 
     def test_everything_of_one_patient_leaves_out_what_it_refers_to_of_another(self) -> None:
@@ -6101,23 +6113,29 @@ ELEMENTS = """
 AllergyIntolerance ddd:patient d--:substance -dd:code s--:status -sd:clinicalStatus,verificationStatus
     s-s:recordedDate -s-:assertedDate
 Binary -dd:securityContext sss:contentType ss-:content --s:data
+CarePlan ddd:subject,period sss:status lll:category -ss:intent -ll:careTeam
+CareTeam -dd:subject -ss:status -ll:participant -dl:participant.role
 Condition ddd:code d--:patient -dd:subject s--:dateRecorded sss:onsetDateTime dll:category
     ssd:clinicalStatus,verificationStatus
 Coverage -dd:beneficiary,type,period -ss:status -ll:payor --l:class
+Device ddd:type,patient sss:status sd-:udi --l:udiCarrier --s:distinctIdentifier
 DiagnosticReport ddd:code,subject sss:status,effectiveDateTime,issued,result.reference dll:performer
     ddl:category
 DocumentReference ddd:masterIdentifier,subject,type
-    sss:status,content.attachment.contentType,content.attachment.url ss-:indexed,created --s:date --l:category
+    sss:status,description,content.attachment.contentType,content.attachment.url ss-:indexed,created --s:date
+    --l:category
     ddl:context.encounter lll:identifier ldd:content.format
 Encounter d--:patient -dd:subject sss:status,period.start lll:type sdd:class
 Endpoint -ss:address
 ExplanationOfBenefit -dd:patient,type,insurer,provider -s-:item.net.system --s:use -ss:status,created
     --l:total -ds:outcome -dl:insurance -d-:item.service,totalCost,totalBenefit --d:item.productOrService
+Goal ddd:subject sdd:description ss-:status --s:lifecycleStatus s--:targetDate -ss:target.dueDate -dl:target
 ImagingStudy ddd:series.modality sss:started,series.uid ss-:uid,availability --s:status -ll:endpoint
     --l:identifier,modality -d-:context --d:subject,encounter dd-:patient iii:numberOfSeries,numberOfInstances
     ll-:modalityList
 Immunization ddd:vaccineCode,patient sss:status ss-:date --s:occurrenceDateTime b--:wasNotGiven,reported
     -b-:notGiven -bb:primarySource
+Location ddd:address ddl:type
 MedicationAdministration ddd:medicationCodeableConcept d--:patient,dosage.quantity -dd:subject,dosage.dose
     s--:effectiveTimeDateTime sss:status -ss:effectiveDateTime --d:request dd-:prescription
 MedicationDispense ddd:medicationCodeableConcept d--:patient -dd:subject sss:status,whenHandedOver
@@ -6134,7 +6152,12 @@ Organization sss:name dll:type
 Patient ddd:communication.language sss:identifier.system,identifier.value,gender,birthDate
     lll:name.given,address,telecom lss:name.family
 Practitioner dll:name
+PractitionerRole -dd:practitioner,organization -ll:code,specialty,location
 Procedure ddd:subject,code sss:status,performedDateTime -d-:context d-d:encounter
+Provenance lll:target,agent sss:recorded dl-:agent.role --d:agent.type,agent.who -d-:agent.whoReference
+    d--:agent.actor
+Questionnaire sss:status d--:group -ss:url,title -ll:item
+QuestionnaireResponse ddd:subject sss:status,authored dds:questionnaire d--:group -ll:item
 RelatedPerson ddd:patient dll:name ddl:relationship -bb:active"""
 TYPES = {kind.__name__[0]: kind for kind in (dict, list, str, int, bool)}
 
@@ -6202,12 +6225,13 @@ class SampleRecords(unittest.TestCase):
                     "Immunization"}
         of_daniel = promised | {
             "laboratory", "vital-signs", "MedicationDispense", "MedicationAdministration", "Procedure",
-            "DocumentReference", "Encounter", "ImagingStudy", "DiagnosticReport"}
-        later = {"MedicationRequest", "Coverage", "ExplanationOfBenefit"}
+            "DocumentReference", "Encounter", "ImagingStudy", "DiagnosticReport", "CarePlan", "Goal",
+            "Device", "QuestionnaireResponse"}
+        later = {"MedicationRequest", "Coverage", "ExplanationOfBenefit", "CareTeam"}
         for version, more in (("dstu2", {"MedicationOrder"}), ("stu3", later), ("r4", later)):
             self.assertEqual(self.kinds(version, DANIEL), of_daniel | more)
             for patient in (AMY, JOSEPH):
-                ordered = more - {"Coverage", "ExplanationOfBenefit"}
+                ordered = more & {"MedicationOrder", "MedicationRequest"}
                 self.assertLessEqual(promised | ordered, self.kinds(version, patient), (version, patient))
 
     def test_elements_are_those_of_the_version(self) -> None:
@@ -6228,6 +6252,19 @@ class SampleRecords(unittest.TestCase):
         for type_name, path, *expected in (
                 ("AllergyIntolerance", "category", {"medication"}, {"['medication']"}, {"['medication']"}),
                 ("AllergyIntolerance", "criticality", {"CRITL"}, {"low"}, {"low"}),
+                ("CarePlan", "category.coding.code", {"assess-plan", "careteam"}, {"assess-plan"},
+                 {"assess-plan"}),
+                ("CarePlan", "category.coding.system", {"http://argonaut.hl7.org"}, None,
+                 {"http://hl7.org/fhir/us/core/CodeSystem/careplan-category"}),
+                ("Condition", "category.coding.code", {"problem", "health-concern"},
+                 {"problem-list-item", "health-concern"}, {"problem-list-item", "health-concern"}),
+                ("DiagnosticReport", "category.coding", {str([
+                    {"system": "http://hl7.org/fhir/v2/0074", "code": "LAB", "display": "Laboratory"},
+                    {"system": "http://hl7.org/fhir/ValueSet/diagnostic-service-sections", "code": "LAB"}])},
+                 None, None),
+                ("Organization", "type.coding.code", {"prov", "ins"}, {"prov", "ins"}, {"prov", "pay"}),
+                ("Questionnaire", "status", {"published"}, {"active"}, {"active"}),
+                ("Provenance", "agent.role.code", {"author", "informant"}, set(), set()),
                 ("Encounter", "class", {"ambulatory"}, None, None),
                 ("Encounter", "class.code", None, {"AMB"}, {"AMB"}),
                 ("ImagingStudy", "availability", {"ONLINE"}, {"ONLINE"}, set()),
@@ -6301,8 +6338,8 @@ class SampleRecords(unittest.TestCase):
                  if isinstance(value.get("value"), (int, float)) and "currency" not in value
                  and value.get("system") != "urn:iso:std:iso:4217"}
         self.assertEqual(" ".join(sorted(units)),
-                         "% /[HPF] /[LPF] /min 1 10*3/uL 10*6/uL Cel U/L [pH] cm d fL g/dL kg kg/m2 mL mg/L "
-                         "mg/dL mm[Hg] mmol/L pg u[IU]/mL {bottle} {tablet}")
+                         "% /[HPF] /[LPF] /min 1 10*3/uL 10*6/uL Cel U/L [pH] cm d g/dL kg kg/m2 mL mg/L "
+                         "mg/dL mm[Hg] mmol/L u[IU]/mL {tablet}")
 
     def test_each_version_has_its_own_code_systems(self) -> None:
         systems = {version: {value["system"] for value in walk(records) if "system" in value}
@@ -6315,12 +6352,29 @@ class SampleRecords(unittest.TestCase):
         self.assertIn("http://hl7.org/fhir/v3/Ethnicity", systems["dstu2"])
 
     def test_vital_signs_have_the_codes_and_units_of_the_profiles(self) -> None:
-        expected = {"8867-4": "/min", "9279-1": "/min", "8310-5": "Cel", "8302-2": "cm", "29463-7": "kg",
-                    "59408-5 2708-6": "%", "39156-5": "kg/m2", "8480-6": "mm[Hg]", "8462-4": "mm[Hg]"}
+        expected = {
+            "8867-4": "/min", "9279-1": "/min", "8310-5": "Cel", "8302-2": "cm", "29463-7 3141-9": "kg",
+            "59408-5 2708-6": "%", "39156-5": "kg/m2", "8480-6": "mm[Hg]", "8462-4": "mm[Hg]",
+            "85354-9 55284-4": None, "13457-7 2089-1": "mg/dL", "4548-4": "%"}
         for version, records in self.records.items():
             units = {" ".join(coding["code"] for coding in value["code"]["coding"]):
-                     at(value, "valueQuantity.code") for value in walk(records) if "valueQuantity" in value}
+                     at(value, "valueQuantity.code") for value in walk(records)
+                     if "valueQuantity" in value or "component" in value}
             self.assertEqual({code: units.get(code) for code in expected}, expected, version)
+
+    def test_a_child_grows(self) -> None:
+        for version in self.records:
+            signs: dict[str, list[tuple[str, float]]] = collections.defaultdict(list)
+            for resource in self.of_type(version, "Observation"):
+                if at(resource, "subject.reference") == f"Patient/{AMY}":
+                    signs[at(resource, "code.coding.code")].append(
+                        (resource["effectiveDateTime"], at(resource, "valueQuantity.value")))
+            height, weight, index = (signs[code] for code in ("8302-2", "29463-7", "39156-5"))
+            self.assertEqual((len(height), height[0][0][:7], height[-1][0][:7]), (8, "2008-03", "2016-03"))
+            self.assertEqual(sorted(height, key=lambda sign: sign[1]), sorted(height))
+            for (_, tall), (_, heavy), (_, bmi) in zip(height, weight, index):
+                self.assertAlmostEqual(heavy / (tall / 100) ** 2, bmi, delta=0.06)
+            self.assertEqual(len(signs["85354-9"]), 8)
 
     def test_common_laboratory_values_can_be_drawn_over_time_with_their_normal_range(self) -> None:
         for loinc in ("2345-7", "2160-0", "13457-7", "2823-3", "718-7", "11580-8"):
