@@ -4013,6 +4013,31 @@ def describe_everything(rest: Json, version: str) -> None:
         holder["operation"] = [{"name": "everything", "definition": url}]
 
 
+# Implementation guides | what they are called | the profiles of theirs that the sample records (section 20)
+# meet, by type, with a name where it is another.
+PROFILES = """\
+http://hl7.org/fhir/us/core/ | us-core | AllergyIntolerance CarePlan CareTeam Condition
+    Condition:condition-problems-health-concerns Coverage Device:implantable-device
+    DiagnosticReport:diagnosticreport-lab DocumentReference Encounter Goal Immunization Location
+    MedicationDispense MedicationRequest Observation:observation-lab Observation:smokingstatus
+    Observation:vital-signs Observation:blood-pressure Observation:bmi Observation:body-height
+    Observation:body-temperature Observation:body-weight Observation:heart-rate Observation:pulse-oximetry
+    Observation:respiratory-rate Organization Patient Practitioner PractitionerRole Procedure Provenance
+    QuestionnaireResponse RelatedPerson
+http://hl7.org/fhir/uv/ipa/ | ipa | AllergyIntolerance Condition DocumentReference Immunization
+    MedicationRequest MedicationStatement Observation Patient Practitioner PractitionerRole"""
+
+
+def describe_profiles(statement: Json) -> None:
+    """Name in a CapabilityStatement of R4 what servers of US Core and IPA do, and the profiles."""
+    described = {kind["type"]: kind for kind in statement["rest"][0]["resource"]}
+    for base, guide, words in table(PROFILES):
+        statement.setdefault("instantiates", []).append(f"{base}CapabilityStatement/{guide}-server")
+        for type_name, _, name in (word.partition(":") for word in words.split()):
+            described[type_name].setdefault("supportedProfile", []).append(
+                f"{base}StructureDefinition/{guide}-{name or type_name.lower()}")
+
+
 def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
     """Some of a resource's elements, marked so that nobody writes it back (FHIR search, "Elements")."""
     system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
@@ -4662,6 +4687,8 @@ class EmbeddedRecords(Records):
         """See Records."""
         statement["rest"][0]["resource"] = [self._describe_type(name) for name in sorted(self.served)]
         describe_everything(statement["rest"][0], self.version)
+        if self.version == "r4":
+            describe_profiles(statement)
 
     def _describe_type(self, name: str) -> Json:
         """What a CapabilityStatement says of a type. An empty list is left out (FHIR has none)."""

@@ -6160,6 +6160,31 @@ Questionnaire sss:status d--:group -ss:url,title -ll:item
 QuestionnaireResponse ddd:subject sss:status,authored dds:questionnaire d--:group -ll:item
 RelatedPerson ddd:patient dll:name ddl:relationship -bb:active"""
 TYPES = {kind.__name__[0]: kind for kind in (dict, list, str, int, bool)}
+# What the profiles of US Core 3.1.1 to 7.0 and of IPA require of the types that the metadata names them for.
+REQUIRED = """AllergyIntolerance | clinicalStatus verificationStatus code patient
+CarePlan | text.status text.div status intent category subject
+CareTeam | subject participant.role participant.member
+Condition | clinicalStatus verificationStatus category code subject
+Coverage | status subscriberId relationship beneficiary payor
+Device | type patient udiCarrier.deviceIdentifier
+DiagnosticReport | status category code subject effectiveDateTime issued
+DocumentReference | status type category subject content.attachment.contentType content.attachment.url
+Encounter | status class type subject
+Goal | lifecycleStatus description subject target.dueDate
+Immunization | status vaccineCode patient occurrenceDateTime primarySource
+Location | status name address managingOrganization
+MedicationDispense | status medicationCodeableConcept subject whenHandedOver
+MedicationRequest | status intent medicationCodeableConcept subject authoredOn requester
+MedicationStatement | status medicationCodeableConcept subject effectivePeriod
+Observation | status category.coding.code code subject effectiveDateTime
+Organization | active name
+Patient | identifier.system identifier.value name.family name.given gender birthDate
+Practitioner | identifier.system identifier.value name.family
+PractitionerRole | practitioner organization code specialty location telecom.value
+Procedure | status code subject performedDateTime
+Provenance | target.reference recorded agent.who.reference agent.type
+QuestionnaireResponse | questionnaire status subject authored item.linkId
+RelatedPerson | active patient name relationship"""
 
 
 def at(value: Any, path: str) -> Any:
@@ -6278,6 +6303,29 @@ class SampleRecords(unittest.TestCase):
                     values = {re.sub(r"(2\.25)\..*", r"\1", str(at(resource, path)))
                               for resource in self.of_type(version, type_name)}
                     self.assertEqual(values - {"None"}, codes, (version, type_name, path))
+
+    def test_the_records_meet_the_profiles_that_the_metadata_of_r4_names(self) -> None:
+        required = {name: paths.split() for name, paths in s4s.table(REQUIRED)}
+        for version in self.records:
+            with s4s.Server(fhir_version=version) as portal:
+                statement = ask(f"{portal.fhir_url}/metadata").json
+            profiled = {kind["type"]: kind["supportedProfile"] for kind in statement["rest"][0]["resource"]
+                        if "supportedProfile" in kind}
+            guides = {"http://hl7.org/fhir/us/core/": "us-core", "http://hl7.org/fhir/uv/ipa/": "ipa"}
+            self.assertEqual(statement.get("instantiates"), [
+                f"{base}CapabilityStatement/{name}-server" for base, name in guides.items()]
+                if version == "r4" else None)
+            self.assertEqual(set(profiled), set(required) if version == "r4" else set())
+        for base, name in guides.items():
+            self.assertIn(f"{base}StructureDefinition/{name}-patient", profiled["Patient"])
+        for name, paths in required.items():
+            resources = self.of_type("r4", name)
+            self.assertTrue(resources, name)
+            for resource, path in itertools.product(resources, paths):
+                self.assertIsNotNone(at(resource, path), (resource["id"], path))
+        imports = [agent for resource in self.of_type("r4", "Provenance") for agent in resource["agent"]]
+        self.assertTrue(all("onBehalfOf" in agent or "Practitioner/" not in agent["who"]["reference"]
+                            for agent in imports))
 
     def test_an_observation_has_a_value_or_components(self) -> None:
         for version in self.records:
