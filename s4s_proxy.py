@@ -6015,7 +6015,6 @@ FACTS = {
 6 | Joseph | 2007-06-20 | 8517006 Ex-smoker""",
     "VISITS": """id | who | date | 8867-4 | 9279-1 | 8310-5 | 29463-7 | 8302-2 | 39156-5 | 59408-5 | 85354-9
 829 | Daniel | 1997-05-01 | 67 | 20 | 37.0 | 99.6 | 164.8 | 36.6 | 100 | 107/67
-832 | Daniel | 1999-12-21 | 81 | 19 | 37.0 | 96.3 | 165.6 | 35.2 | 100 | 128/81
 834 | Daniel | 2001-01-24 | 63 | 20 | 37.1 | 91.7 | 165.6 | 33.4 | 100 | 100/63
 836 | Daniel | 2001-10-31 | 82 | 20 | 37.0 | 93.3 | 165.9 | 33.9 | 100 | 133/82
 841 | Daniel | 2005-02-10 | 58 | 22 | 36.9 | 93.5 | 166.9 | 33.6 | 100 | 97/58
@@ -6126,9 +6125,8 @@ def reports() -> Iterator[Json]:
 def prescriptions() -> Iterator[Json]:
     """The rows of MEDICATIONS, with how much that is in all, and whether it is for long."""
     for row in rows("MEDICATIONS"):
-        number, unit = row["dose"].split()
-        amount, days = int(number) * int(row["times"]) * int(row["days"]), int(row["days"])
-        yield {**row, "amount": f"{amount} {unit}", "supply": f"{days} d",
+        (number, unit), days = row["dose"].split(), int(row["days"])
+        yield {**row, "amount": f"{int(number) * int(row['times']) * days} {unit}", "supply": f"{days} d",
                "status": "active" if days >= 30 else "completed"}
 
 
@@ -6141,14 +6139,10 @@ def fills() -> Iterator[Json]:
 
 
 def documents() -> Iterator[Json]:
-    """The rows of DOCUMENTS with their bytes; the PDF adds problems and medicines."""
+    """The rows of DOCUMENTS, with their bytes."""
     for row in rows("DOCUMENTS"):
-        data, title = row["text"].encode(), row["type"].partition(" ")[2]
-        if row["format"] == "application/pdf":
-            known = [*rows("PROBLEMS"), *rows("MEDICATIONS")]
-            lines = ["- " + each.get("problem", each.get("medicine", "")).partition(" ")[2] for each in known
-                     if each["who"] == "Daniel"]
-            data = pdf("\n".join([title, "", row["text"], "", "Problems and medicines", *lines]))
+        text, title = row["text"], row["type"].partition(" ")[2]
+        data = pdf(f"{title}\n\n{text}") if row["format"] == "application/pdf" else text.encode()
         number = {"system": "urn:ietf:rfc:3986", "value": f"urn:oid:2.16.840.1.113883.19.5.{row['id']}"}
         yield {**row, "title": title, "size": len(data), "data": base64.b64encode(data).decode(),
                "number": number}
@@ -6373,32 +6367,28 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 
 
 # The versions. Here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
-def adapt(resources: Sequence[Json], earlier: Version) -> list[Json]:
+# Of a version, first: types, perhaps "at" a path inside | what `moved` does there; "-=" takes away, and nothing
+# means that the version lacks these types. Second: what is then written otherwise.
+def adapt(resources: list[Json], earlier: tuple[str, Sequence[tuple[str, str]]]) -> list[Json]:
     """Resources as the version before theirs has them; those given are changed on the way."""
-    adapted = [resource for resource in resources if resource["resourceType"] not in earlier.lacks.split()]
-    for types_and_path, moves in table(earlier.moves):
+    for types_and_path, moves in table(earlier[0]):
         types, _, path = types_and_path.partition(" at ")
-        holders = [resource for resource in adapted if resource["resourceType"] in types.split()]
+        holders = [resource for resource in resources if resource["resourceType"] in types.split()]
         for holder in within(holders, path) if path else holders:
             elements = moved(holder, moves)
             for name in {end.split(".")[0] for pair in _MOVES.findall(moves) for end in pair}:
                 holder.pop(name, None)
             holder.update(elements)
             holder.pop("-", None)
-    text = json.dumps(adapted)
-    for texts in earlier.texts:
+        if not moves:
+            resources = [resource for resource in resources if resource["resourceType"] not in types.split()]
+    text = json.dumps(resources)
+    for texts in earlier[1]:
         text = text.replace(*texts)
     return list(json.loads(text))
 
 
-class Version(NamedTuple):
-    """How a version of FHIR differs from the one after it."""
-    lacks: str                        # types that it does not have
-    moves: str                        # types, perhaps "at" a path inside | what `moved` does there; -=: away
-    texts: Sequence[tuple[str, str]]  # what it then writes otherwise: code systems, values, a type's name
-
-
-STU3 = Version(lacks="", moves="""\
+STU3 = ("""\
 AllergyIntolerance Condition | clinicalStatus=clinicalStatus.coding.0.code
     verificationStatus=verificationStatus.coding.0.code assertedDate=recordedDate
 Binary | content=data
@@ -6422,7 +6412,7 @@ MedicationAdministration MedicationRequest | prescription=request requester.agen
 MedicationRequest at dosageInstruction | doseQuantity=doseAndRate.0.doseQuantity
 MedicationStatement | taken='y'
 Provenance at agent | role.0=type whoReference=who onBehalfOfReference=onBehalfOf
-QuestionnaireResponse | questionnaire=Questionnaire('1')""", texts=(
+QuestionnaireResponse | questionnaire=Questionnaire('1')""", (
     (f'{US}CodeSystem/us-core-provenance-participant-type", "code": "transmitter',
      HL7 + 'provenance-participant-role", "code": "informant'),
     (HL7 + "provenance-participant-type", HL7 + "provenance-participant-role"),
@@ -6432,7 +6422,8 @@ QuestionnaireResponse | questionnaire=Questionnaire('1')""", texts=(
     (IHE, "urn:oid:1.3.6.1.4.1.19376.1.2.3"), (HL7, "http://hl7.org/fhir/"),
     ('"currency": "', '"system": "urn:iso:std:iso:4217", "code": "'),
     ('"notGiven": "not-done"', '"notGiven": true'), ('"notGiven": "completed"', '"notGiven": false')))
-DSTU2 = Version(lacks="Coverage Endpoint ExplanationOfBenefit PractitionerRole", moves="""\
+DSTU2 = ("""\
+Coverage Endpoint ExplanationOfBenefit PractitionerRole |
 AllergyIntolerance | recordedDate=assertedDate category=category.0 status=clinicalStatus substance=code
     -=verificationStatus
 Binary CarePlan ImagingStudy RelatedPerson | -=securityContext -=intent -=careTeam -=context -=endpoint
@@ -6458,7 +6449,7 @@ Patient Practitioner RelatedPerson at name | family.0=family
 Practitioner RelatedPerson | name=name.0
 Provenance at agent | role=role.0.coding.0 actor=whoReference -=onBehalfOfReference
 Questionnaire | status='published' group.linkId='falls' group.title=title group.question=item -=url -=name
-QuestionnaireResponse | group.linkId='falls' group.question=item""", texts=(
+QuestionnaireResponse | group.linkId='falls' group.question=item""", (
     (US_CORE, "http://fhir.org/guides/argonaut/StructureDefinition/argo-"),
     (US + "CodeSystem/careplan-category", ARGONAUT), (US + "CodeSystem/condition-category", ARGONAUT),
     ('http://hl7.org/fhir/condition-category", "code": "problem-list-item', ARGONAUT + '", "code": "problem'),
@@ -6467,7 +6458,7 @@ QuestionnaireResponse | group.linkId='falls' group.question=item""", texts=(
     ('"criticality": "low"', '"criticality": "CRITL"'), ('"reported": true', '"reported": false'),
     (f'"{CDC_RACE}", "code": "2186-5"', '"http://hl7.org/fhir/v3/Ethnicity", "code": "2186-5"'),
     (CDC_RACE, "http://hl7.org/fhir/v3/Race")))
-STEPS_FROM_R4: dict[str, tuple[Version, ...]] = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
+STEPS_FROM_R4 = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
 
 
 # ######################################################################## 21 messages and JSON
