@@ -6367,8 +6367,8 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 
 
 # The versions. Here, and nowhere else, stands how STU3 differs from R4, and DSTU2 from STU3.
-# Of a version, first: types, perhaps "at" a path inside | what `moved` does there ("-=" takes away; nothing at
-# all: the version lacks these types). Second: what is then written otherwise.
+# Of a version, first: types, perhaps "at" a path inside | what `moved` does there ("-=" takes away; if it
+# does nothing, the version lacks the types). Second: what is then written otherwise.
 def adapt(resources: list[Json], earlier: tuple[str, Sequence[tuple[str, str]]]) -> list[Json]:
     """Resources as the version before theirs has them; those given are changed on the way."""
     for types_and_path, moves in table(earlier[0]):
