@@ -5953,11 +5953,11 @@ def table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in text.replace("\n    ", " ").splitlines()]
 
 
-def rows(name: str) -> Iterator[Json]:
+@functools.cache
+def rows(name: str) -> list[Json]:
     """The rows of a table of FACTS: cells by the names in its first row, without the empty ones."""
     names, *lines = table(FACTS[name])
-    for cells in lines:
-        yield {**NAMED, **{name: cell for name, cell in zip(names, cells) if cell}}
+    return [{**NAMED, **{name: cell for name, cell in zip(names, cells) if cell}} for cells in lines]
 
 
 # Some of what SMART's sample patients have, with units in UCUM, and two codes put right that are none of
