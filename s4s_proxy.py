@@ -3381,7 +3381,7 @@ _CHOICES = {"date": ("DateTime", "Period", "Instant", "Date", "Timing"), "token"
 def search_table(version: str) -> dict[str, dict[str, Parameter]]:
     """The types that a version of the embedded records serves, and what each can be searched by."""
     served: dict[str, dict[str, Parameter]] = {}
-    for type_name, *cells in table(SEARCH_PARAMETERS.replace("\n    ", " ")):
+    for type_name, *cells in table(SEARCH_PARAMETERS):
         parts = [cell.rpartition(": ") for cell in cells]
         texts = [text for versions, _, text in parts if not versions or version in versions]
         words = " ".join(["patient identifier", *texts]).split()
