@@ -266,11 +266,11 @@ def length(value: Any) -> int:
 
 
 # ======================================================================== Part One: the protocol
-# It uses of what stands below: elements, as_list, reference_of, tokens_of, attachments and DOCUMENT_TYPES
+# It uses of what stands below: elements, as_list, id_of, reference_of, tokens_of, attachments, DOCUMENT_TYPES
 # (what stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE,
-# FHIR_TYPES, JSON_TYPES, parse_json, _JSON, BadRequest and Connection (messages), RsaKey, new_rsa_key,
-# sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page, LOOK_JSON
-# and LOOK_DIGEST (pages), scrubbed (test controls).
+# FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest and Connection (messages), RsaKey,
+# new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page,
+# LOOK_JSON and LOOK_DIGEST (pages), scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -914,7 +914,7 @@ class Request:
         self.notes.append(text)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """The query's parameters, in order."""
+        """The query's parameters, in order; the same list each time."""
         if self._pairs is None:
             self._pairs = decode_pairs(self.query)
         return self._pairs
@@ -2087,7 +2087,6 @@ def fhir(portal: Portal, request: Request) -> Response:
     if request.rest.startswith(".well-known/"):  # some libraries look for OpenID's document here
         raise FhirError("not-found", f"{request.path}: expected .well-known/smart-configuration", 404)
     row = bearer(portal, request)
-    permit(request.method in ("GET", "HEAD", "POST"), f"{request.method}: this server only reads")
     base = portal.base(request) + "/api/fhir"
     return answer_fhir(portal.records, fhir_request(request, access_of(portal, row), base, row["grant_id"]))
 
@@ -2099,8 +2098,9 @@ def open_fhir(portal: Portal, request: Request) -> Response:
     if request.rest == "metadata":
         statement = capability_statement(portal, request, False)
         return fhir_response(request, statement, version=portal.records.version)
-    need(request.method != "POST" or request.rest.endswith("/_search"), "POST: only [type]/_search",
-         "not-supported", 405, FhirError, [("Allow", "GET, HEAD")])
+    reads = request.method != "POST" or interaction_of("POST", request.rest)[0] in ("search", "everything")
+    need(reads, "POST: only [type]/_search and Patient/[id]/$everything", "not-supported", 405, FhirError,
+         [("Allow", "GET, HEAD")])
     base = portal.base(request) + "/api/open-fhir"
     return answer_fhir(portal.records, fhir_request(request, OPEN_ACCESS, base, ""))
 
@@ -2132,31 +2132,32 @@ PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction,
     ("GET", "search", rf"(?P<type>{_TYPE})"),
     ("POST", "search", rf"(?P<type>{_TYPE})/_search"),
     ("GET", "read", rf"(?P<type>{_TYPE})/(?P<id>{_ID})(?:/_history/(?P<version>{_ID}))?"),
-    ("GET", "everything", rf"(?P<type>Patient)/(?P<id>{_ID})/\$everything"),
+    *((method, "everything", rf"(?P<type>Patient)/(?P<id>{_ID})/\$everything") for method in ("GET", "POST")),
     ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"))]
+POSSIBLE = ("possible are GET of [type], [type]/[id], [type]/[id]/_history/[id] and Patient/[id]/[type], "
+            "POST of [type]/_search, and both of Patient/[id]/$everything")
 
 
 @remembered(20)
-def interaction_of(path: str, posted: bool) -> tuple[str, Mapping[str, str]]:
-    """The interaction that a path below the base asks for, and the parts of the path by name; "" for none."""
+def interaction_of(asked_by: str, path: str) -> tuple[str, Mapping[str, str]]:
+    """What a method and path below the base ask for, and the parts of the path by name; "" for nothing."""
     parts = [unquote(part) for part in path.split("/")]
     plain = "/".join(parts) if all(re.fullmatch("[A-Za-z0-9._$-]*", part) for part in parts) else "?"
     for method, interaction, shape in PATH_SHAPES:
-        if posted == (method == "POST") and (match := shape.fullmatch(plain)):
+        if method == asked_by and (match := shape.fullmatch(plain)):
             return interaction, match.groupdict(default="")
     return "", {}
 
 
 def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> FhirRequest:
     """What a request asks for; FhirError where that is nothing this server does."""
-    posted = request.method == "POST"
-    interaction, parts = interaction_of(request.rest, posted)
+    method = "GET" if request.method == "HEAD" else request.method
+    interaction, parts = interaction_of(method, request.rest)
     if not interaction:
-        permit(not posted, "writing and batches are not possible here; only POST [type]/_search")
-        permit("$" not in unquote(request.rest), f"{request.path}: expected Patient/[id]/$everything")
-        permit(request.rest, "a search over all types is not possible here: name a type")
-        raise FhirError("not-supported", f"{request.path}: expected [type], [type]/_search, [type]/[id], "
-                        "[type]/[id]/_history/[id], Patient/[id]/[type] or Patient/[id]/$everything", 404)
+        told = f"{request.method} {request.path}: {POSSIBLE}"
+        permit(method == "GET" and request.rest and "$" not in unquote(request.rest), told)
+        raise FhirError("not-supported", told, 404)
+    take_parameters(request, interaction)
     return FhirRequest(request, access, base, grant_id, interaction, **parts)
 
 
@@ -2484,12 +2485,6 @@ def _id_in(reference: str, type_name: str, base: str) -> str | None:
     """The id in a reference to a resource of a type, relative or below `base`; None for any other."""
     name, _, key = local_name(reference, base).partition("/")
     return key if name == type_name else None
-
-
-def id_of(resource: Json) -> str | None:
-    """A resource's id; None where it has none that FHIR allows."""
-    key = resource.get("id")
-    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
 
 
 # The categories of the consent page, in its order: what it is called there, and the types it covers.
@@ -3182,6 +3177,12 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def id_of(resource: Json) -> str | None:
+    """A resource's id; None where it has none that FHIR allows."""
+    key = resource.get("id")
+    return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
+
+
 def reference_of(element: Any) -> str:
     """The text of a FHIR Reference, "" if there is none."""
     text = element.get("reference") if isinstance(element, dict) else None
@@ -3421,7 +3422,6 @@ class Query(NamedTuple):
     includes: tuple[Include, ...]
     limit: int                               # matches on a page; 0: none, only the total
     total: bool
-    elements: tuple[str, ...]                # empty: all
     after: tuple[Any, ...]                   # where the page before ended: see page_mark
     parameters: tuple[tuple[str, str], ...]  # those that took effect
 
@@ -3457,14 +3457,12 @@ def parse_query(version: str, type_name: str, parameters: Sequence[tuple[str, st
             if not lenient or error.error != "not-supported":
                 raise
     _check(sum(len(term.alternatives) for term in terms) <= MAX_VALUES, costly, "too-costly")
-    for name, possible in (("_summary", "count, false"), ("_total", "accurate, estimate, none")):
-        _check(shown[name] in possible.split(", "), f"{name}={shown[name]}: expected one of {possible}")
-    count = shown["_count"]
+    total, count = shown["_total"], shown["_count"]
+    _check(total in ("accurate", "estimate", "none"), f"_total={total}: expected accurate, estimate or none")
     _check(re.fullmatch(r"[0-9]{1,18}", count), f"_count={count}: expected a whole number")
     limit = 0 if shown["_summary"] == "count" else min(int(count), 1000)
-    names = tuple(filter(None, shown["_elements"].split(",")))
-    return Query(type_name, tuple(terms), tuple(sort.items()), tuple(includes), limit,
-                 shown["_total"] != "none", names, _parse_mark(shown["_page"]), tuple(effective))
+    return Query(type_name, tuple(terms), tuple(sort.items()), tuple(includes), limit, total != "none",
+                 _parse_mark(shown["_page"]), tuple(effective))
 
 
 def _check(good: Good | None, description: str, error: str = "value") -> Good:
@@ -3956,7 +3954,7 @@ _quote = remembered(8)(quote)  # the same few names and values stand in most sea
 
 
 def bundle_response(asked: FhirRequest, page: Page, parameters: Sequence[tuple[str, str]], path: str,
-                    version: str, names: Sequence[str] = ()) -> Response:
+                    version: str) -> Response:
     """A page as a Bundle, with links to itself, the first and the next. Entries are sent as they lie in the
     database, parsed only to be judged."""
     rest = [(name, value) for name, value in parameters if name != "_page"]
@@ -3973,9 +3971,8 @@ def bundle_response(asked: FhirRequest, page: Page, parameters: Sequence[tuple[s
     start, entries = '{"fullUrl":' + json.dumps(asked.base)[:-1], []
     for mode, resources in (("match", page.matches), ("include", page.included)):
         for resource in resources:
-            body = json.dumps(only_elements(resource.content, names, version)) if names else resource.text
-            name = f"{resource.type}/{resource.id}"
-            entries.append(f'{start}/{name}","resource":{body},"search":{{"mode":"{mode}"}}}}')
+            entries.append(f'{start}/{resource.type}/{resource.id}","resource":{resource.text},'
+                           f'"search":{{"mode":"{mode}"}}}}')
     if entries:
         text = text[:-1] + ', "entry": [' + ",\n".join(entries) + "]}"
     return fhir_response(asked.request, text, version=version)
@@ -4036,14 +4033,6 @@ def describe_profiles(statement: Json) -> None:
         for type_name, _, name in (word.partition(":") for word in words.split()):
             described[type_name].setdefault("supportedProfile", []).append(
                 f"{base}StructureDefinition/{guide}-{name or type_name.lower()}")
-
-
-def only_elements(resource: Json, names: Sequence[str], version: str) -> Json:
-    """Some of a resource's elements, marked so that nobody writes it back (FHIR search, "Elements")."""
-    system = HL7 + "v3-ObservationValue" if version == "r4" else "http://hl7.org/fhir/v3/ObservationValue"
-    meta = {**resource["meta"], "tag": [*elements(resource, "meta.tag"), coding(system, "SUBSETTED")]}
-    return {name: meta if name == "meta" else value for name, value in resource.items()
-            if name in ("resourceType", "id", "meta", *names)}
 
 
 def is_unchanged(request: Request, tag: str, updated: float) -> bool:
@@ -4504,7 +4493,7 @@ class EmbeddedRecords(Records):
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
         keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
         select = Sql(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}", where.values)
-        page = self._page(select, keys, query.limit, query.after, access, "s")
+        page = self._page(select, keys, query.limit, query.after, access.may_see, "s")
         total = len(page.matches) if query.total and not page.hidden and not access.narrowed else None
         if total is not None and (not query.limit or page.next or query.after):  # this page is not all
             sql = f"SELECT count(*) FROM resources r WHERE {where.sql}"
@@ -4512,15 +4501,15 @@ class EmbeddedRecords(Records):
         return page._replace(included=self._included(query, page.matches, access), total=total)
 
     def _page(self, select: Sql, keys: Sequence[tuple[str, bool]], count: int, after: Sequence[Any],
-              access: Access, letters: str) -> Page:
-        """A page of what `select` finds, by its `keys` (name, falling)."""
+              may_see: Callable[[StoredResource, str], bool], letters: str) -> Page:
+        """A page of what `select` finds and may be seen, by its `keys` (name, falling)."""
         _check(len(after) in (0, len(keys)), "_page: not a link of this search")
         seen: list[StoredResource] = []
         hidden, wanted, last = False, count + 1, None
         while wanted > 1 and len(seen) <= count:  # until the page is full and one more is seen
             looked_at = 0
             for looked_at, last in enumerate(self._in_order(select, keys, after, wanted), 1):
-                if access.may_see(last, letters):
+                if may_see(last, letters):
                     seen.append(last)
                 else:
                     hidden = True
@@ -4590,7 +4579,7 @@ class EmbeddedRecords(Records):
                 sql += f" AND +patient_id IN ({_marks([NOBODY, *patients])})"
                 values += [NOBODY, *patients]
             select = Sql(f"SELECT * FROM resources WHERE {sql}", tuple(values))
-            return self._page(select, [("number", False)], MAX_INCLUDED + 1, (), access, "s").matches
+            return self._page(select, [("number", False)], MAX_INCLUDED + 1, (), access.may_see, "s").matches
         targets: Sequence[Any] = [("Patient", match.owner)]
         if not names_owner:
             sql = "SELECT system, value FROM search_values WHERE number = ? AND parameter = ?"
@@ -4620,23 +4609,14 @@ class EmbeddedRecords(Records):
         return resource
 
     def answer_read(self, asked: FhirRequest) -> Response:
-        """One resource; 304 if the client has it; a Binary's content where its media type is asked for."""
+        """One resource; 304 if the client has it."""
         resource, request = self.visible(asked), asked.request
         need(asked.version in ("", resource.version), "only the current version of a resource is kept: "
              "[type]/[id]/_history/[version]", "not-found", 404, FhirError)
         tag = f'"{resource.version}"'
         headers = [("ETag", f"W/{tag}"), ("Last-Modified", http_date(resource.updated))]
-        if is_unchanged(request, tag, resource.updated):
-            return Response(304, headers=headers)
-        kind = str(resource.content.get("contentType", "")) if resource.type == "Binary" else ""
-        media_type = kind.partition(";")[0].strip().lower()
-        if re.fullmatch(r"[!-~ ]+", kind) and media_type in media_types(accepts(request), self.version):
-            data = str(resource.content.get("data", resource.content.get("content", "")))
-            # sandbox: content that somebody loaded must not run as a page of this portal
-            headers = [*headers, ("Content-Security-Policy", "sandbox")]
-            with contextlib.suppress(ValueError):  # it is not base64
-                return Response(200, base64.b64decode(data), kind, headers)
-        return fhir_response(request, resource.text, headers=headers, version=self.version)
+        text = "" if is_unchanged(request, tag, resource.updated) else resource.text
+        return one_resource(asked, text, headers, self.version)
 
     def answer_search(self, asked: FhirRequest) -> Response:
         """A page of a type's resources that match and may be seen, with a link to the next (FHIR search)."""
@@ -4645,8 +4625,7 @@ class EmbeddedRecords(Records):
             owners = [name for name, (kind, _) in self.served[asked.type].items() if kind == "owner"]
             need(owners, f"{asked.type} is in no patient's compartment", "not-supported", 404, FhirError)
             pin = [(owners[0], asked.compartment)]
-        given = [*pin, *request.pairs(), *(request.form() if request.body else [])]
-        pairs = tuple((name, value) for name, value in given if value)
+        pairs = tuple((name, value) for name, value in [*pin, *request.pairs()] if value)
         lenient = "handling=lenient" in request.headers.get("prefer", "").replace(" ", "")
         query = parse_query(self.version, asked.type, pairs, asked.base, lenient)
         allowed = asked.access.patients(asked.type, "s")
@@ -4655,7 +4634,7 @@ class EmbeddedRecords(Records):
         page = self.search(query, asked.access)
         request.note(f"{len(page.matches)} entries, and {len(page.included)} that they lead to, each "
                      "judged: patient, scope, category")
-        return bundle_response(asked, page, query.parameters, asked.type, self.version, query.elements)
+        return bundle_response(asked, page, query.parameters, asked.type, self.version)
 
     def answer_everything(self, asked: FhirRequest) -> Response:
         """A page of a patient's compartment, and what it refers to that is nobody's; all of it judged."""
@@ -4665,23 +4644,29 @@ class EmbeddedRecords(Records):
         types = types or set(self.served)
         shown = [pair for pair in pairs if pair[0] not in ("_type", *times)]
         query = parse_query(self.version, "Patient", (("_count", "1000"), *shown))
-        # What is nobody's is found by what refers to it, of whatever type that is.
-        looked_at = set(self.served) if types & {"Device", *SHARED_TYPES} else types & self.served.keys()
         since, start, end = times["_since"][0], times["start"][0], times["end"][1]
+        nobodys, find = types & {"Device", *SHARED_TYPES}, functools.cache(self.find)
+        # What is nobody's is found by what refers to it, of whatever type that is.
+        looked_at = set(self.served) if nobodys else types & self.served.keys()
+
+        def led_to(resource: StoredResource) -> list[StoredResource]:
+            targets = [target for target in _RELATIVE_IN_JSON.findall(resource.text) if target[0] in nobodys]
+            return [other for other in itertools.starmap(find, targets) if other and other.owner == NOBODY
+                    and other.updated >= since and asked.access.may_see(other, "rs")]
+
+        def has_place(resource: StoredResource, letters: str) -> bool:  # others would leave pages empty
+            may_see = asked.access.may_see(resource, letters)
+            return may_see and (resource.type in types or bool(led_to(resource)))
+
         sql = (f"SELECT * FROM resources r WHERE type IN ({_marks(looked_at)}) AND patient_id = ? "
                f"AND updated >= ? AND {CARE_DATES}")
         select = Sql(sql, (*looked_at, asked.id, since, end, start))
-        page = self._page(select, [("number", False)], query.limit, query.after, asked.access, "rs")
-        targets = dict.fromkeys(
-            target for match in page.matches for target in _RELATIVE_IN_JSON.findall(match.text)
-            if target[0] in SHARED_TYPES or target[0] == "Device")
-        others = [other for other in (self.find(*target) for target in targets)
-                  if other and other.owner == NOBODY and asked.access.may_see(other, "rs")
-                  and other.type in types and other.updated >= since]
+        page = self._page(select, [("number", False)], query.limit, query.after, has_place, "rs")
+        included = {other.number: other for match in page.matches for other in led_to(match)}
         matches = [match for match in page.matches if match.type in types]
-        page = page._replace(matches=matches, included=others)
+        page = page._replace(matches=matches, included=list(included.values()))
         path = f"Patient/{asked.id}/$everything"
-        return bundle_response(asked, page, pairs, path, self.version, query.elements)
+        return bundle_response(asked, page, pairs, path, self.version)
 
     def describe(self, statement: Json, secured: bool) -> None:
         """See Records."""
@@ -5519,8 +5504,8 @@ class ForwardedRecords(Records):
 
 # Search parameters that go to the FHIR server: those of the types, and of the common ones these. The others
 # could look into other records and tell by what is found what stands there (_has, _filter, _query ...).
-FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_sort", "_count", "_include",
-             "_revinclude", "_total")
+FORWARDED = ("_id", "_lastUpdated", "_tag", "_profile", "_security", "_source", "_language", "_sort",
+             "_count", "_include", "_revinclude", "_total")
 # These stay here: only whole resources can be judged, and a server may answer with more than asked.
 NOT_FORWARDED = ("_elements", "_summary", "_format", "_pretty")
 OWNER_PARAMETERS = ("patient", "subject", "beneficiary")  # their value is the owner, in whichever type
@@ -5654,14 +5639,11 @@ class Forwarding:
     def __init__(self, records: ForwardedRecords, asked: FhirRequest):
         self.records, self.upstream, self.portal = records, records.upstream, records.portal
         self.asked, self.request, self.access, self.base = asked, asked.request, asked.access, asked.base
-        # Or 406, before anybody is asked; or 502: in another version nobody could tell whose a resource is.
-        named = "fhirversion=" in accepts(asked.request).lower()
-        self.media_type = fhir_type(asked.request, records.version if named else "r4")
-        _ = records.version
+        self.version = records.version  # or 502: in another nobody could tell whose a resource is
+        if (asked.interaction, asked.type) != ("read", "Binary"):
+            fhir_type(asked.request, self.version)  # or 406, before anybody is asked
         # A page of ours, gathered from one or more of the FHIR server's.
-        self.matches: list[Entry] = []
-        self.included: list[Entry] = []
-        self.dropped: list[Entry] = []
+        self.matches, self.included, self.dropped = list[Entry](), list[Entry](), list[Entry]()
         self.next_pages: dict[str, str] = {}  # relation -> address at the FHIR server
         self.whole = True                     # nothing is left to read
         self.own: Json = {}                   # the last Bundle's own members
@@ -5671,18 +5653,15 @@ class Forwarding:
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do; and no
         preference for an answer that would not come here to be judged (respond-async)."""
-        sent = self.request.headers
-        travelling = {name: sent[name.lower()] for name in names if name.lower() in sent}
-        prefer = ", ".join(_PREFERENCES.findall(travelling.pop("Prefer", "")))
-        return {**travelling, "Prefer": prefer} if prefer else travelling
+        travelling = {name: self.request.headers.get(name.lower(), "") for name in names}
+        if "Prefer" in names:
+            travelling["Prefer"] = ", ".join(_PREFERENCES.findall(travelling["Prefer"]))
+        return {name: value for name, value in travelling.items() if value}
 
-    def respond(self, text: str, answer: Answer, *names: str, status: int = 200) -> Response:
-        """A text as response, with those of the FHIR server's headers that come back."""
-        media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if media_type != "application/json+fhir" or self.media_type != FHIR_TYPE:  # else it is DSTU2's own
-            media_type = self.media_type
-        headers = [("Cache-Control", "no-store"), *told(answer, *names)]
-        return Response(status, text.encode("utf-8", "replace"), media_type, headers)
+    def version_of(self, answer: Answer) -> str:
+        """The FHIR version of an answer: DSTU2's media type is its own."""
+        is_dstu2 = answer.headers.get("content-type", "").lower().startswith(FHIR_TYPES["dstu2"])
+        return "dstu2" if is_dstu2 else self.version
 
     def read(self) -> Response:
         """One resource: fetched, then judged."""
@@ -5702,10 +5681,11 @@ class Forwarding:
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
+        headers = told(answer, "ETag", "Last-Modified")
         unless = self.headers("If-None-Match", "If-Modified-Since")
-        is_known = unless and self.upstream.ask(url, unless).status == 304
-        body, status = ("", 304) if is_known else (text, 200)
-        return self.respond(body, answer, "ETag", "Last-Modified", status=status)
+        if unless and self.upstream.ask(url, unless).status == 304:
+            text = ""
+        return one_resource(asked, text, headers, self.version_of(answer))
 
     def may_see(self, resource: Json, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
@@ -5717,30 +5697,27 @@ class Forwarding:
     def find_targets(self, provenances: Iterable[Json]) -> None:
         """Ask whose that is which Provenances are about, a type at a time, if it did not come with them."""
         texts = [str(text) for provenance in provenances for text in elements(provenance, "target.reference")]
-        wanted: dict[str, list[str]] = {}
-        for name in {local_name(text, self.base) for text in texts} - self.owners.keys():
-            type_name = name.partition("/")[0]
+        names = sorted({local_name(text, self.base) for text in texts} - self.owners.keys())
+        for type_name, group in itertools.groupby(names, lambda name: name.partition("/")[0]):
             if type_name in SHARED_TYPES:
-                self.owners[name] = NOBODY
+                self.owners.update(dict.fromkeys(group, NOBODY))
             elif type_name in OWNER_ELEMENTS and type_name != "Patient":
-                wanted.setdefault(type_name, []).append(name)
-        for type_name, names in wanted.items():
-            names.sort()
-            for start in range(0, len(names), 100):  # all at once might be too long for an address line
-                self.find_owners(type_name, names[start:start + 100])
+                ids = [name.partition("/")[2] for name in group]
+                for start in range(0, len(ids), 100):  # all at once might be too long for an address line
+                    search = f"{type_name}?_id={','.join(ids[start:start + 100])}&_count=100"
+                    for target in self.all_of(search):
+                        self.owners[f"{target.type}/{target.id}"] = target.owner
 
-    def find_owners(self, type_name: str, names: list[str]) -> None:
-        """Ask whose these resources of a type are, as far as the lookups left go."""
-        ids = ",".join(name.partition("/")[2] for name in names)
-        url = f"{self.upstream.base}/{type_name}?_id={ids}&_count=100"
-        while url and self.lookups and not self.owners.keys() >= set(names):
+    def all_of(self, search: str) -> Iterator[FetchedResource]:
+        """What the FHIR server finds, as far as the lookups left go."""
+        url = f"{self.upstream.base}/{search}"
+        while url and self.lookups:
             self.lookups -= 1
             answer = self.upstream.ask(url)
-            if answer.status not in (200, 429, 503):  # it has no such type, or doesn't show it
+            if answer.status in (400, 403, 404, 410, 422):  # it has no such type, or doesn't show it
                 break
             own, resources = self.upstream.resources(answer, self.base)
-            for found in resources:
-                self.owners[f"{found.get('resourceType')}/{found.get('id')}"] = owner(found, self.base)
+            yield from (FetchedResource(resource, self) for resource in resources)
             url = self.links(own, answer).get("next", "")
 
     def finds_binary(self, binary_id: str) -> bool:
@@ -5758,39 +5735,28 @@ class Forwarding:
         return until == math.inf
 
     def documents(self) -> Iterator[Resource]:
-        """The record's documents and reports, as far as MAX_PAGES pages go."""
-        left, patients = MAX_PAGES, self.access.patients("Binary", "r")
+        """The record's documents and reports."""
+        patients = self.access.patients("Binary", "r")
         pins = [f"patient=Patient/{quote(patient_id)}&" for patient_id in sorted(patients)]
         if isinstance(patients, Everybody):
             pins = [""]
         for pin, type_name in itertools.product(pins, DOCUMENT_TYPES):
-            url = f"{self.upstream.base}/{type_name}?{pin}_count=100"
-            while url and left:
-                left -= 1
-                answer = self.upstream.ask(url)
-                if answer.status in (400, 404):  # it has no such type
-                    break
-                own, resources = self.upstream.resources(answer, self.base)
-                yield from (FetchedResource(resource, self) for resource in resources)
-                url = self.links(own, answer).get("next", "")
+            yield from self.all_of(f"{type_name}?{pin}_count=100")
 
     def search(self) -> Response:
         """A page of a search, from its beginning or by a paging link."""
-        asked, pairs = self.asked, self.request.pairs()
-        if self.request.method == "POST":
-            pairs = pairs + self.request.form()
+        asked, pairs, page = self.asked, self.request.pairs(), self.page_url()
         if asked.compartment:  # Patient/P/Observation is Observation?patient=P, which more servers understand
             pairs = [(PINNED_BY.get(asked.type, "patient"), asked.compartment), *pairs]
-        page = self.page_url()
         sent = [] if page else pinned_search(self.access, asked.type, pairs, self.base)
-        return self.page(page or f"{self.upstream.base}/{asked.type}", sent, pairs, "s")
+        return self.page(page or f"{self.upstream.base}/{asked.type}", sent, "s")
 
     def everything(self) -> Response:
         """Patient/[id]/$everything. It reads and searches, so each resource in it takes both letters."""
         pairs = self.request.pairs()
         everything_asked(pairs)
         url = self.page_url() or f"{self.upstream.base}/Patient/{self.asked.id}/$everything"
-        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], pairs, "rs")
+        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], "rs")
 
     def page_url(self) -> str:
         """The FHIR server's address behind a paging link; "" if the request is none."""
@@ -5857,21 +5823,28 @@ class Forwarding:
     # was included with it would tell that it is there. So a page of ours is filled from the server's next,
     # and a link to the next comes if there is one more to see, or after MAX_PAGES. The address behind it ends
     # in #, how many were seen of the server's page already, and the size of ours. The server's `total` can't
-    # be checked: it comes only where all that it counts is on this page. _summary=count is counted here.
+    # be checked: it comes only where all that it counts is on this page. _summary=count and _total=accurate
+    # are counted here.
 
-    def page(self, url: str, sent: Pairs, pairs: Pairs, letters: str) -> Response:
-        """A Bundle of what may be seen of the FHIR server's answer to `sent`; `pairs` are all that came."""
+    def page(self, url: str, sent: Pairs, letters: str) -> Response:
+        """A Bundle of what may be seen of the FHIR server's answer to `sent`."""
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
-        count = dict(pairs).get("_count", "20")
+        asked = dict(self.request.pairs())
+        count = asked.get("_count", "20")
         if not re.fullmatch("[0-9]{1,9}", count):
             raise FhirError("value", f"_count={count}: expected a whole number")
         skip, size = map(int, mark.split(",")) if mark else (0, int(count))
-        counting = not self.access.unlimited and (size == 0 or ("_summary", "count") in pairs)
-        if sent and (narrowed or counting):
-            sent = [pair for pair in sent if pair[0] != "_count"] + [("_count", str(max(size, 100)))]
-        answer = self.gather(url, urlencode(sent, quote_via=quote, safe="/:,|"), letters, skip, size,
-                             fills=narrowed and not counting, reads_on=narrowed or counting)
-        text = json.dumps(self.bundle(pairs, counting))
+        counting = not self.access.unlimited and (size == 0 or asked.get("_summary") == "count")
+        many = [pair for pair in sent if pair[0] != "_count"]
+        many += [("_count", str(max(size, 100)))] if sent else []
+        reads_on, fills = narrowed or counting, narrowed and not counting
+        answer = self.gather(url, many if reads_on else sent, letters, skip, size, fills, reads_on)
+        total = self.total(counting)
+        if ("_total", "accurate") in sent and total is None and not reads_on and not self.access.unlimited:
+            counter = Forwarding(self.records, self.asked)
+            counter.gather(url, many, letters, 0, 0, fills=False, reads_on=True)
+            total = counter.total(counting=True)
+        text = json.dumps(self.bundle(total))
         if narrowed:
             self.included = going_with(self.matches, self.included)
         shown = [] if counting else [entry.text for entry in (*self.matches, *dict.fromkeys(self.included))]
@@ -5881,14 +5854,15 @@ class Forwarding:
             self.portal.log(f"warning: {self.asked.path}: nobody can tell whose the {len(self.dropped)} "
                             "resources are that came; if they name patients by another address of the FHIR "
                             "server, its metadata should tell it (implementation.url)")
-        return self.respond(text, answer)
+        return fhir_response(self.request, text, version=self.version_of(answer))
 
-    def gather(self, url: str, query: str, letters: str, skip: int, size: int, fills: bool,
+    def gather(self, url: str, sent: Pairs, letters: str, skip: int, size: int, fills: bool,
                reads_on: bool) -> Answer:
         """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`),
         or to the end (`reads_on` alone), or just one. Gives the last answer."""
+        query = urlencode(sent, quote_via=quote, safe="/:,|")
         # A search that was posted is posted on: what a patient has may be too private for the address line.
-        form = query.encode() if query and self.request.method == "POST" else None
+        form = query.encode() if query and self.request.path.endswith("/_search") else None
         ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
         for _ in range(MAX_PAGES):
             answer = self.upstream.ask(ask or url, self.headers("Prefer"), form)
@@ -5910,22 +5884,25 @@ class Forwarding:
         self.next_pages = {"next": f"{url}#0,{size}"} if fills else {}
         return answer
 
-    def bundle(self, pairs: Pairs, counting: bool) -> Json:
-        """The Bundle of a gathered page, less its entries."""
-        bundle: Json = {"resourceType": "Bundle", "type": self.own["type"]}
-        if self.access.unlimited and type(self.own.get("total")) is int:
-            bundle["total"] = self.own["total"]
+    def total(self, counting: bool) -> int | None:
+        """How many matches there are, if that was seen, and may be told; openly, what the server says."""
+        total = self.own.get("total")
+        if self.access.unlimited:
+            return total if type(total) is int else None
         is_all = (self.whole and set(self.dropped) <= {BESIDE} and "next" not in self.next_pages
                   and not self.access.narrowed)
-        if is_all and not self.access.unlimited and (counting or self.own.get("total") == len(self.matches)):
-            bundle["total"] = len(self.matches)
-        query = urlencode(pairs, quote_via=quote) if self.request.method == "POST" else self.request.query
+        return len(self.matches) if is_all and (counting or total == len(self.matches)) else None
+
+    def bundle(self, total: int | None) -> Json:
+        """The Bundle of a gathered page, less its entries."""
+        query = urlencode(self.request.pairs(), quote_via=quote, safe=",:/|")
         here = f"{self.base}/{self.asked.path}"
         handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, self.next_pages)
-        bundle["link"] = [{"relation": "self", "url": here + (f"?{query}" if query else "")}]
-        for relation, handle in handles.items():
-            bundle["link"].append({"relation": relation, "url": f"{here}?_page={handle}"})
-        return bundle
+        links = {"self": f"{here}?{query}".rstrip("?"),
+                 **{relation: f"{here}?_page={handle}" for relation, handle in handles.items()}}
+        return {"resourceType": "Bundle", "type": self.own["type"],
+                **({} if total is None else {"total": total}),
+                "link": [{"relation": relation, "url": url} for relation, url in links.items()]}
 
 
 # ######################################################################## 20 sample data
@@ -6751,6 +6728,7 @@ FHIR_TYPE = "application/fhir+json"
 FHIR_TYPES = {"dstu2": "application/json+fhir"}  # where a version's media type is another
 JSON_TYPES = ("application/fhir+json", "application/json+fhir", "application/json", "text/json", "json")
 _ANY_JSON = frozenset(("*/*", "application/*", *JSON_TYPES))
+_FHIRS_JSON = frozenset(JSON_TYPES) - {"application/json"}
 # What fhirVersion in a media type may be (R4 http, "FHIR Version Parameter"). R4B asks R4's servers for 4.3.
 MEDIA_VERSIONS = {"dstu2": ("1.0",), "stu3": ("3.0",), "r4": ("4.0", "4.3")}
 
@@ -6781,15 +6759,104 @@ def fhir_type(request: Request, version: str = "r4") -> str:
     return "application/json" if accepted == ("application/json",) else FHIR_TYPES.get(version, FHIR_TYPE)
 
 
-def fhir_response(request: Request, body: Json | str, status: int = 200,
-                  headers: Sequence[tuple[str, str]] = (), version: str = "r4") -> Response:
-    """A resource, or its JSON text, in the type that `fhir_type` says; errors whatever is accepted."""
-    media_type = fhir_type(request, version) if status == 200 else FHIR_TYPES.get(version, FHIR_TYPE)
-    if ("_pretty", "true") in request.pairs():
-        body = json.dumps(json.loads(body) if isinstance(body, str) else body, indent=2, ensure_ascii=False)
+def take_parameters(request: Request, interaction: str) -> None:
+    """Put what a POST's body asks for among the parameters of the address. _summary=true and text may bring
+    all, as FHIR allows: they do, and are taken out, since a Bundle's link to itself names what was used."""
+    if not (request.query or request.body):
+        return
+    pairs, possible = request.pairs(), "count, data, false, text, true"
+    if request.body and request.method == "POST" and interaction in ("search", "everything"):
+        pairs += request.form() if interaction == "search" else parameters_in(request.json())
+    if summary := dict(pairs).get("_summary"):
+        need(summary in possible.split(", "), f"_summary={summary}: expected one of {possible}", "value",
+             kind=FhirError)
+        if summary in ("text", "true"):
+            pairs[:] = [pair for pair in pairs if pair[0] != "_summary"]
+
+
+def parameters_in(body: Json) -> list[tuple[str, str]]:
+    """The parameters in FHIR's Parameters, as which an operation takes them (R4 operations, "Executing")."""
+    pairs, good = [], body.get("resourceType") == "Parameters"
+    for parameter in as_list(body.get("parameter")):
+        told = parameter if isinstance(parameter, dict) else {}
+        values = [told[member] for member in told if member.startswith("value")]
+        good = good and "name" in told and [type(value) in (str, int) for value in values] == [True]
+        pairs += [(str(told.get("name")), str(value)) for value in values]
+    need(good, "expected a Parameters resource, each parameter with a name and a value of a simple type",
+         "invalid", kind=FhirError)
+    return pairs
+
+
+def fhir_response(request: Request, body: Json | str, status: int = 200, headers: Headers = (),
+                  version: str = "r4") -> Response:
+    """What was judged, a resource or Bundle, or its JSON text: in the type that `fhir_type` says (errors
+    whatever is accepted), and as the parameters ask to see it."""
+    media_type = fhir_type(request, version) if status < 300 else FHIR_TYPES.get(version, FHIR_TYPE)
     text = body if isinstance(body, str) else json.dumps(body)
+    pairs = request.pairs()
+    if pairs and text and not SHAPING.isdisjoint(dict(pairs)):
+        with contextlib.suppress(RecursionError):  # too deep: it comes as it is
+            text = reshaped(text, pairs, version)
     # no-store: else a browser answers the app from its cache, even after the token's end.
-    return Response(status, text.encode("utf-8"), media_type, [("Cache-Control", "no-store"), *headers])
+    headers = [("Cache-Control", "no-store"), *headers]
+    return Response(status, text.encode("utf-8", "replace"), media_type, headers)
+
+
+SHAPING = frozenset(("_elements", "_pretty", "_summary"))
+# Comes with whatever _elements names: who reads on without it might misunderstand the rest.
+ALWAYS_SHOWN = frozenset((
+    "resourceType", "id", "meta", "implicitRules", "modifierExtension", "status", "clinicalStatus",
+    "verificationStatus", "lifecycleStatus", "doNotPerform", "notPerformed", "notGiven", "wasNotGiven",
+    "wasNotTaken", "taken", "notDone"))
+
+
+def reshaped(text: str, pairs: Sequence[tuple[str, str]], version: str) -> str:
+    """JSON as _elements, _summary=data and _pretty ask to see it (FHIR search, "Elements", "Summary")."""
+    given, names = dict(pairs), ",".join([value for name, value in pairs if name == "_elements"]).strip(",")
+    hidden, indent = given.get("_summary") == "data" and "text", 2 if given.get("_pretty") == "true" else None
+    wanted = ALWAYS_SHOWN.union(names.split(","))
+
+    def shows(name: str) -> bool:
+        stems = [name[:end.start()] for end in re.finditer("[A-Z]|$", name)]  # value is valueQuantity, too
+        return name != hidden and not (names and wanted.isdisjoint(stems))
+
+    def cut(resource: Json) -> Json:
+        shown = {name: value for name, value in resource.items() if shows(name.lstrip("_"))}
+        if len(shown) < len(resource):  # marked: nobody must write it back
+            tag = coding(HL7 + "v3-ObservationValue", "SUBSETTED")
+            if version != "r4":
+                tag["system"] = "http://hl7.org/fhir/v3/ObservationValue"
+            meta = resource["meta"] if isinstance(resource.get("meta"), dict) else {}
+            shown["meta"] = {**meta, "tag": [*elements(meta, "tag"), tag]}
+        return shown
+
+    # Decimals go through it as text between NULs, to come out as they were: FHIR's 1.10 is not 1.1.
+    value = json.loads(text, parse_float="\0{}\0".format)
+    if value["resourceType"] != "Bundle":
+        value = cut(value)
+    for entry in elements(value, "entry"):
+        if isinstance(entry, dict) and isinstance(entry.get("resource"), dict):
+            entry["resource"] = cut(entry["resource"])
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    return re.sub(r'"\\u0000([-+.0-9Ee]+)\\u0000"', r"\1", text)
+
+
+def one_resource(asked: FhirRequest, text: str, headers: Headers, version: str) -> Response:
+    """What a read gives: 304 if there is no text to send. A Binary comes as its bytes, whatever Accept says,
+    unless FHIR's own JSON, or JSON and nothing else, is asked for by name (R4 Binary, "Serving Binary
+    Resources")."""
+    if not text:
+        return Response(304, headers=[("Cache-Control", "no-store"), *headers])
+    accepted = media_types(accepts(asked.request), version) if asked.type == "Binary" else JSON_TYPES
+    if accepted != ("application/json",) and _FHIRS_JSON.isdisjoint(accepted):
+        resource = json.loads(text)
+        kind, data = resource.get("contentType"), resource.get("data", resource.get("content"))
+        if isinstance(data, str) and re.fullmatch(r"[\w.+-]+/[\w.+-]+ *(?:;[ -~]*)?", str(kind), re.ASCII):
+            with contextlib.suppress(ValueError):  # it is not base64
+                # sandbox: what somebody else wrote must not run as a page of this portal
+                return Response(200, base64.b64decode(data), kind, [
+                    ("Cache-Control", "no-store"), ("Content-Security-Policy", "sandbox"), *headers])
+    return fhir_response(asked.request, text, 200, headers, version)
 
 
 # ######################################################################## 22 signing
