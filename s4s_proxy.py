@@ -386,7 +386,7 @@ def s256_challenge(verifier: str) -> str:
 
 # The suffixes of SMART 1 in the letters of SMART 2: create, read, update, delete, search.
 LETTERS = {"read": "rs", "write": "cud", "*": "cruds"}
-GRANTABLE_LETTERS = "rs"  # read and search are all this server grants
+GRANTABLE_LETTERS = {"patient": "crus", "user": "crus", "system": "rs"}  # nobody deletes, no service writes
 PLAIN_SCOPES = {          # the scopes that are no resource's, and what each lets the app do
     "openid": "know which account you sign in with",
     "fhirUser": "know who you are in the records",
@@ -411,9 +411,8 @@ class ResourceScope(NamedTuple):
     constraints: tuple[tuple[str, str], ...] = ()  # what follows a ? narrows further: section 16
 
     def covers(self, other: ResourceScope) -> bool:
-        """Whether everything that `other` allows to read or search, this allows too."""
+        """Whether this allows, in its letters, whatever `other` does."""
         return (self.context == other.context and self.type in ("*", other.type)
-                and all(letter in self.letters for letter in other.letters if letter in GRANTABLE_LETTERS)
                 and constraints_cover(self.constraints, other.constraints))
 
 
@@ -433,25 +432,28 @@ def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
     return tuple(parsed for parsed in map(parse_scope, scope.split()) if parsed)
 
 
-def scope_covers(registered: str, word: str) -> bool:
-    """Whether a registered scope string bounds `word`, by meaning and not by spelling.
+def covered(registered: str, word: str) -> str:
+    """What of a word a registered scope string bounds, by meaning and not by spelling: the letters of a
+    resource scope, any other word as it is; "" for nothing.
 
-    >>> scope_covers("patient/*.read", "patient/Observation.rs")
-    True
-    >>> scope_covers("patient/*.rs", "patient/Observation.cruds")  # of which nothing but rs is granted anyway
-    True
-    >>> scope_covers("user/*.rs", "patient/*.rs")  # they open different records
-    False
+    >>> covered("patient/*.read patient/Condition.cu", "patient/Condition.cruds")
+    'crus'
+    >>> covered("user/*.rs", "patient/*.rs")  # they open different records
+    ''
     """
     wanted = parse_scope(word)
     if wanted:
         kept, whose = scopes_by_value(registered), wanted.context
         places = [("", ""), *((name, min(_COMMA.split(values))) for name, values in wanted.constraints)]
-        return any(scope.covers(wanted) for type_name in (wanted.type, "*") for place in places
-                   for scope in kept.get((whose, type_name, *place), ()))
+        letters = set[str]()
+        for type_name, place in itertools.product((wanted.type, "*"), places):
+            for scope in kept.get((whose, type_name, *place), ()):
+                if not letters.issuperset(scope.letters) and scope.covers(wanted):
+                    letters.update(scope.letters)
+        return "".join(letter for letter in wanted.letters if letter in letters)
     # Whoever may let the person choose a record may also be told which is open.
     wider = {"launch": "launch/patient", "profile": "fhirUser"}.get(word, word)
-    return not {word, wider}.isdisjoint(registered.split())
+    return "" if {word, wider}.isdisjoint(registered.split()) else word
 
 
 def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("patient", "user")) -> str:
@@ -468,40 +470,27 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
 
 
 def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
-    """What of one word of a scope can be granted, "" for nothing: reading and searching, spelt as asked (.*
-    becomes .read, .cruds .rs). A constraint that can't be kept is refused: to drop it would grant more."""
+    """What of one word of a scope can be granted, "" for nothing. SMART 1's words stay where all of their
+    letters but d do. A constraint that can't be kept is refused: to drop it would grant more."""
     parsed = parse_scope(word)
     head, question, constraints = word.partition("?")
     if not parsed:
         need(not parse_scope(head), f"scope {word!r}: after the ? expected name=value pairs joined by &; "
              "modifiers, chained parameters and _filter are not supported", "invalid_scope")
         known = word in PLAIN_SCOPES and "user" in contexts
-        return word if known and scope_covers(registered, word) else ""
-    letters = "".join(letter for letter in parsed.letters if letter in GRANTABLE_LETTERS)
-    if not letters or parsed.context not in contexts or not scope_covers(registered, word):
-        return ""
-    if letters == parsed.letters:
-        return word
-    suffix = "read" if head.endswith(".*") else letters
-    return f"{parsed.context}/{parsed.type}.{suffix}{question}{constraints}"
+        return covered(registered, word) if known else ""
+    granted = covered(registered, word) if parsed.context in contexts else ""
+    letters = "".join(letter for letter in granted if letter in GRANTABLE_LETTERS[parsed.context])
+    if head.rpartition(".")[2] in LETTERS:
+        letters = letters if "c" in letters and "u" in letters else re.sub("[cu]", "", letters)
+        letters = {"crus": "*", "cu": "write", "rs": "read"}.get(letters, letters)
+    return f"{parsed.context}/{parsed.type}.{letters}{question}{constraints}" if letters else ""
 
 
 def needs_patient(scope: str) -> bool:
     """Whether a scope is about one patient's record; patient/ alone says so too (SMART)."""
     return (any(parsed.context == "patient" for parsed in resource_scopes(scope))
             or not {"launch/patient", "launch/encounter"}.isdisjoint(scope.split()))
-
-
-def describe_scope(word: str) -> str:
-    """A scope in words for the person who is asked to approve it, without its ?param=value."""
-    parsed = parse_scope(word)
-    if not parsed:
-        return PLAIN_SCOPES.get(word, word)
-    verbs = " and ".join({"r": "open", "s": "search"}[letter] for letter in parsed.letters if letter in "rs")
-    all_types = "everything, of every kind there is now and may be later,"
-    what = all_types if parsed.type == "*" else f"{parsed.type} records"
-    where = "the record" if parsed.context == "patient" else "every record you may open"
-    return f"{verbs} {what} in {where}"
 
 
 # ######################################################################## 4 the tables and the clock
@@ -814,7 +803,7 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
             return Response(204, headers=[allowed, *PREFLIGHT] if route.cors else [allowed])
         description = f"{method} is not possible here; possible are {allowed[1]}"
         raise PortalError("invalid_request", description, 405, [allowed])
-    if request.broken and method not in ("PUT", "PATCH", "DELETE"):  # those are refused whatever the body
+    if request.broken and method not in ("PATCH", "DELETE"):  # those are refused whatever the body
         raise request.broken
     if route.fault not in ("", "authorize"):  # an authorization error may travel: see begin_authorization
         portal.meet_fault(route.fault)
@@ -1980,7 +1969,7 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
          "scope: expected words of ASCII, 8192 characters at most", "invalid_scope")
     with spending(portal, client, "refresh", value) as (database, row):
         for word in dict.fromkeys(wanted.split()):
-            need(scope_covers(row["scope"], word),
+            need(negotiate_scope(word, row["scope"]),
                  f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
         scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
         need(scope, f"scope {wanted!r}: nothing of it can be granted", "invalid_scope")
@@ -2077,7 +2066,7 @@ def revoke(portal: Portal, request: Request) -> Response:
 
 # Of the records kept here (section 18) as of another server's (section 19), an app sees what `Access.may_see`
 # lets through: one judge, asked for every single resource. Searches are narrowed before, so that few have to
-# be thrown away; that is for speed, and nothing relies on it.
+# be thrown away; that is for speed, and nothing relies on it. What it writes passes `judge_write` before.
 
 
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir",
@@ -2111,7 +2100,7 @@ class FhirRequest(NamedTuple):
     access: Access
     base: str              # what this server's own absolute references begin with
     grant_id: str          # "" without a token
-    interaction: str       # read, search or everything
+    interaction: str       # read, search, everything, create or update
     type: str
     id: str = ""
     version: str = ""      # of the resource, where an older one may be meant
@@ -2133,9 +2122,11 @@ PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction,
     ("POST", "search", rf"(?P<type>{_TYPE})/_search"),
     ("GET", "read", rf"(?P<type>{_TYPE})/(?P<id>{_ID})(?:/_history/(?P<version>{_ID}))?"),
     *((method, "everything", rf"(?P<type>Patient)/(?P<id>{_ID})/\$everything") for method in ("GET", "POST")),
-    ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"))]
+    ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"),
+    ("POST", "create", rf"(?P<type>{_TYPE})"), ("PUT", "update", rf"(?P<type>{_TYPE})/(?P<id>{_ID})"))]
 POSSIBLE = ("possible are GET of [type], [type]/[id], [type]/[id]/_history/[id] and Patient/[id]/[type], "
-            "POST of [type]/_search, and both of Patient/[id]/$everything")
+            "POST of [type]/_search, and both of Patient/[id]/$everything; to write, POST of [type] and PUT of "
+            "[type]/[id], of one resource, on no condition but If-Match")
 
 
 @remembered(20)
@@ -2161,7 +2152,8 @@ def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> 
     return FhirRequest(request, access, base, grant_id, interaction, **parts)
 
 
-LETTERS_OF = {"read": "r", "search": "s", "everything": "rs"}  # what a scope must hold for each interaction
+# What a scope must hold for each interaction.
+LETTERS_OF = {"read": "r", "search": "s", "everything": "rs", "create": "c", "update": "u"}
 
 
 def answer_fhir(records: Records, asked: FhirRequest) -> Response:
@@ -2173,12 +2165,12 @@ def answer_fhir(records: Records, asked: FhirRequest) -> Response:
         # Another patient is refused by the id alone, without a look: so it tells nothing of who is there.
         permit(asked.type != "Patient" or not asked.id or asked.access.reaches(asked.id, letter),
                f"Patient/{asked.id}: the token is not for this patient's record")
-    if asked.interaction == "read":
-        return records.answer_read(asked)
     if asked.interaction == "search":
         permit(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported")
-        return records.answer_search(asked)
-    return records.answer_everything(asked)
+    response = records.answer(asked)
+    if letter in "cu" and "return=minimal" in asked.request.headers.get("prefer", ""):
+        response.body = b""
+    return response
 
 
 def permit(good: object, description: str, error: str = "forbidden") -> None:
@@ -2186,51 +2178,30 @@ def permit(good: object, description: str, error: str = "forbidden") -> None:
     need(good, description, error, 403, FhirError)
 
 
+def judge_write(asked: FhirRequest, new: Resource, stored: Resource | None = None,
+                tag: str = "") -> None:
+    """THE JUDGE of writing: FhirError unless what a client sent, and what it replaces (`stored`, of the
+    version `tag`), may both be written with this token, and are in one record. See `check_files` too."""
+    access, sent = asked.access, f"the {asked.type} sent"
+    if asked.interaction == "update":
+        if not stored or not access.may_see(stored, "r" if access.allows(asked.type, "r") else "u"):
+            raise not_in_record(asked)
+        permit(access.may_write(stored, "u"), f"{asked.path} may be read with this token, but not changed")
+        permit(new.owner == stored.owner, f"{sent} is not in the record of the one before it")
+        known = (asked.request.headers.get("if-match") or "*").replace("W/", "")  # FHIR's tags are weak
+        need({"*", tag.replace("W/", "")}.intersection(map(str.strip, known.split(","))),
+             f"If-Match is {known}: {asked.path} is of another version", "conflict", 412, FhirError)
+    permit(stored or asked.type != "Patient", "a Patient can't be created here")
+    permit(access.may_write(new, LETTERS_OF[asked.interaction]),
+           f"{sent} may not be written with this token: it, with all within it, must be of a patient, of a "
+           f"category and ?param=value that the scope reaches; it is of {new.owner or 'nobody'!r}")
+    asked.request.note(f"its patient is {new.owner!r}, its categories {new.categories()}: it may be written")
+
+
 def not_in_record(asked: FhirRequest) -> FhirError:
     """The one answer to a read of what is not there, was deleted, is another patient's, or outside of the
     token's categories and ?param=value. Two answers would let an app count what is hidden, id by id."""
     return FhirError("not-found", f"there is no {asked.type}/{asked.id} among what may be read here", 404)
-
-
-class Records(Protocol):
-    """The records as the protocol knows them: in SQLite (section 18), or another FHIR server's (section 19).
-    No endpoint asks which."""
-    version: str         # of FHIR: a key of FHIR_VERSIONS
-    warnings: list[str]  # what the person who starts the server should know
-    one_request: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # while one is answered
-
-    def check_type(self, asked: FhirRequest) -> None:
-        """FhirError for a type that is not served."""
-    def answer_search(self, asked: FhirRequest) -> Response:
-        """A Bundle of the resources of a type that match and may be seen."""
-    def answer_read(self, asked: FhirRequest) -> Response:
-        """One resource, if it may be seen."""
-    def answer_everything(self, asked: FhirRequest) -> Response:
-        """A Bundle of all in a patient's record that may be seen (FHIR, Patient/[id]/$everything)."""
-    def describe(self, statement: Json, secured: bool) -> None:
-        """Complete a CapabilityStatement with the types, parameters and operations that are served."""
-    def find_patients(self, text: str = "") -> list[tuple[str, str]]:
-        """(id, name) of the first patients, with a text of those that it names."""
-    def patient_name(self, patient_id: str) -> str | None:
-        """A patient's name; None where there is none of this id."""
-    def birth_dates(self, patient_ids: list[str]) -> dict[str, str]:
-        """When patients were born, of those of whom that is known at once."""
-    def visits(self, patient_id: str) -> list[Json]:
-        """A patient's Encounters, the first hundred."""
-    def load(self, document: Json) -> int:
-        """Add a resource, or those of a Bundle; gives how many."""
-    def reset(self) -> None:
-        """As at the start."""
-    def close(self) -> None:
-        """Let go of files and connections."""
-
-    def lacks_patient(self, patient_id: str) -> bool:
-        """Whether a patient whom an account names is surely not there."""
-        return False
-
-    def account_name(self, username: str) -> str | None:
-        """The name of a patient who signs in by id; None where there is none, or where patients don't."""
-        return None
 
 
 class Resource:
@@ -2291,6 +2262,11 @@ class Access:
         if self._is_user(resource.type, resource.id, letters):
             return resource.owner != UNKNOWN  # as it is where something contained is another patient's
         return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
+
+    def may_write(self, resource: Resource, letter: str) -> bool:
+        """Whether this very resource may be created (c), or stand before or after an update (u)."""
+        is_owned = resource.owner not in (NOBODY, UNKNOWN)  # what is nobody's is only read
+        return is_owned and not self.unlimited and self._opens(resource, letter)
 
     def _opens(self, resource: Resource, letters: str) -> bool:
         """Whether a scope reaches the owner, type and resource, and all its categories were approved."""
@@ -2568,7 +2544,8 @@ def server_metadata(portal: Portal, request: Request) -> Json:
     methods = METADATA_CHOICES["token_endpoint_auth_method"]
     # For introspection not none: a public client shows a token, by the name of its kind (RFC 8414 section 2).
     proofs = {"token": methods, "introspection": [*methods[1:], "Bearer"], "revocation": methods}
-    scopes = [f"{whose}/*.{suffix}" for whose in ("patient", "user", "system") for suffix in ("rs", "read")]
+    scopes = [f"{whose}/*.{suffix}" for whose, letters in GRANTABLE_LETTERS.items()
+              for suffix in (("rs", "read", "cu", "write") if "c" in letters else ("rs", "read"))]
     return {
         **addresses(portal.base(request), portal.browser_base(request)),
         "scopes_supported": [*PLAIN_SCOPES, *scopes],
@@ -2597,6 +2574,14 @@ def addresses(base: str, browser_base: str) -> dict[str, str]:
 def fhir_metadata(portal: Portal, request: Request) -> Response:
     """What the FHIR API can do, and where to get a token for it. Needs none itself."""
     return fhir_response(request, capability_statement(portal, request, True), version=portal.records.version)
+
+
+def interactions_with(type_name: str, secured: bool) -> list[str]:
+    """What may be done with a type, in a CapabilityStatement's words: see `answer_fhir` and `judge_write`."""
+    codes = ["read", "vread"] if type_name == "Binary" else ["read", "vread", "search-type"]
+    if secured and type_name in OWNER_ELEMENTS:
+        codes += ["update"] if type_name == "Patient" else ["create", "update"]
+    return codes
 
 
 def capability_statement(portal: Portal, request: Request, secured: bool) -> Json:
@@ -3106,7 +3091,7 @@ def why_dropped(client: Client, word: str) -> str:
 
 def unregistered(client: Client | None, *words: str) -> str:
     """Where none of these words of a scope is within what the client registered for: that this is why."""
-    if not client or any(scope_covers(client.scope, word) for word in words):
+    if not client or any(covered(client.scope, word) for word in words):
         return ""
     return f": the client registered for {client.scope[:1000]!r}: add it to the registration or to --fixtures"
 
@@ -3850,6 +3835,46 @@ def date_range(text: str) -> tuple[float, float]:
 
 # ######################################################################## 18 embedded records
 
+
+class Records(Protocol):
+    """The records as the protocol knows them: those of this section, or another FHIR server's (section 19).
+    No endpoint asks which."""
+    version: str         # of FHIR: a key of FHIR_VERSIONS
+    warnings: list[str]  # what the person who starts the server should know
+    one_request: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # while one is answered
+
+    def check_type(self, asked: FhirRequest) -> None:
+        """FhirError for a type that is not served."""
+    def answer(self, asked: FhirRequest) -> Response:
+        """A read is answered with the resource, if it may be seen, a search and $everything (of all in a
+        patient's record) with a Bundle of those that may; a create or update, if `judge_write` lets it, with
+        what is stored now."""
+    def describe(self, statement: Json, secured: bool) -> None:
+        """Complete a CapabilityStatement with the types, parameters and operations that are served."""
+    def find_patients(self, text: str = "") -> list[tuple[str, str]]:
+        """(id, name) of the first patients, with a text of those that it names."""
+    def patient_name(self, patient_id: str) -> str | None:
+        """A patient's name; None where there is none of this id."""
+    def birth_dates(self, patient_ids: list[str]) -> dict[str, str]:
+        """When patients were born, of those of whom that is known at once."""
+    def visits(self, patient_id: str) -> list[Json]:
+        """A patient's Encounters, the first hundred."""
+    def load(self, document: Json) -> int:
+        """Add a resource, or those of a Bundle; gives how many."""
+    def reset(self) -> None:
+        """As at the start."""
+    def close(self) -> None:
+        """Let go of files and connections."""
+
+    def lacks_patient(self, patient_id: str) -> bool:
+        """Whether a patient whom an account names is surely not there."""
+        return False
+
+    def account_name(self, username: str) -> str | None:
+        """The name of a patient who signs in by id; None where there is none, or where patients don't."""
+        return None
+
+
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
 PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
@@ -3875,7 +3900,7 @@ CREATE TABLE IF NOT EXISTS unresolved (
     number INTEGER NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (number, reference)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unresolved_by_reference ON unresolved (reference);
 
--- What reset brings back: the JSON before a load replaced it; NULL: it was not there.
+-- What reset brings back: the JSON before a load or an app replaced it; NULL: it was not there.
 CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
 
 -- version: of FHIR; samples: they are in.
@@ -4035,6 +4060,50 @@ def describe_profiles(statement: Json) -> None:
                 f"{base}StructureDefinition/{guide}-{name or type_name.lower()}")
 
 
+def sent_resource(asked: FhirRequest) -> Json:
+    """What a client wants to have written, as far as the address and its own words tell; else 400."""
+    request, resource = asked.request, asked.request.json()
+    key = asked.id and resource.get("id")  # one in a create is ignored (FHIR, "create")
+    for good, expected in (
+            ((resource.get("resourceType"), key) == (asked.type, asked.id), "a resource of this type and id"),
+            (isinstance(resource.get("meta", {}), dict), "an object as meta"),
+            ("SUBSETTED" not in elements(resource, "meta.tag.code"), "a whole resource, not one SUBSETTED"),
+            ("if-none-exist" not in request.headers, "no If-None-Exist: search, then create")):
+        need(good, f"{request.method} {asked.path}: expected {expected}", "invalid", kind=FhirError)
+    return resource
+
+
+MAX_FILES = 20  # to which one resource that is written may point: each is looked for
+_FILE = re.compile("(?:^|/)binary[/?]", re.IGNORECASE)
+_ABROAD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")  # an address with a scheme
+
+
+def check_files(records: Records, asked: FhirRequest, resource: Json, abroad: bool) -> None:
+    """403 if what is to be written points to a Binary that the token does not open already: a document opens
+    what it points to. However it is spelled: who knows what a FHIR server makes of dots or percent signs. And
+    with `abroad` on whatever server, for the one behind may have names that nobody knows here."""
+    base, addresses = asked.base, set[str]()
+    values: list[Any] = [resource]
+    for value in values:  # which grows by what is in them
+        if isinstance(value, str):
+            plain = re.sub(r"[\t\r\n]", "", unquote(unquote(value)).strip().replace("\\", "/"))
+            is_near = abroad or value.startswith(base + "/") or not _ABROAD.match(value)
+            if is_near and " " not in plain and _FILE.search(plain):
+                addresses.add(value)
+        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    permit(len(addresses) <= MAX_FILES, f"the {asked.type} sent points to more than {MAX_FILES} Binaries")
+    for address in addresses:
+        binary_id = _id_in(address, "Binary", base)
+        try:
+            permit(binary_id, "not by the address Binary/[id]")
+            answer_fhir(records, asked._replace(request=Request("GET", "", {}), interaction="read",
+                                                type="Binary", id=str(binary_id)))
+        except FhirError as error:
+            permit(error.status not in (403, 404), f"the {asked.type} sent points to a file that this token "
+                   f"does not open: {error.description}")
+            raise
+
+
 def is_unchanged(request: Request, tag: str, updated: float) -> bool:
     """Whether a client's copy is still good: If-None-Match, else If-Modified-Since (RFC 9110 13.1)."""
     known, since = request.headers.get("if-none-match"), request.headers.get("if-modified-since")
@@ -4095,6 +4164,12 @@ _RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,
 _OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|https?:|[A-Z][A-Za-z]+\?)[^"]+)"')
 _BINARY_IN_JSON = re.compile(r'"url":"(https?:[^"]+/Binary/[^"]+)"')
 _ABSOLUTE = re.compile(rf"(?:https?://[^?#]+|\.\.\.)/([A-Z][A-Za-z]+)/({_ID})(?:/_history/{_ID})?")
+
+
+def instant(seconds: float) -> str:
+    """A Unix time as FHIR writes it: 2026-01-31T12:00:00.000Z."""
+    since = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=seconds)
+    return since.isoformat(timespec="milliseconds") + "Z"
 
 
 class Prepared(NamedTuple):
@@ -4601,6 +4676,10 @@ class EmbeddedRecords(Records):
             known = ", ".join(sorted(self.served))
             raise FhirError("not-supported", f"{asked.type}: not a type that is served: {known}", 404)
 
+    def answer(self, asked: FhirRequest) -> Response:
+        """See Records."""
+        return cast(Response, getattr(self, f"answer_{asked.interaction}")(asked))
+
     def visible(self, asked: FhirRequest) -> StoredResource:
         """One resource: fetched, then judged."""
         resource = self.find(asked.type, asked.id)
@@ -4668,21 +4747,54 @@ class EmbeddedRecords(Records):
         path = f"Patient/{asked.id}/$everything"
         return bundle_response(asked, page, pairs, path, self.version)
 
+    def answer_create(self, asked: FhirRequest) -> Response:
+        """All in one transaction: judged is what lies there before, and what would after it. An absolute
+        reference is local below our own base; any other stays as it is, whatever is loaded later."""
+        resource, load = sent_resource(asked), Load(self, later=True)
+        check_version(resource, self.version)
+        fhir_type(asked.request, self.version)  # or 406
+        text, base = _ENCODER.encode(resource), json.dumps(asked.base)[1:-1]
+        for local in ('"reference":"', '"url":"Binary/'):
+            text = text.replace(local.replace(':"', f':"{base}/'), local)
+        resource, meta = json.loads(text), resource.get("meta", {})
+        self._filled()
+        with self.store.transaction() as database:
+            check_files(self, asked, resource, abroad=False)
+            stored = self.find(asked.type, asked.id) if asked.id else None
+            before = stored.version if stored else "0"
+            number = str(int(before) + 1) if before.isdecimal() else "1"
+            now, key = self.clock.now(), asked.id or new_token()
+            meta = {**meta, "versionId": number, "lastUpdated": instant(now)}
+            new = prepare({**resource, "id": key, "meta": meta}, self.version)._replace(unresolved=set())
+            if stored:
+                load.replace(stored.number, stored.text, new)
+            else:
+                load.put([new])
+            place_provenances(database, load.written)
+            judge_write(asked, cast(Resource, self.find(asked.type, key)), stored, f'"{before}"')
+        headers = [("Location", f"{asked.base}/{asked.type}/{key}/_history/{number}"),
+                   ("ETag", f'W/"{number}"'), ("Last-Modified", http_date(now))]
+        return fhir_response(asked.request, new.row[-1], 200 if stored else 201, headers, self.version)
+
+    answer_update = answer_create
+
     def describe(self, statement: Json, secured: bool) -> None:
         """See Records."""
-        statement["rest"][0]["resource"] = [self._describe_type(name) for name in sorted(self.served)]
+        statement["rest"][0]["resource"] = [self._describe_type(name, secured)
+                                            for name in sorted(self.served)]
         describe_everything(statement["rest"][0], self.version)
         if self.version == "r4":
             describe_profiles(statement)
 
-    def _describe_type(self, name: str) -> Json:
+    def _describe_type(self, name: str, secured: bool) -> Json:
         """What a CapabilityStatement says of a type. An empty list is left out (FHIR has none)."""
+        interactions = [{"code": code} for code in interactions_with(name, secured)]
         if name == "Binary":
-            return {"type": name, "interaction": [{"code": "read"}, {"code": "vread"}]}
+            return {"type": name, "interaction": interactions}
         known = sorted(self.served[name].items())
         named = [word for word, parameter in known if parameter.type == "reference"]
         described = {
-            "type": name, "interaction": [{"code": code} for code in ("read", "vread", "search-type")],
+            "type": name, "interaction": interactions,
             "searchInclude": [f"{name}:{word}" for word in ["*", *named] if named],
             "searchRevInclude": sorted(map(":".join, referring(name, self.version))),
             "searchParam": [{"name": word, "type": parameter.type} for word, parameter in known]}
@@ -4751,8 +4863,7 @@ class Load:
 
     def prepared(self, document: Document, place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. What isn't served is counted and left out."""
-        moment = datetime.datetime(1970, 1, 1) + datetime.timedelta(seconds=self.clock.now())
-        now, where = moment.isoformat(timespec="milliseconds") + "Z", ""
+        now, where = instant(self.clock.now()), ""
         try:
             resources, names = unbundle(document[0])
             self._point(document[1], names)
@@ -4788,12 +4899,15 @@ class Load:
         kept = {name: was["meta"][name] for name in ("versionId", "lastUpdated")}
         if {**new.resource, "meta": {**kept, **new.given}} == was:
             return
+        if not self.later and self.database.execute(
+                "UPDATE before_load SET json = ? WHERE number = ?", (new.row[-1], number)).rowcount:
+            return  # what was loaded or written later than a start stands, until a reset
         if "versionId" not in new.given and kept["versionId"].isdecimal():
             new.resource["meta"]["versionId"] = str(int(kept["versionId"]) + 1)
             new = prepare(new.resource, self.version)
-        self._replace(number, text, new)
+        self.replace(number, text, new)
 
-    def _replace(self, number: int, text: str, new: Prepared) -> None:
+    def replace(self, number: int, text: str, new: Prepared) -> None:
         """Write a resource in another's place; `text`, the one before, is what reset brings back."""
         if self.later:
             self.written.append(number)
@@ -4827,7 +4941,7 @@ class Load:
                 (text,) = self.database.execute(sql, (number,)).fetchone()
                 resource, pointers = parse_document(text.encode())
                 self._point(pointers, names)
-                self._replace(number, text, prepare(resource, self.version))
+                self.replace(number, text, prepare(resource, self.version))
 
     def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
         """Make references, and addresses of attachments, say Type/id where that is what they mean."""
@@ -5049,16 +5163,16 @@ def split_bundle(text: str, judge: Callable[[Any, str], T]) -> tuple[Json, list[
     while mark != "}":
         if not text.startswith('"', at):
             raise ValueError("expected a member's name")
-        name, at = _ANSWERS.raw_decode(text, at)
+        name, at = _JSON.raw_decode(text, at)
         at = _step(text, at, ":")[1]
         if name != "entry":
-            own[name], at = _ANSWERS.raw_decode(text, at)
+            own[name], at = _JSON.raw_decode(text, at)
         else:
             mark, at = _step(text, at, "[")
             if text.startswith("]", at):
                 mark, at = "]", at + 1
             while mark != "]":
-                value, end = _ANSWERS.raw_decode(text, at)
+                value, end = _JSON.raw_decode(text, at)
                 judged.append(judge(value, text[at:end]))
                 mark, at = _step(text, end, ",]")
         mark, at = _step(text, at, ",}")
@@ -5125,20 +5239,20 @@ class Upstream:
             self._spell([])
         self._statement: tuple[Json, float] = ({}, 0.0)  # the CapabilityStatement; until when it is fresh
 
-    def ask(self, url: str, headers: Mapping[str, str] = {}, form: bytes | None = None,
-            share: float = 1.0) -> Answer:
-        """GET an address below the base, or POST a form to it. FhirError where no answer comes in this share
-        of the time that is left: 504, else 502."""
-        if form is not None:
+    def ask(self, url: str, headers: Mapping[str, str] = {}, body: bytes | None = None,
+            share: float = 1.0, writes: str = "") -> Answer:
+        """GET an address below the base, or POST a form to it; `writes` is the method of what is no search.
+        FhirError where no answer comes in this share of the time that is left: 504, else 502."""
+        if body is not None and not writes:
             headers = {**headers, "Content-Type": "application/x-www-form-urlencoded"}
         deadline = self.patience.deadline(share)
         try:
             for _ in range(5):
-                request = self._request(url, form, dict(headers), self.host)
+                request = self._request(url, body, dict(headers), self.host, method=writes or None)
                 answer: Answer = self._opener.open(request, timeout=deadline - time.monotonic())
-                if answer.status not in (301, 302, 303, 307, 308):
+                if answer.status not in (301, 302, 303, 307, 308) or writes:
                     return answer
-                url, form = self.inside(answer.headers.get("location", ""), url) or "", None
+                url, body = self.inside(answer.headers.get("location", ""), url) or "", None
                 if not url:
                     raise refused("redirects to an address that is not its own")
             raise refused("redirects in circles")
@@ -5151,8 +5265,9 @@ class Upstream:
 
     def _send(self, request: Any) -> Answer:
         """Answer urllib's request over an idle connection on which nothing came unasked, or over a new one.
-        All that is ever sent only reads, so it may be repeated where an idle connection turns out to be
-        closed: over a new one. Each is in one thread's hands at a time: list.pop takes it out."""
+        What only reads may be repeated, where an idle connection turns out to be closed; what writes goes
+        over a new one at once. Each is in one thread's hands at a time: list.pop takes it out."""
+        idle = [] if hasattr(request, "method") else self._idle  # it has one where `ask` was told
         deadline, body, url = time.monotonic() + request.timeout, request.data or b"", request.full_url
         head = f"{request.get_method()} {request.selector} HTTP/1.1\r\n{self.headers}"
         head += "".join([f"{name}: {value}\r\n" for name, value in request.headers.items()])
@@ -5160,7 +5275,7 @@ class Upstream:
         message = head.encode("latin-1", "replace") + body
         while True:
             try:
-                connection = self._idle.pop()
+                connection = idle.pop()
             except IndexError:
                 address = (self.host, self.port)
                 connection = Connection(self.https, self.host, [address], deadline, self.sockets, MAX_ANSWER)
@@ -5255,7 +5370,7 @@ class Upstream:
         check_status(answer)
         try:
             text = self.rewritten(answer.body, ours)
-            value, end = _ANSWERS.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
+            value, end = _JSON.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
             if isinstance(value["resourceType"], str) and not text[end:].strip():
                 return value, text
         except (ValueError, RecursionError, TypeError, KeyError):
@@ -5348,7 +5463,8 @@ def links_of(own: Json) -> list[tuple[str, str]]:
 _NO_ACCESS = "does not let this portal in ({}); --fhir-header can give it credentials"
 _FAULTS = {400: (400, "does not accept this request ({})"), 422: (400, "does not accept this request ({})"),
            401: (502, _NO_ACCESS), 403: (502, _NO_ACCESS), 404: (404, "has no such resource"),
-           410: (410, "deleted this resource"), 429: (429, "is busy"), 503: (503, "is busy")}
+           409: (409, "sees a conflict ({})"), 410: (410, "deleted this resource"),
+           412: (412, "has another version by now"), 429: (429, "is busy"), 503: (503, "is busy")}
 
 
 def check_status(answer: Answer) -> None:
@@ -5418,25 +5534,17 @@ class ForwardedRecords(Records):
             permit(any(asked.access.patients(asked.type, letter) is EVERYBODY for letter in "rs"),
                    f"{asked.type}: not served, since it can't be told whose record it is in")
 
-    def answer_search(self, asked: FhirRequest) -> Response:
+    def answer(self, asked: FhirRequest) -> Response:
         """See Records."""
-        return Forwarding(self, asked).search()
-
-    def answer_read(self, asked: FhirRequest) -> Response:
-        """See Records."""
-        return Forwarding(self, asked).read()
-
-    def answer_everything(self, asked: FhirRequest) -> Response:
-        """See Records."""
-        return Forwarding(self, asked).everything()
+        return cast(Response, getattr(Forwarding(self, asked), asked.interaction)())
 
     def describe(self, statement: Json, secured: bool) -> None:
         """Those of the FHIR server's types and parameters that the portal lets through."""
         theirs, resources = self.upstream.statement(self.portal.clock.now()), []
         for resource in elements(theirs, "rest.resource"):
             name = str(resource.get("type")) if isinstance(resource, dict) else ""
-            offered, forwarded = elements(resource, "interaction.code"), ["read", "vread", "search-type"]
-            codes = [code for code in forwarded[:2 if name == "Binary" else 3] if code in offered]
+            offered = elements(resource, "interaction.code")
+            codes = [code for code in interactions_with(name, secured) if code in offered]
             if codes and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
                 parameters = [{"name": parameter["name"], "type": parameter["type"]}
                               for parameter in elements(resource, "searchParam")
@@ -5665,6 +5773,19 @@ class Forwarding:
 
     def read(self) -> Response:
         """One resource: fetched, then judged."""
+        url, answer, resource, text = self.fetched()
+        asked = self.asked
+        if not self.may_see(resource, text, "r"):
+            self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
+            raise not_in_record(asked)
+        headers = told(answer, "ETag", "Last-Modified")
+        unless = self.headers("If-None-Match", "If-Modified-Since")
+        if unless and self.upstream.ask(url, unless).status == 304:
+            text = ""
+        return one_resource(asked, text, headers, self.version_of(answer))
+
+    def fetched(self) -> tuple[str, Answer, Json, str]:
+        """The resource asked for, not judged yet: its address, the answer, itself and its text."""
         asked = self.asked
         url = f"{self.upstream.base}/{asked.type}/{asked.id}"
         url += f"/_history/{asked.version}" if asked.version else ""
@@ -5678,14 +5799,72 @@ class Forwarding:
             raise refused("answered with another resource than the one asked for")
         if asked.type == "Provenance" and not self.access.unlimited:
             self.find_targets([resource])
-        if not self.may_see(resource, text, "r"):
-            self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
+        return url, answer, resource, text
+
+    def create(self) -> Response:
+        """Create, or update. Judged is what the server would show of what it is sent: with its addresses, by
+        which it knows what is its own, in place of this portal's. The version that was judged goes with it,
+        so that nobody puts another patient's resource there in between."""
+        asked, stored, tag, url = self.asked, None, "", f"{self.upstream.base}/{self.asked.type}"
+        resource, body = sent_resource(asked), self.request.body
+        if not asked.id and resource.pop("id", None) is not None:
+            body = json.dumps(resource).encode()
+        headers = {"Content-Type": FHIR_TYPES.get(self.version, FHIR_TYPE),
+                   "Prefer": "return=representation"}
+        if asked.id:
+            url, answer, found, text = self.fetched()
+            stored, tags = self.placed(found, text), [tag for _, tag in told(answer, "ETag")]
+            tags += [f'W/"{number}"' for number in elements(found, "meta.versionId")
+                     if FHIR_ID.fullmatch(str(number))]
+            if tags:
+                tag = headers["If-Match"] = tags[0]
+        sent = re.sub(re.escape(self.base) + '(?=[/?"])', lambda _: self.upstream.base, body.decode())
+        seen = self.upstream.rewritten(sent.encode(), self.base)
+        new = self.placed(parse_json(seen.encode()), seen)
+        judge_write(asked, new, stored, tag)
+        check_files(self.records, asked, new.content, abroad=True)
+        answer = self.upstream.ask(url, headers, sent.encode(), writes="PUT" if asked.id else "POST")
+        return self.written(answer, new.owner)
+
+    update = create
+
+    def placed(self, resource: Json, text: str) -> FetchedResource:
+        """A resource of a write, to be judged. See `may_see`: of one that holds others nobody can tell."""
+        if resource.get("resourceType") == "Provenance":
+            self.find_targets([resource])
+        placed = FetchedResource(resource, self)
+        if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+            placed.owner = UNKNOWN
+        return placed
+
+    def written(self, answer: Answer, patient_id: str) -> Response:
+        """The answer to a write. The server says where it is, and what it made of it, which is judged too:
+        something else is not shown, though it is there now."""
+        asked, resource, text = self.asked, cast(Json, {}), ""
+        if answer.status in (404, 410) and asked.id:  # deleted in between
             raise not_in_record(asked)
-        headers = told(answer, "ETag", "Last-Modified")
-        unless = self.headers("If-None-Match", "If-Modified-Since")
-        if unless and self.upstream.ask(url, unless).status == 304:
-            text = ""
-        return one_resource(asked, text, headers, self.version_of(answer))
+        answer = answer._replace(status=200) if answer.status in (201, 204) else answer
+        check_status(answer)
+        if answer.body.strip():
+            resource, text = self.upstream.resource(answer, self.base)
+            placed = self.placed(resource, text)
+            is_what_was_sent = (
+                (placed.type, id_of(resource)) == (asked.type, asked.id or placed.id)
+                and placed.owner == patient_id
+                and self.access.may_write(placed, LETTERS_OF[asked.interaction]))
+            if placed.type == "OperationOutcome":  # in the server's words
+                resource, text = {}, ""
+            elif not is_what_was_sent:
+                raise refused("stored something else than what was sent: it is not shown")
+        where = re.fullmatch(rf"(?:.*/)?{asked.type}/({_ID})(/_history/{_ID})?",
+                             answer.headers.get("location", ""))
+        key, version = where.groups("") if where else (id_of(resource), "")
+        if not (asked.id or key):
+            raise refused("does not say where it stored what was sent")
+        headers = [("Location", f"{self.base}/{asked.type}/{asked.id or key}{version}"),
+                   *told(answer, "ETag", "Last-Modified")]
+        status = 200 if asked.id else 201
+        return fhir_response(asked.request, text, status, headers, self.version_of(answer))
 
     def may_see(self, resource: Json, text: str, letters: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
@@ -6677,9 +6856,6 @@ def _number(text: str) -> int:
     return int(text)
 
 
-_JSON = json.JSONDecoder(parse_constant=_refuse_constant, parse_int=_number)  # for what strangers send
-
-
 def _refuse_twins(members: list[tuple[str, Any]]) -> Json:
     value = dict(members)
     if len(value) < len(members):  # who judges the last must not send the first
@@ -6687,7 +6863,7 @@ def _refuse_twins(members: list[tuple[str, Any]]) -> Json:
     return value
 
 
-_ANSWERS = json.JSONDecoder(  # for what a FHIR server answers
+_JSON = json.JSONDecoder(  # for what strangers send
     object_pairs_hook=_refuse_twins, parse_constant=_refuse_constant, parse_int=_number)
 
 
@@ -6712,8 +6888,8 @@ def parse_json(data: bytes) -> Json:
 
 
 # FHIR's issue-type value set, where a status says nothing more particular.
-ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 410: "deleted",
-               429: "throttled", 503: "transient", 504: "timeout"}
+ISSUE_CODES = {400: "invalid", 401: "login", 403: "forbidden", 404: "not-found", 409: "conflict",
+               410: "deleted", 412: "conflict", 429: "throttled", 503: "transient", 504: "timeout"}
 
 
 def outcome(error: PortalError) -> Json:
@@ -7407,8 +7583,11 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
     error as it was filled in."""
     name = patient_id and portal.patient_name(user["username"], patient_id)
     whose = f"the health record of {name}" if name else "what you may see here"
-    asked = f"{client.name} asks to see {whose}. You decide whether it may, what it sees, and until when."
-    points = (f"I want {client.name} to see {whose}.",
+    writing = writing_in_words(details["scope"])
+    also = f", and to {writing} records there" if writing else ""
+    asked = (f"{client.name} asks to see {whose}{also}. You decide whether it may, what it sees, and until "
+             "when.")
+    points = (f"I want {client.name} to see {whose}{also}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
 
@@ -7421,7 +7600,8 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
         step(2, "Confirm each point", [check_box(
             point, class_="glyphbox", rel="confirm", required=True, checked=bool(error)) for point in points],
             CONTINUE, BACK),
-        step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked:"),
+        step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked"
+                              + (f", and may {writing} records of these kinds:" if writing else ":")),
              what_to_share(portal, client, details, patient_id, request.form() if error else [],
                            what_is_wrong(error, "security_labels", "approval_expires")),
              tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, BACK)]
@@ -7449,23 +7629,48 @@ def app_facts(client: Client, details: Json) -> Markup:
         "an app. Approve only if you have just come from that app.", class_="quiet"))
 
 
+VERBS = {"r": "open", "s": "search", "c": "add", "u": "change"}
+
+
+def writing_in_words(scope: str) -> str:
+    """What a scope lets its bearer do to records beside reading: "add", "change", both, or ""."""
+    letters = set[str]().union(*(parsed.letters for parsed in resource_scopes(scope)))
+    return " and ".join(VERBS[letter] for letter in "cu" if letter in letters)
+
+
+def describe_scope(word: str) -> str:
+    """A scope in words for the person who is asked to approve it, without its ?param=value."""
+    parsed = parse_scope(word)
+    if not parsed:
+        return PLAIN_SCOPES.get(word, word)
+    verbs = " and ".join(verb for letter, verb in VERBS.items() if letter in parsed.letters)
+    all_types = "everything, of every kind there is now and may be later,"
+    what = all_types if parsed.type == "*" else f"{parsed.type} records"
+    where = "the record" if parsed.context == "patient" else "every record you may open"
+    return f"{verbs} {what} in {where}"
+
+
 def scope_list(portal: Portal, client: Client, scope: str) -> list[Markup]:
     """What a scope lets the app do, in words."""
+    limit = "It can change nothing"
+    if writing_in_words(scope):
+        limit = "What it writes stays there when you stop sharing. It can delete nothing"
     content = [tag("ul", [scope_line(portal, client, word) for word in scope.split()]),
-               tag("p", "It can change nothing, and it never learns your password.")]
+               tag("p", f"{limit}, and it never learns your password.")]
     return [tag("h3", "If you approve, it can"), tag("div", content)]
 
 
 def scope_line(portal: Portal, client: Client, word: str) -> Markup:
     """One scope in words: what it allows, of which kinds, or only where. What reaches far stands out: all
-    kinds of data, all records, access while nobody is there (SMART, "Best Practices")."""
+    kinds of data, all records, writing, access while nobody is there (SMART, "Best Practices")."""
     parsed, details = parse_scope(word), []  # type: ResourceScope | None, list[Any]
     if parsed and parsed.type != "*" and not parsed.constraints:
         labels = [label for label in offered_categories(portal, client, word) if label != "other"]
         details = [labels and ": ", ", ".join(CATEGORIES[label][0].lower() for label in labels)]
     elif parsed and parsed.constraints:
         details = [", but only", where(parsed.constraints)]
-    far = word == "offline_access" or (parsed and (parsed.type == "*" or parsed.context == "user"))
+    far = word == "offline_access" or writing_in_words(word) or (
+        parsed and (parsed.type == "*" or parsed.context == "user"))
     return tag("li", describe_scope(word), details, " ", tag("small", tag("code", word)),
                class_="note" if far else None)
 
@@ -7545,7 +7750,8 @@ def share_row(portal: Portal, request: Request, grants: list[Row], stop: str) ->
     it the row in question."""
     newest, (app, whose) = grants[0], app_and_record(portal, grants[0])
     scopes = dict.fromkeys(scope for grant in grants for scope in grant["scope"].split())
-    what = [categories_in_words(grants),
+    writing = writing_in_words(" ".join(scopes))
+    what = [categories_in_words(grants), writing and tag("div", f"It may {writing} records of these kinds."),
             tag("details", tag("summary", "Scope"), tag("code", " ".join(scopes)))]
     until = max(grant["approval_expires"] for grant in grants)
     days = [tag("time", day_of(newest["approved"])), " until ", tag("time", day_of(until))]

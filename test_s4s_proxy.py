@@ -426,9 +426,13 @@ class FhirServer(http.server.ThreadingHTTPServer):
 
     def answer(self, target: str) -> tuple[int, dict[str, str], bytes] | bytes:
         path = target.partition("?")[0].removeprefix("/fhir/")
-        for key in (target, path):
+        _, sent, body = self.seen[-1]
+        writes = sent.get("content-type", "").endswith(("fhir+json", "json+fhir"))
+        for key in (f"{sent[':method']} {path}",) if writes else (target, path):
             if key in self.script:
                 return self.script[key]
+        if writes:
+            return self.store(path, json.loads(body))
         if path in self.records:
             return json_answer(self.records[path], ETag='W/"7"')
         if path == "metadata":
@@ -436,6 +440,13 @@ class FhirServer(http.server.ThreadingHTTPServer):
         if "/" in path and not path.endswith(("/_search", "$everything")):
             return json_answer({"resourceType": "OperationOutcome"}, 404)
         return json_answer(self.bundle(*self.records.values()))
+
+    def store(self, path: str, resource: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        """Take a write, whatever it is."""
+        status, name = (200, path) if "/" in path else (201, f"{path}/new-{len(self.records)}")
+        self.records[name] = resource = {**resource, "id": name.rpartition("/")[2]}
+        return json_answer(resource, status, ETag='W/"8"', Location=f"{self.url}/{name}/_history/8",
+                           **{"Last-Modified": "Thu, 31 May 2018 22:48:43 GMT"})
 
     def bundle(self, /, *resources: dict[str, Any], **links: str) -> dict[str, Any]:
         """A searchset of resources."""
@@ -467,7 +478,7 @@ class FhirHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
+        headers = {name.lower(): value for name, value in self.headers.items()} | {":method": self.command}
         self.server.seen.append((self.path, headers, body))
         answer = self.server.answer(self.path)
         if isinstance(answer, bytes):
@@ -482,7 +493,7 @@ class FhirHandler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(text)
         self.wfile.flush()
-    do_POST = do_GET
+    do_POST = do_PUT = do_GET
 
 
 def json_answer(value: Any, status: int = 200, **headers: str) -> tuple[int, dict[str, str], bytes]:
@@ -625,32 +636,41 @@ class ScopeWords(unittest.TestCase):
                      "patient/*.rs?_filter=x", "patient/*.readx"):
             self.assertIsNone(s4s.parse_scope(word), word)
 
-    def test_a_registered_scope_bounds_by_meaning(self) -> None:
+    def test_a_registered_scope_bounds_by_meaning_and_letter_by_letter(self) -> None:
         for registered, word, covered in (
-                ("patient/*.read", "patient/Observation.rs", True), ("patient/*.rs", "patient/*.read", True),
-                ("patient/*.rs", "patient/*.cruds", True), ("patient/Observation.rs", "patient/*.rs", False),
-                ("patient/*.r", "patient/*.rs", False), ("patient/*.rs", "user/*.rs", False),
-                ("user/*.rs", "patient/*.rs", False), ("launch/patient", "launch", True),
-                ("launch", "launch/patient", False), ("fhirUser", "profile", True), ("", "openid", False),
-                ("patient/*.rs", "patient/Observation.rs?category=laboratory", True),
-                ("patient/Observation.rs?category=laboratory", "patient/Observation.rs", False),
-                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?status=c&category=b", True),
-                ("patient/Observation.rs?category=a", "patient/Observation.rs?category=a,b", False),
-                ("patient/Observation.rs?category=a", "patient/Observation.rs?code=a", False),
-                ("patient/Observation.rs?category=a%5C,b", "patient/Observation.rs?category=b", False)):
-            self.assertEqual(s4s.scope_covers(registered, word), covered, (registered, word))
+                ("patient/*.read", "patient/Observation.rs", "rs"), ("patient/*.rs", "patient/*.read", "rs"),
+                ("patient/*.rs", "patient/*.cruds", "rs"), ("patient/Observation.rs", "patient/*.rs", ""),
+                ("patient/*.r", "patient/*.rs", "r"), ("patient/*.rs", "user/*.rs", ""),
+                ("user/*.rs", "patient/*.rs", ""), ("launch/patient", "launch", "launch"),
+                ("launch", "launch/patient", ""), ("fhirUser", "profile", "profile"), ("", "openid", ""),
+                ("patient/*.rs patient/Goal.c patient/Goal.u", "patient/Goal.cruds", "crus"),
+                ("patient/*.rs patient/Goal.cu", "patient/*.cruds", "rs"),
+                ("patient/*.write", "patient/Goal.crud", "cud"), ("patient/*.cu", "patient/*.read", ""),
+                ("patient/*.rs", "patient/Observation.rs?category=laboratory", "rs"),
+                ("patient/Observation.rs?category=laboratory", "patient/Observation.rs", ""),
+                ("patient/Observation.rs?category=a,b", "patient/Observation.rs?status=c&category=b", "rs"),
+                ("patient/Observation.rs?category=a", "patient/Observation.rs?category=a,b", ""),
+                ("patient/Observation.rs?category=a", "patient/Observation.rs?code=a", ""),
+                ("patient/Observation.rs?category=a%5C,b", "patient/Observation.rs?category=b", "")):
+            self.assertEqual(s4s.covered(registered, word), covered, (registered, word))
 
     def test_what_is_granted(self) -> None:
         everything = " ".join([*s4s.PLAIN_SCOPES, "patient/*.cruds user/*.cruds system/*.cruds"])
         for asked, granted in (
                 ("patient/*.rs openid launch/patient", "patient/*.rs openid launch/patient"),
-                ("openid patient/*.read openid", "openid patient/*.read"), ("patient/*.*", "patient/*.read"),
-                ("user/Condition.cruds?code=x", "user/Condition.rs?code=x"), ("patient/*.write", ""),
-                ("patient/*.r patient/*.cd", "patient/*.r"), ("system/*.rs", ""), ("online_access", ""),
+                ("openid patient/*.read openid", "openid patient/*.read"), ("patient/*.*", "patient/*.*"),
+                ("user/Condition.cruds?code=x", "user/Condition.crus?code=x"), ("patient/*.d", ""),
+                ("patient/*.write user/Goal.ud", "patient/*.write user/Goal.u"), ("system/*.rs", ""),
+                ("patient/*.r patient/*.cd", "patient/*.r patient/*.c"), ("online_access", ""),
                 ("nonsense patient/*.dus launch/imagingstudy fhirUser", "fhirUser")):
             self.assertEqual(s4s.negotiate_scope(asked, everything), granted, asked)
         self.assertEqual(s4s.negotiate_scope("openid offline_access", "patient/*.rs openid"), "openid")
-        system = s4s.negotiate_scope("system/*.read patient/*.rs openid", everything, ("system",))
+        for registered, granted in (("rs", "rs read"), ("read", "rs read"), ("r", "r"), ("c", "c"),
+                                    ("cu", "cu write"), ("*", "crus * write"), ("crs", "crs read")):
+            asked = "patient/*.cruds patient/*.* patient/*.write"
+            self.assertEqual(s4s.negotiate_scope(asked, f"patient/*.{registered}"),
+                             " ".join(f"patient/*.{suffix}" for suffix in granted.split()), registered)
+        system = s4s.negotiate_scope("system/*.* patient/*.rs openid system/Goal.cu", everything, ("system",))
         self.assertEqual(system, "system/*.read")
 
     def test_a_constraint_that_can_not_be_kept_is_refused_not_dropped(self) -> None:
@@ -664,6 +684,8 @@ class ScopeWords(unittest.TestCase):
                  "open and search everything, of every kind there is now and may be later, in the record"),
                 ("patient/Condition.r", "open Condition records in the record"),
                 ("user/Condition.s", "search Condition records in every record you may open"),
+                ("patient/Goal.cruds", "open and search and add and change Goal records in the record"),
+                ("patient/Goal.write", "add and change Goal records in the record"),
                 ("offline_access", s4s.PLAIN_SCOPES["offline_access"])):
             self.assertEqual(s4s.describe_scope(word), text, word)
 
@@ -836,6 +858,29 @@ class Durability(unittest.TestCase):
         with s4s.Server(db=self.path) as portal:
             for client_id in acknowledged:
                 self.assertIsNotNone(portal.portal.client(client_id))
+
+    @unittest.skipUnless(os.name == "posix", "needs SIGKILL")
+    def test_what_an_app_wrote_outlives_kill_9_and_the_same_data_and_ends_with_a_reset(self) -> None:
+        loaded, data = Path(self.path + ".json"), observation("loaded", status="final")
+        loaded.write_text(json.dumps(data))
+        options, path = ("--db", self.path, "--data", str(loaded)), "Observation/loaded"
+        with started(*options) as (process, url):
+            body = {"client_id": "test-suite", "username": "daniel-adams", "scope": "patient/*.crus"}
+            token = ask(url + "/oauth/debug/token", data=body).json["access_token"]
+            new = ask(f"{url}/api/fhir/Observation", data=observation("x"), token=token).json["id"]
+            got = ask(f"{url}/api/fhir/{path}", data={**data, "status": "amended"}, token=token, method="PUT")
+            process.kill()
+        self.assertEqual(got.status, 200)
+        for note in (None, None, "the file says more now"):
+            loaded.write_text(json.dumps({**data, "note": note}))
+            with s4s.Server(db=self.path, data=str(loaded)) as portal:
+                for name, status in ((path, "amended"), (f"Observation/{new}", "final")):
+                    self.assertEqual(ask(f"{portal.fhir_url}/{name}", token=token).json["status"], status)
+                if note:
+                    portal.reset()
+                    token = portal.issue_token()["access_token"]
+                    self.assertEqual(ask(f"{portal.fhir_url}/{path}", token=token).json["note"], note)
+                    self.assertEqual(ask(f"{portal.fhir_url}/Observation/{new}", token=token).status, 404)
 
     def test_two_servers_may_share_a_file(self) -> None:
         with s4s.Server(db=self.path) as one, s4s.Server(db=self.path) as other:
@@ -2852,9 +2897,12 @@ class OnePatientAndNothingElse(RecordTest):
                     self.assert_kept_out(str(path), cast(int, status))
 
     def test_writing_and_batches_are_refused_before_the_body_is_judged(self) -> None:
+        writer = self.issue("patient/*.cruds")
         for method, path in (("POST", ""), ("POST", "Observation"), ("POST", "Observation/mine/_search"),
+                             ("PUT", "Observation?_id=mine"), ("POST", "Observation/mine"),
                              *((method, "Observation/mine") for method in ("PUT", "PATCH", "DELETE"))):
-            for token, status in ((self.token, 403), ("", 401)):
+            is_write = (method, path) in (("POST", "Observation"), ("PUT", "Observation/mine"))
+            for token, status in ((self.token, 403), ("", 401), *(() if is_write else ((writer, 403),))):
                 with self.subTest(method, path=path):
                     before = self.asked_behind()
                     self.assert_refused(path, status, method=method, body=b"{", token=token)
@@ -2872,6 +2920,205 @@ class OnePatientAndNothingElse(RecordTest):
             with self.subTest(method, path=path):
                 self.assert_refused(path, 405, method=method, body=b"{}", **how)
         self.assertEqual(self.asked_behind(), before)
+
+    def write(self, path: str, resource: Any, token: str = "", **headers: str) -> Answer:
+        """Create a resource, or update the one at a path."""
+        return self.get(path, method="PUT" if "/" in path else "POST", token=token or self.writer,
+                        body=json.dumps(resource).encode(),
+                        headers={"Content-Type": "application/fhir+json", **headers})
+
+    def stored(self) -> Any:
+        """All that is in the records."""
+        records = self.portal.portal.records
+        assert isinstance(records, s4s.EmbeddedRecords)
+        return [tuple(row) for name in ("resources", "search_values")
+                for row in records.store.rows(f"SELECT * FROM {name} ORDER BY number")]
+
+    def assert_not_written(self, status: int, path: str, resource: Any, token: str = "", **how: Any) -> None:
+        """A write is refused in words that hold nothing of another's, and nothing has changed."""
+        before, got = self.stored(), self.write(path, resource, token, **how)
+        self.assertEqual((got.status, got.json["resourceType"]), (status, "OperationOutcome"), got)
+        self.assertNotIn(HIDDEN, got.text)
+        self.assertEqual(self.stored(), before)
+
+    @property
+    def writer(self) -> str:
+        """A token that may also write in my record."""
+        return self.issue("patient/*.crus")
+
+    def test_what_is_created_is_mine_whole_and_in_full(self) -> None:
+        mine, other, device = observation("x"), {"reference": f"Patient/{OTHER}"}, {"resourceType": "Device"}
+        person = {"resourceType": "Patient", "id": OTHER}
+        subjects: list[Any] = [
+            {"reference": "Group/1"}, {"reference": "#p"}, {"identifier": {"value": ME}}, [],
+            {"reference": f"https://elsewhere.example/fhir/Patient/{ME}"},
+            {"reference": f"Patient?_id={ME}"}, {"reference": f"urn:uuid:{ME}"}]
+        cases: Any = (
+                ("another's", 403, observation("x", OTHER), device | {"patient": other},
+                 {"resourceType": "Binary", "contentType": "text/plain", "securityContext": other}),
+                ("nobody's", 403, device, {"resourceType": "Practitioner"}, {"resourceType": "Observation"},
+                 {"resourceType": "Binary", "contentType": "text/plain"}),
+                ("whose nobody can tell", 403, *(mine | {"subject": subject} for subject in subjects)),
+                ("of two", 403, mine | {"subject": [mine["subject"], other]}),
+                ("another's in it", 403, mine | {"contained": [observation("y", OTHER)]},
+                 mine | {"contained": [person]}, mine | {"extension": [{"valueReference": person}]}),
+                ("of what is another's", 403, *({"resourceType": "Provenance", "target": [
+                    {"reference": name} for name in names.split()]} for names in (
+                        "Observation/theirs", "Observation/mine Observation/theirs", "Practitioner/dr",
+                        "Observation/absent", f"Observation/mine Patient/{OTHER}"))),
+                ("a new person", 403, person, {"resourceType": "Patient", "id": ME}),
+                ("a part of one", 400, mine | {"meta": {"tag": [{"code": "SUBSETTED"}]}}),
+                ("no meta", 400, mine | {"meta": "1"}))
+        for attack, status, *resources in cases:
+            for resource in resources:
+                with self.subTest(attack, resource=resource):
+                    self.assert_not_written(status, resource["resourceType"], resource)
+        clinician = self.issue("user/*.crus", username="clinician")
+        self.assert_not_written(403, "Patient", person, clinician)
+        for why, status, path, resource in (
+                ("another type than the address", 400, "Condition", mine), ("none", 400, "Condition", {}),
+                ("no object", 400, "Observation", [mine]), ("a type not served", 404, "Unheard", mine)):
+            with self.subTest(why):
+                status = 403 if path == "Unheard" and self.asked_behind() else status
+                self.assert_not_written(status, path, resource)
+        self.assert_not_written(400, "Observation", mine, **{"If-None-Exist": "identifier=1"})
+        self.assert_not_written(415, "Observation", mine, **{"Content-Type": "text/plain"})
+        self.assert_not_written(406, "Observation", mine, Accept="application/xml")
+
+    def test_what_is_updated_is_mine_before_and_after(self) -> None:
+        mine = observation("mine")
+        clinician = self.issue("user/*.crus", username="clinician")
+        for attack, status, path, resource, token in (
+                ("another's", 404, "Observation/theirs", observation("theirs"), ""),
+                ("not there", 404, "Observation/absent", observation("absent"), ""),
+                ("deleted", 404, "Observation/deleted", observation("deleted"), ""),
+                ("with another's in it", 404, "Observation/containing", observation("containing"), ""),
+                ("whose nobody can tell", 404, "Observation/group", observation("group"), ""),
+                ("another's file", 404, "Binary/their-file", {
+                    "resourceType": "Binary", "id": "their-file"}, ""),
+                ("a file that says not whose", 403, "Binary/my-file", {
+                    "resourceType": "Binary", "id": "my-file", "securityContext": mine["subject"]}, ""),
+                ("nobody's", 403, "Practitioner/dr", {"resourceType": "Practitioner", "id": "dr"}, ""),
+                ("moved to another", 403, "Observation/mine", observation("mine", OTHER), ""),
+                ("by one who may open both", 403, "Observation/mine", observation("mine", OTHER), clinician),
+                ("and the other way", 403, "Observation/theirs", observation("theirs"), clinician),
+                ("taken from everybody", 403, "Observation/mine", mine | {"subject": None}, ""),
+                ("another's put in", 403, "Observation/mine", mine | {"contained": [
+                    observation("y", OTHER)]}, ""),
+                ("another person", 403, f"Patient/{OTHER}", {"resourceType": "Patient", "id": OTHER}, ""),
+                ("another id than the address", 400, "Observation/mine", observation("theirs"), ""),
+                ("none", 400, "Observation/mine", {"resourceType": "Observation"}, ""),
+                ("another type", 400, "Observation/mine", mine | {"resourceType": "Condition"}, ""),
+                ("another person's id", 400, f"Patient/{ME}", {"resourceType": "Patient", "id": OTHER}, "")):
+            with self.subTest(attack, path=path):
+                self.assert_not_written(status, path, resource, token)
+        absent, theirs = (self.told(f"Observation/{name}", name, self.writer, method="PUT", data=observation(
+            name), headers={"If-Match": '"nope"'}) for name in ("absent", "theirs"))
+        self.assertEqual(absent, theirs)
+        self.assert_not_written(412, "Observation/mine", mine, **{"If-Match": 'W/"nope", "no"'})
+
+    def test_the_scopes_letters_categories_and_parameters_hold_for_writing(self) -> None:
+        mine, goal = observation("mine"), {"resourceType": "Goal", "subject": {"reference": f"Patient/{ME}"}}
+        lab = {"category": [{"coding": [{"code": "laboratory"}]}]}
+        app = App(self.portal, "launch/patient patient/*.cruds")
+        back = self.portal.approve(app.authorize_url(), "daniel-adams", ME, security_labels=["laboratory"])
+        narrow = app.exchange(dict(parse_qsl(urlsplit(back).query))["code"]).json["access_token"]
+        final = self.issue("patient/Observation.crus?status=final")
+        only = {letter: self.issue(f"patient/Observation.{letter}") for letter in ("rs", "c", "u")}
+        reading, writing = (self.issue(f"patient/Observation.rs{one} patient/Observation.u{other}")
+                            for one, other in (("?status=final", ""), ("", "?status=final")))
+        for why, status, path, resource, token in (
+                *(("no letter", 403, path, mine, only[letter]) for path, letter in (
+                    ("Observation", "rs"), ("Observation", "u"), ("Observation/mine", "rs"),
+                    ("Observation/mine", "c"))), ("another type", 403, "Goal", goal, only["c"]),
+                ("another's, not even read", 404, "Observation/theirs", observation("theirs"), only["u"]),
+                ("a category left out", 403, "Observation", mine, narrow), ("nor", 403, "Goal", goal, narrow),
+                ("nor", 404, "Observation/mine", mine | lab, narrow),
+                ("nor", 404, f"Patient/{ME}", {"resourceType": "Patient", "id": ME}, narrow),
+                ("outside of ?param=", 403, "Observation", mine | {"status": "draft"}, final),
+                ("led out of it", 403, "Observation/mine", mine | {"status": "draft"}, final),
+                ("led into it", 404, "Observation/draft", observation("draft"), final),
+                ("unseen", 404, "Observation/draft", observation("draft"), reading),
+                ("seen, and outside", 403, "Observation/draft", observation("draft"), writing)):
+            with self.subTest(why, path=path):
+                self.assert_not_written(status, path, resource, token)
+        got = self.write("Goal", goal, only["c"])
+        self.assertIn('scope="patient/Goal.c"', got.headers["www-authenticate"])
+        for path, resource, token in (
+                ("Observation", mine, only["c"]), ("Observation", mine | lab, narrow),
+                ("Observation/mine", mine, only["u"]), ("Observation/mine", mine, final)):
+            with self.subTest(path, token=token):
+                self.assertIn(self.write(path, resource, token).status, (200, 201))
+
+    def test_what_is_written_points_only_to_files_that_are_open_already(self) -> None:
+        def places(url: str) -> dict[str, dict[str, Any]]:
+            doc, attachment = document("my-doc", ME, "Binary/my-file"), {"url": url}
+            report = observation("x") | {"resourceType": "DiagnosticReport"}
+            return {"DocumentReference": document("my-doc", ME, url), "DocumentReference/my-doc": doc | {
+                "content": [*doc["content"], {"attachment": {"url": [url]}}]},
+                    "DiagnosticReport": report | {"presentedForm": [attachment]},
+                    "Observation": observation("x", contained=[{**document("y", ME, url)}]),
+                    "Observation/mine": observation("mine", extension=[{"valueUrl": url}])}
+        base, behind = self.portal.fhir_url, self.behind_url()
+        for spelling in (
+                "Binary/{}", "Binary/{}/_history/1", "./Binary/{}", "../fhir/Binary/{}", "//x/Binary/{}",
+                "/api/fhir/Binary/{}", "Binary%2F{}", "%42inary/{}", "%2542inary/{}", " Binary/{}\n",
+                "Bin\tary/{}", "Binary\\{}", "Binary?_id={}", "binary/{}", base + "/Binary/{}",
+                behind + "/Binary/{}", behind + "/./Binary/{}#x"):
+            for binary_id in ("their-file", "absent"):
+                for path, resource in places(spelling.format(binary_id)).items():
+                    with self.subTest(spelling, id=binary_id, path=path):
+                        self.assert_not_written(403, path, resource)
+        for path, resource in places("https://elsewhere.example/fhir/Binary/their-file").items():
+            self.assertIn(self.write(path, resource).status, (403,) if self.asked_behind() else (200, 201))
+        self.put({"resourceType": "Binary", "id": "their-file", "contentType": "text/plain", "data": "aGk="})
+        self.assert_refused("Binary/their-file", 404, token=self.narrow_token())
+        for url in ("Binary/my-file", "Binary/my-file/_history/1", f"{base}/Binary/my-file", "https://x.example"):
+            for path, resource in places(url).items():
+                with self.subTest(url, path=path):
+                    self.assertIn(self.write(path, resource).status, (200, 201))
+                    self.assertEqual(self.get("Binary/my-file").status, 200)
+        unread = self.issue("patient/DocumentReference.crus")  # without patient/Binary.r
+        self.assert_not_written(403, "DocumentReference", document("x", ME, "Binary/my-file"), unread)
+        many = [{"attachment": {"url": f"Binary/{number}"}} for number in range(1000)]
+        before = self.asked_behind()
+        self.assert_not_written(403, "DocumentReference", document("x", ME, "") | {"content": many})
+        self.assertEqual(self.asked_behind(), before)
+
+    def behind_url(self) -> str:
+        """The address of the server behind; there is none."""
+        return ".."
+
+    def test_what_an_app_writes_it_reads_finds_and_changes(self) -> None:
+        base, sent = self.portal.fhir_url, observation("theirs", note=[{"text": "new"}])
+        sent["subject"]["reference"] = f"{base}/Patient/{ME}"
+        got = self.write("Observation", sent)
+        self.assertEqual(got.status, 201, got)
+        new = got.json
+        path = f"Observation/{new['id']}"
+        self.assertNotIn(new["id"], ("theirs", ""))
+        self.assertEqual((new["note"], got.headers["location"].partition("/_history/")[0]),
+                         (sent["note"], f"{base}/{path}"))
+        self.assertRegex(got.headers["etag"], 'W/"[0-9]+"')
+        self.assertIn("last-modified", got.headers)
+        self.assertEqual(self.read(path)["note"], sent["note"])
+        self.assertIn(new["id"], self.ids("Observation?_count=1000"))
+        for number, match in enumerate(("W/{}", "{}", "*", '"nope", W/{}', "")):
+            with self.subTest(match):
+                tag = self.get(path).headers["etag"].replace("W/", "")
+                got = self.write(path, new | {"status": f"x{number}"}, **{"If-Match": match.format(tag)})
+                self.assertEqual(got.status, 200, got)
+                self.assertEqual([got.json["status"], self.read(path)["status"]], 2 * [f"x{number}"])
+        for written, status in ((path, 200), ("Observation", 201)):
+            got = self.write(written, new, Prefer="handling=strict; return=minimal")
+            self.assertEqual((got.status, got.body, "location" in got.headers), (status, b"", True))
+        file = self.write("Binary", {"resourceType": "Binary", "contentType": "text/plain", "data": "aGk=",
+                                     "securityContext": {"reference": f"Patient/{ME}"}}).json["id"]
+        doc = self.write("DocumentReference", document("x", ME, f"Binary/{file}")).json
+        self.assertEqual(doc["content"][0]["attachment"]["url"].rpartition("/")[2], file)
+        self.assertEqual(self.write("Provenance", {"resourceType": "Provenance", "target": [
+            {"reference": f"DocumentReference/{doc['id']}"}]}).status, 201)
+        self.assertEqual(self.write(f"Patient/{ME}", {"resourceType": "Patient", "id": ME}).status, 200)
 
     def test_a_search_shows_mine_and_nobodys(self) -> None:
         form, every = {"_count": "1000"}, "Observation?_count=1000"
@@ -3148,11 +3395,175 @@ class OnePatientOfAnotherServer(OnePatientAndNothingElse, ForwardingTest):
         """How many requests reached that server."""
         return len(self.behind.seen)
 
+    def behind_url(self) -> str:
+        """The address of that server."""
+        return self.behind.url
+
+    def stored(self) -> Any:
+        """All that is there, and all that was sent there to be written."""
+        return dict(self.behind.records), [seen for seen in self.behind.seen
+                                           if "json" in seen[1].get("content-type", "")]
+
     def assert_kept_out(self, path: str, status: int = 403, **how: Any) -> None:
         """An attack is refused before that server is asked."""
         before = len(self.behind.seen)
         self.assertIn(self.get(path, **how).status, (status, 400, 403))
         self.assertEqual(len(self.behind.seen), before)
+
+
+class WritingHere(RecordTest):
+    """What apps write to the records kept here."""
+    scope = "patient/*.crus"
+
+    def write(self, resource: dict[str, Any], path: str = "", **headers: str) -> Answer:
+        """Create a resource, or update the one at a path."""
+        return self.get(path or resource["resourceType"], data=resource, method="PUT" if path else "POST",
+                        headers={"Content-Type": "application/json", **headers})
+
+    def test_of_writers_who_saw_one_version_one_wins(self) -> None:
+        path, statuses = f"Observation/{self.write(observation('x')).json['id']}", list[int]()
+        new = observation(path.partition("/")[2])
+        with together(8, lambda: statuses.append(self.write(new, path, **{"If-Match": 'W/"1"'}).status)):
+            pass
+        self.assertEqual(sorted(statuses), [200] + 7 * [412])
+        self.assertEqual(self.read(path)["meta"]["versionId"], "2")
+
+    def test_a_text_costs_no_more_than_its_length(self) -> None:
+        begun, text = time.process_time(), "/binary/" * 100_000 + " \0x"
+        self.assertEqual(self.write(observation("x", note=[{"text": text}])).status, 201)
+        self.assertLess(time.process_time() - begun, 2)
+
+    def test_no_load_makes_anothers_of_what_was_written_and_a_reset_takes_it_back(self) -> None:
+        other = {"reference": "Patient?identifier=https://ids.example|1"}
+        doc = self.write(document("x", ME, "https://elsewhere.example/fhir/Binary/their-file")).json
+        seen = self.write(observation("x", performer=[other, {"reference": "urn:uuid:other"}])).json
+        self.portal.load({"resourceType": "Bundle", "type": "collection", "entry": [{"resource": resource}
+            for resource in ({"resourceType": "Binary", "id": "their-file", "contentType": "text/plain"},
+                             {"resourceType": "Patient", "id": "other", "identifier": [
+                                 {"system": "https://ids.example", "value": "1"}]})]})
+        for was in (doc, seen):
+            self.assertEqual(self.read(f"{was['resourceType']}/{was['id']}"), was)
+        self.assert_refused("Binary/their-file", 404)
+        smoked, before = "Condition/smart-Condition-14", self.read("Condition/smart-Condition-14")
+        self.assertEqual(self.write({**before, "note": [{"text": "new"}]}, smoked).status, 200)
+        self.assertEqual(self.read(smoked)["meta"]["versionId"], "2")
+        self.portal.reset()
+        self.token = self.issue("patient/*.crus")
+        self.assertEqual(self.read(smoked), before)
+        self.assert_refused(f"Observation/{seen['id']}", 404)
+
+    def test_each_version_of_fhir_is_written_in_its_own_way_and_metadata_says_what_can_be(self) -> None:
+        for version, kind in (("dstu2", "application/json+fhir"), ("stu3", "application/fhir+json"),
+                              ("r4", "application/fhir+json")):
+            with self.subTest(version), s4s.Server(fhir_version=version, open_fhir=True) as portal:
+                token = portal.issue_token(scope="patient/*.crus")["access_token"]
+                got = ask(f"{portal.fhir_url}/Observation", data=observation("x"), token=token)
+                self.assertEqual((got.status, got.headers["content-type"]), (201, kind), got)
+                wrong = {"resourceType": "Condition", "patient" if version != "dstu2" else "subject": {
+                    "reference": f"Patient/{ME}"}, "clinicalStatus": {} if version != "r4" else "active"}
+                self.assertIn(ask(f"{portal.fhir_url}/Condition", data=wrong, token=token).status, (400, 403))
+                for base, expected in ((portal.fhir_url, {
+                        "Patient": {"update"}, "Observation": {"create", "update"}, "Practitioner": set(),
+                        "Binary": {"create", "update"}}), (portal.open_fhir_url, {"Observation": set()})):
+                    resources = ask(f"{base}/metadata").json["rest"][0]["resource"]
+                    for resource in resources:
+                        codes = {code["code"] for code in resource["interaction"]} - {
+                            "read", "vread", "search-type"}
+                        self.assertEqual(codes, expected.get(resource["type"], codes))
+        scopes = ask(self.portal.fhir_url + "/.well-known/smart-configuration").json["scopes_supported"]
+        self.assertEqual({"patient/*.cu", "user/*.write", "system/*.cu"} & {*scopes},
+                         {"patient/*.cu", "user/*.write"})
+
+
+class WritingBehind(ForwardingTest):
+    """What apps write to a FHIR server behind that does with it what it likes."""
+    scope = "patient/*.crus"
+
+    def write(self, resource: Any, path: str = "", **headers: str) -> Answer:
+        """Create a resource, or update the one at a path."""
+        body = resource if isinstance(resource, bytes) else json.dumps(resource).encode()
+        return self.get(path or "Observation", body=body, method="PUT" if path else "POST",
+                        headers={"Content-Type": "application/fhir+json", **headers})
+
+    def test_it_gets_what_was_judged_in_its_own_addresses_and_for_the_version_that_was_judged(self) -> None:
+        ours, theirs = self.portal.fhir_url, self.behind.url
+        text = ('{"resourceType": "Observation", "id": "mine", "subject": {"reference": "%s/Patient/' + ME
+                + '"}, "valueQuantity": {"value": 5.40}, "note": [{"text": "at %s and %sx"}]}')
+        for path, method in (("Observation/mine", "PUT"), ("Observation", "POST")):
+            with self.subTest(path):
+                sent = text if method == "PUT" else text.replace('"id": "mine", ', "")
+                got = self.write((sent % (ours, ours, ours)).encode(), path if method == "PUT" else "",
+                                 **{"Prefer": "return=minimal, respond-async", "If-Match": '"7"'})
+                target, headers, body = self.behind.seen[-1]
+                self.assertEqual((target, headers[":method"], headers.get("if-match")),
+                                 (f"/fhir/{path}", method, 'W/"7"' if method == "PUT" else None))
+                self.assertEqual(body.decode(), sent % (theirs, ours, ours))
+                self.assertEqual((headers["prefer"], headers.get("authorization")),
+                                 ("return=representation", None))
+                self.assertEqual((got.body, got.headers["etag"]), (b"", 'W/"8"'))
+                self.assertTrue(got.headers["location"].startswith(f"{ours}/Observation/"))
+                self.assertNotIn(str(self.behind.port), str(got.headers))
+
+        self.write(observation("theirs"))
+        self.assertEqual(json.loads(self.behind.seen[-1][2]).get("id"), None, "it would write there")
+
+    def test_what_it_made_of_it_is_judged_too(self) -> None:
+        mine, location = observation("mine"), {"Location": f"{self.behind.url}/Observation/new/_history/2"}
+        outcome = {"resourceType": "OperationOutcome", "issue": [{"diagnostics": self.behind.url}]}
+        for why, answer, status in (
+                ("another's", observation("mine", OTHER), 502), ("nobody's", {**mine, "subject": {}}, 502),
+                ("another's in it", {**mine, "contained": [observation("y", OTHER)]}, 502),
+                ("another type", {**mine, "resourceType": "Condition"}, 502),
+                ("no id", {**mine, "id": 7}, 502), ("no FHIR", b"<html>", 502),
+                ("its words", outcome, 201), ("nothing", b"", 201)):
+            for path in ("", "Observation/mine"):
+                with self.subTest(why, path=path):
+                    verb = f"PUT {path}" if path else "POST Observation"
+                    code = 200 if path else 201
+                    at = {"Location": location["Location"].replace("new", "mine")} if path else location
+                    self.script(verb, answer, code, at)
+                    got = self.write(mine, path)
+                    self.assertEqual(got.status, {201: code}.get(status, status), got)
+                    self.assertNotIn(OTHER, got.text)
+                    self.assertNotIn(str(self.behind.port), got.text + str(got.headers))
+                    if got.status < 300:
+                        name = "mine" if path else "new"
+                        self.assertEqual((got.body, got.headers["location"]), (
+                            b"", f"{self.portal.fhir_url}/Observation/{name}/_history/2"))
+        for why, scope, sent, answer in (
+                ("another's whom the token reaches", "user/*.crus", mine, observation("mine", OTHER)),
+                ("of another status", "patient/Observation.crus?status=final", mine,
+                 {**mine, "status": "draft"})):
+            with self.subTest(why):
+                self.token = self.issue(scope, username="clinician", patient_id=ME)
+                self.script("PUT Observation/mine", answer)
+                self.assertEqual(self.write(sent, "Observation/mine").status, 502)
+        self.token = self.issue(self.scope)
+        self.script("POST Observation", b"", 201)
+        self.assertEqual(self.write(mine).status, 502, "it does not say where")
+        self.script("PUT Observation/mine", observation("other-id"), 200)
+        self.assertEqual(self.write(mine, "Observation/mine").status, 502)
+
+    def test_its_refusals_come_as_those_of_reads_and_no_write_is_made_twice_or_elsewhere(self) -> None:
+        for status, expected in ((400, 400), (401, 502), (403, 502), (404, 404), (409, 409), (410, 404),
+                                 (412, 412), (422, 400), (429, 429), (500, 502), (503, 503), (307, 502)):
+            with self.subTest(status):
+                self.script("PUT Observation/mine", {"resourceType": "Observation"}, status,
+                            {"Retry-After": "2", "Location": f"{self.behind.url}/Observation/theirs"})
+                before = len(self.behind.seen)
+                got = self.write(observation("mine"), "Observation/mine")
+                self.assertEqual((got.status, got.json["resourceType"]), (expected, "OperationOutcome"))
+                self.assertEqual(got.headers.get("retry-after"), "2" if status in (429, 503) else None)
+                self.assertEqual(len(self.behind.seen), before + 2)
+        self.behind.script["POST Observation"] = b""  # it breaks off, whatever it did with it
+        before = len(self.behind.seen)
+        self.assertEqual(self.write(observation("x")).status, 502)
+        self.assertEqual(len(self.behind.seen), before + 1)
+
+    def test_two_members_of_one_name_are_refused(self) -> None:
+        text = json.dumps(observation("mine")).replace('"subject"', '"subject": {}, "subject"')
+        self.assertEqual(self.write(text.encode(), "Observation/mine").status, 400)
+        self.assertEqual(self.behind.seen, [])
 
 
 class HostileAnswers(ForwardingTest):
@@ -6063,7 +6474,7 @@ class WhatIsBehind(ForwardingTest):
         self.assertNotIn("hidden.example", text)
         self.assertEqual(found["rest"][0]["resource"], [{
             "type": "Observation",
-            "interaction": [{"code": code} for code in ("read", "vread", "search-type")],
+            "interaction": [{"code": code} for code in ("read", "vread", "search-type", "create")],
             "searchParam": [{"name": "code", "type": "token"}, {"name": "_id", "type": "token"}]}])
         self.assertIn("/oauth/authorize", json.dumps(found["rest"][0]["security"]))
         self.assertNotIn("security", self.metadata(portal, "open-fhir")[1]["rest"][0])
@@ -6753,6 +7164,21 @@ class ConsentPage(PortalTest):
         for words in ("My app", "Daniel Adams", "everything, of every kind", "come back for new data"):
             self.assertEqual(step.count(words), 1, words)
         self.assertNotIn("below", step)  # the date is two steps away
+
+    def test_it_and_the_list_of_apps_say_what_an_app_may_add_and_change(self) -> None:
+        for scope, words in (("patient/*.rs", ""), ("patient/*.*", "add and change"), ("patient/*.c", "add"),
+                             ("patient/Goal.rs patient/Observation.u", "change")):
+            with self.subTest(scope):
+                self.portal.reset()
+                main = self.consent("launch/patient " + scope).main
+                self.assertEqual("It can change nothing" in main, not words)
+                self.assertEqual("It can delete nothing" in main, bool(words))
+                for sentence in (f"to see the health record of Daniel Adams, and to {words} records there.",
+                                 "What it writes stays there", f"and may {words} records of these kinds"):
+                    self.assertEqual(sentence in main, bool(words), sentence)
+                App(self.portal, "launch/patient " + scope).tokens()
+                page = self.browser.open(self.portal.url + "/apps").text
+                self.assertEqual(f"It may {words} records of these kinds." in page, bool(words))
 
     def test_each_category_comes_with_a_sentence(self) -> None:
         self.assertEqual(list(s4s.CATEGORY_WORDS), list(s4s.CATEGORIES))
@@ -7832,7 +8258,8 @@ class Sockets(RawTest):
         [answer] = self.talk(self.request(line, too_long, close=False))
         self.assertEqual((answer.status, answer.json["resourceType"]), (413, "OperationOutcome"))
         self.assertEqual(answer.headers["access-control-allow-origin"], "*")
-        self.check(401, self.request("PUT /api/fhir/Patient/x", too_long, close=False))
+        self.check(413, self.request("PUT /api/fhir/Patient/x", too_long, close=False))
+        self.check(401, self.request("PATCH /api/fhir/Patient/x", too_long, close=False))
 
     def test_what_follows_a_body_is_the_next_request_also_when_nobody_wants_it(self) -> None:
         unwanted = self.request("POST /nothing", "Content-Length: 5", body=b"hello", close=False)
@@ -8381,6 +8808,8 @@ class Repository(unittest.TestCase):
         with s4s.Server() as portal:
             self.assertRegex(self.run_example("quick", "bash", "-e", portal=portal), '"family": ?"Adams"')
             self.assertEqual({request.status for request in portal.requests}, {200})
+        with s4s.Server() as portal:
+            self.assertIn("HTTP/1.1 201", self.run_example("write", "bash", "-e", portal=portal))
         for shell in filter(shutil.which, ("bash", "sh", "zsh")):
             with self.subTest(shell), s4s.Server() as portal:
                 shown = self.run_example("tour", shell, "-e", portal=portal)
@@ -8532,12 +8961,13 @@ def rate(url: str, request: bytes, connections: int = 8) -> list[float]:
     return sorted([float(word) for word in done.stdout.split()] for done in rounds)[1]
 
 
-def raw(method: str, path: str, token: str = "", body: str = "") -> bytes:
+def raw(method: str, path: str, token: str = "", body: str = "",
+        kind: str = "application/x-www-form-urlencoded") -> bytes:
     """A request as bytes, as an app sends it."""
     lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Accept: application/json", "User-Agent: it"]
     lines += [f"Authorization: Bearer {token}"] if token else []
     if body:
-        lines += ["Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}"]
+        lines += [f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
     return "\r\n".join([*lines, "", body]).encode()
 
 
@@ -8630,6 +9060,12 @@ def benchmark_requests() -> None:
         for count in (10, 1000):
             path = f"/api/fhir/Observation?patient={DANIEL}&_count={count}"
             compare(f"searches of {count} entries", raw("GET", path, token), size=True)
+        writer = portal.issue_token(scope="patient/*.u")["access_token"]
+        for connections in (1, 8):
+            write = json.dumps(observation("smart-Observation-829-8867-4", note=[{"text": "x" * 300}]))
+            compare(f"writes (updates of an Observation), {connections} connections", raw(
+                "PUT", "/api/fhir/Observation/smart-Observation-829-8867-4", writer, write,
+                "application/fhir+json"), connections)
         flows = 1000 / timed(lambda: flow(app), 201)
         show("code flows: `approve` and the token endpoint", f"{flows:,.0f} /s")
         for count in (1_000, 100_000):
