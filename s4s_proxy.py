@@ -2125,8 +2125,8 @@ PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction,
     ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"),
     ("POST", "create", rf"(?P<type>{_TYPE})"), ("PUT", "update", rf"(?P<type>{_TYPE})/(?P<id>{_ID})"))]
 POSSIBLE = ("possible are GET of [type], [type]/[id], [type]/[id]/_history/[id] and Patient/[id]/[type], "
-            "POST of [type]/_search, and both of Patient/[id]/$everything; to write, POST of [type] and PUT of "
-            "[type]/[id], of one resource, on no condition but If-Match")
+            "POST of [type]/_search, and both of Patient/[id]/$everything; to write, POST of [type] and PUT "
+            "of [type]/[id], of one resource, on no condition but If-Match")
 
 
 @remembered(20)
