@@ -4678,6 +4678,8 @@ class EmbeddedRecords(Records):
 
     def answer(self, asked: FhirRequest) -> Response:
         """See Records."""
+        if asked.interaction == "read":  # by far the most of them
+            return self.answer_read(asked)
         return cast(Response, getattr(self, f"answer_{asked.interaction}")(asked))
 
     def visible(self, asked: FhirRequest) -> StoredResource:
