@@ -800,7 +800,7 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
         head = ["HEAD"] if "GET" in route.methods else []
         allowed = ("Allow", ", ".join([*route.methods, *head, "OPTIONS"]))
         if method == "OPTIONS":
-            return Response(204, headers=[allowed, *PREFLIGHT] if route.cors else [allowed])
+            return Response(204, headers=[allowed, *preflight(request)] if route.cors else [allowed])
         description = f"{method} is not possible here; possible are {allowed[1]}"
         raise PortalError("invalid_request", description, 405, [allowed])
     if request.broken and method not in ("PATCH", "DELETE"):  # those are refused whatever the body
@@ -878,11 +878,14 @@ ALLOWED_ORIGIN = [
     ("Access-Control-Allow-Origin", "*"),  # safe: what has CORS goes by no cookie
     ("Access-Control-Expose-Headers",
      "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
-PREFLIGHT = [
-    ("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-    ("Access-Control-Max-Age", "600"),
-    ("Access-Control-Allow-Headers", ("Authorization, Accept, Content-Type, Prefer, If-Match, If-None-Match, "
-                                      "If-Modified-Since, If-None-Exist"))]  # * would not cover Authorization
+
+
+def preflight(request: Request) -> list[tuple[str, str]]:
+    """What CORS lets a page send: whatever headers it asks for, by name (* would not cover Authorization)."""
+    asked = request.headers.get("access-control-request-headers", "")
+    are_names = re.fullmatch(r"(?a)[!#-'*+^`|~\w., -]+", asked)
+    return [("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+            ("Access-Control-Allow-Headers", asked if are_names else ""), ("Access-Control-Max-Age", "600")]
 
 
 class Request:
