@@ -8554,7 +8554,7 @@ class Seeds:
         try:
             if isinstance(source, str):
                 where = f"--fixtures {source}"
-                with open(source, encoding="utf-8") as file:
+                with open(source, encoding="utf-8-sig") as file:  # Windows' editors write a mark first
                     fixtures = json.load(file)
             json.dumps(fixtures, ensure_ascii=False).encode("utf-8")
         except (OSError, TypeError, ValueError, RecursionError) as error:

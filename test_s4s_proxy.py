@@ -7494,7 +7494,7 @@ class Fixtures(unittest.TestCase):
     def test_a_user_signs_in_and_opens_the_records_named(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "fixtures.json")
-            path.write_text(json.dumps({"users": self.users}), "utf-8")
+            path.write_text(json.dumps({"users": self.users}), "utf-8-sig")  # as Windows' editors write
             for fixtures in ({"users": self.users}, str(path)):
                 with self.subTest(fixtures=fixtures), s4s.Server(fixtures=fixtures) as portal:
                     app, browser = App(portal), Browser(portal)
