@@ -805,9 +805,11 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
         raise PortalError("invalid_request", description, 405, [allowed])
     if request.broken and method not in ("PATCH", "DELETE"):  # those are refused whatever the body
         raise request.broken
+    fault = None
     if route.fault not in ("", "authorize"):  # an authorization error may travel: see begin_authorization
-        portal.meet_fault(route.fault)
-    return route.endpoint(portal, request)
+        fault = portal.meet_fault(route.fault)
+    response = route.endpoint(portal, request)
+    return fault.changed(response) if fault else response
 
 
 def check_host(portal: Portal, request: Request) -> None:
@@ -8601,6 +8603,17 @@ class Fault(NamedTuple):
     retry_after: int | None  # seconds
     delay: float             # seconds
     drop: bool               # close the connection without an answer
+    change: Json             # the members of a right answer that are wrong; None: missing
+
+    def changed(self, response: Response) -> Response:
+        """An answer with its members changed. One that is no JSON object stays as it is."""
+        with contextlib.suppress(ValueError, RecursionError):
+            right = json.loads(response.body) if self.change else None
+            if isinstance(right, dict):
+                wrong = {**right, **self.change}
+                kept = {name: wrong[name] for name in wrong if self.change.get(name, "") is not None}
+                response.body = json.dumps(kept).encode()
+        return response
 
     def refusal(self) -> PortalError:
         """An error like the real one; a PageError where only a status was ordered."""
@@ -8712,17 +8725,18 @@ class Portal:
             username, patient_id)
         return str(row[0]) if row else ""
 
-    def meet_fault(self, endpoint: str) -> None:
-        """Do what a test ordered for this endpoint: wait, then refuse; ConnectionAbortedError for a drop."""
+    def meet_fault(self, endpoint: str) -> Fault | None:
+        """Do what a test ordered for this endpoint: wait, then refuse; ConnectionAbortedError for a drop. To
+        change the answer is left to the caller."""
         orders = self.faults.get(endpoint, ())
         fault = next(itertools.chain.from_iterable(orders), None)  # of the first order that is not used up
-        if not fault:
-            return
-        self.stopping.wait(fault.delay)
-        if fault.drop:
-            raise ConnectionAbortedError
-        if fault.status:
-            raise fault.refusal()
+        if fault:
+            self.stopping.wait(fault.delay)
+            if fault.drop:
+                raise ConnectionAbortedError
+            if fault.status:
+                raise fault.refusal()
+        return fault
 
     def log_bug(self, during: str, error: Exception) -> None:
         """Log a bug of ours: what and where, but no value and no line of source, which may hold a secret."""
@@ -8894,12 +8908,13 @@ class Controls:
     @control("fail", required="endpoint")
     def fail(self, endpoint: str, status: int | None = None, error: str | None = None,
              retry_after: int | None = None, delay: float = 0, drop: bool = False,
-             times: int | None = 1) -> Json:
+             change: Json | None = None, times: int | None = 1) -> Json:
         """Make an endpoint's next request fail, or so many, after those that earlier orders fail.
 
         status is HTTP's, error a code of the endpoint's text (alone: with the status that the text gives it),
         retry_after and delay are seconds; drop closes the connection unanswered; times None is until reset.
-        A delay alone delays."""
+        A delay alone delays. With change the request succeeds, and these members replace those of its JSON
+        answer, None takes one away: an answer that is no JSON object, or an error, stays as it is."""
         must(endpoint in FAULTS, "endpoint", f"one of {', '.join(FAULTS)}", endpoint)
         need(error is None or re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)),
              f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
@@ -8912,8 +8927,13 @@ class Controls:
             status = ERROR_STATUS.get(error, 400)
         elif not status and retry_after is not None:
             status = 503
-        need(status or wait or drop, "fail: give at least one of status, error, retry_after, delay, drop")
-        fault = Fault(status or 0, error or "", retry_after, wait, drop)
+        members = need_members("change", change)
+        need(status or wait or drop or members,
+             "fail: give at least one of status, error, retry_after, delay, drop, change")
+        need(not members or not (status or drop),
+             "change: the request succeeds; expected no status, error, retry_after or drop beside it")
+        need(not members or endpoint != "authorize", "change: authorize answers with no JSON")
+        fault = Fault(status or 0, error or "", retry_after, wait, drop, members)
         order = itertools.repeat(fault, sys.maxsize if times is None else min(times, sys.maxsize))
         self.portal.faults.setdefault(endpoint, []).append(order)
         return {"endpoint": endpoint, "times": times}
@@ -8944,6 +8964,16 @@ def need_text(name: str, value: Any) -> str:
     """A string with something in it."""
     must(isinstance(value, str) and value, name, "a string", value)
     return str(value)
+
+
+def need_members(name: str, value: Any) -> Json:
+    """A copy of an object with members that JSON can hold; of None an empty one."""
+    copy: Json = {}
+    if isinstance(value, dict):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            copy = json.loads(json.dumps(value, allow_nan=False))
+    need(copy or value is None, f"{name}: expected an object with members of JSON, got {value!r:.200}")
+    return copy
 
 
 def need_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:

@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import datetime
 import doctest
+import functools
 import gzip
 import hashlib
 import html
@@ -7616,14 +7617,20 @@ class Fixture(PortalTest):
             self.assertIsNone(self.portal.portal.client(client["client_id"]))
 
     def test_a_refused_control_says_why(self) -> None:
-        for control, how, description in (
+        rows: tuple[tuple[str, dict[str, Any], str], ...] = (
                 ("issue_token", {"username": "nobody"}, "username: there is no user 'nobody'"),
                 ("issue_token", {"scope": 7}, "scope: expected a string, got 7"),
                 ("advance", {"seconds": "soon"},
                  'seconds: expected a number that keeps the clock from 1970 to 9990, got "soon"'),
                 ("fail", {"endpoint": "fhir"},
-                 "fail: give at least one of status, error, retry_after, delay, drop"),
-                ("fail", {"endpoint": "token", "delay": 301}, "delay: expected 0 to 300 seconds, got 301")):
+                 "fail: give at least one of status, error, retry_after, delay, drop, change"),
+                ("fail", {"endpoint": "authorize", "change": {"a": 1}},
+                 "change: authorize answers with no JSON"),
+                *(("fail", {"endpoint": "fhir", "change": {"a": 1}, **more},
+                   "change: the request succeeds; expected no status, error, retry_after or drop beside it")
+                  for more in ({"status": 500}, {"error": "x"}, {"drop": True}, {"retry_after": 1})),
+                ("fail", {"endpoint": "token", "delay": 301}, "delay: expected 0 to 300 seconds, got 301"))
+        for control, how, description in rows:
             with self.subTest(control=control, how=how), self.assertRaises(s4s.PortalError) as caught:
                 getattr(self.portal, control)(**how)
             refused = caught.exception
@@ -7633,7 +7640,8 @@ class Fixture(PortalTest):
     def test_what_no_fault_can_be_is_named(self) -> None:
         for name, value in (("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True),
                             ("error", 'a"b'), ("error", ""), ("drop", "yes"), ("times", 0), ("times", True),
-                            ("times", 1.5), ("retry_after", -1), ("delay", -1), ("delay", "long")):
+                            ("times", 1.5), ("retry_after", -1), ("delay", -1), ("delay", "long"),
+                            *(("change", change) for change in ({}, [1], {"a": b"x"}, {"a": math.nan}))):
             with self.subTest(name=name, value=value), self.assertRaisesRegex(s4s.PortalError, f": {name}: "):
                 how: Any = {"endpoint": "token", "status": 500, name: value}
                 self.portal.fail(**how)
@@ -7669,6 +7677,47 @@ class Fixture(PortalTest):
         self.assertEqual(answers[0].headers["retry-after"], "7")
         self.portal.reset()
         self.assertEqual(self.fhir("metadata").status, 200)
+
+    def test_an_answer_is_right_but_for_the_members_that_a_test_changes(self) -> None:
+        app, url = App(self.portal, "openid fhirUser patient/*.rs"), self.portal.url
+        token, wrong = app.tokens()["access_token"], {"expires_in": "3600", "scope": None}
+        ordered = self.post("/oauth/debug/fail", {"endpoint": "token", "change": wrong, "delay": 0.01})
+        self.assertEqual(ordered.status, 200)
+        tampered, right = (app.exchange(app.code()).json for _ in range(2))
+        self.assertEqual((tampered["expires_in"], right["expires_in"]), ("3600", 3600))
+        self.assertEqual(tampered.keys(), right.keys() - {"scope"})
+        look, itself = {"form": {"token": token}}, (app.client_id, app.secret)
+        rows: list[tuple[str, str, dict[str, Any]]] = [
+            ("introspect", "/oauth/introspect", look), ("userinfo", "/oauth/userinfo", {}),
+            ("register", "/oauth/register", {"data": {"redirect_uris": ["https://a.example/"]}}),
+            ("revoke", "/oauth/revoke", {"form": {"token": "x"}, "token": "", "basic": itself}),
+            ("jwks", "/oauth/jwks", {}), ("discovery", "/.well-known/openid-configuration", {}),
+            ("discovery", "/api/fhir/.well-known/smart-configuration", {}),
+            ("metadata", "/api/fhir/metadata", {}), ("open_fhir", "/api/open-fhir/Condition", {}),
+            ("fhir", "/api/fhir/Condition", {}), ("fhir", f"/api/fhir/Patient/{DANIEL}", {})]
+        for endpoint, path, how in rows:
+            with self.subTest(path):
+                self.portal.fail(endpoint, change={"é": [1.5, None]})
+                self.portal.fail(endpoint, change={"é": None})
+                tampered, *same = (ask(url + path, **{"token": token, **how}) for _ in range(3))
+                self.assertEqual(tampered.json["é"], [1.5, None])
+                self.assertEqual({answer.status for answer in same}, {tampered.status})
+                for answer in same if endpoint != "register" else ():  # there each answer has another id
+                    self.assertEqual({**answer.json, "é": [1.5, None]}, tampered.json)
+
+    def test_a_changed_answer_waits_its_turn_and_an_error_or_no_json_stays_as_it_is(self) -> None:
+        token, right = self.portal.issue_token(), f'"{DANIEL}"'
+        etag = self.fhir(f"Patient/{DANIEL}", token).headers["etag"]
+        self.portal.fail("fhir", status=500)
+        self.portal.fail("fhir", change={"id": "wrong"}, times=3)
+        for name, headers, status, shown in (
+                (DANIEL, {}, 500, "a test made"), (AMY, {}, 403, "OperationOutcome"),
+                (DANIEL, {"If-None-Match": etag}, 304, ""), (DANIEL, {}, 200, '"wrong"'),
+                (DANIEL, {}, 200, right)):
+            with self.subTest(status=status, shown=shown):
+                got = self.fhir(f"Patient/{name}", token, headers=headers)
+                self.assertEqual((got.status, shown in got.text, "wrong" in got.text),
+                                 (status, True, "wrong" in shown))
 
     def test_a_dropped_connection_has_no_answer(self) -> None:
         self.portal.fail("discovery", drop=True)
@@ -8828,8 +8877,32 @@ class Repository(unittest.TestCase):
             token = portal.issue_token(username="maria", client_id="growth-chart")
             self.assertEqual(token["patient"], JOSEPH)
 
-    def test_the_readmes_unittest_example_passes(self) -> None:
+    def test_the_readmes_calls_make_the_errors_that_the_public_launcher_simulates(self) -> None:
+        rows = re.findall(r"\| (.*) \* \| (`.*`) \| (.*) \|", self.readme)
+        self.assertEqual(len(rows), 7)
+        with s4s.Server() as portal:
+            for name, calls, shown in rows:
+                for call in re.findall("`(.*?)`", calls):
+                    app = App(portal)
+                    issue = functools.partial(portal.issue_token, client_id=app.client_id)
+                    before = issue()
+                    given = eval(call, {"fail": portal.fail, "advance": portal.advance, "issue_token": issue})
+                    tokens = given if "issue_token" in call else before
+                    if shown.startswith("FHIR"):
+                        got = ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=tokens["access_token"])
+                    elif shown.startswith("token endpoint"):
+                        got = app.refresh(tokens["refresh_token"])
+                    else:
+                        got = ask(app.authorize_url())
+                    self.assertIn(str(got.status), shown.replace("redirect with", "303"), name)
+                    for word in re.findall("`(.*?)`", shown):
+                        self.assertIn(word, f"{got.headers} {got.text}", name)
+                    portal.reset()
+
+    def test_the_readmes_unittest_example_does_the_five_jobs_in_29_lines(self) -> None:
         self.assertIn("Ran 2 tests", self.run_example("unittest", sys.executable, "-"))
+        code = self.example("run: unittest").partition("class ")[2].partition("\nif __name__")[0]
+        self.assertLessEqual(len(list(filter(None, code.splitlines()))), 29)
 
     def test_the_readmes_javascript_example_runs(self) -> None:
         with mock.patch.dict(os.environ, {"PYTHON": sys.executable}):
