@@ -5140,10 +5140,13 @@ def unpacked(body: bytes, coding: str, most: int) -> bytes:
     raise BadRequest(400, "its gzip is broken")
 
 
-def refused(description: str, status: int = 502, headers: Sequence[tuple[str, str]] = ()) -> FhirError:
-    """The FHIR server's fault, in our words: its own might name its address, or somebody else's record."""
+def refused(description: str, status: int = 502, headers: Headers = (), words: str = "") -> FhirError:
+    """The FHIR server's fault, in our words: its own might name its address, or somebody else's record. They
+    are for the log alone: it shows what str() gives (see error_response)."""
     description = f"the FHIR server behind this portal {description}"
-    return FhirError(ISSUE_CODES.get(status, "exception"), description, status, headers)
+    error = FhirError(ISSUE_CODES.get(status, "exception"), description, status, headers)
+    error.args = (f"{error}{words and f'; it says: {words[:500]}'}",)
+    return error
 
 
 _COLON, _SLASH = "(?::|%3[Aa])", r"(?:\\?/|%2[Ff])"  # as they stand in JSON, and in an address's parameters
@@ -5293,7 +5296,7 @@ class Upstream:
             except StaleConnection:
                 self.close()  # the others are as old
             finally:
-                if connection.reusable and len(self._idle) < 64:
+                if connection.reusable and len(self._idle) < 64 and not connection.timed.ended:
                     self._idle.append(connection)
                 else:
                     connection.close()
@@ -5419,9 +5422,13 @@ class Upstream:
         """The FHIR server's CapabilityStatement (DSTU2: Conformance), kept for five minutes."""
         statement, until = self._statement
         if now >= until:
-            statement = self.resource(self.ask(f"{self.base}/metadata", share=share), "")[0]
-            if statement["resourceType"] not in ("CapabilityStatement", "Conformance"):
-                raise refused("has no CapabilityStatement")
+            answer, statement = self.ask(f"{self.base}/metadata", share=share), {}
+            if answer.status not in (200, 404):
+                check_status(answer)
+            with contextlib.suppress(FhirError):
+                statement = self.resource(answer, "")[0]
+            if statement.get("resourceType") not in ("CapabilityStatement", "Conformance"):
+                raise refused("has no CapabilityStatement: is this the FHIR base?")
             self._statement = statement, now + 300
             for name in elements(statement, "implementation.url"):
                 self._learn(str(name), "")
@@ -5478,8 +5485,11 @@ def check_status(answer: Answer) -> None:
     """Only 200 goes on. 429 and 503 pass as they are: waiting helps, and S4S's imaging clients wait."""
     if answer.status != 200:
         status, description = _FAULTS.get(answer.status, (502, "answered with status {}"))
-        wait = told(answer, "Retry-After") if status in (429, 503) else []
-        raise refused(description.format(answer.status), status, wait)
+        wait, words = told(answer, "Retry-After") if status in (429, 503) else [], ""
+        with contextlib.suppress(ValueError, RecursionError):
+            outcome = json.loads(answer.body)
+            words = "; ".join(map(str, elements(outcome, "issue.diagnostics", "issue.details.text")))
+        raise refused(description.format(answer.status), status, wait, words)
 
 
 # What may stand in a header: an entity tag, seconds, a date (RFC 9110). A server could put anything there.
@@ -5517,7 +5527,7 @@ class ForwardedRecords(Records):
     def version(self) -> str:  # type: ignore[override]
         """Read from the server's metadata; where that fails, R4 is assumed. Nothing comes from a version that
         is not understood: nobody could tell whose it is."""
-        now, assumed = self.portal.clock.now(), "the FHIR server's version can't be read, R4 is assumed"
+        now, base = self.portal.clock.now(), self.upstream.base
         if now >= self._version[1]:
             try:  # in half of the time, so that a read is possible after it
                 text = str(self.upstream.statement(now, share=0.5).get("fhirVersion"))
@@ -5526,7 +5536,8 @@ class ForwardedRecords(Records):
                 if number not in VERSIONS_BEHIND:
                     self.portal.log(f"warning: {self._not_understood().description}")
             except PortalError as error:
-                self.portal.log(f"warning: {assumed}: {error.description}")
+                if not self.portal.stopping.is_set():  # else it was the stop that broke it off
+                    self.portal.log(f"warning: --fhir-server {base}: R4 is assumed: {error.description}")
                 self._version = "r4", now + 60
         if self._version[0] not in FHIR_VERSIONS:
             raise self._not_understood()
@@ -8480,7 +8491,8 @@ class Seeds:
         self.patients: list[tuple[Any, ...]] = []
         self.claims: list[tuple[str, str]] = []
         self.clients: dict[str, Client] = {}
-        self._secrets: set[str] = set()
+        # Not drawn here, secrets may look like anything, and must still get into no log.
+        self._secrets = set[str]().union(*map(credentials_in, settings.fhir_header))
         samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
         for username, name, fhir_user, any_patient in DEMO_USERS:
             if samples or any_patient:
@@ -8498,7 +8510,6 @@ class Seeds:
             self.add_option(text)
         if settings.fixtures is not None:
             self.add_fixtures(settings.fixtures)
-        # Not drawn here, they may look like anything, and must still get into no log.
         self.known = pattern_of(self._secrets)
 
     def write(self, database: sqlite3.Connection, now: float) -> None:
@@ -9073,8 +9084,7 @@ class RecordedRequest:
         if "x-www-form-urlencoded" in media_type or ("json" in media_type and self.body[:1] in ("{", "[")):
             body = shown.text(self.body)  # of any other kind, nobody can tell where in it a secret stands
         secret = {name for name in self.headers if _SECRET_HEADER.search(name)}
-        for name in secret:  # credentials, and cookies' values
-            shown.came.update(re.findall(r"(?:^|[=\s])([^\s;,=]{8,}=*)(?=[\s;,]|$)", self.headers[name]))
+        shown.came.update(*(credentials_in(f"{name}: {self.headers[name]}") for name in secret))
         headers = {shown.text(name): REDACTED if name in secret else shown.text(value)
                    for name, value in self.headers.items()}
         told = {"method": self.method, "path": shown.text(self.path), "query": shown.text(self.query),
@@ -9165,6 +9175,13 @@ class Redaction:
     def drawn(self, match: re.Match[str]) -> str:
         """Characters such as drawn secrets have: hidden if one is among them, whatever is glued to it."""
         return REDACTED if any(map(self.is_secret, _DRAWN_WITHIN.findall(match[0]))) else match[0]
+
+
+def credentials_in(header: str) -> set[str]:
+    """Credentials, and cookies' values, in a header line of a name that says there are some."""
+    name, _, value = header.partition(":")
+    secret = _SECRET_HEADER.search(name.lower())
+    return set(re.findall(r"(?:^|[=\s])([^\s;,=]{8,}=*)(?=[\s;,]|$)", value)) if secret else set()
 
 
 def gave_out(portal: Portal, word: str) -> bool:
@@ -9563,6 +9580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handlers = {kind: signal.signal(kind, lambda *_: stop.set()) for kind in (signal.SIGINT, signal.SIGTERM)}
     try:
         print(server.address, flush=True)
+        threading.Thread(target=look_behind, args=(server.portal,), daemon=True).start()
         write_log(banner(server, [name for name, setting in ENVIRONMENT.items() if setting in environment]))
         while not stop.wait(0.5):  # with a timeout, or Windows would not hear Ctrl-C
             pass
@@ -9571,6 +9589,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
     return 0
+
+
+def look_behind(portal: Portal) -> None:
+    """Ask the FHIR server for its version, which warns where there is none. Nobody waits for it."""
+    with contextlib.suppress(PortalError):
+        _ = portal.records.version
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6186,6 +6186,23 @@ class Faults(ForwardingTest):
         self.script("Observation", b"{}", 422)
         self.assert_refused("Observation?unheard=of", 400)
 
+    def test_why_it_refused_is_told_to_the_log_alone_and_without_our_credentials(self) -> None:
+        issues = [{"diagnostics": f"no x at {self.behind.url}"}, {"details": {"text": "key swordfish"}}]
+        outcome, told = {"issue": issues}, f"it says: no x at {self.behind.url}; key [redacted]"
+        settings: dict[str, Any] = {**self.settings, "verbose": True}
+        with s4s.Server(**settings) as portal:
+            token, lines = portal.issue_token(scope="patient/*.rs")["access_token"], list[str]()
+            portal.portal.log = lines.append
+            for status, body, words in (
+                    *((status, outcome, True) for status in (400, 422, 500, 401)), (400, b"<html>", False),
+                    (400, {"issue": [[{}], {"diagnostics": {}}]}, False), (400, b"[" * 100_000, False)):
+                with self.subTest(status, body=str(body)[:50]):
+                    self.script("Observation", body, status)
+                    got = ask(portal.fhir_url + "/Observation", token=token)
+                    self.assertEqual(got.status, 400 if status in (400, 422) else 502)
+                    self.assertNotRegex(got.text, f"no x|{self.behind.port}")
+                    self.assertEqual((told in lines[-1], "swordfish" in lines[-1]), (words, False), lines)
+
     def test_answers_that_are_no_fhir_are_502(self) -> None:
         mine = json.dumps(observation("mine"))
         for name, body in {
@@ -8640,6 +8657,45 @@ class CommandLine(unittest.TestCase):
                 with self.subTest(line):
                     status, out, err = self.run_main("--port", "0", *line.split())
                     self.assertEqual((status, out, err.count("\n")), (1, "", 1))
+
+    def test_the_command_line_asks_a_fhir_server_what_it_is_and_nobody_waits_for_the_answer(self) -> None:
+        goes_on, lines = threading.Event(), list[str]()
+
+        class Behind(FhirServer):
+            def answer(self, target: str) -> Any:
+                return super().answer(target) if self.script else goes_on.wait(20) and b""
+
+        class Out(io.StringIO):
+            def write(self, text: str) -> int:
+                if text.startswith("http") and not behind.script:
+                    ask(text + "/health")
+                return super().write(text)
+
+        def log(line: str) -> None:
+            lines.append(line)
+            if "warning" in line or (" /health" in line and not behind.script):
+                signal.raise_signal(signal.SIGINT)
+        behind, no_base = Behind(), "has no CapabilityStatement: is this the FHIR base?"
+        self.addCleanup(behind.stop)
+        self.addCleanup(goes_on.set)
+        with s4s.Server(fhir_server=behind.url) as portal:
+            ask(portal.url + "/health")
+        self.assertEqual(behind.seen, [], "Server() asks nothing")
+        rows: tuple[tuple[Any, ...], ...] = (
+                (no_base, {}, 404), (no_base, b"<html>"), (no_base, {"resourceType": "Patient"}),
+                ("--fhir-header can give", {}, 401), ("",))
+        for needle, *answers in rows:
+            with self.subTest(answers=answers), mock.patch.object(s4s, "write_log", log):
+                lines.clear()
+                behind.script = {"metadata": json_answer(*answers)} if answers else {}
+                begun, at_last = time.monotonic(), threading.Timer(10, signal.raise_signal, (signal.SIGINT,))
+                at_last.start()
+                status, out, _ = self.run_main("--port", "0", "--fhir-server", behind.url, out=Out())
+                self.assertEqual((status, out.count("\n")), (0, 1))
+                at_last.cancel()
+                self.assertLess(time.monotonic() - begun, 10, "it was waited for")
+                warnings = [line for line in lines if "warning" in line]
+                self.assertEqual((len(warnings), needle in "".join(warnings)), (bool(needle), True), lines)
 
     def test_version(self) -> None:
         self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
