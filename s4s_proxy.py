@@ -910,7 +910,7 @@ class Request:
     def pairs(self) -> list[tuple[str, str]]:
         """The query's parameters, in order; the same list each time."""
         if self._pairs is None:
-            self._pairs = decode_pairs(self.query)
+            self._pairs = decode_pairs(self.query) if self.query else []
         return self._pairs
 
     @property
@@ -5062,9 +5062,11 @@ class Connection:
     def exchange(self, message: bytes, url: str, deadline: float) -> Answer:
         """Send a request, read its answer. StaleConnection where a used connection gives no sign of life."""
         self.timed.deadline, self.reusable, alive = deadline, False, b""
-        with contextlib.suppress(ConnectionError):
+        try:
             self.timed.send(message)
             alive = self.stream.peek(1)
+        except ConnectionError:
+            pass
         if not alive and self.used:
             raise StaleConnection
         if not alive:
@@ -5371,9 +5373,8 @@ class Upstream:
             text = addresses.sub(functools.partial(_hide, "\0", "\1"), text)
             if _hinted(text, hints):
                 text = traces.sub(functools.partial(_hide, NOWHERE[8:], NOWHERE[8:]), text)
-        if "\0" in text or "\1" in text:
-            text = text.replace("\0", ours).replace("\1", quote(ours, safe=""))
-        return text
+            text = text.replace("\1", quote(ours, safe=""))
+        return text.replace("\0", ours)
 
     def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
         """The resource in an answer, and its text, with our addresses."""
@@ -6699,14 +6700,16 @@ class TimedSocket(io.RawIOBase):
 
     def send(self, data: bytes) -> None:
         """Write all of it, or TimeoutError: it can't be told to somebody who doesn't read."""
-        left = memoryview(data)
+        sent = 0
         if self._by_kernel:
             try:
-                left = left[self.connection.send(data, socket.MSG_DONTWAIT):]
+                sent = self.connection.send(data, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 pass
-            if left:
-                self._by_kernel, self._given = False, 0.0
+            if sent == len(data):
+                return
+            self._by_kernel, self._given = False, 0.0
+        left = memoryview(data)[sent:]
         while left:
             left = left[self._in_time(self.connection.send, left):]
 
@@ -8778,9 +8781,8 @@ class Portal:
         name, colon, _ = host.rpartition(":")  # without the port
         if not colon or host.endswith("]"):
             name = host
-        is_address = re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name)
         return is_loopback(name) or (not self.settings.local and (
-            bool(is_address) or name.lower() == self.settings.host.lower()))
+            bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name)) or name.lower() == self.settings.host.lower()))
 
 
 # ######################################################################## 26 test controls and Server
@@ -9460,14 +9462,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         line = self.lines.readline(MAX_HEAD + 1)
         if line == b"\r\n":  # RFC 9112 section 2.2: one empty line before a request is forgiven
             line = self.lines.readline(MAX_HEAD + 1)
-        endpoint = _ENDPOINT.match(line.decode("latin-1"))
-        request = Request(endpoint[1], endpoint[2], {}, scheme=self.server.scheme) if endpoint else None
+        request = None
         try:
             request = self.read_head(line)
             request.body = self.read_body(request)
         except BadRequest as error:
-            if not request:
+            endpoint = _ENDPOINT.match(line.decode("latin-1"))
+            if not endpoint:
                 raise
+            request = request or Request(endpoint[1], endpoint[2], {}, scheme=self.server.scheme)
             request.broken = PortalError("invalid_request", str(error), error.status)
             self.close_connection = True
         return request
