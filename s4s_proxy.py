@@ -8368,7 +8368,7 @@ def start_needs(good: Good | None, message: str) -> Good:
 
 class Settings:
     """Keywords of `Server`, options of the command line. A list may be given as one value. Where open_fhir
-    and debug are None, the address decides: see `local`."""
+    and debug are None, the address decides."""
     host: str = option("127.0.0.1", "address to listen on", "ADDR")
     port: int = option(8000, "port to listen on; 0 takes any free one", "N")
     base_url: list[str] = option(
@@ -8427,23 +8427,11 @@ class Settings:
                                     ("--token-lifetime", self.token_lifetime, 2 * 366 * DAY)):
             start_needs(isinstance(seconds, (int, float)) and 0 < seconds <= most,
                         f"{flag} {seconds}: expected seconds, more than 0, at most {most}")
-
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can reach the server; if not, nothing is open to all unless told."""
-        return is_loopback(self.host)
-
-    @property
-    def serves_open_fhir(self) -> bool:
-        """Whether anyone, any page in a browser too, may read every record; of --fhir-server only if told."""
-        if self.open_fhir is not None:
-            return self.open_fhir
-        return self.local and self.fhir_server is None
-
-    @property
-    def serves_debug(self) -> bool:
-        """Whether anyone may ask the test controls for tokens."""
-        return self.local if self.debug is None else self.debug
+        self.local = is_loopback(self.host)  # only this machine can reach us; else nothing is open by itself
+        # Whether anyone, any page in a browser too, may read every record; and ask the controls for tokens.
+        by_default = self.local and self.fhir_server is None
+        self.serves_open_fhir = by_default if self.open_fhir is None else self.open_fhir
+        self.serves_debug = self.local if self.debug is None else self.debug
 
 
 OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
@@ -8825,15 +8813,10 @@ class Controls:
     """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`). They
     raise PortalError, which over HTTP is the answer."""
     portal: Portal
-    asked_as = ""  # over HTTP: the name by which the caller knows this server
+    url: str  # the base URL, and issuer: the first base_url, else the address listened on; over HTTP, as asked
 
-    def __init__(self, portal: Portal, asked_as: str = ""):
-        self.portal, self.asked_as = portal, asked_as
-
-    @property
-    def url(self) -> str:
-        """The base URL, and issuer: the first base_url, or the address listened on."""
-        return self.asked_as or self.portal.browser_base()
+    def __init__(self, portal: Portal, url: str = ""):
+        self.portal, self.url = portal, url
 
     def register_client(self, **metadata: Any) -> Json:
         """Register an app, by the members of RFC 7591 section 2: over HTTP that is /oauth/register."""
@@ -9214,6 +9197,12 @@ class Server(Controls):
 
     Takes the command line's options as keywords; the port is any free one, and there is no log unless
     verbose. Its other methods are the test controls."""
+    fhir_url: str       # the FHIR base that apps use, with a token
+    open_fhir_url: str  # the one that needs none
+    address: str        # the address listened on
+    host: str           # its host, as a URL has it; loopback's where the server listens on every address
+    port: int           # its port
+
     def __init__(self, **settings: Any):
         self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
         self._listener: Listener | None = None
@@ -9228,7 +9217,12 @@ class Server(Controls):
         except BaseException:
             portal.close()
             raise
-        portal.address = f"{self._listener.scheme}://{self.host}:{self._listener.server_port}"
+        every = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
+        host = every.get(self.settings.host, self.settings.host)
+        self.host, self.port = f"[{host}]" if ":" in host else host, self._listener.server_port
+        self.address = portal.address = f"{self._listener.scheme}://{self.host}:{self.port}"
+        self.url = portal.browser_base()
+        self.fhir_url, self.open_fhir_url = f"{self.url}/api/fhir", f"{self.url}/api/open-fhir"
         portal.log, self.portal = write_log, portal
         accept = self._listener.accept_until_stopped
         self._thread = threading.Thread(target=accept, name="s4s accept", daemon=True)
@@ -9249,33 +9243,6 @@ class Server(Controls):
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
-
-    @property
-    def address(self) -> str:
-        """The address listened on."""
-        return self.portal.address
-
-    @property
-    def fhir_url(self) -> str:
-        """The FHIR base that apps use, with a token."""
-        return self.url + "/api/fhir"
-
-    @property
-    def open_fhir_url(self) -> str:
-        """The FHIR base that needs no token."""
-        return self.url + "/api/open-fhir"
-
-    @property
-    def host(self) -> str:
-        """The address's host, as a URL has it; loopback's where the server listens on every address."""
-        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
-        host = loopback.get(self.settings.host, self.settings.host)
-        return f"[{host}]" if ":" in host else host
-
-    @property
-    def port(self) -> int:
-        """The address's port."""
-        return int(self.address.rpartition(":")[2])
 
 
 # ######################################################################## 27 HTTP
