@@ -6686,11 +6686,9 @@ class TimedSocket(io.RawIOBase):
         connection.settimeout(None)  # whatever socket.setdefaulttimeout says
 
     def readable(self) -> bool:
-        """What io wants to know."""
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        """What io calls to read."""
         if self.deadline == DO_NOT_WAIT:
             return self._read_at_once(buffer)
         try:
@@ -8923,10 +8921,10 @@ class Controls:
             status = ERROR_STATUS.get(error, 400)
         elif not status and retry_after is not None:
             status = 503
-        members = need_members("change", change)
-        need(status or wait or drop or members,
+        members, fails = need_members("change", change), status or drop
+        need(fails or wait or members,
              "fail: give at least one of status, error, retry_after, delay, drop, change")
-        need(not members or not (status or drop),
+        need(not (members and fails),
              "change: the request succeeds; expected no status, error, retry_after or drop beside it")
         need(not members or endpoint != "authorize", "change: authorize answers with no JSON")
         fault = Fault(status or 0, error or "", retry_after, wait, drop, members)
@@ -9371,14 +9369,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # or a second write could wait 40 ms for a delayed acknowledgement
 
     def setup(self) -> None:
-        """Before the first request."""
         super().setup()
         self.timed = TimedSocket(self.connection)
         self.lines = io.BufferedReader(self.timed, 16 << 10)
         self.server.portal.sockets.add(self.timed)
 
     def finish(self) -> None:
-        """After the last one."""
         self.server.portal.sockets.discard(self.timed)
         super().finish()
 
@@ -9434,10 +9430,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             request = self.read_head(line)
             request.body = self.read_body(request)
         except BadRequest as error:
-            endpoint = _ENDPOINT.match(line.decode("latin-1"))
-            if not endpoint:
+            endpoint = None if request else _ENDPOINT.match(line.decode("latin-1"))
+            if endpoint:
+                request = Request(endpoint[1], endpoint[2], {}, scheme=self.server.scheme)
+            if not request:
                 raise
-            request = request or Request(endpoint[1], endpoint[2], {}, scheme=self.server.scheme)
             request.broken = PortalError("invalid_request", str(error), error.status)
             self.close_connection = True
         return request
@@ -9594,10 +9591,9 @@ def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
     for variable, name in ENVIRONMENT.items():
         text = os.environ.get(variable, "")
         if text and name not in chosen:
+            settings[name] = {"true": True, "false": False}.get(text.lower()) if name == "open_fhir" else text
             try:
-                if name == "open_fhir":
-                    start_needs(text.lower() in ("true", "false"), "expected True or False")
-                settings[name] = text.lower() == "true" if name == "open_fhir" else text
+                start_needs(settings[name] is not None, "expected True or False")
                 Settings(**{name: settings[name]})
             except StartError as error:
                 raise StartError(f"{variable}={text}: {error}")
