@@ -287,6 +287,8 @@ class StartError(Exception):
 class PortalError(Exception):
     """A refusal: `status` is HTTP's, `error` a code from the endpoint's specification, `description` for
     people. What it becomes on the way out, JSON or a page, the endpoint's kind says: see error_response."""
+    aside = ""  # what the log is told besides, and nobody else
+
     def __init__(self, error: str, description: str, status: int = 400, headers: Headers = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
@@ -860,7 +862,7 @@ def error_response(portal: Portal, request: Request, route: Route | None, error:
     """An error in the shape that this kind of endpoint's clients parse."""
     if isinstance(error, ScopeError):
         error.description += unregistered(portal.client(request.client_id), *error.words)
-    request.note(f"refused: {error.error}: {error.description}")
+    request.note(f"refused: {error.error}: {error.description}{error.aside}")
     kinds = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}
     kind = route.kind if route else kinds.get(request.path[:request.path.find("/", 1) + 1], "page")
     if kind == "page":
@@ -5143,11 +5145,11 @@ def unpacked(body: bytes, coding: str, most: int) -> bytes:
 
 
 def refused(description: str, status: int = 502, headers: Headers = (), words: str = "") -> FhirError:
-    """The FHIR server's fault, in our words: its own might name its address, or somebody else's record. They
-    are for the log alone: it shows what str() gives (see error_response)."""
+    """The FHIR server's fault, in our words: its own, for the log alone, might name its address, or somebody
+    else's record."""
     description = f"the FHIR server behind this portal {description}"
     error = FhirError(ISSUE_CODES.get(status, "exception"), description, status, headers)
-    error.args = (f"{error}{words and f'; it says: {words[:500]}'}",)
+    error.aside = words and f"; it says: {words[:500]}"
     return error
 
 
