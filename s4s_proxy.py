@@ -8813,7 +8813,7 @@ class Controls:
     """What a test may do that an app may not: methods of `Server`, and doors over HTTP (see `control`). They
     raise PortalError, which over HTTP is the answer."""
     portal: Portal
-    url: str  # the base URL, and issuer: the first base_url, else the address listened on; over HTTP, as asked
+    url: str  # the base URL, and issuer: the first base_url, or the address listened on; over HTTP, as asked
 
     def __init__(self, portal: Portal, url: str = ""):
         self.portal, self.url = portal, url
