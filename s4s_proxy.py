@@ -8923,7 +8923,8 @@ class Controls:
             status = ERROR_STATUS.get(error, 400)
         elif not status and retry_after is not None:
             status = 503
-        members, fails = need_members("change", change), status or drop
+        must(change is None or isinstance(change, dict), "change", "an object of members", change)
+        members, fails = json.loads(json.dumps(change or {}, allow_nan=False)), status or drop
         need(fails or wait or members,
              "fail: give at least one of status, error, retry_after, delay, drop, change")
         need(not (members and fails),
@@ -8960,16 +8961,6 @@ def need_text(name: str, value: Any) -> str:
     """A string with something in it."""
     must(isinstance(value, str) and value, name, "a string", value)
     return str(value)
-
-
-def need_members(name: str, value: Any) -> Json:
-    """A copy of an object with members that JSON can hold; of None an empty one."""
-    copy: Json = {}
-    if isinstance(value, dict):
-        with contextlib.suppress(TypeError, ValueError, RecursionError):
-            copy = json.loads(json.dumps(value, allow_nan=False))
-    need(copy or value is None, f"{name}: expected an object with members of JSON, got {value!r:.200}")
-    return copy
 
 
 def need_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:

@@ -7660,8 +7660,7 @@ class Fixture(PortalTest):
     def test_what_no_fault_can_be_is_named(self) -> None:
         for name, value in (("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True),
                             ("error", 'a"b'), ("error", ""), ("drop", "yes"), ("times", 0), ("times", True),
-                            ("times", 1.5), ("retry_after", -1), ("delay", -1), ("delay", "long"),
-                            *(("change", change) for change in ({}, [1], {"a": b"x"}, {"a": math.nan}))):
+                            ("times", 1.5), ("retry_after", -1), ("delay", -1), ("delay", "long"), ("change", [1])):
             with self.subTest(name=name, value=value), self.assertRaisesRegex(s4s.PortalError, f": {name}: "):
                 how: Any = {"endpoint": "token", "status": 500, name: value}
                 self.portal.fail(**how)
