@@ -7660,7 +7660,8 @@ class Fixture(PortalTest):
     def test_what_no_fault_can_be_is_named(self) -> None:
         for name, value in (("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True),
                             ("error", 'a"b'), ("error", ""), ("drop", "yes"), ("times", 0), ("times", True),
-                            ("times", 1.5), ("retry_after", -1), ("delay", -1), ("delay", "long"), ("change", [1])):
+                            ("times", 1.5), ("retry_after", -1), ("change", [1]), ("delay", -1),
+                            ("delay", "long")):
             with self.subTest(name=name, value=value), self.assertRaisesRegex(s4s.PortalError, f": {name}: "):
                 how: Any = {"endpoint": "token", "status": 500, name: value}
                 self.portal.fail(**how)
