@@ -5238,10 +5238,9 @@ class Upstream:
 
         class KeepAlive(urllib.request.BaseHandler):
             """Opens addresses over connections that are kept."""
-            def http_open(self, request: urllib.request.Request) -> Answer:
-                """What the opener calls."""
+            def default_open(self, request: urllib.request.Request) -> Answer:
+                """What the opener calls, whatever the scheme."""
                 return send(request)
-            https_open = http_open
 
         # With no other handler: none that follows redirects or proxies by itself, none that opens files.
         self._request, self._opener = urllib.request.Request, urllib.request.OpenerDirector()
@@ -5502,8 +5501,8 @@ _TOLD = re.compile('(?:W/)?"[A-Za-z0-9._~+=-]{1,64}"|[0-9]{1,9}|'
 
 def told(answer: Answer, *names: str) -> list[tuple[str, str]]:
     """Those of an answer's headers that come back."""
-    headers = [(name, answer.headers[name.lower()]) for name in names if name.lower() in answer.headers]
-    return [(name, value) for name, value in headers if _TOLD.fullmatch(value)]
+    headers = answer.headers
+    return [(name, value) for name in names if _TOLD.fullmatch(value := headers.get(name.lower(), ""))]
 
 
 # FHIR's versions that are understood: DSTU2, STU3, R4, R4B. Others say by other elements whose a resource is:
@@ -6943,7 +6942,7 @@ def media_types(text: str, version: str) -> tuple[str, ...]:
 
 def accepts(request: Request) -> str:
     """What a request takes: by _format, which browsers can set, else by Accept."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+")
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") if request.query else ""
     return wanted or request.headers.get("accept") or "*/*"
 
 
@@ -9483,12 +9482,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers.append(("Content-Length", str(len(response.body))))
         if self.close_connection:
             headers.append(("Connection", "close"))
-        if not "".join([value for _, value in headers]).isprintable():
+        lines = [f"{name}: {value}" for name, value in headers]
+        if not "".join(lines).isprintable():
             # Whatever a value is made of, it stays one line: nobody adds headers of their own.
-            headers = [(name, _CONTROL.sub("?", value)) for name, value in headers]
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
-        first = f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}\r\n"
-        head = f"{first}{lines}\r\n".encode("latin-1", "replace")
+            lines = [_CONTROL.sub("?", line) for line in lines]
+        first = f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}"
+        head = "\r\n".join([first, *lines, "\r\n"]).encode("latin-1", "replace")
         body = b"" if method == "HEAD" else response.body
         self.allow(self.server.body_seconds)
         # To join a long body with its head takes longer than to write twice.
