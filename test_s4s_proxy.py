@@ -7684,7 +7684,7 @@ class Fixture(PortalTest):
             with self.subTest(how=how), self.assertRaises(s4s.PortalError):
                 self.portal.approve(**{"url": url, "username": "daniel-adams", **how})
 
-    def test_faults_hit_the_next_requests_and_queue_and_some_last(self) -> None:
+    def test_faults_hit_the_next_requests_and_queue_and_some_last_and_a_drop_has_no_answer(self) -> None:
         app = App(self.portal)
         code = app.code()
         self.portal.fail("token", error="invalid_grant")
@@ -7697,6 +7697,9 @@ class Fixture(PortalTest):
         self.assertEqual(answers[0].headers["retry-after"], "7")
         self.portal.reset()
         self.assertEqual(self.fhir("metadata").status, 200)
+        self.portal.fail("discovery", drop=True)
+        with self.assertRaises((http.client.HTTPException, OSError)):
+            self.fhir(".well-known/smart-configuration")
 
     def test_an_answer_is_right_but_for_the_members_that_a_test_changes(self) -> None:
         app, url = App(self.portal, "openid fhirUser patient/*.rs"), self.portal.url
@@ -7738,11 +7741,6 @@ class Fixture(PortalTest):
                 got = self.fhir(f"Patient/{name}", token, headers=headers)
                 self.assertEqual((got.status, shown in got.text, "wrong" in got.text),
                                  (status, True, "wrong" in shown))
-
-    def test_a_dropped_connection_has_no_answer(self) -> None:
-        self.portal.fail("discovery", drop=True)
-        with self.assertRaises((http.client.HTTPException, OSError)):
-            self.fhir(".well-known/smart-configuration")
 
     def test_requests_show_what_the_app_sent(self) -> None:
         app = App(self.portal)
@@ -8665,9 +8663,8 @@ class CommandLine(unittest.TestCase):
         with s4s.Server(fhir_server=behind.url) as portal:
             ask(portal.url + "/health")
         self.assertEqual(behind.seen, [], "Server() asks nothing")
-        rows: tuple[tuple[Any, ...], ...] = (
-                (no_base, {}, 404), (no_base, b"<html>"), (no_base, {"resourceType": "Patient"}),
-                ("--fhir-header can give", {}, 401), ("",))
+        rows: Any = ((no_base, {}, 404), (no_base, b"<html>"), (no_base, {"resourceType": "Patient"}),
+                     ("--fhir-header can give", {}, 401), ("",))
         for needle, *answers in rows:
             with self.subTest(answers=answers), mock.patch.object(s4s, "write_log", log):
                 lines.clear()
