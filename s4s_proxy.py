@@ -288,7 +288,6 @@ class PortalError(Exception):
     """A refusal: `status` is HTTP's, `error` a code from the endpoint's specification, `description` for
     people. What it becomes on the way out, JSON or a page, the endpoint's kind says: see error_response."""
     aside = ""  # what the log is told besides, and nobody else
-
     def __init__(self, error: str, description: str, status: int = 400, headers: Headers = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
@@ -807,9 +806,8 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
         raise PortalError("invalid_request", description, 405, [allowed])
     if request.broken and method not in ("PATCH", "DELETE"):  # those are refused whatever the body
         raise request.broken
-    fault = None
-    if route.fault not in ("", "authorize"):  # an authorization error may travel: see begin_authorization
-        fault = portal.meet_fault(route.fault)
+    # An authorization error may travel: see begin_authorization.
+    fault = portal.meet_fault(route.fault) if route.fault != "authorize" else None
     response = route.endpoint(portal, request)
     return fault.changed(response) if fault else response
 
@@ -886,10 +884,9 @@ ALLOWED_ORIGIN = [
 
 def preflight(request: Request) -> list[tuple[str, str]]:
     """What CORS lets a page send: whatever headers it asks for, by name (* would not cover Authorization)."""
-    asked = request.headers.get("access-control-request-headers", "")
-    are_names = re.fullmatch(r"(?a)[!#-'*+^`|~\w., -]+", asked)
+    names = re.sub(r"(?a)[^!#-'*+^`|~\w., -]", "", request.headers.get("access-control-request-headers", ""))
     return [("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-            ("Access-Control-Allow-Headers", asked if are_names else ""), ("Access-Control-Max-Age", "600")]
+            ("Access-Control-Allow-Headers", names), ("Access-Control-Max-Age", "600")]
 
 
 class Request:

@@ -1239,12 +1239,12 @@ class OtherSites(PortalTest):
 
     def test_a_preflight_allows_whatever_headers_asked_for_but_opens_no_page(self) -> None:
         for path in ("/oauth/token", "/api/fhir/Patient", "/oauth/introspect"):
-            for asked, allowed in (("authorization, Cache-Control", True), ("x:y", False), ("\xe9", False)):
+            for asked, allowed in (("authorization, Cache-Control",) * 2, ("x:\xe9", "x")):
                 with self.subTest(path, asked=asked):
                     headers = {"Origin": "https://app.example", "Access-Control-Request-Headers": asked}
                     got = ask(self.portal.url + path, method="OPTIONS", headers=headers)
                     told = [got.headers[f"access-control-allow-{name}"] for name in ("origin", "headers")]
-                    self.assertEqual((got.status, told), (204, ["*", asked if allowed else ""]))
+                    self.assertEqual((got.status, told), (204, ["*", allowed]))
         for path in ("/oauth/authorize", "/login", "/apps", "/oauth/consent", "/launch", "/oauth/debug/token",
                      "/oauth/debug/reset"):
             got = ask(self.portal.url + path, method="OPTIONS", headers={"Origin": "https://evil.example"})
