@@ -9211,8 +9211,7 @@ class Server(Controls):
         self.url = portal.browser_base()
         self.fhir_url, self.open_fhir_url = f"{self.url}/api/fhir", f"{self.url}/api/open-fhir"
         portal.log, self.portal = write_log, portal
-        accept = self._listener.accept_until_stopped
-        self._thread = threading.Thread(target=accept, name="s4s accept", daemon=True)
+        self._thread = threading.Thread(target=self._listener.accept_until_stopped, daemon=True)
         self._thread.start()
         return self
 
@@ -9238,7 +9237,6 @@ MAX_BODY = 1 << 20        # bytes of a request's body
 _REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([!-~]{1,65535}) HTTP/([0-9])\.([0-9])\r\n")
 _ENDPOINT = re.compile(r"([A-Z]{1,20}) +(?i:https?://[^/?# ]*)?(/[!-~]*)")  # of a line that may be malformed
 _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
@@ -9482,7 +9480,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lines = [f"{name}: {value}" for name, value in headers]
         if not "".join(lines).isprintable():
             # Whatever a value is made of, it stays one line: nobody adds headers of their own.
-            lines = [_CONTROL.sub("?", line) for line in lines]
+            lines = [re.sub(r"[\x00-\x1f\x7f]", "?", line) for line in lines]
         first = f"HTTP/1.1 {response.status} {REASONS.get(response.status, 'Status')}"
         head = "\r\n".join([first, *lines, "\r\n"]).encode("latin-1", "replace")
         body = b"" if method == "HEAD" else response.body
