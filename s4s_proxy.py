@@ -2352,7 +2352,7 @@ access_for = remembered(40)(Access)  # one for all requests of a token: it remem
 
 def access_of(portal: Portal, row: Row) -> Access:
     """What an access token lets its bearer see."""
-    scope, theirs = row["token_scope"], frozenset[str]()
+    scope, theirs = row["token_scope"], frozenset()  # type: str, frozenset[str]
     user = portal.user(row["username"]) if "user/" in scope else None
     if user:
         theirs = ALL_PATIENTS if user["any_patient"] else frozenset(portal.patients_of(user["username"]))
@@ -5768,7 +5768,7 @@ class Forwarding:
         if (asked.interaction, asked.type) != ("read", "Binary"):
             fhir_type(asked.request, self.version)  # or 406, before anybody is asked
         # A page of ours, gathered from one or more of the FHIR server's.
-        self.matches, self.included, self.dropped = list[Entry](), list[Entry](), list[Entry]()
+        self.matches, self.included, self.dropped = [], [], []  # type: list[Entry], list[Entry], list[Entry]
         self.next_pages: dict[str, str] = {}  # relation -> address at the FHIR server
         self.whole = True                     # nothing is left to read
         self.own: Json = {}                   # the last Bundle's own members
@@ -6939,7 +6939,7 @@ def media_types(text: str, version: str) -> tuple[str, ...]:
 
 def accepts(request: Request) -> str:
     """What a request takes: by _format, which browsers can set, else by Accept."""
-    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+") if request.query else ""
+    wanted = dict(request.pairs()).get("_format", "").replace(" ", "+")
     return wanted or request.headers.get("accept") or "*/*"
 
 
