@@ -1252,7 +1252,9 @@ def authenticate_client(portal: Portal, request: Request, form: Fields) -> Clien
     else:          # id and secret, in the Authorization header or the form; a public client's id alone
         client = client_of_secret(portal, form, *(basic or (form.get("client_id"), posted)))
     request.client_id = client.client_id
-    request.note(f"client {client.client_id}: proven by {client.auth_method} (RFC 6749 section 2.3)")
+    public = client.auth_method == "none"
+    proof = "a public client, its id is no proof" if public else f"proven by {client.auth_method}"
+    request.note(f"client {client.client_id}: {proof} (RFC 6749 section 2.3)")
     return client
 
 
@@ -8797,7 +8799,8 @@ def control(path: str, answer: Callable[[Any], Json | None] = lambda given: give
                 need(name in names, f"{name}: unknown; {function.__name__} takes {known}")
             for name in required.split():
                 need(name in members, f"{name} is missing")
-            given = answer(function(Controls(portal, portal.browser_base(request)), **members))
+            controls = Controls(portal, portal.browser_base(request), request.notes)
+            given = answer(function(controls, **members))
             return Response(204) if given is None else json_response(given)
         over_http.__doc__, over_http.__name__ = function.__doc__, f"debug_{function.__name__}"
         route(f"POST /oauth/debug/{path}", "test control", kind="debug")(over_http)
@@ -8811,8 +8814,10 @@ class Controls:
     portal: Portal
     url: str  # the base URL, and issuer: the first base_url, or the address listened on; over HTTP, as asked
 
-    def __init__(self, portal: Portal, url: str = ""):
-        self.portal, self.url = portal, url
+    notes: list[str] | None = None  # over HTTP: the request's, to which what is decided on the way is added
+
+    def __init__(self, portal: Portal, url: str = "", notes: list[str] | None = None):
+        self.portal, self.url, self.notes = portal, url, notes
 
     def register_client(self, **metadata: Any) -> Json:
         """Register an app, by the members of RFC 7591 section 2: over HTTP that is /oauth/register."""
@@ -8855,6 +8860,8 @@ class Controls:
         stay checked; approval_expires is a date (default: a year from today); access_lifetime is that of
         each access token of this authorization, in seconds."""
         portal, request, now = self.portal, authorization_request(self.portal, url), self.portal.clock.now()
+        if self.notes is not None:
+            request.notes = self.notes
         known_user(portal, username)
         try:
             request_id = begin_authorization(portal, request, Fields(request.pairs()), self.url)

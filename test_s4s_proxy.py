@@ -8560,14 +8560,22 @@ class Verbose(unittest.TestCase):
         with s4s.Server(verbose=True) as portal:
             lines = log_of(portal)
             app = App(portal)
-            back = portal.approve(app.authorize_url(), "daniel-adams")
-            code = dict(parse_qsl(urlsplit(back).query))["code"]
+            body = {"url": app.authorize_url(), "username": "daniel-adams"}
+            answer = ask(f"{portal.url}/oauth/debug/authorize", data=body).json
+            code = dict(parse_qsl(urlsplit(answer["redirect_to"]).query))["code"]
+            played = lines.pop()
             browser = Browser(portal)
             browser.open(app.authorize_url())
             tokens = app.exchange(code).json
             ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=tokens["access_token"])
             ask(f"{portal.fhir_url}/Patient/{AMY}", token=tokens["access_token"])
             story = "\n".join(lines)
+            self.assertIn("RFC 7636", played, "of the browser that the portal plays, too")
+            public = portal.register_client(
+                redirect_uris=["https://a.example"], token_endpoint_auth_method="none")
+            form = {"grant_type": "refresh_token", "refresh_token": "x", "client_id": public["client_id"]}
+            ask(portal.url + "/oauth/token", form=form)
+            self.assertIn("a public client, its id is no proof", lines[-1])
         for needle in ("GET /oauth/authorize 303", "RFC 7636", "RFC 6749 section 4.1.3",
                        "POST /oauth/token 200", f"GET /api/fhir/Patient/{AMY} 403"):
             self.assertIn(needle, story)
