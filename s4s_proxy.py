@@ -5742,6 +5742,15 @@ def going_with(matches: list[Entry], included: list[Entry]) -> list[Entry]:
             if not wanted.isdisjoint(names(entry)) or not ours.isdisjoint(named(entry))]
 
 
+def left_out(sent: Pairs, own: Json) -> Pairs:
+    """Those of a search's parameters that the server's link to itself does not name, if it names any: they
+    were not used (FHIR search, "Handling Errors")."""
+    used = [pair for relation, url in links_of(own) if relation == "self"
+            for pair in parse_qsl(url.partition("?")[2])]
+    names = {name for name, _ in used} - {"_include", "_revinclude", "_sort"}
+    return [pair for pair in sent if used and pair not in used and pair[0] not in names]
+
+
 _PREFERENCES = re.compile(r"(?<![\w-])(?:handling|return)=[\w-]+")  # those of FHIR that travel
 
 
@@ -5774,6 +5783,7 @@ class Forwarding:
         self.next_pages: dict[str, str] = {}  # relation -> address at the FHIR server
         self.whole = True                     # nothing is left to read
         self.own: Json = {}                   # the last Bundle's own members
+        self.left_out: Pairs = []             # parameters that the server did not use
         self.owners: dict[str, str] = {}      # whose what came is, by Type/id: what a Provenance is about
         self.lookups = MAX_PAGES              # left, for more of these
 
@@ -6062,9 +6072,12 @@ class Forwarding:
         # A search that was posted is posted on: what a patient has may be too private for the address line.
         form = query.encode() if query and self.request.path.endswith("/_search") else None
         ask, url = (f"{url}/_search" if form else ""), f"{url}?{query}" if query else url
-        for _ in range(MAX_PAGES):
-            answer = self.upstream.ask(ask or url, self.headers("Prefer"), form)
+        preferences = self.headers("Prefer")
+        for number in range(MAX_PAGES):
+            answer = self.upstream.ask(ask or url, preferences, form)
             self.own, entries = self.judged(answer, letters)
+            if number == 0 and "handling=lenient" in preferences.get("Prefer", ""):
+                self.left_out = left_out(sent, self.own)
             matches = [entry for entry in entries if entry.mode == "match"]
             links, end = self.links(self.own, answer), skip + size - len(self.matches)
             self.matches += matches[skip:end] if fills else matches[skip:]
@@ -6093,7 +6106,8 @@ class Forwarding:
 
     def bundle(self, total: int | None) -> Json:
         """The Bundle of a gathered page, less its entries."""
-        query = urlencode(self.request.pairs(), quote_via=quote, safe=",:/|")
+        used = [pair for pair in self.request.pairs() if pair not in self.left_out]
+        query = urlencode(used, quote_via=quote, safe=",:/|")
         here = f"{self.base}/{self.asked.path}"
         handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, self.next_pages)
         links = {"self": f"{here}?{query}".rstrip("?"),

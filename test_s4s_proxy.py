@@ -6122,6 +6122,14 @@ class Paging(ForwardingTest):
             with self.subTest(path):
                 self.assertEqual(self.ids(self.next_link(path, **how)), ["o1"])
 
+    def test_self_names_what_the_server_used_of_a_lenient_search(self) -> None:
+        used, lenient = "code=x&_include=Observation:subject", {"Prefer": "handling=lenient"}
+        path = f"Observation?{used}&colour=red&_include=Observation:colour"
+        for query, headers, named in ((f"?{used}", lenient, f"Observation?{used}"), (f"?{used}", {}, path),
+                                      ("", lenient, path)):
+            self.script("Observation", self.behind.bundle(self=f"{self.behind.url}/Observation{query}"))
+            self.assertEqual(self.read(path, headers=headers)["link"][0]["url"], f"{self.portal.fhir_url}/{named}")
+
     def test_a_link_tells_nothing_of_the_address_and_is_of_no_use_elsewhere(self) -> None:
         link = self.next_link("Observation")
         self.assertRegex(link, r"^Observation\?_page=[\w-]{22}$")
