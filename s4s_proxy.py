@@ -2667,8 +2667,10 @@ def check_fhir_context(value: Any) -> None:
     """The member fhirContext: what else is open in the EHR (SMART, "fhirContext")."""
     need(isinstance(value, list), "fhir_context: expected an array of objects")
     for item in value:
-        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys(),
-             "fhir_context: expected objects with a reference, a canonical or an identifier")
+        need(isinstance(item, dict) and {"reference", "canonical", "identifier"} & item.keys()
+             and isinstance(item.get("identifier", {}), dict)
+             and all(isinstance(item.get(name, ""), str) for name in ("canonical", "type")),
+             "fhir_context: expected objects with a reference, a canonical or an identifier (an object)")
         reference, role = item.get("reference", "Basic/1"), item.get("role", "launch")
         need(isinstance(reference, str) and re.fullmatch(r"[A-Z][A-Za-z]+/[A-Za-z0-9.-]{1,64}", reference),
              "fhir_context: expected a relative reference such as ImagingStudy/1")

@@ -4183,7 +4183,8 @@ class EhrLaunch(PortalTest):
 
     def test_what_can_not_be_launched_is_named(self) -> None:
         contexts: list[Any] = [{}, [{}], [{"reference": "x"}], [{"reference": "Patient/1"}],
-                               [{"reference": "Task/1", "role": ""}]]
+                               [{"reference": "Task/1", "role": ""}], [{"canonical": 7}],
+                               [{"identifier": "x"}], [{"reference": "Task/1", "type": 7}]]
         plain, nobody, tries = App(self.portal).client_id, {"client_id": None}, None  # type: str, Any, Any
         for member, tries in (
                 ("client_id", ({"client_id": "nobody"}, nobody)), ("unknown", ({"unknown": 1},)),
