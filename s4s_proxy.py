@@ -6972,7 +6972,8 @@ def fhir_type(request: Request, version: str = "r4") -> str:
 
 def take_parameters(request: Request, interaction: str) -> None:
     """Put what a POST's body asks for among the parameters of the address. _summary=true and text may bring
-    all, as FHIR allows: they do, and are taken out, since a Bundle's link to itself names what was used."""
+    all, as FHIR allows: they do, and so does count where no search can be counted. They are taken out, since
+    a Bundle's link to itself names what was used."""
     if not (request.query or request.body):
         return
     pairs, possible = request.pairs(), "count, data, false, text, true"
@@ -6981,7 +6982,7 @@ def take_parameters(request: Request, interaction: str) -> None:
     if summary := dict(pairs).get("_summary"):
         need(summary in possible.split(", "), f"_summary={summary}: expected one of {possible}", "value",
              kind=FhirError)
-        if summary in ("text", "true"):
+        if summary in ("text", "true") or (summary == "count" and interaction != "search"):
             pairs[:] = [pair for pair in pairs if pair[0] != "_summary"]
 
 

@@ -3166,6 +3166,8 @@ class OnePatientAndNothingElse(RecordTest):
                     self.assertEqual(tags, [] if "text" in shown and "subject" in shown else ["SUBSETTED"])
                     if "link" in answer:
                         self.assertEqual(query in unquote_plus(answer["link"][0]["url"]), is_used)
+        for path in (everything, "Observation/mine"):  # where nothing is counted
+            self.assertEqual(self.read(f"{path}?_summary=count"), self.read(path))
         ids = self.ids("Observation?_count=1000&_elements=code", token=self.narrow_token("parameter"))
         self.assertEqual({"mine", "draft"} & set(ids), {"mine"}, "judged by what is not shown")
         for path in ("Observation", "Observation/mine", everything):
