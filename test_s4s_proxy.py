@@ -6131,7 +6131,8 @@ class Paging(ForwardingTest):
         for query, headers, named in ((f"?{used}", lenient, f"Observation?{used}"), (f"?{used}", {}, path),
                                       ("", lenient, path)):
             self.script("Observation", self.behind.bundle(self=f"{self.behind.url}/Observation{query}"))
-            self.assertEqual(self.read(path, headers=headers)["link"][0]["url"], f"{self.portal.fhir_url}/{named}")
+            got = self.read(path, headers=headers)["link"][0]["url"]
+            self.assertEqual(got, f"{self.portal.fhir_url}/{named}")
 
     def test_a_link_tells_nothing_of_the_address_and_is_of_no_use_elsewhere(self) -> None:
         link = self.next_link("Observation")
