@@ -1366,8 +1366,7 @@ def logout(portal: Portal, request: Request) -> Response:
 
 def session_user(portal: Portal, request: Request) -> Row | None:
     """The user signed in at this browser, or None."""
-    sql = ("SELECT users.*, started FROM sessions JOIN users USING (username) "
-           "WHERE session_id = ? AND expires > ?")
+    sql = "SELECT * FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?"
     user = portal.state.row(sql, browser_session(portal, request), portal.clock.now())
     if user:
         request.username = user["username"]
@@ -2011,9 +2010,8 @@ def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None)
             raise invalid_client(f"a public client proves nothing by its id: {expected}")
         return
     asker = bearer(portal, request, error="invalid_client")
-    is_service, same_grant = asker["username"] is None, row and row["grant_id"] == asker["grant_id"]
-    need(is_service or same_grant, expected, "invalid_client", 401,
-         headers=[challenge(error="invalid_token")])
+    service, same_grant = asker["username"] is None, row and row["grant_id"] == asker["grant_id"]
+    need(service or same_grant, expected, "invalid_client", 401, headers=[challenge(error="invalid_token")])
 
 
 def bearer(portal: Portal, request: Request, posted: str = "", error: str = "invalid_token") -> Row:
@@ -2928,8 +2926,7 @@ def key_set(value: Any) -> list[Json]:
 def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; OSError, BadRequest or ValueError if it does
     not come. No redirect is followed. public_only: only the public internet is asked, or a stranger could
-    learn of our neighbours. A name is looked up once, and the addresses that were judged are those connected
-    to: it may mean others the next time."""
+    learn of our neighbours. A name is looked up once: the next time it may mean addresses not judged."""
     import ipaddress  # takes long to import, and few need it
     parts, deadline = urlsplit(url), time.monotonic() + seconds
     secure, host = parts.scheme.lower() == "https", parts.hostname or ""
@@ -3037,8 +3034,7 @@ def categories_of(scope: ResourceScope) -> list[str]:
 
 def chosen_scope(portal: Portal, scope: str, left: Sequence[str]) -> str:
     """What of a scope is granted where a person left these categories checked: an app must be able to tell
-    "refused" from "none". What can't be said in a scope stays as asked, and `Access` hides what was not
-    chosen all the same."""
+    "refused" from "none". What no scope can say stays as asked; `Access` hides what was not chosen anyway."""
     words = [granted for word in scope.split() for granted in words_left(portal, word, left)]
     chosen = " ".join(dict.fromkeys(words))
     return chosen if SCOPE_SYNTAX.fullmatch(chosen) else scope  # not empty, and not without end
@@ -7159,9 +7155,7 @@ class RsaKey(NamedTuple):
 
 def new_rsa_key(bits: int = 2048) -> RsaKey:
     """A new key. The primes are found by trying: one in 355 odd numbers of this size is one."""
-    primes = [number for number in range(3, 4000, 2)
-              if all(number % part for part in range(3, math.isqrt(number) + 1, 2))]
-    small = math.prod(primes)
+    small = math.factorial(4000)  # has every smaller prime in it
 
     def prime() -> int:
         while True:
