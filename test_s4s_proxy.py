@@ -1146,7 +1146,7 @@ class OtherSites(PortalTest):
                 ("/revoke/" + grant_id, {}), ("/launch", {"launch_uri": "https://a.example/"}),
                 ("/oauth/consent", consent)):
             for token in ("", "x" * 64, foreign, s4s.form_token("")):
-                headers = {} if path == "/login" else browser.headers  # without a cookie any site knows the last
+                headers = {} if path == "/login" else browser.headers  # with none, any site knows the last
                 got = self.at(path, form={**fields, "form_token": token}, headers=headers)
                 self.assertEqual((got.status, got.cookies), (403, []), (path, token))
         self.assertIn("Signed in as Daniel", browser.open(self.portal.url + "/apps").text)
@@ -2569,7 +2569,8 @@ class FhirApi(RecordTest):
         self.assertEqual({order["resource"]["status"] for order in orders}, {"active"})
 
     def test_me_tells_of_the_clients_tokens_for_one_record_but_not_their_values(self) -> None:
-        self.at("/oauth/revoke", form={"token": self.issue(self.scope)}, basic=("test-suite", "demo-secret-s4s"))
+        ended, basic = self.issue(self.scope), ("test-suite", "demo-secret-s4s")
+        self.at("/oauth/revoke", form={"token": ended}, basic=basic)
         for token, patient in ((self.token, ME), (self.issue(self.scope, patient_id=AMY), AMY)):
             got = ask(self.portal.url + "/api/me", token=token)
             self.assertEqual(got.json["client_id"], "test-suite")
@@ -4154,9 +4155,9 @@ class EhrLaunch(PortalTest):
     def test_the_launch_page_offers_every_app_and_takes_the_address_of_one_that_registered_none(self) -> None:
         there = "http://localhost:3000/launch.html"
         with s4s.Server(client=f"mine={there}") as portal, s4s.Server(debug=False) as closed:
-            browser, service = Browser(portal), KeyedApp(portal).client_id
+            browser, service, other = Browser(portal), KeyedApp(portal).client_id, App(portal).client_id
             apps: Any
-            for apps in ({}, *({"client_id": name} for name in ("mine", "test-suite", App(portal).client_id))):
+            for apps in ({}, *({"client_id": name} for name in ("mine", "test-suite", other))):
                 page = Page(browser.open(f"{portal.url}/launch?" + urlencode({"launch_uri": there})).text)
                 self.assertTrue(page.all("input", value=there))
                 for name, offered in ((service, False), *((name, True) for name in apps.values())):
