@@ -1220,19 +1220,17 @@ ACTED_UPON = (
     r"trash|computer|network|apturl|(apt|git|svn)(\+.*)?|snap|steam|z39\.50[rs]")
 
 
-def is_redirect_uri(uri: Any, listed: bool = False) -> bool:
+def is_redirect_uri(uri: str, listed: bool = False) -> bool:
     """Whether browsers may be sent to a URI: http, https or an app's private scheme, without fragment (RFC
     6749 section 3.1.2, RFC 8252 section 7.1). `listed`: by whoever runs this server.
 
     >>> is_redirect_uri("org.example.app:/cb"), is_redirect_uri("app:/cb"), is_redirect_uri("app:/cb", True)
     (True, False, True)
     """
-    if not isinstance(uri, str) or "#" in uri:
-        return False
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
     scheme = private[1].lower() if private else "about"
-    an_apps = listed or "." in scheme or scheme in APP_SCHEMES
-    return is_web_url(uri) or (an_apps and not re.fullmatch(ACTED_UPON, scheme))
+    an_apps = (listed or "." in scheme or scheme in APP_SCHEMES) and not re.fullmatch(ACTED_UPON, scheme)
+    return "#" not in uri and (is_web_url(uri) or an_apps)
 
 
 def without_loopback_port(uri: str) -> str:
@@ -7162,8 +7160,7 @@ def new_rsa_key(bits: int = 2048) -> RsaKey:
             number = secrets.randbits(bits // 2) | 3 << (bits // 2 - 2) | 1  # p * q gets all of its bits
             if math.gcd(number, small) == 1 and number % RSA_EXPONENT != 1 and is_prime(number):
                 return number
-    key = RsaKey(prime(), prime())
-    return key if key.p != key.q else new_rsa_key(bits)
+    return RsaKey(prime(), prime())
 
 
 def is_prime(number: int) -> bool:

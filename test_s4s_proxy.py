@@ -199,10 +199,9 @@ class App:
     def __init__(self, portal: s4s.Server, scope: str = "launch/patient patient/*.rs offline_access",
                  known: tuple[str, str] | None = None, **metadata: Any):
         """`known`: id and secret of an app that is registered already."""
-        self.portal, self.scope = portal, scope
-        self.redirect_uri = metadata.get("redirect_uris", [self.redirect_uri])[0]
-        given: Any = {} if known else portal.register_client(
-            **{"redirect_uris": [self.redirect_uri], "scope": scope, **metadata})
+        metadata = {"redirect_uris": [self.redirect_uri], "scope": scope, **metadata}
+        self.portal, self.scope, self.redirect_uri = portal, scope, metadata["redirect_uris"][0]
+        given: Any = {} if known else portal.register_client(**metadata)
         pair: tuple[str, str] = known or (given["client_id"], given.get("client_secret", ""))
         self.client_id, self.secret = pair
         self.verifier = secrets.token_urlsafe(48)
@@ -395,11 +394,11 @@ def es384_sign(message: bytes) -> bytes:
 
 
 class KeyedApp:
-    """An app that proves itself by its keys (private_key_jwt)."""
-    def __init__(self, portal: s4s.Server, **metadata: Any):
+    """An app that proves itself by its keys (private_key_jwt); `known`: the id of one that is registered."""
+    def __init__(self, portal: s4s.Server, known: str = "", **metadata: Any):
         keys = {} if "jwks_uri" in metadata else {"jwks": {"keys": [RSA_JWK, RFC_6979_JWK]}}
         self.portal = portal
-        self.client_id = portal.register_client(**{
+        self.client_id = known or portal.register_client(**{
             "token_endpoint_auth_method": "private_key_jwt", "grant_types": ["client_credentials"],
             "scope": "system/*.rs", **keys, **metadata})["client_id"]
 
@@ -1248,8 +1247,7 @@ class Exposed(unittest.TestCase):
     def test_a_false_servers_name_is_neither_aud_nor_issuer_whatever_the_host_header(self) -> None:
         """A false server sends an app on to the true one, under its own name: tokens for it would be ours."""
         with s4s.Server(host="0.0.0.0", fixtures=with_service(jwks={"keys": [RSA_JWK]})) as portal:
-            app, keyed, own = App(portal), KeyedApp.__new__(KeyedApp), f"127.0.0.1:{portal.port}"
-            keyed.portal, keyed.client_id = portal, "service"
+            app, keyed, own = App(portal), KeyedApp(portal, "service"), f"127.0.0.1:{portal.port}"
             for host, statuses in (("victim.example", [421] * 3), (own, [200, 303, 200])):
                 assertion = keyed.assertion(aud=f"http://{host}/oauth/token")
                 answers = [keyed.token(assertion, headers={"Host": host})] + [
@@ -1807,11 +1805,6 @@ def at_once(count: int, action: Callable[[], Any]) -> list[Any]:
         return list(threads.map(run, range(count)))
 
 
-def labels_in(page: Answer) -> list[str]:
-    """The categories that a consent page offers."""
-    return [field["value"] for field in Form(page.text).inputs if field.get("name") == "security_labels"]
-
-
 class CodeFlow(PortalTest):
     """From the app's request to its tokens, through the pages."""
 
@@ -1905,7 +1898,9 @@ class CodeFlow(PortalTest):
     def test_a_client_is_offered_what_its_security_labels_name(self) -> None:
         self.app = App(self.portal, security_labels=["allergy", "problems"])
         self.to_consent()
-        self.assertEqual(labels_in(self.browser.page), ["allergies", "problems"])
+        offered = [field["value"] for field in Form(self.browser.page.text).inputs
+                   if field.get("name") == "security_labels"]
+        self.assertEqual(offered, ["allergies", "problems"])
         tokens = self.approved()
         for path, status in ((f"Condition?patient={DANIEL}", 200), (f"Patient/{DANIEL}", 404)):
             self.assertEqual(self.fhir(path, tokens).status, status)
@@ -1996,7 +1991,7 @@ class CodeFlow(PortalTest):
         for box in confirms:
             self.assertEqual((box["class"], box["type"], "required" in box, "value" in box),
                              ("glyphbox", "checkbox", True, False))
-        self.assertIn("vital-signs", labels_in(self.browser.page))
+        self.assertIn("vital-signs", [field.get("value") for field in form.inputs])
         self.assertLess(text.index("glyphbox"), text.index("security_labels"))
         until = next(field for field in form.inputs if field.get("name") == "approval_expires")
         self.assertTrue(until["type"] == "date" and until["min"] < until["value"] < until["max"])
@@ -4503,8 +4498,7 @@ class KeysByUrl(PortalTest):
     def test_another_sites_page_makes_this_server_fetch_nothing(self) -> None:
         for settings in ({}, {"debug": False}, {"host": "0.0.0.0", "base_url": "http://portal.example"}):
             with s4s.Server(fixtures=with_service(jwks_uri=self.url), **settings) as portal:
-                own, known = self.app(portal), self.app(portal)
-                known.client_id = "service"
+                own, known = self.app(portal), KeyedApp(portal, "service")
                 self.asked.clear()
                 rebound = {"Host": "evil.example", "Origin": "http://evil.example"}
                 for app, path in ((own, "token"), (known, "token"), (known, "introspect"), (own, "revoke")):
@@ -4562,8 +4556,8 @@ class BackendServices(PortalTest):
         metadata = {"redirect_uris": ["https://app.example/cb"]}
         for base_url in ([], ["https://portal.example"]):
             with s4s.Server(base_url=base_url, fixtures=with_service(jwks={"keys": [RSA_JWK]})) as portal:
-                own, known = KeyedApp(portal), KeyedApp(portal)
-                known.client_id = "service"  # its key is known to those that run the server and their pages
+                # The key of one is known to those that run the server, and their pages.
+                own, known = KeyedApp(portal), KeyedApp(portal, "service")
                 for headers in from_elsewhere(portal.address):
                     with self.subTest(base_url=base_url, headers=headers):
                         got = own.token(headers=headers)
