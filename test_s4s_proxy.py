@@ -6827,11 +6827,13 @@ class Signatures(unittest.TestCase):
 
     def test_a_signature_is_good_for_its_message_key_and_algorithm_only(self) -> None:
         rs384, rs256 = (s4s.rsa_sign(RFC_7515_KEY, name, b"m") for name in ("RS384", "RS256"))
+        again = int.from_bytes(rs384, "big") + RFC_7515_KEY.p * RFC_7515_KEY.q  # the same, modulo the modulus
         for algorithm, jwk, good in (("RS384", RSA_JWK, rs384), ("ES384", RFC_6979_JWK, es384_sign(b"m"))):
             self.assertTrue(s4s.verify(jwk, algorithm, b"m", good))
             self.assertFalse(s4s.verify(jwk, algorithm, b"n", good))
             bent = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1:] for at in (0, 50, len(good) - 1)]
-            for wrong in (*bent, b"", good[:-1], good + b"\0", b"\0" * len(good), b"\xff" * len(good), rs256):
+            for wrong in (*bent, b"", good[:-1], good + b"\0", b"\0" * len(good), b"\xff" * len(good), rs256,
+                          again.to_bytes(256, "big")):
                 with self.subTest(algorithm, wrong=wrong):
                     self.assertFalse(s4s.verify(jwk, algorithm, b"m", wrong))
 
