@@ -847,8 +847,9 @@ class Durability(unittest.TestCase):
                         if len(acknowledged) >= 40:
                             enough.set()
             with together(4, register):
-                self.assertTrue(enough.wait(60))
+                came = enough.wait(60)
                 process.kill()
+        self.assertTrue(came)
         with s4s.Server(db=self.path) as portal:
             for client_id in acknowledged:
                 self.assertIsNotNone(portal.portal.client(client_id))
