@@ -1115,15 +1115,11 @@ class OtherSites(PortalTest):
     def test_no_script_gets_into_a_page_and_each_refuses_frames_scripts_caches_and_referrers(self) -> None:
         for name, page in self.pages():
             with self.subTest(page=name):
-                for text in ("<script>alert", "<img", "javascript:"):
-                    self.assertNotIn(text, page.text)
-                policy = page.headers["content-security-policy"]
-                self.assertIn("frame-ancestors 'none'", policy)
-                self.assertIn("default-src 'none'", policy)
-                self.assertNotIn("unsafe", policy)
-                for header, value in (("referrer-policy", "no-referrer"), ("cache-control", "no-store"),
-                                      ("x-content-type-options", "nosniff")):
-                    self.assertEqual(page.headers[header], value)
+                self.assertNotRegex(page.text, "<script>alert|<img|javascript:")
+                self.assertRegex(page.headers["content-security-policy"],
+                                 "^(?!.*unsafe)(?=.*frame-ancestors 'none')(?=.*default-src 'none')")
+                self.assertLessEqual({("referrer-policy", "no-referrer"), ("cache-control", "no-store"),
+                                      ("x-content-type-options", "nosniff")}, {*page.headers.items()})
 
     def test_no_form_works_without_the_token_of_its_own_page(self) -> None:
         browser, other, app = signed_in(self.portal), Browser(self.portal), App(self.portal)
@@ -1142,8 +1138,8 @@ class OtherSites(PortalTest):
                 headers = {} if path == "/login" else browser.headers  # with none, any site knows the last
                 got = self.at(path, form={**fields, "form_token": token}, headers=headers)
                 self.assertEqual((got.status, got.cookies), (403, []), (path, token))
-        self.assertIn("Signed in as Daniel", browser.open(self.portal.url + "/apps").text)
-        self.assertIn("Stop sharing", browser.page.text)
+        apps = browser.open(self.portal.url + "/apps").text
+        self.assertRegex(apps, "(?s)Signed in as Daniel.*Stop sharing")
 
     def test_a_session_planted_before_is_worth_nothing_after_signing_in(self) -> None:
         browser, name, planted = Browser(self.portal), s4s.cookie_name(self.portal.portal), "planted-" * 4
@@ -1633,9 +1629,8 @@ class AuthorizationRequest(PortalTest):
             for changed in requests:
                 with self.subTest(changed=changed):
                     got = self.ask(**changed)
-                    self.assertEqual((got.status, got.location.get("error")), (303, error))
-                    self.assertEqual(got.location["state"], self.app.state)
-                    self.assertNotIn("iss", got.location)
+                    told = [got.location.get(name) for name in ("error", "state", "iss")]
+                    self.assertEqual((got.status, told), (303, [error, self.app.state, None]))
                     self.assertTrue(got.headers["location"].startswith(self.app.redirect_uri + "&"))
                     self.assertRegex(got.location["error_description"], r"^[ !#-\[\]-~]+$")
 
@@ -2024,8 +2019,7 @@ class AppsPage(PortalTest):
         for tokens, status in ((first, 401), (second, 401), (daughters, 200), (others, 200)):
             self.assertEqual(self.fhir(f"Patient/{tokens['patient']}", tokens).status, status)
         for got in (self.app.exchange(code), self.app.refresh(first["refresh_token"])):
-            self.assertEqual(got.json["error"], "invalid_grant")
-            self.assertIn("revoked", got.json["error_description"])
+            self.is_error(got, words="revoked")
 
     def test_it_says_whose_sharing_a_button_stops_and_marks_the_row_in_question(self) -> None:
         for patient in (DANIEL, AMY):
@@ -4100,8 +4094,7 @@ class EhrLaunch(PortalTest):
                 with self.subTest(given=given):
                     asked = {"client_id": self.app.client_id, "patient_id": DANIEL, **given}
                     got = self.post("/oauth/debug/launch", asked)
-                    self.assertEqual(got.status, 400)
-                    self.assertIn(member, got.json["error_description"])
+                    self.is_error(got, "invalid_request", words=member)
 
     def test_the_launch_page_finds_patients_by_name_and_opens_the_app(self) -> None:
         browser = Browser(self.portal)
