@@ -6217,7 +6217,7 @@ FACTS = {
 7 | Amy | 2013-03-25 | | | | 20.3 | 115.0 | 15.3 | | 94/56
 8 | Amy | 2014-09-29 | | | | 24.3 | 124.8 | 15.6 | | 96/58
 9 | Amy | 2016-03-21 | | | | 28.9 | 132.9 | 16.4 | | 98/59""",
-    "TESTS": """LOINC | name | low | high | unit | 1 | 836 | 842 | 851 | 852 | 854
+    "TESTS": """LOINC | name | low | high | unit | called | 1 | 836 | 842 | 851 | 852 | 854
 8867-4 | Heart rate | | | /min
 9279-1 | Respiratory rate | | | /min
 8310-5 | Body temperature | | | Cel
@@ -6226,28 +6226,29 @@ FACTS = {
 39156-5 | Body mass index (BMI) | | | kg/m2
 59408-5 2708-6 | Oxygen saturation in Arterial blood by Pulse oximetry | | | %
 85354-9 55284-4 | Blood pressure | | | mm[Hg]
-1975-2 | Bilirub SerPl-mCnc | 0 | 1 | mg/dL | 1.8
-2345-7 | Glucose SerPl-mCnc | 70 | 109 | mg/dL | 99 | 88 | 94 | 104 | 112 | 107
-5821-4 | WBC #/area UrnS HPF | 0 | 5 | /[HPF] | 1
-2085-9 | HDLc SerPl-mCnc | | | mg/dL | 59
-5802-4 | Nitrite Ur Ql Strip | | | | Negative
-13457-7 2089-1 | LDLc SerPl Calc-mCnc | 0 | 100 | mg/dL | 89 | 131 | 118 | 86 | 92 | 90
-5796-8 | Hyaline Casts #/area UrnS LPF | 0 | 2 | /[LPF] | 9
-11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 0.4 | 4.2 | u[IU]/mL | 2.229 | 1.71 | 1.96 | 2.41 | 2.3 | 2.52
-5767-9 | Appearance Ur | | | | Clear
-5811-5 | Sp Gr Ur Strip | 1.003 | 1.03 | 1 | 1.022
-5803-2 | pH Ur Strip | 5 | 8 | [pH] | 6
-2951-2 | Sodium SerPl-sCnc | 135 | 145 | mmol/L | 139
-2160-0 | Creat SerPl-mCnc | 0.8 | 1.4 | mg/dL | 1.4 | 1.0 | 1.2 | 1.5 | 1.6 | 1.5
-1742-6 | ALT SerPl-cCnc | 0 | 45 | U/L | 13
-2823-3 | Potassium SerPl-sCnc | 3.5 | 5.5 | mmol/L | 3.4 | 4.4 | 4.1 | 3.7 | 3.9 | 4.0
-718-7 | Hgb Bld-mCnc | 14 | 18 | g/dL | 12.8 | 14.6 | 13.9 | 12.6 | 12.9 | 13.1
-2571-8 | Trigl SerPl-mCnc | 0 | 150 | mg/dL | 62
-2093-3 | Cholest SerPl-mCnc | 0 | 200 | mg/dL | 160
-26464-8 | WBC # Bld | 4.5 | 11.5 | 10*3/uL | 3.9
-789-8 | RBC # Bld Auto | 4.6 | 6 | 10*6/uL | 5.32
-30522-7 | CRP SerPl HS-mCnc | 0 | 3 | mg/L | 4.4
-4548-4 | Hgb A1c MFr Bld | 4 | 5.6 | % | | | | 5.8 | | 6.1""",
+1975-2 | Bilirub SerPl-mCnc | 0 | 1 | mg/dL | Bilirubin | 1.8
+2345-7 | Glucose SerPl-mCnc | 70 | 109 | mg/dL | Glucose | 99 | 88 | 94 | 104 | 112 | 107
+5821-4 | WBC #/area UrnS HPF | 0 | 5 | /[HPF] | White cells in urine | 1
+2085-9 | HDLc SerPl-mCnc | | | mg/dL | HDL cholesterol | 59
+5802-4 | Nitrite Ur Ql Strip | | | | Nitrite in urine | Negative
+13457-7 2089-1 | LDLc SerPl Calc-mCnc | 0 | 100 | mg/dL | LDL cholesterol | 89 | 131 | 118 | 86 | 92 | 90
+5796-8 | Hyaline Casts #/area UrnS LPF | 0 | 2 | /[LPF] | Hyaline casts in urine | 9
+11580-8 | TSH SerPl DL<=0.005 mU/L-aCnc | 0.4 | 4.2 | u[IU]/mL | TSH (thyroid)
+    | 2.229 | 1.71 | 1.96 | 2.41 | 2.3 | 2.52
+5767-9 | Appearance Ur | | | | Appearance of urine | Clear
+5811-5 | Sp Gr Ur Strip | 1.003 | 1.03 | 1 | Density of urine | 1.022
+5803-2 | pH Ur Strip | 5 | 8 | [pH] | pH of urine | 6
+2951-2 | Sodium SerPl-sCnc | 135 | 145 | mmol/L | Sodium | 139
+2160-0 | Creat SerPl-mCnc | 0.8 | 1.4 | mg/dL | Creatinine | 1.4 | 1.0 | 1.2 | 1.5 | 1.6 | 1.5
+1742-6 | ALT SerPl-cCnc | 0 | 45 | U/L | ALT (liver) | 13
+2823-3 | Potassium SerPl-sCnc | 3.5 | 5.5 | mmol/L | Potassium | 3.4 | 4.4 | 4.1 | 3.7 | 3.9 | 4.0
+718-7 | Hgb Bld-mCnc | 14 | 18 | g/dL | Hemoglobin | 12.8 | 14.6 | 13.9 | 12.6 | 12.9 | 13.1
+2571-8 | Trigl SerPl-mCnc | 0 | 150 | mg/dL | Triglycerides | 62
+2093-3 | Cholest SerPl-mCnc | 0 | 200 | mg/dL | Cholesterol | 160
+26464-8 | WBC # Bld | 4.5 | 11.5 | 10*3/uL | White blood cells | 3.9
+789-8 | RBC # Bld Auto | 4.6 | 6 | 10*6/uL | Red blood cells | 5.32
+30522-7 | CRP SerPl HS-mCnc | 0 | 3 | mg/L | C-reactive protein | 4.4
+4548-4 | Hgb A1c MFr Bld | 4 | 5.6 | % | Hemoglobin A1c | | | | 5.8 | | 6.1""",
     "PROCEDURES": """id | visit | procedure
 1 | 834 | 73761001 Colonoscopy
 2 | 841 | 399208008 Plain X-ray of chest
@@ -6286,7 +6287,7 @@ def measurements() -> Iterator[Json]:
         if not value:
             continue
         row = {**visit, "visit": visit["id"], "id": f"{visit['id']}-{loinc}", "second": second or None,
-               "code": f"{loinc} {test['name']}",
+               "code": f"{loinc} {test['name']}", "called": test.get("called"),
                "category": "laboratory" if visit["id"] in test else "vital-signs"}
         row.update({end: f"{test[end]} {unit}" for end in ("low", "high") if end in test})
         if "/" in value:
@@ -6406,10 +6407,10 @@ Encounter | VISITS | status='finished' class=coding(v3-ActCode('AMB ambulatory')
     type.0=SNOMED('185349003 Encounter for check up') subject=Patient(who) period.start=date .end=date
     participant.0.individual=DOCTOR location.0.location=Location('1') serviceProvider=CLINIC
 Observation | measurements | status='final' category.0=observation-category(category) code=LOINC(code)
-    code.coding.1=coding(LOINC(second)) subject=Patient(who) effectiveDateTime=date encounter=Encounter(visit)
-    valueQuantity=quantity(measured) valueCodeableConcept.text=said referenceRange.0.low=quantity(low)
-    .high=quantity(high) component.0.code=LOINC(upper) .valueQuantity=quantity(systolic)
-    component.1.code=LOINC(lower) .valueQuantity=quantity(diastolic)
+    code.text=called code.coding.1=coding(LOINC(second)) subject=Patient(who) effectiveDateTime=date
+    encounter=Encounter(visit) valueQuantity=quantity(measured) valueCodeableConcept.text=said
+    referenceRange.0.low=quantity(low) .high=quantity(high) component.0.code=LOINC(upper)
+    .valueQuantity=quantity(systolic) component.1.code=LOINC(lower) .valueQuantity=quantity(diastolic)
 DiagnosticReport | reports | status='final' category.0=v2-0074('LAB Laboratory')
     category.1=observation-category('laboratory') code=LOINC('11502-2 Laboratory report') subject=Patient(who)
     encounter=Encounter(id) effectiveDateTime=date issued=noon(date) performer.0=CLINIC result=results
@@ -7380,29 +7381,28 @@ LOOK_DIGEST = hashlib.sha256(LOOK_JSON).hexdigest()[:16]
 STYLE = ":root{" + "".join(f"--{name}:{value};" for name, value in LOOK.items()) + """
 color-scheme:light dark;--ink:var(--color_text);--quiet:#4d5e6b;--paper:#fff;--ground:var(--color_background);
 --line:#cfd8de;--edge:#6b7d8a;--accent:var(--color_highlight);--on:#fff;--tint:#e4f0f7;
---warn:var(--color_error);--warm:#fdf1e7}
-@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;--quiet:#a9b8c3;--paper:#19232c;
---ground:#10171d;--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;--tint:#1d3444;--warn:#ffb68e;
---warm:#352419}}*{box-sizing:border-box}body{margin:0;font:var(--dim_font_size)/1.55 var(--font_family_body);
-color:var(--ink);background:var(--ground);overflow-wrap:anywhere}body>*{padding:1rem max(1rem,50% - 25rem)}
-main{padding-bottom:2rem}body>header,header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}body>header{
-align-items:center;background:var(--paper);border-bottom:1px solid var(--line)}header strong{flex:1 1 14rem;
-font-size:1.1rem}header a{padding:.4rem 0}header strong::before{content:"";display:inline-block;width:.9em;
-height:.9em;margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}footer{
+--warn:var(--color_error);--warm:#fdf1e7}@media screen and (prefers-color-scheme:dark){:root{--ink:#e6edf2;
+--quiet:#a9b8c3;--paper:#19232c;--ground:#10171d;--line:#34434f;--edge:#8295a3;--accent:#86c9f0;--on:#08202f;
+--tint:#1d3444;--warn:#ffb68e;--warm:#352419}}*{box-sizing:border-box}body{margin:0;
+font:var(--dim_font_size)/1.55 var(--font_family_body);color:var(--ink);background:var(--ground);
+overflow-wrap:anywhere}body>*{padding:1rem max(1rem,50% - 25rem)}main{padding-bottom:2rem}body>header,
+header nav{display:flex;flex-wrap:wrap;gap:.3rem 1.4rem}body>header{align-items:center;
+background:var(--paper);border-bottom:1px solid var(--line)}header strong{flex:1 1 14rem;font-size:1.1rem}
+header a{padding:.4rem 0}header strong::before{content:"";display:inline-block;width:.9em;height:.9em;
+margin-right:.5em;border-radius:.25em .9em;background:var(--accent);vertical-align:-.08em}footer{
 color:var(--warn);border-top:1px solid var(--line)}h1,h2,h3{font-family:var(--font_family_heading)}h1{
-font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}
-h3{font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}
-a{color:var(--accent)}:focus-visible{
-outline:3px solid var(--accent);outline-offset:2px}small,.quiet{color:var(--quiet);font-size:.95rem}
-.card,.modal{background:var(--paper);border:1px solid var(--line);border-radius:var(--dim_border_radius);
-padding:var(--dim_spacing_size);margin:0 0 var(--dim_spacing_size)}.modal{border:2px solid var(--accent)}
-.card>:first-child,.card>label:first-of-type{margin-top:0}.card>:last-child{margin-bottom:0}
-.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);padding:.6rem .9rem;margin:.9rem 0;
-border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
-dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;
-margin:.6em 0}dt{color:var(--quiet)}dd{margin:0}label{display:block;margin:.9rem 0;font-weight:600}fieldset{
-border:0;padding:0;margin:1.2rem 0}legend{padding:0;font-weight:600}input,select,textarea{font:inherit;
-font-weight:400;color:inherit;background:var(--paper);border:1px solid var(--edge);border-radius:.4rem}
+font-size:1.7rem;line-height:1.25;margin:.6em 0}h2{font-size:1.25rem;line-height:1.3;margin:0 0 .6em}h3{
+font-size:1.0625rem;margin:1.3em 0 .4em}p,ul{margin:.6em 0}ul{padding-left:1.3rem}li{margin:.25em 0}a{
+color:var(--accent)}:focus-visible{outline:3px solid var(--accent);outline-offset:2px}small,.quiet{
+color:var(--quiet);font-size:.95rem}.card,.modal{background:var(--paper);border:1px solid var(--line);
+border-radius:var(--dim_border_radius);padding:var(--dim_spacing_size);margin:0 0 var(--dim_spacing_size)}
+.modal{border:2px solid var(--accent)}.card>:first-child,.card>label:first-of-type{margin-top:0}
+.card>:last-child{margin-bottom:0}.note,.error{border-left:.3rem solid var(--accent);background:var(--tint);
+padding:.6rem .9rem;margin:.9rem 0;border-radius:.2rem}.error{border-color:var(--warn);background:var(--warm)}
+dl{display:grid;grid-template-columns:minmax(6rem,11rem) minmax(0,1fr);gap:.3rem 1rem;margin:.6em 0}dt{
+color:var(--quiet)}dd{margin:0}label{display:block;margin:.9rem 0;font-weight:600}fieldset{border:0;padding:0;
+margin:1.2rem 0}legend{padding:0;font-weight:600}input,select,textarea{font:inherit;font-weight:400;
+color:inherit;background:var(--paper);border:1px solid var(--edge);border-radius:.4rem}
 input:not([type=checkbox]),select,textarea{display:block;width:100%;max-width:26rem;min-height:2.75rem;
 padding:.4rem .7rem;margin-top:.25rem}.choice{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;
 margin:0;padding:.6rem 0;font-weight:400;border-bottom:1px solid var(--line)}.choice small{display:block}
@@ -7414,15 +7414,15 @@ display:block;width:100%;max-width:26rem;text-align:left;background:var(--tint);
 font:.9em/1.5 ui-monospace,monospace}pre{background:var(--ground);padding:.8rem;border-radius:.4rem;
 white-space:pre-wrap;overflow:auto;margin:.5rem 0}table{border-collapse:collapse;width:100%;font-size:.95rem}
 th,td{text-align:left;vertical-align:top;padding:.5rem .8rem .5rem 0;border-bottom:1px solid var(--line);
-min-width:6.8rem}th:first-child,td:first-child{min-width:13rem}td button{margin:0;min-width:9rem}
-button.plain{min-height:0;padding:0;margin:0;border:0;background:none;color:var(--accent);font-weight:400;
+min-width:6.8rem}th:first-child,td:first-child{min-width:13rem}td button{margin:0;min-width:9rem}button.plain{
+min-height:0;padding:0;margin:0;border:0;background:none;color:var(--accent);font-weight:400;
 text-decoration:underline}button small{display:block;color:inherit;font-weight:400}.apart{
 border-top:1px solid var(--line);margin-top:1.5rem}span.error{display:block;font-weight:400;max-width:26rem}
 li.note{margin:.4em 0 .4em -1.2rem;list-style:none}time,h2 small{white-space:nowrap}tr[aria-current]{
-background:var(--tint);box-shadow:0 0 0 .5rem var(--tint)}summary{cursor:pointer}
-.js section:not(.active),button[data-slide]{display:none}.js button[data-slide]:not([hidden]){
-display:inline-block}@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{
-border:0;padding:.1rem 0}tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}
+background:var(--tint);box-shadow:0 0 0 .5rem var(--tint)}summary{cursor:pointer}.js section:not(.active),
+button[data-slide]{display:none}.js button[data-slide]:not([hidden]){display:inline-block}
+@media(max-width:48rem){table,tbody,tr,td,caption{display:block}thead{display:none}td{border:0;
+padding:.1rem 0}tr{border-bottom:1px solid var(--line);padding:.6rem 0}tr:last-child{border:0}
 td[data-label]::before{content:attr(data-label) ": ";color:var(--quiet)}dl{display:block}dd{margin:0 0 .6rem}}
 @media print{:root{font-size:9pt}nav,button{display:none!important}.js section:not(.active){display:block}
 body{background:none;line-height:1.3}body>*{padding:.2rem 0}.choice{padding:.15rem 0;break-inside:avoid}
@@ -7985,21 +7985,20 @@ DEMO_SCRIPT = r"""
 'use strict';
 
 // ---- Showing things. Text from a server becomes text of the page, never markup: innerHTML would run it.
-
 const $ = id => document.getElementById(id);
 const SVG = ['svg', 'g', 'rect', 'path', 'polyline', 'circle', 'text', 'title'];
 
 function make(name, attributes, ...children) {
-  const made = document.createElementNS(
-    SVG.includes(name) ? 'http://www.w3.org/2000/svg' : 'http://www.w3.org/1999/xhtml', name);
+  const language = SVG.includes(name) ? '2000/svg' : '1999/xhtml';
+  const made = document.createElementNS('http://www.w3.org/' + language, name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   made.append(...children.flat(3));
   return made;
 }
 
 const pretty = value => typeof value === 'string' ? value : JSON.stringify(value, null, 2);
-const definitions = pairs => make('dl', {}, pairs.filter(([, value]) => value).map(
-  ([name, value]) => [make('dt', {}, name), make('dd', {}, value)]));
+const definitions = pairs => make('dl', {}, pairs.map(
+  ([name, value]) => value ? [make('dt', {}, name), make('dd', {}, value)] : []));
 const roomy = window.matchMedia('(min-width: 48rem)').matches;  // else a step is one line, until it is opened
 let story = [];  // what happened so far: title, section of the text, parts to look at, shown open or closed
 
@@ -8030,7 +8029,6 @@ async function call(title, section, url, {method = 'GET', headers = {}, form} = 
 }
 
 // ---- 1 to 3: find the server, make a secret, ask.
-
 const base = $('app').dataset.base;  // the server's name for itself
 const home = base + '/demo';  // this page is where the browser comes back to, too
 const query = new URLSearchParams(location.search);
@@ -8070,7 +8068,6 @@ async function prepare() {
 }
 
 // ---- 4 and 5: the browser comes back with a code; trade it for tokens.
-
 let kept, token, expires;  // what we kept before leaving; the token response; when the access token ends
 const claims = jwt => JSON.parse(new TextDecoder().decode(Uint8Array.from(
   atob(jwt.split('.')[1].replaceAll('-', '+').replaceAll('_', '/')), letter => letter.charCodeAt(0))));
@@ -8133,21 +8130,20 @@ function countDown() {
 }
 
 // ---- 6: read. Every request carries the access token in a header, never in an address.
-
-const accept = 'application/fhir+json, application/json+fhir';
 const get = (title, url, open = false) => call(title, 'FHIR; RFC 6750 section 2.1', url, {
-  headers: {Authorization: 'Bearer ' + token.access_token, Accept: accept}}, open);
+  headers: {Authorization: 'Bearer ' + token.access_token,
+            Accept: 'application/fhir+json, application/json+fhir'}}, open);
 const getPatient = (title, open) => get(title, `${kept.iss}/Patient/${token.patient}`, open);
 
 async function search(type, parameter) {
-  let url = `${kept.iss}/${type}?${parameter}=${token.patient}&_count=200`;
   const resources = [];
+  let url = `${kept.iss}/${type}?${parameter}=${token.patient}&_count=200`;
   for (let page = 1; url && page <= 20; page++) {  // a search comes in pages; the link "next" leads on
-    const answer = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
-    if (!answer.ok) return {refused: true, resources};
-    const entries = (answer.body.entry || []).map(entry => entry.resource);
+    const {ok, body} = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
+    if (!ok) return {refused: true, resources};
+    const entries = array(body.entry).map(entry => entry.resource);
     resources.push(...entries.filter(resource => resource.resourceType === type));
-    url = answer.body.link?.find(link => link.relation === 'next')?.url;
+    url = body.link?.find(link => link.relation === 'next')?.url;
   }
   return {resources};
 }
@@ -8169,7 +8165,6 @@ async function readRecord() {
 }
 
 // ---- 7 and 8: come back with the refresh token; end it all.
-
 $('refresh').onclick = () => run(obtain('7. Refresh: it buys new tokens, once', 'RFC 6749 section 6', {
   grant_type: 'refresh_token', refresh_token: token.refresh_token, client_id: 'demo-app'})
   .then(() => 'Refreshed: both tokens are new.'));
@@ -8189,7 +8184,6 @@ async function revoke() {
 }
 
 // ---- The patient. FHIR's versions differ in names: each helper takes what any of them has.
-
 const array = value => [].concat(value || []);  // DSTU2 has one where R4 has several
 const words = concept => concept && (concept.text || array(concept.coding).map(
   coding => coding.display || coding.code).find(Boolean) || concept.display || concept.reference) || '';
@@ -8231,22 +8225,11 @@ function show(record) {
 }
 
 // ---- Numbers over time.
-
 const outside = ({value, low, high}) => (value > high && 'high') || (value < low && 'low') || '';
 const reference = ({low, high}) => [['range from', low], ['to', high]].filter(
   ([, bound]) => bound !== undefined).flat().join(' ') || 'no range';
 const joined = (parts, told) => [...new Set(parts.map(told))].filter(Boolean).join(' / ');
 const said = ({parts}) => parts.map(part => part.value).join(' / ') + ' ' + joined(parts, part => part.unit);
-// What people call the tests whose codings have LOINC's short names, "Creat SerPl-mCnc".
-const CALLED = {
-  '1742-6': 'ALT (liver)', '1975-2': 'Bilirubin', '2085-9': 'HDL cholesterol', '2093-3': 'Cholesterol',
-  '2160-0': 'Creatinine', '2345-7': 'Glucose', '2571-8': 'Triglycerides', '2823-3': 'Potassium',
-  '2951-2': 'Sodium', '4548-4': 'Hemoglobin A1c', '5767-9': 'Appearance of urine', '718-7': 'Hemoglobin',
-  '5796-8': 'Hyaline casts in urine', '5802-4': 'Nitrite in urine', '5803-2': 'pH of urine',
-  '5811-5': 'Density of urine', '5821-4': 'White cells in urine', '785-6': 'Hemoglobin per red cell',
-  '789-8': 'Red blood cells', '11580-8': 'TSH (thyroid)', '13457-7': 'LDL cholesterol',
-  '26464-8': 'White blood cells', '26515-7': 'Platelets', '30385-9': 'Spread of red cell size',
-  '30428-7': 'Red cell volume', '30522-7': 'C-reactive protein'};
 
 // A row for each thing measured, in each unit: what came last, and how all came to be over time.
 function measurements(observations) {
@@ -8264,9 +8247,9 @@ function measurements(observations) {
   }
   const rows = Object.values(measured).map(points => {
     points.sort((earlier, later) => earlier.time - later.time);
-    const latest = points.at(-1), short = words(latest.code), off = joined(latest.parts, outside);
-    const name = array(latest.code.coding).map(({code}) => CALLED[code]).find(Boolean) || short;
-    return [[name, name === short ? '' : make('small', {}, short)],
+    const latest = points.at(-1), name = words(latest.code), off = joined(latest.parts, outside);
+    const formal = array(latest.code.coding).map(coding => coding.display).find(Boolean) || name;
+    return [[name, formal === name ? '' : make('small', {}, formal)],  // "Creat SerPl-mCnc", LOINC's
             make('span', {class: off && 'off'}, `${said(latest)} ${off}`), joined(latest.parts, reference),
             time(latest.when), chart(name, points)];
   });
@@ -8316,7 +8299,6 @@ function chart(name, points) {
 }
 
 // ---- Start: with an answer in the address, or anew.
-
 setInterval(() => $('countdown') && countDown(), 1000);
 // Opened under another name of the server, the page would not find its storage again when it comes back.
 if (!location.href.startsWith(home)) location.replace(home + location.search);

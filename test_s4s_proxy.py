@@ -7308,13 +7308,13 @@ class DemoApp(PortalTest):
     @unittest.skipUnless(shutil.which("node"), "needs node")
     def test_a_blood_pressure_is_one_chart_of_two_lines_and_says_its_values_and_a_test_its_name(self) -> None:
         got = self.run_script("""
-            const measured = (text, code, when, ...values) => ({code: {text, coding: [{code}]},
+            const measured = (text, display, when, ...values) => ({code: {text, coding: [{display}]},
               effectiveDateTime: when, component: values.map(([name, value]) => ({code: {text: name},
                 valueQuantity: {value, unit: 'mm[Hg]'}}))});
             const table = measurements([
-              measured('BP', '85354-9', '2020-01-02', ['Systolic', 120], ['Diastolic', 80]),
-              measured('Creat SerPl-mCnc', '2160-0', '2020-01-02', ['', 1]),
-              measured('BP', '85354-9', '2019-01-02', ['Systolic', 111], ['Diastolic', 70])]);
+              measured('BP', 'BP', '2020-01-02', ['Systolic', 120], ['Diastolic', 80]),
+              measured('Creatinine', 'Creat SerPl-mCnc', '2020-01-02', ['', 1]),
+              measured('BP', 'BP', '2019-01-02', ['Systolic', 111], ['Diastolic', 70])]);
             const [svg] = all(table, 'svg'), [figure] = all(table, 'figure');
             console.log(JSON.stringify({
               row: all(table, 'td').filter((_, at) => at < 6 && at !== 4).map(text),
