@@ -7309,36 +7309,29 @@ def link(portal: Portal, path: str, text: str = "Apps you share with") -> Markup
 
 
 def post_form(portal: Portal, request: Request, path: str, *content: Any, session_id: str = "",
-              hidden: Iterable[tuple[str, str]] = (), **attributes: Any) -> Markup:
+              hidden: Iterable[tuple[str, str]] = (), **more: Any) -> Markup:
     """A form for `guarded_form`; `session_id` is that of a browser which only now gets its cookie."""
-    token = form_token(session_id or browser_session(portal, request))
-    pairs = ("form_token", token), *hidden
+    pairs = ("form_token", form_token(session_id or browser_session(portal, request))), *hidden
     fields = [tag("input", type="hidden", name=name, value=value) for name, value in pairs]
-    action = portal.browser_base(request) + path
-    return tag("form", fields, *content, method="post", action=action, **attributes)
+    return tag("form", fields, *content, method="post", action=portal.browser_base(request) + path, **more)
 
 
-NOTHING: Json = {}  # is wrong
+def field(label: str, name: str, value: str, kind: str = "text", wrong: str = "", **more: Any) -> Markup:
+    """An input with its label, and what is wrong with it, if anything is."""
+    return tag("label", label, tag("input", type=kind, id=name, name=name, value=value, **more), alert(wrong))
 
 
-def field(label: str, name: str, value: str, kind: str = "text", wrong: Json = NOTHING,
-          **attributes: Any) -> Markup:
-    """An input with its label."""
-    box = tag("input", type=kind, id=name, name=name, value=value, **attributes)
-    return tag("label", label, box, complaint(name, wrong))
+def alert(wrong: str) -> Markup | None:
+    """Beside a field: what is wrong with it."""
+    return tag("span", wrong, class_="error", role="alert") if wrong else None
 
 
-def complaint(name: str, wrong: Json) -> Markup | None:
-    """Beside a field: what is wrong with it, if anything is."""
-    return tag("span", wrong[name], class_="error", role="alert") if name in wrong else None
-
-
-def what_is_wrong(error: PortalError | None, *names: str) -> Json:
-    """The field that an error begins with, and what it says of it; an error of no such field stays one."""
+def what_is_wrong(error: PortalError | None, *names: str) -> dict[str, str]:
+    """What an error says of each field: it begins with one's name. An error of no such field stays one."""
     name, _, told = error.description.partition(": ") if error else ("", "", "")
     if error and name not in names:
         raise error
-    return {name: told[:1].upper() + told[1:]}
+    return {**dict.fromkeys(names, ""), name: told[:1].upper() + told[1:]}
 
 
 def check_box(*label: Any, **attributes: Any) -> Markup:
@@ -7347,10 +7340,10 @@ def check_box(*label: Any, **attributes: Any) -> Markup:
 
 
 def selection(label: str, name: str, choices: Iterable[tuple[str, str]], chosen: str = "",
-              wrong: Json = NOTHING) -> Markup:
+              wrong: str = "") -> Markup:
     """A list to choose one of, as value and text."""
     options = [tag("option", text, value=value, selected=value == chosen) for value, text in choices]
-    return tag("label", label, tag("select", options, id=name, name=name), complaint(name, wrong))
+    return tag("label", label, tag("select", options, id=name, name=name), alert(wrong))
 
 
 # Where the texts can be read, besides the RFCs.
@@ -7430,39 +7423,39 @@ fieldset{columns:2}}
 """
 
 
-def page(portal: Portal, title: str, *content: Any, status: int = 200, who: tuple[Any, ...] = (),
-         cookies: Sequence[str] = (), style: str = STYLE, script: str = "", brand: str = "") -> Response:
-    """A page of the portal; `who` is what `signed_in` says, `brand` whose page it is, if not the portal's."""
-    name = portal.settings.name
+def page(portal: Portal, request: Request, title: str, *content: Any, status: int = 200,
+         user: Row | None = None, back: str = "/", session_id: str = "", style: str = STYLE, script: str = "",
+         brand: str = "") -> Response:
+    """A page of the portal. A `user` who is signed in can sign out there, which leads `back`; `session_id` is
+    for the cookie; `brand` says whose page it is, if not the portal's."""
+    name, who, sign_out = portal.settings.name, None, None
     head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {name}"), tag(
         "meta", name="viewport", content="width=device-width, initial-scale=1"), tag("style", Markup(style)))
     nav = tag("nav", link(portal, "/", "Start"), link(portal, "/apps"), aria_label="Portal")
+    if user:  # its form stands at the end: scripts look for a page's own form first
+        button = tag("button", "Not you? Sign out", form="sign-out", class_="plain")
+        who = tag("span", f"Signed in as {user['name']}. ", button, class_="quiet")
+        sign_out = post_form(portal, request, "/logout", id="sign-out", hidden=[("next", back)])
     warning = "This is a test server with made-up patients. Enter no real person's data."
-    body = tag("body", tag("header", tag("strong", brand or name), nav, who[:1]),
-               tag("main", tag("h1", title), *content), tag("footer", warning, who[1:]),
+    body = tag("body", tag("header", tag("strong", brand or name), nav, who),
+               tag("main", tag("h1", title), *content), tag("footer", warning, sign_out),
                script and tag("script", Markup(script)))
     text = "<!doctype html>" + tag("html", head, body, lang="en")
-    return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8",
-                    [*page_headers(style, script), *(("Set-Cookie", cookie) for cookie in cookies)])
-
-
-def signed_in(portal: Portal, request: Request, user: Row, back: str = "/") -> tuple[Markup, Markup]:
-    """Who is signed in, with a button that signs out and leads `back`; and its form, which stands at the end:
-    scripts look for a page's own form first."""
-    button = tag("button", "Not you? Sign out", form="sign-out", class_="plain")
-    return (tag("span", f"Signed in as {user['name']}. ", button, class_="quiet"),
-            post_form(portal, request, "/logout", id="sign-out", hidden=[("next", back)]))
+    headers = page_headers(style, script)
+    if session_id:
+        headers.append(("Set-Cookie", set_cookie(portal, request, session_id)))
+    return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8", headers)
 
 
 def page_headers(style: str, script: str) -> list[tuple[str, str]]:
     """What guards a page: it runs this style and script alone, which talks to this server alone; no site
     frames it, no cache keeps it. No form-action: it would forbid the redirect that answers the consent."""
-    def digest(text: str) -> str:
-        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-    policy = f"default-src 'none'; style-src {digest(style)}; "
-    policy += f"script-src {digest(script)}; connect-src 'self'; " if script else ""
-    return [("Content-Security-Policy", policy + "base-uri 'none'; frame-ancestors 'none'"),
-            ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store")]
+    digests = ["'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+               for text in (style, script)]
+    runs = f"script-src {digests[1]}; connect-src 'self'; " if script else ""
+    policy = f"default-src 'none'; style-src {digests[0]}; {runs}base-uri 'none'; frame-ancestors 'none'"
+    return [("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store")]
 
 
 def error_page(portal: Portal, error: PortalError, request: Request, route: Route | None) -> Response:
@@ -7471,7 +7464,7 @@ def error_page(portal: Portal, error: PortalError, request: Request, route: Rout
     came = [tag("code", f"{request.method} {request.path}"), sent and tag("ul", sent)]
     told = [("What it does", what_it_does(route)), ("What to read", cited(route.spec))] if route else []
     details = facts(("What came", came), *told, ("Error code", tag("code", error.error)))
-    return page(portal, "There is nothing here" if error.status == 404 else "This did not work",
+    return page(portal, request, "There is nothing here" if error.status == 404 else "This did not work",
                 tag("p", cited(error.description), class_="error"), tag("div", details, class_="card"),
                 tag("p", link(portal, "/", "To the start page")), status=error.status)
 
@@ -7483,21 +7476,19 @@ def what_it_does(route: Route) -> str:
 
 def sign_in_page(portal: Portal, request: Request, username: str, message: str, path: str) -> Response:
     """The form, then `path`; with a cookie for a browser that has none, for its form token to hang on."""
-    session_id, demo = browser_session(portal, request) or new_session_id(), "" if message else DEMO_PASSWORD
-    request_id = dict(parse_qsl(urlsplit(path).query)).get("request", "")
-    row = portal.state.row("SELECT client_id FROM pending WHERE request_id = ? AND expires > ?",
-                           request_id, portal.clock.now())
-    client = portal.client(row["client_id"]) if row else None
-    asks = client and tag("p", f"{client.name} asks to see a health record. Sign in, to this portal alone, "
-                          "and decide: the app does not learn your password.")
+    session_id, asks = browser_session(portal, request) or new_session_id(), None
+    with contextlib.suppress(PageError):  # nobody is asking, or not any more
+        client, _ = pending_request(portal, dict(parse_qsl(urlsplit(path).query)).get("request", ""))
+        asks = tag("p", f"{client.name} asks to see a health record. Sign in, to this portal alone, and "
+                   "decide: the app does not learn your password.")
     form = post_form(
         portal, request, "/login",
         field("User name", "username", username, autocomplete="username", required=True),
-        field("Password", "password", demo, "password", {"password": message} if message else NOTHING,
+        field("Password", "password", "" if message else DEMO_PASSWORD, "password", message,
               autocomplete="current-password", required=True),
         tag("button", "Sign in", id="sign-in"), session_id=session_id, hidden=[("next", path)], class_="card")
-    return page(portal, "Sign in", asks, form, accounts(portal), status=401 if message else 200,
-                cookies=[set_cookie(portal, request, session_id)], script=SIGN_IN_SCRIPT)
+    return page(portal, request, "Sign in", asks, form, accounts(portal), status=401 if message else 200,
+                session_id=session_id, script=SIGN_IN_SCRIPT)
 
 
 # Typing replaces the password that stands there.
@@ -7556,8 +7547,8 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
                      tag("p", REFUSE, class_="apart"), hidden=[("request", request_id)], class_="card")
     asked = tag("p", f"{client.name} asks to see one person's health record. Choose whose. On the next page "
                 "you decide what of it, and until when.")
-    return page(portal, "Whose record?", asked, (text or many) and search, form,
-                who=signed_in(portal, request, user, f"/oauth/consent?request={request_id}"))
+    return page(portal, request, "Whose record?", asked, (text or many) and search, form,
+                user=user, back=f"/oauth/consent?request={request_id}")
 
 
 CATEGORY_WORDS = {  # what each category of the consent page covers, for the person who decides
@@ -7635,17 +7626,14 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
     stay = tag("button", "Stay", data_slide="stay", hidden=True)
     form = post_form(portal, request, "/oauth/consent", stay, steps, id="consent-carousel",
                      hidden=[("request", request_id), ("patient_id", patient_id or "")])
-    return page(portal, f"Share data with {client.name}?", form, status=error.status if error else 200,
-                who=signed_in(portal, request, user, f"/oauth/consent?request={request_id}"),
-                script=CONSENT_SCRIPT)
+    return page(portal, request, f"Share data with {client.name}?", form, script=CONSENT_SCRIPT,
+                status=error.status if error else 200, user=user, back=f"/oauth/consent?request={request_id}")
 
 
 def app_facts(client: Client, details: Json) -> Markup:
     """Who asks, and where the answer goes."""
-    target, known = urlsplit(details["redirect_uri"]), client.metadata
-    goes_to = f"{target.scheme}://{target.netloc}"
-    if not target.netloc:
-        goes_to = f"the app that opens {target.scheme}: links"
+    (scheme, host, *_), known = urlsplit(details["redirect_uri"]), client.metadata
+    goes_to = f"{scheme}://{host}" if host else f"the app that opens {scheme}: links"
     pages = {"client_uri": "its own page", "policy_uri": "what it does with data", "tos_uri": "its terms"}
     links = [tag("p", tag("a", label, href=known[name])) for name, label in pages.items() if name in known]
     known_as = [tag("code", client.client_id), client.registered_itself and ", registered itself"]
@@ -7726,7 +7714,7 @@ def category_in_words(label: str, scopes: Sequence[ResourceScope]) -> Markup:
 
 
 def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str | None,
-                  sent: list[tuple[str, str]], wrong: Json) -> list[Any]:
+                  sent: list[tuple[str, str]], wrong: dict[str, str]) -> list[Any]:
     """What the user chooses: categories, all checked at first; a visit if the app asks and no launch named
     it; the last day. Of a form that was `sent`, what was chosen there."""
     now, scope, visits, filled = portal.clock.now(), details["scope"], {}, dict(sent)
@@ -7739,11 +7727,11 @@ def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str
     named = "encounter" in details["launch"].get("context", {})
     if patient_id and "launch/encounter" in scope.split() and not named:
         visits = encounters_of(portal, patient_id)
-    return [tag("fieldset", tag("legend", "What it sees"), complaint("security_labels", wrong), boxes),
+    return [tag("fieldset", tag("legend", "What it sees"), alert(wrong["security_labels"]), boxes),
             selection("Which visit", "encounter_id", visits.items(), filled.get("encounter_id", ""))
             if visits else None,
             field("Until the end of", "approval_expires", filled.get("approval_expires", day_of(now, 1)),
-                  "date", wrong, required=True, min=day_of(now), max=day_of(now, 2)),
+                  "date", wrong["approval_expires"], required=True, min=day_of(now), max=day_of(now, 2)),
             tag("p", "You can stop sharing before that day, at any time, under ", link(portal, "/apps"),
                 ". What the app has fetched by then, it keeps.")]
 
@@ -7764,8 +7752,7 @@ def apps(portal: Portal, request: Request) -> Response:
     shown = html_table(("App", *SHARE_HEADS, ""), rows) if rows else tag(
         "p", "You share with no app. When an app asks and you approve, it is listed here, with a button to "
         "stop it.")
-    return page(portal, "Apps you share with", question, tag("div", shown, class_="card"),
-                who=signed_in(portal, request, user))
+    return page(portal, request, "Apps you share with", question, tag("div", shown, class_="card"), user=user)
 
 
 SHARE_HEADS = ("Whose record", "What", "Since and until")
@@ -7830,9 +7817,9 @@ def launch_page(portal: Portal, request: Request) -> Response:
     there."""
     off = "Launching is a debug control, and those are off; --debug turns them on."
     need(portal.settings.serves_debug, off, "not_found", 404, PageError)
-    fields = guarded_form(portal, request) if request.method == "POST" else Fields(request.pairs())
     if request.method != "POST":
-        return launch_form(portal, request, fields)
+        return launch_form(portal, request, Fields(request.pairs()))
+    fields = guarded_form(portal, request)
     given: Json = {name: fields.get(name) for name in LAUNCH_FIELDS if fields.get(name)}
     given["need_patient_banner"] = bool(fields.get("need_patient_banner"))
     try:
@@ -7862,25 +7849,26 @@ def launch_form(portal: Portal, request: Request, fields: Fields,
     session_id = browser_session(portal, request) or new_session_id()
 
     def choose(label: str, name: str, nothing: str, choices: Iterable[tuple[str, str]]) -> Markup:
-        return selection(label, name, [("", nothing), *choices], chosen[name], wrong)
+        return selection(label, name, [("", nothing), *choices], chosen[name], wrong[name])
     form = post_form(
         portal, request, "/launch", choose("App", "client_id", "the one at the address below", launchable),
         field("Its launch address (if none is registered, or another one)", "launch_uri",
-              chosen["launch_uri"], wrong=wrong),
+              chosen["launch_uri"], wrong=wrong["launch_uri"]),
         choose("Who uses it", "username", "whoever signs in", users),
         field("Find patients by name", "name", text),
         choose("Whose record is open", "patient_id", "none yet", patients.items()),
         tag("button", "Show patients and visits", class_="btn-default", formmethod="get",
             formnovalidate=True),
         choose("Which visit", "encounter_id", "none", visits.items()),
-        field("Intent (a word that you and the app agreed on)", "intent", chosen["intent"], wrong=wrong),
+        field("Intent (a word that you and the app agreed on)", "intent", chosen["intent"],
+              wrong=wrong["intent"]),
         check_box("The app must show whose record is open (need_patient_banner)", name="need_patient_banner",
                   value="1", checked=not sent or bool(fields.get("need_patient_banner"))),
         tag("button", "Launch", id="launch"), session_id=session_id, class_="card")
     told = tag("p", "As an electronic health record does: the app opens, is told whose record is open here, "
                "and asks for permission as always. It runs once, within five minutes.")
-    return page(portal, "Launch an app", told, form, status=error.status if error else 200,
-                cookies=[set_cookie(portal, request, session_id)])
+    return page(portal, request, "Launch an app", told, form, status=error.status if error else 200,
+                session_id=session_id)
 
 
 @route("GET /", "S4S", kind="page")
@@ -7889,7 +7877,7 @@ def start_page(portal: Portal, request: Request) -> Response:
     base, settings, user = portal.base(request), portal.settings, session_user(portal, request)
     version = "that of the FHIR server behind" if settings.fhir_server else settings.fhir_version.upper()
     return page(
-        portal, "A patient portal to test apps with",
+        portal, request, "A patient portal to test apps with",
         tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient "
             "approves, it sees that record and nothing else. This is the OAuth 2.0 server and the FHIR API "
             "behind it, in one file of Python that is meant to be read."),
@@ -7916,7 +7904,7 @@ def start_page(portal: Portal, request: Request) -> Response:
             ("Clients", client_list(portal)),
             ("Discovery", link(portal, "/api/fhir/.well-known/smart-configuration", "every address")),
             ("More", "README.md beside the program; then the program itself, from its first line."))),
-        endpoint_list(portal), who=signed_in(portal, request, user) if user else (), script=COPY_SCRIPT)
+        endpoint_list(portal), user=user, script=COPY_SCRIPT)
 
 
 COPY_SCRIPT = """
@@ -8329,7 +8317,7 @@ def demo_page(portal: Portal, request: Request) -> Response:
     app = tag("div", DEMO_HTML, id="app", data_base=portal.browser_base(request))
     told = tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"),
                id="told", class_="card", hidden=True)
-    return page(portal, "A SMART app in one page", app, told,
+    return page(portal, request, "A SMART app in one page", app, told,
                 style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
 
