@@ -7427,7 +7427,8 @@ def page(portal: Portal, request: Request, title: str, *content: Any, status: in
          user: Row | None = None, back: str = "/", session_id: str = "", style: str = STYLE, script: str = "",
          brand: str = "") -> Response:
     """A page of the portal. A `user` who is signed in can sign out there, which leads `back`; `session_id` is
-    for the cookie; `brand` says whose page it is, if not the portal's."""
+    for the cookie; `brand` says whose page it is, if not the portal's. It runs this style and script alone,
+    which talks to this server alone; no site frames it, no cache keeps it."""
     name, who, sign_out = portal.settings.name, None, None
     head = tag("head", tag("meta", charset="utf-8"), tag("title", f"{title} - {name}"), tag(
         "meta", name="viewport", content="width=device-width, initial-scale=1"), tag("style", Markup(style)))
@@ -7441,21 +7442,17 @@ def page(portal: Portal, request: Request, title: str, *content: Any, status: in
                tag("main", tag("h1", title), *content), tag("footer", warning, sign_out),
                script and tag("script", Markup(script)))
     text = "<!doctype html>" + tag("html", head, body, lang="en")
-    headers = page_headers(style, script)
+
+    def digest(text: str) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    # No form-action: it would forbid the redirect that answers the consent.
+    runs = f"script-src {digest(script)}; connect-src 'self'; " if script else ""
+    policy = f"default-src 'none'; style-src {digest(style)}; {runs}base-uri 'none'; frame-ancestors 'none'"
+    headers = [("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"),
+               ("Cache-Control", "no-store")]
     if session_id:
         headers.append(("Set-Cookie", set_cookie(portal, request, session_id)))
     return Response(status, text.encode("utf-8", "replace"), "text/html; charset=utf-8", headers)
-
-
-def page_headers(style: str, script: str) -> list[tuple[str, str]]:
-    """What guards a page: it runs this style and script alone, which talks to this server alone; no site
-    frames it, no cache keeps it. No form-action: it would forbid the redirect that answers the consent."""
-    digests = ["'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-               for text in (style, script)]
-    runs = f"script-src {digests[1]}; connect-src 'self'; " if script else ""
-    policy = f"default-src 'none'; style-src {digests[0]}; {runs}base-uri 'none'; frame-ancestors 'none'"
-    return [("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store")]
 
 
 def error_page(portal: Portal, error: PortalError, request: Request, route: Route | None) -> Response:
@@ -7487,12 +7484,9 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
         field("Password", "password", "" if message else DEMO_PASSWORD, "password", message,
               autocomplete="current-password", required=True),
         tag("button", "Sign in", id="sign-in"), session_id=session_id, hidden=[("next", path)], class_="card")
+    typing_replaces_it = "document.getElementById('password').onfocus = event => event.target.select();"
     return page(portal, request, "Sign in", asks, form, accounts(portal), status=401 if message else 200,
-                session_id=session_id, script=SIGN_IN_SCRIPT)
-
-
-# Typing replaces the password that stands there.
-SIGN_IN_SCRIPT = "document.getElementById('password').onfocus = event => event.target.select();"
+                session_id=session_id, script=typing_replaces_it)
 
 
 def accounts(portal: Portal) -> Markup:
@@ -7601,24 +7595,23 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
     name = patient_id and portal.patient_name(user["username"], patient_id)
     whose = f"the health record of {name}" if name else "what you may see here"
     writing = writing_in_words(details["scope"])
-    also = f", and to {writing} records there" if writing else ""
-    asked = (f"{client.name} asks to see {whose}{also}. You decide whether it may, what it sees, and until "
-             "when.")
-    points = (f"I want {client.name} to see {whose}{also}.",
+    aim = f"{whose}, and to {writing} records there" if writing else whose
+    asked = f"{client.name} asks to see {aim}. You decide whether it may, what it sees, and until when."
+    points = (f"I want {client.name} to see {aim}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
 
     def step(number: int, title: str, *content: Any) -> Markup:
         heading = tag("h2", title, " ", tag("small", f"Step {number} of 3"), tabindex=-1)
         return tag("section", heading, *content, class_="card")
+    boxes = [check_box(point, class_="glyphbox", rel="confirm", required=True, checked=bool(error))
+             for point in points]
+    may = f", and may {writing} records of these kinds" if writing else ""
     steps = [
         step(1, "What this is", tag("p", asked), app_facts(client, details),
              scope_list(portal, client, details["scope"]), CONTINUE, REFUSE),
-        step(2, "Confirm each point", [check_box(
-            point, class_="glyphbox", rel="confirm", required=True, checked=bool(error)) for point in points],
-            CONTINUE, BACK),
-        step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked"
-                              + (f", and may {writing} records of these kinds:" if writing else ":")),
+        step(2, "Confirm each point", boxes, CONTINUE, BACK),
+        step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked{may}:"),
              what_to_share(portal, client, details, patient_id, request.form() if error else [],
                            what_is_wrong(error, "security_labels", "approval_expires")),
              tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, BACK)]
@@ -7876,6 +7869,10 @@ def start_page(portal: Portal, request: Request) -> Response:
     """What this is, who can sign in, what can be tried."""
     base, settings, user = portal.base(request), portal.settings, session_user(portal, request)
     version = "that of the FHIR server behind" if settings.fhir_server else settings.fhir_version.upper()
+    # Of secrets the demo's alone are shown, which stand in the source.
+    told = {name: [", its secret ", tag("code", secret)] for name, secret, _ in DEMO_CLIENTS
+            if portal.seeds.clients[name].secret_hash == hash_secret(secret)}
+    clients = [tag("li", tag("code", name), told.get(name)) for name in portal.seeds.clients]
     return page(
         portal, request, "A patient portal to test apps with",
         tag("p", "An app that speaks SMART on FHIR asks here for one patient's record; if the patient "
@@ -7901,7 +7898,7 @@ def start_page(portal: Portal, request: Request) -> Response:
             tag("pre", first_steps(portal, base), tabindex=0)),
         accounts(portal), card("For your app", facts(
             ("FHIR base", tag("code", f"{base}/api/fhir")), ("FHIR version", version),
-            ("Clients", client_list(portal)),
+            ("Clients", tag("ul", clients)),
             ("Discovery", link(portal, "/api/fhir/.well-known/smart-configuration", "every address")),
             ("More", "README.md beside the program; then the program itself, from its first line."))),
         endpoint_list(portal), user=user, script=COPY_SCRIPT)
@@ -7913,13 +7910,6 @@ copy.hidden = !navigator.clipboard;  // which browsers give to https and localho
 copy.onclick = () => navigator.clipboard.writeText(document.querySelector('pre').textContent).then(
   () => { copy.textContent = 'Copied'; });
 """
-
-
-def client_list(portal: Portal) -> Markup:
-    """The clients known from the start; secrets of the demo's alone, which stand in the source."""
-    told = {name: [", its secret ", tag("code", secret)] for name, secret, _ in DEMO_CLIENTS
-            if portal.seeds.clients[name].secret_hash == hash_secret(secret)}
-    return tag("ul", [tag("li", tag("code", name), told.get(name)) for name in portal.seeds.clients])
 
 
 def first_steps(portal: Portal, base: str) -> str:
@@ -8129,8 +8119,7 @@ async function search(type, parameter) {
   for (let page = 1; url && page <= 20; page++) {  // a search comes in pages; the link "next" leads on
     const {ok, body} = await get(`Search ${type}` + (page > 1 ? `, page ${page}` : ''), url);
     if (!ok) return {refused: true, resources};
-    const entries = array(body.entry).map(entry => entry.resource);
-    resources.push(...entries.filter(resource => resource.resourceType === type));
+    for (const {resource} of body.entry || []) if (resource.resourceType === type) resources.push(resource);
     url = body.link?.find(link => link.relation === 'next')?.url;
   }
   return {resources};
