@@ -7316,7 +7316,7 @@ def post_form(portal: Portal, request: Request, path: str, *content: Any, sessio
     return tag("form", fields, *content, method="post", action=portal.browser_base(request) + path, **more)
 
 
-def field(label: str, name: str, value: str, kind: str = "text", wrong: str = "", **more: Any) -> Markup:
+def field(label: str, name: str, value: str, wrong: str = "", kind: str = "text", **more: Any) -> Markup:
     """An input with its label, and what is wrong with it, if anything is."""
     return tag("label", label, tag("input", type=kind, id=name, name=name, value=value, **more), alert(wrong))
 
@@ -7481,7 +7481,7 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
     form = post_form(
         portal, request, "/login",
         field("User name", "username", username, autocomplete="username", required=True),
-        field("Password", "password", "" if message else DEMO_PASSWORD, "password", message,
+        field("Password", "password", "" if message else DEMO_PASSWORD, message, "password",
               autocomplete="current-password", required=True),
         tag("button", "Sign in", id="sign-in"), session_id=session_id, hidden=[("next", path)], class_="card")
     typing_replaces_it = "document.getElementById('password').onfocus = event => event.target.select();"
@@ -7527,7 +7527,7 @@ def picker_page(portal: Portal, request: Request, user: Row, client: Client, req
     if not patients:
         count = f"Nobody whose record you may open is called {text!r}."
     search = tag("form", tag("input", type="hidden", name="request", value=request_id),
-                 field("Search by name or patient id", "q", text, "search"),
+                 field("Search by name or patient id", "q", text, kind="search"),
                  tag("button", "Search", class_="btn-default"),
                  action=f"{portal.browser_base(request)}/oauth/consent", role="search", class_="card")
     shown, own = list(patients)[:MANY_PATIENTS], portal.fhir_user(user["username"], None)
@@ -7724,7 +7724,7 @@ def what_to_share(portal: Portal, client: Client, details: Json, patient_id: str
             selection("Which visit", "encounter_id", visits.items(), filled.get("encounter_id", ""))
             if visits else None,
             field("Until the end of", "approval_expires", filled.get("approval_expires", day_of(now, 1)),
-                  "date", wrong["approval_expires"], required=True, min=day_of(now), max=day_of(now, 2)),
+                  wrong["approval_expires"], "date", required=True, min=day_of(now), max=day_of(now, 2)),
             tag("p", "You can stop sharing before that day, at any time, under ", link(portal, "/apps"),
                 ". What the app has fetched by then, it keeps.")]
 
@@ -7811,7 +7811,7 @@ def launch_page(portal: Portal, request: Request) -> Response:
     off = "Launching is a debug control, and those are off; --debug turns them on."
     need(portal.settings.serves_debug, off, "not_found", 404, PageError)
     if request.method != "POST":
-        return launch_form(portal, request, Fields(request.pairs()))
+        return launch_form(portal, request, Fields(request.pairs()), None)
     fields = guarded_form(portal, request)
     given: Json = {name: fields.get(name) for name in LAUNCH_FIELDS if fields.get(name)}
     given["need_patient_banner"] = bool(fields.get("need_patient_banner"))
@@ -7824,8 +7824,7 @@ def launch_page(portal: Portal, request: Request) -> Response:
 LAUNCH_FIELDS = ("client_id", "launch_uri", "username", "patient_id", "encounter_id", "intent")
 
 
-def launch_form(portal: Portal, request: Request, fields: Fields,
-                error: PortalError | None = None) -> Response:
+def launch_form(portal: Portal, request: Request, fields: Fields, error: PortalError | None) -> Response:
     """What to launch, with what was chosen so far, and the patients whose names have the text looked for."""
     wrong, text, sent = what_is_wrong(error, *LAUNCH_FIELDS), fields.get("name"), fields.get("form_token")
     chosen = {name: fields.get(name) for name in LAUNCH_FIELDS}
@@ -7846,15 +7845,13 @@ def launch_form(portal: Portal, request: Request, fields: Fields,
     form = post_form(
         portal, request, "/launch", choose("App", "client_id", "the one at the address below", launchable),
         field("Its launch address (if none is registered, or another one)", "launch_uri",
-              chosen["launch_uri"], wrong=wrong["launch_uri"]),
+              chosen["launch_uri"], wrong["launch_uri"]),
         choose("Who uses it", "username", "whoever signs in", users),
         field("Find patients by name", "name", text),
         choose("Whose record is open", "patient_id", "none yet", patients.items()),
-        tag("button", "Show patients and visits", class_="btn-default", formmethod="get",
-            formnovalidate=True),
+        tag("button", "Show patients and visits", class_="btn-default", formmethod="get"),
         choose("Which visit", "encounter_id", "none", visits.items()),
-        field("Intent (a word that you and the app agreed on)", "intent", chosen["intent"],
-              wrong=wrong["intent"]),
+        field("Intent (a word that you and the app agreed on)", "intent", chosen["intent"], wrong["intent"]),
         check_box("The app must show whose record is open (need_patient_banner)", name="need_patient_banner",
                   value="1", checked=not sent or bool(fields.get("need_patient_banner"))),
         tag("button", "Launch", id="launch"), session_id=session_id, class_="card")
