@@ -1316,8 +1316,7 @@ def login(portal: Portal, request: Request) -> Response:
     if request.method != "POST":
         fields = Fields(request.pairs())
         # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
-        first = "SELECT username FROM users ORDER BY username <> 'daniel-adams', rowid LIMIT 1"
-        row = portal.state.row(first)
+        row = portal.state.row("SELECT * FROM users ORDER BY username <> 'daniel-adams', rowid LIMIT 1")
         username = fields.get("username", row["username"] if row else "")
         return sign_in_page(portal, request, username, "", local_path(fields.get("next")))
     form = guarded_form(portal, request)
@@ -7287,9 +7286,9 @@ def tag(name: str, /, *children: Any, **attributes: Any) -> Markup:
     return Markup(f"<{' '.join(words)}>{end}")
 
 
-def card(title: str, *content: Any, class_: str = "card") -> Markup:
+def card(title: str, *content: Any, class_: str = "card", **more: Any) -> Markup:
     """A part of a page, under its own heading."""
-    return tag("section", tag("h2", title), *content, class_=class_)
+    return tag("section", tag("h2", title), *content, class_=class_, **more)
 
 
 def facts(*pairs: tuple[Any, Any]) -> Markup:
@@ -8301,8 +8300,7 @@ answer. Its source is in this page, to be read and copied.</p>
 def demo_page(portal: Portal, request: Request) -> Response:
     """A complete SMART app in one page, its own redirect URI: it shows all that is said, then the patient."""
     app = tag("div", DEMO_HTML, id="app", data_base=portal.browser_base(request))
-    told = tag("section", tag("h2", "What was said"), tag("ol", id="story", class_="story"),
-               id="told", class_="card", hidden=True)
+    told = card("What was said", tag("ol", id="story", class_="story"), id="told", hidden=True)
     return page(portal, request, "A SMART app in one page", app, told,
                 style=DEMO_STYLE, script=DEMO_SCRIPT, brand="Demo app")
 
