@@ -149,8 +149,9 @@ class Form:
     """A form of a page: its method, its action, its buttons, and what it would send untouched."""
     def __init__(self, text: str, index: int = 0):
         page = Page(text)
-        starts = [at for at, (tag, _) in enumerate(page.elements) if tag == "form"] + [len(page.elements)]
-        (_, form), *inside = page.elements[starts[index]:starts[index + 1]]
+        starts, end = [at for at, (tag, _) in enumerate(page.elements) if tag == "form"], len(page.elements)
+        start, end = [*starts, end, end][index:index + 2]
+        (_, form), *inside = page.elements[start:end] or [("form", {})]  # a page may have none
         self.method, self.action = form.get("method", "get"), form.get("action", "")
         self.inputs = [attributes for tag, attributes in inside if tag == "input"]
         self.fields = [(field["name"], field.get("value", "")) for field in self.inputs
