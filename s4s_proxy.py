@@ -7644,18 +7644,6 @@ def writing_in_words(scope: str) -> str:
     return " and ".join(VERBS[letter] for letter in "cu" if letter in letters)
 
 
-def describe_scope(word: str) -> str:
-    """A scope in words for the person who is asked to approve it, without its ?param=value."""
-    parsed = parse_scope(word)
-    if not parsed:
-        return PLAIN_SCOPES.get(word, word)
-    verbs = " and ".join(verb for letter, verb in VERBS.items() if letter in parsed.letters)
-    all_types = "everything, of every kind there is now and may be later,"
-    what = all_types if parsed.type == "*" else f"{parsed.type} records"
-    where = "the record" if parsed.context == "patient" else "every record you may open"
-    return f"{verbs} {what} in {where}"
-
-
 def scope_list(portal: Portal, client: Client, scope: str) -> list[Markup]:
     """What a scope lets the app do, in words."""
     limit = "It can change nothing"
@@ -7670,15 +7658,20 @@ def scope_line(portal: Portal, client: Client, word: str) -> Markup:
     """One scope in words: what it allows, of which kinds, or only where. What reaches far stands out: all
     kinds of data, all records, writing, access while nobody is there (SMART, "Best Practices")."""
     parsed, details = parse_scope(word), []  # type: ResourceScope | None, list[Any]
-    if parsed and parsed.type != "*" and not parsed.constraints:
-        labels = [label for label in offered_categories(portal, client, word) if label != "other"]
-        details = [labels and ": ", ", ".join(CATEGORIES[label][0].lower() for label in labels)]
-    elif parsed and parsed.constraints:
-        details = [", but only", where(parsed.constraints)]
-    far = word == "offline_access" or writing_in_words(word) or (
-        parsed and (parsed.type == "*" or parsed.context == "user"))
-    return tag("li", describe_scope(word), details, " ", tag("small", tag("code", word)),
-               class_="note" if far else None)
+    told, far = PLAIN_SCOPES.get(word, word), word == "offline_access"
+    if parsed:
+        verbs = " and ".join(verb for letter, verb in VERBS.items() if letter in parsed.letters)
+        all_types = "everything, of every kind there is now and may be later,"
+        what = all_types if parsed.type == "*" else f"{parsed.type} records"
+        whose = "the record" if parsed.context == "patient" else "every record you may open"
+        told = f"{verbs} {what} in {whose}"
+        far = parsed.type == "*" or parsed.context == "user" or bool(writing_in_words(word))
+        if parsed.constraints:
+            details = [", but only", where(parsed.constraints)]
+        elif parsed.type != "*":
+            labels = [label for label in offered_categories(portal, client, word) if label != "other"]
+            details = [labels and ": ", ", ".join(CATEGORIES[label][0].lower() for label in labels)]
+    return tag("li", told, details, " ", tag("small", tag("code", word)), class_="note" if far else None)
 
 
 def where(constraints: Sequence[tuple[str, str]]) -> str:

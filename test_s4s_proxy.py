@@ -721,17 +721,6 @@ class ScopeWords(unittest.TestCase):
             with self.subTest(constraint), self.assertRaisesRegex(s4s.PortalError, "invalid_scope"):
                 s4s.negotiate_scope(f"launch/patient patient/Observation.rs{constraint}", "patient/*.rs")
 
-    def test_scopes_in_words(self) -> None:
-        for word, text in (
-                ("patient/*.rs",
-                 "open and search everything, of every kind there is now and may be later, in the record"),
-                ("patient/Condition.r", "open Condition records in the record"),
-                ("user/Condition.s", "search Condition records in every record you may open"),
-                ("patient/Goal.cruds", "open and search and add and change Goal records in the record"),
-                ("patient/Goal.write", "add and change Goal records in the record"),
-                ("offline_access", s4s.PLAIN_SCOPES["offline_access"])):
-            self.assertEqual(s4s.describe_scope(word), text, word)
-
 
 # ######################################################################## 4 the tables and the clock
 
@@ -6936,7 +6925,15 @@ class ConsentPage(PortalTest):
                       "Until the end of", "You can stop sharing before that day"):
             self.assertIn(words, main)
         self.assertIn({"href": "/apps"}, Page(self.browser.page.text).all("a"))
-        self.assertIn(": problems and diagnoses", self.consent("launch/patient patient/Condition.rs").main)
+        everything = "everything, of every kind there is now and may be later, in the record"
+        for scope, words in (
+                ("patient/*.rs", f"open and search {everything}"), ("patient/*.c", f"add {everything}"),
+                ("patient/Condition.r", "open Condition records in the record: problems and diagnoses"),
+                ("user/Condition.s", "search Condition records in every record you may open"),
+                ("patient/Goal.crus", "open and search and add and change Goal records in the record"),
+                ("patient/Goal.write", "add and change Goal records in the record"),
+                ("offline_access", "come back for new data when you are not there, until a day you choose")):
+            self.assertIn(words, self.consent("launch/patient " + scope).main, scope)
 
     def test_it_warns_of_everything_and_of_coming_back_and_says_it_once(self) -> None:
         for scope, warnings in (("patient/*.rs offline_access", 2), ("user/Observation.rs", 1),
