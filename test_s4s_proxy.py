@@ -6937,7 +6937,7 @@ class ConsentPage(PortalTest):
 
     def test_it_warns_of_everything_and_of_coming_back_and_says_it_once(self) -> None:
         for scope, warnings in (("patient/*.rs offline_access", 2), ("user/Observation.rs", 1),
-                                ("patient/Observation.rs", 0)):
+                                ("patient/Observation.u", 1), ("patient/Observation.rs", 0)):
             page = self.consent("launch/patient " + scope, client_name="My app")
             self.assertEqual(len(page.all("li", **{"class": "note"})), warnings, scope)
         step = self.consent(client_name="My app").texts["section"][0]
