@@ -593,6 +593,20 @@ def empty_database(schema: str) -> sqlite3.Connection:
     return connection
 
 
+def renew_tables(old: sqlite3.Connection, new: sqlite3.Connection) -> None:
+    """Give the tables of a file that an earlier version made today's columns, in today's order. An error
+    where one needs a value that old rows don't have: such a file can't be used."""
+    for table, made in new.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall():
+        there, names = ([column[1] for column in database.execute(f"PRAGMA table_info({table})")]
+                        for database in (old, new))
+        if there and there != names:
+            kept = ", ".join(name for name in names if name in there)
+            for sql in ("BEGIN IMMEDIATE", made.replace(table, f"new_{table}", 1),
+                        f"INSERT INTO new_{table} ({kept}) SELECT {kept} FROM {table}",
+                        f"DROP TABLE {table}", f"ALTER TABLE new_{table} RENAME TO {table}", "COMMIT"):
+                old.execute(sql)
+
+
 class Store:
     """A SQLite database that many threads share.
 
@@ -618,6 +632,7 @@ class Store:
             if path:
                 connection.execute("PRAGMA journal_mode = WAL")    # a reader doesn't wait
                 connection.execute("PRAGMA synchronous = NORMAL")  # a commit outlives the process
+                renew_tables(connection, empty_database(schema))
                 connection.executescript(schema)
             else:
                 empty_database(schema).backup(connection)
@@ -853,7 +868,14 @@ def is_loopback(host: str) -> bool:
 def same_address(one: str, other: str) -> bool:
     """Whether two URLs are one: a slash at the end doesn't count, and loopback's names are all the same."""
     loopback = r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
-    return len({re.sub(loopback, r"\1loopback", url.rstrip("/")) for url in (one, other)}) == 1
+    return len({re.sub(loopback, r"\1loopback", plain_address(url)) for url in (one, other)}) == 1
+
+
+def plain_address(url: str) -> str:
+    """A URL without what doesn't count (RFC 3986 section 6.2): capitals in scheme and host, the scheme's own
+    port, slashes at the end. That is how browsers write a name in Host and Origin."""
+    url = re.sub("^[^/]*//[^/]*", lambda origin: origin[0].lower(), url.rstrip("/"))
+    return re.sub(r"^(http://[^/]*):80(?=/|$)|^(https://[^/]*):443(?=/|$)", r"\1\2", url)
 
 
 def error_response(portal: Portal, request: Request, route: Route | None, error: PortalError) -> Response:
@@ -4422,8 +4444,8 @@ class Progress:
         now = self.clock.now()
         if now - self.shown >= 1 and read:
             self.shown, rate = now, read / (now - self.begun)
-            print(f"loading: {read / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, "
-                  f"{(self.total - read) / rate:.0f} s left", file=sys.stderr, flush=True)
+            write_log(f"loading: {read / 1e6:.0f} of {self.total / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, "
+                      f"{(self.total - read) / rate:.0f} s left")
 
 
 @functools.cache
@@ -8359,9 +8381,10 @@ class Settings:
             setattr(self, name, value)
         start_needs(self.fhir_version in FHIR_VERSIONS,
                     f"--fhir-version {self.fhir_version}: expected one of {', '.join(FHIR_VERSIONS)}")
-        self.base_url = [url.rstrip("/") for url in self.base_url]
         for url in self.base_url:
-            start_needs(is_web_url(url), f"--base-url {url}: give an absolute http or https address")
+            start_needs(is_web_url(url) and not re.search("[?#]", url),
+                        f"--base-url {url}: give an absolute http or https address, without ? and #")
+        self.base_url = [plain_address(url) for url in self.base_url]
         start_needs(self.certfile or not self.keyfile, "--keyfile is given without --certfile")
         start_needs(not (self.quiet and self.verbose), "--quiet and --verbose exclude each other")
         start_needs(self.pkce or not self.strict, "--strict and --no-pkce exclude each other")
@@ -8704,8 +8727,12 @@ class Portal:
         """The name by which this request's sender knows the server: see section 5."""
         if not self.settings.base_url:
             return f"{request.scheme}://{request.host}" if request.host else self.address
-        return next((url for url in self.settings.base_url if urlsplit(url).netloc == request.host),
-                    self.settings.base_url[0])
+        return self.base_url_of(request.host) or self.settings.base_url[0]
+
+    def base_url_of(self, host: str) -> str | None:
+        """The base URL that a Host names: in any letters, and some clients add the scheme's own port."""
+        names = host.lower(), re.sub(":(80|443)$", "", host.lower())
+        return next((url for url in self.settings.base_url if urlsplit(url).netloc in names), None)
 
     def browser_base(self, request: Request | None = None) -> str:
         """The address for people's browsers: the first --base-url, else `base`, else the one listened on."""
@@ -8716,7 +8743,7 @@ class Portal:
     def is_ours(self, host: str) -> bool:
         """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it,
         the one listened on or any IP address. Others may be pointed here by whoever owns them."""
-        if host in [urlsplit(url).netloc for url in self.settings.base_url]:
+        if self.base_url_of(host):
             return True
         name, colon, _ = host.rpartition(":")  # without the port
         if not colon or host.endswith("]"):
@@ -9133,8 +9160,9 @@ def scrubbed(portal: Portal, text: str) -> str:
 
 def write_log(line: str) -> None:
     """A line of the log, on standard error, in one write so that threads don't mix theirs."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it: answer all the same
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
 
 
 class Server(Controls):
@@ -9486,22 +9514,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         Settings(**chosen)
     except StartError as error:
         parser.error(str(error))
+    kinds = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.signal(kind, signal.default_int_handler) for kind in kinds]
     try:
         environment = settings_from_environment(chosen)
         server = Server(**{"port": OPTIONS["port"].default, "quiet": False, **environment, **chosen}).start()
+        try:
+            for kind in kinds:
+                signal.signal(kind, lambda *_: stop.set())
+            print(server.address, flush=True)
+            threading.Thread(target=look_behind, args=(server.portal,), daemon=True).start()
+            used = [variable for variable, name in ENVIRONMENT.items() if name in environment]
+            write_log(banner(server, used))
+            while not stop.wait(0.5):  # with a timeout, or Windows would not hear Ctrl-C
+                pass
+        finally:
+            server.stop()
     except StartError as error:
         print(f"s4s_proxy.py: {error}", file=sys.stderr)
         return 1
-    handlers = {kind: signal.signal(kind, lambda *_: stop.set()) for kind in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        print(server.address, flush=True)
-        threading.Thread(target=look_behind, args=(server.portal,), daemon=True).start()
-        write_log(banner(server, [name for name, setting in ENVIRONMENT.items() if setting in environment]))
-        while not stop.wait(0.5):  # with a timeout, or Windows would not hear Ctrl-C
-            pass
+    except KeyboardInterrupt:  # of default_int_handler: a signal while it starts, which may take long
+        pass
     finally:
-        server.stop()
-        for kind, handler in handlers.items():
+        for kind, handler in zip(kinds, handlers):
             signal.signal(kind, handler)
     return 0
 
@@ -9542,7 +9577,7 @@ def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
             settings[name] = {"true": True, "false": False}.get(text.lower()) if name == "open_fhir" else text
             try:
                 start_needs(settings[name] is not None, "expected True or False")
-                Settings(**{name: settings[name]})
+                Settings(**{**chosen, name: settings[name]})
             except StartError as error:
                 raise StartError(f"{variable}={text}: {error}")
     return settings

@@ -28,6 +28,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -909,6 +910,30 @@ class Durability(unittest.TestCase):
             self.assertIn("full", answers[-1].json["error_description"])
             self.assertEqual(ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
 
+    def test_a_file_of_an_earlier_version_serves_on_unless_a_new_column_needs_what_it_lacks(self) -> None:
+        with s4s.Server(db=self.path) as portal:
+            token = portal.issue_token()["access_token"]
+            with portal.portal.state.transaction() as database:
+                database.execute("INSERT INTO sessions VALUES ('session', 'daniel-adams', 0, 0)")
+
+        def drop(table: str, column: str) -> None:
+            with contextlib.closing(sqlite3.connect(self.path)) as database:
+                names = {row[1]: 1 for row in database.execute(f"PRAGMA table_info({table})")}
+                del names[column]
+                database.executescript(f"CREATE TABLE older AS SELECT {', '.join(names)} FROM {table}; "
+                                       f"DROP TABLE {table}; ALTER TABLE older RENAME TO {table}")
+        drop("grants", "access_lifetime")
+        drop("launches", "username")  # in the middle: rows are written by place
+        with s4s.Server(db=self.path) as portal:
+            self.assertEqual(ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
+            portal.issue_token()
+            portal.launch(client_id="demo-app", username="joseph-ross")
+            [row] = portal.portal.state.rows("SELECT username FROM launches")
+            self.assertEqual(tuple(row), ("joseph-ross",))
+        drop("sessions", "started")
+        with self.assertRaisesRegex(s4s.StartError, r"sessions\.started; expected a database of this"):
+            s4s.Server(db=self.path).start()
+
     def test_a_file_that_is_no_database_is_refused_in_words(self) -> None:
         Path(self.path).write_bytes(b"this is not a database, but long enough to look at" * 100)
         with self.assertRaisesRegex(s4s.StartError, "not a database"):
@@ -1734,12 +1759,13 @@ class AuthorizationRequest(PortalTest):
 
 class SeveralNames(PortalTest):
     """Several base URLs: each app lives under the name it knows."""
-    settings: ClassVar[dict[str, Any]] = {"base_url": ["http://portal.example", "http://smart:8000/"]}
+    settings: ClassVar[dict[str, Any]] = {"base_url": ["http://Portal.Example:80", "http://smart:8000/"]}
 
     def test_addresses_are_in_the_name_that_was_asked_and_the_browsers_in_the_first(self) -> None:
         url, first = f"{self.portal.address}/.well-known/openid-configuration", "http://portal.example"
         for host, base in (("smart:8000", "http://smart:8000"), ("portal.example", first),
-                           ("localhost", first)):
+                           ("localhost", first), ("Smart:8000", "http://smart:8000"),
+                           ("portal.example:443", first)):  # some clients name the scheme's own port
             with self.subTest(host=host):
                 document = ask(url, headers={"Host": host}).json
                 self.assertEqual((document["issuer"], document["token_endpoint"]),
@@ -8373,9 +8399,9 @@ class CommandLine(unittest.TestCase):
             self.assertEqual(process.wait(10), 0 if os.name == "posix" else 1)
 
     def test_a_bad_option_is_exit_status_2(self) -> None:
-        for line in ("--nonsense", "--base-url nonsense", "--base-url http://[", "--keyfile x",
-                     "--quiet --verbose", "--strict --no-pkce", "--token-lifetime 0", "--fhir-version r9",
-                     "--data x --fhir-server http://localhost:1/"):
+        for line in ("--nonsense", "--base-url nonsense", "--base-url http://[", "--base-url http://a/?b",
+                     "--keyfile x", "--quiet --verbose", "--strict --no-pkce", "--token-lifetime 0",
+                     "--fhir-version r9", "--data x --fhir-server http://localhost:1/"):
             with self.subTest(line):
                 status, out, err = self.run_main(*line.split())
                 self.assertEqual((status, out), (2, ""))
@@ -8386,10 +8412,11 @@ class CommandLine(unittest.TestCase):
         with mock.patch.dict(os.environ, {"BASE_URL": "https://a.example", "ENABLE_UNSECURE_FHIR": "False"}):
             self.assertEqual(s4s.settings_from_environment(chosen), {"base_url": "https://a.example"})
             self.assertEqual(s4s.settings_from_environment({})["open_fhir"], False)
-        for variable, text in (("BASE_URL", "nonsense"), ("ENABLE_UNSECURE_FHIR", "perhaps")):
+        for variable, text in (("BASE_URL", "nonsense"), ("ENABLE_UNSECURE_FHIR", "perhaps"),
+                               ("API_SERVER", "http://fhir.example")):  # beside --data
             with self.subTest(variable=variable), mock.patch.dict(os.environ, {variable: text}), \
-                    self.assertRaisesRegex(s4s.StartError, f"{variable}={text}"):
-                s4s.settings_from_environment({})
+                    self.assertRaisesRegex(s4s.StartError, f"{variable}={text}: "):
+                s4s.settings_from_environment({"data": ["x"]})
 
     def test_a_start_that_fails_is_one_line_and_exit_status_1(self) -> None:
         with socket.socket() as taken:
@@ -8436,6 +8463,19 @@ class CommandLine(unittest.TestCase):
                 self.assertLess(time.monotonic() - begun, 10, "it was waited for")
                 warnings = [line for line in lines if "warning" in line]
                 self.assertEqual((len(warnings), needle in "".join(warnings)), (bool(needle), True), lines)
+
+    def test_a_signal_ends_a_start_that_takes_long(self) -> None:
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            with mock.patch.object(s4s, "sources", lambda _: signal.raise_signal(kind)):  # noqa: B023
+                self.assertEqual(self.run_main("--port", "0", "--data", "x"), (0, "", ""))
+
+    def test_a_log_that_nobody_reads_any_more_stops_nothing(self) -> None:
+        closed = io.StringIO()
+        closed.close()
+        with s4s.Server(quiet=False) as portal:
+            for stderr in (None, closed):
+                with mock.patch.object(sys, "stderr", stderr):
+                    self.assertEqual(ask(portal.url + "/health").status, 200)
 
     def test_version(self) -> None:
         self.assertEqual(self.run_main("--version"), (0, s4s.__version__ + "\n", ""))
