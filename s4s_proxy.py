@@ -1573,7 +1573,8 @@ def check_pkce(asked: Authorization) -> None:
     settings = asked.portal.settings
     if not code_challenge:
         required = settings.strict or (settings.pkce and asked.client.auth_method == "none")
-        need(not required, "code_challenge is missing (PKCE, RFC 7636); --no-pkce lets in apps without")
+        way_out = "--strict asks every app for it" if settings.strict else "--no-pkce lets in apps without"
+        need(not required, f"code_challenge is missing (PKCE, RFC 7636); {way_out}")
         need(not method, "code_challenge_method is given without code_challenge")
         asked.request.note("no PKCE: this client may go without, by its secret or keys or by --no-pkce")
         return
@@ -3925,7 +3926,7 @@ CREATE INDEX IF NOT EXISTS unresolved_by_reference ON unresolved (reference);
 -- What reset brings back: the JSON before a load or an app replaced it; NULL: it was not there.
 CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
 
--- version: of FHIR; samples: they are in.
+-- version: of FHIR; samples: they are in; program: the checksum of the one that judged the resources last.
 CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -4491,6 +4492,8 @@ class EmbeddedRecords(Records):
             if kept != self.version:
                 raise StartError(f"--db {settings.db} holds {kept} records: "
                                  f"start with --fhir-version {kept}, or name another file")
+            if settings.db:
+                self._judge_anew()
             given = [source for item in settings.data if item != "none" for source in sources(item)]
             if given:
                 is_new = not self.store.row("SELECT 1 FROM resources LIMIT 1")
@@ -4500,9 +4503,27 @@ class EmbeddedRecords(Records):
                 self.warnings += load.warnings(before)
         except BaseException as error:
             self.store.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, (sqlite3.Error, PortalError)):
                 raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
             raise
+
+    def _judge_anew(self) -> None:
+        """Whose a resource in a file is, and what finds it, was worked out when it was written. Was that by
+        another text of this program, it is done again: the rules of then may have had a hole."""
+        program = str(zlib.crc32(globals()["__loader__"].get_data(__file__)))
+        if self._fact("program") == program:
+            return
+        with self.store.transaction() as database:
+            places, read = database.execute("SELECT number, length(json) FROM resources").fetchall(), 0
+            progress = Progress(sum(size for _, size in places), self.clock)
+            for number, size in places:
+                [(text,)] = database.execute("SELECT json FROM resources WHERE number = ?", (number,))
+                _write(database, number, prepare(json.loads(text), self.version))
+                read += size
+                progress.at(read)
+            place_provenances(database)
+            database.execute("DELETE FROM record_facts WHERE name = 'samples'")  # put in again, on first use
+            database.execute("INSERT OR REPLACE INTO record_facts VALUES ('program', ?)", (program,))
 
     def _fact(self, name: str) -> str:
         """What the database says about itself; "" if nothing."""
@@ -8821,7 +8842,8 @@ class Controls:
                        "invalid_scope")
         lifetime = need_lifetime(access_lifetime, now)
         until = now + 7 * DAY if approval_expires is None else approval_expires
-        until = need_number("approval_expires", until, "a Unix time from 1970 to 9999", 0, LAST_SECOND)
+        until = max(0, need_number(
+            "approval_expires", until, "a Unix time, in 9999 at most", -sys.float_info.max, LAST_SECOND))
         patient = users_patient(portal, username, patient_id, needs_patient(granted))
         grant = Grant(new_token(), client.client_id, username, patient, granted, until, self.url)
         with portal.state.transaction() as database:
@@ -8965,9 +8987,10 @@ def need_number(name: str, value: Any, what: str, least: float, most: float) -> 
 
 def need_lifetime(seconds: Any, now: float) -> float | None:
     """How long an access token shall be good, if that is said; less than nothing, and it is born expired."""
-    bounds = -now, LAST_SECOND - now
-    return None if seconds is None else need_number(
-        "access_lifetime", seconds, "seconds that end from 1970 to 9999", *bounds)
+    if seconds is None:
+        return None
+    what = "seconds that end in 9999 at most"
+    return max(-now, need_number("access_lifetime", seconds, what, -sys.float_info.max, LAST_SECOND - now))
 
 
 def known_user(portal: Portal, username: Any) -> Row:

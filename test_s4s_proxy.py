@@ -934,6 +934,21 @@ class Durability(unittest.TestCase):
         with self.assertRaisesRegex(s4s.StartError, r"sessions\.started; expected a database of this"):
             s4s.Server(db=self.path).start()
 
+    def test_what_another_text_of_this_program_judged_is_judged_anew_and_the_samples_are_todays(self) -> None:
+        with s4s.Server(db=self.path) as portal:
+            self.assertEqual(ask(f"{portal.open_fhir_url}/Condition").status, 200)
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
+            database.executescript(
+                f"UPDATE resources SET patient_id = '{AMY}' WHERE id = 'smart-Condition-14'; "
+                "DELETE FROM search_values; DELETE FROM resources WHERE id = 'smart-Condition-15'; "
+                "UPDATE record_facts SET value = 'another' WHERE name = 'program'")
+        with s4s.Server(db=self.path) as portal:
+            for patient, expected in ((DANIEL, True), (AMY, False)):
+                token = portal.issue_token(patient_id=patient)["access_token"]
+                got = ask(f"{portal.fhir_url}/Condition?patient={patient}&_count=100", token=token).json
+                ids = {entry["resource"]["id"] for entry in got.get("entry", [])}
+                self.assertEqual({"smart-Condition-14", "smart-Condition-15"} <= ids, expected)
+
     def test_a_file_that_is_no_database_is_refused_in_words(self) -> None:
         Path(self.path).write_bytes(b"this is not a database, but long enough to look at" * 100)
         with self.assertRaisesRegex(s4s.StartError, "not a database"):
@@ -1754,6 +1769,7 @@ class AuthorizationRequest(PortalTest):
                 got = ask(app.authorize_url(**dict.fromkeys(left_out)))
                 self.assertEqual(got.location["error"], "invalid_request")
                 self.assertIn(left_out[0], got.location["error_description"])
+                self.assertNotIn("--no-pkce", got.location["error_description"])  # not possible together
             self.assertEqual(app.exchange(app.code()).status, 200)
 
 
@@ -7602,7 +7618,8 @@ class DebugToken(PortalTest):
                 self.assertEqual(self.token(**members).json[name], expected)
 
     def test_a_token_may_be_born_expired(self) -> None:
-        for members in ({"access_lifetime": 0}, {"access_lifetime": -5}, {"approval_expires": 1_000_000_000}):
+        for members in ({"access_lifetime": 0}, {"access_lifetime": -5}, {"access_lifetime": -1e300},
+                        {"approval_expires": 1_000_000_000}, {"approval_expires": -1}):
             with self.subTest(members=members):
                 got = self.token(**members)
                 self.assertEqual((got.status, got.json["expires_in"]), (200, 0))
