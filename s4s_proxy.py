@@ -908,7 +908,8 @@ def preflight(request: Request) -> list[tuple[str, str]]:
     """What CORS lets a page send: whatever headers it asks for, by name (* would not cover Authorization)."""
     names = re.sub(r"(?a)[^!#-'*+^`|~\w., -]", "", request.headers.get("access-control-request-headers", ""))
     return [("Access-Control-Allow-Methods", "GET, POST, PUT, PATCH, DELETE, OPTIONS"),
-            ("Access-Control-Allow-Headers", names), ("Access-Control-Max-Age", "600")]
+            ("Access-Control-Allow-Headers", names or "Authorization, Content-Type"),
+            ("Access-Control-Max-Age", "600")]
 
 
 class Request:
