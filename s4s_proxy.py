@@ -270,7 +270,7 @@ def length(value: Any) -> int:
 # (what stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE,
 # FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest and Connection (messages), RsaKey,
 # new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page,
-# LOOK_JSON and LOOK_DIGEST (pages), scrubbed (test controls).
+# LOOK_JSON and LOOK_DIGEST (pages), renew_tables (the portal), scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -591,20 +591,6 @@ def empty_database(schema: str) -> sqlite3.Connection:
     atexit.register(connection.close)
     connection.executescript(schema)
     return connection
-
-
-def renew_tables(old: sqlite3.Connection, new: sqlite3.Connection) -> None:
-    """Give the tables of a file that an earlier version made today's columns, in today's order. An error
-    where one needs a value that old rows don't have: such a file can't be used."""
-    for table, made in new.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall():
-        there, names = ([column[1] for column in database.execute(f"PRAGMA table_info({table})")]
-                        for database in (old, new))
-        if there and there != names:
-            kept = ", ".join(name for name in names if name in there)
-            for sql in ("BEGIN IMMEDIATE", made.replace(table, f"new_{table}", 1),
-                        f"INSERT INTO new_{table} ({kept}) SELECT {kept} FROM {table}",
-                        f"DROP TABLE {table}", f"ALTER TABLE new_{table} RENAME TO {table}", "COMMIT"):
-                old.execute(sql)
 
 
 class Store:
@@ -8624,6 +8610,20 @@ class Fault(NamedTuple):
         kind = PortalError if self.error else PageError
         usual = {429: "slow_down", 503: "temporarily_unavailable"}.get(self.status, "server_error")
         return kind(self.error or usual, "a test made this request fail", self.status, headers)
+
+
+def renew_tables(old: sqlite3.Connection, new: sqlite3.Connection) -> None:
+    """Give the tables of a file that an earlier version made today's columns, in today's order. An error
+    where one needs a value that old rows don't have: such a file can't be used."""
+    for table, made in new.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall():
+        there, names = ([column[1] for column in database.execute(f"PRAGMA table_info({table})")]
+                        for database in (old, new))
+        if there and there != names:
+            kept = ", ".join(name for name in names if name in there)
+            for sql in ("BEGIN IMMEDIATE", made.replace(table, f"new_{table}", 1),
+                        f"INSERT INTO new_{table} ({kept}) SELECT {kept} FROM {table}",
+                        f"DROP TABLE {table}", f"ALTER TABLE new_{table} RENAME TO {table}", "COMMIT"):
+                old.execute(sql)
 
 
 class Portal:
