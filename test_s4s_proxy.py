@@ -7625,6 +7625,8 @@ class DebugToken(PortalTest):
                 got = self.token(**members)
                 self.assertEqual((got.status, got.json["expires_in"]), (200, 0))
                 self.assertEqual(self.fhir(f"Patient/{DANIEL}", got.json).status, 401)
+                told = ask(f"{self.portal.url}/oauth/debug/introspect?token={got.json['access_token']}")
+                self.assertIs(told.json["active"], False)
 
     def test_wrong_input_is_a_400_that_names_it(self) -> None:
         for member, value in (
@@ -8420,7 +8422,7 @@ class CommandLine(unittest.TestCase):
         for line in ("--nonsense", "--base-url nonsense", "--base-url http://[", "--base-url http://a/?b",
                      "--keyfile x", "--quiet --verbose", "--strict --no-pkce", "--token-lifetime 0",
                      "--fhir-version r9", "--data x --fhir-server http://localhost:1/"):
-            with self.subTest(line):
+            with self.subTest(line), mock.patch.object(s4s.Server, "start", side_effect=AssertionError):
                 status, out, err = self.run_main(*line.split())
                 self.assertEqual((status, out), (2, ""))
                 self.assertIn(line.split()[0], err)
