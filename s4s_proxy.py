@@ -4505,7 +4505,9 @@ class EmbeddedRecords(Records):
             progress = Progress(sum(size for _, size in places), self.clock)
             for number, size in places:
                 [(text,)] = database.execute("SELECT json FROM resources WHERE number = ?", (number,))
-                _write(database, number, prepare(json.loads(text), self.version))
+                waits = database.execute("SELECT reference FROM unresolved WHERE number = ?", (number,))
+                new = prepare(json.loads(text), self.version)  # what an app wrote goes on waiting for nothing
+                _write(database, number, new._replace(unresolved={row[0] for row in waits}))
                 read += size
                 progress.at(read)
             place_provenances(database)

@@ -949,6 +949,19 @@ class Durability(unittest.TestCase):
                 ids = {entry["resource"]["id"] for entry in got.get("entry", [])}
                 self.assertEqual({"smart-Condition-14", "smart-Condition-15"} <= ids, expected)
 
+    def test_judged_anew_what_an_app_wrote_still_waits_for_no_file(self) -> None:
+        document = {"resourceType": "DocumentReference", "status": "current", "subject": {
+            "reference": f"Patient/{DANIEL}"}, "content": [
+                {"attachment": {"url": "https://else.example/fhir/Binary/later"}}]}
+        with s4s.Server(db=self.path) as portal:
+            token = portal.issue_token(scope="patient/*.crus")["access_token"]
+            self.assertEqual(ask(f"{portal.fhir_url}/DocumentReference", data=document, token=token).status, 201)
+        with contextlib.closing(sqlite3.connect(self.path)) as database:
+            database.executescript("UPDATE record_facts SET value = 'another' WHERE name = 'program'")
+        with s4s.Server(db=self.path) as portal:
+            portal.load({"resourceType": "Binary", "id": "later", "contentType": "text/plain", "data": "eA=="})
+            self.assertEqual(ask(f"{portal.fhir_url}/Binary/later", token=token).status, 404)
+
     def test_a_file_that_is_no_database_is_refused_in_words(self) -> None:
         Path(self.path).write_bytes(b"this is not a database, but long enough to look at" * 100)
         with self.assertRaisesRegex(s4s.StartError, "not a database"):
