@@ -875,7 +875,8 @@ def error_response(portal: Portal, request: Request, route: Route | None, error:
         response = error_page(portal, error, request, route)
     elif kind == "fhir":
         response = Response(error.status, json.dumps(outcome(error)).encode(),
-                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE))
+                            FHIR_TYPES.get(portal.settings.fhir_version, FHIR_TYPE),
+                            [("Cache-Control", "no-store")])
     else:
         told = {"error": error.error, "error_description": error.error_description}
         response = json_response(told, error.status)
@@ -2188,7 +2189,7 @@ def permit(good: object, description: str, error: str = "forbidden") -> None:
     need(good, description, error, 403, FhirError)
 
 
-def judge_write(asked: FhirRequest, new: Resource, stored: Resource | None = None,
+def judge_write(records: Records, asked: FhirRequest, new: Resource, stored: Resource | None = None,
                 tag: str = "") -> None:
     """THE JUDGE of writing: FhirError unless what a client sent, and what it replaces (`stored`, of the
     version `tag`), may both be written with this token, and are in one record. See `check_files` too."""
@@ -2205,6 +2206,9 @@ def judge_write(asked: FhirRequest, new: Resource, stored: Resource | None = Non
     permit(access.may_write(new, LETTERS_OF[asked.interaction]),
            f"{sent} may not be written with this token: it, with all within it, must be of a patient, of a "
            f"category and ?param=value that the scope reaches; it is of {new.owner or 'nobody'!r}")
+    # Who may open every record could else begin one of a patient who is not there.
+    permit(stored or access.patients(asked.type, "c") is not ALL_PATIENTS
+           or records.patient_name(new.owner) is not None, f"there is no Patient/{new.owner}")
     asked.request.note(f"its patient is {new.owner!r}, its categories {new.categories()}: it may be written")
 
 
@@ -4078,7 +4082,8 @@ def sent_resource(asked: FhirRequest) -> Json:
             ((resource.get("resourceType"), key) == (asked.type, asked.id), "a resource of this type and id"),
             (isinstance(resource.get("meta", {}), dict), "an object as meta"),
             ("SUBSETTED" not in elements(resource, "meta.tag.code"), "a whole resource, not one SUBSETTED"),
-            ("if-none-exist" not in request.headers, "no If-None-Exist: search, then create")):
+            ({"if-none-exist", "if-none-match", "if-unmodified-since"}.isdisjoint(request.headers),
+             "no condition but If-Match: search, then write")):  # to pass over one would break a promise
         need(good, f"{request.method} {asked.path}: expected {expected}", "invalid", kind=FhirError)
     return resource
 
@@ -4805,7 +4810,7 @@ class EmbeddedRecords(Records):
             else:
                 load.put([new])
             place_provenances(database, load.written)
-            judge_write(asked, cast(Resource, self.find(asked.type, key)), stored, f'"{before}"')
+            judge_write(self, asked, cast(Resource, self.find(asked.type, key)), stored, f'"{before}"')
         headers = [("Location", f"{asked.base}/{asked.type}/{key}/_history/{number}"),
                    ("ETag", f'W/"{number}"'), ("Last-Modified", http_date(now))]
         return fhir_response(asked.request, new.row[-1], 200 if stored else 201, headers, self.version)
@@ -5530,6 +5535,15 @@ def told(answer: Answer, *names: str) -> list[tuple[str, str]]:
     return [(name, value) for name in names if _TOLD.fullmatch(value := headers.get(name.lower(), ""))]
 
 
+def validators(answer: Answer, resource: Json) -> dict[str, str]:
+    """ETag and Last-Modified; the former by the resource's own version where the FHIR server tells none."""
+    found = dict(told(answer, "ETag", "Last-Modified"))
+    for number in elements(resource, "meta.versionId"):
+        if FHIR_ID.fullmatch(str(number)):
+            found.setdefault("ETag", f'W/"{number}"')
+    return found
+
+
 # FHIR's versions that are understood: DSTU2, STU3, R4, R4B. Others say by other elements whose a resource is:
 # in R5 an Appointment has a subject, a Device none.
 VERSIONS_BEHIND = {"1.0": "dstu2", "3.0": "stu3", "4.0": "r4", "4.3": "r4"}
@@ -5833,7 +5847,7 @@ class Forwarding:
         if not self.may_see(resource, text, "r"):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
-        headers = told(answer, "ETag", "Last-Modified")
+        headers = [*validators(answer, resource).items()]
         unless = self.headers("If-None-Match", "If-Modified-Since")
         if unless and self.upstream.ask(url, unless).status == 304:
             text = ""
@@ -5868,15 +5882,13 @@ class Forwarding:
                    "Prefer": "return=representation"}
         if asked.id:
             url, answer, found, text = self.fetched()
-            stored, tags = self.placed(found, text), [tag for _, tag in told(answer, "ETag")]
-            tags += [f'W/"{number}"' for number in elements(found, "meta.versionId")
-                     if FHIR_ID.fullmatch(str(number))]
-            if tags:
-                tag = headers["If-Match"] = tags[0]
-        sent = re.sub(re.escape(self.base) + '(?=[/?"])', lambda _: self.upstream.base, body.decode())
+            stored, tag = self.placed(found, text), validators(answer, found).get("ETag", "")
+            headers.update({"If-Match": tag} if tag else {})
+        ours = re.escape(self.base).replace("/", r"\\?/") + r'(?=\\?/|[?"])'  # PHP writes \/ in JSON
+        sent = re.sub(ours, lambda _: self.upstream.base, body.decode())
         seen = self.upstream.rewritten(sent.encode(), self.base)
         new = self.placed(parse_json(seen.encode()), seen)
-        judge_write(asked, new, stored, tag)
+        judge_write(self.records, asked, new, stored, tag)
         check_files(self.records, asked, new.content, abroad=True)
         answer = self.upstream.ask(url, headers, sent.encode(), writes="PUT" if asked.id else "POST")
         return self.written(answer, new.owner)
@@ -5917,7 +5929,7 @@ class Forwarding:
         if not (asked.id or key):
             raise refused("does not say where it stored what was sent")
         headers = [("Location", f"{self.base}/{asked.type}/{asked.id or key}{version}"),
-                   *told(answer, "ETag", "Last-Modified")]
+                   *validators(answer, resource).items()]
         status = 200 if asked.id else 201
         return fhir_response(asked.request, text, status, headers, self.version_of(answer))
 
@@ -8901,7 +8913,8 @@ class Controls:
         return str(create_launch(
             self.portal, self.url, client_id=client_id, launch_uri=launch_uri,
             username=username, patient_id=patient_id, encounter_id=encounter_id, intent=intent,
-            need_patient_banner=need_patient_banner, fhir_context=fhir_context)["launch_url"])
+            need_patient_banner=need_patient_banner,
+            fhir_context=need_json("fhir_context", fhir_context))["launch_url"])
 
     @control("clock", lambda now: {"now": now}, required="seconds")
     def advance(self, seconds: float) -> float:
@@ -8932,8 +8945,8 @@ class Controls:
             status = ERROR_STATUS.get(error, 400)
         elif not status and retry_after is not None:
             status = 503
+        members, fails = need_json("change", change) or {}, status or drop
         must(change is None or isinstance(change, dict), "change", "an object of members", change)
-        members, fails = json.loads(json.dumps(change or {}, allow_nan=False)), status or drop
         need(fails or wait or members,
              "fail: give at least one of status, error, retry_after, delay, drop, change")
         need(not (members and fails),
@@ -8970,6 +8983,14 @@ def need_text(name: str, value: Any) -> str:
     """A string with something in it."""
     must(isinstance(value, str) and value, name, "a string", value)
     return str(value)
+
+
+def need_json(name: str, value: Any) -> Any:
+    """A copy of a value, as JSON gives it back; in Python it could be anything."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PortalError("invalid_request", f"{name}: expected what JSON can say: {error}")
 
 
 def need_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:

@@ -2873,13 +2873,13 @@ class OnePatientAndNothingElse(RecordTest):
                     self.assert_not_written(status, resource["resourceType"], resource)
         clinician = self.issue("user/*.crus", username="clinician")
         self.assert_not_written(403, "Patient", person, clinician)
+        self.assert_not_written(403, "Observation", observation("x", "absent"), clinician)
         for why, status, path, resource in (
                 ("another type than the address", 400, "Condition", mine), ("none", 400, "Condition", {}),
                 ("no object", 400, "Observation", [mine]), ("a type not served", 404, "Unheard", mine)):
             with self.subTest(why):
                 status = 403 if path == "Unheard" and self.asked_behind() else status
                 self.assert_not_written(status, path, resource)
-        self.assert_not_written(400, "Observation", mine, **{"If-None-Exist": "identifier=1"})
         self.assert_not_written(415, "Observation", mine, **{"Content-Type": "text/plain"})
         self.assert_not_written(406, "Observation", mine, Accept="application/xml")
 
@@ -2914,6 +2914,9 @@ class OnePatientAndNothingElse(RecordTest):
             name), headers={"If-Match": '"nope"'}) for name in ("absent", "theirs"))
         self.assertEqual(absent, theirs)
         self.assert_not_written(412, "Observation/mine", mine, **{"If-Match": 'W/"nope", "no"'})
+        for condition in ("If-None-Exist", "If-None-Match", "If-Unmodified-Since"):
+            for path in ("Observation", "Observation/mine"):
+                self.assert_not_written(400, path, mine, **{condition: "*"})
 
     def test_the_scopes_letters_categories_and_parameters_hold_for_writing(self) -> None:
         mine, goal = observation("mine"), {"resourceType": "Goal", "subject": {"reference": f"Patient/{ME}"}}
@@ -2942,6 +2945,7 @@ class OnePatientAndNothingElse(RecordTest):
                 self.assert_not_written(status, path, resource, token)
         got = self.write("Goal", goal, only["c"])
         self.assertIn('scope="patient/Goal.c"', got.headers["www-authenticate"])
+        self.assertEqual(got.headers["cache-control"], "no-store")
         for path, resource, token in (
                 ("Observation", mine, only["c"]), ("Observation", mine | lab, narrow),
                 ("Observation/mine", mine, only["u"]), ("Observation/mine", mine, final)):
@@ -3403,6 +3407,9 @@ class WritingBehind(ForwardingTest):
                 self.assertTrue(got.headers["location"].startswith(f"{ours}/Observation/"))
                 self.assertNotIn(str(self.behind.port), str(got.headers))
 
+        for slash in ("\\/", "/"):
+            self.write((sent % (ours, ours, ours)).replace("/", slash).encode())
+            self.assertIn((theirs + "/Patient/").encode(), self.behind.seen[-1][2].replace(b"\\/", b"/"))
         self.write(observation("theirs"))
         self.assertEqual(json.loads(self.behind.seen[-1][2]).get("id"), None, "it would write there")
 
@@ -5291,10 +5298,13 @@ class Reading(RecordsTest):
                         ("", own + f"; fhirVersion={ours}", own), ("", own + f'; fhirVersion="{ours}"', own),
                         ("", own + "; fhirversion=4.3", own if version == "r4" else "")):
                     with self.subTest(version=version, path=path, accept=accept):
-                        url = f"{portal.open_fhir_url}/Patient/{DANIEL}{path}"
-                        got = ask(url, headers={"Accept": accept})
-                        self.assertEqual(got.headers["content-type"], expected or own)
-                        self.assertEqual(got.status, 200 if expected else 406)
+                        url = f"{portal.open_fhir_url}/Patient"
+                        asked = [ask(f"{url}/{DANIEL}{path}", headers={"Accept": accept})]
+                        if path:
+                            asked.append(ask(f"{url}/_search", form=parse_qsl(path[1:])))
+                        for got in asked:
+                            self.assertEqual(got.headers["content-type"], expected or own)
+                            self.assertEqual(got.status, 200 if expected else 406)
 
     def test_pretty_is_for_people(self) -> None:
         self.assertNotIn("\n", self.open(f"Patient/{DANIEL}").text)
@@ -6299,6 +6309,13 @@ class Transport(ForwardingTest):
                     self.script("Observation/mine", observation("mine"), status, {name: value})
                     got = self.get("Observation/mine").headers.get(name.lower())
                     self.assertEqual(got, value if value in good else None)
+        put: Any = {"method": "PUT", "data": observation("mine"), "token": self.issue("patient/*.crus")}
+        for number, tag in (("9", 'W/"9"'), (OTHER * 9, None)):  # the version tells it where no header does
+            for target in ("Observation/mine", "PUT Observation/mine"):
+                self.script(target, observation("mine", meta={"versionId": number}))
+            for how in (dict[str, Any](), put):
+                answer = self.get("Observation/mine", **how)
+                self.assertEqual((answer.status, answer.headers.get("etag")), (200, tag))
 
     def test_json_comes_in_the_type_asked_for_and_dstu2_keeps_its_own(self) -> None:
         theirs = {"Content-Type": "application/json+fhir; charset=UTF-8"}
@@ -7456,7 +7473,10 @@ class Fixture(PortalTest):
                 *(("fail", {"endpoint": "fhir", "change": {"a": 1}, **more},
                    "change: the request succeeds; expected no status, error, retry_after or drop beside it")
                   for more in ({"status": 500}, {"error": "x"}, {"drop": True}, {"retry_after": 1})),
-                ("fail", {"endpoint": "token", "delay": 301}, "delay: expected 0 to 300 seconds, got 301"))
+                ("fail", {"endpoint": "token", "delay": 301}, "delay: expected 0 to 300 seconds, got 301"),
+                *((control, {"endpoint": "fhir", name: {1}} if control == "fail" else {name: {1}},
+                   f"{name}: expected what JSON can say: Object of type set is not JSON serializable")
+                  for control, name in (("fail", "change"), ("launch", "fhir_context"))))
         for control, how, description in rows:
             with self.subTest(control=control, how=how), self.assertRaises(s4s.PortalError) as caught:
                 getattr(self.portal, control)(**how)
@@ -7467,7 +7487,8 @@ class Fixture(PortalTest):
     def test_what_no_fault_can_be_is_named(self) -> None:
         for name, value in (("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True),
                             ("error", 'a"b'), ("error", ""), ("drop", "yes"), ("times", 0), ("times", True),
-                            ("times", 1.5), ("retry_after", -1), ("change", [1]), ("delay", -1),
+                            ("times", 1.5), ("retry_after", -1), ("change", [1]),
+                            ("change", {"x": math.nan}), ("change", {(1,): 1}), ("delay", -1),
                             ("delay", "long")):
             with self.subTest(name=name, value=value), self.assertRaisesRegex(s4s.PortalError, f": {name}: "):
                 how: Any = {"endpoint": "token", "status": 500, name: value}
