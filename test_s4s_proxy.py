@@ -955,11 +955,12 @@ class Durability(unittest.TestCase):
                 {"attachment": {"url": "https://else.example/fhir/Binary/later"}}]}
         with s4s.Server(db=self.path) as portal:
             token = portal.issue_token(scope="patient/*.crus")["access_token"]
-            self.assertEqual(ask(f"{portal.fhir_url}/DocumentReference", data=document, token=token).status, 201)
+            written = ask(f"{portal.fhir_url}/DocumentReference", data=document, token=token)
+            self.assertEqual(written.status, 201)
         with contextlib.closing(sqlite3.connect(self.path)) as database:
             database.executescript("UPDATE record_facts SET value = 'another' WHERE name = 'program'")
         with s4s.Server(db=self.path) as portal:
-            portal.load({"resourceType": "Binary", "id": "later", "contentType": "text/plain", "data": "eA=="})
+            portal.load({"resourceType": "Binary", "id": "later", "contentType": "text/plain"})
             self.assertEqual(ask(f"{portal.fhir_url}/Binary/later", token=token).status, 404)
 
     def test_a_file_that_is_no_database_is_refused_in_words(self) -> None:
