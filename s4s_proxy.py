@@ -2203,13 +2203,14 @@ def judge_write(records: Records, asked: FhirRequest, new: Resource, stored: Res
         need({"*", tag.replace("W/", "")}.intersection(map(str.strip, known.split(","))),
              f"If-Match is {known}: {asked.path} is of another version", "conflict", 412, FhirError)
     permit(stored or asked.type != "Patient", "a Patient can't be created here")
+    # Only the log is told whose it is: a Provenance's answer would say whose its targets are, id by id.
+    asked.request.note(f"to be written: its patient is {new.owner!r}, its categories {new.categories()}")
     permit(access.may_write(new, LETTERS_OF[asked.interaction]),
            f"{sent} may not be written with this token: it, with all within it, must be of a patient, of a "
-           f"category and ?param=value that the scope reaches; it is of {new.owner or 'nobody'!r}")
+           "category and ?param=value that the scope reaches")
     # Who may open every record could else begin one of a patient who is not there.
     permit(stored or access.patients(asked.type, "c") is not ALL_PATIENTS
            or records.patient_name(new.owner) is not None, f"there is no Patient/{new.owner}")
-    asked.request.note(f"its patient is {new.owner!r}, its categories {new.categories()}: it may be written")
 
 
 def not_in_record(asked: FhirRequest) -> FhirError:
@@ -3045,9 +3046,10 @@ def categories_of(scope: ResourceScope) -> list[str]:
 def chosen_scope(portal: Portal, scope: str, left: Sequence[str]) -> str:
     """What of a scope is granted where a person left these categories checked: an app must be able to tell
     "refused" from "none". What no scope can say stays as asked; `Access` hides what was not chosen anyway."""
-    words = [granted for word in scope.split() for granted in words_left(portal, word, left)]
-    chosen = " ".join(dict.fromkeys(words))
-    return chosen if SCOPE_SYNTAX.fullmatch(chosen) else scope  # not empty, and not without end
+    words = {word: words_left(portal, word, left) for word in scope.split()}
+    chosen = " ".join(dict.fromkeys(granted for some in words.values() for granted in some))
+    whole = " ".join(word for word, some in words.items() if some)  # where the parts would be too long
+    return next(filter(SCOPE_SYNTAX.fullmatch, (chosen, whole)), scope)
 
 
 def words_left(portal: Portal, word: str, left: Sequence[str]) -> list[str]:
@@ -4105,6 +4107,8 @@ def check_files(records: Records, asked: FhirRequest, resource: Json, abroad: bo
             is_near = abroad or value.startswith(base + "/") or not _ABROAD.match(value)
             if is_near and " " not in plain and _FILE.search(plain):
                 addresses.add(value)
+        permit(not abroad or "?" not in reference_of(value), f"the {asked.type} sent refers to what a search "
+               "finds: the FHIR server behind would look into other records for it")
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     permit(len(addresses) <= MAX_FILES, f"the {asked.type} sent points to more than {MAX_FILES} Binaries")
     for address in addresses:
@@ -5710,7 +5714,8 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
     empty: in a parameter that names the owner, under whichever name, and by Patient/... in any other. So is
     what can't be checked: chains (a.b), and modifiers on what names the owner, but for subject:Patient."""
     stem, _, modifier = name.partition(":")
-    permit("." not in name and may_be_forwarded(stem), f"{name}: not forwarded, may look into other records")
+    chained = "." in name or (stem == "_sort" and "." in value)
+    permit(not chained and may_be_forwarded(stem), f"{name}: not forwarded, may look into other records")
     owns = stem in OWNER_PARAMETERS or stem == pin
     permit(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier")
     texts = [text.removeprefix(base + "/") for text in value.split(",")]
@@ -7079,15 +7084,16 @@ def reshaped(text: str, pairs: Sequence[tuple[str, str]], version: str) -> str:
             shown["meta"] = {**meta, "tag": [*elements(meta, "tag"), tag]}
         return shown
 
-    # Decimals go through it as text between NULs, to come out as they were: FHIR's 1.10 is not 1.1.
-    value = json.loads(text, parse_float="\0{}\0".format)
+    # Decimals go through it as marked text, to come out as they were: FHIR's 1.10 is not 1.1.
+    mark = secrets.token_hex(8)  # drawn: else a text could hold it, and come out as what is no JSON
+    value = json.loads(text, parse_float=f"{mark}{{}}".format)
     if value["resourceType"] != "Bundle":
         value = cut(value)
     for entry in elements(value, "entry"):
         if isinstance(entry, dict) and isinstance(entry.get("resource"), dict):
             entry["resource"] = cut(entry["resource"])
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return re.sub(r'"\\u0000([-+.0-9Ee]+)\\u0000"', r"\1", text)
+    return re.sub(f'"{mark}([^"]+)"', r"\1", text)
 
 
 def one_resource(asked: FhirRequest, text: str, headers: Headers, version: str) -> Response:
@@ -7100,7 +7106,9 @@ def one_resource(asked: FhirRequest, text: str, headers: Headers, version: str) 
     if accepted != ("application/json",) and _FHIRS_JSON.isdisjoint(accepted):
         resource = json.loads(text)
         kind, data = resource.get("contentType"), resource.get("data", resource.get("content"))
-        if isinstance(data, str) and re.fullmatch(r"[\w.+-]+/[\w.+-]+ *(?:;[ -~]*)?", str(kind), re.ASCII):
+        # Not multipart/: its parts would bring headers of their own, and browsers may forget ours.
+        if isinstance(data, str) and re.fullmatch(
+                r"(?=.{3,1000}$)(?!(?i:multipart))[\w.+-]+/[\w.+-]+ *(?:;[ -~]*)?", str(kind), re.ASCII):
             with contextlib.suppress(ValueError):  # it is not base64
                 # sandbox: what somebody else wrote must not run as a page of this portal
                 return Response(200, base64.b64decode(data), kind, [
@@ -8673,12 +8681,12 @@ class Portal:
             kept.clear()
         for memory in MEMORIES:
             memory.clear()
-        self.records.reset()
         with self.state.transaction() as database:
             tables = "pages tokens grants pending launches sessions assertions clients patients users"
             for table in [*tables.split(), "forgotten"]:  # the last, which gets what others lose
                 database.execute(f"DELETE FROM {table}")
             self.seeds.write(database, self.clock.now())
+        self.records.reset()  # last: nobody has a token to write with any more
 
     def close(self) -> None:
         """Close the databases and what else is open."""

@@ -1893,7 +1893,7 @@ class CodeFlow(PortalTest):
                 ("r4", "laboratory other", f"{seen} patient/Goal.rs patient/Coverage.rs",
                  f"{seen} patient/Goal.rs"),
                 ("r4", "laboratory", unsaid, unsaid), ("r4", all_of_them, seen, seen),
-                ("r4", "laboratory", many, many)):
+                ("r4", "laboratory", f"patient/Goal.rs {many}", many)):
             hl7 = "http://terminology.hl7.org/CodeSystem/" if version == "r4" else "http://hl7.org/fhir/"
             asked, granted = (text.replace("@|", hl7 + "observation-category|") for text in (asked, granted))
             with self.subTest(version, left=left, asked=asked), s4s.Server(fhir_version=version) as portal:
@@ -2773,6 +2773,7 @@ class OnePatientAndNothingElse(RecordTest):
                  "Observation?patient:identifier=http://ids.example%7C1", f"Observation?patient:not={ME}",
                  "Observation?subject:missing=true"),
                 ("a chain, to the owner, and back", 403, "Observation?performer.name=Smith",
+                 "Observation?_sort=code,-derived-from.value-quantity", "Observation?_sort:desc=subject.name",
                  "Observation?performer:Practitioner.name=Smith", f"Observation?subject:Patient._id={OTHER}",
                  f"Practitioner?_has:Observation:performer:patient={OTHER}"),
                 ("a language, a query, types, the server's own paging", 403, "Observation?_query=everybody",
@@ -2872,6 +2873,9 @@ class OnePatientAndNothingElse(RecordTest):
             for resource in resources:
                 with self.subTest(attack, resource=resource):
                     self.assert_not_written(status, resource["resourceType"], resource)
+        theirs, absent = (self.write("Provenance", {"resourceType": "Provenance", "target": [
+            {"reference": f"Observation/{name}"}]}).text for name in ("theirs", "absent"))
+        self.assertEqual(theirs, absent, "it would tell whose each resource is, id by id")
         clinician = self.issue("user/*.crus", username="clinician")
         self.assert_not_written(403, "Patient", person, clinician)
         self.assert_not_written(403, "Observation", observation("x", "absent"), clinician)
@@ -3040,7 +3044,8 @@ class OnePatientAndNothingElse(RecordTest):
 
     def test_answers_are_cut_after_the_judgement_and_say_so(self) -> None:
         everything = f"Patient/{ME}/$everything"
-        self.put(observation("mine", text={"div": "x"}, valueInteger=1, _status={}, modifierExtension=[]))
+        self.put(observation("mine", text={"div": "x"}, valueInteger=1, _status={}, modifierExtension=[],
+                             code={"text": "\0---\0"}))
         kept = {"resourceType", "id", "meta", "status", "_status", "modifierExtension"}
         data = {*kept, "subject", "code", "valueInteger"}
         for query, shown, is_used in (
@@ -3170,7 +3175,8 @@ class OnePatientAndNothingElse(RecordTest):
             ({"content": "aGk="}, pdf, "", ""),
             *((without, "", "", fhir) for without in ({}, {"data": "aGk"}, {"data": 7}))]
         for contents, accept, query, is_json in cases:
-            for kind in (*kinds, "x", "text/plain\r\nX: y"):
+            for kind in (*kinds, "x", "text/plain\r\nX: y", "text/plain" + 70_000 * " ",
+                         "Multipart/x-mixed-replace;boundary=x"):  # its parts would have headers of their own
                 with self.subTest(accept, query=query, contents=contents, kind=kind):
                     self.put({"resourceType": "Binary", "id": "my-file", "contentType": kind, **contents})
                     got = self.get(f"Binary/my-file{query}", headers={"Accept": accept})
@@ -3356,6 +3362,17 @@ class WritingHere(RecordTest):
         self.assertEqual(self.read(smoked), before)
         self.assert_refused(f"Observation/{seen['id']}", 404)
 
+    def test_a_token_of_before_a_reset_writes_nothing_after_it(self) -> None:
+        records, statuses = self.portal.portal.records, list[int]()
+        reset = records.reset
+
+        def reset_and_write() -> None:
+            reset()
+            statuses.append(self.write(observation("x")).status)
+        with mock.patch.object(records, "reset", reset_and_write):
+            self.portal.reset()
+        self.assertEqual(statuses, [401])
+
     def test_each_version_of_fhir_is_written_in_its_own_way_and_metadata_says_what_can_be(self) -> None:
         for version, kind in (("dstu2", "application/json+fhir"), ("stu3", "application/fhir+json"),
                               ("r4", "application/fhir+json")):
@@ -3466,6 +3483,17 @@ class WritingBehind(ForwardingTest):
         before = len(self.behind.seen)
         self.assertEqual(self.write(observation("x")).status, 502)
         self.assertEqual(len(self.behind.seen), before + 1)
+
+    def test_no_reference_makes_it_search_others_records(self) -> None:
+        base, behind = self.portal.fhir_url, self.behind.url
+        for text in ("Patient?family=Shaw", f"Observation?patient={OTHER}&code=x", f"{base}/Patient?_id=x",
+                     f"{behind}/Patient?birthdate=1999", "https://elsewhere.example/Practitioner?x"):
+            for more in ({"performer": [{"reference": text}]}, {"extension": [{"valueReference": {
+                    "reference": text}}]}, {"contained": [observation("x", performer={"reference": text})]}):
+                for path in ("", "Observation/mine"):
+                    with self.subTest(text, more=more, path=path):
+                        self.assertEqual(self.write(observation("mine", **more), path).status, 403)
+                        self.assertEqual({seen[1][":method"] for seen in self.behind.seen} - {"GET"}, set())
 
     def test_two_members_of_one_name_are_refused(self) -> None:
         text = json.dumps(observation("mine")).replace('"subject"', '"subject": {}, "subject"')
