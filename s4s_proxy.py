@@ -1811,7 +1811,8 @@ def end_of_approval(until: str, now: float) -> float:
 
 def end_of_day(date: str) -> float:
     """The last second of a day, UTC; ValueError for what is no date."""
-    return calendar.timegm(datetime.date.fromisoformat(date).timetuple()) + DAY - 1.0
+    day = datetime.date.fromisoformat(date if re.fullmatch("[0-9-]{10}", date) else "")  # weeks are none
+    return calendar.timegm(day.timetuple()) + DAY - 1.0
 
 
 def day_of(seconds: float, years: int = 0) -> str:

@@ -1913,6 +1913,8 @@ class CodeFlow(PortalTest):
                 ("none of ours", {"without": "security_labels", "security_labels": "everything"}),
                 ("past", {"approval_expires": "2020-01-01"}), ("far", {"approval_expires": "2999-01-01"}),
                 ("no date", {"approval_expires": "tomorrow"}), ("empty", {"approval_expires": ""}),
+                *(("a week", {"approval_expires": f"{s4s.day_of(time.time(), 1)[:4]}-W01{day}"})
+                  for day in ("", "-1")),
                 ("a visit unasked", {"encounter_id": "visit-1"})):
             with self.subTest(why):
                 self.to_consent()
