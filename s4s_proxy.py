@@ -2096,12 +2096,12 @@ def fhir(portal: Portal, request: Request) -> Response:
 def open_fhir(portal: Portal, request: Request) -> Response:
     """All records, without a token: to look what there is."""
     need(portal.settings.serves_open_fhir, "open FHIR is off; see --open-fhir", "not-found", 404, FhirError)
-    if request.rest == "metadata":
-        statement = capability_statement(portal, request, False)
-        return fhir_response(request, statement, version=portal.records.version)
     reads = request.method != "POST" or interaction_of("POST", request.rest)[0] in ("search", "everything")
     need(reads, "POST: only [type]/_search and Patient/[id]/$everything", "not-supported", 405, FhirError,
          [("Allow", "GET, HEAD")])
+    if request.rest == "metadata":
+        statement = capability_statement(portal, request, False)
+        return fhir_response(request, statement, version=portal.records.version)
     base = portal.base(request) + "/api/open-fhir"
     return answer_fhir(portal.records, fhir_request(request, OPEN_ACCESS, base, ""))
 

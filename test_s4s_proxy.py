@@ -2817,7 +2817,7 @@ class OnePatientAndNothingElse(RecordTest):
         self.assertLessEqual({"mine", "theirs", "group"}, set(found))
         self.assertEqual(self.read("Observation/theirs", **how)["id"], "theirs")
         before = self.asked_behind()
-        for method, path in (("POST", ""), ("POST", "Patient"), *(
+        for method, path in (("POST", ""), ("POST", "Patient"), ("POST", "metadata"), *(
                 (method, "Observation/mine") for method in ("PUT", "PATCH", "DELETE"))):
             with self.subTest(method, path=path):
                 self.assert_refused(path, 405, method=method, body=b"{}", **how)
