@@ -2875,9 +2875,8 @@ class OnePatientAndNothingElse(RecordTest):
             for resource in resources:
                 with self.subTest(attack, resource=resource):
                     self.assert_not_written(status, resource["resourceType"], resource)
-        theirs, absent = (self.write("Provenance", {"resourceType": "Provenance", "target": [
-            {"reference": f"Observation/{name}"}]}).text for name in ("theirs", "absent"))
-        self.assertEqual(theirs, absent, "it would tell whose each resource is, id by id")
+        self.assertEqual(*(self.write("Provenance", {"resourceType": "Provenance", "target": [
+            {"reference": f"Observation/{name}"}]}).text for name in ("theirs", "absent")), "whose it is")
         clinician = self.issue("user/*.crus", username="clinician")
         self.assert_not_written(403, "Patient", person, clinician)
         self.assert_not_written(403, "Observation", observation("x", "absent"), clinician)
