@@ -4108,8 +4108,9 @@ def check_files(records: Records, asked: FhirRequest, resource: Json, abroad: bo
             is_near = abroad or value.startswith(base + "/") or not _ABROAD.match(value)
             if is_near and " " not in plain and _FILE.search(plain):
                 addresses.add(value)
-        permit(not abroad or "?" not in reference_of(value), f"the {asked.type} sent refers to what a search "
-               "finds: the FHIR server behind would look into other records for it")
+        if abroad and "?" in reference_of(value):
+            permit(False, f"the {asked.type} sent refers to what a search finds: the FHIR server behind would "
+                   "look into other records for it")
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     permit(len(addresses) <= MAX_FILES, f"the {asked.type} sent points to more than {MAX_FILES} Binaries")
     for address in addresses:
@@ -7063,6 +7064,7 @@ ALWAYS_SHOWN = frozenset((
     "resourceType", "id", "meta", "implicitRules", "modifierExtension", "status", "clinicalStatus",
     "verificationStatus", "lifecycleStatus", "doNotPerform", "notPerformed", "notGiven", "wasNotGiven",
     "wasNotTaken", "taken", "notDone"))
+_MARK = secrets.token_hex(16)  # of a decimal; drawn, since a text that held it would come out as no JSON
 
 
 def reshaped(text: str, pairs: Sequence[tuple[str, str]], version: str) -> str:
@@ -7086,15 +7088,14 @@ def reshaped(text: str, pairs: Sequence[tuple[str, str]], version: str) -> str:
         return shown
 
     # Decimals go through it as marked text, to come out as they were: FHIR's 1.10 is not 1.1.
-    mark = secrets.token_hex(8)  # drawn: else a text could hold it, and come out as what is no JSON
-    value = json.loads(text, parse_float=f"{mark}{{}}".format)
+    value = json.loads(text, parse_float=f"{_MARK}{{}}".format)
     if value["resourceType"] != "Bundle":
         value = cut(value)
     for entry in elements(value, "entry"):
         if isinstance(entry, dict) and isinstance(entry.get("resource"), dict):
             entry["resource"] = cut(entry["resource"])
     text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return re.sub(f'"{mark}([^"]+)"', r"\1", text)
+    return re.sub(f'"{_MARK}([^"]+)"', r"\1", text)
 
 
 def one_resource(asked: FhirRequest, text: str, headers: Headers, version: str) -> Response:
