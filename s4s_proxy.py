@@ -4108,9 +4108,9 @@ def check_files(records: Records, asked: FhirRequest, resource: Json, abroad: bo
             is_near = abroad or value.startswith(base + "/") or not _ABROAD.match(value)
             if is_near and " " not in plain and _FILE.search(plain):
                 addresses.add(value)
-        if abroad and "?" in reference_of(value):
-            permit(False, f"the {asked.type} sent refers to what a search finds: the FHIR server behind would "
-                   "look into other records for it")
+        if abroad and "?" in "".join(map(str, elements(value, "reference"))):
+            permit(False, f"the {asked.type} sent refers to what a search finds: the FHIR server behind "
+                   "would look into other records for it")
         values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     permit(len(addresses) <= MAX_FILES, f"the {asked.type} sent points to more than {MAX_FILES} Binaries")
     for address in addresses:

@@ -3489,7 +3489,7 @@ class WritingBehind(ForwardingTest):
         base, behind = self.portal.fhir_url, self.behind.url
         for text in ("Patient?family=Shaw", f"Observation?patient={OTHER}&code=x", f"{base}/Patient?_id=x",
                      f"{behind}/Patient?birthdate=1999", "https://elsewhere.example/Practitioner?x"):
-            for more in ({"performer": [{"reference": text}]}, {"extension": [{"valueReference": {
+            for more in ({"performer": [{"reference": [text]}]}, {"extension": [{"valueReference": {
                     "reference": text}}]}, {"contained": [observation("x", performer={"reference": text})]}):
                 for path in ("", "Observation/mine"):
                     with self.subTest(text, more=more, path=path):
