@@ -5105,10 +5105,9 @@ class Connection:
             alive = self.stream.peek(1)
         except ConnectionError:
             pass
-        if not alive and self.used:
-            raise StaleConnection
         if not alive:
-            raise BadRequest(400, "it closed the connection without an answer")
+            closed = BadRequest(400, "it closed the connection without an answer")
+            raise StaleConnection if self.used else closed
         self.used = True
         version, status, headers = self._read_head()
         announced = "content-length" in headers or "transfer-encoding" in headers
@@ -5169,14 +5168,12 @@ def unpacked(body: bytes, coding: str, most: int) -> bytes:
     if coding not in ("gzip", "x-gzip"):
         raise BadRequest(400, "its Content-Encoding was not asked for")
     unpack = zlib.decompressobj(31)  # 31: with gzip's header
-    try:
+    with contextlib.suppress(zlib.error):
         body = unpack.decompress(body, most + 1)
         if len(body) > most:
             raise too_large(most)
         if unpack.eof and not unpack.unused_data:
             return body
-    except zlib.error:
-        pass
     raise BadRequest(400, "its gzip is broken")
 
 
@@ -5595,12 +5592,11 @@ class ForwardedRecords(Records):
 
     def check_type(self, asked: FhirRequest) -> None:
         """Types of which nobody can tell whose they are are refused, but to those who may see all."""
-        if asked.type not in OWNER_ELEMENTS and asked.type not in SHARED_TYPES:
+        if asked.type not in SERVED_TYPES:
             permit(any(asked.access.patients(asked.type, letter) is EVERYBODY for letter in "rs"),
                    f"{asked.type}: not served, since it can't be told whose record it is in")
 
     def answer(self, asked: FhirRequest) -> Response:
-        """See Records."""
         return cast(Response, getattr(Forwarding(self, asked), asked.interaction)())
 
     def describe(self, statement: Json, secured: bool) -> None:
@@ -5610,7 +5606,7 @@ class ForwardedRecords(Records):
             name = str(resource.get("type")) if isinstance(resource, dict) else ""
             offered = elements(resource, "interaction.code")
             codes = [code for code in interactions_with(name, secured) if code in offered]
-            if codes and (not secured or name in OWNER_ELEMENTS or name in SHARED_TYPES):
+            if codes and (not secured or name in SERVED_TYPES):
                 parameters = [{"name": parameter["name"], "type": parameter["type"]}
                               for parameter in elements(resource, "searchParam")
                               if isinstance(parameter, dict) and may_be_forwarded(str(parameter.get("name")))
@@ -5635,7 +5631,6 @@ class ForwardedRecords(Records):
                 if resource.get("resourceType") == type_name and id_of(resource)]
 
     def patient_name(self, patient_id: str) -> str | None:
-        """See Records."""
         answer = self.upstream.ask(f"{self.upstream.base}/Patient/{quote(patient_id, safe='')}")
         return None if answer.status in (404, 410) else display_name(self.upstream.resource(answer, "")[0])
 
@@ -5656,12 +5651,10 @@ class ForwardedRecords(Records):
         return {person["id"]: str(person.get("birthDate", "")) for person in people}
 
     def visits(self, patient_id: str) -> list[Json]:
-        """See Records."""
         query = f"patient={quote(patient_id, safe='')}&_count=100"
         return [visit for visit in self._all("Encounter", query) if owner(visit, NOWHERE) == patient_id]
 
     def load(self, document: Json) -> int:
-        """Refused: see Records."""
         raise PortalError("invalid_request", "the records are the FHIR server's: load them there")
 
     def reset(self) -> None:
@@ -5671,7 +5664,6 @@ class ForwardedRecords(Records):
         self.upstream.forget()
 
     def close(self) -> None:
-        """See Records."""
         self.upstream.close()
 
 
@@ -5689,20 +5681,6 @@ def may_be_forwarded(name: str) -> bool:
     """Whether a search parameter may go on, by its name: FHIR's own are all in lower case, so that Patient=
     or SUBJECT=, which some servers read as well, can't slip past the check of what they hold."""
     return name in FORWARDED or bool(re.fullmatch(r"[a-z][a-z0-9-]*", name))
-
-
-def pinned_search(access: Access, type_name: str, pairs: Pairs, base: str) -> Pairs:
-    """The search to send: each parameter checked, and pinned to the patients that may be seen."""
-    counts = ("_summary", "count") if access.unlimited else None
-    pairs = [pair for pair in pairs
-             if pair[1] and (pair[0].partition(":")[0] not in NOT_FORWARDED or pair == counts)]
-    if access.unlimited:
-        return pairs
-    allowed, pin = access.patients(type_name, "s"), PINNED_BY.get(type_name, "patient")
-    sent = [forwarded_parameter(allowed, pin, name, value, base) for name, value in pairs]
-    if not isinstance(allowed, Everybody) and type_name not in SHARED_TYPES and pin not in dict(sent):
-        sent.append((pin, owner_value(pin, sorted(allowed))))
-    return sent
 
 
 def owner_value(pin: str, patient_ids: Iterable[str]) -> str:
@@ -5731,31 +5709,6 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
     if owns:
         return pin, owner_value(pin, patient_ids)
     return (stem, owner_value("", patient_ids)) if modifier == "Patient" else (name, value)
-
-
-def keep_pages(portal: Portal, grant_id: str, path: str, urls: Mapping[str, str]) -> dict[str, str]:
-    """Remember pages at the FHIR server; gives a handle for each, good for this authorization and path. It
-    tells nothing of the address: that may hold the FHIR server's name, or what it needs no token for."""
-    if not urls:
-        return {}
-    now = portal.clock.now()
-    handles = {relation: secrets.token_urlsafe(16) for relation in urls}
-    with portal.state.transaction() as database:
-        forget_expired(database, "pages", now)
-        database.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", [
-            (handles[relation], grant_id, path, url, now + PAGE_SECONDS) for relation, url in urls.items()])
-        database.execute("DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages "
-                         "WHERE grant_id = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)", (grant_id, MAX_LINKS))
-    return handles
-
-
-def kept_page(portal: Portal, grant_id: str, path: str, handle: str) -> str:
-    """The address behind a paging link; 403 for another authorization's."""
-    row = portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", handle, portal.clock.now())
-    row = need(row, "this paging link has expired, or never was: search again", "not-found", 404, FhirError)
-    permit((row["grant_id"], row["path"]) == (grant_id, path),
-           "this paging link belongs to another authorization or search")
-    return str(row["url"])
 
 
 class Entry(NamedTuple):
@@ -5812,7 +5765,6 @@ class FetchedResource(Resource):
             forwarding.owners[f"{self.type}/{self.id}"] = self.owner
 
     def is_pointed_to(self, access: Access) -> bool:
-        """See Resource."""
         return self.forwarding.finds_binary(str(self.id))
 
 
@@ -5825,6 +5777,7 @@ class Forwarding:
         self.version = records.version  # or 502: in another nobody could tell whose a resource is
         if (asked.interaction, asked.type) != ("read", "Binary"):
             fhir_type(asked.request, self.version)  # or 406, before anybody is asked
+        self.letters = LETTERS_OF[asked.interaction]
         # A page of ours, gathered from one or more of the FHIR server's.
         self.matches, self.included, self.dropped = [], [], []  # type: list[Entry], list[Entry], list[Entry]
         self.next_pages: dict[str, str] = {}  # relation -> address at the FHIR server
@@ -5851,7 +5804,7 @@ class Forwarding:
         """One resource: fetched, then judged."""
         url, answer, resource, text = self.fetched()
         asked = self.asked
-        if not self.may_see(resource, text, "r"):
+        if not self.may_see(resource, text):
             self.request.note(f"its owner is {owner(resource, self.base)!r}: it may not be seen")
             raise not_in_record(asked)
         headers = [*validators(answer, resource).items()]
@@ -5940,12 +5893,12 @@ class Forwarding:
         status = 200 if asked.id else 201
         return fhir_response(asked.request, text, status, headers, self.version_of(answer))
 
-    def may_see(self, resource: Json, text: str, letters: str) -> bool:
+    def may_see(self, resource: Json, text: str) -> bool:
         """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
         none under a member given twice, none in a place where FHIR has none."""
         return self.access.unlimited or (
             text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
-            and self.access.may_see(FetchedResource(resource, self), letters))
+            and self.access.may_see(FetchedResource(resource, self), self.letters))
 
     def find_targets(self, provenances: Iterable[Json]) -> None:
         """Ask whose that is which Provenances are about, a type at a time, if it did not come with them."""
@@ -5990,34 +5943,75 @@ class Forwarding:
     def documents(self) -> Iterator[Resource]:
         """The record's documents and reports."""
         patients = self.access.patients("Binary", "r")
-        pins = [f"patient=Patient/{quote(patient_id)}&" for patient_id in sorted(patients)]
-        if isinstance(patients, Everybody):
-            pins = [""]
+        pins = [""] if isinstance(patients, Everybody) else [
+            f"patient=Patient/{quote(patient_id)}&" for patient_id in sorted(patients)]
         for pin, type_name in itertools.product(pins, DOCUMENT_TYPES):
             yield from self.all_of(f"{type_name}?{pin}_count=100")
 
     def search(self) -> Response:
         """A page of a search, from its beginning or by a paging link."""
-        asked, pairs, page = self.asked, self.request.pairs(), self.page_url()
+        if page := self.page_url():
+            return self.page(page, [])
+        return self.page(f"{self.upstream.base}/{self.asked.type}", self.pinned())
+
+    def pinned(self) -> Pairs:
+        """The search to send: each parameter checked, and pinned to the patients that may be seen."""
+        asked, pairs, openly = self.asked, self.request.pairs(), self.access.unlimited
+        pin = PINNED_BY.get(asked.type, "patient")
         if asked.compartment:  # Patient/P/Observation is Observation?patient=P, which more servers understand
-            pairs = [(PINNED_BY.get(asked.type, "patient"), asked.compartment), *pairs]
-        sent = [] if page else pinned_search(self.access, asked.type, pairs, self.base)
-        return self.page(page or f"{self.upstream.base}/{asked.type}", sent, "s")
+            pairs = [(pin, asked.compartment), *pairs]
+        counts = ("_summary", "count") if openly else None
+        pairs = [pair for pair in pairs
+                 if pair[1] and (pair[0].partition(":")[0] not in NOT_FORWARDED or pair == counts)]
+        if openly:
+            return pairs
+        allowed = self.access.patients(asked.type, "s")
+        sent = [forwarded_parameter(allowed, pin, name, value, self.base) for name, value in pairs]
+        if not isinstance(allowed, Everybody) and asked.type not in SHARED_TYPES and pin not in dict(sent):
+            sent.append((pin, owner_value(pin, sorted(allowed))))
+        return sent
 
     def everything(self) -> Response:
         """Patient/[id]/$everything. It reads and searches, so each resource in it takes both letters."""
         pairs = self.request.pairs()
         everything_asked(pairs)
         url = self.page_url() or f"{self.upstream.base}/Patient/{self.asked.id}/$everything"
-        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS], "rs")
+        return self.page(url, [pair for pair in pairs if pair[0] in EVERYTHING_PARAMETERS])
 
     def page_url(self) -> str:
-        """The FHIR server's address behind a paging link; "" if the request is none."""
+        """The FHIR server's address behind a paging link, 403 for another authorization's; "" if the request
+        is none."""
         pairs = [pair for pair in self.request.pairs() if pair[0] not in NOT_FORWARDED]
         if "_page" not in dict(pairs):
             return ""
         need(len(pairs) == 1, "_page: a paging link takes no other parameters", "invalid", kind=FhirError)
-        return kept_page(self.portal, self.asked.grant_id, self.request.rest, pairs[0][1])
+        row = need(self.portal.state.row("SELECT * FROM pages WHERE handle = ? AND expires > ?", pairs[0][1],
+                                         self.portal.clock.now()),
+                   "this paging link has expired, or never was: search again", "not-found", 404, FhirError)
+        permit((row["grant_id"], row["path"]) == (self.asked.grant_id, self.request.rest),
+               "this paging link belongs to another authorization or search")
+        return str(row["url"])
+
+    def own_links(self) -> list[Json]:
+        """Our Bundle's links: to itself, and to the pages to come, by a handle for each, good for this
+        authorization and path. It tells nothing of the address behind it: that may hold the FHIR server's
+        name, or what it needs no token for."""
+        now, grant_id, path = self.portal.clock.now(), self.asked.grant_id, self.asked.path
+        used = [pair for pair in self.request.pairs() if pair not in self.left_out]
+        query = urlencode(used, quote_via=quote, safe=",:/|")
+        links = {"self": f"{self.base}/{path}?{query}".rstrip("?")}
+        handles = [(secrets.token_urlsafe(16), grant_id, path, url, now + PAGE_SECONDS)
+                   for url in self.next_pages.values()]
+        if handles:
+            with self.portal.state.transaction() as database:
+                forget_expired(database, "pages", now)
+                database.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", handles)
+                database.execute(
+                    "DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages WHERE "
+                    "grant_id = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)", (grant_id, MAX_LINKS))
+        for relation, (handle, *_) in zip(self.next_pages, handles):
+            links[relation] = f"{self.base}/{path}?_page={handle}"
+        return [{"relation": relation, "url": url} for relation, url in links.items()]
 
     def links(self, own: Json, answer: Answer) -> dict[str, str]:
         """The pages that a Bundle links to: relation -> address at the FHIR server. One to the next page that
@@ -6033,13 +6027,13 @@ class Forwarding:
                 raise refused("gave a link to the next page that does not lead to itself")
         return links
 
-    def judged(self, answer: Answer, letters: str) -> tuple[Json, list[Entry]]:
+    def judged(self, answer: Answer) -> tuple[Json, list[Entry]]:
         """A Bundle's own members, and its entries, judged. Last come Provenances: what they are about may
         stand after them."""
-        reachable = self.access.allows("Provenance", letters[0])
+        reachable = self.access.allows("Provenance", self.letters[0])
 
         def judge(entry: Any, text: str) -> Entry:
-            verdict = self.judge(entry, text, letters)
+            verdict = self.judge(entry, text)
             if verdict.mode or not reachable or elements(entry, "resource.resourceType") != ["Provenance"]:
                 return verdict
             return Entry("late", "", text)
@@ -6048,9 +6042,9 @@ class Forwarding:
         late = [(json.loads(entry.text), entry.text) for entry in entries if entry.mode == "late"]
         self.find_targets(entry["resource"] for entry, _ in late)
         return own, [*(entry for entry in entries if entry.mode != "late"),
-                     *(self.judge(entry, text, letters) for entry, text in late)]
+                     *(self.judge(entry, text) for entry, text in late)]
 
-    def judge(self, entry: Any, text: str, letters: str) -> Entry:
+    def judge(self, entry: Any, text: str) -> Entry:
         """An entry, judged. What stands in it beside its resource is not, so it must be the words that we
         would use, or it is written anew. Dropped silently are other patients' records, included ones too;
         OperationOutcomes, which may quote anything; Bundles within the Bundle."""
@@ -6059,7 +6053,7 @@ class Forwarding:
             return HIDDEN
         search = entry.get("search")
         mode = "include" if isinstance(search, dict) and search.get("mode") == "include" else "match"
-        if not self.may_see(resource, text, letters):
+        if not self.may_see(resource, text):
             if mode == "include":
                 return BESIDE
             has_owner = str(resource.get("resourceType")) in OWNER_ELEMENTS
@@ -6079,7 +6073,7 @@ class Forwarding:
     # be checked: it comes only where all that it counts is on this page. _summary=count and _total=accurate
     # are counted here.
 
-    def page(self, url: str, sent: Pairs, letters: str) -> Response:
+    def page(self, url: str, sent: Pairs) -> Response:
         """A Bundle of what may be seen of the FHIR server's answer to `sent`."""
         narrowed, (url, _, mark) = self.access.narrowed, url.partition("#")
         asked = dict(self.request.pairs())
@@ -6091,13 +6085,14 @@ class Forwarding:
         many = [pair for pair in sent if pair[0] != "_count"]
         many += [("_count", str(max(size, 100)))] if sent else []
         reads_on, fills = narrowed or counting, narrowed and not counting
-        answer = self.gather(url, many if reads_on else sent, letters, skip, size, fills, reads_on)
+        answer = self.gather(url, many if reads_on else sent, skip, size, fills, reads_on)
         total = self.total(counting)
         if ("_total", "accurate") in sent and total is None and not reads_on and not self.access.unlimited:
             counter = Forwarding(self.records, self.asked)
-            counter.gather(url, many, letters, 0, 0, fills=False, reads_on=True)
+            counter.gather(url, many, 0, 0, fills=False, reads_on=True)
             total = counter.total(counting=True)
-        text = json.dumps(self.bundle(total))
+        text = json.dumps({"resourceType": "Bundle", "type": self.own["type"],
+                           **({} if total is None else {"total": total}), "link": self.own_links()})
         if narrowed:
             self.included = going_with(self.matches, self.included)
         shown = [] if counting else [entry.text for entry in (*self.matches, *dict.fromkeys(self.included))]
@@ -6109,8 +6104,7 @@ class Forwarding:
                             "server, its metadata should tell it (implementation.url)")
         return fhir_response(self.request, text, version=self.version_of(answer))
 
-    def gather(self, url: str, sent: Pairs, letters: str, skip: int, size: int, fills: bool,
-               reads_on: bool) -> Answer:
+    def gather(self, url: str, sent: Pairs, skip: int, size: int, fills: bool, reads_on: bool) -> Answer:
         """Read pages of the FHIR server, from the `skip`th match of the first: until ours is full (`fills`),
         or to the end (`reads_on` alone), or just one. Gives the last answer."""
         query = urlencode(sent, quote_via=quote, safe="/:,|")
@@ -6120,7 +6114,7 @@ class Forwarding:
         preferences = self.headers("Prefer")
         for number in range(MAX_PAGES):
             answer = self.upstream.ask(ask or url, preferences, form)
-            self.own, entries = self.judged(answer, letters)
+            self.own, entries = self.judged(answer)
             if number == 0 and "handling=lenient" in preferences.get("Prefer", ""):
                 self.left_out = left_out(sent, self.own)
             matches = [entry for entry in entries if entry.mode == "match"]
@@ -6148,18 +6142,6 @@ class Forwarding:
         is_all = (self.whole and set(self.dropped) <= {BESIDE} and "next" not in self.next_pages
                   and not self.access.narrowed)
         return len(self.matches) if is_all and (counting or total == len(self.matches)) else None
-
-    def bundle(self, total: int | None) -> Json:
-        """The Bundle of a gathered page, less its entries."""
-        used = [pair for pair in self.request.pairs() if pair not in self.left_out]
-        query = urlencode(used, quote_via=quote, safe=",:/|")
-        here = f"{self.base}/{self.asked.path}"
-        handles = keep_pages(self.portal, self.asked.grant_id, self.asked.path, self.next_pages)
-        links = {"self": f"{here}?{query}".rstrip("?"),
-                 **{relation: f"{here}?_page={handle}" for relation, handle in handles.items()}}
-        return {"resourceType": "Bundle", "type": self.own["type"],
-                **({} if total is None else {"total": total}),
-                "link": [{"relation": relation, "url": url} for relation, url in links.items()]}
 
 
 # ######################################################################## 20 sample data
@@ -6865,8 +6847,9 @@ def parse_headers(lines: bytes) -> Mapping[str, str]:
 def read_headers(stream: io.BufferedReader[Any], most: int) -> dict[str, str]:
     """The header lines up to the empty one. RFC 9112 section 2.2 lets us take a bare LF for a line's end; but
     a server in front of us may not, and so see another request end there."""
-    end = stream.peek().find(b"\r\n\r\n")  # mostly all of them are here already
-    if 0 <= end <= most - 4:
+    ahead = stream.peek()
+    end = ahead.find(b"\r\n\r\n")  # mostly all of them are here already
+    if 0 <= end <= most - 4 and not ahead.startswith(b"\r\n"):  # else that is the next message's
         return dict(parse_headers(stream.read(end + 4)[:-2]))
     lines, line = b"", b""
     while line != b"\r\n":
