@@ -5790,8 +5790,8 @@ class NoAddressGetsOut(ForwardingTest):
         upstream = s4s.Upstream(s4s.Settings(fhir_server=base), s4s.OpenSockets())
         for text, expected in cases:
             with self.subTest(text, base=base):
-                shown = json.loads(upstream.rewritten(f'"{text}"'.encode(), self.OURS))
-                self.assertEqual(shown, json.loads(f'"{expected or text}"'))
+                shown = upstream.rewritten(f'"{text}"'.encode(), self.OURS)
+                self.assertEqual(shown, f'"{expected or text}"')
 
     def test_every_spelling_of_the_base_and_other_paths_of_its_host(self) -> None:
         person, near = f"{self.OURS}/Patient/1", "http://127.0.0.1:9/fhir"
