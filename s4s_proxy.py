@@ -434,8 +434,7 @@ def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
 
 
 def covered(registered: str, word: str) -> str:
-    """What of a word a registered scope string bounds, by meaning and not by spelling: the letters of a
-    resource scope, any other word as it is; "" for nothing.
+    """What of a word a registered scope string bounds: letters of a resource scope, else the word; or "".
 
     >>> covered("patient/*.read patient/Condition.cu", "patient/Condition.cruds")
     'crus'
@@ -2124,14 +2123,12 @@ class FhirRequest(NamedTuple):
         return self.request.rest.removesuffix("/_search")
 
 
-# The shapes that a path may have. Each part is decoded by itself, and one of other characters fits no shape:
-# what a path hides in dots, slashes or semicolons, encoded once or twice, ends here. An id is what FHIR says,
-# less . and .., which climb in a path.
+# The shapes that a path may have. Each part is decoded alone, and other characters fit none: what hides in
+# dots, slashes or semicolons, encoded once or twice, ends here. An id is what FHIR says, less . and .. (up).
 _TYPE, _ID = "[A-Z][A-Za-z]{1,63}", r"(?!\.{1,2}(?:/|$))[A-Za-z0-9.-]{1,64}"
 FHIR_ID = re.compile(_ID)
 PATH_SHAPES = [(method, interaction, re.compile(shape)) for method, interaction, shape in (
-    ("GET", "search", rf"(?P<type>{_TYPE})"),
-    ("POST", "search", rf"(?P<type>{_TYPE})/_search"),
+    ("GET", "search", rf"(?P<type>{_TYPE})"), ("POST", "search", rf"(?P<type>{_TYPE})/_search"),
     ("GET", "read", rf"(?P<type>{_TYPE})/(?P<id>{_ID})(?:/_history/(?P<version>{_ID}))?"),
     *((method, "everything", rf"(?P<type>Patient)/(?P<id>{_ID})/\$everything") for method in ("GET", "POST")),
     ("GET", "search", rf"Patient/(?P<compartment>{_ID})/(?P<type>{_TYPE})"),
@@ -2323,8 +2320,7 @@ class Access:
 
     @property
     def narrowed(self) -> bool:
-        """Whether categories or ?param=value leave out something of the scope's types. A Bundle.total would
-        tell how much: it must not be sent then."""
+        """Whether categories or ?param=value leave something out: a Bundle.total would tell how much."""
         return bool(self.labels) or any(scope.constraints for scope in self.scopes)
 
     def patients(self, type_name: str, letter: str) -> frozenset[str]:
@@ -2398,8 +2394,7 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
         "MedicationDispense MedicationStatement ReferralRequest",
     ("beneficiary",): "Coverage", ("for",): "Task", ("individual",): "ResearchSubject",
     ("actor",): "AppointmentResponse", ("participant",): "Appointment", ("securityContext",): "Binary",
-    ("target",): "Provenance",
-}.items() for name in names.split()}
+    ("target",): "Provenance"}.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
                 "Endpoint", "Questionnaire")
 SERVED_TYPES = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}  # in a scope
@@ -2426,24 +2421,28 @@ def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str
 
 
 def patients_within(inner: Any, base: str) -> set[str]:
-    """The patients that a contained resource names, if any; all that it refers to, where no element says
-    whose it is."""
+    """The patients that a contained resource names: all it refers to, where no element says whose it is."""
     if not isinstance(inner, dict) or "contained" in inner or not isinstance(inner.get("resourceType"), str):
         return {UNKNOWN}
-    named, values = set[str](), list(inner.values())
+    named = set[str]()
     if inner["resourceType"] in OWNER_ELEMENTS and inner["resourceType"] != "Provenance":
         named = named_patients(inner, base)
-    if named:
-        return named
-    for value in values:  # which grows by what is in them
+    for value in () if named else values_within(list(inner.values())):
         if isinstance(value, dict):
             reference = reference_of(value)
             if "patient/" in reference.lower() or (not reference and value.get("type") == "Patient"):
                 named.add(_id_in(reference, "Patient", base) or UNKNOWN)
             if "resourceType" in value:
                 named.add(UNKNOWN)
-        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return named
+
+
+def values_within(value: Any) -> Iterator[Any]:
+    """A JSON value and all within it."""
+    values = [value]
+    for inner in values:  # which grows by what is in them
+        yield inner
+        values += inner.values() if isinstance(inner, dict) else inner if isinstance(inner, list) else ()
 
 
 def named_patients(resource: Json, base: str, owners: Mapping[str, str] = {}) -> set[str]:
@@ -2996,8 +2995,7 @@ def parse_constraints(text: str) -> tuple[tuple[str, str], ...] | None:
 
 
 def constraints_cover(wide: Sequence[tuple[str, str]], narrow: Sequence[tuple[str, str]]) -> bool:
-    """Whether all that meets the constraints of `narrow` meets those of `wide`: each of these stands there
-    too, with no value besides.
+    """Whether all that meets `narrow` meets `wide`: each pair of this stands there, with no value besides.
 
     >>> constraints_cover([("category", "a,b")], [("category", "b"), ("status", "final")])
     True
@@ -3070,28 +3068,21 @@ def words_left(portal: Portal, word: str, left: Sequence[str]) -> list[str]:
     return [f"{head}?{own and own + '&'}{pair}" for pair in pairs]
 
 
-def check_constraints(portal: Portal, granted: str) -> None:
-    """Each constraint is a search parameter of the records' version, with a value it takes; else PortalError.
-    Any other would find nothing, and would put words of the app's choice before the person who decides."""
-    for scope in resource_scopes(granted):
-        for pair in scope.constraints:
-            version, of_all = portal.records.version, scope.type == "*"
-            types = search_table(version) if of_all else [scope.type]
-            if not any(constraint_terms(version, type_name, (pair,)) for type_name in types):
-                which = "any type" if of_all else scope.type
-                raise PortalError("invalid_scope", f"scope {scope.text!r}: {pair[0]} is no search parameter "
-                                  f"of {which}, or does not take {pair[1]!r}")
-
-
 def served_scope(portal: Portal, wanted: str, registered: str,
                  contexts: Sequence[str] = ("patient", "user")) -> str:
-    """`negotiate_scope`, less the types that are never served (section 11 lists them: those of which nobody
-    can tell whose they are), each constraint one that can be kept."""
-    words = negotiate_scope(wanted, registered, contexts).split()
-    words = [word for word in words if not (parsed := parse_scope(word)) or parsed.type in SERVED_TYPES]
-    scope = " ".join(words)
-    check_constraints(portal, scope)
-    return scope
+    """`negotiate_scope`, less the types that are never served (section 11: nobody can tell whose they are).
+    PortalError for a constraint that is no search parameter of the records' version with a value it takes:
+    it would find nothing, and put words of the app's choice before the person who decides."""
+    granted = " ".join(word for word in negotiate_scope(wanted, registered, contexts).split()
+                       if not (scope := parse_scope(word)) or scope.type in SERVED_TYPES)
+    for scope in resource_scopes(granted):
+        for pair in scope.constraints:
+            version = portal.records.version
+            types = search_table(version) if scope.type == "*" else [scope.type]
+            need(any(constraint_terms(version, type_name, (pair,)) for type_name in types),
+                 f"scope {scope.text!r}: {pair[0]} is no search parameter of {scope.type}, or does not take "
+                 f"{pair[1]!r}", "invalid_scope")
+    return granted
 
 
 def why_dropped(client: Client, word: str) -> str:
@@ -3122,8 +3113,7 @@ def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[st
 @remembered(100)
 def constraint_terms(version: str, type_name: str,
                      parameters: tuple[tuple[str, str], ...]) -> list[SearchTerm] | None:
-    """What resources of a type must meet. None, which no resource does, where the type isn't served, a
-    parameter isn't known or a value is none: see `parse_term`."""
+    """What resources of a type must meet; None, which none does, for an unknown type, parameter or value."""
     if type_name not in search_table(version):
         return None
     try:
@@ -3495,8 +3485,7 @@ def _parse_include(version: str, type_name: str, name: str, text: str) -> list[I
 
 
 def _parse_sort(version: str, type_name: str, parameter: str, text: str, sort: dict[str, bool]) -> None:
-    """Add _sort=date,-code to what is sorted by already; True: falling. DSTU2 wrote that _sort:desc=code, and
-    had no minus (FHIR DSTU2 search, "Sorting")."""
+    """Add _sort=date,-code to what is sorted by; True: falling, _sort:desc=code in DSTU2 (its "Sorting")."""
     known, minus = search_table(version)[type_name], "" if version == "dstu2" else "-"
     words = {word: word.removeprefix(minus) for word in text.split(",")}
     for word, name in words.items():
@@ -3854,18 +3843,17 @@ def date_range(text: str) -> tuple[float, float]:
 
 
 class Records(Protocol):
-    """The records as the protocol knows them: those of this section, or another FHIR server's (section 19).
-    No endpoint asks which."""
+    """The records as the protocol knows them: this section's, or section 19's. No endpoint asks which."""
     version: str         # of FHIR: a key of FHIR_VERSIONS
     warnings: list[str]  # what the person who starts the server should know
+    has_accounts: bool = False  # every patient in them signs in by id
     one_request: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # while one is answered
 
     def check_type(self, asked: FhirRequest) -> None:
         """FhirError for a type that is not served."""
     def answer(self, asked: FhirRequest) -> Response:
-        """A read is answered with the resource, if it may be seen, a search and $everything (of all in a
-        patient's record) with a Bundle of those that may; a create or update, if `judge_write` lets it, with
-        what is stored now."""
+        """A read is answered with the resource, if it may be seen; a search, or $everything in a patient's
+        record, with a Bundle of those that may; a create or update that `judge_write` lets, with the new."""
     def describe(self, statement: Json, secured: bool) -> None:
         """Complete a CapabilityStatement with the types, parameters and operations that are served."""
     def find_patients(self, text: str = "") -> list[tuple[str, str]]:
@@ -3886,11 +3874,6 @@ class Records(Protocol):
     def lacks_patient(self, patient_id: str) -> bool:
         """Whether a patient whom an account names is surely not there."""
         return False
-
-    def account_name(self, username: str) -> str | None:
-        """The name of a patient who signs in by id; None where there is none, or where patients don't."""
-        return None
-
 
 RECORD_SCHEMA = """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
@@ -3997,8 +3980,7 @@ _quote = remembered(8)(quote)  # the same few names and values stand in most sea
 
 def bundle_response(asked: FhirRequest, page: Page, parameters: Sequence[tuple[str, str]], path: str,
                     version: str) -> Response:
-    """A page as a Bundle, with links to itself, the first and the next. Entries are sent as they lie in the
-    database, parsed only to be judged."""
+    """A page as a Bundle, with its links. Entries go as they lie in the database, parsed but to be judged."""
     rest = [(name, value) for name, value in parameters if name != "_page"]
     links = {"self": parameters}
     if len(rest) < len(parameters):
@@ -4052,8 +4034,7 @@ def describe_everything(rest: Json, version: str) -> None:
         holder["operation"] = [{"name": "everything", "definition": url}]
 
 
-# Implementation guides | what they are called | the profiles of theirs that the sample records (section 20)
-# meet, by type, with a name where it is another.
+# Guides | what they are called | their profiles that the samples (section 20) meet, by type[:another name].
 PROFILES = """\
 http://hl7.org/fhir/us/core/ | us-core | AllergyIntolerance CarePlan CareTeam Condition
     Condition:condition-problems-health-concerns Coverage Device:implantable-device
@@ -4101,8 +4082,7 @@ def check_files(records: Records, asked: FhirRequest, resource: Json, abroad: bo
     what it points to. However it is spelled: who knows what a FHIR server makes of dots or percent signs. And
     with `abroad` on whatever server, for the one behind may have names that nobody knows here."""
     base, addresses = asked.base, set[str]()
-    values: list[Any] = [resource]
-    for value in values:  # which grows by what is in them
+    for value in values_within(resource):
         if isinstance(value, str):
             plain = re.sub(r"[\t\r\n]", "", unquote(unquote(value)).strip().replace("\\", "/"))
             is_near = abroad or value.startswith(base + "/") or not _ABROAD.match(value)
@@ -4111,7 +4091,6 @@ def check_files(records: Records, asked: FhirRequest, resource: Json, abroad: bo
         if abroad and "?" in "".join(map(str, elements(value, "reference"))):
             permit(False, f"the {asked.type} sent refers to what a search finds: the FHIR server behind "
                    "would look into other records for it")
-        values += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     permit(len(addresses) <= MAX_FILES, f"the {asked.type} sent points to more than {MAX_FILES} Binaries")
     for address in addresses:
         binary_id = _id_in(address, "Binary", base)
@@ -4276,8 +4255,7 @@ def provenances_of(database: sqlite3.Connection, numbers: Iterable[int]) -> set[
         return set()
     sql = ("SELECT v.number FROM resources r JOIN search_values v ON v.parameter = 'target' "
            "AND v.value = r.id AND v.system = r.type WHERE r.number = ?")
-    about = (row[0] for number in numbers for row in database.execute(sql, (number,)))
-    return {*numbers, *about}
+    return {*numbers, *(row[0] for number in numbers for row in database.execute(sql, (number,)))}
 
 
 def place_provenances(database: sqlite3.Connection, numbers: Iterable[int] | None = None) -> None:
@@ -4473,6 +4451,8 @@ class EmbeddedRecords(Records):
     What we would like better: the time of a page still tells a little; where nothing may be seen all matches
     are looked at in one request; each page of a sorted search works out all keys anew.
     """
+    has_accounts = True
+
     def __init__(self, settings: Settings, clock: Clock):
         """Open them and load what --data names, or StartError; `warnings` tell what was left out."""
         self.version, self.clock = settings.fhir_version, clock
@@ -4789,8 +4769,7 @@ class EmbeddedRecords(Records):
         included = {other.number: other for match in page.matches for other in led_to(match)}
         matches = [match for match in page.matches if match.type in types]
         page = page._replace(matches=matches, included=list(included.values()))
-        path = f"Patient/{asked.id}/$everything"
-        return bundle_response(asked, page, pairs, path, self.version)
+        return bundle_response(asked, page, pairs, f"Patient/{asked.id}/$everything", self.version)
 
     def answer_create(self, asked: FhirRequest) -> Response:
         """All in one transaction: judged is what lies there before, and what would after it. An absolute
@@ -4854,10 +4833,6 @@ class EmbeddedRecords(Records):
         """See Records."""
         patients = [self.find("Patient", patient_id) for patient_id in patient_ids]
         return {str(patient.id): str(patient.content.get("birthDate", "")) for patient in patients if patient}
-
-    def account_name(self, username: str) -> str | None:
-        """Every patient who was loaded signs in by id."""
-        return self.patient_name(username)
 
     def visits(self, patient_id: str) -> list[Json]:
         """See Records."""
@@ -8691,7 +8666,7 @@ class Portal:
         sql = "SELECT * FROM users WHERE username = ?"
         has_account = "SELECT 1 FROM patients WHERE patient_id = ? AND is_user"
         row = self.state.row(sql, username)
-        name = None if row else self.records.account_name(username)
+        name = self.records.patient_name(username) if self.records.has_accounts and not row else None
         if name is None or self.state.row(has_account, username):
             return row
         with self.state.transaction() as database:
