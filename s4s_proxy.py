@@ -150,7 +150,7 @@ Legend: the field's own names.
     client         an app, as the authorization server knows it (RFC 6749 section 1.1): public if it
                    can keep no secret, confidential if it can; a backend service acts for no user
     user           a person who signs in; may open one patient's record or several
-    session        a signed-in browser, known by its cookie
+    session        a browser, known by its cookie; whoever signs in at it gets a new one
     patient        whose record it is; often, but not always, the user
     grant          one user's permission for one client to see one patient's record until a date
     redirect URI   the app's address to which the browser brings the answer
@@ -162,7 +162,8 @@ Legend: the field's own names.
     token          in OAuth, a value that opens something: an access token is shown to the FHIR API, a
                    refresh token buys a new one. In FHIR, a kind of search parameter: system|code
     bearer         whoever holds it: a bearer token needs no further proof (RFC 6750)
-    scope          what a token allows, in words like patient/Observation.rs
+    scope          what a token allows, in words like patient/Observation.rs (r: read, s: search);
+                   offline_access asks for a refresh token
     issuer         the authorization server's name: its base URL
     audience       whom something is meant for: a FHIR server (aud), or who may read a signed statement
     nonce          a value that comes back in the id_token, so that no old one can be slipped in
@@ -223,7 +224,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 __version__ = "0.1.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
 
-Json = dict[str, Any]  # a JSON object; FHIR resources are such
+Json = dict[str, Any]  # a JSON object, such as a FHIR resource
 Headers = Sequence[tuple[str, str]]  # of an answer: names and values
 FHIR_VERSIONS = {"r4": "4.0.1", "stu3": "3.0.1", "dstu2": "1.0.2"}  # our word -> FHIR's number
 
@@ -249,7 +250,7 @@ def remembered(weight: int) -> Callable[[AnyFunction], AnyFunction]:
                 answer = function(*key)
             cost = 500 + weight * sum(map(length, key))
             if cost <= MAX_MEMORY // 5:
-                if size + cost > MAX_MEMORY or not kept:
+                if size + cost > MAX_MEMORY or not kept:  # full, or emptied by a reset
                     kept.clear()
                     size = 0
                 kept[key], size = answer, size + cost
@@ -268,13 +269,15 @@ def length(value: Any) -> int:
 # ======================================================================== Part One: the protocol
 # It uses of what stands below: elements, as_list, id_of, reference_of, tokens_of, attachments, DOCUMENT_TYPES
 # (what stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE,
-# FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest and Connection (messages), RsaKey,
+# FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest (messages), Connection (19), RsaKey,
 # new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page,
 # LOOK_JSON and LOOK_DIGEST (pages), renew_tables (the portal), scrubbed (test controls).
 #
 # Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
-# portal.user(name) and portal.patients_of(name) look up; portal.meet_fault(name) fails where a test says so.
+# portal.user(name), portal.patients_of(name) and portal.patient_name(name, id) look up; portal.is_ours(host)
+# says whether a Host names us; portal.meet_fault(name) fails where a test says so; portal.recorded and
+# portal.log keep what happened. portal.base and portal.browser_base: see section 5.
 
 
 # ######################################################################## 1 errors
@@ -287,7 +290,7 @@ class StartError(Exception):
 class PortalError(Exception):
     """A refusal: `status` is HTTP's, `error` a code from the endpoint's specification, `description` for
     people. What it becomes on the way out, JSON or a page, the endpoint's kind says: see error_response."""
-    aside = ""  # what the log is told besides, and nobody else
+    aside = ""  # what the log alone is told: the words of a FHIR server behind
     def __init__(self, error: str, description: str, status: int = 400, headers: Headers = ()):
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
@@ -315,7 +318,7 @@ class FhirError(PortalError):
 
 
 class ScopeError(PortalError):
-    """The token's scope is too small; any of `words` would do (RFC 6750 section 3.1)."""
+    """The token's scope is too small; any of `words` would do, the first is told (RFC 6750 section 3.1)."""
     def __init__(self, *words: str):
         super().__init__("insufficient_scope", f"the token's scope is too small; it would take {words[0]}",
                          403, [challenge(error="insufficient_scope", scope=words[0])])
@@ -412,7 +415,7 @@ class ResourceScope(NamedTuple):
     constraints: tuple[tuple[str, str], ...] = ()  # what follows a ? narrows further: section 16
 
     def covers(self, other: ResourceScope) -> bool:
-        """Whether this allows, in its letters, whatever `other` does."""
+        """Whether this reaches all that `other` does, whatever the letters of both."""
         return (self.context == other.context and self.type in ("*", other.type)
                 and constraints_cover(self.constraints, other.constraints))
 
@@ -434,7 +437,8 @@ def resource_scopes(scope: str) -> tuple[ResourceScope, ...]:
 
 
 def covered(registered: str, word: str) -> str:
-    """What of a word a registered scope string bounds: letters of a resource scope, else the word; or "".
+    """What a registered scope string allows of a word, by meaning and not by spelling: some letters of a
+    resource scope, any other word as it is; "" for nothing.
 
     >>> covered("patient/*.read patient/Condition.cu", "patient/Condition.cruds")
     'crus'
@@ -444,6 +448,7 @@ def covered(registered: str, word: str) -> str:
     wanted = parse_scope(word)
     if wanted:
         kept, whose = scopes_by_value(registered), wanted.context
+        # Only what has this type or *, and no ?param=value or one of these, can cover it.
         places = [("", ""), *((name, min(_COMMA.split(values))) for name, values in wanted.constraints)]
         letters = set[str]()
         for type_name, place in itertools.product((wanted.type, "*"), places):
@@ -470,8 +475,9 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
 
 
 def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
-    """What of one word of a scope can be granted, "" for nothing. SMART 1's words stay where all of their
-    letters but d do. A constraint that can't be kept is refused: to drop it would grant more."""
+    """What of one word of a scope can be granted, "" for nothing. A word of SMART 1 keeps its spelling (read,
+    write, *), so of it c and u come both or not at all. A constraint that can't be kept is an error: without
+    it, more would be granted."""
     parsed = parse_scope(word)
     head, question, constraints = word.partition("?")
     if not parsed:
@@ -580,7 +586,7 @@ CREATE TRIGGER IF NOT EXISTS forget_{table} AFTER DELETE ON {table} BEGIN
     DELETE FROM forgotten WHERE rowid <= last_insert_rowid() - 10000;
 END;""" for table, column in (("tokens", "token"), ("sessions", "session_id"), ("launches", "launch")))
 Row = sqlite3.Row
-MAX_KNOWN, MAX_KNOWN_OF_ONE = 5_000_000, 100_000  # characters that a Store remembers, in all and of one query
+MAX_KNOWN, MAX_KNOWN_OF_ONE = 5_000_000, 100_000  # characters a Store remembers: in all, of one query
 
 
 @functools.cache
@@ -675,7 +681,7 @@ class Store:
 
 
 def forget_expired(database: sqlite3.Connection, table: str, now: float, which: str = "1") -> None:
-    """Delete rows that have expired, a few whenever one is added, so that nobody ever waits for many."""
+    """Delete rows of `which` (SQL) that have expired, a few whenever one is added: nobody waits for many."""
     some = f"SELECT rowid FROM {table} WHERE {which} AND expires <= ? LIMIT 50"
     database.execute(f"DELETE FROM {table} WHERE rowid IN ({some})", (now,))
 
@@ -703,7 +709,7 @@ class Clock:
 
 
 LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
-LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: years ahead are promised
+LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: approvals end up to 2 years on
 
 
 def moment(seconds: float) -> datetime.datetime:
@@ -748,7 +754,7 @@ def dispatch(portal: Portal, request: Request) -> Response:
 
 
 def find_route(request: Request) -> Route | None:
-    """The route of a request's path; what its {} matched is request.rest."""
+    """The route of a request's path; what its {} matched is request.rest. A // after a FHIR base is one /."""
     by_path, by_prefix = _routes_by_path()
     path = request.path
     if "//" in path:  # put together by hand from a FHIR base that ends in a slash
@@ -788,8 +794,8 @@ def respond(portal: Portal, request: Request, route: Route | None) -> Response:
 
 
 def serve(portal: Portal, request: Request, route: Route | None) -> Response:
-    """What the endpoint answers, after the checks that all endpoints share."""
-    if request.broken and not request.headers:  # of its head no more than the first line can be used
+    """What the endpoint answers, after the checks that all share; OPTIONS is answered here."""
+    if request.broken and not request.headers:  # its head is broken: only the first line can be used
         raise request.broken
     check_host(portal, request)
     if not route:
@@ -835,7 +841,7 @@ def another_site(portal: Portal, request: Request) -> str:
     """What says that another site's page sends this, "" if nothing does. Browsers name the page (Origin) or
     tell how far away it is (Fetch Metadata); what is no browser sends neither."""
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    # A proxy may take https for us and pass on http. A Host that may be anybody's makes no page ours.
+    # A proxy may take https for us and pass on http. A Host is only believed if it is one of our names.
     ours = ["://".join(urlsplit(url)[:2]) for url in portal.settings.base_url]
     if portal.is_ours(request.host):
         ours.append(f"{request.scheme}://{request.host}")
@@ -869,7 +875,8 @@ def error_response(portal: Portal, request: Request, route: Route | None, error:
         error.description += unregistered(portal.client(request.client_id), *error.words)
     request.note(f"refused: {error.error}: {error.description}{error.aside}")
     kinds = {"/api/": "fhir", "/oauth/": "oauth", "/.well-known/": "oauth"}
-    kind = route.kind if route else kinds.get(request.path[:request.path.find("/", 1) + 1], "page")
+    first = request.path[:request.path.find("/", 1) + 1]  # /oauth/ of /oauth/x
+    kind = route.kind if route else kinds.get(first, "page")
     if kind == "page":
         response = error_page(portal, error, request, route)
     elif kind == "fhir":
@@ -885,7 +892,7 @@ def error_response(portal: Portal, request: Request, route: Route | None, error:
 
 NO_SNIFFING = ("X-Content-Type-Options", "nosniff")  # an answer is of the type that it says
 ALLOWED_ORIGIN = [
-    ("Access-Control-Allow-Origin", "*"),  # safe: what has CORS goes by no cookie
+    ("Access-Control-Allow-Origin", "*"),  # safe: no endpoint with CORS believes a cookie
     ("Access-Control-Expose-Headers",
      "ETag, Location, Content-Location, Last-Modified, Retry-After, WWW-Authenticate")]
 
@@ -1237,7 +1244,7 @@ def is_redirect_uri(uri: str, listed: bool = False) -> bool:
     (True, False, True)
     """
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    scheme = private[1].lower() if private else "about"
+    scheme = private[1].lower() if private else "about"  # which is acted upon, so refused
     an_apps = (listed or "." in scheme or scheme in APP_SCHEMES) and not re.fullmatch(ACTED_UPON, scheme)
     return "#" not in uri and (is_web_url(uri) or an_apps)
 
@@ -1278,7 +1285,7 @@ def basic_credentials(request: Request) -> tuple[str, str] | None:
 
 
 def client_of_secret(portal: Portal, form: Fields, given_id: str, given_secret: str) -> Client:
-    """The client of an id and a secret, or of an id without one; else PortalError 401."""
+    """The client of an id and a secret, or of an id without one; PortalError 401, 400 if two ids differ."""
     # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
     pairs = [(given_id, given_secret), (decode_plus(given_id), decode_plus(given_secret))]
     need(form.get("client_id", given_id) in (given_id, pairs[1][0]),
@@ -1321,7 +1328,7 @@ def to_sign_in(portal: Portal, request: Request, back: str = "", username: str =
 
 @route("GET,POST /login", "S4S", kind="page")
 def login(portal: Portal, request: Request) -> Response:
-    """Sign a user in."""
+    """The sign-in form; posted, it signs a user in."""
     if request.method != "POST":
         fields = Fields(request.pairs())
         # Daniel's name stands there, as in the S4S original; without him (--data none), the first one's.
@@ -1371,7 +1378,7 @@ def logout(portal: Portal, request: Request) -> Response:
 
 
 def session_user(portal: Portal, request: Request) -> Row | None:
-    """The user signed in at this browser, or None."""
+    """The user signed in at this browser, or None; noted for the log."""
     sql = "SELECT * FROM sessions JOIN users USING (username) WHERE session_id = ? AND expires > ?"
     user = portal.state.row(sql, browser_session(portal, request), portal.clock.now())
     if user:
@@ -1387,7 +1394,7 @@ def guarded_form(portal: Portal, request: Request) -> Fields:
     ours = session_id and same_secret(form.get("form_token"), form_token(session_id))
     here = request.headers.get("sec-fetch-site", "none") in ("same-origin", "none")
     wrong = "stood on another site (Sec-Fetch-Site)" if ours else (
-        "is not from this browser's session: it may have ended, or cookies are off")
+        "is not from this browser's session: somebody signed in since, or cookies are off")
     again = f"This form {wrong}. Go back to the start page and try again."
     need(ours and here, again, "forbidden", 403, PageError)
     return form
@@ -1428,7 +1435,7 @@ def set_cookie(portal: Portal, request: Request, value: str) -> str:
 # ######################################################################## 8 the authorization request
 
 PENDING_SECONDS, CODE_SECONDS, ACCESS_SECONDS, LAUNCH_SECONDS, DAY = 1800, 60, 3600, 300, 86400
-MAX_PENDING = 2000  # that wait for a decision: anybody may ask, and each may hold 24 KiB
+MAX_PENDING = 2000  # that wait for a decision: anybody may ask, and each may hold 40 KiB
 
 
 @route("GET,POST /oauth/authorize", "RFC 6749 section 4.1.1, RFC 7636, SMART", kind="page", fault="authorize")
@@ -1453,7 +1460,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields, issuer
         portal.meet_fault("authorize")
         for check in REDIRECT_CHECKS:
             check(asked)
-    except PageError:
+    except PageError:  # a test ordered a bare status
         raise
     except PortalError as error:
         request.note(f"refused, and the app is told: {error} (RFC 6749 section 4.1.2.1)")
@@ -1473,7 +1480,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields, issuer
 
 
 class Authorization:
-    """An authorization request on its way through the checks. What they find out:"""
+    """An authorization request on its way through the checks, and what they find out (right: which does)."""
     def __init__(self, portal: Portal, request: Request, fields: Fields, issuer: str):
         self.portal, self.request, self.fields = portal, request, fields
         self.client: Client                         # check_client
@@ -1491,7 +1498,7 @@ def check_lengths(asked: Authorization) -> None:
 
 
 def check_client(asked: Authorization) -> None:
-    """Which app asks. Not yet a reason to send the browser anywhere."""
+    """Which app asks (noted for the log). Not yet a reason to send the browser anywhere."""
     client_id = asked.fields.need("client_id")
     asked.client = need(asked.portal.client(client_id), f"client_id {client_id!r} is not registered here: "
                         "do so at /oauth/register, or start this server with --client", "invalid_client")
@@ -1520,7 +1527,7 @@ def uris_of(client: Client, base: str, member: str) -> list[str]:
 
 def check_audience(asked: Authorization) -> None:
     """The FHIR server that the app means must be this one: else a false server could fetch tokens for the
-    true one (SMART). The issuer is the name that the app knows us by. `resource` is aud in RFC 8707."""
+    true one (SMART). Finds the issuer: the name that the app knows us by. In RFC 8707 aud is `resource`."""
     settings, fields = asked.portal.settings, asked.fields
     name = "aud" if fields.get("aud") else "resource"
     if not fields.get(name):
@@ -1531,7 +1538,7 @@ def check_audience(asked: Authorization) -> None:
     ours = [base for base in bases if same_address(audience, base + "/api/fhir")]
     need(ours, f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir",
          "invalid_target" if name == "resource" else "invalid_request")
-    # Without base URLs, every document told the app the name that it used itself.
+    # Without base URLs, every document gave the app our addresses in the name that it used itself.
     asked.issuer = ours[0] if settings.base_url else audience[:-len("/api/fhir")]
     asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
 
@@ -1573,7 +1580,8 @@ def check_pkce(asked: Authorization) -> None:
 
 
 def check_scope(asked: Authorization) -> None:
-    """The part of the scope that can be granted; an error if there is none."""
+    """The part of the scope that can be granted; an error if there is none. No offline_access for a client
+    that did not register for refresh tokens."""
     wanted = asked.fields.need("scope")
     words = served_scope(asked.portal, wanted, asked.client.scope).split()
     if not asked.client.may_use("refresh_token"):
@@ -1582,13 +1590,14 @@ def check_scope(asked: Authorization) -> None:
                        f"registered for {asked.client.scope!r}", "invalid_scope")
     asked.request.note(f"scope: granted is {asked.scope!r} of {wanted!r} (RFC 6749 section 3.3)")
     why = functools.partial(why_dropped, asked.client)
-    dropped = sorted(sorted({*wanted.split()} - {*words}), key=why)
+    dropped = sorted({*wanted.split()} - {*words}, key=lambda word: (why(word), word))
     for reason, alike in itertools.groupby(dropped, why):
         asked.request.note(f"scope: dropped {' '.join(alike)}{reason}")
 
 
 def check_prompt(asked: Authorization) -> None:
-    """When the user signed in, and whether a page may be shown (OpenID Connect Core section 3.1.2.1)."""
+    """When the user signed in, and whether a page may be shown (OpenID Connect Core section 3.1.2.1): none
+    is always refused, since every authorization here asks the user."""
     prompts, age = asked.fields.get("prompt").split(), asked.fields.get("max_age")
     need(not age or re.fullmatch(r"\d{1,9}", age), f"max_age is {age!r}; expected a number of seconds")
     if "login" in prompts:
@@ -1637,7 +1646,7 @@ REDIRECT_CHECKS = (check_audience, check_state, check_response_type, check_pkce,
 
 def back_to_app(portal: Portal, redirect_uri: str, state: str, issuer: str, **parameters: str) -> str:
     """The app's redirect URI with an answer: `state` as it came; with --strict `iss`, to say who answers (RFC
-    9207). Else not: an app whose redirect and launch page are one would take that for an EHR's launch."""
+    9207). Else not: an EHR's launch brings iss too, and an app with one page for both would mix them up."""
     added = {"state": state, "iss": issuer if portal.settings.strict else ""}
     return with_query(redirect_uri, **parameters, **{name: value for name, value in added.items() if value})
 
@@ -1666,7 +1675,7 @@ def consent(portal: Portal, request: Request) -> Response:
         patients = portal.patients_of(user["username"], text)
         return picker_page(portal, request, user, client, request_id, patients, text)
     if decision != "approve":
-        if posted:  # a page that is no answer to a form: going back and forth in the browser sends none again
+        if posted:  # the page comes by GET: the browser's Back and Reload send no form again
             here = portal.browser_base(request) + "/oauth/consent"
             return redirect(with_query(here, request=request_id, patient_id=patient_id or ""))
         return consent_page(portal, request, user, client, details, request_id, patient_id)
@@ -1765,7 +1774,7 @@ def present_names(labels: Sequence[str] | None) -> list[str]:
 
 
 def approved_categories(offered: Sequence[str], client: Client, checked: Sequence[str]) -> list[str]:
-    """The categories that the user left checked."""
+    """The categories that the user left checked; the client's own, if none was offered."""
     approved = present_names(checked)
     for label in approved:
         need(label in offered, f"security_labels: {label!r} is no category offered here.", kind=PageError)
@@ -1798,7 +1807,7 @@ def encounters_of(portal: Portal, patient_id: str) -> dict[str, str]:
 
 
 def end_of_approval(until: str, now: float) -> float:
-    """When an approval until this day ends: with the day, today's to that in two years."""
+    """The moment an approval until this day ends: the day's end. From today to two years from now."""
     try:
         expires = end_of_day(until)
     except ValueError:
@@ -1823,7 +1832,8 @@ def day_of(seconds: float, years: int = 0) -> str:
 
 
 def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
-    """Close a pending request: a code for the grant, or access_denied. Gives where the browser goes."""
+    """Close a pending request and use up its launch: a code for the grant, or access_denied. Gives where the
+    browser goes."""
     details = pending_request(portal, request_id)[1]
     code, now, handle = secrets.token_urlsafe(24), portal.clock.now(), details["launch"].get("handle")
     answer = {"error": "access_denied", "error_description": "the user did not approve"}
@@ -1868,7 +1878,7 @@ def stop_sharing(portal: Portal, request: Request) -> Response:
 
 # ######################################################################## 10 tokens
 
-# A token with all that is known of its grant. live: nothing has ended it yet but perhaps time.
+# A token with all that is known of its grant. live: neither spent nor ended; it may have expired.
 TOKEN_SQL = """SELECT tokens.token, tokens.kind, tokens.scope AS token_scope, tokens.issued, tokens.expires,
     tokens.spent, tokens.refresh_token, NOT tokens.spent AND NOT grants.ended AS live, grants.*
     FROM tokens JOIN grants USING (grant_id) WHERE token = ?"""
@@ -1923,7 +1933,7 @@ def spending(portal: Portal, client: Client, kind: str,
         # It is good in its own client's hands alone (RFC 6749 sections 4.1.3 and 6).
         ours = row and row["kind"] == kind and row["client_id"] == client.client_id
         need(ours, f"this {name} was not issued to this client", "invalid_grant")
-        if row["spent"]:
+        if row["spent"]:  # never gets to the yield: refused below
             database.execute("UPDATE grants SET ended = 1 WHERE grant_id = ?", (row["grant_id"],))
         else:
             need(not row["ended"], f"this {name} was revoked", "invalid_grant")
@@ -2093,7 +2103,7 @@ def fhir(portal: Portal, request: Request) -> Response:
 
 @route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
 def open_fhir(portal: Portal, request: Request) -> Response:
-    """All records, without a token: to look what there is."""
+    """All records, without a token: to look at what there is."""
     need(portal.settings.serves_open_fhir, "open FHIR is off; see --open-fhir", "not-found", 404, FhirError)
     reads = request.method != "POST" or interaction_of("POST", request.rest)[0] in ("search", "everything")
     need(reads, "POST: only [type]/_search and Patient/[id]/$everything", "not-supported", 405, FhirError,
@@ -2150,12 +2160,13 @@ def interaction_of(asked_by: str, path: str) -> tuple[str, Mapping[str, str]]:
 
 
 def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> FhirRequest:
-    """What a request asks for; FhirError where that is nothing this server does."""
+    """What a request asks for, with its parameters; FhirError where that is nothing this server does."""
     method = "GET" if request.method == "HEAD" else request.method
     interaction, parts = interaction_of(method, request.rest)
     if not interaction:
         told = f"{request.method} {request.path}: {POSSIBLE}"
-        permit(method == "GET" and request.rest and "$" not in unquote(request.rest), told)
+        is_a_path = method == "GET" and request.rest and "$" not in unquote(request.rest)
+        permit(is_a_path, told)  # to read it would be allowed, were it there; all else isn't
         raise FhirError("not-supported", told, 404)
     take_parameters(request, interaction)
     return FhirRequest(request, access, base, grant_id, interaction, **parts)
@@ -2177,7 +2188,8 @@ def answer_fhir(records: Records, asked: FhirRequest) -> Response:
     if asked.interaction == "search":
         permit(asked.type != "Binary", "Binary: can't be searched for, only read", "not-supported")
     response = records.answer(asked)
-    if letter in "cu" and "return=minimal" in asked.request.headers.get("prefer", ""):
+    writes = asked.interaction in ("create", "update")
+    if writes and "return=minimal" in asked.request.headers.get("prefer", ""):
         response.body = b""
     return response
 
@@ -2206,7 +2218,7 @@ def judge_write(records: Records, asked: FhirRequest, new: Resource, stored: Res
     permit(access.may_write(new, LETTERS_OF[asked.interaction]),
            f"{sent} may not be written with this token: it, with all within it, must be of a patient, of a "
            "category and ?param=value that the scope reaches")
-    # Who may open every record could else begin one of a patient who is not there.
+    # Whoever may open every record could else write for a patient who is not there.
     permit(stored or access.patients(asked.type, "c") is not ALL_PATIENTS
            or records.patient_name(new.owner) is not None, f"there is no Patient/{new.owner}")
 
@@ -2254,7 +2266,7 @@ NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to ca
 
 
 class Access:
-    """What one token lets its bearer see. All that leaves the FHIR API passed `may_see`."""
+    """What one token lets its bearer see and write. All that leaves the FHIR API passed `may_see`."""
     def __init__(self, scope: str, patient_id: str | None = None,
                  users_patients: frozenset[str] = frozenset(), labels: frozenset[str] = NO_LIMIT,
                  fhir_user: str = "", version: str = "r4", unlimited: bool = False):
@@ -2273,7 +2285,7 @@ class Access:
         if self._opens(resource, letters):
             return True
         if self._is_user(resource.type, resource.id, letters):
-            return resource.owner != UNKNOWN  # as it is where something contained is another patient's
+            return resource.owner != UNKNOWN  # as it is where what it contains names another patient
         return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
 
     def may_write(self, resource: Resource, letter: str) -> bool:
@@ -2299,19 +2311,19 @@ class Access:
 
     def _opens_file(self, binary: Resource) -> bool:
         """Whether a Binary that does not say whose it is may be read: what may be seen points to it."""
-        # In this order, so that it costs the same to find that another's Binary, or none, is not pointed to.
+        # Pointers first: somebody else's Binary and one that doesn't exist take the same time to refuse.
         return (self.allows("Binary", "r") and binary.is_pointed_to(self)
                 and not named_patients(binary.content, binary.base) - {UNKNOWN}
                 and "contained" not in binary.content)
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
-        """Whether the scope lets this type be read (r) or searched (s) at all; with an id, that very one: a
+        """Whether the scope allows a letter (r, s, c, u) for this type at all; with an id, that very one: a
         token with fhirUser may read its user's resource, whatever its patient and categories. By that word
         the user approved to be known (SMART, "Scopes for requesting identity data")."""
         return bool(self._openings(type_name, letter)) or self._is_user(type_name, resource_id, letter)
 
     def reaches(self, patient_id: str, letter: str) -> bool:
-        """Whether the Patient of this id may be seen, if there is one."""
+        """Whether this letter reaches the Patient of this id, if there is one."""
         return patient_id in self.patients("Patient", letter) or self._is_user("Patient", patient_id, letter)
 
     def _is_user(self, type_name: object, resource_id: object, letters: str) -> bool:
@@ -2324,7 +2336,7 @@ class Access:
         return bool(self.labels) or any(scope.constraints for scope in self.scopes)
 
     def patients(self, type_name: str, letter: str) -> frozenset[str]:
-        """The patients whose resources of a type may be seen, or EVERYBODY or ALL_PATIENTS."""
+        """The patients whose resources of a type this letter reaches, or EVERYBODY or ALL_PATIENTS."""
         reaches = [reach for reach, _ in self._openings(type_name, letter)]
         for unbounded in (EVERYBODY, ALL_PATIENTS):
             if unbounded in reaches:
@@ -2347,7 +2359,7 @@ class Access:
         return known
 
     def binaries_in(self, documents: Iterable[Resource]) -> set[str]:
-        """The ids of the Binaries to which those documents point that may be seen."""
+        """The ids of the Binaries to which those of the documents point that may be seen themselves."""
         return {binary_id for document in documents if document.type in DOCUMENT_TYPES
                 and (self.may_see(document, "r") or self.may_see(document, "s"))
                 for url in attachments(document.content)
@@ -2355,7 +2367,7 @@ class Access:
 
 
 OPEN_ACCESS = Access("", unlimited=True)  # what /api/open-fhir shows
-access_for = remembered(40)(Access)  # one for all requests of a token: it remembers
+access_for = remembered(40)(Access)  # one for all requests with equal rights: it remembers
 
 
 def access_of(portal: Portal, row: Row) -> Access:
@@ -2371,7 +2383,7 @@ def access_of(portal: Portal, row: Row) -> Access:
 
 
 # The elements that say whose record a resource is in, as DSTU2, STU3 and R4 name them. FHIR's patient
-# compartment counts more, but an Observation about Amy that her father performed is Amy's alone. A Provenance
+# compartment is wider, but an Observation about Amy that her father performed is Amy's alone. A Provenance
 # belongs to the patient of all its targets. Left out, and so refused, is what can't be told: AuditEvent is
 # about accesses, Schedule and Slot point at doctors, Group and Person at several people; Bundle and
 # Parameters hold resources, which no search or $everything should answer within its Bundle.
@@ -2410,7 +2422,7 @@ def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str
     may be shown to neither. References may be relative, or absolute below `base`, and to a version; those by
     identifier alone or into the resource itself (#) can't be told. `owners` are those of a Provenance's
     targets, by Type/id, as far as they are known. A reference to somebody else elsewhere in a resource is an
-    id, not a record: it stays. So does Patient.link: what is a linked Patient's needs a token for that one.
+    id, not a record: it stays. So does Patient.link: to read the linked record takes a token for that one.
     """
     named = named_patients(resource, base, owners)
     if not named and resource.get("resourceType") in ("Device", *SHARED_TYPES):
@@ -2510,7 +2522,7 @@ _LABORATORY = ("BG", "BLB", "CG", "CH", "CP", "GE", "HM", "IMM", "LAB", "MB", "M
 
 
 def categories(resource: Json) -> list[str]:
-    """The categories a resource falls into, contained ones with it; none for what belongs to nobody."""
+    """The categories a resource falls into; what it contains adds none. None for what belongs to nobody."""
     type_name = resource.get("resourceType")
     if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
         return []
