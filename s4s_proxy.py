@@ -198,7 +198,7 @@ import functools
 import hashlib
 import hmac
 import html
-import http.server
+import http
 import io
 import itertools
 import json
@@ -8325,14 +8325,8 @@ def demo_page(portal: Portal, request: Request) -> Response:
 # ######################################################################## 25 settings, seeds, the portal
 
 
-class Option(NamedTuple):
-    """A setting's default, and how --help shows it."""
-    default: Any
-    text: str
-    placeholder: str = ""
-
-
-option: Any = Option  # to mypy: not the value that the attribute's type promises, yet
+# A setting's default, and how --help shows it; to mypy, the value that the attribute's type promises.
+option = cast(Any, collections.namedtuple("option", "default text placeholder", defaults=[""]))
 
 
 def start_needs(good: Good | None, message: str) -> Good:
@@ -8411,7 +8405,7 @@ class Settings:
         self.serves_debug = self.local if self.debug is None else self.debug
 
 
-OPTIONS = {name: option for name, option in vars(Settings).items() if isinstance(option, Option)}
+OPTIONS = {name: given for name, given in vars(Settings).items() if isinstance(given, option)}
 
 
 def fhir_base(url: str) -> str:
@@ -8761,9 +8755,7 @@ class Portal:
         the one listened on or any IP address. Others may be pointed here by whoever owns them."""
         if self.base_url_of(host):
             return True
-        name, colon, _ = host.rpartition(":")  # without the port
-        if not colon or host.endswith("]"):
-            name = host
+        name = re.sub(r":\d*$", "", host)  # without the port
         return is_loopback(name) or (not self.settings.local and (
             bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name)) or name.lower() == self.settings.host.lower()))
 
@@ -9222,7 +9214,7 @@ class Server(Controls):
             raise
         every = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}
         host = every.get(self.settings.host, self.settings.host)
-        self.host, self.port = f"[{host}]" if ":" in host else host, self._listener.server_port
+        self.host, self.port = f"[{host}]" if ":" in host else host, self._listener.server_address[1]
         self.address = portal.address = f"{self._listener.scheme}://{self.host}:{self.port}"
         self.url = portal.browser_base()
         self.fhir_url, self.open_fhir_url = f"{self.url}/api/fhir", f"{self.url}/api/open-fhir"
@@ -9256,7 +9248,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
-class Listener(http.server.ThreadingHTTPServer):
+class Listener(socketserver.TCPServer):
     """The listening socket, and a thread for each connection."""
     request_queue_size = 1024     # clients that come together wait here; with the default of 5 most fail
     allow_reuse_address = sys.platform != "win32"  # there it would let two servers share a port
@@ -9283,11 +9275,6 @@ class Listener(http.server.ThreadingHTTPServer):
             raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
         self.socket.setblocking(False)  # a client that is gone before it is accepted holds nobody
 
-    def server_bind(self) -> None:
-        """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
     def accept_until_stopped(self) -> None:
         """Accept connections. A byte on the wake socket ends it; serve_forever polls twice a second."""
         try:
@@ -9304,11 +9291,21 @@ class Listener(http.server.ThreadingHTTPServer):
             self._accepts_no_more.set()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread. ThreadingMixIn's own are waited for without end, or not at all."""
+        """Start a thread. ThreadingMixIn's own are waited for without end, or not at all. What goes wrong
+        outside of any request is logged before the client sees the end."""
         def live() -> None:
+            connection = request
             try:
-                self.process_request_thread(request, client_address)
+                if self._context:
+                    connection = self._context.wrap_socket(
+                        request, server_side=True, do_handshake_on_connect=False)
+                self.finish_request(connection, client_address)
+            except OSError:
+                pass  # a client that went away
+            except Exception as error:  # noqa: BLE001
+                self.portal.log_bug("a connection", error)
             finally:
+                connection.close()
                 self._threads_of_connections.discard(thread)
 
         thread = threading.Thread(target=live, name="s4s connection", daemon=True)
@@ -9318,18 +9315,6 @@ class Listener(http.server.ThreadingHTTPServer):
         except RuntimeError:  # the system gives no more threads; those there are go on
             self._threads_of_connections.discard(thread)
             self.shutdown_request(request)
-
-    def finish_request(self, request: Any, client_address: Any) -> None:
-        """One connection. What goes wrong outside of any request is logged before the client sees the end."""
-        if self._context:
-            request = self._context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
-        with request:
-            try:
-                super().finish_request(request, client_address)
-            except OSError:
-                pass  # a client that went away
-            except Exception as error:  # noqa: BLE001
-                self.portal.log_bug("a connection", error)
 
     def log_request(self, request: Request, status: int, seconds: float) -> None:
         """A line a request, of nothing that could be a secret: no query, no header, no body."""
@@ -9365,25 +9350,17 @@ class Listener(http.server.ThreadingHTTPServer):
         self._woken.close()
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection. It reads requests strictly, with its own lean parser: email.parser, which http.server
-    uses, takes longer than all that the portal does."""
+class Handler(socketserver.StreamRequestHandler):
+    """One connection. It reads requests strictly, with its own lean parser: that of http.server takes longer
+    than all that the portal does."""
     server: Listener
     disable_nagle_algorithm = True  # or a second write could wait 40 ms for a delayed acknowledgement
 
-    def setup(self) -> None:
-        super().setup()
-        self.timed = TimedSocket(self.connection)
-        self.lines = io.BufferedReader(self.timed, 16 << 10)
-        self.server.portal.sockets.add(self.timed)
-
-    def finish(self) -> None:
-        self.server.portal.sockets.discard(self.timed)
-        super().finish()
-
     def handle(self) -> None:
         """Requests, one after the other, until somebody closes."""
-        self.close_connection = False
+        self.timed, self.close_connection = TimedSocket(self.connection), False
+        self.lines = io.BufferedReader(self.timed, 16 << 10)
+        self.server.portal.sockets.add(self.timed)
         try:
             if self.server.scheme == "https":
                 self.allow(self.server.head_seconds)
@@ -9394,6 +9371,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.refuse(error)
         except OSError:
             pass  # the client went away, or a test ordered a drop
+        finally:
+            self.server.portal.sockets.discard(self.timed)
 
     def allow(self, seconds: float) -> None:
         """Set the deadline of what is read or written next."""
