@@ -8409,11 +8409,7 @@ OPTIONS = {name: given for name, given in vars(Settings).items() if isinstance(g
 
 
 def fhir_base(url: str) -> str:
-    """A FHIR server's address, such that paths can be put below it.
-
-    >>> fhir_base("HTTPS://Example.org/R4/")
-    'https://example.org/R4'
-    """
+    """A FHIR server's address, such that paths can be put below it: https://a.example/R4 of HTTPS://A.example/R4/."""
     url = url.rstrip("/")
     host = r"(?:[a-z0-9_-]{1,63}(?:\.|(?=[:/]|$)))+|\[[0-9a-f:.]+\]"
     match = re.fullmatch(rf"(?i)(https?://(?:{host})(?::(\d{{1,5}}))?)(/[!-~]*)?", url)
@@ -8909,9 +8905,10 @@ class Controls:
         need(error is None or re.fullmatch(r"[!#-\[\]-~]+", need_text("error", error)),
              f"error: {error!r} is not an error code (RFC 6749 section 5.2)")
         must(drop in (True, False), "drop", "true or false", drop)
-        need_whole("status", status, 400, 599)
-        need_whole("times", times, 1)
-        need_whole("retry_after", retry_after, 0)
+        for name, value, least, most in (("status", status, 400, 599), ("times", times, 1, sys.maxsize),
+                                         ("retry_after", retry_after, 0, sys.maxsize)):
+            whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+            must(value is None or whole, name, f"a whole number, {least} to {most}", value)
         wait = need_number("delay", delay, "0 to 300 seconds", 0, 300)
         if not status and error:
             status = ERROR_STATUS.get(error, 400)
@@ -8925,7 +8922,7 @@ class Controls:
              "change: the request succeeds; expected no status, error, retry_after or drop beside it")
         need(not members or endpoint != "authorize", "change: authorize answers with no JSON")
         fault = Fault(status or 0, error or "", retry_after, wait, drop, members)
-        order = itertools.repeat(fault, sys.maxsize if times is None else min(times, sys.maxsize))
+        order = itertools.repeat(fault, sys.maxsize if times is None else times)
         self.portal.faults.setdefault(endpoint, []).append(order)
         return {"endpoint": endpoint, "times": times}
 
@@ -8963,12 +8960,6 @@ def need_json(name: str, value: Any) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"{name}: expected what JSON can say: {error}")
-
-
-def need_whole(name: str, value: Any, least: int, most: float = math.inf) -> None:
-    """Refuse what is neither None nor a whole number within bounds; to Python, True is one."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
-    must(value is None or whole, name, f"a whole number, {least} to {most:g}", value)
 
 
 def need_number(name: str, value: Any, what: str, least: float, most: float) -> float:
