@@ -8798,7 +8798,6 @@ class Controls:
     raise PortalError, which over HTTP is the answer."""
     portal: Portal
     url: str  # the base URL, and issuer: the first base_url, or the address listened on; over HTTP, as asked
-
     notes: list[str] | None = None  # over HTTP: the request's, to which what is decided on the way is added
 
     def __init__(self, portal: Portal, url: str = "", notes: list[str] | None = None):
@@ -9192,7 +9191,6 @@ class Server(Controls):
     def __init__(self, **settings: Any):
         self.settings = Settings(**{"port": 0, "quiet": not settings.get("verbose"), **settings})
         self._listener: Listener | None = None
-        self._thread: threading.Thread | None = None
 
     def start(self) -> Server:
         """Start listening; StartError says why if it can't."""
@@ -9210,16 +9208,14 @@ class Server(Controls):
         self.url = portal.browser_base()
         self.fhir_url, self.open_fhir_url = f"{self.url}/api/fhir", f"{self.url}/api/open-fhir"
         portal.log, self.portal = write_log, portal
-        self._thread = threading.Thread(target=self._listener.accept_until_stopped, daemon=True)
-        self._thread.start()
+        self._listener.accepting.start()
         return self
 
     def stop(self) -> None:
         """Stop; safe to call twice. Nothing is left: no thread, no socket, no file."""
         listener, self._listener = self._listener, None
-        if listener and self._thread:
+        if listener:
             listener.stop()
-            self._thread.join()
             listener.server_close()
             self.portal.close()
 
@@ -9258,7 +9254,7 @@ class Listener(socketserver.TCPServer):
             except (OSError, ssl.SSLError) as error:
                 raise StartError(f"--certfile {settings.certfile}: {error}; give PEM files")
         self._threads_of_connections: set[threading.Thread] = set()
-        self._accepts_no_more = threading.Event()
+        self.accepting = threading.Thread(target=self.accept_until_stopped, daemon=True)
         self._wake, self._woken = socket.socketpair()
         try:
             super().__init__((host, port), Handler)
@@ -9268,18 +9264,15 @@ class Listener(socketserver.TCPServer):
 
     def accept_until_stopped(self) -> None:
         """Accept connections. A byte on the wake socket ends it; serve_forever polls twice a second."""
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self.socket, selectors.EVENT_READ)
-                selector.register(self._woken, selectors.EVENT_READ)
-                while not self.portal.stopping.is_set():
-                    selector.select()
-                    try:
-                        self.process_request(*self.get_request())
-                    except OSError:  # stopped; or the client is gone again; or no file descriptor is left
-                        self.portal.stopping.wait(0.01)
-        finally:
-            self._accepts_no_more.set()
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.socket, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while not self.portal.stopping.is_set():
+                selector.select()
+                try:
+                    self.process_request(*self.get_request())
+                except OSError:  # stopped; or the client is gone again; or no file descriptor is left
+                    self.portal.stopping.wait(0.01)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread. ThreadingMixIn's own are waited for without end, or not at all. What goes wrong
@@ -9325,7 +9318,7 @@ class Listener(socketserver.TCPServer):
         """Stop accepting, let requests in flight finish, for 2 seconds at most, close everything."""
         self.portal.stopping.set()
         self._wake.send(b"x")
-        self._accepts_no_more.wait()
+        self.accepting.join()
         self.portal.sockets.end(only_idle=True)  # and see Handler.wait_for_request
         threads, deadline = list(self._threads_of_connections), time.monotonic() + self.stop_seconds
         for thread in threads:
