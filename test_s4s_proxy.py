@@ -8093,7 +8093,8 @@ class Verbose(unittest.TestCase):
             public.refresh("x")
             story = "\n".join(lines)
         for needle in ("GET /oauth/authorize 303", "RFC 7636", "RFC 6749 section 4.1.3",
-                       "POST /oauth/token 200", f"GET /api/fhir/Patient/{AMY} 403", "a public client, its id is no proof"):
+                       "POST /oauth/token 200", f"GET /api/fhir/Patient/{AMY} 403",
+                       "a public client, its id is no proof"):
             self.assertIn(needle, story)
         for secret in (query_of(back)["code"], tokens["access_token"], tokens["refresh_token"], app.secret,
                        app.verifier):
@@ -8255,19 +8256,13 @@ class Story:
         self.browser, self.known = Browser(portal), {"portal": portal.url, **known}
 
     def filled(self, text: str) -> str:
-        return re.sub("<([^<>]+)>", lambda word: self.known[word[1]], text)
+        return re.sub("<([^<>]+)>", lambda word: self.known.get(word[1], word[0]), text)
 
     def learn(self, expected: str, came: str) -> bool:
         """Whether a text came as expected; new words are learnt from it."""
-        shape, new = "", []
-        for place, part in enumerate(re.split("<([^<>]+)>", expected)):  # each second part is a word
-            if place % 2 and part not in self.known:
-                new.append(part)
-                shape += "(.+?)"
-            else:
-                shape += re.escape(self.known[part] if place % 2 else part)
-        match = re.fullmatch(shape, came)
-        self.known.update(zip(new, match.groups() if match else ()))
+        shape = self.filled(expected)
+        match = re.fullmatch(re.sub("<[^<>]+>", "(.+?)", re.escape(shape)), came)
+        self.known.update(zip(re.findall("<([^<>]+)>", shape), match.groups() if match else ()))
         return bool(match)
 
     def play(self, message: Message) -> Answer:
