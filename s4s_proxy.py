@@ -8445,18 +8445,15 @@ JSON_KINDS = {str: "a string", list: "an array", bool: "true or false", dict: "a
 class Seeds:
     """Who and what is there from the start, of the demo, --client and --fixtures, as rows of the tables."""
     def __init__(self, settings: Settings):
-        self.users: list[tuple[Any, ...]] = []
-        self.patients: list[tuple[Any, ...]] = []
+        samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
+        self.users: list[tuple[Any, ...]] = [
+            (*user, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient)
+            for *user, any_patient in DEMO_USERS if samples or any_patient]
+        self.patients: list[tuple[Any, ...]] = [*DEMO_PATIENTS] if samples else []
         self.claims: list[tuple[str, str]] = []
         self.clients: dict[str, Client] = {}
         # Not drawn here, secrets may look like anything, and must still get into no log.
         self._secrets = set[str]().union(*map(credentials_in, settings.fhir_header))
-        samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
-        for username, name, fhir_user, any_patient in DEMO_USERS:
-            if samples or any_patient:
-                self.users.append((username, name, fhir_user, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient))
-        if samples:
-            self.patients.extend(DEMO_PATIENTS)
         for client_id, secret, uri in DEMO_CLIENTS:
             self.add_client("demo", {"client_id": client_id, "client_secret": secret, "redirect_uris": [uri],
                                      "scope": "launch/patient patient/*.read offline_access"})
@@ -8837,9 +8834,7 @@ class Controls:
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False, access_lifetime: float | None = None) -> str:
         """Play the browser: sign in, choose the patient, answer the consent page. Gives where the app is
-        called back, with a code or with an error.
-
-        PortalError where a person would see an error page.
+        called back, with a code or with an error; PortalError where a person would see an error page.
 
         Without patient_id it is the launch's patient, or the user's own; without security_labels all offered
         stay checked; approval_expires is a date (default: a year from today); access_lifetime is that of
@@ -9495,9 +9490,7 @@ ENVIRONMENT = {"API_SERVER": "fhir_server", "BASE_URL": "base_url", "API_SERVER_
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the portal until SIGINT or SIGTERM. `argv` is the command line without the program's name.
-
-    Gives the exit status: 0, or 1 where it can't start. A bad option ends in argparse's SystemExit(2).
-    """
+    The exit status: 0, or 1 where it can't start. A bad option ends in argparse's SystemExit(2)."""
     parser, stop = build_parser(), threading.Event()
     chosen = vars(parser.parse_args(argv))
     try:
