@@ -7233,6 +7233,11 @@ class Fixture(PortalTest):
                 *(("fail", {"endpoint": "fhir", "change": {"a": 1}, **more},
                    "change: the request succeeds; expected no status, error, retry_after or drop beside it")
                   for more in ({"status": 500}, {"error": "x"}, {"drop": True}, {"retry_after": 1})),
+                *(("fail", {"endpoint": "token", "status": 500, name: bad}, name + ": ") for name, bad in (
+                    ("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True),
+                    ("error", 'a"b'), ("error", ""), ("drop", "yes"), ("times", 0), ("times", True),
+                    ("times", 1.5), ("retry_after", -1), ("change", [1]), ("change", {"x": math.nan}),
+                    ("change", {(1,): 1}), ("delay", -1), ("delay", "long"))),
                 ("fail", {"endpoint": "token", "delay": 301}, "delay: expected 0 to 300 seconds, got 301"),
                 *((control, {"endpoint": "fhir", name: {1}} if control == "fail" else {name: {1}},
                    f"{name}: expected what JSON can say: Object of type set is not JSON serializable")
@@ -7241,18 +7246,8 @@ class Fixture(PortalTest):
             with self.subTest(control=control, how=how), self.assertRaises(s4s.PortalError) as caught:
                 getattr(self.portal, control)(**how)
             refused = caught.exception
-            self.assertEqual((refused.status, refused.error, refused.description),
-                             (400, "invalid_request", description))
-
-    def test_what_no_fault_can_be_is_named(self) -> None:
-        for name, value in (("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True),
-                            ("error", 'a"b'), ("error", ""), ("drop", "yes"), ("times", 0), ("times", True),
-                            ("times", 1.5), ("retry_after", -1), ("change", [1]),
-                            ("change", {"x": math.nan}), ("change", {(1,): 1}), ("delay", -1),
-                            ("delay", "long")):
-            with self.subTest(name=name, value=value), self.assertRaisesRegex(s4s.PortalError, f": {name}: "):
-                how: Any = {"endpoint": "token", "status": 500, name: value}
-                self.portal.fail(**how)
+            self.assertEqual((refused.status, refused.error), (400, "invalid_request"))
+            self.assertTrue(refused.description.startswith(description), refused.description)
 
     def test_approve_gives_the_redirect_errors_too(self) -> None:
         app = App(self.portal)
@@ -7521,10 +7516,6 @@ class Drift(PortalTest):
                         got = ask(portal.url + route.path, method=route.methods[0], data={})
                         self.is_error(got, "not_found", 404)
 
-    def test_every_setting_is_an_option_and_a_keyword(self) -> None:
-        options = {action.dest for action in s4s.build_parser()._actions} - {"help", "version"}
-        self.assertEqual(options, set(s4s.OPTIONS))
-
 
 class Secrets(unittest.TestCase):
     """Nothing that the server writes for people or monitors holds a secret."""
@@ -7545,7 +7536,7 @@ class Secrets(unittest.TestCase):
                 self.assertGreater(len(self.written), 30)
                 for text in [*self.written, log.getvalue()]:
                     for secret, name in self.secrets.items():
-                        self.assertNotIn(secret, text, f"{name}: {text[:200]}")
+                        self.assertNotIn(secret.lower(), text.lower(), f"{name}: {text[:200]}")
 
     def watched(self, ask: Callable[..., Answer], url: str, **how: Any) -> Answer:
         """Ask; remember the secrets sent and answered, and what must hold none."""
@@ -7563,6 +7554,27 @@ class Secrets(unittest.TestCase):
         if refused or self.harmless.match(urlsplit(url).path):
             self.written.append(answer.text + repr(answer.headers))
         return answer
+
+    def test_the_story_of_a_flow_names_sections_and_no_secret(self) -> None:
+        with s4s.Server(verbose=True) as portal:
+            lines = log_of(portal)
+            app, public = App(portal), App(portal, token_endpoint_auth_method="none")
+            body = {"url": app.authorize_url(), "username": "daniel-adams"}
+            back = ask(f"{portal.url}/oauth/debug/authorize", data=body).json["redirect_to"]
+            self.assertIn("RFC 7636", lines.pop(), "of the browser that the portal plays, too")
+            Browser(portal).open(app.authorize_url())
+            tokens = app.exchange(query_of(back)["code"]).json
+            for patient_id in (DANIEL, AMY):
+                ask(f"{portal.fhir_url}/Patient/{patient_id}", token=tokens["access_token"])
+            public.refresh("x")
+            story = "\n".join(lines)
+        for needle in ("GET /oauth/authorize 303", "RFC 7636", "RFC 6749 section 4.1.3",
+                       "POST /oauth/token 200", f"GET /api/fhir/Patient/{AMY} 403",
+                       "a public client, its id is no proof"):
+            self.assertIn(needle, story)
+        for secret in (query_of(back)["code"], tokens["access_token"], tokens["refresh_token"], app.secret,
+                       app.verifier):
+            self.assertNotIn(secret, story)
 
     def test_no_client_writes_a_line_of_the_log(self) -> None:
         with s4s.Server(quiet=False, verbose=True) as portal:
@@ -7895,13 +7907,11 @@ class Sockets(RawTest):
                              b"Expect: 100-continue\r\nContent-Length: 1\r\n\r\na")
         self.assertEqual((answer.status, answer.headers["connection"]), (415, "close"))
 
-    def test_an_unknown_method_is_405_and_options_are_for_the_server_as_a_whole_too(self) -> None:
+    def test_targets_and_methods_of_any_kind_are_understood(self) -> None:
+        url = self.portal.url
         [answer] = self.talk(self.request("BREW /oauth/token"))
         self.assertEqual((answer.status, answer.headers["allow"]), (405, "POST, OPTIONS"))
         self.check(204, self.request("OPTIONS *"))
-
-    def test_an_absolute_target_keeps_its_query_and_its_host_counts(self) -> None:
-        url = self.portal.url
         self.check(200, f"GET {url}/health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode(),
                    self.request(f"GET {url}?a=/b"))
         self.check(401, self.request(f"GET {url}/api/me?x=1"), self.request(f"GET HTTP{url[4:]}/api/me/"))
@@ -8074,31 +8084,6 @@ class Https(unittest.TestCase):
                     self.assertIn(b" 408 ", secure.recv(100))
                 goodbye = silent.makefile("rb").read()
                 self.assertLess(len(goodbye), 100, "up to the end: at most TLS's own goodbye")
-
-
-class Verbose(unittest.TestCase):
-    """--verbose tells the story of each request."""
-
-    def test_the_story_of_a_flow_names_sections_and_no_secret(self) -> None:
-        with s4s.Server(verbose=True) as portal:
-            lines = log_of(portal)
-            app, public = App(portal), App(portal, token_endpoint_auth_method="none")
-            body = {"url": app.authorize_url(), "username": "daniel-adams"}
-            back = ask(f"{portal.url}/oauth/debug/authorize", data=body).json["redirect_to"]
-            self.assertIn("RFC 7636", lines.pop(), "of the browser that the portal plays, too")
-            Browser(portal).open(app.authorize_url())
-            tokens = app.exchange(query_of(back)["code"]).json
-            for patient_id in (DANIEL, AMY):
-                ask(f"{portal.fhir_url}/Patient/{patient_id}", token=tokens["access_token"])
-            public.refresh("x")
-            story = "\n".join(lines)
-        for needle in ("GET /oauth/authorize 303", "RFC 7636", "RFC 6749 section 4.1.3",
-                       "POST /oauth/token 200", f"GET /api/fhir/Patient/{AMY} 403",
-                       "a public client, its id is no proof"):
-            self.assertIn(needle, story)
-        for secret in (query_of(back)["code"], tokens["access_token"], tokens["refresh_token"], app.secret,
-                       app.verifier):
-            self.assertNotIn(secret, story)
 
 
 # ######################################################################## 28 command line
