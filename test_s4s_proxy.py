@@ -7670,7 +7670,7 @@ class Secrets(unittest.TestCase):
         rows += [(f"/x?x={sesame}", {"headers": {name: value, "X-Odd": sesame}}) for name, value in (
             ("Authorization", f"Bearer {sesame}"), ("Proxy-Authorization", f"Basic {sesame}"),
             ("X-Api-Key", sesame), ("X-Auth-Token", sesame), ("Cookie", f"a=1; theirs={sesame}; b=2"))]
-        rows += [("/x", {"headers": {"X-Note": f'password="{sesame}" {jwt}'}}),
+        rows += [("/x", {"headers": {"X-Note": f'password="{sesame}" {jwt}', "X-Auth-Token": "sesame"}}),
                  (f"/api/fhir/Patient?PASSWORD={sesame}&u=%2F%3Fpass%2577ord%3D{sesame}", {})]
         with s4s.Server() as portal:
             for path, how in rows:
