@@ -8834,11 +8834,11 @@ class Controls:
                 security_labels: Sequence[str] | None = None, approval_expires: str | None = None,
                 deny: bool = False, access_lifetime: float | None = None) -> str:
         """Play the browser: sign in, choose the patient, answer the consent page. Gives where the app is
-        called back, with a code or with an error; PortalError where a person would see an error page.
+        called back, with a code or with an error.
 
-        Without patient_id it is the launch's patient, or the user's own; without security_labels all offered
-        stay checked; approval_expires is a date (default: a year from today); access_lifetime is that of
-        each access token of this authorization, in seconds."""
+        PortalError where a person would see an error page. Without patient_id it is the launch's patient, or
+        the user's own; without security_labels all offered stay checked; approval_expires is a date (default:
+        a year from today); access_lifetime is that of each access token of this authorization, in seconds."""
         portal, request, now = self.portal, authorization_request(self.portal, url), self.portal.clock.now()
         if self.notes is not None:
             request.notes = self.notes
