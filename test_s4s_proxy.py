@@ -7666,7 +7666,7 @@ class Secrets(unittest.TestCase):
             ("/oauth/register", {"jwks": json.dumps(key), "pem": pem, "y": jwt}))]
         rows += [("/oauth/register", {"data": data}) for data in (
             {"redirect_uris": [], "jwks": {"keys": [key]}}, {"jwks": json.dumps([key]), "key": pem, "x": jwt},
-            {"password": sesame})]
+            {"password": sesame}, {"code": [sesame]})]
         rows += [(f"/x?x={sesame}", {"headers": {name: value, "X-Odd": sesame}}) for name, value in (
             ("Authorization", f"Bearer {sesame}"), ("Proxy-Authorization", f"Basic {sesame}"),
             ("X-Api-Key", sesame), ("X-Auth-Token", sesame), ("Cookie", f"a=1; theirs={sesame}; b=2"))]
@@ -7705,14 +7705,15 @@ class Secrets(unittest.TestCase):
             ask(f"{portal.fhir_url}/Patient/{uuid}?{query}", headers={"Referer": f"https://a.example/{uuid}"})
             ask(app.authorize_url(state=uuid))
             ask(f"{portal.url}/oauth/token", form={"client_id": app.client_id, "scope": "a/b?c=d"})
+            ask(f"{portal.url}/oauth/register", data={"client_name": "x"})
             ask(f"{portal.fhir_url}/Observation", data={"code": {"text": "b=c & d"}, "p": 7})
             sent, shown = portal.requests, [request.redacted() for request in portal.requests]
             self.assertEqual(shown[0]["path"], f"/api/fhir/Patient/{uuid}")
             self.assertEqual(shown[0]["headers"], sent[0].headers)
-            for number in range(3):
+            for number in range(4):
                 self.assertEqual((shown[number]["query"], shown[number]["body"]),
                                  (sent[number].query, sent[number].body))
-            self.assertEqual(json.loads(shown[3]["body"]), {"code": {"text": "b=c & d"}, "p": 7})
+            self.assertEqual(json.loads(shown[4]["body"]), {"code": {"text": "b=c & d"}, "p": 7})
 
     def test_what_hides_secrets_is_quick_whatever_was_sent(self) -> None:
         with s4s.Server() as portal:
