@@ -7345,6 +7345,8 @@ class Fixture(PortalTest):
                 self.assertEqual((got.status, got.headers["www-authenticate"]), (status, challenge))
         self.portal.fail("fhir", status=503)
         self.assertEqual(self.read(token).json["issue"][0]["code"], "transient")
+        self.portal.fail("fhir", error="invalid_token", status=418)
+        self.assertEqual(self.read(token).status, 418)
 
     def test_anyone_without_a_record_must_name_a_patient_and_types_must_be_fhirs(self) -> None:
         with self.assertRaisesRegex(s4s.PortalError, "patient_id is missing"):
