@@ -198,7 +198,7 @@ import functools
 import hashlib
 import hmac
 import html
-import http
+import http.server
 import io
 import itertools
 import json
@@ -9230,7 +9230,7 @@ _HOST = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 REASONS = {status.value: status.phrase for status in http.HTTPStatus}
 
 
-class Listener(socketserver.TCPServer):
+class Listener(http.server.ThreadingHTTPServer):
     """The listening socket, and a thread for each connection."""
     request_queue_size = 1024     # clients that come together wait here; with the default of 5 most fail
     allow_reuse_address = sys.platform != "win32"  # there it would let two servers share a port
@@ -9256,6 +9256,11 @@ class Listener(socketserver.TCPServer):
         except (OSError, OverflowError) as error:
             raise StartError(f"can't listen on {host} port {port}: {error}; --port 0 takes any free one")
         self.socket.setblocking(False)  # a client that is gone before it is accepted holds nobody
+
+    def server_bind(self) -> None:
+        """Bind without HTTPServer's getfqdn, which may ask a name server and wait for seconds."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def accept_until_stopped(self) -> None:
         """Accept connections. A byte on the wake socket ends it; serve_forever polls twice a second."""
@@ -9329,7 +9334,7 @@ class Listener(socketserver.TCPServer):
         self._woken.close()
 
 
-class Handler(socketserver.StreamRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     """One connection. It reads requests strictly, with its own lean parser: that of http.server takes longer
     than all that the portal does."""
     server: Listener
