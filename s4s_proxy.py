@@ -1514,8 +1514,8 @@ def check_redirect_uri(asked: Authorization) -> None:
     bound = asked.portal.settings.pkce or asked.fields.values.get("code_challenge")
     native = bound and client.auth_method == "none" and is_web_url(uri)
     but_for_port = native and without_loopback_port(uri) in map(without_loopback_port, registered)
-    need(uri in registered or but_for_port, f"redirect_uri {uri!r} is not of {client.client_id!r}: expected, "
-         f"to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
+    need(uri in registered or but_for_port, f"redirect_uri {uri!r} is not one of {client.client_id!r}'s: "
+         f"expected, to the letter, {' or '.join(registered)} (RFC 6749 section 3.1.2.3)")
     asked.redirect_uri = uri
     asked.request.note(f"redirect_uri {uri} was registered by {client.client_id}; errors now go there")
 
@@ -1777,7 +1777,7 @@ def approved_categories(offered: Sequence[str], client: Client, checked: Sequenc
     """The categories that the user left checked; the client's own, if none was offered."""
     approved = present_names(checked)
     for label in approved:
-        need(label in offered, f"security_labels: {label!r} is no category offered here.", kind=PageError)
+        need(label in offered, f"security_labels: {label!r} is no category offered here", kind=PageError)
     need(approved or not offered, "security_labels: check at least one, or do not approve.", kind=PageError)
     # A client whose security_labels leave nothing to offer must not get all: an empty list is no limit.
     return approved or present_names(client.metadata.get("security_labels"))
@@ -2093,7 +2093,7 @@ def revoke(portal: Portal, request: Request) -> Response:
 @route("GET,POST,PUT,PATCH,DELETE /api/fhir/{}", "FHIR RESTful API, RFC 6750", cors=True, kind="fhir",
        fault="fhir")
 def fhir(portal: Portal, request: Request) -> Response:
-    """The record of the patient that the access token is for, and nothing else."""
+    """The record of the patient that the access token is for, and nothing else. PATCH, DELETE: refused."""
     if request.rest.startswith(".well-known/"):  # some libraries look for OpenID's document here
         raise FhirError("not-found", f"{request.path}: expected .well-known/smart-configuration", 404)
     row = bearer(portal, request)
@@ -2103,7 +2103,7 @@ def fhir(portal: Portal, request: Request) -> Response:
 
 @route("GET,POST /api/open-fhir/{}", "FHIR RESTful API, S4S", cors=True, kind="fhir", fault="open_fhir")
 def open_fhir(portal: Portal, request: Request) -> Response:
-    """All records, without a token: to look at what there is."""
+    """All records, without a token: to see what there is."""
     need(portal.settings.serves_open_fhir, "open FHIR is off; see --open-fhir", "not-found", 404, FhirError)
     reads = request.method != "POST" or interaction_of("POST", request.rest)[0] in ("search", "everything")
     need(reads, "POST: only [type]/_search and Patient/[id]/$everything", "not-supported", 405, FhirError,
@@ -7499,8 +7499,8 @@ def sign_in_page(portal: Portal, request: Request, username: str, message: str, 
     session_id, asks = browser_session(portal, request) or new_session_id(), None
     with contextlib.suppress(PageError):  # nobody is asking, or not any more
         client, _ = pending_request(portal, dict(parse_qsl(urlsplit(path).query)).get("request", ""))
-        asks = tag("p", f"{client.name} asks to see a health record. Sign in, to this portal alone, and "
-                   "decide: the app does not learn your password.")
+        asks = tag("p", f"{client.name} asks to see a health record. Sign in here and decide: the app "
+                   "does not learn your password.")
     form = post_form(
         portal, request, "/login",
         field("User name", "username", username, autocomplete="username", required=True),
@@ -7516,9 +7516,10 @@ def accounts(portal: Portal) -> Markup:
     """Who can sign in, how, and what each may open."""
     users = [(user["name"], [tag("code", user["username"]), " opens ", records_in_words(portal, user)])
              for user in some_users(portal)]
+    others = portal.records.has_accounts and (
+        " Every other patient signs in by id, with the same password, and opens that record.")
     return card("Test accounts", facts(*users), tag(
-        "p", "Their password is ", tag("code", DEMO_PASSWORD), ", unless fixtures gave them another. Every "
-        "patient who was loaded signs in by id, with the same password, and opens that record."))
+        "p", "Their password is ", tag("code", DEMO_PASSWORD), " unless fixtures gave them another.", others))
 
 
 def some_users(portal: Portal, limit: int = 20) -> Sequence[Row]:
@@ -7872,7 +7873,7 @@ def launch_form(portal: Portal, request: Request, fields: Fields, error: PortalE
                   value="1", checked=not sent or bool(fields.get("need_patient_banner"))),
         tag("button", "Launch", id="launch"), session_id=session_id, class_="card")
     told = tag("p", "As an electronic health record does: the app opens, is told whose record is open here, "
-               "and asks for permission as always. It runs once, within five minutes.")
+               "and asks for permission as always. A launch works once, within five minutes.")
     return page(portal, request, "Launch an app", told, form, status=error.status if error else 200,
                 session_id=session_id)
 
@@ -7913,7 +7914,7 @@ def start_page(portal: Portal, request: Request) -> Response:
             ("FHIR base", tag("code", f"{base}/api/fhir")), ("FHIR version", version),
             ("Clients", tag("ul", clients)),
             ("Discovery", link(portal, "/api/fhir/.well-known/smart-configuration", "every address")),
-            ("More", "README.md beside the program; then the program itself, from its first line."))),
+            ("More", "README.md in its repository; then the program itself, from its first line."))),
         endpoint_list(portal), user=user, script=COPY_SCRIPT)
 
 
@@ -8205,12 +8206,12 @@ function show(record) {
       ...array(order.dosageInstruction || order.dosage).map(dose => dose.text || '')].join(', '))),
     list('Allergies', all('AllergyIntolerance').map(allergy => [words(allergy.code || allergy.substance),
       ...array(allergy.reaction).flatMap(reaction => array(reaction.manifestation).map(words))].join(': '))),
-    list('What the consent left out', [
+    list('What did not come', [
       without('Scopes asked for, not granted: ', kept.asked.scope.split(' '), word => granted.includes(word)),
       without('Types whose search was refused: ', types, type => !record[type].refused),
       without('Kinds of Observation without one: ', kinds, kind => observations.some(isKind(kind))),
       without('Other types without a resource: ', types, type => record[type].refused || all(type).length)],
-      quiet('Such a resource is not in the record, or not shared: an app can not tell which.')));
+      quiet('Such a resource is not in the record, or not shared: an app cannot tell which.')));
   $('patient').hidden = false;
 }
 
@@ -8409,7 +8410,7 @@ OPTIONS = {name: given for name, given in vars(Settings).items() if isinstance(g
 
 
 def fhir_base(url: str) -> str:
-    """A FHIR server's address, such that paths can be put below it: https://a.example/R4 of HTTPS://A.example/R4/."""
+    """A FHIR server's address, to put paths below it: https://a.example/R4 of HTTPS://A.example/R4/."""
     url = url.rstrip("/")
     host = r"(?:[a-z0-9_-]{1,63}(?:\.|(?=[:/]|$)))+|\[[0-9a-f:.]+\]"
     match = re.fullmatch(rf"(?i)(https?://(?:{host})(?::(\d{{1,5}}))?)(/[!-~]*)?", url)
@@ -9575,6 +9576,7 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
     """What a person who starts the server wants to know."""
     settings, url = server.settings, server.url
     names = ", ".join(user["username"] for user in some_users(server.portal))
+    others = ", and every other patient's id" if server.portal.records.has_accounts else ""
     password = f"password {DEMO_PASSWORD} unless --fixtures says another"
     open_to_all = [f"{url}/api/open-fhir/ (every record)"] if settings.serves_open_fhir else []
     if settings.serves_debug:
@@ -9584,7 +9586,7 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
     return "\n".join([
         f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
         f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
-        f"  accounts     {names}, and every loaded patient's id; {password}",
+        f"  accounts     {names}{others}; {password}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}",
         *(f"  environment  {name} took effect" for name in from_environment),
         *(f"  data         {warning}" for warning in server.portal.records.warnings)])
