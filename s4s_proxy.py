@@ -935,7 +935,9 @@ class Request:
 
     def need_type(self, good: object, expected: str) -> None:
         """Refuse a body of another type, or in any coding (RFC 9110 sections 15.5.16 and 12.5.3)."""
-        need(good, f"Content-Type is {self.media_type or 'missing'}; expected {expected}", status=415)
+        if not good:
+            came = self.media_type or "missing"
+            raise PortalError("invalid_request", f"Content-Type is {came}; expected {expected}", 415)
         coding = self.headers.get("content-encoding", "identity")
         need(coding.lower() == "identity", f"Content-Encoding is {coding}; expected none", status=415,
              headers=[("Accept-Encoding", "identity")])
@@ -1977,8 +1979,9 @@ def issue_tokens(portal: Portal, database: sqlite3.Connection, grant: Row, scope
 
 def launch_context(grant: Row) -> Json:
     """What is open, as a token response says it (SMART, "Launch context arrives with your access_token")."""
-    patient = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
-    context = {**patient, **json.loads(grant["context"])}
+    context: Json = {"patient": grant["patient_id"]} if grant["patient_id"] else {}
+    if grant["context"] != "{}":
+        context.update(json.loads(grant["context"]))
     if "need_patient_banner" in context:  # of an EHR launch: the app is to look as if it belonged to us
         context["smart_style_url"] = f"{grant['issuer']}/smart-style/{LOOK_DIGEST}"
     return context
@@ -2028,7 +2031,8 @@ def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None)
         return
     asker = bearer(portal, request, error="invalid_client")
     service, same_grant = asker["username"] is None, row and row["grant_id"] == asker["grant_id"]
-    need(service or same_grant, expected, "invalid_client", 401, headers=[challenge(error="invalid_token")])
+    if not service and not same_grant:
+        raise PortalError("invalid_client", expected, 401, [challenge(error="invalid_token")])
 
 
 def bearer(portal: Portal, request: Request, posted: str = "", error: str = "invalid_token") -> Row:
@@ -8747,9 +8751,10 @@ class Portal:
     def is_ours(self, host: str) -> bool:
         """Whether a Host can only mean this server: a base URL's, loopback's and, where others can reach it,
         the one listened on or any IP address. Others may be pointed here by whoever owns them."""
-        if self.base_url_of(host):
+        if self.settings.base_url and self.base_url_of(host):
             return True
-        name = re.sub(r":\d*$", "", host)  # without the port
+        name, _, port = host.rpartition(":")
+        name = name if port.isdigit() else host
         return is_loopback(name) or (not self.settings.local and (
             bool(re.fullmatch(r"\[.*\]|\d+(\.\d+){3}", name)) or name.lower() == self.settings.host.lower()))
 
