@@ -702,7 +702,7 @@ class ScopeWords(unittest.TestCase):
                 begun = time.process_time()
                 wanted = wanted.rpartition(" ")[0] or wanted
                 self.assertEqual(s4s.negotiate_scope(wanted, granted), wanted)
-                self.assertLess(time.process_time() - begun, 0.15)  # it was a second and more
+                self.assertLess(time.process_time() - begun, 0.5)  # it was a second and more
 
     def test_what_a_scope_means_and_what_is_none(self) -> None:
         many = "patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final"
