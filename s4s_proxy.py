@@ -268,7 +268,8 @@ def length(value: Any) -> int:
 
 # ======================================================================== Part One: the protocol
 # It uses of what stands below: elements, as_list, id_of, reference_of, tokens_of, attachments, DOCUMENT_TYPES
-# (what stands in a resource), search_table and parse_term (the records), fhir_response, outcome, FHIR_TYPE,
+# (what stands in a resource), search_table and parse_term (the records), LAST_SECOND, moment, http_date,
+# same_address, APP_SCHEMES, ACTED_UPON (times and addresses), fhir_response, outcome, FHIR_TYPE,
 # FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest (messages), Connection (19), RsaKey,
 # new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page,
 # LOOK_JSON and LOOK_DIGEST (pages), renew_tables (the portal), scrubbed (test controls).
@@ -708,22 +709,6 @@ class Clock:
         return self.now()
 
 
-LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
-LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: approvals end up to 2 years on
-
-
-def moment(seconds: float) -> datetime.datetime:
-    """A Unix time, UTC. Windows' own calendar ends in the year 3000; this one doesn't."""
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-    return epoch + datetime.timedelta(seconds=int(seconds))
-
-
-@functools.lru_cache(maxsize=1000)
-def http_date(seconds: float) -> str:
-    """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
-    return email.utils.format_datetime(moment(seconds), usegmt=True)
-
-
 # ######################################################################## 5 request, response, route
 
 # Two words for our own address, since with --base-url it may have several. Started with --base-url
@@ -847,26 +832,6 @@ def another_site(portal: Portal, request: Request) -> str:
         ours.append(f"{request.scheme}://{request.host}")
     from_here = (not origin or origin in ours) and site in ("same-origin", "none")
     return "" if from_here else f"Origin is {origin!r}, Sec-Fetch-Site {site!r}"
-
-
-@remembered(4)
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address means this very machine."""
-    host = host.strip("[]").lower()
-    return bool(re.fullmatch(r"::1|(.*\.)?localhost|127(\.\d{1,3}){3}", host))
-
-
-def same_address(one: str, other: str) -> bool:
-    """Whether two URLs are one: a slash at the end doesn't count, and loopback's names are all the same."""
-    loopback = r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
-    return len({re.sub(loopback, r"\1loopback", plain_address(url)) for url in (one, other)}) == 1
-
-
-def plain_address(url: str) -> str:
-    """A URL without what doesn't count (RFC 3986 section 6.2): capitals in scheme and host, the scheme's own
-    port, slashes at the end. That is how browsers write a name in Host and Origin."""
-    url = re.sub("^[^/]*//[^/]*", lambda origin: origin[0].lower(), url.rstrip("/"))
-    return re.sub(r"^(http://[^/]*):80(?=/|$)|^(https://[^/]*):443(?=/|$)", r"\1\2", url)
 
 
 def error_response(portal: Portal, request: Request, route: Route | None, error: PortalError) -> Response:
@@ -1214,28 +1179,6 @@ def is_web_url(uri: Any) -> bool:
         return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
     except ValueError:
         return False
-
-
-# An app's private scheme should be its maker's domain name, backwards (RFC 8252 section 7.1), so one with a
-# period is an app's. Without, an app that registers itself gets only these:
-APP_SCHEMES = frozenset((
-    "cursor", "vscode", "vscode-insiders", "windsurf",  # editors, whose extensions register themselves so
-    "exp",                                              # Expo Go, in which React Native apps are developed
-    "capacitor", "ionic",                               # where apps of these frameworks have their own pages
-    "smartapp"))                                        # the Swift-SMART framework's
-# S4S's old apps have others, which whoever runs this server may list: any but those that browsers and systems
-# act on by themselves, or let any web page act on (web+..., HTML's safelist for registerProtocolHandler).
-# javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
-ACTED_UPON = (
-    r"https?|wss?|s?ftps?|(java|vb|j|live)script|mocha|data|file|blob|about|filesystem|jar|view-source|"
-    r"resource|res|wyciwyg|(google)?chrome.*|(moz|safari|webkit)-.*|firefox.*|edge|opera|brave|vivaldi|"
-    r"devtools|feed|rss|cid|mid|urn|mailto|tel|callto|voicemail|sips?|s?ms|smsto|mms(to)?|rtsp|facetime.*|"
-    r"skype|i?message|im|xmpp|matrix|ircs?|wtai|openpgp4fpr|bitcoin|ethereum|web\+.*|geo|maps|webcal|news|"
-    r"nntp|gopher|magnet|ed2k|microsoft.*|ms-.*|.*-ms|search|bing[a-z]*|xbox.*|onenote.*|calculator|"
-    r"outlook.*|hcp|its|mk|mhtml|shell|jnlps?|intent|content|android-app|package|market|itms.*|macappstores?|"
-    r"g?help|man|info|applescript|shortcuts|workflow|(app-)?prefs|dict|ical|addressbook|music|photos(-.*)?|"
-    r"podcasts?|videos|x-.*|ssh|telnet|rlogin|tn3270|vnc|rdp|ldaps?|smb|cifs|afp|nfs|(web)?davs?|fish|admin|"
-    r"trash|computer|network|apturl|(apt|git|svn)(\+.*)?|snap|steam|z39\.50[rs]")
 
 
 def is_redirect_uri(uri: str, listed: bool = False) -> bool:
@@ -6670,6 +6613,64 @@ STEPS_FROM_R4 = {"r4": (), "stu3": (STU3,), "dstu2": (STU3, DSTU2)}
 
 
 # ######################################################################## 21 messages and JSON
+
+LAST_SECOND = calendar.timegm((9999, 12, 31, 23, 59, 59))  # that a calendar can write
+LAST_NOW = calendar.timegm((9990, 1, 1, 0, 0, 0))          # for the clock: approvals end up to 2 years on
+
+
+def moment(seconds: float) -> datetime.datetime:
+    """A Unix time, UTC. Windows' own calendar ends in the year 3000; this one doesn't."""
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+    return epoch + datetime.timedelta(seconds=int(seconds))
+
+
+@functools.lru_cache(maxsize=1000)
+def http_date(seconds: float) -> str:
+    """A Unix time as HTTP writes it: Thu, 31 May 2018 22:48:43 GMT (RFC 9110 section 5.6.7)."""
+    return email.utils.format_datetime(moment(seconds), usegmt=True)
+
+
+@remembered(4)
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this very machine."""
+    host = host.strip("[]").lower()
+    return bool(re.fullmatch(r"::1|(.*\.)?localhost|127(\.\d{1,3}){3}", host))
+
+
+def same_address(one: str, other: str) -> bool:
+    """Whether two URLs are one: a slash at the end doesn't count, and loopback's names are all the same."""
+    loopback = r"^(https?://)(localhost|127\.0\.0\.1|\[::1\])(?=[:/]|$)"
+    return len({re.sub(loopback, r"\1loopback", plain_address(url)) for url in (one, other)}) == 1
+
+
+def plain_address(url: str) -> str:
+    """A URL without what doesn't count (RFC 3986 section 6.2): capitals in scheme and host, the scheme's own
+    port, slashes at the end. That is how browsers write a name in Host and Origin."""
+    url = re.sub("^[^/]*//[^/]*", lambda origin: origin[0].lower(), url.rstrip("/"))
+    return re.sub(r"^(http://[^/]*):80(?=/|$)|^(https://[^/]*):443(?=/|$)", r"\1\2", url)
+
+
+# An app's private scheme should be its maker's domain name, backwards (RFC 8252 section 7.1), so one with a
+# period is an app's. Without, an app that registers itself gets only these:
+APP_SCHEMES = frozenset((
+    "cursor", "vscode", "vscode-insiders", "windsurf",  # editors, whose extensions register themselves so
+    "exp",                                              # Expo Go, in which React Native apps are developed
+    "capacitor", "ionic",                               # where apps of these frameworks have their own pages
+    "smartapp"))                                        # the Swift-SMART framework's
+# S4S's old apps have others, which whoever runs this server may list: any but those that browsers and systems
+# act on by themselves, or let any web page act on (web+..., HTML's safelist for registerProtocolHandler).
+# javascript: would run in this server's name, ms-msdt: and search-ms: have run programs.
+ACTED_UPON = (
+    r"https?|wss?|s?ftps?|(java|vb|j|live)script|mocha|data|file|blob|about|filesystem|jar|view-source|"
+    r"resource|res|wyciwyg|(google)?chrome.*|(moz|safari|webkit)-.*|firefox.*|edge|opera|brave|vivaldi|"
+    r"devtools|feed|rss|cid|mid|urn|mailto|tel|callto|voicemail|sips?|s?ms|smsto|mms(to)?|rtsp|facetime.*|"
+    r"skype|i?message|im|xmpp|matrix|ircs?|wtai|openpgp4fpr|bitcoin|ethereum|web\+.*|geo|maps|webcal|news|"
+    r"nntp|gopher|magnet|ed2k|microsoft.*|ms-.*|.*-ms|search|bing[a-z]*|xbox.*|onenote.*|calculator|"
+    r"outlook.*|hcp|its|mk|mhtml|shell|jnlps?|intent|content|android-app|package|market|itms.*|macappstores?|"
+    r"g?help|man|info|applescript|shortcuts|workflow|(app-)?prefs|dict|ical|addressbook|music|photos(-.*)?|"
+    r"podcasts?|videos|x-.*|ssh|telnet|rlogin|tn3270|vnc|rdp|ldaps?|smb|cifs|afp|nfs|(web)?davs?|fish|admin|"
+    r"trash|computer|network|apturl|(apt|git|svn)(\+.*)?|snap|steam|z39\.50[rs]")
+
 
 MAX_HEAD = 64 << 10          # bytes of a first line and headers
 _HEADER_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*")
