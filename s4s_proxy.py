@@ -221,7 +221,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["PortalError", "Server", "StartError", "__version__"]
 
 Json = dict[str, Any]  # a JSON object, such as a FHIR resource
@@ -2574,7 +2574,7 @@ def capability_statement(portal: Portal, request: Request, secured: bool) -> Jso
                 {"url": word, "valueUri": known[f"{name}_endpoint"]} for word, name in words.items()]}]}
     statement = {
         "resourceType": "Conformance" if version == "dstu2" else "CapabilityStatement", "status": "active",
-        "date": "2026-11-24", "kind": "instance", "publisher": portal.settings.name,
+        "date": "2026-11-29", "kind": "instance", "publisher": portal.settings.name,
         "fhirVersion": FHIR_VERSIONS[version], "format": ["json", *JSON_TYPES[:3]],
         "software": {"name": "s4s_proxy.py", "version": __version__},
         "implementation": {"description": "A test server with made-up patients",
