@@ -5941,8 +5941,8 @@ class Forwarding:
                 forget_expired(database, "pages", now)
                 database.executemany("INSERT INTO pages VALUES (?, ?, ?, ?, ?)", handles)
                 database.execute(
-                    "DELETE FROM pages WHERE grant_id = ?1 AND rowid <= (SELECT rowid FROM pages WHERE "
-                    "grant_id = ?1 ORDER BY rowid DESC LIMIT 1 OFFSET ?2)", (grant_id, MAX_LINKS))
+                    "DELETE FROM pages WHERE grant_id = ? AND rowid <= (SELECT rowid FROM pages WHERE "
+                    "grant_id = ? ORDER BY rowid DESC LIMIT 1 OFFSET ?)", (grant_id, grant_id, MAX_LINKS))
         for relation, (handle, *_) in zip(self.next_pages, handles):
             links[relation] = f"{self.base}/{path}?_page={handle}"
         return [{"relation": relation, "url": url} for relation, url in links.items()]
@@ -8677,7 +8677,8 @@ class Portal:
         with self.state.transaction() as database:
             account = username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH
             database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", account)
-            database.execute("INSERT OR IGNORE INTO patients VALUES (?1, ?1, ?2, 1, NULL)", account[:2])
+            database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)",
+                             (username, username, name))
         return self.state.row(sql, username)
 
     def patients_of(self, username: str, text: str = "") -> dict[str, str]:
@@ -8705,10 +8706,10 @@ class Portal:
     def fhir_user(self, username: str, patient_id: str | None) -> str:
         """The resource that stands for a user (SMART: fhirUser), for another's record maybe another one."""
         row = self.state.row(
-            "SELECT coalesce((SELECT fhir_user FROM patients WHERE username = ?1 AND patient_id = ?2), "
-            "(SELECT nullif(fhir_user, '') FROM users WHERE username = ?1), "
-            "(SELECT 'Patient/' || patient_id FROM patients WHERE username = ?1 AND is_user), '')",
-            username, patient_id)
+            "SELECT coalesce((SELECT fhir_user FROM patients WHERE username = ? AND patient_id = ?), "
+            "(SELECT nullif(fhir_user, '') FROM users WHERE username = ?), "
+            "(SELECT 'Patient/' || patient_id FROM patients WHERE username = ? AND is_user), '')",
+            username, patient_id, username, username)
         return str(row[0]) if row else ""
 
     def meet_fault(self, endpoint: str) -> Fault | None:
@@ -9158,10 +9159,10 @@ def credentials_in(header: str) -> set[str]:
 def gave_out(portal: Portal, word: str) -> bool:
     """Whether a word is a secret that this portal drew: live, spent or forgotten."""
     word = word.lower() if _UUID.fullmatch(word) else word
-    known = ("SELECT 1 FROM tokens WHERE token = ?1 UNION ALL SELECT 1 FROM sessions WHERE session_id = ?1 "
-             "UNION ALL SELECT 1 FROM launches WHERE launch = ?1 UNION ALL SELECT 1 FROM forgotten "
-             "WHERE secret = ?1 UNION ALL SELECT 1 FROM clients WHERE secret_hash = ?2 LIMIT 1")
-    return bool(portal.state.row(known, word, hash_secret(word)))
+    known = ("SELECT 1 FROM tokens WHERE token = ? UNION ALL SELECT 1 FROM sessions WHERE session_id = ? "
+             "UNION ALL SELECT 1 FROM launches WHERE launch = ? UNION ALL SELECT 1 FROM forgotten "
+             "WHERE secret = ? UNION ALL SELECT 1 FROM clients WHERE secret_hash = ? LIMIT 1")
+    return bool(portal.state.row(known, word, word, word, word, hash_secret(word)))
 
 
 def scrubbed(portal: Portal, text: str) -> str:
