@@ -7624,9 +7624,14 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
     name = patient_id and portal.patient_name(user["username"], patient_id)
     whose = f"the health record of {name}" if name else "what you may see here"
     writing = writing_in_words(details["scope"])
-    aim = f"{whose}, and to {writing} records there" if writing else whose
-    asked = f"{client.name} asks to see {aim}. You decide whether it may, what it sees, and until when."
-    points = (f"I want {client.name} to see {aim}.",
+    aim, review = f"see {whose}", f"will see, of {whose}, what you leave checked"
+    if writing and not letters_of(details["scope"]).isdisjoint("rs"):
+        aim += f", and to {writing} records there"
+        review += f", and may {writing} records of these kinds"
+    elif writing:
+        aim, review = f"{writing} records in {whose}", f"may {writing} there, of the kinds left checked"
+    asked = f"{client.name} asks to {aim}. You decide whether it may, what of it, and until when."
+    points = (f"I want {client.name} to {aim}.",
               "What the app does with the data afterwards is up to the app, not to this portal.",
               "I can stop sharing at any time, on the page \"Apps you share with\".")
 
@@ -7635,12 +7640,11 @@ def consent_page(portal: Portal, request: Request, user: Row, client: Client, de
         return tag("section", heading, *content, class_="card")
     boxes = [check_box(point, class_="glyphbox", rel="confirm", required=True, checked=bool(error))
              for point in points]
-    may = f", and may {writing} records of these kinds" if writing else ""
     steps = [
         step(1, "What this is", tag("p", asked), app_facts(client, details),
              scope_list(portal, client, details["scope"]), CONTINUE, REFUSE),
         step(2, "Confirm each point", boxes, CONTINUE, BACK),
-        step(3, "Review", tag("p", f"{client.name} will see, of {whose}, what you leave checked{may}:"),
+        step(3, "Review", tag("p", f"{client.name} {review}:"),
              what_to_share(portal, client, details, patient_id, request.form() if error else [],
                            what_is_wrong(error, "security_labels", "approval_expires")),
              tag("button", "Approve", id="authorize", name="decision", value="approve"), REFUSE, BACK)]
@@ -7670,8 +7674,12 @@ VERBS = {"r": "open", "s": "search", "c": "add", "u": "change"}
 
 def writing_in_words(scope: str) -> str:
     """What a scope lets its bearer do to records beside reading: "add", "change", both, or ""."""
-    letters = set[str]().union(*(parsed.letters for parsed in resource_scopes(scope)))
-    return " and ".join(VERBS[letter] for letter in "cu" if letter in letters)
+    return " and ".join(VERBS[letter] for letter in "cu" if letter in letters_of(scope))
+
+
+def letters_of(scope: str) -> set[str]:
+    """The letters of a scope's resource scopes, all together."""
+    return set[str]().union(*(parsed.letters for parsed in resource_scopes(scope)))
 
 
 def scope_list(portal: Portal, client: Client, scope: str) -> list[Markup]:

@@ -6790,9 +6790,12 @@ class ConsentPage(PortalTest):
                 main = self.consent("launch/patient " + scope).main
                 self.assertEqual("It can change nothing" in main, not words)
                 self.assertEqual("It can delete nothing" in main, bool(words))
+                self.assertEqual("What it writes stays there" in main, bool(words))
                 for sentence in (f"to see the health record of Daniel Adams, and to {words} records there.",
-                                 "What it writes stays there", f"and may {words} records of these kinds"):
-                    self.assertEqual(sentence in main, bool(words), sentence)
+                                 f"and may {words} records of these kinds"):
+                    self.assertEqual(sentence in main, bool(words) and scope != "patient/*.c", sentence)
+                self.assertEqual("asks to add records in the health record of Daniel Adams" in main
+                                 and "may add there, of" in main, scope == "patient/*.c")
                 App(self.portal, "launch/patient " + scope).tokens()
                 page = self.browser.open(self.portal.url + "/apps").text
                 self.assertEqual(f"It may {words} records of these kinds." in page, bool(words))
