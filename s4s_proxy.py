@@ -2717,7 +2717,7 @@ def jwks(portal: Portal, request: Request) -> Response:
 @route("GET,POST /oauth/userinfo", "OpenID Connect Core section 5.3", cors=True, fault="userinfo")
 def userinfo(portal: Portal, request: Request) -> Response:
     """Who the user of an access token is: what the id_token says, and the name if the app may know it."""
-    in_form = request.media_type == "application/x-www-form-urlencoded"
+    in_form = request.method == "POST" and request.media_type == "application/x-www-form-urlencoded"
     posted = Fields(request.form()).get("access_token") if in_form else ""
     need(not posted or bearer_value(request) is None, "the token is given twice, in header and form",
          headers=[challenge(error="invalid_request")])
@@ -3132,6 +3132,11 @@ def id_of(resource: Json) -> str | None:
     """A resource's id; None where it has none that FHIR allows."""
     key = resource.get("id")
     return key if isinstance(key, str) and FHIR_ID.fullmatch(key) else None
+
+
+def holds_another(resource: Json, text: str) -> bool:
+    """Whether a resource's JSON text holds one besides itself and its contained ones, where FHIR has none."""
+    return text.count('"resourceType"') != 1 + len(as_list(resource.get("contained")))
 
 
 def reference_of(element: Any) -> str:
@@ -4165,9 +4170,7 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
         text.encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise PortalError("invalid_request", f"can't be written as JSON: {error}")
-    whose = owner(resource)
-    if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
-        whose = UNKNOWN  # a resource stands where FHIR has none
+    whose = UNKNOWN if holds_another(resource, text) else owner(resource)
     row = (resource["resourceType"], resource["id"], whose, " ".join(categories(resource)), updated,
            meta["versionId"], text)
     return Prepared(resource, row, search_values(resource, version), _waits_for(text, version), given)
@@ -5531,6 +5534,7 @@ class ForwardedRecords(Records):
                    f"{asked.type}: not served, since it can't be told whose record it is in")
 
     def answer(self, asked: FhirRequest) -> Response:
+        """What the FHIR server answers, judged: the methods of Forwarding are named as the interactions."""
         return cast(Response, getattr(Forwarding(self, asked), asked.interaction)())
 
     def describe(self, statement: Json, secured: bool) -> None:
@@ -5565,6 +5569,7 @@ class ForwardedRecords(Records):
                 if resource.get("resourceType") == type_name and id_of(resource)]
 
     def patient_name(self, patient_id: str) -> str | None:
+        """As the server has it, asked in the portal's own name; FhirError if it can't be asked."""
         answer = self.upstream.ask(f"{self.upstream.base}/Patient/{quote(patient_id, safe='')}")
         return None if answer.status in (404, 410) else display_name(self.upstream.resource(answer, "")[0])
 
@@ -5585,10 +5590,12 @@ class ForwardedRecords(Records):
         return {person["id"]: str(person.get("birthDate", "")) for person in people}
 
     def visits(self, patient_id: str) -> list[Json]:
+        """The first hundred that the server gives, less those that turn out to be another patient's."""
         query = f"patient={quote(patient_id, safe='')}&_count=100"
         return [visit for visit in self._all("Encounter", query) if owner(visit, NOWHERE) == patient_id]
 
     def load(self, document: Json) -> int:
+        """Refused: nothing is kept here."""
         raise PortalError("invalid_request", "the records are the FHIR server's: load them there")
 
     def reset(self) -> None:
@@ -5598,6 +5605,7 @@ class ForwardedRecords(Records):
         self.upstream.forget()
 
     def close(self) -> None:
+        """Close the idle connections."""
         self.upstream.close()
 
 
@@ -5699,6 +5707,7 @@ class FetchedResource(Resource):
             forwarding.owners[f"{self.type}/{self.id}"] = self.owner
 
     def is_pointed_to(self, access: Access) -> bool:
+        """See Resource; the server is asked for the record's documents."""
         return self.forwarding.finds_binary(str(self.id))
 
 
@@ -5794,7 +5803,7 @@ class Forwarding:
         if resource.get("resourceType") == "Provenance":
             self.find_targets([resource])
         placed = FetchedResource(resource, self)
-        if text.count('"resourceType"') != 1 + len(as_list(resource.get("contained"))):
+        if holds_another(resource, text):
             placed.owner = UNKNOWN
         return placed
 
@@ -5828,11 +5837,9 @@ class Forwarding:
         return fhir_response(asked.request, text, status, headers, self.version_of(answer))
 
     def may_see(self, resource: Json, text: str) -> bool:
-        """Whether a resource may be seen, and its text holds no other than this one and its contained ones:
-        none under a member given twice, none in a place where FHIR has none."""
-        return self.access.unlimited or (
-            text.count('"resourceType"') == 1 + len(as_list(resource.get("contained")))
-            and self.access.may_see(FetchedResource(resource, self), self.letters))
+        """Whether a resource may be seen, and its text holds no other."""
+        return self.access.unlimited or (not holds_another(resource, text) and self.access.may_see(
+            FetchedResource(resource, self), self.letters))
 
     def find_targets(self, provenances: Iterable[Json]) -> None:
         """Ask whose that is which Provenances are about, a type at a time, if it did not come with them."""

@@ -699,10 +699,10 @@ class ScopeWords(unittest.TestCase):
                                 (long[2], long[2]), (many, many),
                                 (many, many.replace("=a&", "=a&status=x&")[:8000])):
             with self.subTest(granted[-30:]):
-                begun = time.process_time()
+                begun = time.thread_time()
                 wanted = wanted.rpartition(" ")[0] or wanted
                 self.assertEqual(s4s.negotiate_scope(wanted, granted), wanted)
-                self.assertLess(time.process_time() - begun, 0.5)  # it was a second and more
+                self.assertLess(time.thread_time() - begun, 0.15)  # it was a second and more
 
     def test_what_a_scope_means_and_what_is_none(self) -> None:
         many = "patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final"
@@ -2715,6 +2715,7 @@ class OnePatientAndNothingElse(RecordTest):
         self.put(made(f"Patient/{OTHER}", name=[{"text": HIDDEN}]), theirs,
                  {**theirs, "id": "more"}, observation("mine"), observation("draft", status="preliminary"),
                  observation("performed", performer=[other]), observation("containing", contained=[theirs]),
+                 observation("nesting", extension=[{"valueX": theirs}]),  # where FHIR has no resource
                  observation("group", subject=to("Group/1"), code=code),
                  made("Practitioner/dr"), {**their_doc, "description": HIDDEN},
                  document("my-doc", ME, "Binary/my-file"), {**binary, "id": "my-file", "data": "aGk="},
@@ -2756,9 +2757,9 @@ class OnePatientAndNothingElse(RecordTest):
         for how in hows:
             for kind, *paths in (
                     ("", "Observation/theirs", "DocumentReference/their-doc", "Observation/theirs/_history/1",
-                     "Observation/absent/_history/1", "Observation/containing", "Observation/group",
-                     "Observation/deleted", "Binary/deleted", "Binary/their-file", "Binary/orphan",
-                     "Binary/their-own"), ("category", "Observation/mine", f"Patient/{ME}", "Binary/my-file"),
+                     "Observation/absent/_history/1", "Observation/containing", "Observation/nesting",
+                     "Observation/group", "Observation/deleted", "Binary/deleted", "Binary/their-file",
+                     "Binary/orphan", "Binary/their-own"), ("category", "Observation/mine", f"Patient/{ME}", "Binary/my-file"),
                     ("parameter", "Observation/draft")):
                 for path in paths:
                     with self.subTest(kind, path=path, how=how):
@@ -2906,7 +2907,7 @@ class OnePatientAndNothingElse(RecordTest):
         mine, clinician = observation("mine"), self.issue("user/*.crus", username="clinician")
         cases: Any = (
             *(("not to be seen", 404, f"Observation/{name}") for name in (
-                "theirs", "absent", "deleted", "containing", "group")),
+                "theirs", "absent", "deleted", "containing", "nesting", "group")),
             ("another's file", 404, "Binary/their-file", made("Binary/their-file")),
             ("a file that says not whose", 403, "Binary/my-file",
              made("Binary/my-file", securityContext=mine["subject"])),
@@ -4266,6 +4267,7 @@ class Identity(PortalTest):
                 ("two ways at once", {"token": tokens["access_token"], "form": form}, 400, "invalid_request"),
                 ("twice", {"form": [*form.items(), *form.items()]}, 400, ""),
                 ("a bad one", {"form": {"access_token": "x"}}, 401, "invalid_token"),
+                ("in a GET's body (2.2)", {"method": "GET", "form": form}, 401, 'Bearer realm="s4s"'),
                 ("none", {"form": {"token": "x"}}, 401, 'Bearer realm="s4s"')):
             with self.subTest(why):  # RFC 6750 section 2: a client must not use more than one method
                 got = self.at("/oauth/userinfo", **how)
@@ -8476,7 +8478,7 @@ class Repository(unittest.TestCase):
         for route in s4s.ROUTES:
             self.assertTrue(route.spec and route.endpoint.__doc__, route)
         body = self.sources[0].body
-        overriding = {"setup", "finish", "readable", "readinto", *dir(s4s.Records), *dir(s4s.Resource)}
+        overriding = ("readable", "readinto")  # the standard library says what these do
         inner = [node for kind in body if isinstance(kind, ast.ClassDef) for node in kind.body]
         for node in [*body, *inner]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
