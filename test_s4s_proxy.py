@@ -2759,7 +2759,8 @@ class OnePatientAndNothingElse(RecordTest):
                     ("", "Observation/theirs", "DocumentReference/their-doc", "Observation/theirs/_history/1",
                      "Observation/absent/_history/1", "Observation/containing", "Observation/nesting",
                      "Observation/group", "Observation/deleted", "Binary/deleted", "Binary/their-file",
-                     "Binary/orphan", "Binary/their-own"), ("category", "Observation/mine", f"Patient/{ME}", "Binary/my-file"),
+                     "Binary/orphan", "Binary/their-own"),
+                    ("category", "Observation/mine", f"Patient/{ME}", "Binary/my-file"),
                     ("parameter", "Observation/draft")):
                 for path in paths:
                     with self.subTest(kind, path=path, how=how):
