@@ -141,10 +141,10 @@ Follow one request, downwards: of a person who has signed in, from the app's que
 
 Legend: the field's own names.
 
-    FHIR           HL7's standard for health records as JSON over HTTP; a resource is a piece of a
-                   record; a Bundle holds several, a Binary a file, an OperationOutcome says what went
-                   wrong; a compartment is all the resources of one patient
-    SMART          SMART App Launch: how apps and FHIR servers use OAuth
+    FHIR           HL7's standard for health records as JSON over HTTP (versions DSTU2, STU3, R4); a resource
+                   is a piece of a record; a Bundle holds several, a Binary a file, a Provenance says who made
+                   what, an OperationOutcome what went wrong; a compartment is one patient's ($everything)
+    SMART          SMART App Launch: how apps and FHIR servers use OAuth; SMART 1 and 2 are its versions
     EHR            electronic health record: the software of a clinic, which may launch apps
     S4S            Sync for Science, whose "SMART Example Server" of 2018 this file follows
     client         an app, as the authorization server knows it (RFC 6749 section 1.1): public if it
@@ -274,11 +274,11 @@ def length(value: Any) -> int:
 # new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page,
 # LOOK_JSON and LOOK_DIGEST (pages), renew_tables (the portal), scrubbed (test controls).
 #
-# Every function is handed the portal (section 25): portal.settings is the command line, portal.state the
+# Most functions are handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
 # portal.user(name), portal.patients_of(name) and portal.patient_name(name, id) look up; portal.is_ours(host)
-# says whether a Host names us; portal.meet_fault(name) fails where a test says so; portal.recorded and
-# portal.log keep what happened. portal.base and portal.browser_base: see section 5.
+# says whether a Host names us; portal.meet_fault(name) makes the trouble (fault) a test ordered;
+# portal.recorded and portal.log keep what happened. portal.base and portal.browser_base: see section 5.
 
 
 # ######################################################################## 1 errors
@@ -308,7 +308,7 @@ class PageError(PortalError):
 
 class RedirectError(PortalError):
     """An authorization error that travels to the app (RFC 6749 section 4.1.2.1): the browser goes to `url`.
-    Only for a client and redirect URI found good: else we would send people anywhere (section 10.15)."""
+    Only for a client and redirect URI found good: else we would send people anywhere (its section 10.15)."""
     def __init__(self, error: PortalError, url: str):
         super().__init__(error.error, error.description)
         self.url = url
@@ -449,7 +449,7 @@ def covered(registered: str, word: str) -> str:
     wanted = parse_scope(word)
     if wanted:
         kept, whose = scopes_by_value(registered), wanted.context
-        # Only what has this type or *, and no ?param=value or one of these, can cover it.
+        # What can cover it is kept under its type or *, no ?param=value or any one of its own (section 16).
         places = [("", ""), *((name, min(_COMMA.split(values))) for name, values in wanted.constraints)]
         letters = set[str]()
         for type_name, place in itertools.product((wanted.type, "*"), places):
@@ -476,9 +476,9 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
 
 
 def grantable(word: str, registered: str, contexts: Sequence[str]) -> str:
-    """What of one word of a scope can be granted, "" for nothing. A word of SMART 1 keeps its spelling (read,
-    write, *), so of it c and u come both or not at all. A constraint that can't be kept is an error: without
-    it, more would be granted."""
+    """What of one word of a scope can be granted, "" for nothing. A word of SMART 1 (read,
+    write, *) gives c and u both or not at all, and stays such a word if one says what is left. A constraint
+    that can't be kept is an error: without it, more would be granted."""
     parsed = parse_scope(word)
     head, question, constraints = word.partition("?")
     if not parsed:
@@ -688,7 +688,7 @@ def forget_expired(database: sqlite3.Connection, table: str, now: float, which: 
 
 
 class Clock:
-    """The one clock. Nothing else reads the time, so a test that moves it moves every expiry."""
+    """The one clock. Nothing else reads the time of day, so a test that moves it moves every expiry."""
     def __init__(self) -> None:
         self.offset = self._system = 0.0
         self._lock = threading.Lock()
@@ -755,7 +755,7 @@ def find_route(request: Request) -> Route | None:
 
 @functools.cache
 def _routes_by_path() -> tuple[dict[str, Route], list[tuple[str, Route]]]:
-    """The routes whose path is fixed, by it, and the others with what their path begins with."""
+    """The routes by path; apart from them those that end in {}, with what stands before it."""
     return ({route.path: route for route in ROUTES if not route.path.endswith("{}")},
             [(route.path[:-2], route) for route in ROUTES if route.path.endswith("{}")])
 
@@ -795,9 +795,9 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
             return Response(204, headers=[allowed, *preflight(request)] if route.cors else [allowed])
         description = f"{method} is not possible here; possible are {allowed[1]}"
         raise PortalError("invalid_request", description, 405, [allowed])
-    if request.broken and method not in ("PATCH", "DELETE"):  # those are refused whatever the body
+    if request.broken and method not in ("PATCH", "DELETE"):  # their body is never read
         raise request.broken
-    # An authorization error may travel: see begin_authorization.
+    # Trouble that a test ordered. authorize makes its own, which may go to the app: begin_authorization.
     fault = portal.meet_fault(route.fault) if route.fault != "authorize" else None
     response = route.endpoint(portal, request)
     return fault.changed(response) if fault else response
@@ -806,7 +806,7 @@ def serve(portal: Portal, request: Request, route: Route | None) -> Response:
 def check_host(portal: Portal, request: Request) -> None:
     """Refuse names that aren't ours while anyone who can reach us is trusted: else a page elsewhere points
     its own name at this machine (DNS rebinding) and reads our answers. And without base URLs, where the name
-    asked for becomes the issuer: else aud would be whatever a false server calls itself."""
+    asked for becomes the issuer: else a false server that forwards to us would be the right aud."""
     settings = portal.settings
     trusting = settings.local or settings.serves_debug or settings.serves_open_fhir
     if (trusting or not settings.base_url) and not portal.is_ours(request.host):
@@ -1100,7 +1100,7 @@ METADATA_CHOICES: dict[str, Sequence[str]] = {
 
 def client_metadata(metadata: Json, listed: bool = False) -> Json:
     """Client metadata, checked, with its defaults. What is unknown is not registered and not given back: an
-    app would take it for a promise (RFC 7591 section 3.2.1). client_name#fr is a name in French (2.2).
+    app would take it for a promise (RFC 7591 section 3.2.1). client_name#fr is French (section 2.2).
     `listed`: by whoever runs this server, in --client or --fixtures."""
     members = METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}
     known = {name: value for name, value in metadata.items() if name.partition("#")[0] in members}
@@ -1108,7 +1108,7 @@ def client_metadata(metadata: Json, listed: bool = False) -> Json:
             "scope": DEFAULT_SCOPE, "token_endpoint_auth_method": "client_secret_basic", **known}
     for name in known:
         check_member(kept, name)
-    code = ["code"] if "authorization_code" in kept["grant_types"] else []  # else only a backend service
+    code = ["code"] if "authorization_code" in kept["grant_types"] else []  # none: a backend service
     kept.setdefault("response_types", code)
     # The answer "code" and its grant type come together, or the app could ask for what it can't use.
     need_member(set(kept["response_types"]) == set(code), kept, "response_types",
@@ -1153,8 +1153,8 @@ def check_member(metadata: Json, name: str) -> None:
 
 
 def check_keys(metadata: Json) -> None:
-    """Keys that are weak, or came with their private half, prove nothing, and no keys prove less (SMART,
-    "Client Authentication: Asymmetric"). Keys of other kinds may be for something else."""
+    """Refuse keys that are weak or came with their private half (key_set), and private_key_jwt without keys
+    (SMART, "Client Authentication: Asymmetric"). Keys of other kinds may be for something else."""
     given = {"jwks", "jwks_uri"} & metadata.keys()
     # Of two sets, one would be forgotten when a stolen key is taken out of the other (RFC 7591 section 2).
     need_member(len(given) < 2, metadata, "jwks_uri", "not to stand beside jwks")
@@ -1189,7 +1189,7 @@ def is_redirect_uri(uri: str, listed: bool = False) -> bool:
     (True, False, True)
     """
     private = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):[!-~]+", uri)
-    scheme = private[1].lower() if private else "about"  # which is acted upon, so refused
+    scheme = private[1].lower() if private else "about"  # no URI: one of ACTED_UPON
     an_apps = (listed or "." in scheme or scheme in APP_SCHEMES) and not re.fullmatch(ACTED_UPON, scheme)
     return "#" not in uri and (is_web_url(uri) or an_apps)
 
@@ -1233,7 +1233,7 @@ def client_of_secret(portal: Portal, form: Fields, given_id: str, given_secret: 
     """The client of an id and a secret, or of an id without one; PortalError 401, 400 if two ids differ."""
     # RFC 6749 section 2.3.1 form-encodes both before base64; many clients don't. Either way is taken.
     pairs = [(given_id, given_secret), (decode_plus(given_id), decode_plus(given_secret))]
-    need(form.get("client_id", given_id) in (given_id, pairs[1][0]),
+    need(form.get("client_id", given_id) in (given_id, decode_plus(given_id)),
          "client_id differs from the one in the Authorization header")
     if not given_id:
         raise invalid_client("no client authentication: send HTTP Basic, client_id and client_secret, "
@@ -1356,8 +1356,8 @@ def new_session_id() -> str:
 
 
 def browser_session(portal: Portal, request: Request) -> str:
-    """The session id in this browser's cookie, "" if none. A value that `new_session_id` can't have drawn was
-    planted by a neighbour, and gets into no header and no page."""
+    """The session id in this browser's cookie, "" if none; sign_in_page draws one before a sign-in. What
+    `new_session_id` can't have drawn a neighbour planted: it gets into no header and no page."""
     value = request.cookie(cookie_name(portal))
     return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
 
@@ -1453,7 +1453,7 @@ def check_client(asked: Authorization) -> None:
 def check_redirect_uri(asked: Authorization) -> None:
     """One of those registered, to the letter, or somebody else may get the code (RFC 6749 section 3.1.2.3).
     Only the port may differ, of a native app that listens on this machine (RFC 8252 section 7.3, RFC 9700
-    section 4.1.3): what listens on another can't use a code that PKCE binds, only one that nothing binds."""
+    section 4.1.3), and only with PKCE: another program that listens there gets a code, but no verifier."""
     uri, client = asked.fields.need("redirect_uri"), asked.client
     registered = uris_of(client, asked.portal.browser_base(asked.request), "redirect_uris")
     bound = asked.portal.settings.pkce or asked.fields.values.get("code_challenge")
@@ -1471,8 +1471,8 @@ def uris_of(client: Client, base: str, member: str) -> list[str]:
 
 
 def check_audience(asked: Authorization) -> None:
-    """The FHIR server that the app means must be this one: else a false server could fetch tokens for the
-    true one (SMART). Finds the issuer: the name that the app knows us by. In RFC 8707 aud is `resource`."""
+    """The FHIR server that the app means must be this one: a false one may name us as its portal, to be shown
+    tokens that open ours (SMART). Finds the issuer: what the app calls us. In RFC 8707 aud is `resource`."""
     settings, fields = asked.portal.settings, asked.fields
     name = "aud" if fields.get("aud") else "resource"
     if not fields.get(name):
@@ -1483,7 +1483,7 @@ def check_audience(asked: Authorization) -> None:
     ours = [base for base in bases if same_address(audience, base + "/api/fhir")]
     need(ours, f"{name} is {audience!r}; this server's FHIR base is {asked.issuer}/api/fhir",
          "invalid_target" if name == "resource" else "invalid_request")
-    # Without base URLs, every document gave the app our addresses in the name that it used itself.
+    # Without base URLs, all our documents call us what the app called us: so what it sent is our name.
     asked.issuer = ours[0] if settings.base_url else audience[:-len("/api/fhir")]
     asked.request.note(f"aud is this server's FHIR base, known to the app as {asked.issuer}")
 
@@ -1496,7 +1496,7 @@ def check_state(asked: Authorization) -> None:
 
 def check_response_type(asked: Authorization) -> None:
     """Only the code flow, and only the answer in the query; from a client that registered for it. Plain
-    parameters, no objects (OpenID Connect Core sections 6 and 7.2.1)."""
+    parameters, none in a signed object (OpenID Connect Core sections 6 and 7.2.1)."""
     kind, mode = asked.fields.need("response_type"), asked.fields.get("response_mode", "query")
     need(kind == "code", f"response_type is {kind!r}; expected code", "unsupported_response_type")
     need(mode == "query", f"response_mode is {mode!r}; expected query")
@@ -1507,7 +1507,7 @@ def check_response_type(asked: Authorization) -> None:
 
 
 def check_pkce(asked: Authorization) -> None:
-    """A challenge from every public client (but see --no-pkce): it alone ties code to app (RFC 7636)."""
+    """A challenge from every public client (see --no-pkce, --strict): it ties code to app (RFC 7636)."""
     code_challenge, method = asked.fields.get("code_challenge"), asked.fields.get("code_challenge_method")
     settings = asked.portal.settings
     if not code_challenge:
@@ -1559,8 +1559,8 @@ def check_prompt(asked: Authorization) -> None:
 
 def check_launch(asked: Authorization) -> None:
     """The EHR's launch that the app answers (SMART, "Launch App: EHR Launch"), from now on this app's alone.
-    Its handle counts whatever the scope: many bring one with launch/patient. The scope launch without one
-    stays beside launch/patient, in an app that can start either way, else goes (RFC 6749 section 3.3)."""
+    A handle counts whatever the scope, as many bring one with launch/patient. Without a handle the scope
+    launch is dropped, unless launch/patient is there too: that app can start either way."""
     handle, words, client_id = asked.fields.get("launch"), asked.scope.split(), asked.client.client_id
     if not handle:
         if "launch" in words and "launch/patient" not in words:
@@ -1581,7 +1581,7 @@ def check_launch(asked: Authorization) -> None:
 
 
 # In the order that safety needs. Until the first three have passed, nobody knows where a redirect would lead.
-# Then check_audience: an error that travels may say who answers (iss). Only the last changes anything.
+# Then check_audience: an error that travels may say who answers (iss). Only the last writes a table.
 # Where everybody may register, a link here with an error leads to a page of anybody's choice, by way of a
 # trusted host. RFC 9700 section 4.11.2 would ask the user first; S4S's scripts expect to be redirected.
 PAGE_CHECKS = (check_lengths, check_client, check_redirect_uri)
@@ -1624,7 +1624,7 @@ def consent(portal: Portal, request: Request) -> Response:
             here = portal.browser_base(request) + "/oauth/consent"
             return redirect(with_query(here, request=request_id, patient_id=patient_id or ""))
         return consent_page(portal, request, user, client, details, request_id, patient_id)
-    labels = [value for name, value in request.form() if name == "security_labels"]
+    labels = [value for name, value in request.form() if name == "security_labels"]  # a box each
     try:
         grant = new_grant(portal, client, user["username"], patient_id, details, labels,
                           fields.get("approval_expires"), fields.get("encounter_id"), user["started"])
@@ -1697,7 +1697,7 @@ class Grant(NamedTuple):
 
 def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json,
               labels: Sequence[str], until: str, encounter_id: str, signed_in: float) -> Grant:
-    """What the consent form says, as a grant for the patient of `whose_record`; else PageError."""
+    """A grant for `whose_record`'s patient: the scope asked for, less what was unchecked; else PageError."""
     approved = approved_categories(offered_categories(portal, client, details["scope"]), client, labels)
     expires = end_of_approval(until, portal.clock.now())
     context = context_with_visit(portal, patient, details, encounter_id)
@@ -1764,7 +1764,7 @@ def end_of_approval(until: str, now: float) -> float:
 
 def end_of_day(date: str) -> float:
     """The last second of a day, UTC; ValueError for what is no date."""
-    day = datetime.date.fromisoformat(date if re.fullmatch("[0-9-]{10}", date) else "")  # weeks are none
+    day = datetime.date.fromisoformat(date if re.fullmatch("[0-9-]{10}", date) else "")  # not 2024-W01-1
     return calendar.timegm(day.timetuple()) + DAY - 1.0
 
 
@@ -1906,7 +1906,7 @@ def check_code(row: Row, redirect_uri: str, verifier: str) -> None:
 def issue_tokens(portal: Portal, database: sqlite3.Connection, grant: Row, scope: str, now: float,
                  offline: bool, lifetime: float | None = None) -> Json:
     """An access token for the scope, in an answer of RFC 6749 section 5.1; with a refresh token for all that
-    was granted, if `offline`. It lasts as long as the approval, which the access token never outlives."""
+    was granted, if `offline`. That one lasts as long as the approval; no access token outlives it."""
     insert, grant_id = "INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, 0, ?)", grant["grant_id"]
     access, end, refresh_token = new_token(), grant["approval_expires"], None
     said = grant["access_lifetime"] if lifetime is None else lifetime
@@ -1980,7 +1980,7 @@ def check_asker(portal: Portal, request: Request, form: Fields, row: Row | None)
 
 def bearer(portal: Portal, request: Request, posted: str = "", error: str = "invalid_token") -> Row:
     """The access token of a request, or the one `posted` in its form (RFC 6750 section 2.2); else PortalError
-    401. Without one, it is only told that it takes one: an error code is for those that tried (3.1)."""
+    401. Who sends none is told only to send one: an error code is for those that tried (section 3.1)."""
     value = posted or bearer_value(request)
     if value is None:
         raise PortalError("invalid_token", "no token: send Authorization: Bearer ...", 401, [challenge()])
@@ -2112,8 +2112,8 @@ def fhir_request(request: Request, access: Access, base: str, grant_id: str) -> 
     interaction, parts = interaction_of(method, request.rest)
     if not interaction:
         told = f"{request.method} {request.path}: {POSSIBLE}"
-        is_a_path = method == "GET" and request.rest and "$" not in unquote(request.rest)
-        permit(is_a_path, told)  # to read it would be allowed, were it there; all else isn't
+        harmless = method == "GET" and request.rest and "$" not in unquote(request.rest)
+        permit(harmless, told)  # writing, or running something ($), is forbidden: 403; no such thing: 404
         raise FhirError("not-supported", told, 404)
     take_parameters(request, interaction)
     return FhirRequest(request, access, base, grant_id, interaction, **parts)
@@ -2153,14 +2153,14 @@ def judge_write(records: Records, asked: FhirRequest, new: Resource, stored: Res
     access, sent = asked.access, f"the {asked.type} sent"
     if asked.interaction == "update":
         if not stored or not access.may_see(stored, "r" if access.allows(asked.type, "r") else "u"):
-            raise not_in_record(asked)
+            raise not_in_record(asked)  # judged by u where the token reads nothing: 403 would say it is there
         permit(access.may_write(stored, "u"), f"{asked.path} may be read with this token, but not changed")
         permit(new.owner == stored.owner, f"{sent} is not in the record of the one before it")
         known = (asked.request.headers.get("if-match") or "*").replace("W/", "")  # FHIR's tags are weak
         need({"*", tag.replace("W/", "")}.intersection(map(str.strip, known.split(","))),
              f"If-Match is {known}: {asked.path} is of another version", "conflict", 412, FhirError)
     permit(stored or asked.type != "Patient", "a Patient can't be created here")
-    # Only the log is told whose it is: a Provenance's answer would say whose its targets are, id by id.
+    # Only the log is told whose it is: an app could list ids in a Provenance and learn whose each is.
     asked.request.note(f"to be written: its patient is {new.owner!r}, its categories {new.categories()}")
     permit(access.may_write(new, LETTERS_OF[asked.interaction]),
            f"{sent} may not be written with this token: it, with all within it, must be of a patient, of a "
@@ -2171,8 +2171,8 @@ def judge_write(records: Records, asked: FhirRequest, new: Resource, stored: Res
 
 
 def not_in_record(asked: FhirRequest) -> FhirError:
-    """The one answer to a read of what is not there, was deleted, is another patient's, or outside of the
-    token's categories and ?param=value. Two answers would let an app count what is hidden, id by id."""
+    """The one answer to a read of what is not there, was deleted, is another's (a Patient: see answer_fhir),
+    or outside of the token's categories and ?param=value. Two would let an app count what is hidden."""
     return FhirError("not-found", f"there is no {asked.type}/{asked.id} among what may be read here", 404)
 
 
@@ -2191,7 +2191,7 @@ class Resource:
         return categories(self.content)
 
     def is_pointed_to(self, access: Access) -> bool:
-        """Of a Binary: whether a document that may be seen points to it."""
+        """Of a Binary: whether a document that may be seen points to it. Sections 18 and 19 say so."""
         return False
 
 
@@ -2207,13 +2207,13 @@ class Everybody(frozenset[str]):
         return self is other
 
 
-EVERYBODY = Everybody()     # of system/ scopes: also what nobody can tell whose it is
+EVERYBODY = Everybody()     # of system/ scopes: all there is, also of UNKNOWN owner
 ALL_PATIENTS = Everybody()  # of a clinician's user/ scopes: only what belongs to a patient, or to nobody
 NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to categories
 
 
 class Access:
-    """What one token lets its bearer see and write. All that leaves the FHIR API passed `may_see`."""
+    """What one token lets its bearer see and write. All that a read or search gives passed `may_see`."""
     def __init__(self, scope: str, patient_id: str | None = None,
                  users_patients: frozenset[str] = frozenset(), labels: frozenset[str] = NO_LIMIT,
                  fhir_user: str = "", version: str = "r4", unlimited: bool = False):
@@ -2232,7 +2232,7 @@ class Access:
         if self._opens(resource, letters):
             return True
         if self._is_user(resource.type, resource.id, letters):
-            return resource.owner != UNKNOWN  # as it is where what it contains names another patient
+            return resource.owner != UNKNOWN  # UNKNOWN if something contained names another
         return resource.type == "Binary" and letters == "r" and self._opens_file(resource)
 
     def may_write(self, resource: Resource, letter: str) -> bool:
@@ -2258,14 +2258,15 @@ class Access:
 
     def _opens_file(self, binary: Resource) -> bool:
         """Whether a Binary that does not say whose it is may be read: what may be seen points to it."""
-        # Pointers first: somebody else's Binary and one that doesn't exist take the same time to refuse.
+        # Pointers first: another's Binary and one that doesn't exist take the same time to refuse. A Binary
+        # that names its patient, or holds resources, was judged by them: no pointer opens it.
         return (self.allows("Binary", "r") and binary.is_pointed_to(self)
-                and not named_patients(binary.content, binary.base) - {UNKNOWN}
-                and "contained" not in binary.content)
+                and "contained" not in binary.content
+                and named_patients(binary.content, binary.base) <= {UNKNOWN})
 
     def allows(self, type_name: str, letter: str, resource_id: str = "") -> bool:
         """Whether the scope allows a letter (r, s, c, u) for this type at all; with an id, that very one: a
-        token with fhirUser may read its user's resource, whatever its patient and categories. By that word
+        token with openid and fhirUser may read its user's, whatever its patient and categories. By that word
         the user approved to be known (SMART, "Scopes for requesting identity data")."""
         return bool(self._openings(type_name, letter)) or self._is_user(type_name, resource_id, letter)
 
@@ -2380,7 +2381,7 @@ def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str
 
 
 def patients_within(inner: Any, base: str) -> set[str]:
-    """The patients that a contained resource names: all it refers to, where no element says whose it is."""
+    """The patients that a contained resource names: in its owner elements, else wherever it refers to one."""
     if not isinstance(inner, dict) or "contained" in inner or not isinstance(inner.get("resourceType"), str):
         return {UNKNOWN}
     named = set[str]()
@@ -2469,7 +2470,7 @@ _LABORATORY = ("BG", "BLB", "CG", "CH", "CP", "GE", "HM", "IMM", "LAB", "MB", "M
 
 
 def categories(resource: Json) -> list[str]:
-    """The categories a resource falls into; what it contains adds none. None for what belongs to nobody."""
+    """The categories a resource falls into; what it contains adds none. [] for what is nobody's."""
     type_name = resource.get("resourceType")
     if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
         return []
