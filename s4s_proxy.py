@@ -1677,34 +1677,18 @@ def only_record(portal: Portal, username: str, needed: bool) -> str | None:
     return patients[0] if patients else None
 
 
-class Grant(NamedTuple):
-    """What a user approved, before it is stored: the columns of the table grants that are known by then."""
-    grant_id: str
-    client_id: str
-    username: str | None
-    patient_id: str | None
-    scope: str
-    approval_expires: float
-    issuer: str
-    security_labels: str = "[]"
-    redirect_uri: str = ""
-    code_challenge: str = ""
-    nonce: str = ""
-    signed_in: float | None = None
-    context: str = "{}"
-    access_lifetime: float | None = None
-
-
 def new_grant(portal: Portal, client: Client, username: str, patient: str | None, details: Json,
-              labels: Sequence[str], until: str, encounter_id: str, signed_in: float) -> Grant:
-    """A grant for `whose_record`'s patient: the scope asked for, less what was unchecked; else PageError."""
+              labels: Sequence[str], until: str, encounter_id: str, signed_in: float) -> Json:
+    """A grant for `whose_record`'s patient, by the columns of its row: the scope asked for, less what was
+    unchecked; else PageError."""
     approved = approved_categories(offered_categories(portal, client, details["scope"]), client, labels)
     expires = end_of_approval(until, portal.clock.now())
     context = context_with_visit(portal, patient, details, encounter_id)
-    return Grant(new_token(), client.client_id, username, patient,
-                 chosen_scope(portal, details["scope"], approved), expires,
-                 details["issuer"], json.dumps(approved), details["redirect_uri"], details["code_challenge"],
-                 details["nonce"], signed_in, json.dumps(context))
+    return {"client_id": client.client_id, "username": username, "patient_id": patient,
+            "scope": chosen_scope(portal, details["scope"], approved), "approval_expires": expires,
+            "security_labels": json.dumps(approved), "issuer": details["issuer"],
+            "redirect_uri": details["redirect_uri"], "code_challenge": details["code_challenge"],
+            "nonce": details["nonce"], "signed_in": signed_in, "context": json.dumps(context)}
 
 
 def offered_categories(portal: Portal, client: Client, scope: str) -> list[str]:
@@ -1776,7 +1760,7 @@ def day_of(seconds: float, years: int = 0) -> str:
     return day.replace(year=day.year + years).isoformat()
 
 
-def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
+def decide(portal: Portal, request_id: str, grant: Json | None) -> str:
     """Close a pending request and use up its launch: a code for the grant, or access_denied. Gives where the
     browser goes."""
     details = pending_request(portal, request_id)[1]
@@ -1788,20 +1772,21 @@ def decide(portal: Portal, request_id: str, grant: Grant | None) -> str:
         used = handle and database.execute("DELETE FROM launches WHERE launch = ?", (handle,)).rowcount
         if grant:
             need(used or not handle, "This launch was used already. Launch the app again.", kind=PageError)
-            store_grant(database, grant, now)
+            row = store_grant(database, grant, now)
             forget_expired(database, "tokens", now, "kind = 'code' AND NOT spent")
             database.execute("INSERT INTO tokens VALUES (?, 'code', ?, ?, ?, ?, 0, NULL)",
-                             (code, grant.grant_id, grant.scope, now, now + CODE_SECONDS))
+                             (code, row["grant_id"], row["scope"], now, now + CODE_SECONDS))
             answer = {"code": code}
     return back_to_app(portal, details["redirect_uri"], details["state"], details["issuer"], **answer)
 
 
-def store_grant(database: sqlite3.Connection, grant: Grant, now: float) -> Row:
-    """Write a grant down; gives its row."""
-    columns = {**grant._asdict(), "approved": now}
+def store_grant(database: sqlite3.Connection, grant: Json, now: float) -> Row:
+    """Write a grant down, by those of its columns that are known; gives its row."""
+    columns = {"grant_id": new_token(), "security_labels": "[]", **grant, "approved": now}
     database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
                      tuple(columns.values()))
-    row: Row = database.execute("SELECT * FROM grants WHERE grant_id = ?", (grant.grant_id,)).fetchone()
+    sql = "SELECT * FROM grants WHERE grant_id = ?"
+    row: Row = database.execute(sql, (columns["grant_id"],)).fetchone()
     return row
 
 
@@ -2934,7 +2919,8 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
     scope = need(served_scope(portal, wanted, client.scope, ("system",)), f"scope {wanted!r}: nothing of it "
                  f"can be granted; expected system/ scopes within {client.scope!r}", "invalid_scope")
     now = portal.clock.now()
-    grant = Grant(new_token(), client.client_id, None, None, scope, now + 300, portal.base(request))
+    grant = {"client_id": client.client_id, "scope": scope, "approval_expires": now + 300,
+             "issuer": portal.base(request)}
     with portal.state.transaction() as database:
         return issue_tokens(portal, database, store_grant(database, grant, now), scope, now, False)
 
@@ -8848,7 +8834,8 @@ class Controls:
         until = max(0, need_number(
             "approval_expires", until, "a Unix time, in 9999 at most", -sys.float_info.max, LAST_SECOND))
         patient = users_patient(portal, username, patient_id, needs_patient(granted))
-        grant = Grant(new_token(), client.client_id, username, patient, granted, until, self.url)
+        grant = {"client_id": client.client_id, "username": username, "patient_id": patient, "scope": granted,
+                 "approval_expires": until, "issuer": self.url}
         with portal.state.transaction() as database:
             row = store_grant(database, grant, now)
             return issue_tokens(portal, database, row, granted, now, True, lifetime)
@@ -8887,8 +8874,7 @@ class Controls:
         day = day_of(now, 1) if approval_expires is None else need_text("approval_expires", approval_expires)
         visit = "" if encounter_id is None else need_text("encounter_id", encounter_id)
         grant = new_grant(portal, client, username, patient, details, security_labels, day, visit, now)
-        grant = grant._replace(access_lifetime=need_lifetime(access_lifetime, now))
-        return decide(portal, request_id, grant)
+        return decide(portal, request_id, {**grant, "access_lifetime": need_lifetime(access_lifetime, now)})
 
     # The launch URL ends with the parameters iss and launch.
     @control("launch", lambda url: {"launch_url": url, **dict(parse_qsl(url.partition("?")[2])[-2:])})
