@@ -2180,20 +2180,16 @@ class Resource:
         return False
 
 
-class Everybody(frozenset[str]):
-    """Whose records a scope without a bound opens. Not None: a forgotten value must not open everything. Nor
-    equal to the empty set, as by what it holds it would be: `access_for` remembers by equality."""
-    __hash__ = object.__hash__
-
+class Everybody(frozenset[Any]):
+    """Whose records a scope without a bound opens. Not None: a forgotten value must not open everything. It
+    holds a number, which no id is: it equals neither the empty set nor any patients (`access_for` remembers
+    by equality)."""
     def __contains__(self, patient_id: object) -> bool:
         return True
 
-    def __eq__(self, other: object) -> bool:
-        return self is other
 
-
-EVERYBODY = Everybody()     # of system/ scopes: all there is, also of UNKNOWN owner
-ALL_PATIENTS = Everybody()  # of a clinician's user/ scopes: only what belongs to a patient, or to nobody
+EVERYBODY = Everybody([1])     # of system/ scopes: all there is, also of UNKNOWN owner
+ALL_PATIENTS = Everybody([2])  # of a clinician's user/ scopes: only what belongs to a patient, or to nobody
 NO_LIMIT: frozenset[str] = frozenset()  # of a token that was not narrowed to categories
 
 
@@ -8550,6 +8546,8 @@ class Seeds:
             for index, patient in enumerate(user.get("patients", [])):
                 check_fixture(f"{place}.patients[{index}]", patient, FIXTURE_PATIENT, "patient_id")
                 patient_id, is_user = patient["patient_id"], patient.get("is_user", False)
+                start_needs(FHIR_ID.fullmatch(patient_id), f"{place}.patients[{index}]: patient_id "
+                            f"{patient_id!r} is no id of FHIR: 1 to 64 of A-Z, a-z, 0-9, - and .")
                 self.patients.append((username, patient_id, patient.get("name") or patient_id, is_user, None))
         for number, client in enumerate(fixtures.get("clients", [])):
             self.add_client(f"{where}: clients[{number}]", client)

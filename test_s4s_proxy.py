@@ -2608,6 +2608,7 @@ class WhatIsRemembered(unittest.TestCase):
     """Accesses and other answers about strangers' texts, which are remembered for all."""
 
     def test_a_user_without_records_gets_nothing_by_the_token_of_one_who_sees_all(self) -> None:
+        self.assertEqual(len({s4s.EVERYBODY, s4s.ALL_PATIENTS, frozenset()}), 3)
         with s4s.Server(fixtures={"users": [{"username": "nobody", "password": "x"}]}) as portal:
             for username, seen in (("clinician", {JOSEPH}), ("nobody", set())):
                 token = portal.issue_token(username=username, scope="user/*.rs")["access_token"]
@@ -7168,6 +7169,7 @@ class Fixtures(unittest.TestCase):
                 (user(password=5), r"users\[0\]: password is not a string"),
                 (user(patients=[{}]), r"users\[0\].patients\[0\] has no patient_id"),
                 (user(patients=[{"is_user": 1}]), "is_user is not true or false"),
+                (user(patients=[{"patient_id": "a b"}]), r"patients\[0\]: patient_id 'a b' is no id of FHIR"),
                 (user(age=5), "unknown member age"), (user(email=[1]), "email is not a string"),
                 (user(claims=[1]), "claims is not an object"), (user(name="\ud800"), "fixtures"),
                 (user(name=b"x"), "fixtures"), ({"clients": [7]}, r"clients\[0\] is not"),
