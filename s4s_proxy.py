@@ -5291,15 +5291,15 @@ class Upstream:
             name = _NEAR if is_near else f"(?i:{re.escape(f'[{host}]' if ':' in host else host)})"
             with_port = f"{_COLON}0*{'(?:80|443)' if usual_port else port}(?!\\d)"
             where = f"{name}(?:{with_port})?" if usual_port else name + with_port
+            slashes = r"(?:(?<=//)|(?<=/\\/)|(?<=%2[Ff]%2[Ff]))"
             if is_near and usual_port:  # everybody's name, and a number: only in an address is it its own
-                trace, more = rf"(?:(?<=/)|(?<=%2[Ff])){where}(?![\w.:-]|%3)", {"/", "%2f"}
+                trace, more = rf"{slashes}{where}(?![\w.:-]|%3)", {"/", "%2f"}
             elif is_near:
                 trace, more = before + where, {str(port)}
             elif re.search(r"[.:]", host[:-1]):  # the name alone tells too much
                 trace, more = rf"{before}{name}(?:{_COLON}\d+)?(?![\w-])", {host}
             else:  # "fhir", "server": it may be a mere word
-                trace = (rf"(?:(?<=//)|(?<=/\\/)|(?<=%2[Ff]%2[Ff])){name}(?:{_COLON}\d+)?(?![\w-]|\.\w)"
-                         f"|{before}{name}{with_port}")
+                trace = rf"{slashes}{name}(?:{_COLON}\d+)?(?![\w-]|\.\w)|{before}{name}{with_port}"
                 more = {f"//{host}", rf"/\/{host}", f"%2f{host}", f"{host}:", f"{host}%3a"}
             addresses.append(f"https?{_COLON}{_SLASH}{_SLASH}{where}{path}(?![\\w.~:@-])")
             traces.append(trace)

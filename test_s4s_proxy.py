@@ -5733,7 +5733,7 @@ class NoAddressGetsOut(ForwardingTest):
                 ("http://127.0.0.1/r4/Patient/1", person), ("http://localhost:8080/r4/", ""),
                 ("http://localhost/admin", f"http://{gone}/admin"), ("http://127.1/r4/Patient/1", person),
                 ("http://[0::1]:80/admin", f"http://{gone}/admin"), ("2130706433 or localhost", ""),
-                ("http://127.0.0.1.example/r4/", "")),
+                ("http://127.0.0.1.example/r4/", ""), ("Patient/0", "")),
             "http://fhir:8080/fhir": (
                 ("http://FHIR:8080/fhir/Patient/1", person), ("http://hl7.org/fhir/us/core", ""),
                 ("FHIR, http://fhir.org/fhir", ""), ("http://hapi-fhir:8080/fhir", ""),
