@@ -815,7 +815,7 @@ class Clocks(PortalTest):
         """Advance the portal to a moment, UTC."""
         self.portal.advance(calendar.timegm((*date, 0, 0, 0)[:6]) - self.portal.portal.clock.now())
 
-    def test_a_leap_day_is_a_day_like_others(self) -> None:
+    def test_the_end_date_bounds_every_token_and_a_leap_day_is_a_day_like_others(self) -> None:
         self.to(2028, 2, 29, 23, 59, 50)
         app, browser = App(self.portal), signed_in(self.portal)
         browser.open(app.authorize_url())
@@ -1964,16 +1964,6 @@ class CodeFlow(PortalTest):
         self.to_consent()
         self.assertEqual(self.approve(security_labels="laboratory").status, 400, "a category not offered")
 
-    def test_a_client_is_offered_what_its_security_labels_name(self) -> None:
-        self.app = App(self.portal, security_labels=["allergy", "problems"])
-        self.to_consent()
-        offered = [field["value"] for field in Form(self.browser.page.text).inputs
-                   if field.get("name") == "security_labels"]
-        self.assertEqual(offered, ["allergies", "problems"])
-        tokens = self.approved()
-        for path, status in ((f"Condition?patient={DANIEL}", 200), (f"Patient/{DANIEL}", 404)):
-            self.assertEqual(self.fhir(path, tokens).status, status)
-
     def test_who_has_no_choice_of_records_is_not_asked(self) -> None:
         for username, scope, asked in (
                 ("daniel-adams", "patient/*.rs", True), ("daniel-adams", "launch/patient", True),
@@ -1990,19 +1980,6 @@ class CodeFlow(PortalTest):
         with s4s.Server(fixtures={"users": [visitor]}) as portal:
             tokens = App(portal, "user/*.rs").tokens(username="visitor")
         self.assertEqual(("access_token" in tokens, "patient" in tokens), (True, False))
-
-    def test_the_end_date_bounds_every_token(self) -> None:
-        now = self.portal.portal.clock.now()
-        today, tomorrow = s4s.day_of(now), s4s.day_of(now + 86400)
-        self.to_consent()
-        self.assertIn("code", self.approve(approval_expires=today).location)
-        self.portal.advance(s4s.end_of_day(tomorrow) - 100 - now)
-        self.to_consent()
-        tokens = self.approved(approval_expires=tomorrow)
-        self.assertLessEqual(tokens["expires_in"], 100)
-        self.portal.advance(100)
-        self.assertEqual(self.fhir(f"Patient/{DANIEL}", tokens).status, 401)
-        self.assertEqual(self.app.refresh(tokens["refresh_token"]).json["error"], "invalid_grant")
 
     def test_a_record_that_is_not_the_users_is_refused(self) -> None:
         self.browser = signed_in(self.portal, self.app.authorize_url())
@@ -2539,18 +2516,6 @@ class FhirApi(RecordTest):
         for path, status in expected.items():
             with self.subTest(path=path):
                 self.assertEqual(self.get(path, token=token).status, status)
-
-    def test_without_a_good_token_it_is_401_and_with_too_small_a_scope_403(self) -> None:
-        small = self.issue("patient/Observation.rs")
-        for token, path, status, error in (
-                ("", f"Patient/{DANIEL}", 401, None), ("nonsense", f"Patient/{DANIEL}", 401, "invalid_token"),
-                (small, f"Condition?patient={DANIEL}", 403, "insufficient_scope")):
-            with self.subTest(error):
-                got = self.assert_refused(path, status, token=token)
-                if error:
-                    self.assertIn(f'error="{error}"', got.headers["www-authenticate"])
-                else:  # RFC 6750 section 3.1: a request without a token is told no error code
-                    self.assertEqual(got.headers["www-authenticate"], 'Bearer realm="s4s"')
 
     def test_where_the_registration_was_the_limit_the_403_says_so(self) -> None:
         condition, userinfo = self.portal.fhir_url + "/Condition/x", self.portal.url + "/oauth/userinfo"
@@ -3208,13 +3173,6 @@ class OnePatientAndNothingElse(RecordTest):
         included = self.ids("Observation?_count=1000&_include=Observation:performer", token=self.issue(scope))
         self.assertEqual({"mine", "dr"} & set(included), {"mine"})
 
-    def test_categories_and_parameters_hold_in_searches(self) -> None:
-        for kind, expected in (("category", set()), ("parameter", {"mine", "performed"})):
-            page = self.read("Observation?_count=1000", token=self.narrow_token(kind))
-            self.assertNotIn("total", page)
-            ids = {entry["resource"]["id"] for entry in page.get("entry", [])}
-            self.assertEqual(ids & {"mine", "draft", "performed"}, expected)
-
     def test_what_the_person_left_out_by_its_type_is_refused_by_its_category_not_there(self) -> None:
         hl7, scope = "http://terminology.hl7.org/CodeSystem/observation-category", "patient/Observation.rs"
         self.put(*(observation(code, category=[{"coding": [{"system": hl7, "code": code}]}])
@@ -3482,21 +3440,15 @@ class HostileAnswers(ForwardingTest):
                 self.script(path, scripted)
                 self.assertEqual(self.get(path).status, expected)
 
-    def test_a_search_answered_with_everybodys_records_shows_mine(self) -> None:
-        for query in ("code=x", f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
-                      f"patient={self.portal.fhir_url}/Patient/{ME}"):
-            with self.subTest(query):
-                self.assertEqual(sorted(self.ids(f"Observation?{query}")), ["dr", "mine", "my-doc", ME])
-                self.assertNotIn("total", self.read(f"Observation?{query}"))
-        self.script("Observation", [observation("mine")])
-        self.assertEqual(self.read("Observation")["total"], 1, "nothing was dropped")
-
     def test_a_search_is_pinned_to_the_patient(self) -> None:
         pin, since = f"patient=Patient/{ME}", "_since=2026-01-01T00:00:00Z"
         everything = f"Patient/{ME}/$everything?_count=5&{since}&_type=Patient,Goal&start=2020&end=2021"
         for path, expected in (
                 *((f"Observation?{query}", f"Observation?{query}&{pin}") for query in (
                     "code=x", "_source=urn:x&_language=de", "_sort:desc=date")),  # that of DSTU2, too
+                *((f"Observation?{query}", f"Observation?{pin}") for query in (
+                    f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
+                    f"patient={self.portal.fhir_url}/Patient/{ME}")),
                 ("Coverage", f"Coverage?beneficiary=Patient/{ME}"),
                 ("Patient?name=x", f"Patient?name=x&_id={ME}"),
                 (f"Patient/{ME}/Observation", f"Observation?{pin}"),
@@ -3760,6 +3712,8 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
         self.assertNotIn("total", self.read("Observation"), "there are more pages")
         self.fill("vh")
         self.assertEqual(self.read("Observation")["total"], 2)
+        by_parameter = self.issue("patient/Observation.rs?status=final")
+        self.assertNotIn("total", self.read("Observation", token=by_parameter), "?param=value narrows it")
         self.script("Observation", {**self.behind.bundle(*self.stored), "total": 7})
         self.assertNotIn("total", self.read("Observation"), "it counts more than came")
         self.behind.script.clear()
@@ -3874,6 +3828,10 @@ class Discovery(PortalTest):
                 self.assertEqual(oauth[name], value)
         self.assertLess(set(smart["grant_types_supported"]), set(oauth["grant_types_supported"]))
         self.assertEqual(smart["issuer"], self.portal.url)
+        words = (r"launch-(ehr|standalone)|authorize-post|client-(public|confidential-a?symmetric)"
+                 r"|sso-openid-connect|context-(banner|style)|context-(ehr|standalone)-(patient|encounter)"
+                 r"|permission-(offline|patient|user|v1|v2)")  # those of SMART 2.2
+        self.assertRegex(" ".join(smart["capabilities"]), f"^(({words})( |$))+$")
 
     def test_every_address_is_absolute_and_served_and_the_metadatas_are_among_them(self) -> None:
         named = {url for url in self.documents()[2].values() if isinstance(url, str)}
@@ -3891,13 +3849,6 @@ class Discovery(PortalTest):
                 with self.subTest(name, token=token[:1]):
                     got = self.fhir(f".well-known/{name}", token)
                     self.assertEqual((got.status, got.headers["access-control-allow-origin"]), (status, "*"))
-
-    def test_every_capability_is_a_smart_2_2_word(self) -> None:
-        kinds = (r"launch-(ehr|standalone)|authorize-post|client-(public|confidential-(a?symmetric))"
-                 r"|sso-openid-connect|context-(banner|style)|context-(ehr|standalone)-(patient|encounter)"
-                 r"|permission-(offline|patient|user|v1|v2)")
-        for word in self.documents()[2]["capabilities"]:
-            self.assertRegex(word, f"^({kinds})$")
 
     def test_every_scope_listed_can_be_granted(self) -> None:
         for word in self.documents()[0]["scopes_supported"]:
@@ -4267,14 +4218,14 @@ class Identity(PortalTest):
                 ("narrowed", {"token": narrowed}, 403, 'error="insufficient_scope"'),
                 ("no access token", {"token": tokens["refresh_token"]}, 401, "invalid_token"),
                 ("two ways at once", {"token": tokens["access_token"], "form": form}, 400, "invalid_request"),
-                ("twice", {"form": [*form.items(), *form.items()]}, 400, ""),
+                ("twice", {"form": [*form.items(), *form.items()]}, 400, "^$"),
                 ("a bad one", {"form": {"access_token": "x"}}, 401, "invalid_token"),
-                ("in a GET's body (2.2)", {"method": "GET", "form": form}, 401, 'Bearer realm="s4s"'),
-                ("none", {"form": {"token": "x"}}, 401, 'Bearer realm="s4s"')):
+                ("in a GET's body (2.2)", {"method": "GET", "form": form}, 401, '^Bearer realm="s4s"$'),
+                ("none", {"form": {"token": "x"}}, 401, '^Bearer realm="s4s"$')):  # no error code (3.1)
             with self.subTest(why):  # RFC 6750 section 2: a client must not use more than one method
                 got = self.at("/oauth/userinfo", **how)
                 self.assertEqual(got.status, status)
-                self.assertIn(header, got.headers.get("www-authenticate", ""))
+                self.assertRegex(got.headers.get("www-authenticate", ""), header)
 
 
 
@@ -4891,12 +4842,6 @@ class Searching(RecordsTest):
                 self.assertEqual(len(seen), len(set(seen)))
                 self.assertEqual(at_start - set(seen), set())
 
-    def test_a_search_may_only_count(self) -> None:
-        for how in ("_summary=count", "_count=0"):
-            got = self.open(f"Patient?{how}").json
-            self.assertEqual((got["total"], "entry" in got), (3, False))
-        self.assertNotIn("total", self.open("Patient?_total=none").json)
-
     def test_include_and_revinclude(self) -> None:
         got = self.open(f"MedicationRequest?patient={DANIEL}&_count=2&_include=MedicationRequest:requester"
                         "&_include=MedicationRequest:subject").json["entry"]
@@ -5017,9 +4962,12 @@ class Searching(RecordsTest):
                     with self.subTest(who=who, query=query):
                         pages = list(self.pages(f"{url}/Observation?{query}", value))
                         self.assertEqual({page["total"] for page in pages}, {number})
-                        if "=0" not in query and "=count" not in query:
+                        if "=0" in query or "=count" in query:
+                            self.assertNotIn("entry", pages[0])
+                        else:
                             self.assertEqual(sum(len(page["entry"]) for page in pages), number)
                 with self.subTest(who=who):
+                    self.assertNotIn("total", ask(f"{url}/Observation?_total=none", token=value).json)
                     self.assertEqual(ask(f"{url}/Observation/g1", token=value).status == 200, number == 5)
 
     def steps(self, call: Callable[[], Any]) -> int:
@@ -5061,6 +5009,8 @@ class Searching(RecordsTest):
         sizes = [len(page["entry"]) for page in pages]
         self.assertEqual(set(sizes[:-1]), {30})
         self.assertEqual(sum(sizes), len(self.ids(f"Observation?category=laboratory&patient={DANIEL}")))
+        url = f"{self.portal.fhir_url}/Observation?category=laboratory"
+        self.assertNotIn("total", ask(url, token=token).json, "?param=value narrows it")
 
     def test_each_version_has_its_own_names(self) -> None:
         for row in """\
