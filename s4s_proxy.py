@@ -4419,10 +4419,9 @@ class EmbeddedRecords(Records):
                 self._judge_anew()
             given = [source for item in settings.data if item != "none" for source in sources(item)]
             if given:
-                is_new = not self.store.row("SELECT 1 FROM resources LIMIT 1")
                 before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
                 load = Load(self, later=False)
-                load.sources(given, is_new)
+                load.sources(given)
                 self.warnings += load.warnings(before)
         except BaseException as error:
             self.store.close()
@@ -4798,14 +4797,9 @@ class Load:
         self.skipped: collections.Counter[str] = collections.Counter()  # types that aren't served
         self.written: list[int] = []  # the numbers of what came later than the start
         self.left_out: set[str] = set()  # files of folders that hold something else than FHIR
-        self._indexed = True
-        self._identified: dict[str, str] = {}  # Practitioner?identifier=system|value -> Practitioner/id
 
-    def sources(self, given: Sequence[Source], is_new: bool) -> None:
+    def sources(self, given: Sequence[Source]) -> None:
         """Load one after the other: a bad one is refused whole, those before it stay."""
-        if is_new:  # but for samples nothing was there: the longest index is faster made at once, at the end
-            self.database.execute("DROP INDEX IF EXISTS search_by_value")
-            self._indexed = False
         progress, begin = Progress(sum(source.size for source in given), self.clock), 0
         for source in given:
             try:
@@ -4820,8 +4814,6 @@ class Load:
                 reason = error.description if isinstance(error, PortalError) else error
                 raise StartError(f"--data {source.path}: {reason}")
             begin += source.size
-        self.database.executescript(RECORD_SCHEMA)
-        self._indexed, self._identified = True, {}
         with self.store.transaction():
             self.resolve()
             place_provenances(self.database)
@@ -4839,10 +4831,7 @@ class Load:
                 if not is_served:
                     self.skipped[type_name] += 1
                     continue
-                new = prepare(resource, self.version, now)
-                if type_name in SHARED_TYPES:  # whom conditional references in later documents mean
-                    self._identified.update(dict.fromkeys(new.names(), f"{type_name}/{resource['id']}"))
-                yield new
+                yield prepare(resource, self.version, now)
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
 
@@ -4883,22 +4872,15 @@ class Load:
 
     def resolve(self, new: Sequence[Prepared] | None = None) -> None:
         """Make open references Type/id where that is known: all, or those in `new` resources and to these."""
-        if new is None:
-            last = -1
-            some = "SELECT DISTINCT number FROM unresolved WHERE number > ? ORDER BY number LIMIT 1000"
-            while numbers := [number for (number,) in self.database.execute(some, (last,))]:
-                self._resolve(numbers)
-                last = numbers[-1]
-            return
         sql = "SELECT number FROM unresolved"
-        asked = [(f"{sql} JOIN resources USING (number) WHERE type = ? AND id = ?", resource.row[:2])
-                 for resource in new if resource.unresolved]
-        asked += [(f"{sql} WHERE reference = ?", (name,)) for resource in new for name in resource.names()]
-        self._resolve(dict.fromkeys(number for query in asked for (number,) in self.database.execute(*query)))
-
-    def _resolve(self, numbers: Iterable[int]) -> None:
+        asked: list[tuple[str, tuple[str, ...]]] = [(sql, ())] if new is None else []
+        for resource in new or ():
+            asked += [(f"{sql} WHERE reference = ?", (name,)) for name in resource.names()]
+            if resource.unresolved:
+                its_own = f"{sql} JOIN resources USING (number) WHERE type = ? AND id = ?"
+                asked.append((its_own, resource.row[:2]))
         names: dict[str, str | None] = {}
-        for number in numbers:
+        for number in dict.fromkeys(number for query in asked for (number,) in self.database.execute(*query)):
             waiting = self.database.execute("SELECT reference FROM unresolved WHERE number = ?", (number,))
             known = [self.resolve_reference(reference, names) for (reference,) in waiting.fetchall()]
             if any(known):
@@ -4920,14 +4902,12 @@ class Load:
                     pointer[key] = self.resolve_reference(text, names) or text
 
     def resolve_reference(self, reference: str, names: dict[str, str | None]) -> str | None:
-        """The Type/id that a reference means, or None: by what was read, by `names` (what a Bundle's fullUrls
-        mean, and what was looked up before), else by what is in the records."""
-        if reference in self._identified:
-            return self._identified[reference]
-        if reference not in names and (self._indexed or _ABSOLUTE.fullmatch(reference)):
+        """The Type/id that a reference means, or None: by `names` (what a Bundle's fullUrls mean, and what
+        was looked up before), else by what is in the records."""
+        if reference not in names:
             rows = self._meant_by(reference)
             names[reference] = f"{rows[0]['type']}/{rows[0]['id']}" if len(rows) == 1 else None
-        return names.get(reference)
+        return names[reference]
 
     def _meant_by(self, reference: str) -> Sequence[Row]:
         """What Type?search finds, which must be one (FHIR, transaction), what has urn:uuid:'s id, or what an

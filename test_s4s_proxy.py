@@ -5438,8 +5438,10 @@ class LoadingRecords(unittest.TestCase):
                 self.records().load(made("Patient/a", **more))
 
     def test_an_ambiguous_conditional_reference_stays_and_one_to_what_reset_took_away(self) -> None:
-        records = self.records(self.doctor("p"), self.doctor("q"), self.visit("Practitioner?identifier=7"))
-        self.assertEqual(self.doctor_of(records), "Practitioner?identifier=7")
+        for npi, search in (({}, "7"), ({"system": "http://npi", "value": "7"}, "http://npi|7")):
+            theirs = f"Practitioner?identifier={search}"
+            records = self.records(self.doctor("p", **npi), self.doctor("q", **npi), self.visit(theirs))
+            self.assertEqual(self.doctor_of(records), theirs)
         records = self.records()
         records.load(self.doctor("p", system="http://npi", value="7"))
         records.reset()
