@@ -4107,9 +4107,6 @@ def _telltales(version: str) -> dict[str, list[tuple[str, str, str]]]:
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False, check_circular=False)
 _RELATIVE_IN_JSON = re.compile(r'"reference":"([A-Z][A-Za-z]+)/([A-Za-z0-9.-]{1,64})"')
-# What may mean something that is loaded later: references, and the addresses of attachments.
-_OPEN_IN_JSON = re.compile(r'"reference":"((?:urn:|https?:|[A-Z][A-Za-z]+\?)[^"]+)"')
-_BINARY_IN_JSON = re.compile(r'"url":"(https?:[^"]+/Binary/[^"]+)"')
 _ABSOLUTE = re.compile(rf"(?:https?://[^?#]+|\.\.\.)/([A-Z][A-Za-z]+)/({_ID})(?:/_history/{_ID})?")
 
 
@@ -4124,7 +4121,7 @@ class Prepared(NamedTuple):
     resource: Json
     row: tuple[Any, ...]     # as the table resources has it, less the number
     values: set[SearchValue]
-    unresolved: set[str]     # references that are no Type/id yet
+    unresolved: Collection[str]  # references that are no Type/id yet, as Load.point gives them
     given: Json              # its meta, as it came
 
     def names(self) -> list[str]:
@@ -4135,8 +4132,9 @@ class Prepared(NamedTuple):
                   if name == "identifier")]
 
 
-def prepare(resource: Json, version: str, now: str = "") -> Prepared:
-    """A resource ready to be written, its meta completed. PortalError for what FHIR does not allow."""
+def prepare(resource: Json, version: str, now: str = "", unresolved: Collection[str] = ()) -> Prepared:
+    """A resource ready to be written, its meta completed; what an app writes waits for nothing. PortalError
+    for what FHIR does not allow."""
     given = resource.get("meta", {})
     need(isinstance(given, dict), "meta: expected an object")
     meta = {"versionId": "1", "lastUpdated": now, **given}
@@ -4156,21 +4154,7 @@ def prepare(resource: Json, version: str, now: str = "") -> Prepared:
     whose = UNKNOWN if holds_another(resource, text) else owner(resource)
     row = (resource["resourceType"], resource["id"], whose, " ".join(categories(resource)), updated,
            meta["versionId"], text)
-    return Prepared(resource, row, search_values(resource, version), _waits_for(text, version), given)
-
-
-def _waits_for(text: str, version: str) -> set[str]:
-    """The references in a resource's JSON that are no Type/id yet; of an absolute one, anyone's, its end."""
-    references, waiting = _OPEN_IN_JSON.findall(text), set()
-    if "/Binary/" in text:
-        references += _BINARY_IN_JSON.findall(text)
-    for reference in references:
-        match = _ABSOLUTE.fullmatch(reference)
-        if match and match[1] in search_table(version):
-            waiting.add(f".../{match[1]}/{match[2]}")
-        elif not reference.startswith("http"):
-            waiting.add(unquote(reference))
-    return waiting
+    return Prepared(resource, row, search_values(resource, version), unresolved, given)
 
 
 def _erase(database: sqlite3.Connection, number: int) -> None:
@@ -4219,20 +4203,10 @@ def place_provenances(database: sqlite3.Connection, numbers: Iterable[int] | Non
             database.execute("UPDATE resources SET patient_id = ? WHERE number = ?", (whose, number))
 
 
-Document = tuple[Any, list[Json]]  # a JSON value, and the objects within it that may refer to something
-
-
-def parse_document(given: bytes | Json) -> Document:
+def parse_document(given: bytes | Json) -> Any:
     """A text as JSON, or a dict as if it were text; PortalError, which says where it goes wrong."""
-    pointers: list[Json] = []
-
-    def notice(inner: Json) -> Json:
-        if "reference" in inner or "url" in inner:
-            pointers.append(inner)
-        return inner
     try:
-        text = given.decode("utf-8-sig") if isinstance(given, bytes) else json.dumps(given)
-        return json.loads(text, object_hook=notice), pointers
+        return json.loads(given.decode("utf-8-sig") if isinstance(given, bytes) else json.dumps(given))
     except RecursionError:
         raise PortalError("invalid_request", "the JSON nests too deep")
     except (ValueError, TypeError) as error:
@@ -4296,7 +4270,7 @@ class Source(NamedTuple):
     given: Json | None = None
     is_chosen: bool = True  # and not merely found in a folder, among what tools leave there
 
-    def documents(self) -> Iterator[tuple[str, Document, int]]:
+    def documents(self) -> Iterator[tuple[str, Any, int]]:
         """The JSON texts in it, each with its place and the bytes read by then: one a line (only that is in
         memory) where the file's name says NDJSON, or the first line is JSON by itself; else one in all."""
         if self.given is not None:
@@ -4440,9 +4414,9 @@ class EmbeddedRecords(Records):
             progress = Progress(sum(size for _, size in places), self.clock)
             for number, size in places:
                 [(text,)] = database.execute("SELECT json FROM resources WHERE number = ?", (number,))
-                waits = database.execute("SELECT reference FROM unresolved WHERE number = ?", (number,))
-                new = prepare(json.loads(text), self.version)  # what an app wrote goes on waiting for nothing
-                _write(database, number, new._replace(unresolved={row[0] for row in waits}))
+                rows = database.execute("SELECT reference FROM unresolved WHERE number = ?", (number,))
+                waits = {row[0] for row in rows}
+                _write(database, number, prepare(json.loads(text), self.version, "", waits))
                 read += size
                 progress.at(read)
             place_provenances(database)
@@ -4497,11 +4471,13 @@ class EmbeddedRecords(Records):
         with self.store.transaction() as database:
             before = database.execute("SELECT number, json FROM before_load").fetchall()
             provenances = provenances_of(database, [number for number, _ in before])
+            load = Load(self, later=False)
             for number, text in before:
                 if text is None:
                     _erase(database, number)
                 else:
-                    _write(database, number, prepare(json.loads(text), self.version))
+                    resource = json.loads(text)
+                    _write(database, number, prepare(resource, self.version, "", load.point(resource, None)))
             place_provenances(database, provenances)
             database.execute("DELETE FROM before_load")
 
@@ -4733,7 +4709,7 @@ class EmbeddedRecords(Records):
             number = str(int(before) + 1) if before.isdecimal() else "1"
             now, key = self.clock.now(), asked.id or new_token()
             meta = {**meta, "versionId": number, "lastUpdated": instant(now)}
-            new = prepare({**resource, "id": key, "meta": meta}, self.version)._replace(unresolved=set())
+            new = prepare({**resource, "id": key, "meta": meta}, self.version)
             if stored:
                 load.replace(stored.number, stored.text, new)
             else:
@@ -4806,7 +4782,7 @@ class Load:
                 with self.store.transaction():
                     for place, document, read in source.documents():
                         progress.at(begin + read)
-                        if source.is_chosen or says_it_is_fhir(document[0]):
+                        if source.is_chosen or says_it_is_fhir(document):
                             self.put(self.prepared(document, place))
                         else:
                             self.left_out.add(source.path)
@@ -4818,12 +4794,11 @@ class Load:
             self.resolve()
             place_provenances(self.database)
 
-    def prepared(self, document: Document, place: str = "") -> Iterator[Prepared]:
+    def prepared(self, document: Any, place: str = "") -> Iterator[Prepared]:
         """The resources of a document, ready to be written. What isn't served is counted and left out."""
         now, where = instant(self.clock.now()), ""
         try:
-            resources, names = unbundle(document[0])
-            self._point(document[1], names)
+            resources, names = unbundle(document)
             for where, resource in resources:
                 type_name = resource["resourceType"]
                 is_served = type_name in self.served  # of what isn't, only the type is judged
@@ -4831,7 +4806,7 @@ class Load:
                 if not is_served:
                     self.skipped[type_name] += 1
                     continue
-                yield prepare(resource, self.version, now)
+                yield prepare(resource, self.version, now, self.point(resource, names))
         except PortalError as error:
             raise PortalError(error.error, f"{place}{where}{error.description}")
 
@@ -4858,7 +4833,7 @@ class Load:
             return  # what was loaded or written later than a start stands, until a reset
         if "versionId" not in new.given and kept["versionId"].isdecimal():
             new.resource["meta"]["versionId"] = str(int(kept["versionId"]) + 1)
-            new = prepare(new.resource, self.version)
+            new = prepare(new.resource, self.version, "", new.unresolved)
         self.replace(number, text, new)
 
     def replace(self, number: int, text: str, new: Prepared) -> None:
@@ -4886,20 +4861,28 @@ class Load:
             if any(known):
                 sql = "SELECT json FROM resources WHERE number = ?"
                 (text,) = self.database.execute(sql, (number,)).fetchone()
-                resource, pointers = parse_document(text.encode())
-                self._point(pointers, names)
-                self.replace(number, text, prepare(resource, self.version))
+                resource = json.loads(text)
+                self.replace(number, text, prepare(resource, self.version, "", self.point(resource, names)))
 
-    def _point(self, pointers: Iterable[Json], names: dict[str, str | None]) -> None:
-        """Make references, and addresses of attachments, say Type/id where that is what they mean."""
-        for pointer in pointers:
-            for key in ("reference", "url"):
-                text = pointer.get(key)
-                if not isinstance(text, str) or (key == "url" and ("resourceType" in pointer or (
+    def point(self, resource: Json, names: dict[str, str | None] | None) -> set[str]:
+        """Make references, and addresses of attachments, say Type/id where that is what they mean; without
+        `names` that is not asked. Gives those that wait for it; of an absolute one, anyone's, its end."""
+        waiting = set[str]()
+        for holder in values_within(resource):
+            for key in ("reference", "url") if isinstance(holder, dict) else ():
+                text = holder.get(key)
+                if not isinstance(text, str) or (key == "url" and ("resourceType" in holder or (
                         text.startswith("http") and "/Binary/" not in text))):
                     continue  # such as a Questionnaire's url: its own name, not an address
-                if text in names or text.startswith(("urn:", "http")) or "?" in text:
-                    pointer[key] = self.resolve_reference(text, names) or text
+                if text.startswith(("urn:", "http")) or "?" in text or text in (names or ()):
+                    match = _ABSOLUTE.fullmatch(text)
+                    if meant := names is not None and self.resolve_reference(text, names):
+                        holder[key] = meant
+                    elif match and match[1] in self.served:
+                        waiting.add(f".../{match[1]}/{match[2]}")
+                    elif key == "reference" and not text.startswith("http"):
+                        waiting.add(unquote(text))
+        return waiting
 
     def resolve_reference(self, reference: str, names: dict[str, str | None]) -> str | None:
         """The Type/id that a reference means, or None: by `names` (what a Bundle's fullUrls mean, and what

@@ -5319,15 +5319,17 @@ class LoadingRecords(unittest.TestCase):
         records = self.records(made("Bundle", type="transaction", entry=[
             {"fullUrl": "urn:uuid:0a", "resource": self.patient("given")},
             {"fullUrl": "urn:uuid:0b", "resource": made("Encounter", subject=to("urn:uuid:0a"))},
+            {"fullUrl": "Encounter/draft", "resource": made("Encounter/final")},
             {"fullUrl": "urn:q", "resource": made("Questionnaire/0c", url="urn:q")},
             {"fullUrl": "https://old/fhir/Binary/9", "resource": made("Binary/9")},
             {"request": {"method": "PUT", "url": "DocumentReference/d"}, "resource": made(
-                "DocumentReference", subject=to("urn:uuid:0a"), context={"encounter": [to("urn:uuid:0b")]},
+                "DocumentReference", subject=to("urn:uuid:0a"), context={
+                    "encounter": [to("urn:uuid:0b"), to("Encounter/draft")]},
                 content=[{"attachment": {"url": "https://old/fhir/Binary/9"}}])}]))
         self.assertEqual(self.read(records, "Encounter/0b")["subject"], to("Patient/given"))
         self.assertEqual(self.read(records, "Questionnaire/0c")["url"], "urn:q", "its own name")
         document = self.read(records, "DocumentReference/d")
-        self.assertEqual(document["context"]["encounter"][0]["reference"], "Encounter/0b")
+        self.assertEqual(document["context"]["encounter"], [to("Encounter/0b"), to("Encounter/final")])
         self.assertEqual(document["content"][0]["attachment"]["url"], "Binary/9")
         self.assertEqual([pointing.id for pointing in records.pointing_to("9")], ["d"])
 
@@ -5371,7 +5373,7 @@ class LoadingRecords(unittest.TestCase):
         theirs = [to(text) for text in (
             "https://other.example/Practitioner/d", "https://other.example/Fax/1",
             "Practitioner?identifier=x|1", "urn:uuid:nobody", "Practitioner/p")]
-        named = [{"url": "https://ehr.example/Patient/a", "valueCode": "x"}]
+        named = [{"url": url, "valueCode": "x"} for url in ("https://ehr.example/Patient/a", "urn:oid:1.2")]
         records = self.records(self.patient("a", generalPractitioner=theirs, extension=named))
         self.assertEqual(self.read(records, "Patient/a")["extension"], named)
         self.assertEqual(self.read(records, "Patient/a")["generalPractitioner"], theirs)
@@ -5569,9 +5571,12 @@ class LoadingRecords(unittest.TestCase):
         self.assertEqual([len(key) for key, _ in records.find_patients()], [32, 32])
 
     def test_reset_brings_back_exactly_what_was_there_at_the_start(self) -> None:
-        records = self.with_samples(data=[self.patient("a"), self.visit("Practitioner?identifier=7")])
+        visit = self.visit("Practitioner?identifier=http://npi%7C7")
+        records = self.with_samples(data=[self.patient("a"), visit])
         before = self.dump(records)
-        records.load(self.doctor("p"))  # the reference resolves
+        records.load({**visit, "status": "planned"})
+        records.load(self.doctor("p", system="http://npi", value="7"))
+        self.assertEqual(self.doctor_of(records), "Practitioner/p")
         records.load(self.patient("a", gender="male"))
         records.load(self.patient("a", gender="female"))
         records.load(self.patient(DANIEL))
