@@ -504,12 +504,10 @@ def needs_patient(scope: str) -> bool:
 
 STATE_SCHEMA = """
 -- Who may sign in. fhir_user: the resource that is this person. any_patient: a clinician opens every record.
+-- claims: what else is told of the user (OpenID Connect Core section 5.1), as JSON by name.
 CREATE TABLE IF NOT EXISTS users (
     username TEXT PRIMARY KEY, name TEXT NOT NULL, fhir_user TEXT, password_salt TEXT NOT NULL,
-    password_hash TEXT NOT NULL, any_patient INTEGER NOT NULL DEFAULT 0);
-
--- What else is told of a user (OpenID Connect Core section 5.1): JSON, claims by name.
-CREATE TABLE IF NOT EXISTS claims (username TEXT PRIMARY KEY, claims TEXT NOT NULL);
+    password_hash TEXT NOT NULL, any_patient INTEGER NOT NULL DEFAULT 0, claims TEXT NOT NULL DEFAULT '{}');
 
 -- Which records a user may open. is_user: the user's own. fhir_user: what the user is to this patient alone.
 CREATE TABLE IF NOT EXISTS patients (
@@ -2648,8 +2646,8 @@ def claims_of(portal: Portal, row: Row) -> Json:
     words = row["token_scope"].split()
     if "openid" not in words:
         return {}
-    more = portal.state.row("SELECT claims FROM claims WHERE username = ?", row["username"])
-    claims = {name: value for name, value in json.loads(more["claims"] if more else "{}").items()
+    user = portal.state.row("SELECT claims FROM users WHERE username = ?", row["username"])
+    claims = {name: value for name, value in json.loads(user["claims"] if user else "{}").items()
               if ("email" if name.startswith("email") else "profile") in words}
     claims["sub"] = row["username"]
     who = portal.fhir_user(row["username"], row["patient_id"])
@@ -8394,10 +8392,9 @@ class Seeds:
     def __init__(self, settings: Settings):
         samples = "none" not in settings.data  # without the sample patients, nobody signs in as one
         self.users: list[tuple[Any, ...]] = [
-            (*user, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient)
+            (*user, DEMO_SALT, DEMO_PASSWORD_HASH, any_patient, "{}")
             for *user, any_patient in DEMO_USERS if samples or any_patient]
         self.patients: list[tuple[Any, ...]] = [*DEMO_PATIENTS] if samples else []
-        self.claims: list[tuple[str, str]] = []
         self.clients: dict[str, Client] = {}
         # Not drawn here, secrets may look like anything, and must still get into no log.
         self._secrets = set[str]().union(*map(credentials_in, settings.fhir_header))
@@ -8416,10 +8413,8 @@ class Seeds:
 
     def write(self, database: sqlite3.Connection, now: float) -> None:
         """Put them in place of older ones."""
-        for name in ("patients", "claims"):
-            database.executemany(f"DELETE FROM {name} WHERE username = ?", [user[:1] for user in self.users])
-        database.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?)", self.claims)
-        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?)", self.users)
+        database.executemany("DELETE FROM patients WHERE username = ?", [user[:1] for user in self.users])
+        database.executemany("INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?, ?, ?)", self.users)
         database.executemany("INSERT OR REPLACE INTO patients VALUES (?, ?, ?, ?, ?)", self.patients)
         database.executemany("INSERT OR REPLACE INTO clients VALUES (?, ?, ?, ?, 0)", [
             (client.client_id, client.secret_hash, json.dumps(client.metadata), now)
@@ -8483,9 +8478,9 @@ class Seeds:
             start_needs(re.fullmatch(r"[!-~]{1,255}", username),
                         f"{place}: username is not 1 to 255 characters of ASCII without spaces")
             password = hashed(user["password"], salt)
-            self.users.append((username, name, user.get("fhir_user"), salt, password, False))
             email = {"email": user["email"]} if "email" in user else {}
-            self.claims.append((username, json.dumps({**user.get("claims", {}), **email})))
+            claims = json.dumps({**user.get("claims", {}), **email})
+            self.users.append((username, name, user.get("fhir_user"), salt, password, False, claims))
             for index, patient in enumerate(user.get("patients", [])):
                 check_fixture(f"{place}.patients[{index}]", patient, FIXTURE_PATIENT, "patient_id")
                 patient_id, is_user = patient["patient_id"], patient.get("is_user", False)
@@ -8619,7 +8614,7 @@ class Portal:
             return row
         with self.state.transaction() as database:
             account = username, name, f"Patient/{username}", DEMO_SALT, DEMO_PASSWORD_HASH
-            database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0)", account)
+            database.execute("INSERT OR IGNORE INTO users VALUES (?, ?, ?, ?, ?, 0, '{}')", account)
             database.execute("INSERT OR IGNORE INTO patients VALUES (?, ?, ?, 1, NULL)",
                              (username, username, name))
         return self.state.row(sql, username)
