@@ -272,7 +272,7 @@ def length(value: Any) -> int:
 # same_address, APP_SCHEMES, ACTED_UPON (times and addresses), fhir_response, outcome, FHIR_TYPE,
 # FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest (messages), Connection (19), RsaKey,
 # new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page,
-# LOOK_JSON and LOOK_DIGEST (pages), renew_tables (the portal), scrubbed (test controls).
+# LOOK_JSON and LOOK_DIGEST (pages), check_tables (the portal), scrubbed (test controls).
 #
 # Most functions are handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -502,7 +502,9 @@ def needs_patient(scope: str) -> bool:
 
 # ######################################################################## 4 the tables and the clock
 
-STATE_SCHEMA = """
+# What a file says first, so that another version knows that it is not its own.
+KEPT_BY = f"CREATE VIEW IF NOT EXISTS kept_by AS SELECT 's4s_proxy.py {__version__}' AS program;"
+STATE_SCHEMA = KEPT_BY + """
 -- Who may sign in. fhir_user: the resource that is this person. any_patient: a clinician opens every record.
 -- claims: what else is told of the user (OpenID Connect Core section 5.1), as JSON by name.
 CREATE TABLE IF NOT EXISTS users (
@@ -620,9 +622,9 @@ class Store:
                                          check_same_thread=False)
             connection.row_factory = sqlite3.Row
             if path:
+                check_tables(connection, path, schema)
                 connection.execute("PRAGMA journal_mode = WAL")    # a reader doesn't wait
                 connection.execute("PRAGMA synchronous = NORMAL")  # a commit outlives the process
-                renew_tables(connection, empty_database(schema))
                 connection.executescript(schema)
             else:
                 empty_database(schema).backup(connection)
@@ -3820,7 +3822,7 @@ class Records(Protocol):
         """Whether a patient whom an account names is surely not there."""
         return False
 
-RECORD_SCHEMA = """
+RECORD_SCHEMA = KEPT_BY + """
 -- The health records: FHIR resources as JSON, and what they can be searched by.
 PRAGMA cache_size = -32768;                       -- at most 32 MB of memory, however large the file
 PRAGMA synchronous = NORMAL;                      -- what a power cut takes can be loaded again
@@ -3848,7 +3850,7 @@ CREATE INDEX IF NOT EXISTS unresolved_by_reference ON unresolved (reference);
 -- What reset brings back: the JSON before a load or an app replaced it; NULL: it was not there.
 CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
 
--- version: of FHIR; samples: they are in; program: the checksum of the one that judged the resources last.
+-- version: of FHIR; samples: they are in.
 CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
 
@@ -4385,8 +4387,6 @@ class EmbeddedRecords(Records):
             if kept != self.version:
                 raise StartError(f"--db {settings.db} holds {kept} records: "
                                  f"start with --fhir-version {kept}, or name another file")
-            if settings.db:
-                self._judge_anew()
             given = [source for item in settings.data if item != "none" for source in sources(item)]
             if given:
                 before = self._filled().rows("SELECT coalesce(max(number), 0) FROM resources")[0][0]
@@ -4398,26 +4398,6 @@ class EmbeddedRecords(Records):
             if isinstance(error, (sqlite3.Error, PortalError)):
                 raise StartError(f"--db {settings.db}: {error}; name a file that can be written")
             raise
-
-    def _judge_anew(self) -> None:
-        """Whose a resource in a file is, and what finds it, was worked out when it was written. Was that by
-        another text of this program, it is done again: the rules of then may have had a hole."""
-        program = str(zlib.crc32(globals()["__loader__"].get_data(__file__)))
-        if self._fact("program") == program:
-            return
-        with self.store.transaction() as database:
-            places, read = database.execute("SELECT number, length(json) FROM resources").fetchall(), 0
-            progress = Progress(sum(size for _, size in places), self.clock)
-            for number, size in places:
-                [(text,)] = database.execute("SELECT json FROM resources WHERE number = ?", (number,))
-                rows = database.execute("SELECT reference FROM unresolved WHERE number = ?", (number,))
-                waits = {row[0] for row in rows}
-                _write(database, number, prepare(json.loads(text), self.version, "", waits))
-                read += size
-                progress.at(read)
-            place_provenances(database)
-            database.execute("DELETE FROM record_facts WHERE name = 'samples'")  # put in again, on first use
-            database.execute("INSERT OR REPLACE INTO record_facts VALUES ('program', ?)", (program,))
 
     def _fact(self, name: str) -> str:
         """What the database says about itself; "" if nothing."""
@@ -8537,18 +8517,18 @@ class Fault(NamedTuple):
         return kind(self.error or usual, "a test made this request fail", self.status, headers)
 
 
-def renew_tables(old: sqlite3.Connection, new: sqlite3.Connection) -> None:
-    """Give the tables of a file that an earlier version made today's columns, in today's order. An error
-    where one needs a value that old rows don't have: such a file can't be used."""
-    for table, made in new.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall():
-        there, names = ([column[1] for column in database.execute(f"PRAGMA table_info({table})")]
-                        for database in (old, new))
-        if there and there != names:
-            kept = ", ".join(name for name in names if name in there)
-            for sql in ("BEGIN IMMEDIATE", made.replace(table, f"new_{table}", 1),
-                        f"INSERT INTO new_{table} ({kept}) SELECT {kept} FROM {table}",
-                        f"DROP TABLE {table}", f"ALTER TABLE new_{table} RENAME TO {table}", "COMMIT"):
-                old.execute(sql)
+def check_tables(file: sqlite3.Connection, path: str, schema: str) -> None:
+    """StartError for a file that another version kept: its columns may mean something else, and whose each
+    record is was told by its rules, which may have had a hole. DatabaseError for another program's."""
+    made = "SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"
+    there, ours = (dict(map(tuple, database.execute(made))) for database in (file, empty_database(schema)))
+    are_same = all(there.get(name, sql) == sql for name, sql in ours.items())  # or will be made yet
+    if there and not (are_same and "kept_by" in there):
+        if there.keys().isdisjoint({"kept_by", "grants"}):  # 0.1.0 had the latter only
+            raise sqlite3.DatabaseError("made by another program")
+        file.close()  # Windows lets nobody delete a file that is open
+        raise StartError(f"--db {path}: kept by another version of s4s_proxy.py than {__version__}: "
+                         "use that one, or name another file")
 
 
 class Portal:

@@ -951,58 +951,29 @@ class Durability(unittest.TestCase):
             self.assertIn("full", answers[-1].json["error_description"])
             self.assertEqual(ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
 
-    def test_a_file_of_an_earlier_version_serves_on_unless_a_new_column_needs_what_it_lacks(self) -> None:
+    def test_a_file_of_another_version_or_program_is_refused_in_words_and_left_as_it_was(self) -> None:
         with s4s.Server(db=self.path) as portal:
-            token = portal.issue_token()["access_token"]
-            with portal.portal.state.transaction() as database:
-                database.execute("INSERT INTO sessions VALUES ('session', 'daniel-adams', 0, 0)")
-
-        def drop(table: str, column: str) -> None:
-            with contextlib.closing(sqlite3.connect(self.path)) as database:
-                names = {row[1]: 1 for row in database.execute(f"PRAGMA table_info({table})")}
-                del names[column]
-                database.executescript(f"CREATE TABLE older AS SELECT {', '.join(names)} FROM {table}; "
-                                       f"DROP TABLE {table}; ALTER TABLE older RENAME TO {table}")
-        drop("grants", "access_lifetime")
-        drop("launches", "username")  # in the middle: rows are written by place
-        with s4s.Server(db=self.path) as portal:
-            self.assertEqual(ask(f"{portal.fhir_url}/Patient/{DANIEL}", token=token).status, 200)
-            portal.issue_token()
-            portal.launch(client_id="demo-app", username="joseph-ross")
-            [row] = portal.portal.state.rows("SELECT username FROM launches")
-            self.assertEqual(tuple(row), ("joseph-ross",))
-        drop("sessions", "started")
-        with self.assertRaisesRegex(s4s.StartError, r"sessions\.started; expected a database of this"):
-            s4s.Server(db=self.path).start()
-
-    def test_what_another_text_of_this_program_judged_is_judged_anew_and_the_samples_are_todays(self) -> None:
-        with s4s.Server(db=self.path) as portal:
-            self.assertEqual(ask(f"{portal.open_fhir_url}/Condition").status, 200)
-        with contextlib.closing(sqlite3.connect(self.path)) as database:
-            database.executescript(
-                f"UPDATE resources SET patient_id = '{AMY}' WHERE id = 'smart-Condition-14'; "
-                "DELETE FROM search_values; DELETE FROM resources WHERE id = 'smart-Condition-15'; "
-                "UPDATE record_facts SET value = 'another' WHERE name = 'program'")
-        with s4s.Server(db=self.path) as portal:
-            for patient, expected in ((DANIEL, True), (AMY, False)):
-                token = portal.issue_token(patient_id=patient)["access_token"]
-                got = ask(f"{portal.fhir_url}/Condition?patient={patient}&_count=100", token=token).json
-                ids = {entry["resource"]["id"] for entry in got.get("entry", [])}
-                self.assertEqual({"smart-Condition-14", "smart-Condition-15"} <= ids, expected)
-
-    def test_judged_anew_what_an_app_wrote_still_waits_for_no_file(self) -> None:
-        document = {"resourceType": "DocumentReference", "status": "current", "subject": {
-            "reference": f"Patient/{DANIEL}"}, "content": [
-                {"attachment": {"url": "https://else.example/fhir/Binary/later"}}]}
-        with s4s.Server(db=self.path) as portal:
-            token = portal.issue_token(scope="patient/*.crus")["access_token"]
-            written = ask(f"{portal.fhir_url}/DocumentReference", data=document, token=token)
-            self.assertEqual(written.status, 201)
-        with contextlib.closing(sqlite3.connect(self.path)) as database:
-            database.executescript("UPDATE record_facts SET value = 'another' WHERE name = 'program'")
-        with s4s.Server(db=self.path) as portal:
-            portal.load({"resourceType": "Binary", "id": "later", "contentType": "text/plain"})
-            self.assertEqual(ask(f"{portal.fhir_url}/Binary/later", token=token).status, 404)
+            self.assertEqual(ask(f"{portal.open_fhir_url}/Patient").status, 200)
+            row = portal.portal.state.row("SELECT * FROM kept_by")
+            self.assertEqual(tuple(row or ()), (f"s4s_proxy.py {s4s.__version__}",))
+        ours, other = Path(self.path).read_bytes(), Path(self.path + ".other")
+        version = rf"kept by another version of s4s_proxy\.py than {s4s.__version__}: use that one, or name"
+        program = "made by another program; expected a database of this program, or a new file"
+        for content, sql, words in (
+                (ours, "DROP VIEW kept_by; CREATE VIEW kept_by AS SELECT 9; DROP TABLE grants", version),
+                (ours, "DROP VIEW kept_by", version),  # 0.1.0 made none
+                (ours, "ALTER TABLE launches ADD COLUMN more", version),
+                (ours, "ALTER TABLE resources ADD COLUMN more", version),
+                (ours, "DROP INDEX tokens_by_grant; CREATE INDEX tokens_by_grant ON tokens (spent)", version),
+                (b"", "CREATE TABLE users (username, name)", program), (b"", "CREATE TABLE x (y)", program)):
+            other.write_bytes(content)
+            with contextlib.closing(sqlite3.connect(other)) as database:
+                database.executescript(sql)
+            before = other.read_bytes()
+            with self.subTest(sql), self.assertRaisesRegex(s4s.StartError, words):
+                s4s.Server(db=str(other)).start()
+            self.assertEqual(other.read_bytes(), before)
+            other.unlink()
 
     def test_a_file_that_is_no_database_is_refused_in_words(self) -> None:
         Path(self.path).write_bytes(b"this is not a database, but long enough to look at" * 100)
