@@ -5617,7 +5617,7 @@ class FetchedResource(Resource):
             forwarding.owners[f"{self.type}/{self.id}"] = self.owner
 
     def is_pointed_to(self, access: Access) -> bool:
-        """See Resource; the server is asked for the record's documents."""
+        """The server is asked for the record's documents."""
         return self.forwarding.finds_binary(str(self.id))
 
 

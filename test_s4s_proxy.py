@@ -5170,15 +5170,6 @@ class Reading(RecordsTest):
 class Loading(PortalTest):
     """The control `load`."""
 
-    def test_a_bundle_is_stored_and_reset_takes_it_back(self) -> None:
-        bundle = bundle_of(made("Patient/new"), made(f"Patient/{DANIEL}", name=[{"text": "Somebody Else"}]))
-        self.assertEqual(self.post("/oauth/debug/load", bundle).json, {"stored": 2})
-        url = f"{self.portal.open_fhir_url}/Patient"
-        self.assertEqual(ask(f"{url}/{DANIEL}").json["name"], [{"text": "Somebody Else"}])
-        self.portal.reset()
-        self.assertEqual(ask(f"{url}/new").status, 404)
-        self.assertEqual(ask(f"{url}/{DANIEL}").json["birthDate"], "1925-12-23")
-
     def test_what_is_no_fhir_is_refused_but_its_media_type_will_do(self) -> None:
         fhir = {"Content-Type": "application/fhir+json"}
         for resource in ({}, made("Nonsense"), made("Patient/a/b")):
@@ -5186,17 +5177,10 @@ class Loading(PortalTest):
                 self.assertEqual(self.post("/oauth/debug/load", resource).status, 400)
                 with self.assertRaises(s4s.PortalError):
                     self.portal.load(resource)
-        got = self.post("/oauth/debug/load", made("Patient/new"), headers=fhir)
-        self.assertEqual(got.json, {"stored": 1})
+        got = self.post("/oauth/debug/load", bundle_of(made("Patient/a"), made("Patient/b")), headers=fhir)
+        self.assertEqual(got.json, {"stored": 2})
 
-    def test_without_the_sample_patients_there_are_none_of_their_accounts(self) -> None:
-        with s4s.Server(data="none") as portal:
-            with self.assertRaises(s4s.PortalError):
-                portal.issue_token()
-            portal.load(made("Patient/new"))
-            self.assertEqual(portal.issue_token(username="new")["patient"], "new")
-
-    def test_the_clinician_stays_with_her_resource_without_the_sample_patients(self) -> None:
+    def test_without_the_sample_patients_only_the_clinician_stays_with_her_resource(self) -> None:
         mine: Any = made("Patient/mine")
         hers = made("Practitioner/smart-clinician", name=[{"text": "Another"}])
         with tempfile.TemporaryDirectory() as folder:
@@ -5207,6 +5191,8 @@ class Loading(PortalTest):
                     ("r4", [hers], kept, "Another"), ("r4", [], kept, "Another")):
                 with self.subTest(version, data=data), s4s.Server(
                         fhir_version=version, data=["none", *data], **more) as portal:
+                    with self.assertRaisesRegex(s4s.PortalError, "no user .daniel-adams"):
+                        portal.issue_token()
                     portal.load(mine)
                     token = portal.issue_token(username="clinician", patient_id="mine",
                                                scope="openid fhirUser launch/patient")["access_token"]
@@ -5278,13 +5264,6 @@ class LoadingRecords(unittest.TestCase):
         records = self.records(str(self.folder))
         self.assertEqual(records.find_patients(), [(key, key.title()) for key in "abcde"])
         self.assertEqual(records.warnings, [])
-
-    def test_server_takes_paths_and_dicts_beside_the_samples_or_without(self) -> None:
-        data: list[tuple[Any, int]] = [([self.file("a.json", self.patient("a")), self.patient("b")], 5),
-                                       (["none", self.patient("b")], 1), ("none", 0)]
-        for given, count in data:
-            with self.subTest(given=given), s4s.Server(data=given) as portal:
-                self.assertEqual(ask(f"{portal.open_fhir_url}/Patient?_count=0").json["total"], count)
 
     def test_references_within_a_bundle_become_type_and_id(self) -> None:
         records = self.records(made("Bundle", type="transaction", entry=[
