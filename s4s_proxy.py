@@ -4131,8 +4131,8 @@ class Prepared(NamedTuple):
 
 
 def prepare(resource: Json, version: str, now: str = "", unresolved: Collection[str] = ()) -> Prepared:
-    """A resource ready to be written, its meta completed; what an app writes waits for nothing. PortalError
-    for what FHIR does not allow."""
+    """A resource ready to be written, its meta completed; `unresolved` is Load.point's, and what an app
+    writes waits for nothing. PortalError for what FHIR does not allow."""
     given = resource.get("meta", {})
     need(isinstance(given, dict), "meta: expected an object")
     meta = {"versionId": "1", "lastUpdated": now, **given}
