@@ -435,8 +435,7 @@ class KeyedApp:
             return f"{signed}.{b64(es384_sign(signed.encode()))}"
         return f"{signed}.{b64(s4s.rsa_sign(RFC_7515_KEY, 'RS384', signed.encode()))}"
 
-    def token(self, assertion: str | None = None, headers: Any = None, path: str = "token",
-              **changed: str) -> Answer:
+    def token(self, assertion: str = "", headers: Any = None, path: str = "token", **changed: str) -> Answer:
         """A request of the token endpoint, or another, as a backend service."""
         form = {"grant_type": "client_credentials", "client_assertion": assertion or self.assertion(),
                 "client_assertion_type": s4s.ASSERTION_TYPE, "scope": "system/*.rs", **changed}
@@ -577,13 +576,12 @@ def pages_from(url: str, token: str = "", **how: Any) -> Iterator[dict[str, Any]
         url, how = next_of(page), {}
 
 
-def within(bundle: Any, mode: str = "") -> list[dict[str, Any]]:
-    return [entry["resource"] for entry in bundle.get("entry", [])
-            if not mode or entry["search"]["mode"] == mode]
+def within(page: Any, mode: str = "") -> list[dict[str, Any]]:
+    return [each["resource"] for each in page.get("entry", []) if not mode or each["search"]["mode"] == mode]
 
 
-def ids_within(bundle: Any, mode: str = "") -> list[str]:
-    return [resource["id"] for resource in within(bundle, mode)]
+def ids_within(page: Any, mode: str = "") -> list[str]:
+    return [resource["id"] for resource in within(page, mode)]
 
 
 OPENLY: dict[str, Any] = {"token": "", "api": "/api/open-fhir/"}
@@ -1464,14 +1462,13 @@ class ClientAuthentication(PortalTest):
         unproven = [App(self.portal).client_id, public.client_id, "nobody"]
         for path in ("token", "introspect", "revoke"):
             by_secret, by_key = set(), set()
-            for client_id in (*unproven, keyed.client_id):
-                form = {"grant_type": "refresh_token", "refresh_token": "x", "token": "x",
-                        "client_id": client_id}
+            for name in (*unproven, keyed.client_id):
+                form = {"grant_type": "refresh_token", "refresh_token": "x", "token": "x", "client_id": name}
                 signed = {"client_assertion_type": s4s.ASSERTION_TYPE,
-                          "client_assertion": keyed.assertion(iss=client_id, sub=client_id)}
+                          "client_assertion": keyed.assertion(iss=name, sub=name)}
                 got = self.at(f"/oauth/{path}", form={**form, "client_secret": "guess"})
-                by_secret.add((got.status, got.body.replace(client_id.encode(), b"ID")))
-                if client_id in unproven:
+                by_secret.add((got.status, got.body.replace(name.encode(), b"ID")))
+                if name in unproven:
                     got = self.at(f"/oauth/{path}", form={**form, **signed})
                     by_key.add((got.status, got.body))
             seen = [(len(told), told.pop()[0]) for told in (by_secret, by_key)]
@@ -1687,18 +1684,17 @@ class AuthorizationRequest(PortalTest):
             self.assertEqual((got.status, told), (status, status == 303), name)
 
     def test_state_is_required_and_comes_back_as_it_was_and_no_value_breaks_out_of_the_address(self) -> None:
-        got, nasty = self.ask(state=None), "a\r\nSet-Cookie: x=y\r\n\r\n<html>&code=stolen#\u20ac"
+        got, bad = self.ask(state=None), "a\r\nSet-Cookie: x=y\r\n\r\n<html>&code=stolen#\u20ac"
         self.assertEqual((got.location["error"], "state" in got.location), ("invalid_request", False))
-        for state in ("a;b", "a b+c%20", "\u00e9\u4e2d", "x&y=z#?", "'\"<>", nasty):
-            for changed in ({"scope": nasty}, {"aud": nasty}, {"response_type": nasty},
-                            {"prompt": "none " + nasty}):
+        for state in ("a;b", "a b+c%20", "\u00e9\u4e2d", "x&y=z#?", "'\"<>", bad):
+            for changed in ({"scope": bad}, {"aud": bad}, {"response_type": bad}, {"prompt": "none " + bad}):
                 with self.subTest(state=state, changed=changed):
                     got = self.ask(state=state, **changed)
                     self.assertEqual((got.location["state"], got.cookies), (state, []))
                     self.assertNotIn("code", got.location)
                     self.assertRegex(got.headers["location"].partition("?")[2], r"^[A-Za-z0-9._~%&=-]+$")
-        back = self.portal.approve(self.app.authorize_url(state=nasty), "daniel-adams")
-        for url in (self.ask(state=nasty).headers["location"], back):
+        back = self.portal.approve(self.app.authorize_url(state=bad), "daniel-adams")
+        for url in (self.ask(state=bad).headers["location"], back):
             self.assertRegex(url, r"^[!-~]+$")
 
     def test_a_posted_request_is_the_same(self) -> None:
@@ -3002,9 +2998,8 @@ class OnePatientAndNothingElse(RecordTest):
         self.assert_refused("Binary/my-file", 404, token=unreached)
         self.put(document("my-doc", ME, "Binary/their-own"))  # it says itself whose it is
         self.assert_refused("Binary/their-own", 404, token=self.narrow_token())
-        self.put(document("my-doc", ME, "Binary/full"),
-                 made("Binary/full", contained=[made(f"Patient/{OTHER}")]))
-        self.assert_refused("Binary/full", 404)
+        self.put(document("my-doc", ME, "Binary/x"), made("Binary/x", contained=[made(f"Patient/{OTHER}")]))
+        self.assert_refused("Binary/x", 404)
 
     def test_a_binary_is_its_bytes_unless_fhirs_json_is_asked_for_by_name(self) -> None:
         fhir, plain, pdf = "application/fhir+json", "application/json", "application/pdf"
@@ -3082,8 +3077,7 @@ class OnePatientAndNothingElse(RecordTest):
             token = token_for(self.portal, label)
             for name, (category, code, expected) in itertools.product(names, cases):
                 with self.subTest(name, category=category, code=code):
-                    concepts = [{"coding": [{"system": system, "code": value}]} for system, value in (
-                        category, code)]
+                    concepts = [{"coding": [{"system": uri, "code": word}]} for uri, word in (category, code)]
                     self.put({**observation("x"), "resourceType": name, "category": concepts[:1],
                               "code": concepts[1]})
                     self.assertEqual(self.get(f"{name}/x", token=token).status, expected)
@@ -3739,10 +3733,9 @@ class EhrLaunch(PortalTest):
         super().setUp()
         set_signing_key(self.portal)
         for number in (1, 2):
-            self.portal.portal.records.load({
-                "resourceType": "Encounter", "id": f"visit-{number}", "type": [{"text": "Check-up"}],
-                "status": "finished", "subject": {"reference": f"Patient/{DANIEL}"},
-                "period": {"start": f"202{number}-01-01"}})
+            self.portal.load(made(
+                f"Encounter/visit-{number}", status="finished", type=[{"text": "Check-up"}],
+                subject=to(f"Patient/{DANIEL}"), period={"start": f"202{number}-01-01"}))
         self.app = App(self.portal, self.scope, launch_uris=["https://app.example/launch?own=1"])
         self.other = App(self.portal, self.scope)
 
@@ -3825,8 +3818,7 @@ class EhrLaunch(PortalTest):
         self.assertIn('value="daniel-adams"', browser.open(self.launch(username="daniel-adams")).text)
         self.assertEqual(browser.sign_in("clinician").status, 403)
         url = self.launch(username="joseph-ross", patient_id=JOSEPH)
-        page = Browser(self.portal).open(url + "&login_hint=clinician")
-        self.assertIn('value="joseph-ross"', page.text)
+        self.assertIn('value="joseph-ross"', Browser(self.portal).open(url + "&login_hint=clinician").text)
         self.launch(username="daniel-adams")
         with self.assertRaisesRegex(s4s.PortalError, "daniel-adams"):
             self.tokens("clinician")
@@ -3857,26 +3849,24 @@ class EhrLaunch(PortalTest):
                 self.refused(self.app, scope=scope)
 
     def test_what_can_not_be_launched_is_named(self) -> None:
-        contexts: list[Any] = [{}, [{}], [{"reference": "x"}], [{"reference": "Patient/1"}],
-                               [{"reference": "Task/1", "role": ""}], [{"canonical": 7}],
-                               [{"identifier": "x"}], [{"reference": "Task/1", "type": 7}]]
-        plain, nobody, tries = App(self.portal).client_id, {"client_id": None}, None  # type: str, Any, Any
-        for member, tries in (
-                ("client_id", ({"client_id": "nobody"}, nobody)), ("unknown", ({"unknown": 1},)),
-                ("launch_uri", ({"client_id": plain}, {"launch_uri": "https://evil.example/"},
-                                {**nobody, "launch_uri": "javascript:alert(1)"},
-                                {**nobody, "launch_uri": "/relative"}, {"launch_uri": "//evil.example"},
-                                {"launch_uri": "https://app.example/launch/../x"}, {"launch_uri": "/demo"})),
-                ("username", ({"username": "x"},)), ("intent", ({"intent": 5},)),
-                ("patient_id", ({"patient_id": "x"}, {"username": "joseph-ross"}, {"patient_id": []})),
-                ("encounter_id", ({"encounter_id": "x"}, {"patient_id": AMY, "encounter_id": "visit-1"})),
-                ("need_patient_banner", ({"need_patient_banner": "yes"},)),
-                ("fhir_context", [{"fhir_context": context} for context in contexts])):
+        nobody: Any = {"client_id": None}
+        rows: Any = (
+            ("client_id", {"client_id": "nobody"}, nobody), ("unknown", {"unknown": 1}),
+            ("launch_uri", {"client_id": App(self.portal).client_id}, *({"launch_uri": bad} for bad in (
+                "https://evil.example/", "//evil.example", "https://app.example/launch/../x", "/demo")),
+             *({**nobody, "launch_uri": bad} for bad in ("javascript:alert(1)", "/relative"))),
+            ("username", {"username": "x"}), ("intent", {"intent": 5}),
+            ("patient_id", {"patient_id": "x"}, {"username": "joseph-ross"}, {"patient_id": []}),
+            ("encounter_id", {"encounter_id": "x"}, {"patient_id": AMY, "encounter_id": "visit-1"}),
+            ("need_patient_banner", {"need_patient_banner": "yes"}), ("fhir_context", *(
+                {"fhir_context": bad} for bad in ({}, [{}], [{"canonical": 7}], [{"identifier": "x"}], *(
+                    [{"reference": name, **more}] for name, more in (
+                        ("x", {}), ("Patient/1", {}), ("Task/1", {"role": ""}), ("Task/1", {"type": 7})))))))
+        for member, *tries in rows:
             for given in tries:
                 with self.subTest(given=given):
                     asked = {"client_id": self.app.client_id, "patient_id": DANIEL, **given}
-                    got = self.post("/oauth/debug/launch", asked)
-                    self.is_error(got, "invalid_request", words=member)
+                    self.is_error(self.post("/oauth/debug/launch", asked), "invalid_request", words=member)
 
     def test_the_launch_page_finds_patients_by_name_and_opens_the_app(self) -> None:
         browser = Browser(self.portal)
@@ -4023,7 +4013,7 @@ class Identity(PortalTest):
                 ("openid profile", DANIEL, f"Patient/{DANIEL}"), ("openid fhirUser", DANIEL, None),
                 ("openid profile", AMY, "RelatedPerson/daniel-adams-amy-shaw")):
             tokens = self.app.tokens(scope=scope + " patient/*.rs", patient_id=patient_id)
-            told = self.at("/oauth/userinfo", token=tokens["access_token"]).json
+            told = self.at("/oauth/userinfo", token=tokens).json
             for claims in (self.claims(tokens), told, introspected(self.app, tokens["access_token"])):
                 with self.subTest(scope, who=who):
                     self.assertEqual(claims.get("profile"), who)
@@ -4035,14 +4025,13 @@ class Identity(PortalTest):
         self.assertEqual(key["kid"], b64(hashlib.sha256(key["n"].encode()).digest()))
 
     def test_the_key_is_made_once_and_kept_with_the_state(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "state.db")
-            with s4s.Server(db=path) as portal:
-                keys = at_once(3, lambda: ask(portal.url + "/oauth/jwks").json)
-                portal.reset()
-                keys.append(ask(portal.url + "/oauth/jwks").json)
-            with s4s.Server(db=path) as portal:
-                keys.append(ask(portal.url + "/oauth/jwks").json)
+        path = os.path.join(self.during(tempfile.TemporaryDirectory()), "state.db")
+        with s4s.Server(db=path) as portal:
+            keys = at_once(3, lambda: ask(portal.url + "/oauth/jwks").json)
+            portal.reset()
+            keys.append(ask(portal.url + "/oauth/jwks").json)
+        with s4s.Server(db=path) as portal:
+            keys.append(ask(portal.url + "/oauth/jwks").json)
         self.assertEqual(keys, keys[:1] * 5)
         self.assertNotEqual(keys[0], self.at("/oauth/jwks").json)
 
@@ -4055,11 +4044,10 @@ class Identity(PortalTest):
         access, form = tokens["access_token"], {"access_token": tokens["access_token"]}
         for how in ({"token": access}, {"token": access, "method": "POST"}, {"form": form},
                     {"token": access, "form": {}}):  # RFC 6750 sections 2.1 and 2.2
-            got = self.at("/oauth/userinfo", **how)
-            self.assertEqual(got.json, told)
+            self.assertEqual(self.at("/oauth/userinfo", **how).json, told)
         for scope, named in (("openid patient/*.rs", False), ("openid profile", True)):
-            token = self.portal.issue_token(scope=scope)["access_token"]
-            self.assertEqual("name" in self.at("/oauth/userinfo", token=token).json, named)
+            got = self.at("/oauth/userinfo", token=self.portal.issue_token(scope=scope))
+            self.assertEqual("name" in got.json, named)
 
     def test_what_the_fixtures_say_of_a_user_is_told_with_email_and_profile(self) -> None:
         user = {"username": "maria", "password": "s", "fhir_user": f"Patient/{AMY}", "email": "m@x.example",
@@ -4073,23 +4061,22 @@ class Identity(PortalTest):
                                         ("openid", {}, {**mails, **more})):
                 with self.subTest(scope):
                     tokens = app.tokens("maria", scope=scope + " patient/*.rs")
-                    userinfo = ask(portal.url + "/oauth/userinfo", token=tokens["access_token"]).json
                     id_token = s4s.read_jwt(tokens["id_token"]).claims
-                    for claims in (userinfo, id_token):
+                    for claims in (ask(portal.url + "/oauth/userinfo", token=tokens).json, id_token):
                         self.assertEqual({**claims, **told, "sub": "maria"}, claims)
                         self.assertEqual(claims.keys() & hidden.keys(), set())
                     self.assertEqual(id_token["aud"], app.client_id)
 
     def test_userinfo_needs_a_token_with_openid(self) -> None:
         tokens = self.app.tokens()
-        narrowed = self.app.refresh(tokens["refresh_token"], scope="patient/*.rs").json["access_token"]
-        without = self.portal.issue_token(scope="patient/*.rs")["access_token"]
+        narrowed = self.app.refresh(tokens["refresh_token"], scope="patient/*.rs").json
+        without = self.portal.issue_token(scope="patient/*.rs")
         form = {"access_token": tokens["access_token"]}
         for why, how, status, header in (
                 ("no openid", {"token": without}, 403, 'error="insufficient_scope"'),
                 ("narrowed", {"token": narrowed}, 403, 'error="insufficient_scope"'),
                 ("no access token", {"token": tokens["refresh_token"]}, 401, "invalid_token"),
-                ("two ways at once", {"token": tokens["access_token"], "form": form}, 400, "invalid_request"),
+                ("two ways at once", {"token": tokens, "form": form}, 400, "invalid_request"),
                 ("twice", {"form": [*form.items(), *form.items()]}, 400, "^$"),
                 ("a bad one", {"form": {"access_token": "x"}}, 401, "invalid_token"),
                 ("in a GET's body (2.2)", {"method": "GET", "form": form}, 401, '^Bearer realm="s4s"$'),
@@ -4175,16 +4162,14 @@ class Assertions(PortalTest):
 
     def test_of_many_requests_with_one_assertion_one_is_first(self) -> None:
         assertion = self.app.assertion()
-        statuses = at_once(8, lambda: self.app.token(assertion).status)
-        self.assertEqual(sorted(statuses), [200] + [401] * 7)
+        self.assertEqual(sorted(at_once(8, lambda: self.app.token(assertion).status)), [200] + [401] * 7)
         self.is_error(self.app.token(assertion), "invalid_client", 401)
 
     def test_a_forged_assertion_uses_up_no_jti_and_an_expired_one_frees_it(self) -> None:
-        forged = self.app.assertion(jti="one")[:-6] + "AAAAAA"
-        self.is_error(self.app.token(forged), "invalid_client", 401)
-        self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
-        self.portal.advance(301)
-        self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
+        self.is_error(self.app.token(self.app.assertion(jti="one")[:-6] + "AAAAAA"), "invalid_client", 401)
+        for seconds in (0, 301):
+            self.portal.advance(seconds)
+            self.assertEqual(self.app.token(self.app.assertion(jti="one")).status, 200)
 
     def test_what_is_sent_beside_the_assertion(self) -> None:
         saml = "urn:ietf:params:oauth:client-assertion-type:saml2-bearer"
@@ -4307,8 +4292,7 @@ class BackendServices(PortalTest):
         got = KeyedApp(self.portal).token().json
         self.assertEqual((got["expires_in"], got["scope"], got["token_type"]), (300, "system/*.rs", "Bearer"))
         self.assertEqual({"refresh_token", "patient", "id_token"} & got.keys(), set())
-        got = self.at("/oauth/userinfo", token=got["access_token"])
-        self.is_error(got, "insufficient_scope", 403)
+        self.is_error(self.at("/oauth/userinfo", token=got), "insufficient_scope", 403)
 
     def test_only_system_scopes_within_the_registered_are_granted(self) -> None:
         app = KeyedApp(self.portal, scope="system/Observation.rs patient/*.rs openid")
@@ -4345,12 +4329,10 @@ class BackendServices(PortalTest):
                     self.assertEqual(own.token(headers=headers).status, 200, headers)
 
     def test_its_token_may_introspect_every_token(self) -> None:
-        service, other = (given["access_token"] for given in (
-            KeyedApp(self.portal).token().json, self.portal.issue_token()))
-        for token in (service, other):
-            got = self.at("/oauth/introspect", form={"token": token}, token=service).json
-            self.assertTrue(got["active"])
-            self.assertFalse(token == service and "sub" in got)
+        service, other = KeyedApp(self.portal).token().json, self.portal.issue_token()
+        for given in (service, other):
+            got = self.at("/oauth/introspect", form={"token": given["access_token"]}, token=service).json
+            self.assertTrue(got["active"] and not (given is service and "sub" in got), got)
 
 
 # ######################################################################## 17 search
@@ -4369,8 +4351,7 @@ class RecordsTest(RecordTest):
 
     def finds(self, *expected: tuple[str, list[str]]) -> None:
         for path, ids in expected:
-            with self.subTest(path=path):
-                self.assertEqual(self.ids(path), ids)
+            self.assertEqual(self.ids(path), ids, path)
 
     def types(self, path: str, token: Any, mode: str = "") -> set[str]:
         return {resource["resourceType"] for resource in within(self.fhir(path, token).json, mode)}
@@ -4388,8 +4369,7 @@ class Dates(unittest.TestCase):
                 ("1969-12-31T19:00:00-05:00", 0, 1)):
             with self.subTest(text=text):
                 first, last = s4s.date_range(text)
-                self.assertEqual(first, start)
-                self.assertAlmostEqual(last - first, length)
+                self.assertEqual((first, round(last - first, 6)), (start, length))
 
     def test_what_is_no_date_is_refused(self) -> None:
         for text in ("", "19", "2008-13", "2008-02-30", "2008-1-1", "2008-07-10T25:00", "2008-07-10T12:61:00",
@@ -4459,8 +4439,7 @@ class Searching(RecordsTest):
                             self.assertEqual((got.status == 200, '"mine"' in got.text), (seen, seen))
                             self.assertNotIn('"theirs"', got.text)
 
-    _ME, _VISIT, _ILL, _END = (to(text) for text in (
-        f"Patient/{ME}", "Encounter/e", "Condition/c", "Endpoint/e"))
+    _ME, _VISIT, _ILL, _END = map(to, (f"Patient/{ME}", "Encounter/e", "Condition/c", "Endpoint/e"))
     _CODE, _PERIOD = {"coding": [{"code": "c"}]}, {"start": "2026"}
     _BOUNDS, _DAYS = ({"repeat": {"boundsPeriod": {"start": "2020-01-10", "end": "2020-02"}}},
                       {"event": ["2020-01-12", "2020-01-10"]})
@@ -4567,8 +4546,7 @@ class Searching(RecordsTest):
     def test_provenances_come_with_what_they_are_about(self) -> None:
         first, theirs = (self.ids(f"Observation?patient={patient}")[0] for patient in (DANIEL, AMY))
         for key, names in (("p", [first]), ("q", [first, theirs]), ("r", [theirs])):
-            self.portal.load(made(f"Provenance/{key}", target=[
-                to(f"Observation/{name}") for name in names]))
+            self.portal.load(made(f"Provenance/{key}", target=[to(f"Observation/{name}") for name in names]))
         query = f"Observation?_id={first}&_revinclude=Provenance:target"
         for scope, path, ids in (
                 ("patient/*.rs", query, [first, "p"]), ("patient/Observation.rs", query, [first]),
@@ -4677,8 +4655,7 @@ class Searching(RecordsTest):
                         vital, rate = {"coding": [{"code": "vital-signs"}]}, {"coding": [{"code": "8867-4"}]}
                         self.portal.load(observation(f"new-{number}", AMY if number % 2 else DANIEL,
                                                      effectiveDateTime=date, category=[vital], code=rate))
-                self.assertEqual(len(seen), len(set(seen)))
-                self.assertEqual(at_start - set(seen), set())
+                self.assertEqual((len(seen), at_start - set(seen)), (len(set(seen)), set()))
 
     def test_include_and_revinclude(self) -> None:
         got = self.read(f"MedicationRequest?patient={DANIEL}&_count=2&_include=MedicationRequest:requester"
@@ -4706,9 +4683,8 @@ class Searching(RecordsTest):
                 ("r4", "Questionnaire/q3", "q3")):
             with self.subTest(asked=asked), s4s.Server(fhir_version=version, data="none") as portal:
                 portal.load(made("Patient/p"))
-                for key, (name, number) in forms.items():
-                    portal.load(made(f"Questionnaire/{key}", version=number,
-                                     url=f"http://forms.example/{name}"))
+                for key, (name, nth) in forms.items():
+                    portal.load(made(f"Questionnaire/{key}", version=nth, url=f"http://forms.example/{name}"))
                 for key in ("mine", "theirs"):
                     portal.load(made(f"QuestionnaireResponse/{key}", questionnaire=asked,
                                      subject=to("Patient/p" if key == "mine" else "Patient/other")))
@@ -4804,9 +4780,8 @@ class Searching(RecordsTest):
                             self.assertNotIn("entry", pages[0])
                         else:
                             self.assertEqual(sum(len(page["entry"]) for page in pages), number)
-                with self.subTest(who=who):
-                    self.assertNotIn("total", ask(f"{url}/Observation?_total=none", token=value).json)
-                    self.assertEqual(ask(f"{url}/Observation/g1", token=value).status == 200, number == 5)
+                self.assertNotIn("total", ask(f"{url}/Observation?_total=none", token=value).json, who)
+                self.assertEqual(ask(f"{url}/Observation/g1", token=value).status == 200, number == 5, who)
 
     def steps(self, call: Callable[[], Any]) -> int:
         """How much the database of the records does meanwhile, in thousands of its own steps."""
@@ -5235,9 +5210,8 @@ class LoadingRecords(Test):
             for data in (left, bundle_of(left)):
                 with self.subTest(more=more):
                     records = self.records(self.patient("a"), data)
-                    self.assertEqual(len(records.find_patients()), 1)
-                    self.assertEqual(records.warnings, [
-                        "1 resources of types that are not served were left out: SearchParameter (1)"])
+                    self.assertEqual((len(records.find_patients()), records.warnings), (1, [
+                        "1 resources of types that are not served were left out: SearchParameter (1)"]))
         self.records(made("ExplanationOfBenefit", insurance={}), fhir_version="dstu2")
 
     def test_a_value_of_a_wrong_type_is_named_with_what_was_expected(self) -> None:
@@ -5293,15 +5267,13 @@ class LoadingRecords(Test):
         self.assertEqual(records.pointing_to("x"), [])
 
     def test_loading_twice_gives_the_same_records_once(self) -> None:
-        condition = made("Condition", subject=to("urn:uuid:0a"))
-        given = bundle_of(self.patient("a"), condition, self.visit("Practitioner?identifier=7"),
-                          self.doctor("p"))
+        ill = made("Condition", subject=to("urn:uuid:0a"))
+        given = bundle_of(self.patient("a"), ill, self.visit("Practitioner?identifier=7"), self.doctor("p"))
         given["entry"][0]["fullUrl"] = "urn:uuid:0a"
         before = self.dump(self.with_samples(data=[given], db=self.db))
         for more in ([given, given], []):
             again = self.with_samples(data=more, db=self.db)
-            self.assertEqual(len(again.find_patients()), 4)
-            self.assertEqual(self.dump(again), before)
+            self.assertEqual((len(again.find_patients()), self.dump(again)), (4, before))
 
     def test_a_changed_resource_gets_the_next_version(self) -> None:
         records = self.records(self.patient("a"))
@@ -5458,8 +5430,7 @@ class NoAddressGetsOut(ForwardingTest):
         upstream = s4s.Upstream(s4s.Settings(fhir_server=base), s4s.OpenSockets())
         for text, expected in cases:
             with self.subTest(text, base=base):
-                shown = upstream.rewritten(f'"{text}"'.encode(), self.OURS)
-                self.assertEqual(shown, f'"{expected or text}"')
+                self.assertEqual(upstream.rewritten(f'"{text}"'.encode(), self.OURS), f'"{expected or text}"')
 
     def test_every_spelling_of_the_base_and_other_paths_of_its_host(self) -> None:
         person, near = f"{self.OURS}/Patient/1", "http://127.0.0.1:9/fhir"
@@ -5578,8 +5549,7 @@ class NoAddressGetsOut(ForwardingTest):
 
     def test_decimals_come_through_as_they_were(self) -> None:
         bundle = self.behind.bundle(observation("mine", value="VALUE"), observation("theirs", OTHER))
-        text = json.dumps(bundle)
-        self.script("Observation", text.replace('"VALUE"', '{"value": 1.10}').encode())
+        self.script("Observation", json.dumps(bundle).replace('"VALUE"', '{"value": 1.10}').encode())
         for query in ("", "_elements=value", "_summary=data", "_pretty=true"):
             self.assertRegex(self.get(f"Observation?{query}").text, r'"value": {\s*"value": 1\.10\s*}')
 
@@ -5974,8 +5944,7 @@ class WhatIsBehind(ForwardingTest):
             portal.clock.advance(seconds)
             self.metadata(portal)
             self.assertEqual(len(self.behind.seen), asked)
-        none = self.portal_with(made("Patient"))
-        self.assertEqual(self.metadata(none)[0].status, 502)
+        self.assertEqual(self.metadata(self.portal_with(made("Patient")))[0].status, 502)
 
     def test_the_version_is_the_servers_or_r4_with_a_warning_and_who_asks_for_another_gets_406(self) -> None:
         for told, version, known in (
@@ -5993,9 +5962,8 @@ class WhatIsBehind(ForwardingTest):
             self.assertEqual(str(lines).count("R4 is assumed"), 0 if version else 1)
 
     def test_nothing_comes_from_a_version_that_is_not_understood(self) -> None:
-        visit = made("Appointment/a", subject=to(f"Patient/{OTHER}"),
-                     participant=[{"actor": to(f"Patient/{ME}")}])
-        self.behind.records["Appointment/a"] = visit
+        self.behind.records["Appointment/a"] = made(
+            "Appointment/a", subject=to(f"Patient/{OTHER}"), participant=[{"actor": to(f"Patient/{ME}")}])
         for version in ("5.0.0", "6.0.0-ballot2", "4.6.0", "0.0.82", "40.1"):
             self.script("metadata", {**self.STATEMENT, "fhirVersion": version})
             self.portal.reset()
@@ -6765,8 +6733,7 @@ class StartPage(PortalTest):
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
     def test_its_commands_work_when_pasted(self) -> None:
-        shown = output_of("sh", "-c", self.page.texts["pre"][0])
-        self.assertEqual(json.loads(shown)["id"], DANIEL)
+        self.assertEqual(json.loads(output_of("sh", "-c", self.page.texts["pre"][0]))["id"], DANIEL)
 
     def test_it_is_the_home_of_who_is_signed_in(self) -> None:
         browser = signed_in(self.portal)
@@ -6990,8 +6957,7 @@ class Fixture(PortalTest):
             answer = door()
             self.assertEqual(answer.status if isinstance(answer, Answer) else 204, 204)
             self.assertLess(self.portal.portal.clock.now(), now)
-            self.assertEqual(self.portal.requests, [])
-            self.assertEqual(self.read(token).status, 401)
+            self.assertEqual((self.portal.requests, self.read(token).status), ([], 401))
             self.assertIsNone(self.portal.portal.client(client["client_id"]))
 
     def test_a_refused_control_says_why(self) -> None:
@@ -7169,8 +7135,7 @@ class DebugToken(PortalTest):
         for members, name, expected in (
                 ({"user_name": "joseph-ross"}, "patient", JOSEPH), ({"patient_id": AMY}, "patient", AMY),
                 ({"access_lifetime": "60", "approval_expires": f"{time.time() + 99.5}"}, "expires_in", 60)):
-            with self.subTest(members=members):
-                self.assertEqual(self.token(**members).json[name], expected)
+            self.assertEqual(self.token(**members).json[name], expected, members)
 
     def test_a_token_may_be_born_expired(self) -> None:
         for members in ({"access_lifetime": 0}, {"access_lifetime": -5}, {"access_lifetime": -1e300},
@@ -7346,8 +7311,7 @@ class Secrets(unittest.TestCase):
     def test_no_client_writes_a_line_of_the_log(self) -> None:
         with s4s.Server(quiet=False, verbose=True) as portal:
             lines = log_of(portal)
-            app = App(portal)
-            ask(app.authorize_url(scope="patient/*.rs \r\nGET /forged 200\x1b[2J\u2028", state="\n"))
+            ask(App(portal).authorize_url(scope="patient/*.rs \r\nGET /forged 200\x1b[2J\u2028", state="\n"))
             ask(f"{portal.fhir_url}/Patient/%0aGET%20/forged", token=portal.issue_token()["access_token"])
             form = {"grant_type": "refresh_token"}
             ask(portal.url + "/oauth/token", basic=("\nGET /forged", "\n"), form=form)
@@ -7624,8 +7588,7 @@ class Sockets(RawTest):
         self.assertEqual({recorded.status for recorded in self.portal.requests}, {400, 414, 431, 505})
         lines.clear()
         [answer] = self.talk(b"nonsense\r\n\r\n")
-        self.assertEqual(answer.headers["x-content-type-options"], "nosniff")
-        self.assertEqual(lines, ["- - 400 0.0 ms"])
+        self.assertEqual((answer.headers["x-content-type-options"], lines), ("nosniff", ["- - 400 0.0 ms"]))
 
     def test_a_body_over_the_limit_is_413_in_the_endpoints_shape_and_not_asked_for(self) -> None:
         line, too_long = "POST /api/fhir/Condition/_search", "Content-Length: 1048577"
@@ -7697,9 +7660,8 @@ class Sockets(RawTest):
 class SlowClients(RawTest):
     """A slow client holds one thread, for a bounded time, and nobody else."""
 
-    def connect(self) -> socket.socket:
-        return cast(socket.socket, self.during(
-            socket.create_connection((self.portal.host, self.portal.port), 10)))
+    def connect(self) -> Any:
+        return self.during(socket.create_connection((self.portal.host, self.portal.port), 10))
 
     def test_a_slow_body_is_408_and_windows_says_so_too(self) -> None:
         self.limits(body_seconds=0.2, head_seconds=0.2)
@@ -8214,9 +8176,8 @@ class Repository(unittest.TestCase):
     def test_the_readme_shows_every_option_and_endpoint_and_names_functions_that_are_there(self) -> None:
         rows = [f"| {' '.join(route.methods)} | `{route.path.replace('{}', '…')}` | {route.spec} | "
                 f"{s4s.what_it_does(route)} |\n" for route in s4s.ROUTES]
-        for words in [flag for action in s4s.build_parser()._actions
-                      for flag in action.option_strings] + rows:
-            self.assertTrue(words in self.readme, words)
+        for word in [flag for action in s4s.build_parser()._actions for flag in action.option_strings] + rows:
+            self.assertTrue(word in self.readme, word)
         for name in re.findall(r"; `(\w+)\(\)`", self.readme):
             self.assertTrue(callable(getattr(s4s, name)), name)
 
