@@ -308,9 +308,6 @@ class PortalTest(Test):
         self.assertEqual((got.status, got.json.get("error")), (status, error), got)
         self.assertIn(words, got.json["error_description"])
 
-    def log(self) -> list[str]:
-        return log_of(self.portal)
-
     def serve_instead(self, path: str, endpoint: Callable[[Any, s4s.Request], s4s.Response]) -> None:
         """Put another endpoint at a path, for this test."""
         routes = s4s._routes_by_path()[0]
@@ -360,9 +357,6 @@ class RawTest(PortalTest):
         """Shorter waits than the server's own, for this test."""
         for name, value in seconds.items():
             self.during(mock.patch.object(self.portal._listener, name, value))
-
-    def still_works(self) -> None:
-        self.assertEqual(ask(self.portal.url + "/health").status, 200)
 
 
 # ######################################################################## helpers: keys
@@ -1012,7 +1006,7 @@ class Nonsense(PortalTest):
 
     def setUp(self) -> None:
         super().setUp()
-        lines = self.log()
+        lines = log_of(self.portal)
         self.addCleanup(lambda: self.assertEqual([line for line in lines if line.startswith("BUG")], []))
 
     def test_percent_signs_without_digits_bytes_that_are_no_utf_8_and_too_many_parameters(self) -> None:
@@ -1298,7 +1292,7 @@ class Bugs(PortalTest):
     """A bug of ours is a 500 in words, and its log shows no value."""
 
     def test_the_log_names_the_place_and_no_secret_and_outside_of_requests_one_connection_ends(self) -> None:
-        lines, bug = self.log(), RuntimeError("the secret is demo-secret-s4s")
+        lines, bug = log_of(self.portal), RuntimeError("the secret is demo-secret-s4s")
         self.serve_instead("/oauth/token", mock.Mock(side_effect=bug))
         self.is_error(self.at("/oauth/token", form={"a": "b"}), "server_error", 500)
         with mock.patch.object(s4s.Handler, "read_request", side_effect=bug), \
@@ -2449,7 +2443,7 @@ class FhirApi(RecordTest):
     def test_me_tells_of_the_clients_tokens_for_one_record_but_not_their_values(self) -> None:
         self.at("/oauth/revoke", form={"token": self.issue(self.scope)}, basic=TEST_SUITE)
         for token, patient in ((self.token, ME), (self.issue(self.scope, patient_id=AMY), AMY)):
-            got = ask(self.portal.url + "/api/me", token=token)
+            got = self.at("/api/me", token=token)
             self.assertEqual(got.json["client_id"], "test-suite")
             self.assertEqual([told["patient"] for told in got.json["tokens"]], [patient])
             self.assertNotIn(token, got.text)
@@ -3197,7 +3191,7 @@ class WritingHere(RecordTest):
                         codes = {code["code"] for code in resource["interaction"]} - {
                             "read", "vread", "search-type"}
                         self.assertEqual(codes, expected.get(resource["type"], codes))
-        scopes = ask(self.portal.fhir_url + "/.well-known/smart-configuration").json["scopes_supported"]
+        scopes = self.fhir(".well-known/smart-configuration").json["scopes_supported"]
         self.assertEqual({"patient/*.cu", "user/*.write", "system/*.cu"} & {*scopes},
                          {"patient/*.cu", "user/*.write"})
 
@@ -3460,7 +3454,7 @@ class HostileAnswers(ForwardingTest):
                 self.assertEqual(self.get(path, **OPENLY).status, 200)
 
     def test_a_reference_under_another_name_of_the_server_is_its_own_once_it_tells_that_name(self) -> None:
-        there, log = "http://other.example/fhir", self.log()
+        there, log = "http://other.example/fhir", log_of(self.portal)
         named, theirs = (observation(name, subject=to(f"{there}/Patient/{patient}"))
                          for name, patient in (("mine", ME), ("theirs", OTHER)))
         self.script("Observation/mine", named)
@@ -3916,7 +3910,7 @@ class EhrLaunch(PortalTest):
             self.assertEqual(ask(closed.url + "/launch").status, 404)
 
     def test_an_app_that_was_launched_learns_how_the_pages_look(self) -> None:
-        self.assertIn("context-style", ask(f"{self.portal.fhir_url}/.well-known/smart-configuration").text)
+        self.assertIn("context-style", self.fhir(".well-known/smart-configuration").text)
         self.launch()
         tokens = self.tokens()
         url, css = tokens["smart_style_url"], Page(self.at("/").text).texts["style"][0]
@@ -4233,7 +4227,7 @@ class KeysByUrl(PortalTest):
             self.is_error(self.app().token(), "invalid_client", 401)
 
     def test_why_keys_did_not_come_is_told_to_nobody_but_the_log(self) -> None:
-        here, told, lines, oct_key = self.url, set(), self.log(), {"kty": "oct", "kid": "r", "k": "x"}
+        here, told, lines, key = self.url, set(), log_of(self.portal), {"kty": "oct", "kid": "r", "k": "x"}
         keys: tuple[Any, ...] = ({}, [["kid"]], [{"kty": "RSA", "kid": ["r"]}, 5])
         for url, status, body, cause in (
                 ("http://127.0.0.1:1/", 200, b"", "refused"), ("http://x.invalid/", 200, b"", "gaierror"),
@@ -4242,7 +4236,7 @@ class KeysByUrl(PortalTest):
                 (here, 200, b" " * (65 << 10), "65536"), (here, 200, b"[" * 5000, ""),
                 *((here, 200, {"keys": wrong}, "array of objects") for wrong in keys),
                 (here, 200, {"keys": [RSA_JWK, RSA_JWK]}, "same kty and kid"),
-                (here, 200, {"keys": [oct_key]}, "private member")):
+                (here, 200, {"keys": [key]}, "private member")):
             with self.subTest(url=url, body=str(body)[:20]):
                 short = {"Content-Length": "999"} if body == b"{" else {}
                 self.answer(body, status, {"Location": self.url, **short})
@@ -4631,7 +4625,7 @@ class Searching(RecordsTest):
                     self.assertIn(expected, ask(url).json["issue"][0]["diagnostics"])
 
     def test_a_search_with_more_values_than_the_database_takes_is_too_costly(self) -> None:
-        log = self.log()
+        log = log_of(self.portal)
         for name, one, most in (("date", "ne2008-01-01", 250), ("date", "gt2008", 500),
                                 ("_lastUpdated", "ne2008", 250), ("code", "http://loinc.org%7C1", 500)):
             for joint in (",", f"&{name}="):
@@ -5967,7 +5961,7 @@ class WhatIsBehind(ForwardingTest):
         for version in ("5.0.0", "6.0.0-ballot2", "4.6.0", "0.0.82", "40.1"):
             self.script("metadata", {**self.STATEMENT, "fhirVersion": version})
             self.portal.reset()
-            token, log = self.issue(self.scope), self.log()
+            token, log = self.issue(self.scope), log_of(self.portal)
             said = f"FHIR {version[:version.index('.') + 2]}; understood are 1.0, 3.0, 4.0, 4.3"
             for path in ("Appointment/a", "Appointment", f"Patient/{ME}/$everything", "metadata"):
                 with self.subTest(version, path=path):
@@ -6687,13 +6681,13 @@ class ErrorPage(PortalTest):
 
     def test_it_says_what_was_expected_what_came_and_what_to_read(self) -> None:
         path = "/oauth/authorize?client_id=demo-app&redirect_uri=http://x.example/"
-        page = Page(ask(self.portal.url + path).text)
+        page = Page(self.at(path).text)
         self.assertIn(f"{self.portal.url}/demo", page.main)
         self.assertIn("redirect_uri = http://x.example/", page.main)
         self.assertTrue(page.all("a", href="https://www.rfc-editor.org/rfc/rfc6749#section-4.1.1"))
 
     def test_no_form_field_is_shown(self) -> None:
-        answer = ask(self.portal.url + "/login", form={"username": "daniel-adams", "password": "do not show"})
+        answer = self.at("/login", form={"username": "daniel-adams", "password": "do not show"})
         self.assertEqual(answer.status, 403)
         self.assertNotIn("do not show", answer.text)
 
@@ -6703,7 +6697,7 @@ class StartPage(PortalTest):
 
     def setUp(self) -> None:
         super().setUp()
-        self.page = Page(ask(self.portal.url + "/").text)
+        self.page = Page(self.at("/").text)
 
     def test_it_names_every_endpoint_and_its_text_and_what_is_open_to_anyone(self) -> None:
         self.assertEqual(self.page.all("details"), [{"class": "card"}])  # closed
@@ -6729,7 +6723,7 @@ class StartPage(PortalTest):
 
     def test_its_links_lead_somewhere(self) -> None:
         for path in {link["href"] for link in self.page.all("a") if link["href"].startswith("/")}:
-            self.assertIn(ask(self.portal.url + path).status, (200, 303), path)
+            self.assertIn(self.at(path).status, (200, 303), path)
 
     @unittest.skipUnless(os.name == "posix" and shutil.which("curl"), "needs a shell and curl")
     def test_its_commands_work_when_pasted(self) -> None:
@@ -6756,7 +6750,7 @@ class DemoApp(PortalTest):
         self.assertEqual(ask(app.authorize_url(code_challenge=None)).location["error"], "invalid_request")
 
     def test_it_talks_to_this_server_alone_and_no_browser_keeps_what_it_read(self) -> None:
-        policy = ask(self.portal.url + "/demo").headers["content-security-policy"]
+        policy = self.at("/demo").headers["content-security-policy"]
         self.assertIn("connect-src 'self';", policy)
         self.assertNotIn("http", policy)
         token = self.portal.issue_token(scope="patient/*.rs")
@@ -6951,7 +6945,7 @@ class Fixture(PortalTest):
 
     def test_reset_leaves_nothing_of_what_was_made(self) -> None:
         for door in (self.portal.reset, lambda: self.post("/oauth/debug/reset", {}),
-                     lambda: ask(self.portal.url + "/oauth/debug/reset", method="POST")):
+                     lambda: self.at("/oauth/debug/reset", method="POST")):
             client = self.portal.register_client(redirect_uris=["https://a.example/"])
             token, now = self.portal.issue_token(), self.portal.advance(10_000)
             answer = door()
@@ -7120,12 +7114,15 @@ class Fixture(PortalTest):
                 ask(server.url + "/health")
 
 
-class DebugToken(PortalTest):
-    """POST /oauth/debug/token (S4S)."""
+class DebugTokens(PortalTest):
+    """POST /oauth/debug/token, GET /oauth/debug/introspect (S4S)."""
 
     def token(self, **members: Any) -> Answer:
         members = {"client_id": "test-suite", "username": "daniel-adams", **members}
         return self.post("/oauth/debug/token", members)
+
+    def look(self, token: str) -> Any:
+        return self.at(f"/oauth/debug/introspect/?token={token}").json
 
     def test_a_token_opens_the_users_own_record_and_members_may_be_said_in_several_ways(self) -> None:
         got = self.token().json
@@ -7144,15 +7141,7 @@ class DebugToken(PortalTest):
                 got = self.token(**members)
                 self.assertEqual((got.status, got.json["expires_in"]), (200, 0))
                 self.assertEqual(self.fhir(f"Patient/{DANIEL}", got.json).status, 401)
-                told = ask(f"{self.portal.url}/oauth/debug/introspect?token={got.json['access_token']}")
-                self.assertIs(told.json["active"], False)
-
-
-class DebugIntrospect(PortalTest):
-    """GET /oauth/debug/introspect (S4S)."""
-
-    def look(self, token: str) -> Any:
-        return ask(f"{self.portal.url}/oauth/debug/introspect/?token={token}").json
+                self.assertIs(self.look(got.json["access_token"])["active"], False)
 
     def test_an_access_token_and_its_refresh_token_show_the_same_also_when_it_has_expired(self) -> None:
         given = self.portal.issue_token(approval_expires=1527806923 + 10 ** 9)
@@ -7249,12 +7238,20 @@ class Drift(PortalTest):
                         self.is_error(got, "not_found", 404)
 
 
-class Secrets(unittest.TestCase):
+class Secrets(PortalTest):
     """Nothing that the server writes for people or monitors holds a secret."""
+    own = ("correct horse battery", "päss/wörd", "tea & 2+2=5", "ab c")
+    settings: ClassVar[dict[str, Any]] = {"quiet": False, "verbose": True, "fixtures": {"clients": [
+        {"client_id": f"own-{number}", "client_secret": secret, "redirect_uris": ["https://a.example/"]}
+        for number, secret in enumerate(own)]}}
     secrets: dict[str, str]  # value -> name of each
     written: list[str]       # every text that must hold none of them
     named = re.compile("(access|refresh|id|form)_token|.*secret|.*assertion|code(_verifier)?|launch|password")
     harmless = re.compile("/api/|/health|/oauth/userinfo|/oauth/jwks|/.well-known/|/oauth/debug/requests")
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.lines = log_of(self.portal)
 
     def test_a_whole_run_leaves_no_secret_in_logs_errors_or_lists(self) -> None:
         for level in ({"quiet": True}, {"quiet": False}, {"quiet": False, "verbose": True}):
@@ -7288,18 +7285,16 @@ class Secrets(unittest.TestCase):
         return answer
 
     def test_the_story_of_a_flow_names_sections_and_no_secret(self) -> None:
-        with s4s.Server(verbose=True) as portal:
-            lines = log_of(portal)
-            app, public = App(portal), App(portal, token_endpoint_auth_method="none")
-            body = {"url": app.authorize_url(), "username": "daniel-adams"}
-            back = ask(f"{portal.url}/oauth/debug/authorize", data=body).json["redirect_to"]
-            self.assertIn("RFC 7636", lines.pop(), "of the browser that the portal plays, too")
-            Browser(portal).open(app.authorize_url())
-            tokens = app.exchange(query_of(back)["code"]).json
-            for patient_id in (DANIEL, AMY):
-                ask(f"{portal.fhir_url}/Patient/{patient_id}", token=tokens["access_token"])
-            public.refresh("x")
-            story = "\n".join(lines)
+        app, public = App(self.portal), App(self.portal, token_endpoint_auth_method="none")
+        body = {"url": app.authorize_url(), "username": "daniel-adams"}
+        back = self.post("/oauth/debug/authorize", body).json["redirect_to"]
+        self.assertIn("RFC 7636", self.lines.pop(), "of the browser that the portal plays, too")
+        Browser(self.portal).open(app.authorize_url())
+        tokens = app.exchange(query_of(back)["code"]).json
+        for patient_id in (DANIEL, AMY):
+            self.fhir(f"Patient/{patient_id}", tokens)
+        public.refresh("x")
+        story = "\n".join(self.lines)
         for needle in ("GET /oauth/authorize 303", "RFC 7636", "RFC 6749 section 4.1.3",
                        "POST /oauth/token 200", f"GET /api/fhir/Patient/{AMY} 403",
                        "a public client, its id is no proof"):
@@ -7309,70 +7304,57 @@ class Secrets(unittest.TestCase):
             self.assertNotIn(secret, story)
 
     def test_no_client_writes_a_line_of_the_log(self) -> None:
-        with s4s.Server(quiet=False, verbose=True) as portal:
-            lines = log_of(portal)
-            ask(App(portal).authorize_url(scope="patient/*.rs \r\nGET /forged 200\x1b[2J\u2028", state="\n"))
-            ask(f"{portal.fhir_url}/Patient/%0aGET%20/forged", token=portal.issue_token()["access_token"])
-            form = {"grant_type": "refresh_token"}
-            ask(portal.url + "/oauth/token", basic=("\nGET /forged", "\n"), form=form)
-        self.assertGreater(len(lines), 2)
-        for line in "\n".join(lines).split("\n"):
+        ask(App(self.portal).authorize_url(scope="patient/*.rs \r\nGET /forged 200\x1b[2J\u2028", state="\n"))
+        self.fhir("Patient/%0aGET%20/forged", self.portal.issue_token())
+        self.at("/oauth/token", basic=("\nGET /forged", "\n"), form={"grant_type": "refresh_token"})
+        self.assertGreater(len(self.lines), 2)
+        for line in "\n".join(self.lines).split("\n"):
             self.assertRegex(line, r"^(GET|POST|    )[ -~]+$")
             self.assertFalse(line.startswith("GET /forged"), line)
 
     def test_what_was_given_out_is_hidden_wherever_it_stands(self) -> None:
-        with s4s.Server(quiet=False, verbose=True) as portal:
-            lines = log_of(portal)
-            app, browser = App(portal, launch_uris=["https://app.example/launch"]), Browser(portal)
-            old = self.dead_secrets(portal, app, browser)
-            browser.sign_in()
-            tokens, code = app.tokens(), app.code()
-            launch = portal.launch(client_id=app.client_id).rpartition("=")[2]
-            given = [tokens["access_token"], tokens["refresh_token"], code, app.secret, launch, *old,
-                     *browser.cookies.values(), "demo-secret-s4s"]
-            portal.portal.recorded.clear()
-            lines.clear()
-            for secret in given:
-                for text in (secret, secret.replace("-", "%2D"), f"x={secret}", f"x%3D{secret}",
-                             f"{secret}=1", f"next=%2Fa%3Fb%3D{secret}%26c",
-                             f"11111111-1111-1111-1111-2222{secret}", f"0{secret}0", f"{secret}~",
-                             f"note=code_{secret}", f"a-{secret}{secret}",
-                             f"u=https%253A%252F%252Fa%253Fb%253D{secret}"):
-                    referer = {"Referer": f"https://a.example/?{text}"}
-                    ask(f"{portal.fhir_url}/Observation?{text}", headers=referer)
-                    ask(f"{portal.url}/nothing/{text}", headers={"X-Odd": f"a {text}, b", secret: "x"})
-                ask(f"{portal.url}/oauth/token", form={"client_id": secret, "grant_type": "x"})
-                ask(f"{portal.url}/oauth/token", basic=(secret, "x"), form={"grant_type": "x"})
-                ask(f"{app.authorize_url(client_id=secret)}")
-                ask(f"{portal.url}/oauth/register", data={"a": [{secret: secret}, f"b {secret}"]})
-            shown = [json.dumps([request.redacted() for request in portal.requests]), repr(portal.requests),
-                     ask(portal.url + "/oauth/debug/requests").text, "\n".join(lines)]
+        app, browser = App(self.portal, launch_uris=["https://app.example/launch"]), Browser(self.portal)
+        old = self.dead_secrets(self.portal, app, browser)
+        browser.sign_in()
+        tokens, code = app.tokens(), app.code()
+        launch = self.portal.launch(client_id=app.client_id).rpartition("=")[2]
+        given = [tokens["access_token"], tokens["refresh_token"], code, app.secret, launch, *old,
+                 *browser.cookies.values(), "demo-secret-s4s"]
+        self.portal.portal.recorded.clear()
+        self.lines.clear()
+        for secret in given:
+            for text in (secret, secret.replace("-", "%2D"), f"x={secret}", f"x%3D{secret}",
+                         f"{secret}=1", f"next=%2Fa%3Fb%3D{secret}%26c",
+                         f"11111111-1111-1111-1111-2222{secret}", f"0{secret}0", f"{secret}~",
+                         f"note=code_{secret}", f"a-{secret}{secret}",
+                         f"u=https%253A%252F%252Fa%253Fb%253D{secret}"):
+                self.fhir(f"Observation?{text}", headers={"Referer": f"https://a.example/?{text}"})
+                self.at(f"/nothing/{text}", headers={"X-Odd": f"a {text}, b", secret: "x"})
+            self.at("/oauth/token", form={"client_id": secret, "grant_type": "x"})
+            self.at("/oauth/token", basic=(secret, "x"), form={"grant_type": "x"})
+            ask(f"{app.authorize_url(client_id=secret)}")
+            self.at("/oauth/register", data={"a": [{secret: secret}, f"b {secret}"]})
+        shown = [json.dumps([request.redacted() for request in self.portal.requests]), "\n".join(self.lines),
+                 repr(self.portal.requests), self.at("/oauth/debug/requests").text]
         for secret in given:
             for number, text in enumerate(shown):
                 secret = secret if secret in text else secret[-20:]  # nor most of it
                 self.assertNotIn(secret, text, (number, text[max(0, text.find(secret) - 300):][:400]))
 
     def test_secrets_of_any_characters_are_hidden_however_they_are_written(self) -> None:
-        known = ("correct horse battery", "päss/wörd", "tea & 2+2=5", "ab c")
-        clients = [{"client_id": f"own-{number}", "client_secret": secret,
-                    "redirect_uris": ["https://a.example/"]} for number, secret in enumerate(known)]
-        with s4s.Server(fixtures={"clients": clients}, quiet=False, verbose=True) as portal:
-            lines = log_of(portal)
-            for secret in known:
-                escaped = "".join(f"\\u{ord(char):04x}" for char in secret)
-                part = secret[:-4] + "".join(f"%{byte:02X}" for byte in secret[-4:].encode())
-                for text in (quote(secret, safe=""), quote_plus(secret), quote_plus(quote(secret, safe="")),
-                             quote(secret, safe="", encoding="latin-1"), quote(part, safe="%"),
-                             quote(f' {{"a": "{escaped}"}}'), "+" + quote(f'{{"a": "{escaped}"}}'),
-                             quote(f'see {{"a": "{escaped}"}}')):
-                    url = f"{portal.url}/nothing/{text}?x={text}&y=my+{text}+ok"
-                    ask(url, headers={"X-Odd": f"is {text}"})
-                for text in (secret, f"is {secret} ok", part):
-                    sent = text.encode().decode("latin-1")
-                    ask(portal.url + "/oauth/register", headers={"X-Odd": sent},
-                        data={"a": f"my {text}.", text: 1})
-            self.assertIn("400 ", lines[-1])
-            shown = [repr(portal.requests), ask(portal.url + "/oauth/debug/requests").text, "\n".join(lines)]
+        for secret in self.own:
+            escaped = "".join(f"\\u{ord(char):04x}" for char in secret)
+            part = secret[:-4] + "".join(f"%{byte:02X}" for byte in secret[-4:].encode())
+            for text in (quote(secret, safe=""), quote_plus(secret), quote_plus(quote(secret, safe="")),
+                         quote(secret, safe="", encoding="latin-1"), quote(part, safe="%"),
+                         quote(f' {{"a": "{escaped}"}}'), "+" + quote(f'{{"a": "{escaped}"}}'),
+                         quote(f'see {{"a": "{escaped}"}}')):
+                self.at(f"/nothing/{text}?x={text}&y=my+{text}+ok", headers={"X-Odd": f"is {text}"})
+            for text in (secret, f"is {secret} ok", part):
+                sent = text.encode().decode("latin-1")
+                self.post("/oauth/register", {"a": f"my {text}.", text: 1}, headers={"X-Odd": sent})
+        self.assertIn("400 ", self.lines[-1])
+        shown = repr(self.portal.requests), self.at("/oauth/debug/requests").text, "\n".join(self.lines)
         for text in shown:
             for _ in range(3):
                 text = unquote_plus(re.sub(r"\\+u([0-9a-f]{4})", lambda match: chr(int(match[1], 16)), text))
@@ -7403,18 +7385,16 @@ class Secrets(unittest.TestCase):
             ("X-Api-Key", sesame), ("X-Auth-Token", sesame), ("Cookie", f"a=1; theirs={sesame}; b=2"))]
         rows += [("/x", {"headers": {"X-Note": f'password="{sesame}" {jwt}', "X-Auth-Token": "sesame"}}),
                  (f"/api/fhir/Patient?PASSWORD={sesame}&u=%2F%3Fpass%2577ord%3D{sesame}", {})]
-        with s4s.Server() as portal:
-            for path, how in rows:
-                with self.subTest(path=path, how=how):
-                    ask(portal.url + path, **how)
-                    self.assertNotRegex(repr(portal.requests[-1]), "sesame|c2ln")
-            value = "b3BlbjpzZXNhbWU="
-            ask(f"{portal.fhir_url}/Patient?x={quote(value)}",
-                headers={"Authorization": f"Basic {value}", "X-Odd": value})
-            self.assertNotIn(value.rstrip("="), repr(portal.requests[-1]))
-            app = App(portal)
-            ask(app.authorize_url(password=app.client_id))
-            self.assertNotIn(app.client_id, repr(portal.requests[-1]))
+        for path, how in rows:
+            with self.subTest(path=path, how=how):
+                self.at(path, **how)
+                self.assertNotRegex(repr(self.portal.requests[-1]), "sesame|c2ln")
+        value = "b3BlbjpzZXNhbWU="
+        self.fhir(f"Patient?x={quote(value)}", headers={"Authorization": f"Basic {value}", "X-Odd": value})
+        self.assertNotIn(value.rstrip("="), repr(self.portal.requests[-1]))
+        app = App(self.portal)
+        ask(app.authorize_url(password=app.client_id))
+        self.assertNotIn(app.client_id, repr(self.portal.requests[-1]))
 
     def dead_secrets(self, portal: s4s.Server, app: App, browser: Browser) -> list[str]:
         """A launch handle that was used, a code that expired, a session that ended: no table has them now."""
@@ -7430,32 +7410,30 @@ class Secrets(unittest.TestCase):
         return [launch, code, session]
 
     def test_what_is_no_secret_stays_as_it_was_sent(self) -> None:
-        with s4s.Server() as portal:
-            app, uuid = App(portal), "0c9a1d3c-6b1f-4a53-9d57-5f1f9e5a7b11"
-            query = f"code=http://loinc.org|8480-6&encounter={uuid}&request=MedicationRequest/1&_count=5"
-            ask(f"{portal.fhir_url}/Patient/{uuid}?{query}", headers={"Referer": f"https://a.example/{uuid}"})
-            ask(app.authorize_url(state=uuid))
-            ask(f"{portal.url}/oauth/token", form={"client_id": app.client_id, "scope": "a/b?c=d"})
-            ask(f"{portal.url}/oauth/register", data={"client_name": "x"})
-            ask(f"{portal.fhir_url}/Observation", data={"code": {"text": "b=c & d"}, "p": 7})
-            sent, shown = portal.requests, [request.redacted() for request in portal.requests]
-            self.assertEqual(shown[0]["path"], f"/api/fhir/Patient/{uuid}")
-            self.assertEqual(shown[0]["headers"], sent[0].headers)
-            for number in range(4):
-                self.assertEqual((shown[number]["query"], shown[number]["body"]),
-                                 (sent[number].query, sent[number].body))
-            self.assertEqual(json.loads(shown[4]["body"]), {"code": {"text": "b=c & d"}, "p": 7})
+        app, uuid = App(self.portal), "0c9a1d3c-6b1f-4a53-9d57-5f1f9e5a7b11"
+        query = f"code=http://loinc.org|8480-6&encounter={uuid}&request=MedicationRequest/1&_count=5"
+        self.fhir(f"Patient/{uuid}?{query}", headers={"Referer": f"https://a.example/{uuid}"})
+        ask(app.authorize_url(state=uuid))
+        self.at("/oauth/token", form={"client_id": app.client_id, "scope": "a/b?c=d"})
+        self.at("/oauth/register", data={"client_name": "x"})
+        self.fhir("Observation", data={"code": {"text": "b=c & d"}, "p": 7})
+        sent, shown = self.portal.requests, [request.redacted() for request in self.portal.requests]
+        self.assertEqual(shown[0]["path"], f"/api/fhir/Patient/{uuid}")
+        self.assertEqual(shown[0]["headers"], sent[0].headers)
+        for number in range(4):
+            self.assertEqual((shown[number]["query"], shown[number]["body"]),
+                             (sent[number].query, sent[number].body))
+        self.assertEqual(json.loads(shown[4]["body"]), {"code": {"text": "b=c & d"}, "p": 7})
 
     def test_what_hides_secrets_is_quick_whatever_was_sent(self) -> None:
-        with s4s.Server() as portal:
-            form, started = {"Content-Type": "application/x-www-form-urlencoded"}, time.process_time()
-            for text in ("eyJ" * 20_000, "a=" * 30_000, "%25" * 20_000, "-----BEGIN " * 5000, '"=' * 30_000,
-                         "{" * 60_000, "a-" * 30_000, "0" * 60_000, "00000000-0000-0000-0000-" * 2500,
-                         ("0" * 300 + ".") * 200, "&".join(f"password{i}=p{i}" for i in range(4000)),
-                         "&".join(f"password{i}={i}" for i in range(20)) + "&x=" + "p0" * 30_000):
-                ask(portal.url + "/oauth/token", body=text.encode(), headers=form)
-            self.assertEqual(len(ask(portal.url + "/oauth/debug/requests").json["requests"]), 12)
-            self.assertLess(time.process_time() - started, 5)
+        form, started = {"Content-Type": "application/x-www-form-urlencoded"}, time.process_time()
+        for text in ("eyJ" * 20_000, "a=" * 30_000, "%25" * 20_000, "-----BEGIN " * 5000, '"=' * 30_000,
+                     "{" * 60_000, "a-" * 30_000, "0" * 60_000, "00000000-0000-0000-0000-" * 2500,
+                     ("0" * 300 + ".") * 200, "&".join(f"password{i}=p{i}" for i in range(4000)),
+                     "&".join(f"password{i}={i}" for i in range(20)) + "&x=" + "p0" * 30_000):
+            self.at("/oauth/token", body=text.encode(), headers=form)
+        self.assertEqual(len(self.at("/oauth/debug/requests").json["requests"]), 12)
+        self.assertLess(time.process_time() - started, 5)
 
     def run_everything(self, level: dict[str, bool]) -> None:
         """Use all that the portal has: a launch, a flow, vouchers used twice, tokens where they belong."""
@@ -7558,7 +7536,7 @@ class Sockets(RawTest):
                     self.assertEqual([answer.status for answer in self.answers(connection)], [400], data)
 
     def test_a_head_that_can_not_be_used_is_answered_in_the_endpoints_shape(self) -> None:
-        twice, lines = ("Authorization: Bearer x", "Authorization: Bearer y"), self.log()
+        twice, lines = ("Authorization: Bearer x", "Authorization: Bearer y"), log_of(self.portal)
         self.portal.settings.quiet = False
         self.addCleanup(setattr, self.portal.settings, "quiet", True)
         fhir, oauth, page = "OperationOutcome", "error_description", "<!doctype html>"
@@ -7674,7 +7652,7 @@ class SlowClients(RawTest):
         self.limits(head_seconds=0.3)
         connection = self.connect()
         connection.sendall(b"GET / HTTP/1.1\r\nX: ")
-        self.still_works()
+        self.assertEqual(self.at("/health").status, 200)
         connection.settimeout(0.02)
         started, got = time.monotonic(), b""
         while not got and time.monotonic() - started < 5:
@@ -7742,7 +7720,7 @@ class SlowClients(RawTest):
         started = time.monotonic()
         with self.assertRaises(ConnectionError):  # whoever writes to a connection that is closed is told
             while time.monotonic() - started < 5:
-                self.still_works()
+                self.assertEqual(self.at("/health").status, 200)
                 with contextlib.suppress(socket.timeout):
                     connection.send(b"x")
 
