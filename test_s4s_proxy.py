@@ -731,8 +731,7 @@ class ScopeWords(unittest.TestCase):
 
     def test_what_is_granted(self) -> None:
         everything = " ".join([*s4s.PLAIN_SCOPES, "patient/*.cruds user/*.cruds system/*.cruds"])
-        for asked, granted in (
-                ("patient/*.rs openid launch/patient", "patient/*.rs openid launch/patient"),
+        for asked, granted in (("patient/*.rs openid launch/patient", "patient/*.rs openid launch/patient"),
                 ("openid patient/*.read openid", "openid patient/*.read"), ("patient/*.*", "patient/*.*"),
                 ("user/Condition.cruds?code=x", "user/Condition.crus?code=x"), ("patient/*.d", ""),
                 ("patient/*.write user/Goal.ud", "patient/*.write user/Goal.u"), ("system/*.rs", ""),
@@ -1145,10 +1144,9 @@ class OtherSites(PortalTest):
         request_id = ask(app.authorize_url()).location["request"]
         consent = {"request": request_id, "decision": "approve", "patient_id": DANIEL,
                    "security_labels": "patient", "approval_expires": "2099-01-01"}
-        for path, fields in (
-                ("/login", {"username": "joseph-ross", "password": "demo-password"}), ("/logout", {}),
-                ("/revoke/" + grant_id, {}), ("/launch", {"launch_uri": "https://a.example/"}),
-                ("/oauth/consent", consent)):
+        for path, fields in (("/login", {"username": "joseph-ross", "password": "demo-password"}),
+                ("/logout", {}), ("/revoke/" + grant_id, {}),
+                ("/launch", {"launch_uri": "https://a.example/"}), ("/oauth/consent", consent)):
             for token in ("", "x" * 64, foreign, s4s.form_token("")):
                 headers = {} if path == "/login" else browser.headers  # with none, any site knows the last
                 got = self.at(path, form={**fields, "form_token": token}, headers=headers)
@@ -1410,8 +1408,7 @@ class Registration(PortalTest):
     def test_the_code_comes_with_its_grant_type_alone_and_keys_come_in_one_way(self) -> None:
         got = self.post("/oauth/register", {"grant_types": ["client_credentials"]})
         self.assertEqual((got.status, got.json["redirect_uris"], got.json["response_types"]), (201, [], []))
-        for member, value, others in (
-                ("response_types", ["code"], {"grant_types": ["client_credentials"]}),
+        for member, value, others in (("response_types", ["code"], {"grant_types": ["client_credentials"]}),
                 ("response_types", [], {"grant_types": ["authorization_code"]}),
                 ("jwks_uri", "https://app.example/jwks", {"jwks": {"keys": [RSA_JWK]}})):
             self.assert_refused("invalid_client_metadata", member, value, **others)
@@ -1909,11 +1906,10 @@ class CodeFlow(PortalTest):
         self.assertEqual(self.approve(security_labels="laboratory").status, 400, "a category not offered")
 
     def test_who_has_no_choice_of_records_is_not_asked(self) -> None:
-        for username, scope, asked in (
-                ("daniel-adams", "patient/*.rs", True), ("daniel-adams", "launch/patient", True),
-                ("joseph-ross", "patient/*.rs", False), ("daniel-adams", "user/*.rs", False),
-                ("clinician", "patient/*.rs", True), ("clinician", "launch/patient", True),
-                ("clinician", "user/*.rs", False)):
+        for username, scope, asked in (("daniel-adams", "patient/*.rs", True),
+                ("daniel-adams", "launch/patient", True), ("joseph-ross", "patient/*.rs", False),
+                ("daniel-adams", "user/*.rs", False), ("clinician", "patient/*.rs", True),
+                ("clinician", "launch/patient", True), ("clinician", "user/*.rs", False)):
             with self.subTest(username=username, scope=scope):
                 app = App(self.portal, "launch/patient patient/*.rs user/*.rs")
                 page = signed_in(self.portal, app.authorize_url(scope=scope), username).page
@@ -2672,8 +2668,7 @@ class OnePatientAndNothingElse(RecordTest):
 
     def test_writing_and_batches_are_refused_by_name_before_the_body_is_judged(self) -> None:
         writer = self.issue("patient/*.cruds")
-        for method, path in (
-                ("POST", ""), ("POST", "Observation"), ("POST", "Observation/mine/_search"),
+        for method, path in (("POST", ""), ("POST", "Observation"), ("POST", "Observation/mine/_search"),
                 ("GET", "$export"), ("POST", f"Patient/{ME}/$summary"), ("PUT", "Observation?_id=mine"),
                 ("DELETE", f"Patient/{ME}/$everything"), ("PUT", f"Patient/{ME}/Observation"),
                 *((method, "Observation/mine") for method in ("POST", "PUT", "PATCH", "DELETE"))):
@@ -2801,8 +2796,7 @@ class OnePatientAndNothingElse(RecordTest):
         got = self.write("Goal", goal, only["c"])
         self.assertIn('scope="patient/Goal.c"', got.headers["www-authenticate"])
         self.assertEqual(got.headers["cache-control"], "no-store")
-        for path, resource, token in (
-                ("Observation", mine, only["c"]), ("Observation", mine | lab, narrow),
+        for path, resource, token in (("Observation", mine, only["c"]), ("Observation", mine | lab, narrow),
                 ("Observation/mine", mine, only["u"]), ("Observation/mine", mine, final)):
             with self.subTest(path, token=token):
                 self.assertIn(self.write(path, resource, token).status, (200, 201))
@@ -2818,11 +2812,10 @@ class OnePatientAndNothingElse(RecordTest):
                     "Observation/mine": observation("mine", extension=[{"valueUrl": url}])}
         base, behind = self.portal.fhir_url, self.behind.url if isinstance(self, ForwardingTest) else ".."
         self.put(made("Binary/None", contentType="text/plain", securityContext=to(f"Patient/{ME}")))
-        for spelling in (
-                "Binary/{}", "Binary/{}/_history/1", "./Binary/{}", "../fhir/Binary/{}", "//x/Binary/{}",
-                "/api/fhir/Binary/{}", "Binary%2F{}", "%42inary/{}", "%2542inary/{}", " Binary/{}\n",
-                "Bin\tary/{}", "Binary\\{}", "Binary?_id={}", "binary/{}", base + "/Binary/{}",
-                behind + "/Binary/{}", behind + "/./Binary/{}#x"):
+        for spelling in ("Binary/{}", "Binary/{}/_history/1", "./Binary/{}", "../fhir/Binary/{}",
+                "//x/Binary/{}", "/api/fhir/Binary/{}", "Binary%2F{}", "%42inary/{}", "%2542inary/{}",
+                " Binary/{}\n", "Bin\tary/{}", "Binary\\{}", "Binary?_id={}", "binary/{}",
+                base + "/Binary/{}", behind + "/Binary/{}", behind + "/./Binary/{}#x"):
             for binary_id in ("their-file", "absent"):
                 for path, resource in places(spelling.format(binary_id)).items():
                     self.assert_not_written(spelling, 403, path, resource)
@@ -2902,8 +2895,7 @@ class OnePatientAndNothingElse(RecordTest):
                     ("false", True), ("true", False), ("text", False)))):
             pairs = parse_qsl(query)
             parameters = [{"name": name, "valueString": value} for name, value in pairs]
-            for path, how in (
-                    (f"Observation/mine?{query}", {}), (f"Observation?_count=1000&{query}", {}),
+            for path, how in ((f"Observation/mine?{query}", {}), (f"Observation?_count=1000&{query}", {}),
                     (f"{everything}?{query}", {}), ("Observation/_search?_count=1000", {"form": pairs}),
                     (everything, {"data": made("Parameters", parameter=parameters)})):
                 with self.subTest(path, query=query):
@@ -2965,14 +2957,12 @@ class OnePatientAndNothingElse(RecordTest):
                 observation("x", contained=[observation("y")]), {"resourceType": ["Patient"]},
                 made("Group", member=[{"entity": me}, {"entity": other}]),
                 made("Group", member=[{"entity": {"type": "Patient", "identifier": {}}}]),
-                made("Provenance", target=[other]),
-                made("Coverage", subscriber=other), made("Observation", performer=[other]),
-                made("List", entry=[{"item": other}]),
+                made("Provenance", target=[other]), made("Coverage", subscriber=other),
+                made("Observation", performer=[other]), made("List", entry=[{"item": other}]),
                 made("Medication", extension=[[{"valueReference": other}]]),
                 made("Parameters", parameter=[{"resource": observation("y")}]))), (404, "x")]
         subjects: list[tuple[int, Any]] = [
-            *((200, to(text)) for text in (person, f"{person}/_history/2")),
-            *((404, to(text)) for text in (
+            *((200, to(text)) for text in (person, f"{person}/_history/2")), *((404, to(text)) for text in (
                 "Group/1", "#p", f"patient/{ME}", f"{person}/x", f"{person}/", f"{person}#p", "Patient/..",
                 f"/{person}", f"{person}?", f"{person},Patient/{OTHER}", f" {person}", [ME], None)),
             *((404, subject) for subject in (
@@ -3294,8 +3284,7 @@ class HostileAnswers(ForwardingTest):
     def test_resources_are_read_by_whose_they_are(self) -> None:
         new, mine, by_address = "Observation/mine", observation("mine"), f"{self.behind.url}/Patient/{ME}"
         old = f"{new}/_history/1"
-        for attack, path, scripted, expected in (
-                ("my own resource in an older version", old, mine, 200),
+        for attack, path, scripted, expected in (("my own resource in an older version", old, mine, 200),
                 ("mine by an address", new, {**mine, "subject": to(by_address)}, 200),
                 ("a version that was another patient's", old, observation("mine", OTHER), 404),
                 ("another resource than the one asked for", new, observation("theirs"), 502),
@@ -3415,8 +3404,7 @@ class HostileAnswers(ForwardingTest):
                             ("text", f'"{OTHER}"'), ("\\u006eote", f'"{OTHER}"')):
             last = f'"{name}"'.replace("\\u006e", "n")
             twice = text.replace(last, f'"{name}": {first}, {last}')
-            for path, body in (
-                    ("Observation/mine", twice), ("Observation", f'[{{"resource": {twice}}}]'),
+            for path, body in (("Observation/mine", twice), ("Observation", f'[{{"resource": {twice}}}]'),
                     ("Observation", f'[{{"resource": {theirs}, "resource": {text}}}]'),
                     ("Observation", f'[{{"resource": {text}}}], "entry": [{{"resource": {theirs}}}]')):
                 with self.subTest(name, body=body):
@@ -3606,8 +3594,7 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
         part = {**self.stored[0], "id": "part", "hasMember": [to("Observation/v0")]}
         sample = made("Specimen/s", subject=to(f"Patient/{ME}"))
         self.including(*doctors, observation("x", OTHER), part, sample)
-        for path, token, expected in (
-                ("Observation?_count=1", self.narrow, ["v0", "dr0", "part"]),
+        for path, token, expected in (("Observation?_count=1", self.narrow, ["v0", "dr0", "part"]),
                 ("Observation", self.narrow, ["v0", "v2", "dr0", "dr2", "part"]),
                 ("Observation", self.token, ["v0", "h1", "v2", "dr0", "dr1", "dr2", "part", "s"])):
             self.assertEqual(self.ids(path, token=token), expected)
@@ -3990,8 +3977,7 @@ class Identity(PortalTest):
         self.assertAlmostEqual(claims["auth_time"], now, delta=10)
 
     def test_who_acts_for_another_is_not_the_patient(self) -> None:
-        for username, patient_id, who in (
-                ("daniel-adams", AMY, "RelatedPerson/daniel-adams-amy-shaw"),
+        for username, patient_id, who in (("daniel-adams", AMY, "RelatedPerson/daniel-adams-amy-shaw"),
                 ("clinician", JOSEPH, "Practitioner/smart-clinician")):
             claims = self.claims(self.app.tokens(username=username, patient_id=patient_id))
             self.assertEqual(claims["fhirUser"], f"{self.portal.fhir_url}/{who}")
@@ -4066,8 +4052,7 @@ class Identity(PortalTest):
         narrowed = self.app.refresh(tokens["refresh_token"], scope="patient/*.rs").json
         without = self.portal.issue_token(scope="patient/*.rs")
         form = {"access_token": tokens["access_token"]}
-        for why, how, status, header in (
-                ("no openid", {"token": without}, 403, 'error="insufficient_scope"'),
+        for why, how, status, header in (("no openid", {"token": without}, 403, 'error="insufficient_scope"'),
                 ("narrowed", {"token": narrowed}, 403, 'error="insufficient_scope"'),
                 ("no access token", {"token": tokens["refresh_token"]}, 401, "invalid_token"),
                 ("two ways at once", {"token": tokens, "form": form}, 400, "invalid_request"),
@@ -4100,9 +4085,8 @@ class Assertions(PortalTest):
 
     def test_what_proves_who_it_is(self) -> None:
         url = self.portal.url
-        for algorithm, aud in (
-                ("RS384", url + "/oauth/token"), ("ES384", url + "/oauth/token"), ("RS384", url),
-                ("RS384", url + "/"), ("RS384", [url + "/oauth/token"]),
+        for algorithm, aud in (("RS384", url + "/oauth/token"), ("ES384", url + "/oauth/token"),
+                ("RS384", url), ("RS384", url + "/"), ("RS384", [url + "/oauth/token"]),
                 ("RS384", ["https://else.example", 5, url]),
                 ("RS384", f"http://localhost:{self.portal.port}/oauth/token")):
             self.assertEqual(self.app.token(self.app.assertion(algorithm, aud=aud)).status, 200, aud)
@@ -4201,9 +4185,8 @@ class KeysByUrl(PortalTest):
         return KeyedApp(portal or self.portal, jwks_uri=self.url)
 
     def test_keys_are_kept_as_long_as_cache_control_says_and_a_day_at_most(self) -> None:
-        for control, seconds, expected in (
-                ("", 0, 2), ("public, max-age=60", 0, 1), ("max-age=60", 59, 1), ("max-age=60", 61, 2),
-                ("no-store, max-age=60", 0, 2), ("no-cache, max-age=60", 0, 2),
+        for control, seconds, expected in (("", 0, 2), ("public, max-age=60", 0, 1), ("max-age=60", 59, 1),
+                ("max-age=60", 61, 2), ("no-store, max-age=60", 0, 2), ("no-cache, max-age=60", 0, 2),
                 ("max-age=999999999", 86401, 2)):
             with self.subTest(control, seconds=seconds):
                 self.portal.reset()
@@ -4356,9 +4339,8 @@ class Dates(unittest.TestCase):
 
     def test_a_partial_date_is_all_that_it_may_mean(self) -> None:
         day = 86400
-        for text, start, length in (
-                ("1970", 0, 365 * day), ("1972-02", 761 * day, 29 * day), ("1970-01-02", day, day),
-                ("1970-01-01T00:01", 60, 60), ("1970-01-01T00:00:01Z", 1, 1),
+        for text, start, length in (("1970", 0, 365 * day), ("1972-02", 761 * day, 29 * day),
+                ("1970-01-02", day, day), ("1970-01-01T00:01", 60, 60), ("1970-01-01T00:00:01Z", 1, 1),
                 ("1970-01-01T00:00:00.25Z", 0.25, 0.01), ("1970-01-01T02:00:00+02:00", 0, 1),
                 ("1969-12-31T19:00:00-05:00", 0, 1)):
             with self.subTest(text=text):
@@ -4374,8 +4356,7 @@ class Dates(unittest.TestCase):
     def test_prefixes_compare_spans(self) -> None:
         condition = made("Condition", onsetDateTime="2008-07")
         period = made("Condition", onsetPeriod={"start": "2008-07-10"})
-        for values, *expected in (
-                ("2008 2008-07 lt2008-07-10 le2008-07 eb2008-08", True, False),
+        for values, *expected in (("2008 2008-07 lt2008-07-10 le2008-07 eb2008-08", True, False),
                 ("eq2008-07-10 lt2008-07 le2008-06 eb2008-07-31", False, False),
                 ("ne2008 gt2008-07 gt2008-08 ge2008-08 sa2008-07-01 ap2009", False, True),
                 ("gt2008-07-10 ge2008-07 sa2008-06 ap2008-07-15", True, True)):
@@ -4608,12 +4589,11 @@ class Searching(RecordsTest):
         self.assertEqual(self.ids("Patient?_sort=-_id"), [DANIEL, JOSEPH, AMY])
 
     def test_sorting_downwards_is_written_as_the_version_writes_it(self) -> None:
-        for version, query, expected in (
-                ("dstu2", "_sort:desc=date", "321"), ("dstu2", "_sort:asc=date", "123"),
-                ("dstu2", "_sort=date", "123"), ("dstu2", "_sort:asc=status&_sort:desc=date", "321"),
-                ("dstu2", "_sort=-date", "_sort:desc"), ("dstu2", "_sort:desc=colour", "colour"),
-                ("stu3", "_sort=-date", "321"), ("stu3", "_sort:desc=date", "_sort"),
-                ("r4", "_sort=status,-date", "321")):
+        for version, query, expected in (("dstu2", "_sort:desc=date", "321"),
+                ("dstu2", "_sort:asc=date", "123"), ("dstu2", "_sort=date", "123"),
+                ("dstu2", "_sort:asc=status&_sort:desc=date", "321"), ("dstu2", "_sort=-date", "_sort:desc"),
+                ("dstu2", "_sort:desc=colour", "colour"), ("stu3", "_sort=-date", "321"),
+                ("stu3", "_sort:desc=date", "_sort"), ("r4", "_sort=status,-date", "321")):
             with self.subTest(version=version, query=query), s4s.Server(fhir_version=version) as portal:
                 for day in (2, 3, 1):
                     portal.load(observation(str(day), effectiveDateTime=f"2020-01-0{day}"))
@@ -4930,14 +4910,12 @@ class Reading(RecordsTest):
                 ("Coverage", "undated", "2026-01-01T00:00:00Z", {"beneficiary": who})):
             self.portal.load({"resourceType": name, "id": key, "meta": {"lastUpdated": updated}, **more})
         token = self.portal.issue_token(username="clinician", patient_id="e", scope="patient/*.rs")
-        for query, ids in (
-                *((query, "e old new long undated dr") for query in ("", "_count=1", "_count=2")),
+        for query, ids in (*((query, "e old new long undated dr") for query in ("", "_count=1", "_count=2")),
                 ("_since=2026-01-01T00:00:00Z", "new undated dr"), ("_since=2026-01-01T00:00:01Z", "new dr"),
                 ("_since=2027", ""), ("_since=2026-02", "new"), ("_type=Observation,Patient", "e old new"),
-                ("_type=Observation&_type=Patient", "e old new"),
-                ("_type=Practitioner", "dr"), ("_type=Observation,Practitioner,Slot", "old new dr"),
-                ("_type=Slot", ""), ("start=2010-01-01", "e new long undated dr"),
-                ("end=2001-05-05", "e old long undated"),
+                ("_type=Observation&_type=Patient", "e old new"), ("_type=Practitioner", "dr"),
+                ("_type=Observation,Practitioner,Slot", "old new dr"), ("_type=Slot", ""),
+                ("start=2010-01-01", "e new long undated dr"), ("end=2001-05-05", "e old long undated"),
                 ("start=2001-05-06&end=2020", "e long undated"), ("start=2031&_type=Condition", ""),
                 ("_type=Observation&_since=2026&start=2020&end=2022&_count=1", "new"),
                 ("_type=Observation&_count=1", "old new"), ("_type=Practitioner&_count=1", "dr"),
@@ -5311,8 +5289,7 @@ class LoadingRecords(Test):
         self.assertEqual(self.records(db=self.db).find_patients(), [("a", "A")])
 
     def test_data_of_another_version_is_noticed(self) -> None:
-        for version, type_name, elements in (
-                ("r4", "MedicationOrder", {}), ("stu3", "MedicationOrder", {}),
+        for version, type_name, elements in (("r4", "MedicationOrder", {}), ("stu3", "MedicationOrder", {}),
                 ("r4", "Condition", {"clinicalStatus": "active"}), ("dstu2", "Observation", {"category": []}),
                 ("stu3", "Condition", {"clinicalStatus": {}}), ("r4", "Observation", {"category": {}}),
                 ("r4", "Patient", {"name": [{"family": []}]}), ("dstu2", "Patient", {"name": {"family": ""}}),
@@ -5430,8 +5407,7 @@ class NoAddressGetsOut(ForwardingTest):
         person, near = f"{self.OURS}/Patient/1", "http://127.0.0.1:9/fhir"
         theirs, gone = quote(near, safe=""), "fhir-server.invalid"
         self.shows(
-            near,
-            *((f"http://{host}:9/fhir/Patient/1", person) for host in (
+            near, *((f"http://{host}:9/fhir/Patient/1", person) for host in (
                 "127.0.0.1", "127.1", "2130706433", "0x7F000001", "0177.0.0.1", "127.8.9.1", "0.0.0.0",
                 "localhost", "localhost.", "[::]", "[::1]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]",
                 "[::FFFF:7f00:1]")),
@@ -5443,8 +5419,7 @@ class NoAddressGetsOut(ForwardingTest):
             *((text.format(url), text.format(gone)) for text, url in (
                 ("http://{}/admin", "127.0.0.1:9"), ("HTTP://{}/FHIR", "LOCALHOST:9"),
                 ("see {}", "localhost:9"), ("http%3a%2f%2f{}%2f", "localhost%3a9"),
-                ("http://{}/fhir2", "127.0.0.1:9"), ("see {}", "2130706433:9"),
-                ("ftp://{}/", "[0::1]:9"))),
+                ("http://{}/fhir2", "127.0.0.1:9"), ("see {}", "2130706433:9"), ("ftp://{}/", "[0::1]:9"))),
             ("http://127.0.0.1:99/fhir", ""), ("http://10.0.0.1:9/fhir", ""))
 
     def test_servers_elsewhere_and_on_usual_ports(self) -> None:
@@ -5667,13 +5642,12 @@ class Faults(ForwardingTest):
 
     def test_answers_that_are_no_fhir_are_502(self) -> None:
         mine = json.dumps(observation("mine"))
-        for name, body in {
-                "HTML": b"<html>", "empty": b"", "array": b"[]", "null": b"null", "no type": b"{}",
+        for name, body in {"HTML": b"<html>", "empty": b"", "array": b"[]", "null": b"null", "no type": b"{}",
                 "cut": mine[:-2].encode(), "control": mine.replace("final", "\0").encode(),
                 "NaN": mine.replace('"final"', "NaN").encode(), "twice": (mine + mine).encode(),
                 "byte order mark": b"\xef\xbb\xbf" + mine.encode(), "UTF-16": mine.encode("utf-16"),
-                "no UTF-8": mine.replace("final", "\xff").encode("latin-1"),
-                "deep": b'{"a":' * 100_000, "outcome": b'{"resourceType": "OperationOutcome"}'}.items():
+                "no UTF-8": mine.replace("final", "\xff").encode("latin-1"), "deep": b'{"a":' * 100_000,
+                "outcome": b'{"resourceType": "OperationOutcome"}'}.items():
             with self.subTest(name):
                 self.script("Observation/mine", body)
                 self.assert_refused("Observation/mine", 502)
@@ -5692,8 +5666,7 @@ class Faults(ForwardingTest):
 
     def test_broken_http_and_none_are_502(self) -> None:
         mine, ok = json.dumps(observation("mine")).encode(), b"HTTP/1.1 200 OK\r\n"
-        for name, data in {
-                "silence": b"", "no HTTP": b"SSH-2.0\r\n\r\n", "no header's end": ok + b"A: b\r\n",
+        for name, data in {"silence": b"", "no HTTP": b"SSH-2.0\r\n\r\n", "no header's end": ok + b"A: b\r\n",
                 "bad header": ok + b"A b\r\n\r\n", "cut off": ok + b"Content-Length: 9\r\n\r\n{",
                 "two ends": ok + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n"
                 b"%x\r\n%s\r\n0\r\n\r\n" % (len(mine), mine),
@@ -5713,8 +5686,7 @@ class Faults(ForwardingTest):
     def test_an_answer_too_large_is_502(self) -> None:
         with mock.patch.object(s4s, "MAX_ANSWER", 1000):
             large = json.dumps(observation("mine", note="x" * 1000)).encode()
-            for name, headers, body in (
-                    ("length", {}, large),
+            for name, headers, body in (("length", {}, large),
                     ("to the end", {"Content-Length": "", "Connection": "close"}, large),
                     ("bomb", {"Content-Encoding": "gzip"}, gzip.compress(large))):
                 with self.subTest(name):
@@ -5733,8 +5705,7 @@ class Faults(ForwardingTest):
 
     def test_too_slow_is_504_also_byte_by_byte_and_floods_end(self) -> None:
         ok, interim = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 100 Continue\r\n\r\n"
-        for drip, then, wait, seconds, status in (
-                (b"", b"", 0.02, 0.1, 504), (b"H", b"x", 0.02, 0.1, 504),
+        for drip, then, wait, seconds, status in ((b"", b"", 0.02, 0.1, 504), (b"H", b"x", 0.02, 0.1, 504),
                 (ok + b"Content-Length: 9\r\n\r\n", b"x", 0.02, 0.1, 504),
                 (interim, interim * 1000, 0, 10, 502),
                 (ok + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 1000, 0, 0.1, 504)):
@@ -5782,11 +5753,9 @@ class Transport(ForwardingTest):
             length = f"Content-Length: {len(text)}\r\n" if announced else ""
             return f"HTTP/1.1 {status}\r\n{length}\r\n{text}".encode()
         mine, other = (answer("200 OK", json.dumps(observation(name))) for name in ("mine", "third"))
-        for why, sent, later in (
-                ("an answer too many", mine + other, b""),
+        for why, sent, later in (("an answer too many", mine + other, b""),
                 ("an answer too many, that comes later", mine, other),
-                ("a 408 to nothing", mine, answer("408 Request Timeout", "")),
-                ("one byte", mine + b"x", b""),
+                ("a 408 to nothing", mine, answer("408 Request Timeout", "")), ("one byte", mine + b"x", b""),
                 ("a 304 with a body", answer("304 Not Modified", "{}", announced=False), b""),
                 ("a 304 whose body comes later", answer("304 Not Modified", "", announced=False), b"{}"),
                 ("a 204 with a body", answer("204 No Content", "{}", announced=False), b""),
@@ -6886,8 +6855,7 @@ class Fixtures(unittest.TestCase):
 
         def client(**members: Any) -> Any:
             return {"clients": [{"client_id": "a", "redirect_uris": ["x:/y"], **members}]}
-        for fixtures, needle in (
-                ([], "not a JSON object"), ({"user": []}, "unknown member user"),
+        for fixtures, needle in (([], "not a JSON object"), ({"user": []}, "unknown member user"),
                 ({"users": {}}, "not an array"), ({"users": [1]}, r"users\[0\]"),
                 (user(username=""), "no username"), (user(username="a b"), "username"),
                 (user(password=5), r"users\[0\]: password is not a string"),
@@ -7056,10 +7024,9 @@ class Fixture(PortalTest):
         etag = self.fhir(f"Patient/{DANIEL}", token).headers["etag"]
         self.portal.fail("fhir", status=500)
         self.portal.fail("fhir", change={"id": "wrong"}, times=3)
-        for name, headers, status, shown in (
-                (DANIEL, {}, 500, "a test made"), (AMY, {}, 403, "OperationOutcome"),
-                (DANIEL, {"If-None-Match": etag}, 304, ""), (DANIEL, {}, 200, '"wrong"'),
-                (DANIEL, {}, 200, right)):
+        for name, headers, status, shown in ((DANIEL, {}, 500, "a test made"),
+                (AMY, {}, 403, "OperationOutcome"), (DANIEL, {"If-None-Match": etag}, 304, ""),
+                (DANIEL, {}, 200, '"wrong"'), (DANIEL, {}, 200, right)):
             with self.subTest(status=status, shown=shown):
                 got = self.fhir(f"Patient/{name}", token, headers=headers)
                 self.assertEqual((got.status, shown in got.text, "wrong" in got.text),
@@ -7540,11 +7507,10 @@ class Sockets(RawTest):
         self.portal.settings.quiet = False
         self.addCleanup(setattr, self.portal.settings, "quiet", True)
         fhir, oauth, page = "OperationOutcome", "error_description", "<!doctype html>"
-        for method, path, cors, shape in (
-                ("GET", "/api/fhir/Patient?x=1", True, fhir), ("PUT", "/api/open-fhir/Patient/1", True, fhir),
-                ("POST", "/oauth/token", True, oauth), ("GET", "/oauth/debug/requests", False, oauth),
-                ("GET", "/login", False, page), ("GET", "/apps", False, page),
-                ("OPTIONS", "/api/me", True, fhir)):
+        for method, path, cors, shape in (("GET", "/api/fhir/Patient?x=1", True, fhir),
+                ("PUT", "/api/open-fhir/Patient/1", True, fhir), ("POST", "/oauth/token", True, oauth),
+                ("GET", "/oauth/debug/requests", False, oauth), ("GET", "/login", False, page),
+                ("GET", "/apps", False, page), ("OPTIONS", "/api/me", True, fhir)):
             url = f"{method} {self.portal.url}{path}"
             for status, data in (
                     (400, self.request(url, *twice)), (400, self.request(f"{method} {path}", *twice)),
