@@ -52,7 +52,6 @@ TEST_SUITE = ("test-suite", "demo-secret-s4s")
 
 # ######################################################################## helpers: client, app, browser
 
-
 class Answer:
     """An HTTP answer. `headers` has lower-case names."""
     def __init__(self, status: int, headers: list[tuple[str, str]], body: bytes):
@@ -316,10 +315,8 @@ class PortalTest(Test):
 
 # ######################################################################## helpers: bytes over a socket
 
-
 class RawTest(PortalTest):
     """Bytes over a raw socket, and what comes back."""
-
     def talk(self, data: bytes, end: bool = False) -> list[Answer]:
         """Send bytes, read until the server closes: the answers. end: say that no more will come."""
         with socket.create_connection((self.portal.host, self.portal.port), 10) as connection:
@@ -360,7 +357,6 @@ class RawTest(PortalTest):
 
 
 # ######################################################################## helpers: keys
-
 
 def b64(data: bytes) -> str:
     return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
@@ -437,7 +433,6 @@ class KeyedApp:
 
 
 # ######################################################################## helpers: a FHIR server
-
 
 class FhirServer(http.server.ThreadingHTTPServer):
     """A FHIR server that can't be trusted: it answers each search with all it has, whatever was asked, and
@@ -675,10 +670,8 @@ class ForwardingTest(RecordTest):
 
 # ######################################################################## 3 scopes
 
-
 class ScopeWords(unittest.TestCase):
     """One grammar for SMART 1, SMART 2 and constraints."""
-
     def test_hundreds_of_constraints_or_scopes_are_compared_in_no_time(self) -> None:
         head = "patient/Observation.rs?"
         joined = ["&".join(f"code={number}" for number in range(800)),
@@ -750,10 +743,8 @@ class ScopeWords(unittest.TestCase):
 
 # ######################################################################## 4 the tables and the clock
 
-
 class Stores(Test):
     """The tables, and what is remembered of them."""
-
     def test_what_was_looked_up_is_remembered_within_bounds_until_something_is_written(self) -> None:
         store = self.during(contextlib.closing(s4s.Store(None, "CREATE TABLE IF NOT EXISTS t (a INTEGER)")))
         self.assertIsNone(store.row("SELECT a FROM t"))
@@ -773,7 +764,6 @@ class Stores(Test):
 
 class Clocks(PortalTest):
     """Whatever clock and zone the machine has."""
-
     @staticmethod
     def system_clock(seconds: float) -> Any:
         return mock.patch.object(time, "time", lambda: seconds)
@@ -967,7 +957,6 @@ class Durability(unittest.TestCase):
 
 class Concurrency(unittest.TestCase):
     """Many at once."""
-
     def test_64_threads_through_the_whole_flow_do_not_disturb_each_other(self) -> None:
         with tempfile.TemporaryDirectory() as folder, s4s.Server(db=f"{folder}/state.db") as portal:
             numbers = iter(range(64))
@@ -999,10 +988,8 @@ class Concurrency(unittest.TestCase):
 
 # ######################################################################## 5 request, response, route
 
-
 class Nonsense(PortalTest):
     """Values that no client should send, but some do: 400 with words, never a 500, never a hang."""
-
     def setUp(self) -> None:
         super().setUp()
         lines = log_of(self.portal)
@@ -1134,7 +1121,6 @@ def from_here(url: str) -> list[dict[str, str]]:
 
 class OtherSites(PortalTest):
     """What other web pages, and who writes links and names, must not be able to do (RFC 6819, OWASP)."""
-
     def test_no_form_works_without_the_token_of_its_own_page(self) -> None:
         browser, other, app = signed_in(self.portal), Browser(self.portal), App(self.portal)
         other.sign_in("joseph-ross")
@@ -1224,7 +1210,6 @@ class OtherSites(PortalTest):
 
 class Exposed(unittest.TestCase):
     """A server that others can reach: whom it takes for itself, and whom it asks."""
-
     def answer(self, name: str, host: str = "0.0.0.0", **settings: Any) -> tuple[int, bool]:
         """The status where this name is asked, and whether the answer knows a way."""
         portal = s4s.Portal(s4s.Settings(host=host, **settings))
@@ -1288,7 +1273,6 @@ class Exposed(unittest.TestCase):
 
 class Bugs(PortalTest):
     """A bug of ours is a 500 in words, and its log shows no value."""
-
     def test_the_log_names_the_place_and_no_secret_and_outside_of_requests_one_connection_ends(self) -> None:
         lines, bug = log_of(self.portal), RuntimeError("the secret is demo-secret-s4s")
         self.serve_instead("/oauth/token", mock.Mock(side_effect=bug))
@@ -1302,10 +1286,8 @@ class Bugs(PortalTest):
 
 # ######################################################################## 6 clients with a secret, or none
 
-
 class Registration(PortalTest):
     """POST /oauth/register (RFC 7591): metadata is checked and given back, id and secret are drawn here."""
-
     def register(self, **members: Any) -> Answer:
         return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
 
@@ -1418,7 +1400,6 @@ class Registration(PortalTest):
 
 class ClientAuthentication(PortalTest):
     """How an app proves who it is at the token endpoint (RFC 6749 section 2.3), and where it listens."""
-
     def test_an_app_proves_itself_by_one_secret_in_one_way(self) -> None:
         app, other = App(self.portal), App(self.portal)
         mine, secret = app.client_id, app.secret
@@ -1487,10 +1468,8 @@ class ClientAuthentication(PortalTest):
 
 # ######################################################################## 7 sign-in
 
-
 class Cookies(PortalTest):
     """The session cookie, and the forms that hang on it."""
-
     def test_a_planted_cookie_comes_back_in_no_header(self) -> None:
         name = s4s.cookie_name(self.portal.portal)
         for value in ('"a\\015\\012X-Evil: 1"', "a%0d%0ab", "short", "x" * 31 + "=", "x" * 33, "'" * 32):
@@ -1558,7 +1537,6 @@ class Cookies(PortalTest):
 
 # ######################################################################## 8 the authorization request
 
-
 def query_of(url: str) -> dict[str, str]:
     return dict(parse_qsl(urlsplit(url).query))
 
@@ -1572,7 +1550,6 @@ def signed_in(portal: s4s.Server, path: str = "/login", username: str = "daniel-
 
 class AuthorizationRequest(PortalTest):
     """GET and POST /oauth/authorize: each check, and where its error goes, before anybody signs in."""
-
     def setUp(self) -> None:
         super().setUp()
         self.app = App(self.portal)
@@ -1802,7 +1779,6 @@ class SeveralNames(PortalTest):
 
 # ######################################################################## 9 consent, and the code
 
-
 def at_once(count: int, action: Callable[[], Any]) -> list[Any]:
     """What so many threads get that do the same at the same time."""
     gate = threading.Barrier(count)
@@ -1816,7 +1792,6 @@ def at_once(count: int, action: Callable[[], Any]) -> list[Any]:
 
 class CodeFlow(PortalTest):
     """From the app's request to its tokens, through the pages."""
-
     def setUp(self) -> None:
         super().setUp()
         self.app, self.browser = App(self.portal), Browser(self.portal)
@@ -1965,7 +1940,6 @@ class CodeFlow(PortalTest):
 
 class AppsPage(PortalTest):
     """GET /apps and stopping to share (S4S)."""
-
     def setUp(self) -> None:
         super().setUp()
         self.app, self.browser = App(self.portal), signed_in(self.portal, "/apps")
@@ -2023,7 +1997,6 @@ class AppsPage(PortalTest):
 
 class WhoseRecordBehind(ForwardingTest):
     """Choosing patient and visit where the records are a FHIR server's."""
-
     def setUp(self) -> None:
         super().setUp()
         self.app = App(self.portal, "launch/patient launch/encounter patient/*.rs")
@@ -2078,7 +2051,6 @@ class WhoseRecordBehind(ForwardingTest):
 
 # ######################################################################## 10 tokens
 
-
 def introspected(app: App, token: str) -> Any:
     pair = (app.client_id, app.secret)
     return ask(app.portal.address + "/oauth/introspect", form={"token": token}, basic=pair).json
@@ -2086,7 +2058,6 @@ def introspected(app: App, token: str) -> Any:
 
 class TokenTest(PortalTest):
     """Tests of the token endpoint have an app, and words for a refusal."""
-
     def setUp(self) -> None:
         super().setUp()
         self.app = App(self.portal)
@@ -2104,7 +2075,6 @@ class TokenTest(PortalTest):
 
 class TokenEndpoint(TokenTest):
     """POST /oauth/token (RFC 6749)."""
-
     def test_the_answer_is_not_cached_and_says_what_was_granted(self) -> None:
         got = self.app.exchange(self.app.code())
         self.assertEqual((got.headers["cache-control"], got.headers["pragma"]), ("no-store", "no-cache"))
@@ -2323,7 +2293,6 @@ class TokenEndpoint(TokenTest):
 
 class Introspection(TokenTest):
     """POST /oauth/introspect (RFC 7662) and /oauth/revoke (RFC 7009)."""
-
     def setUp(self) -> None:
         super().setUp()
         self.given = self.app.tokens()
@@ -2382,9 +2351,7 @@ class Introspection(TokenTest):
         self.opens(self.given, False)
 
 
-
 # ######################################################################## 11 the record's boundary
-
 
 def token_for(portal: s4s.Server, *labels: str, username: str = "daniel-adams", **scope: Any) -> str:
     """An access token for my record, of these categories alone."""
@@ -2393,7 +2360,6 @@ def token_for(portal: s4s.Server, *labels: str, username: str = "daniel-adams", 
 
 class FhirApi(RecordTest):
     """/api/fhir: one patient, and nothing else."""
-
     def test_where_the_registration_was_the_limit_the_403_says_so(self) -> None:
         condition, userinfo = self.portal.fhir_url + "/Condition/x", self.portal.url + "/oauth/userinfo"
         for registered, asked, url, limit in (
@@ -2447,7 +2413,6 @@ class FhirApi(RecordTest):
 
 class WhatIsRemembered(unittest.TestCase):
     """Accesses and other answers about strangers' texts, which are remembered for all."""
-
     def test_a_user_without_records_gets_nothing_by_the_token_of_one_who_sees_all(self) -> None:
         self.assertEqual(len({s4s.EVERYBODY, s4s.ALL_PATIENTS, frozenset()}), 3)
         with s4s.Server(fixtures={"users": [{"username": "nobody", "password": "x"}]}) as portal:
@@ -2490,7 +2455,6 @@ class WhatIsRemembered(unittest.TestCase):
 
 class WhoseItIs(unittest.TestCase):
     """owner() and Access, resource by resource."""
-
     def test_each_type_and_version_of_fhir_has_its_element(self) -> None:
         base, somebody = "https://p.example/api/fhir", {"type": "Patient", "identifier": {"value": "1"}}
         me, other, doctor, local, away, fake, inner, relative = (to(text) for text in (
@@ -2547,7 +2511,6 @@ HIDDEN = "bm90Zm9yeW91"  # stands in all that is another patient's, and never co
 class OnePatientAndNothingElse(RecordTest):
     """Attacks on the record's boundary, each of which a careless server lets through: on the records kept
     here, and by the class below on another server's."""
-
     def setUp(self) -> None:
         super().setUp()
         code, other = {"text": HIDDEN}, to(f"Patient/{OTHER}")
@@ -3086,7 +3049,6 @@ class OnePatientAndNothingElse(RecordTest):
 
 class OnePatientOfAnotherServer(OnePatientAndNothingElse, ForwardingTest):
     """The same attacks on the records of a FHIR server that does nothing against them."""
-
     def setUp(self) -> None:
         super().setUp()
         self.script("metadata", WhatIsBehind.STATEMENT)
@@ -3121,7 +3083,6 @@ class OnePatientOfAnotherServer(OnePatientAndNothingElse, ForwardingTest):
 
 class WritingHere(RecordTest):
     """What apps write to the records kept here."""
-
     def test_of_writers_who_saw_one_version_one_wins(self) -> None:
         new, statuses = self.write("Observation", observation("x")).json, list[int]()
         path = f"Observation/{new['id']}"
@@ -3188,7 +3149,6 @@ class WritingHere(RecordTest):
 
 class WritingBehind(ForwardingTest):
     """What apps write to a FHIR server behind that does with it what it likes."""
-
     def test_it_gets_what_was_judged_in_its_own_addresses_and_for_the_version_that_was_judged(self) -> None:
         ours, theirs = self.portal.fhir_url, self.behind.url
         text = ('{"resourceType": "Observation", "id": "mine", "subject": {"reference": "%s/Patient/' + ME
@@ -3280,7 +3240,6 @@ class WritingBehind(ForwardingTest):
 
 class HostileAnswers(ForwardingTest):
     """Attacks on the record's boundary that the FHIR server itself makes."""
-
     def test_resources_are_read_by_whose_they_are(self) -> None:
         new, mine, by_address = "Observation/mine", observation("mine"), f"{self.behind.url}/Patient/{ME}"
         old = f"{new}/_history/1"
@@ -3489,7 +3448,6 @@ class HostileAnswers(ForwardingTest):
 class WhatIsHiddenIsNotCounted(ForwardingTest):
     """A token for vital signs alone, before a server that filters and pages well, three to a page: neither a
     link nor a number nor an empty place tells what else is there."""
-
     def setUp(self) -> None:
         super().setUp()
         self.stored: list[dict[str, Any]] = []
@@ -3659,10 +3617,8 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
 
 # ######################################################################## 12 discovery
 
-
 class Discovery(PortalTest):
     """The documents that say where everything is."""
-
     def documents(self) -> list[Any]:
         return [self.at(path, headers={"Accept": "text/html"}).json for path in (
             "/.well-known/oauth-authorization-server", "/.well-known/openid-configuration",
@@ -3704,7 +3660,6 @@ class Discovery(PortalTest):
 
 
 # ######################################################################## 13 launch by a health record
-
 
 class EhrLaunch(PortalTest):
     """Launch by the EHR: /launch and the test control."""
@@ -3933,7 +3888,6 @@ class EhrLaunch(PortalTest):
 
 # ######################################################################## 14 identity
 
-
 def set_signing_key(portal: s4s.Server) -> None:
     """Spare a test the half second that making a key takes."""
     with portal.portal.state.transaction() as database:
@@ -3943,7 +3897,6 @@ def set_signing_key(portal: s4s.Server) -> None:
 
 class Identity(PortalTest):
     """OpenID Connect: id_token, jwks, userinfo."""
-
     def setUp(self) -> None:
         super().setUp()
         set_signing_key(self.portal)
@@ -4066,9 +4019,7 @@ class Identity(PortalTest):
                 self.assertRegex(got.headers.get("www-authenticate", ""), header)
 
 
-
 # ######################################################################## 15 keys, and backend services
-
 
 def with_service(**keys: Any) -> dict[str, Any]:
     """Fixtures with a backend service whose keys are these."""
@@ -4078,7 +4029,6 @@ def with_service(**keys: Any) -> dict[str, Any]:
 
 class Assertions(PortalTest):
     """private_key_jwt: RFC 7523, and SMART's rules for it."""
-
     def setUp(self) -> None:
         super().setUp()
         self.app = KeyedApp(self.portal)
@@ -4170,7 +4120,6 @@ class Assertions(PortalTest):
 
 class KeysByUrl(PortalTest):
     """jwks_uri: fetched, kept as long as allowed, with limits."""
-
     def setUp(self) -> None:
         super().setUp()
         there = FhirServer()
@@ -4264,7 +4213,6 @@ class KeysByUrl(PortalTest):
 
 class BackendServices(PortalTest):
     """client_credentials (SMART, "Backend Services")."""
-
     def test_a_token_lasts_five_minutes_has_no_refresh_token_and_stands_for_no_user(self) -> None:
         got = KeyedApp(self.portal).token().json
         self.assertEqual((got["expires_in"], got["scope"], got["token_type"]), (300, "system/*.rs", "Bearer"))
@@ -4314,7 +4262,6 @@ class BackendServices(PortalTest):
 
 # ######################################################################## 17 search
 
-
 class RecordsTest(RecordTest):
     """Tests of the embedded records, mostly as /api/open-fhir/ shows them."""
     scope, api = "", "/api/open-fhir/"
@@ -4336,7 +4283,6 @@ class RecordsTest(RecordTest):
 
 class Dates(unittest.TestCase):
     """FHIR's dates, and how searches compare them."""
-
     def test_a_partial_date_is_all_that_it_may_mean(self) -> None:
         day = 86400
         for text, start, length in (("1970", 0, 365 * day), ("1972-02", 761 * day, 29 * day),
@@ -4368,7 +4314,6 @@ class Dates(unittest.TestCase):
 
 class Searching(RecordsTest):
     """FHIR search over the embedded records."""
-
     def test_tokens_are_given_with_and_without_their_system(self) -> None:
         for value, count in (("1975-2", 1), ("http://loinc.org|1975-2", 1), ("|1975-2", 0),
                              ("http://snomed.info/sct|1975-2", 0), ("1975-2,2345-7", 2), ("x\\,1975-2", 0)):
@@ -4860,10 +4805,8 @@ Location Patient | _id:234 patient:""".splitlines():
 
 # ######################################################################## 18 embedded records
 
-
 class Reading(RecordsTest):
     """Reads of the embedded records."""
-
     def test_etag_and_last_modified_spare_a_second_transfer(self) -> None:
         got = self.get(f"Patient/{DANIEL}")
         tag, when = got.headers["etag"], got.headers["last-modified"]
@@ -5025,7 +4968,6 @@ class Loading(PortalTest):
 
 class LoadingRecords(Test):
     """--data, Server(data=...) and Records.load."""
-
     def setUp(self) -> None:
         self.folder = Path(self.during(tempfile.TemporaryDirectory()))
         self.db = str(self.folder / "state.db")
@@ -5377,10 +5319,8 @@ class LoadingRecords(Test):
 
 # ######################################################################## 19 a FHIR server behind
 
-
 class NoAddressGetsOut(ForwardingTest):
     """Whatever the FHIR server calls itself, apps see the portal's address."""
-
     def clean(self, path: str, **more: Any) -> str:
         """An answer in which nothing of the FHIR server's address is left."""
         body = json.dumps(self.read(path, **more))
@@ -5525,7 +5465,6 @@ class NoAddressGetsOut(ForwardingTest):
 
 class Paging(ForwardingTest):
     """Links to further pages are the portal's own."""
-
     def setUp(self) -> None:
         super().setUp()
         self.link(f"{self.behind.url}?_getpages=abc&_offset=1")
@@ -5609,7 +5548,6 @@ class Paging(ForwardingTest):
 
 class Faults(ForwardingTest):
     """What may go wrong behind the portal, and what the app is told of it."""
-
     def test_a_status_is_passed_on_without_the_servers_words(self) -> None:
         outcome = made("OperationOutcome", text=self.behind.url)
         for why, statuses, told in (("busy", (503, 429), 0), ("absent or deleted", (404, 410), 404),
@@ -5743,7 +5681,6 @@ class Faults(ForwardingTest):
 
 class Transport(ForwardingTest):
     """What travels, and over which connections."""
-
     def test_a_connection_on_which_something_came_unasked_is_not_used_again(self) -> None:
         self.behind.records["Observation/second"] = observation("second")
         self.behind.keeps_open = True
@@ -5857,7 +5794,6 @@ class Transport(ForwardingTest):
 
 class WhatIsBehind(ForwardingTest):
     """Metadata, version and patients of the FHIR server."""
-
     STATEMENT: ClassVar[dict[str, Any]] = made(
         "CapabilityStatement", fhirVersion="4.0.1", publisher="hidden.example",
         rest=[{"mode": "server", "security": {"description": "hidden.example"}, "resource": [
@@ -6074,7 +6010,6 @@ def verhoeff(digits: str) -> int:
 
 class SampleRecords(unittest.TestCase):
     """The three patients' records, in each version of FHIR."""
-
     records: dict[str, list[dict[str, Any]]]
 
     @classmethod
@@ -6285,10 +6220,8 @@ class SampleRecords(unittest.TestCase):
 
 # ######################################################################## 22 signing
 
-
 class Signatures(unittest.TestCase):
     """JSON Web Signatures, their keys, and the arithmetic below."""
-
     def test_the_examples_of_the_rfcs(self) -> None:
         signature = b64(s4s.rsa_sign(RFC_7515_KEY, "RS256", RFC_7515_INPUT))
         self.assertEqual(signature, RFC_7515_SIGNATURE, "RFC 7515 appendix A.2")
@@ -6339,7 +6272,6 @@ class Signatures(unittest.TestCase):
 
 
 # ######################################################################## 23 pages
-
 
 class Pages(PortalTest):
     """What is true of every page a person sees, whatever stands in it: nasty are an app's, patients' and a
@@ -6433,7 +6365,6 @@ class Pages(PortalTest):
 
 class ConsentPage(PortalTest):
     """What the person who decides is told, and what scripts click."""
-
     def consent(self, scope: str = "launch/patient patient/*.rs offline_access", **metadata: Any) -> Page:
         self.app = App(self.portal, scope, **metadata)
         self.browser = signed_in(self.portal, self.app.authorize_url())
@@ -6597,7 +6528,6 @@ class ConsentPage(PortalTest):
 
 class SignInPage(PortalTest):
     """GET /login, and the way out again."""
-
     def test_it_says_which_app_is_asking_while_it_asks(self) -> None:
         browser, asks = Browser(self.portal), "Asker asks to see a health record"
         page = browser.open(App(self.portal, client_name="Asker").authorize_url())
@@ -6618,7 +6548,6 @@ class SignInPage(PortalTest):
 
 class PickerPage(PortalTest):
     """Whose record, when there are many."""
-
     def setUp(self) -> None:
         super().setUp()
         with self.portal.portal.state.transaction() as database:
@@ -6647,7 +6576,6 @@ class PickerPage(PortalTest):
 
 class ErrorPage(PortalTest):
     """What a person sees when something goes wrong."""
-
     def test_it_says_what_was_expected_what_came_and_what_to_read(self) -> None:
         path = "/oauth/authorize?client_id=demo-app&redirect_uri=http://x.example/"
         page = Page(self.at(path).text)
@@ -6663,7 +6591,6 @@ class ErrorPage(PortalTest):
 
 class StartPage(PortalTest):
     """GET /"""
-
     def setUp(self) -> None:
         super().setUp()
         self.page = Page(self.at("/").text)
@@ -6706,10 +6633,8 @@ class StartPage(PortalTest):
 
 # ######################################################################## 24 demo app
 
-
 class DemoApp(PortalTest):
     """GET /demo, and the client that it is."""
-
     def test_it_is_a_public_client_like_any_other_and_needs_pkce(self) -> None:
         app = App(self.portal, "openid fhirUser launch/patient patient/*.rs offline_access")
         app.client_id, app.secret, app.redirect_uri = "demo-app", "", self.portal.url + "/demo"
@@ -6793,7 +6718,6 @@ class DemoApp(PortalTest):
 
 
 # ######################################################################## 25 settings, seeds, the portal
-
 
 class Fixtures(unittest.TestCase):
     """--fixtures and --client: users and apps that are there from the start."""
@@ -6898,10 +6822,8 @@ class Fixtures(unittest.TestCase):
 
 # ######################################################################## 26 test controls and Server
 
-
 class Fixture(PortalTest):
     """s4s_proxy.Server, as tests use it."""
-
     def read(self, token: Any) -> Answer:
         return self.fhir(f"Patient/{DANIEL}", token)
 
@@ -7083,7 +7005,6 @@ class Fixture(PortalTest):
 
 class DebugTokens(PortalTest):
     """POST /oauth/debug/token, GET /oauth/debug/introspect (S4S)."""
-
     def token(self, **members: Any) -> Answer:
         members = {"client_id": "test-suite", "username": "daniel-adams", **members}
         return self.post("/oauth/debug/token", members)
@@ -7130,7 +7051,6 @@ class DebugTokens(PortalTest):
 
 class Drift(PortalTest):
     """Each control has two doors; they must not drift apart."""
-
     def test_methods_and_http_take_the_same_names_and_defaults(self) -> None:
         paths = {route.endpoint.__name__: route.path for route in s4s.ROUTES if "POST" in route.methods}
         self.assertEqual({name for name in paths if name.startswith("debug_")},
@@ -7461,10 +7381,8 @@ class Secrets(PortalTest):
 
 # ######################################################################## 27 HTTP
 
-
 class Sockets(RawTest):
     """Raw sockets, and where a message ends: no two servers in a row may read it another way (RFC 9112 6)."""
-
     def check(self, status: int, *requests: bytes, end: bool = False) -> None:
         """Each is answered once, with this status, and closed."""
         for data in requests:
@@ -7603,7 +7521,6 @@ class Sockets(RawTest):
 
 class SlowClients(RawTest):
     """A slow client holds one thread, for a bounded time, and nobody else."""
-
     def connect(self) -> Any:
         return self.during(socket.create_connection((self.portal.host, self.portal.port), 10))
 
@@ -7726,7 +7643,6 @@ class SlowClients(RawTest):
 
 class Https(unittest.TestCase):
     """--certfile and --keyfile."""
-
     @unittest.skipUnless(shutil.which("openssl"), "needs openssl to make a certificate")
     def test_https_is_served_with_secure_cookies_and_a_stuck_handshake_holds_nobody(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -7759,10 +7675,8 @@ class Https(unittest.TestCase):
 
 # ######################################################################## 28 command line
 
-
 class CommandLine(unittest.TestCase):
     """python s4s_proxy.py"""
-
     def run_main(self, *argv: str, out: io.StringIO | None = None) -> tuple[int, str, str]:
         """Run main in this thread; give exit status, standard output, standard error."""
         out, err = out or io.StringIO(), io.StringIO()
@@ -8029,7 +7943,6 @@ class TheHead(unittest.TestCase):
 
 # ######################################################################## promises about the repository
 
-
 def output_of(*command: str, given: str = "", folder: Path | str = HERE) -> str:
     """Run a command to its end, in a folder; give what it wrote."""
     done = subprocess.run(command, input=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -8164,7 +8077,6 @@ class Repository(unittest.TestCase):
 
 
 # ######################################################################## the benchmark
-
 
 def serve_bare(body: bytes) -> None:
     """The floor: a handler of http.server that answers one body, HTTP/1.1, one buffered write. It runs until
