@@ -132,8 +132,7 @@ class Page(html.parser.HTMLParser):
 
     def all(self, name: str, /, **wanted: str) -> list[dict[str, str]]:
         """The attributes of every element of this name, of those that have the wanted ones."""
-        return [attributes for tag, attributes in self.elements
-                if tag == name and wanted.items() <= attributes.items()]
+        return [held for tag, held in self.elements if tag == name and wanted.items() <= held.items()]
 
     @property
     def main(self) -> str:
@@ -962,8 +961,7 @@ class Concurrency(unittest.TestCase):
             numbers = iter(range(64))
 
             def run() -> list[int]:
-                app = App(portal)
-                patients = (DANIEL, AMY) if next(numbers) % 2 else (AMY, DANIEL)
+                app, patients = App(portal), (DANIEL, AMY) if next(numbers) % 2 else (AMY, DANIEL)
                 again = app.refresh(app.tokens(patient_id=patients[0])["refresh_token"]).json
                 return [ask(f"{portal.fhir_url}/Patient/{patient}", token=again["access_token"]).status
                         for patient in patients]
@@ -1262,8 +1260,7 @@ class Exposed(unittest.TestCase):
                 neighbour.accept()  # nobody came
 
     def test_the_address_that_was_judged_is_the_one_connected_to(self) -> None:
-        answers = [[(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80))]
-                   for address in ("8.8.8.8", "127.0.0.1")]
+        answers = [[(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80))] for ip in ("8.8.8.8", "127.0.0.1")]
         with mock.patch("socket.getaddrinfo", side_effect=answers) as asked, \
                 mock.patch("socket.create_connection", side_effect=OSError) as to:
             self.fetch("http://rebound.example/")
@@ -2321,8 +2318,7 @@ class Introspection(TokenTest):
     def test_strangers_public_clients_names_and_bad_tokens_are_refused_and_told_what_it_takes(self) -> None:
         given, public = self.public.tokens(), self.public.client_id
         tries: list[Any] = [{}, {"basic": ("test-suite", "x")}, {"form": {"client_id": public}}]
-        bad = ["nonsense", *(self.portal.issue_token(access_lifetime=seconds)["access_token"]
-                             for seconds in (0, None))]
+        bad: list[Any] = ["nonsense", *(self.portal.issue_token(access_lifetime=life) for life in (0, None))]
         for how in (*tries, *({"token": token} for token in bad)):
             with self.subTest(how=how):
                 got = self.look(given["access_token"], **how)
@@ -3024,9 +3020,8 @@ class OnePatientAndNothingElse(RecordTest):
             token = token_for(self.portal, label)
             for name, (category, code, expected) in itertools.product(names, cases):
                 with self.subTest(name, category=category, code=code):
-                    concepts = [{"coding": [{"system": uri, "code": word}]} for uri, word in (category, code)]
-                    self.put({**observation("x"), "resourceType": name, "category": concepts[:1],
-                              "code": concepts[1]})
+                    two = [{"coding": [{"system": uri, "code": word}]} for uri, word in (category, code)]
+                    self.put({**observation("x"), "resourceType": name, "category": two[:1], "code": two[1]})
                     self.assertEqual(self.get(f"{name}/x", token=token).status, expected)
 
     def test_who_the_user_is_may_be_read_and_not_searched_and_tells_of_nobody_else(self) -> None:
@@ -3212,8 +3207,7 @@ class WritingBehind(ForwardingTest):
             with self.subTest(status):
                 self.script("PUT Observation/mine", made("Observation"), status,
                             {"Retry-After": "2", "Location": f"{self.behind.url}/Observation/theirs"})
-                before = len(self.behind.seen)
-                got = self.write("Observation/mine", observation("mine"))
+                before, got = len(self.behind.seen), self.write("Observation/mine", observation("mine"))
                 self.assertEqual((got.status, got.json["resourceType"]), (expected, "OperationOutcome"))
                 self.assertEqual(got.headers.get("retry-after"), "2" if status in (429, 503) else None)
                 self.assertEqual(len(self.behind.seen), before + 2)
@@ -3594,8 +3588,7 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
 
     def test_a_service_sees_what_can_be_told_of_nobody_and_a_clinician_gets_no_number_of_it(self) -> None:
         self.stored = [observation("v0"), observation("g0", subject=to("Group/g")), made("Group/g")]
-        service = KeyedApp(self.portal).token().json
-        clinician = self.issue("user/*.rs", username="clinician")
+        service, clinician = KeyedApp(self.portal).token().json, self.issue("user/*.rs", username="clinician")
         for path in ("Observation", "Group"):
             self.assertEqual(self.ids(path, token=service), ["v0", "g0", "g"])
         self.assertEqual(self.ids("Observation", token=clinician), ["v0"])
@@ -3911,13 +3904,11 @@ class Identity(PortalTest):
         return token.claims
 
     def test_the_id_token_says_who_signed_in_to_whom_and_when(self) -> None:
-        now = int(self.portal.portal.clock.now())
-        tokens = self.app.tokens(nonce="n-0S6")
-        claims, access = self.claims(tokens), tokens["access_token"]
-        self.assertEqual(claims["at_hash"], b64(hashlib.sha256(access.encode()).digest()[:16]))
-        self.assertEqual({name: claims[name] for name in ("iss", "aud", "sub", "nonce", "fhirUser")}, {
+        now, tokens = int(self.portal.portal.clock.now()), self.app.tokens(nonce="n-0S6")
+        claims, hashed = self.claims(tokens), hashlib.sha256(tokens["access_token"].encode()).digest()
+        self.assertEqual({name: claims[name] for name in claims.keys() - {"iat", "exp", "auth_time"}}, {
             "iss": self.portal.url, "aud": self.app.client_id, "sub": "daniel-adams", "nonce": "n-0S6",
-            "fhirUser": f"{self.portal.fhir_url}/Patient/{DANIEL}"})
+            "fhirUser": f"{self.portal.fhir_url}/Patient/{DANIEL}", "at_hash": b64(hashed[:16])})
         for name in ("iat", "auth_time"):
             self.assertAlmostEqual(claims[name], now, delta=5)
         self.assertEqual(claims["exp"] - claims["iat"], 3600)
@@ -5648,10 +5639,9 @@ class Faults(ForwardingTest):
                 (interim, interim * 1000, 0, 10, 502),
                 (ok + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n" * 1000, 0, 0.1, 504)):
             with self.subTest(drip), socket.create_server(("127.0.0.1", 0)) as slow:
-                self.assertEqual(self.status_while_dripping(slow, drip, then, wait, seconds), status)
+                self.assertEqual(self.status_of(slow, drip, then, wait, seconds), status)
 
-    def status_while_dripping(self, slow: socket.socket, drip: bytes, then: bytes, wait: float,
-                              seconds: float) -> int:
+    def status_of(self, slow: socket.socket, drip: bytes, then: bytes, wait: float, seconds: float) -> int:
         """What the portal answers in front of a server that sends `drip`, then some every now and then."""
         url = f"http://127.0.0.1:{slow.getsockname()[1]}"
         portal = s4s.Portal(s4s.Settings(fhir_server=url, fhir_timeout=seconds, open_fhir=True))
@@ -6458,8 +6448,7 @@ class ConsentPage(PortalTest):
                     self.assertNotIn(not_said, told)
 
     def test_old_automation_finds_its_ids_and_attributes(self) -> None:
-        page = self.consent()
-        steps = self.browser.page.text.partition("</main>")[0].split("<section")[1:]
+        page, steps = self.consent(), self.browser.page.text.partition("</main>")[0].split("<section")[1:]
         [until], [form] = page.all("input", name="approval_expires"), page.all("form", id="consent-carousel")
         self.assertEqual([tuple(step.count(words) for words in (
             "glyphbox", 'data-slide="next">Continue<', "btn-default", "security_labels", 'id="authorize"'))
@@ -6844,46 +6833,48 @@ class Fixture(PortalTest):
             self.assertEqual((self.portal.requests, self.read(token).status), ([], 401))
             self.assertIsNone(self.portal.portal.client(client["client_id"]))
 
+    # Control, arguments, what its refusal begins with; its status and error if not the usual ones.
+    refused: ClassVar[Any] = (
+        *(("issue_token", {name: value}, f"{name}: ") for name, value in (
+            ("client_id", "nobody"), ("client_id", 5), ("username", None), ("patient_id", "nobody"),
+            ("patient_id", JOSEPH), ("access_lifetime", "soon"), ("access_lifetime", 1e308),
+            ("access_lifetime", "nan"), ("access_lifetime", True), ("approval_expires", "inf"),
+            ("approval_expires", 1e15), ("approval_expires", []))),
+        ("issue_token", {"username": "nobody"}, "username: there is no user 'nobody'"),
+        ("issue_token", {"scope": 7}, "scope: expected a string, got 7"),
+        ("issue_token", {"scope": "nonsense"}, "scope: nothing of 'nonsense' can be granted",
+         400, "invalid_scope"),
+        ("advance", {"seconds": "soon"},
+         'seconds: expected a number that keeps the clock from 1970 to 9990, got "soon"'),
+        ("fail", {"endpoint": "fhir"},
+         "fail: give at least one of status, error, retry_after, delay, drop, change"),
+        ("fail", {"endpoint": "authorize", "change": {"a": 1}}, "change: authorize answers with no JSON"),
+        *(("fail", {"endpoint": "fhir", "change": {"a": 1}, **more},
+           "change: the request succeeds; expected no status, error, retry_after or drop beside it")
+          for more in ({"status": 500}, {"error": "x"}, {"drop": True}, {"retry_after": 1})),
+        *(("fail", {"endpoint": "token", "status": 500, name: bad}, name + ": ") for name, bad in (
+            ("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True), ("error", 'a"b'),
+            ("error", ""), ("drop", "yes"), ("times", 0), ("times", True), ("times", 1.5),
+            ("retry_after", -1), ("change", [1]), ("change", {"x": math.nan}), ("change", {(1,): 1}),
+            ("delay", -1), ("delay", "long"))),
+        ("fail", {"endpoint": "token", "delay": 301}, "delay: expected 0 to 300 seconds, got 301"),
+        *((control, {**needed, name: {1}},
+           f"{name}: expected what JSON can say: Object of type set is not JSON serializable")
+          for control, needed, name in (("fail", {"endpoint": "fhir"}, "change"),
+                                        ("launch", {}, "fhir_context"))))
+
     def test_a_refused_control_says_why(self) -> None:
         url, other = App(self.portal).authorize_url(), "https://other.example/oauth/authorize"
-        rows: Any = (
-            *(("issue_token", {name: value}, f"{name}: ") for name, value in (
-                ("client_id", "nobody"), ("client_id", 5), ("username", None), ("patient_id", "nobody"),
-                ("patient_id", JOSEPH), ("access_lifetime", "soon"), ("access_lifetime", 1e308),
-                ("access_lifetime", "nan"), ("access_lifetime", True), ("approval_expires", "inf"),
-                ("approval_expires", 1e15), ("approval_expires", []))),
-            ("issue_token", {"username": "nobody"}, "username: there is no user 'nobody'"),
-            ("issue_token", {"scope": 7}, "scope: expected a string, got 7"),
-            ("issue_token", {"scope": "nonsense"}, "scope: nothing of 'nonsense' can be granted",
-             400, "invalid_scope"),
-            *(("approve", how, *told) for how, *told in (
-                ({"url": url.replace("client_id=", "client_id=x")}, "client_id 'x", 400, "invalid_client"),
-                ({"patient_id": JOSEPH}, "daniel-adams may not open the record", 403, "forbidden"),
-                ({"url": other}, "Host is 'other.example'", 421, "misdirected_request"),
-                ({"url": url.replace("/oauth/authorize", "/login")}, "url: "), ({"deny": 0}, "deny: "),
-                ({"username": "nobody"}, "username: there is no user 'nobody'"),
-                *(({"security_labels": bad}, "security_labels: ") for bad in (["nonsense"], [], "problems")),
-                ({"approval_expires": "never"}, "approval_expires: 'never' is no date"))),
-            ("advance", {"seconds": "soon"},
-             'seconds: expected a number that keeps the clock from 1970 to 9990, got "soon"'),
-            ("fail", {"endpoint": "fhir"},
-             "fail: give at least one of status, error, retry_after, delay, drop, change"),
-            ("fail", {"endpoint": "authorize", "change": {"a": 1}}, "change: authorize answers with no JSON"),
-            *(("fail", {"endpoint": "fhir", "change": {"a": 1}, **more},
-               "change: the request succeeds; expected no status, error, retry_after or drop beside it")
-              for more in ({"status": 500}, {"error": "x"}, {"drop": True}, {"retry_after": 1})),
-            *(("fail", {"endpoint": "token", "status": 500, name: bad}, name + ": ") for name, bad in (
-                ("endpoint", "nowhere"), ("status", 399), ("status", 600), ("status", True), ("error", 'a"b'),
-                ("error", ""), ("drop", "yes"), ("times", 0), ("times", True), ("times", 1.5),
-                ("retry_after", -1), ("change", [1]), ("change", {"x": math.nan}), ("change", {(1,): 1}),
-                ("delay", -1), ("delay", "long"))),
-            ("fail", {"endpoint": "token", "delay": 301}, "delay: expected 0 to 300 seconds, got 301"),
-            *((control, {**needed, name: {1}},
-               f"{name}: expected what JSON can say: Object of type set is not JSON serializable")
-              for control, needed, name in (("fail", {"endpoint": "fhir"}, "change"),
-                                            ("launch", {}, "fhir_context"))))
-        for control, how, description, *told in rows:
-            how = {"url": url, "username": "daniel-adams", **how} if control == "approve" else how
+        asked: Any = (
+            ({"url": url.replace("client_id=", "client_id=x")}, "client_id 'x", 400, "invalid_client"),
+            ({"patient_id": JOSEPH}, "daniel-adams may not open the record", 403, "forbidden"),
+            ({"url": other}, "Host is 'other.example'", 421, "misdirected_request"),
+            ({"url": url.replace("/oauth/authorize", "/login")}, "url: "), ({"deny": 0}, "deny: "),
+            ({"username": "nobody"}, "username: there is no user 'nobody'"),
+            *(({"security_labels": bad}, "security_labels: ") for bad in (["nonsense"], [], "problems")),
+            ({"approval_expires": "never"}, "approval_expires: 'never' is no date"))
+        for control, how, description, *told in (*self.refused, *(
+                ("approve", {"url": url, "username": "daniel-adams", **how}, *told) for how, *told in asked)):
             with self.subTest(control=control, how=how), self.assertRaises(s4s.PortalError) as caught:
                 getattr(self.portal, control)(**how)
             refused = caught.exception
@@ -7307,9 +7298,8 @@ class Secrets(PortalTest):
         sent, shown = self.portal.requests, [request.redacted() for request in self.portal.requests]
         self.assertEqual(shown[0]["path"], f"/api/fhir/Patient/{uuid}")
         self.assertEqual(shown[0]["headers"], sent[0].headers)
-        for number in range(4):
-            self.assertEqual((shown[number]["query"], shown[number]["body"]),
-                             (sent[number].query, sent[number].body))
+        for was, told in zip(sent[:4], shown):
+            self.assertEqual((told["query"], told["body"]), (was.query, was.body))
         self.assertEqual(json.loads(shown[4]["body"]), {"code": {"text": "b=c & d"}, "p": 7})
 
     def test_what_hides_secrets_is_quick_whatever_was_sent(self) -> None:
@@ -7647,8 +7637,7 @@ class Https(unittest.TestCase):
     def test_https_is_served_with_secure_cookies_and_a_stuck_handshake_holds_nobody(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             cert, key = os.path.join(folder, "cert.pem"), os.path.join(folder, "key.pem")
-            make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
-                    "-subj", "/CN=localhost"]
+            make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost"]
             subprocess.run([*make, "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", cert],
                            check=True, capture_output=True)
             with mock.patch.object(s4s.Listener, "head_seconds", 0.5), \
@@ -7838,8 +7827,7 @@ class Story:
 
 def story() -> list[Message]:
     """The nine messages, read from the head."""
-    text = s4s.__doc__.partition("The story in nine messages")[2].partition("A grant's life")[0]
-    messages = []
+    text, messages = s4s.__doc__.partition("The story in nine messages")[2].partition("A grant's life")[0], []
     for function, sent, status, answer in re.findall(
             r"(?ms)^  \d  .+?  +(\S+)\n +> (.+?)\n +< (\d+) (.+?)$(?=\n  \d|\n\n)", text):
         first, *lines = [line.strip() for line in sent.split("\n")]
@@ -8081,8 +8069,8 @@ class Repository(unittest.TestCase):
 def serve_bare(body: bytes) -> None:
     """The floor: a handler of http.server that answers one body, HTTP/1.1, one buffered write. It runs until
     the process ends; its address is printed."""
-    class Bare(http.server.BaseHTTPRequestHandler):
-        protocol_version, wbufsize, disable_nagle_algorithm = "HTTP/1.1", -1, True
+    class Bare(FhirHandler):
+        setup = http.server.BaseHTTPRequestHandler.setup
 
         def do_GET(self) -> None:
             self.send_response(200)
@@ -8090,9 +8078,6 @@ def serve_bare(body: bytes) -> None:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
     http.server.ThreadingHTTPServer.request_queue_size = 1024
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Bare) as server:
         print(f"http://127.0.0.1:{server.server_port}", flush=True)
