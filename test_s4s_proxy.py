@@ -7731,10 +7731,9 @@ class CommandLine(unittest.TestCase):
                     self.assertIn(line.split()[1].partition("=")[0], err)
 
     def test_the_command_line_asks_a_fhir_server_what_it_is_and_nobody_waits_for_the_answer(self) -> None:
-        goes_on, behind = threading.Event(), FhirServer()
+        goes_on, behind, no_base = threading.Event(), FhirServer(), "has no CapabilityStatement"
         self.addCleanup(behind.stop)
         self.addCleanup(goes_on.set)
-        no_base = "has no CapabilityStatement: is this the FHIR base?"
         rows: Any = ((no_base, {}, 404), (no_base, b"<html>"), (no_base, {"resourceType": "Patient"}),
                      ("--fhir-header can give", {}, 401))
         for needle, *answer in rows:
@@ -7748,8 +7747,10 @@ class CommandLine(unittest.TestCase):
         def asked(_: str) -> Any:
             signal.raise_signal(signal.SIGINT)
             return goes_on.wait(20) and b""
+        begun, at_last = time.monotonic(), threading.Timer(10, signal.raise_signal, (signal.SIGINT,))
+        self.addCleanup(at_last.cancel)
+        at_last.start()
         with mock.patch.object(behind, "answer", asked):
-            begun = time.monotonic()
             status, out, _ = self.run_main("--port", "0", "--fhir-server", behind.url)
         self.assertEqual((status, out.count("\n")), (0, 1))
         self.assertLess(time.monotonic() - begun, 10, "it was waited for")
