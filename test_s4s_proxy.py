@@ -253,9 +253,8 @@ class App:
         return ask(url, form={"client_id": self.client_id, **form})
 
     def exchange(self, code: str, **changed: str) -> Answer:
-        return self.token_request(**{
-            "grant_type": "authorization_code", "code": code, "redirect_uri": self.redirect_uri,
-            "code_verifier": self.verifier, **changed})
+        return self.token_request(**{"grant_type": "authorization_code", "code": code,
+            "redirect_uri": self.redirect_uri, "code_verifier": self.verifier, **changed})
 
     def refresh(self, refresh_token: str, **changed: str) -> Answer:
         return self.token_request(grant_type="refresh_token", refresh_token=refresh_token, **changed)
@@ -406,9 +405,8 @@ class KeyedApp:
     def __init__(self, portal: s4s.Server, known: str = "", **metadata: Any):
         keys = {} if "jwks_uri" in metadata else {"jwks": {"keys": [RSA_JWK, RFC_6979_JWK]}}
         self.portal = portal
-        self.client_id = known or portal.register_client(**{
-            "token_endpoint_auth_method": "private_key_jwt", "grant_types": ["client_credentials"],
-            "scope": "system/*.rs", **keys, **metadata})["client_id"]
+        self.client_id = known or portal.register_client(**{"token_endpoint_auth_method": "private_key_jwt",
+            "grant_types": ["client_credentials"], "scope": "system/*.rs", **keys, **metadata})["client_id"]
 
     def assertion(self, algorithm: str = "RS384", header: Any = None, **changed: Any) -> str:
         """A signed assertion, as of the portal's time; None leaves a claim out."""
@@ -1041,9 +1039,8 @@ class Nonsense(PortalTest):
         self.assertEqual((app.refresh("x").status, self.at("/oauth/debug/requests").status), (400, 200))
 
     def test_every_member_of_every_control_may_be_of_a_wrong_type(self) -> None:
-        wrong: tuple[Any, ...] = (
-            None, True, 7, -1, 1.5, 10 ** 400, "", "x", "\0", [], {}, [None], [{}], {"a": 1}, "x" * 9999,
-            "http://[")
+        wrong: tuple[Any, ...] = (None, True, 7, -1, 1.5, 10 ** 400, "", "x", "\0", [], {}, [None], [{}],
+            {"a": 1}, "x" * 9999, "http://[")
         good: dict[str, dict[str, Any]] = {
             "issue_token": {"client_id": "test-suite", "username": "daniel-adams"}, "advance": {"seconds": 0},
             "approve": {"url": App(self.portal).authorize_url(), "username": "daniel-adams"},
@@ -2381,9 +2378,8 @@ class FhirApi(RecordTest):
         self.assert_statuses(self.issue("patient/Patient.rs"), {f"Patient/{DANIEL}/Condition": 403})
 
     def test_a_base_that_ends_in_a_slash_is_the_same_base(self) -> None:
-        self.assert_statuses(self.token, {
-            f"/Patient/{DANIEL}": 200, f"/Patient/{AMY}": 403, "/metadata": 200, "/Condition/_search": 404,
-            "/.well-known/smart-configuration": 200, f"/Patient//{DANIEL}": 404})
+        self.assert_statuses(self.token, {f"/Patient/{DANIEL}": 200, f"/Patient/{AMY}": 403, "/metadata": 200,
+            "/Condition/_search": 404, "/.well-known/smart-configuration": 200, f"/Patient//{DANIEL}": 404})
         self.assert_statuses("", {f"/Patient/{DANIEL}": 401})
         self.assertEqual(ask(f"{self.portal.open_fhir_url}//Patient/{AMY}").status, 200)
 
@@ -2487,8 +2483,7 @@ class WhoseItIs(unittest.TestCase):
         theirs = observation("theirs", OTHER)
         one, two = ([{"coding": [{"code": code}]} for code in codes.split()]
                     for codes in ("vital-signs", "vital-signs laboratory"))
-        cases: Any = (
-                (narrowed, s4s.NO_LIMIT, "r", observation("x"), observation("x", status="preliminary")),
+        cases: Any = ((narrowed, s4s.NO_LIMIT, "r", observation("x"), observation("x", status="preliminary")),
                 ("patient/*.rs", vital, "s", observation("x", category=one), observation("x", category=two)),
                 ("system/Observation.r", s4s.NO_LIMIT, "r", theirs, made(f"Patient/{OTHER}")),
                 ("system/AuditEvent.s system/Observation.r", s4s.NO_LIMIT, "s", made("AuditEvent"), theirs),
@@ -3000,9 +2995,8 @@ class OnePatientAndNothingElse(RecordTest):
         self.put(*(observation(code, category=[{"coding": [{"system": hl7, "code": code}]}])
                    for code in ("laboratory", "vital-signs")))
         token = token_for(self.portal, "laboratory", scope=f"launch/patient {scope} patient/Condition.rs")
-        self.assert_statuses(token, {
-            "Observation/laboratory": 200, "Observation/vital-signs": 404, "Observation/mine": 404,
-            "Condition/x": 403, "Condition": 403})
+        self.assert_statuses(token, {"Observation/laboratory": 200, "Observation/vital-signs": 404,
+            "Observation/mine": 404, "Condition/x": 403, "Condition": 403})
         found = self.ids("Observation?_count=1000", token=token)
         self.assertEqual({"laboratory", "vital-signs", "mine"}.intersection(found), {"laboratory"})
 
@@ -3377,8 +3371,7 @@ class HostileAnswers(ForwardingTest):
             unplaced = [{**observation("x"), "resourceType": wrong}, {"resourceType": "Patient", "id": wrong},
                         observation("x", subject=wrong), observation("x", subject=to(wrong)),
                         made("Appointment/a", participant=wrong)]
-            placed = [
-                observation("m1", category=wrong, code=wrong, status=wrong, performer=wrong),
+            placed = [observation("m1", category=wrong, code=wrong, status=wrong, performer=wrong),
                 observation("m2", meta=wrong, category=[{"coding": [wrong, {"code": wrong, "system": 7}]}]),
                 {**report, "category": wrong, "presentedForm": [wrong, {"url": wrong}]}]
             bundle = made("Bundle", type="searchset", link=[wrong, {"relation": wrong, "url": wrong}], entry=[
@@ -3662,8 +3655,7 @@ class EhrLaunch(PortalTest):
         super().setUp()
         set_signing_key(self.portal)
         for number in (1, 2):
-            self.portal.load(made(
-                f"Encounter/visit-{number}", status="finished", type=[{"text": "Check-up"}],
+            self.portal.load(made(f"Encounter/visit-{number}", status="finished", type=[{"text": "Check-up"}],
                 subject=to(f"Patient/{DANIEL}"), period={"start": f"202{number}-01-01"}))
         self.app = App(self.portal, self.scope, launch_uris=["https://app.example/launch?own=1"])
         self.other = App(self.portal, self.scope)
@@ -4040,13 +4032,11 @@ class Assertions(PortalTest):
 
     def test_each_rule_is_enforced(self) -> None:
         now, other = self.portal.portal.clock.now(), App(self.portal).client_id
-        headers: dict[str, list[Any]] = {
-            "alg": ["none", "HS256", "RS256", "ES384", ["RS384"], "RS"], "typ": ["at+jwt", ["JWT"]],
-            "kid": [None, 1, ["r"], "else", "e"], "crit": [["b64"], [], ["exp"]],
+        headers: dict[str, list[Any]] = {"alg": ["none", "HS256", "RS256", "ES384", ["RS384"], "RS"],
+            "typ": ["at+jwt", ["JWT"]], "kid": [None, 1, ["r"], "else", "e"], "crit": [["b64"], [], ["exp"]],
             "jku": ["https://app.example/jwks", ["x"], {}]}
-        claims: list[dict[str, Any]] = [
-            {"iss": "nobody", "sub": "nobody"}, {"iss": "nobody"}, {"iss": None}, {"iss": ["x"]},
-            {"sub": "nobody"}, {"sub": [self.app.client_id]}, {"iss": other, "sub": other}]
+        claims: list[dict[str, Any]] = [{"iss": "nobody", "sub": "nobody"}, {"iss": "nobody"}, {"iss": None},
+            {"iss": ["x"]}, {"sub": "nobody"}, {"sub": [self.app.client_id]}, {"iss": other, "sub": other}]
         values: dict[str, list[Any]] = {"aud": ["https://else.example", None, {}, 5, [[self.portal.url]]],
             "exp": [None, now - 1, "soon", True, now + 400, 1e300, [now]], "nbf": [True, -1, now + 60, {}],
             "iat": [now + 60, "x", []], "jti": [None, "", 5, ["x"]]}
@@ -5062,8 +5052,7 @@ class LoadingRecords(Test):
                     self.assertEqual(records.warnings, [])
 
     def test_references_that_lead_nowhere_and_canonical_urls_are_kept_and_the_former_counted(self) -> None:
-        theirs = [to(text) for text in (
-            "https://other.example/Practitioner/d", "https://other.example/Fax/1",
+        theirs = [to(text) for text in ("https://other.example/Practitioner/d", "https://other.example/Fax/1",
             "Practitioner?identifier=x|1", "urn:uuid:nobody", "Practitioner/p")]
         named = [{"url": url, "valueCode": "x"} for url in ("https://ehr.example/Patient/a", "urn:oid:1.2")]
         records = self.records(self.patient("a", generalPractitioner=theirs, extension=named))
@@ -5076,9 +5065,8 @@ class LoadingRecords(Test):
 
     def test_what_is_in_no_known_patients_record_is_counted_by_type(self) -> None:
         for version in s4s.FHIR_VERSIONS:
-            others = [{"resourceType": name, "id": key} for name, key in (
-                ("Patient", "a"), ("Goal", "1"), ("Goal", "2"), ("Binary", "b"), ("Binary", "lost"),
-                ("Device", "x"))]
+            others = [{"resourceType": name, "id": key} for name, key in (("Patient", "a"), ("Goal", "1"),
+                ("Goal", "2"), ("Binary", "b"), ("Binary", "lost"), ("Device", "x"))]
             records = self.records(*others, observation("1", "stranger"), document("1", "a", "Binary/b"),
                                    self.doctor("d"), fhir_version=version)
             self.assertEqual(records.warnings, [
@@ -5164,8 +5152,7 @@ class LoadingRecords(Test):
 
     def test_an_address_that_only_ends_like_a_reference_places_and_opens_nothing(self) -> None:
         viewer = "https://viewer.example/show?file=/"
-        records = self.records(
-            self.patient("a"), made("Binary/x"), document("d", "a", f"{viewer}Binary/x"),
+        records = self.records(self.patient("a"), made("Binary/x"), document("d", "a", f"{viewer}Binary/x"),
             observation("o") | {"subject": to(f"{viewer}Patient/a")},
             observation("n", "a", extension=[{"valueX": made("Patient/b")}]))
         self.assertEqual([records.find("Observation", name).owner for name in "on"], ["?", "?"])
@@ -5808,8 +5795,7 @@ class WhatIsBehind(ForwardingTest):
         portal = self.portal_with(self.STATEMENT)
         _, found, text = self.metadata(portal)
         self.assertNotIn("hidden.example", text)
-        self.assertEqual(found["rest"][0]["resource"], [{
-            "type": "Observation",
+        self.assertEqual(found["rest"][0]["resource"], [{"type": "Observation",
             "interaction": [{"code": code} for code in ("read", "vread", "search-type", "create")],
             "searchParam": [{"name": "code", "type": "token"}, {"name": "_id", "type": "token"}]}])
         self.assertIn("/oauth/authorize", json.dumps(found["rest"][0]["security"]))
@@ -6145,10 +6131,9 @@ class SampleRecords(unittest.TestCase):
             self.assertNotIn("terminology.hl7.org", text)
 
     def test_vital_signs_have_the_codes_and_units_of_the_profiles(self) -> None:
-        expected = {
-            "8867-4": "/min", "9279-1": "/min", "8310-5": "Cel", "8302-2": "cm", "29463-7 3141-9": "kg",
-            "59408-5 2708-6": "%", "39156-5": "kg/m2", "8480-6": "mm[Hg]", "8462-4": "mm[Hg]",
-            "13457-7 2089-1": "mg/dL", "4548-4": "%"}
+        expected = {"8867-4": "/min", "9279-1": "/min", "8310-5": "Cel", "8302-2": "cm",
+            "29463-7 3141-9": "kg", "59408-5 2708-6": "%", "39156-5": "kg/m2", "8480-6": "mm[Hg]",
+            "8462-4": "mm[Hg]", "13457-7 2089-1": "mg/dL", "4548-4": "%"}
         for version, records in self.records.items():
             units = {" ".join(coding["code"] for coding in value["code"]["coding"]):
                      at(value, "valueQuantity.code") for value in walk(records) if "valueQuantity" in value}
@@ -7087,8 +7072,7 @@ class Drift(PortalTest):
                     (self.portal, "localhost", "http://localhost"), (self.portal, "[::1]", "http://[::1]"),
                     (self.portal, "", self.portal.url), (named, "smart:8000", names[0])):
                 app = App(portal, launch_uris=["https://app.example/launch"])
-                given: Any = {
-                    "launch": {"client_id": app.client_id},
+                given: Any = {"launch": {"client_id": app.client_id},
                     "token": {"client_id": app.client_id, "username": "daniel-adams"},
                     "authorize": {"username": "daniel-adams", "url": app.authorize_url(aud=None)}}
                 if host:
@@ -7975,10 +7959,9 @@ class Repository(unittest.TestCase):
                 pattern = ".*?".join(re.escape(part.strip()) for part in shows.split("…"))
                 self.assertTrue(re.fullmatch(pattern, shown.strip(), re.DOTALL), shown)
                 seen = [(request.path.rpartition("/")[2], request.status) for request in portal.requests]
-                self.assertEqual(seen, [
-                    ("smart-configuration", 200), ("register", 201), ("token", 200), (DANIEL, 200),
-                    ("Observation", 200), (AMY, 403), ("smart-Condition-120", 404), ("introspect", 200),
-                    ("token", 200), ("revoke", 200), (DANIEL, 401)])
+                self.assertEqual(seen, [("smart-configuration", 200), ("register", 201), ("token", 200),
+                    (DANIEL, 200), ("Observation", 200), (AMY, 403), ("smart-Condition-120", 404),
+                    ("introspect", 200), ("token", 200), ("revoke", 200), (DANIEL, 401)])
         # Typed into a shell, # is a comment and ! none of the history in some of them only.
         self.assertNotRegex(self.example("run: (?:quick|tour)"), "#|!")
 
