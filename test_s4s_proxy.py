@@ -687,8 +687,7 @@ class ScopeWords(unittest.TestCase):
 
     def test_what_a_scope_means_and_what_is_none(self) -> None:
         many = "patient/Observation.rs?category=laboratory,http://x%7Cvital-signs&status=final"
-        for word, meaning in (
-                ("patient/*.rs", ("patient", "*", "rs", ())),
+        for word, meaning in (("patient/*.rs", ("patient", "*", "rs", ())),
                 ("user/Condition.read", ("user", "Condition", "rs", ())),
                 ("system/*.*", ("system", "*", "cruds", ())),
                 ("patient/Patient.write", ("patient", "Patient", "cud", ())),
@@ -1859,8 +1858,7 @@ class CodeFlow(PortalTest):
                 self.assertEqual(told, {f"launch/patient offline_access {granted}"})
 
     def test_a_form_that_says_too_little_or_too_much_is_refused(self) -> None:
-        for why, changed in (
-                ("no category", {"without": "security_labels"}),
+        for why, changed in (("no category", {"without": "security_labels"}),
                 ("none of ours", {"without": "security_labels", "security_labels": "everything"}),
                 ("past", {"approval_expires": "2020-01-01"}), ("far", {"approval_expires": "2999-01-01"}),
                 ("no date", {"approval_expires": "tomorrow"}), ("empty", {"approval_expires": ""}),
@@ -2733,8 +2731,7 @@ class OnePatientAndNothingElse(RecordTest):
         only = {letter: self.issue(f"patient/Observation.{letter}") for letter in ("rs", "c", "u")}
         reading, writing = (self.issue(f"patient/Observation.rs{one} patient/Observation.u{other}")
                             for one, other in (("?status=final", ""), ("", "?status=final")))
-        cases: Any = (
-            (only["rs"], ("no letter", 403, "Observation"), ("no letter", 403, "Observation/mine")),
+        cases: Any = ((only["rs"], ("no letter", 403, "Observation"), ("no letter", 403, "Observation/mine")),
             (only["u"], ("no letter", 403, "Observation"), ("not even read", 404, "Observation/theirs")),
             (only["c"], ("no letter", 403, "Observation/mine"), ("another type", 403, "Goal", goal)),
             (narrow, ("a category left out", 403, "Observation"), ("nor", 403, "Goal", goal),
@@ -2840,9 +2837,8 @@ class OnePatientAndNothingElse(RecordTest):
                              code={"text": "\0---\0"}))
         kept = {"resourceType", "id", "meta", "status", "_status", "modifierExtension"}
         data = {*kept, "subject", "code", "valueInteger"}
-        for query, shown, is_used in (
-                ("_elements=code", {*kept, "code"}, True), ("_summary=data", data, True),
-                ("_elements=value,cod", {*kept, "valueInteger"}, True),
+        for query, shown, is_used in (("_elements=code", {*kept, "code"}, True),
+                ("_summary=data", data, True), ("_elements=value,cod", {*kept, "valueInteger"}, True),
                 ("_elements=code&_elements=text", {*kept, "code", "text"}, True),
                 ("_elements=text,code&_summary=data", {*kept, "code"}, True),
                 *((f"_summary={word}", {*data, "text"}, is_used) for word, is_used in (
@@ -3588,17 +3584,6 @@ class WhatIsHiddenIsNotCounted(ForwardingTest):
         for count in ("_summary=count", "_count=0", "_count=1", "_count=2", "_count=3"):
             self.assertNotIn("total", self.read(f"Observation?{count}", token=clinician), count)
         self.assertEqual(self.get("Group", token=clinician).status, 403)
-
-    def test_the_embedded_search_tells_as_little(self) -> None:
-        self.fill("hvhh")
-        with s4s.Server(data=["none"]) as portal:
-            portal.load(self.behind.bundle(made(f"Patient/{ME}"), *self.stored))
-            access = s4s.Access("patient/*.rs", ME, labels=frozenset(["vital-signs"]))
-            for limit, number in ((1, 1), (2, 1), (0, 0)):
-                query = s4s.parse_query("r4", "Observation", (("_count", str(limit)),))
-                records: Any = portal.portal.records
-                page = records.search(query, access)
-                self.assertEqual((len(page.matches), page.next, page.total), (number, "", None))
 
 
 # ######################################################################## 12 discovery
@@ -5175,8 +5160,7 @@ class LoadingRecords(Test):
 
     def test_a_bad_file_is_named_with_the_place_and_the_reason(self) -> None:
         good = json.dumps(self.patient("a"))
-        for name, content, *words in (
-                ("cut.json", good[:-5], "not JSON", "line 1 column"),
+        for name, content, *words in (("cut.json", good[:-5], "not JSON", "line 1 column"),
                 ("lines.json", '{\n "resourceType": "Patient",\n "id": 1,}', "line 3"),
                 ("list.json", f"[{good}, 5]", "[1]", "resourceType"), ("empty.json", "", "not JSON"),
                 ("scalar.json", "null", "resourceType"), ("package.json", '{"name": "x"}', "resourceType"),
@@ -6220,8 +6204,7 @@ class Signatures(unittest.TestCase):
             {"n": b64(b"\xff" * 128)}, {"e": "AQ"}, {"n": 7}, {"n": None}, {"n": "a b"}, {"n": ["x"]}]
         curve: list[dict[str, Any]] = [
             {"x": b64(b"\1")}, {"crv": "P-256"}, {"crv": ["P-384"]}, {"y": b64(b"\xff" * 48)}, {"x": {}}]
-        for algorithm, jwk in (
-                *(("RS384", {**RSA_JWK, **wrong}) for wrong in rsa), ("RS384", {"kty": "RSA"}),
+        for algorithm, jwk in (*(("RS384", {**RSA_JWK, **wrong}) for wrong in rsa), ("RS384", {"kty": "RSA"}),
                 *(("ES384", {**RFC_6979_JWK, **wrong}) for wrong in curve), ("ES384", RSA_JWK)):
             with self.subTest(jwk=jwk), self.assertRaises(ValueError):
                 s4s.verify(jwk, algorithm, b"m", b"")
@@ -6236,8 +6219,7 @@ class Signatures(unittest.TestCase):
     def test_what_is_no_base64url_or_no_jwt_is_refused_in_words(self) -> None:
         self.assertEqual(s4s.base64url_bytes("_-8"), b"\xff\xef")
         part = b64(b"{}")
-        for read, texts in (
-                (s4s.base64url_bytes, ("_-9", "_-8=", "/+8", "a", "ab c", "Zm9v\n", "\u00e9")),
+        for read, texts in ((s4s.base64url_bytes, ("_-9", "_-8=", "/+8", "a", "ab c", "Zm9v\n", "\u00e9")),
                 (s4s.read_jwt, ("", "a.b", f"{part}.{part}", f"{part}.{part}.{part}.{part}", f"{part}.x.",
                                 f"{b64(b'[' * 5000)}.{part}.", f"{b64(b'[]')}.{part}.", *(
                     f"{part}.{b64(text)}." for text in (b"[]", b"7", b"null", b'{"iss": "\\ud800"}'))))):
@@ -6414,8 +6396,7 @@ class ConsentPage(PortalTest):
         seen, whole = "patient/Observation.rs", "Whatever else the record holds"
         tests, other = (f"{name} (only observation records"
                         for name in ("Laboratory results", "Everything else"))
-        for scope, said, not_said in (
-                ("patient/*.rs", "", "(only"), (seen, f"{tests})", "reports on them"),
+        for scope, said, not_said in (("patient/*.rs", "", "(only"), (seen, f"{tests})", "reports on them"),
                 (seen, f"{other} of other kinds)", whole),
                 (f"{seen} patient/DiagnosticReport.rs patient/Goal.rs",
                  "records of other kinds, diagnostic report records of other kinds, goal records)", tests),
@@ -6782,8 +6763,7 @@ class Fixtures(unittest.TestCase):
 
     def test_an_option_that_can_not_be_or_holds_a_separator_is_refused_without_its_secret(self) -> None:
         uri = "https://a.example/"
-        for needle, *given in (
-                ("--client a: ", "a"), ("a: redirect_uris", "a:hush=javascript:x"),
+        for needle, *given in (("--client a: ", "a"), ("a: redirect_uris", "a:hush=javascript:x"),
                 ("client_id", f"a\tb={uri}"), ("another secret", f"a:s={uri}", f"a:hush={uri}"),
                 ("another secret", f"test-suite:hush={uri}"), *(("--fixtures", text) for text in (
                     f"urn:app:1={uri}", f"a:b:hush:d={uri}", f"a:b=hush={uri}", f"a:hush=={uri}", "a:hush",
