@@ -272,7 +272,7 @@ def log_of(portal: s4s.Server) -> list[str]:
 
 
 class Test(unittest.TestCase):
-    """A test, as Python 3.11 has it."""
+    """A test that may enter contexts, as Python 3.11's may."""
     def during(self, context: Any) -> Any:
         """Enter a context until the test ends."""
         self.addCleanup(context.__exit__, None, None, None)
