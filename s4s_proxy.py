@@ -880,6 +880,7 @@ class Request:
         self.host, self.rest = headers.get("host", ""), ""
         self.client_id = self.username = ""     # learnt on the way, for the log
         self._pairs: list[tuple[str, str]] | None = None
+        self.era = 0                            # of the records, when their token was judged
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
         self.broken: PortalError | None = None  # why the body, or without headers the head, can't be used
 
@@ -2028,6 +2029,7 @@ def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else. PATCH, DELETE: refused."""
     if request.rest.startswith(".well-known/"):  # some libraries look for OpenID's document here
         raise FhirError("not-found", f"{request.path}: expected .well-known/smart-configuration", 404)
+    request.era = portal.records.era  # before the token is looked at: it may be reset before it writes
     row = bearer(portal, request)
     base = portal.base(request) + "/api/fhir"
     return answer_fhir(portal.records, fhir_request(request, access_of(portal, row), base, row["grant_id"]))
@@ -3443,7 +3445,7 @@ def _parse_sort(version: str, type_name: str, parameter: str, text: str, sort: d
 
 
 def page_mark(keys: Sequence[Any]) -> str:
-    """Where a page ended, for the link to the next: the sort keys and number of its last entry."""
+    """Where a page ended, for the link to the next: the sort keys and id of its last entry."""
     return base64url(json.dumps(keys).encode())
 
 
@@ -3795,6 +3797,7 @@ class Records(Protocol):
     warnings: list[str]  # what the person who starts the server should know
     has_accounts: bool = False  # every patient in them signs in by id
     one_request: contextlib.AbstractContextManager[object] = contextlib.nullcontext()  # while one is answered
+    era: int = 0         # resets so far
 
     def check_type(self, asked: FhirRequest) -> None:
         """FhirError for a type that is not served."""
@@ -3832,7 +3835,7 @@ CREATE TABLE IF NOT EXISTS resources (
     labels TEXT NOT NULL,                         -- its data categories, with spaces between
     updated REAL NOT NULL, version TEXT NOT NULL, -- meta.lastUpdated as Unix time, meta.versionId
     json TEXT NOT NULL, UNIQUE (type, id));
-CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id);
+CREATE INDEX IF NOT EXISTS resources_by_patient ON resources (type, patient_id, id);
 
 -- A row for each value of each search parameter: a token has system and value; a reference its id as value,
 -- type as system; a string what it is compared as, and itself as system; a date the span that it may mean.
@@ -3847,8 +3850,10 @@ CREATE TABLE IF NOT EXISTS unresolved (
     number INTEGER NOT NULL, reference TEXT NOT NULL, PRIMARY KEY (number, reference)) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unresolved_by_reference ON unresolved (reference);
 
--- What reset brings back: the JSON before a load or an app replaced it; NULL: it was not there.
-CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT);
+-- What reset brings back: the JSON before a load or an app replaced it; NULL: it was not there. written: an
+-- app did, whose word for who somebody is no load believes.
+CREATE TABLE IF NOT EXISTS before_load (
+    number INTEGER PRIMARY KEY, json TEXT, written INTEGER NOT NULL DEFAULT 0);
 
 -- version: of FHIR; samples: they are in.
 CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -4142,7 +4147,8 @@ def prepare(resource: Json, version: str, now: str = "", unresolved: Collection[
             must(False, name, "a string of 1 to 64 of A-Z a-z 0-9 - .", key)
     try:
         updated = date_range(meta["lastUpdated"])[0]
-    except (ValueError, TypeError):
+        moment(updated)  # fails for what no calendar can write: the first and last hours of all, elsewhere
+    except (ValueError, TypeError, OverflowError):
         must(False, "meta.lastUpdated", "a time such as 2026-01-31T12:00:00Z", meta["lastUpdated"])
     try:
         text = _ENCODER.encode(resource)
@@ -4303,7 +4309,8 @@ def sources(data: Any) -> list[Source]:
         files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names
                  if re.search(r"\.(json|ndjson|jsonl)(\.gz)?$", name)]
         files.sort(key=_load_order)
-        hidden = {name for name in files if re.search(r"(^|[/\\])\.", os.path.relpath(name, path))}
+        hidden = {name for name in files if re.search(r"(^|[/\\])\.", os.path.relpath(name, path))
+                  or not os.path.isfile(name)}  # but a pipe, say, which may never end
         if files:  # a hidden one is not opened: as if nothing were in it
             return [Source(name, 0, {}, False) if name in hidden else
                     Source(name, os.stat(name).st_size, None, False) for name in files]
@@ -4356,12 +4363,13 @@ def sample_database(version: str) -> sqlite3.Connection:
 class EmbeddedRecords(Records):
     """FHIR resources of one version in SQLite.
 
-    Theory of operation of the pages. The link to the next page carries a mark: the sort keys and number of
-    the last entry shown, not how many came before: what is loaded meanwhile would shift others over the edge,
-    to be shown twice or never. SQL finds what matches, `Access` judges each. A page shorter for what may not
-    be seen would tell how many hidden resources match, and question by question what they hold. So it is
-    filled until one more is seen, the total is not told, and the mark is of an entry that was shown. An app
-    that makes up a mark chooses where to begin, and that is all.
+    Theory of operation of the pages. The link to the next page carries a mark: the sort keys and id of the
+    last entry shown. Not how many came before: what is loaded meanwhile would shift others over the edge, to
+    be shown twice or never. Nor its number: these run through all records, and gaps would count what others
+    have. SQL finds what matches, `Access` judges each. A page shorter for what may not be seen would tell how
+    many hidden resources match, and question by question what they hold. So it is filled until one more is
+    seen, the total is not told, and the mark is of an entry that was shown. An app that makes up a mark
+    chooses where to begin, and that is all.
 
     What we would like better: the time of a page still tells a little; where nothing may be seen all matches
     are looked at in one request; each page of a sorted search works out all keys anew.
@@ -4440,9 +4448,8 @@ class EmbeddedRecords(Records):
 
     def reset(self) -> None:
         """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
-        if not self.store.row("SELECT 1 FROM before_load LIMIT 1"):
-            return
         with self.store.transaction() as database:
+            self.era += 1
             before = database.execute("SELECT number, json FROM before_load").fetchall()
             provenances = provenances_of(database, [number for number, _ in before])
             load = Load(self, later=False)
@@ -4479,11 +4486,11 @@ class EmbeddedRecords(Records):
                             "WHERE parameter = '_attachment' AND value = ? AND system = 'Binary')", binary_id)
 
     def search(self, query: Query, access: Access) -> Page:
-        """A page of what matches and may be seen, sorted as asked, else patient by patient as loaded."""
+        """A page of what matches and may be seen, sorted as asked, else by patient, and then by id."""
         where = search_condition(query, access.patients(query.type, "s"))
         sort = [(self._sort_key(query.type, *key), key[1]) for key in query.sort] or [("r.patient_id", False)]
         columns = "".join(f", {sql} AS key{place}" for place, (sql, _) in enumerate(sort))
-        keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("number", False)]
+        keys = [*((f"key{place}", falling) for place, (_, falling) in enumerate(sort)), ("id", False)]
         select = Sql(f"SELECT r.*{columns} FROM resources r WHERE {where.sql}", where.values)
         page = self._page(select, keys, query.limit, query.after, access.may_see, "s")
         total = len(page.matches) if query.total and not page.hidden and not access.narrowed else None
@@ -4654,10 +4661,11 @@ class EmbeddedRecords(Records):
             may_see = asked.access.may_see(resource, letters)
             return may_see and (resource.type in types or bool(led_to(resource)))
 
-        sql = (f"SELECT * FROM resources r WHERE type IN ({_marks(looked_at)}) AND patient_id = ? "
-               f"AND updated >= ? AND {CARE_DATES}")
+        sql = ("SELECT *, type != 'Patient' AS other FROM resources r "  # the Patient comes first
+               f"WHERE type IN ({_marks(looked_at)}) AND patient_id = ? AND updated >= ? AND {CARE_DATES}")
         select = Sql(sql, (*looked_at, asked.id, since, end, start))
-        page = self._page(select, [("number", False)], query.limit, query.after, has_place, "rs")
+        keys = [("other", False), ("type", False), ("id", False)]
+        page = self._page(select, keys, query.limit, query.after, has_place, "rs")
         included = {other.number: other for match in page.matches for other in led_to(match)}
         matches = [match for match in page.matches if match.type in types]
         page = page._replace(matches=matches, included=list(included.values()))
@@ -4675,6 +4683,7 @@ class EmbeddedRecords(Records):
         resource, meta = json.loads(text), resource.get("meta", {})
         self._filled()
         with self.store.transaction() as database:
+            permit(asked.request.era == self.era, "everything was reset meanwhile, with this token")
             check_files(self, asked, resource, abroad=False)
             stored = self.find(asked.type, asked.id) if asked.id else None
             before = stored.version if stored else "0"
@@ -4683,6 +4692,7 @@ class EmbeddedRecords(Records):
             meta = {**meta, "versionId": number, "lastUpdated": instant(now)}
             new = prepare({**resource, "id": key, "meta": meta}, self.version)
             load.put([new])
+            database.execute("UPDATE before_load SET written = 1 WHERE number = ?", load.written)
             place_provenances(database, load.written)
             judge_write(self, asked, cast(Resource, self.find(asked.type, key)), stored, f'"{before}"')
         headers = [("Location", f"{asked.base}/{asked.type}/{key}/_history/{number}"),
@@ -4782,7 +4792,7 @@ class Load:
                 self._renew(new)
             elif self.later:
                 self.written.append(number)
-                self.database.execute("INSERT INTO before_load VALUES (?, NULL)", (number,))
+                self.database.execute("INSERT INTO before_load VALUES (?, NULL, 0)", (number,))
 
     def _renew(self, new: Prepared) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
@@ -4804,7 +4814,8 @@ class Load:
         """Write a resource in another's place; `text`, the one before, is what reset brings back."""
         if self.later:
             self.written.append(number)
-            self.database.execute("INSERT OR IGNORE INTO before_load VALUES (?, ?)", (number, text))
+            self.database.execute("INSERT INTO before_load VALUES (?, ?, 0) ON CONFLICT (number) "
+                                  "DO UPDATE SET written = 0", (number, text))
         else:
             self.database.execute("DELETE FROM before_load WHERE number = ?", (number,))
         _write(self.database, number, new)
@@ -4857,8 +4868,9 @@ class Load:
         return names[reference]
 
     def _meant_by(self, reference: str) -> Sequence[Row]:
-        """What Type?search finds, which must be one (FHIR, transaction), what has urn:uuid:'s id, or what an
-        absolute reference names: all that is loaded is one server's, whatever its name."""
+        """What Type?search finds, which must be one (FHIR, transaction); what has urn:uuid:'s id; or what an
+        absolute reference names: all that is loaded is one server's, whatever its name. What an app wrote is
+        not found: it could take another's identifier, and so what is loaded for that one."""
         type_name, conditional, search = reference.partition("?")
         select = "SELECT type, id FROM resources r WHERE"
         if absolute := _ABSOLUTE.fullmatch(reference):
@@ -4870,7 +4882,8 @@ class Load:
             with contextlib.suppress(FhirError, ValueError):
                 query = parse_query(self.version, type_name, tuple(parse_qsl(search)))
                 where = search_condition(query, EVERYBODY)
-                return self.store.rows(f"{select} {where.sql} LIMIT 2", *where.values)
+                loaded = "number NOT IN (SELECT number FROM before_load WHERE written)"
+                return self.store.rows(f"{select} {where.sql} AND {loaded} LIMIT 2", *where.values)
         return ()
 
     def warnings(self, before: int) -> Iterator[str]:

@@ -3092,6 +3092,22 @@ class WritingHere(RecordTest):
         self.assertEqual(self.read(smoked), before)
         self.assert_refused(f"Observation/{seen['id']}", 404)
 
+    def test_no_load_takes_an_apps_word_for_who_somebody_is(self) -> None:
+        known = {"identifier": [{"system": "https://ids.example", "value": "7"}]}
+        about = to("Patient?identifier=https://ids.example|7")
+        theirs = self.issue("patient/*.rs", username="joseph-ross")
+        mine = self.write(f"Patient/{ME}", {**self.read(f"Patient/{ME}"), **known})
+        self.assertEqual(mine.status, 200, mine)
+        for name, more in (("a", [made(f"Patient/{JOSEPH}", **known)]), ("b", [])):
+            self.portal.load(bundle_of(*more, observation(name, subject=about)))
+            self.assert_refused(f"Observation/{name}", 404)
+            self.read(f"Observation/{name}", token=theirs)
+        self.portal.load(made(f"Patient/{JOSEPH}"))
+        self.portal.load(self.read(f"Patient/{ME}"))  # says the same, so what the app wrote stays the app's
+        self.portal.load({**self.read(f"Patient/{ME}"), "active": False})
+        self.portal.load(observation("c", subject=about))
+        self.read("Observation/c")
+
     def test_a_token_of_before_a_reset_writes_nothing_after_it(self) -> None:
         records, statuses = self.portal.portal.records, list[int]()
         reset, token = records.reset, self.issue("patient/*.crus")
@@ -3102,6 +3118,13 @@ class WritingHere(RecordTest):
         with mock.patch.object(records, "reset", reset_and_write):
             self.portal.reset()
         self.assertEqual(statuses, [401])
+        sent, token = s4s.sent_resource, self.issue("patient/*.crus")
+
+        def reset_first(asked: Any) -> Any:
+            self.portal.reset()  # the token was looked at, nothing is written yet
+            return sent(asked)
+        with mock.patch.object(s4s, "sent_resource", reset_first):
+            self.assertEqual(self.write("Observation", observation("x"), token).status, 403)
 
     def test_each_version_of_fhir_is_written_in_its_own_way_and_metadata_says_what_can_be(self) -> None:
         for version, kind in (("dstu2", "application/json+fhir"), ("stu3", "application/fhir+json"),
@@ -4540,7 +4563,7 @@ class Searching(RecordsTest):
         modes = [f"{entry['search']['mode']} {entry['resource']['resourceType']}" for entry in got]
         self.assertEqual(modes, 2 * ["match MedicationRequest"] + ["include Practitioner", "include Patient"])
         got = self.read(f"Patient?_id={DANIEL}&_revinclude=Encounter:patient")
-        self.assertEqual(ids_within(got)[1:], self.ids(f"Encounter?patient={DANIEL}"))
+        self.assertEqual(sorted(ids_within(got)[1:]), self.ids(f"Encounter?patient={DANIEL}"))
         visit, *readings = within(self.read("Encounter?_count=1&_revinclude=Observation:encounter"))
         found = {reading["encounter"]["reference"] for reading in readings}
         self.assertEqual(found, {f"Encounter/{visit['id']}"})
@@ -4680,7 +4703,7 @@ class Searching(RecordsTest):
                     for day in range(size))))
                 query = s4s.parse_query("r4", "Observation", (("_sort", "-date"), ("_count", "9")))
                 costs.append(self.steps(lambda query=query: records.search(query, access)))  # type: ignore[misc]
-        self.assertLess(costs[3], 16 * costs[0], costs)  # to sort anew for each 500 was 64 times as much
+        self.assertLess(costs[3], 24 * costs[0], costs)  # to sort anew for each 500 was 64 times as much
 
     def test_a_load_costs_no_more_for_the_references_that_wait(self) -> None:
         costs = []
@@ -4701,6 +4724,22 @@ class Searching(RecordsTest):
         self.assertEqual(sum(sizes), len(self.ids(f"Observation?category=laboratory&patient={DANIEL}")))
         url = f"{self.portal.fhir_url}/Observation?category=laboratory"
         self.assertNotIn("total", ask(url, token=token).json, "?param=value narrows it")
+
+    def test_the_links_to_further_pages_are_the_same_whatever_is_hidden_or_others(self) -> None:
+        vital, lab = ([{"coding": [{"code": code}]}] for code in ("vital-signs", "laboratory"))
+        mine = [observation(name, category=vital, effectiveDateTime="2020") for name in "aceg"]
+        rest = [observation("b", category=lab), observation("d", AMY, category=vital), observation("h", AMY)]
+        for search in ("Observation?_count=1", "Observation?_count=1&_sort=-date",
+                       f"Patient/{DANIEL}/$everything?_count=1"):
+            marks = []
+            for more in ([], rest):
+                there = [made(f"Patient/{DANIEL}"), *mine[:2], *more, *mine[2:]]
+                with self.subTest(search), s4s.Server(data=["none", bundle_of(*there)]) as portal:
+                    scope = "patient/Patient.rs patient/Observation.rs?category=vital-signs"
+                    token = portal.issue_token(scope=scope, username=DANIEL)["access_token"]
+                    pages = list(pages_from(f"{portal.fhir_url}/{search}", token))
+                    marks.append([next_of(page).partition("_page=")[2] for page in pages])
+            self.assertEqual(marks[0], marks[1])
 
     def test_each_version_has_its_own_names(self) -> None:
         for row in """\
@@ -4811,15 +4850,15 @@ class Reading(RecordsTest):
                 ("Coverage", "undated", "2026-01-01T00:00:00Z", {"beneficiary": who})):
             self.portal.load({"resourceType": name, "id": key, "meta": {"lastUpdated": updated}, **more})
         token = self.portal.issue_token(username="clinician", patient_id="e", scope="patient/*.rs")
-        for query, ids in (*((query, "e old new long undated dr") for query in ("", "_count=1", "_count=2")),
-                ("_since=2026-01-01T00:00:00Z", "new undated dr"), ("_since=2026-01-01T00:00:01Z", "new dr"),
-                ("_since=2027", ""), ("_since=2026-02", "new"), ("_type=Observation,Patient", "e old new"),
-                ("_type=Observation&_type=Patient", "e old new"), ("_type=Practitioner", "dr"),
-                ("_type=Observation,Practitioner,Slot", "old new dr"), ("_type=Slot", ""),
-                ("start=2010-01-01", "e new long undated dr"), ("end=2001-05-05", "e old long undated"),
+        for query, ids in (*((query, "e long undated new old dr") for query in ("", "_count=1", "_count=2")),
+                ("_since=2026-01-01T00:00:00Z", "undated new dr"), ("_since=2026-01-01T00:00:01Z", "new dr"),
+                ("_since=2027", ""), ("_since=2026-02", "new"), ("_type=Observation,Patient", "e new old"),
+                ("_type=Observation&_type=Patient", "e new old"), ("_type=Practitioner", "dr"),
+                ("_type=Observation,Practitioner,Slot", "new old dr"), ("_type=Slot", ""),
+                ("start=2010-01-01", "e long undated new dr"), ("end=2001-05-05", "e long undated old"),
                 ("start=2001-05-06&end=2020", "e long undated"), ("start=2031&_type=Condition", ""),
                 ("_type=Observation&_since=2026&start=2020&end=2022&_count=1", "new"),
-                ("_type=Observation&_count=1", "old new"), ("_type=Practitioner&_count=1", "dr"),
+                ("_type=Observation&_count=1", "new old"), ("_type=Practitioner&_count=1", "dr"),
                 ("_type=Patient,Organization&_count=1", "e"), ("_type=Organization&_count=1", "")):
             with self.subTest(query=query):
                 url = f"{self.portal.fhir_url}/Patient/e/$everything?{query}"
@@ -5057,6 +5096,10 @@ class LoadingRecords(Test):
             self.file(f"in/{name}", content)
         if os.name == "posix":
             (self.folder / "in/.#lock.json").symlink_to("nowhere")
+            os.mkfifo(self.folder / "in/pipe.json")
+            self.assertIn(({}, False), [source[2:] for source in s4s.sources(str(self.folder / "in"))
+                                        if source.path.endswith("pipe.json")])
+            os.unlink(self.folder / "in/pipe.json")
         else:
             self.file("in/.#lock.json", "nowhere")
         records = self.records(str(self.folder / "in"))
@@ -5076,6 +5119,8 @@ class LoadingRecords(Test):
     def test_a_value_of_a_wrong_type_is_named_with_what_was_expected(self) -> None:
         wrong: list[tuple[Any, str]] = [({"meta": 1}, "meta: expected an object")]
         values: list[Any] = [1, ["a"], {}, "a b"]
+        for moment in ("0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "today"):
+            wrong.append(({"meta": {"lastUpdated": moment}}, "meta.lastUpdated: expected a time such as"))
         for value in values:
             wrong += [({"id": value}, "id: expected a string of 1 to 64"),
                       ({"meta": {"versionId": value}}, "meta.versionId: expected a string of 1 to 64"),
