@@ -286,6 +286,13 @@ def length(value: Any) -> int:
 
 class StartError(Exception):
     """The server can't start; the message says why and how to mend it, in one line."""
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """A text on one line: a name in data or in a folder steers no terminal, and writes no line of its own."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
 class PortalError(Exception):
@@ -8542,7 +8549,7 @@ class Portal:
         self.seeds = Seeds(settings)       # before anything is open that would have to be closed
         self.state = Store(settings.db, STATE_SCHEMA)
         self.address = ""                  # http://127.0.0.1:8000, known when the socket listens
-        self.log: Callable[[str], None] = lambda line: None
+        self.log: Callable[..., None] = lambda *lines: None
         self.stopping = threading.Event()  # set when the server stops, so that nobody waits on
         self.sockets = OpenSockets()       # all connections, to apps and to the FHIR server
         self.faults: dict[str, list[Iterator[Fault]]] = {}  # of an endpoint, each order of a test
@@ -8653,7 +8660,7 @@ class Portal:
         lines = [f"BUG {type(error).__name__} in {scrubbed(self, during)}"]
         for call in traceback.extract_tb(error.__traceback__):
             lines.append(f"    {call.filename}:{call.lineno} {call.name}")
-        self.log("\n".join(lines))
+        self.log(*lines)
 
     def base(self, request: Request) -> str:
         """The name by which this request's sender knows the server: see section 5."""
@@ -9092,10 +9099,10 @@ def scrubbed(portal: Portal, text: str) -> str:
     return Redaction(bool, of_fhir=True, known=portal.seeds.known).text(text)
 
 
-def write_log(line: str) -> None:
-    """A line of the log, on standard error, in one write so that threads don't mix theirs."""
+def write_log(*lines: str) -> None:
+    """Lines of the log, on standard error, in one write so that threads don't mix theirs."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads it: answer all the same
-        sys.stderr.write(line + "\n")
+        sys.stderr.write("".join(printable(line) + "\n" for line in lines))
         sys.stderr.flush()
 
 
@@ -9240,9 +9247,7 @@ class Listener(http.server.ThreadingHTTPServer):
             path = scrubbed(self.portal, path)
         taken, notes = f"{status} {seconds * 1000:.1f} ms", request.notes if settings.verbose else ()
         line = " ".join(filter(None, (request.method, path, taken, request.client_id, request.username)))
-        lines = [line, *(scrubbed(self.portal, note) for note in notes)]
-        self.portal.log("\n    ".join(re.sub(r"[^ -~]", lambda char: f"\\x{ord(char[0]):02x}", text)
-                                      for text in lines))
+        self.portal.log(line, *(f"    {scrubbed(self.portal, note)}" for note in notes))
 
     def stop(self) -> None:
         """Stop accepting, let requests in flight finish, for 2 seconds at most, close everything."""
@@ -9443,7 +9448,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(server.address, flush=True)
             threading.Thread(target=look_behind, args=(server.portal,), daemon=True).start()
             used = [variable for variable, name in ENVIRONMENT.items() if name in environment]
-            write_log(banner(server, used))
+            write_log(*banner(server, used))
             while not stop.wait(0.5):  # with a timeout, or Windows would not hear Ctrl-C
                 pass
         finally:
@@ -9501,8 +9506,8 @@ def settings_from_environment(chosen: Mapping[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def banner(server: Server, from_environment: Iterable[str]) -> str:
-    """What a person who starts the server wants to know."""
+def banner(server: Server, from_environment: Iterable[str]) -> list[str]:
+    """What a person who starts the server wants to know, in lines."""
     settings, url = server.settings, server.url
     names = ", ".join(user["username"] for user in some_users(server.portal))
     others = ", and every other patient's id" if server.portal.records.has_accounts else ""
@@ -9512,13 +9517,13 @@ def banner(server: Server, from_environment: Iterable[str]) -> str:
         open_to_all.append(f"{url}/oauth/debug/ (tokens for anybody)")
     if not settings.pkce:
         open_to_all.append("the code of a public client, for whoever steals it (--no-pkce)")
-    return "\n".join([
+    return [
         f"s4s_proxy.py {__version__}: {settings.name}. FOR TESTING ONLY, with made-up patients.",
         f"  start page   {url}/", f"  FHIR API     {url}/api/fhir",
         f"  accounts     {names}{others}; {password}",
         f"  open to all  {'; '.join(open_to_all) or 'nothing'}",
         *(f"  environment  {name} took effect" for name in from_environment),
-        *(f"  data         {warning}" for warning in server.portal.records.warnings)])
+        *(f"  data         {warning}" for warning in server.portal.records.warnings)]
 
 
 if __name__ == "__main__":

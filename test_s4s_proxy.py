@@ -267,7 +267,7 @@ class App:
 def log_of(portal: s4s.Server) -> list[str]:
     """What a portal logs from now on."""
     lines: list[str] = []
-    portal.portal.log = lines.append
+    portal.portal.log = lambda *told: lines.append("\n".join(told))
     return lines
 
 
@@ -906,7 +906,7 @@ class Durability(Test):
     def test_a_full_disk_is_said_and_reading_goes_on(self) -> None:
         with s4s.Server(db=self.path) as portal:
             token = portal.issue_token()["access_token"]
-            portal.portal.log = lambda line: None
+            portal.portal.log = lambda *lines: None
             [[pages]] = portal.portal.state.rows("PRAGMA page_count")
             portal.portal.state.row(f"PRAGMA max_page_count = {pages}")
             metadata = {"redirect_uris": ["https://app.example/" + "x" * 900]}
@@ -6794,7 +6794,8 @@ class Fixtures(Test):
                     "a:hush=not a url", "a=hush"))):
             with self.subTest(given=given), self.assertRaisesRegex(s4s.StartError, needle) as caught:
                 s4s.Seeds(s4s.Settings(client=given))
-            self.assertIn(f"--client {re.split('[:=]', given[-1])[0]}: ", str(caught.exception))
+            client_id = s4s.printable(re.split("[:=]", given[-1])[0])
+            self.assertIn(f"--client {client_id}: ", str(caught.exception))
             self.assertNotIn("hush", str(caught.exception))
 
 
@@ -7173,11 +7174,14 @@ class Secrets(PortalTest):
             self.assertNotIn(secret, story)
 
     def test_no_client_writes_a_line_of_the_log(self) -> None:
-        ask(App(self.portal).authorize_url(scope="patient/*.rs \r\nGET /forged 200\x1b[2J\u2028", state="\n"))
-        self.fhir("Patient/%0aGET%20/forged", self.portal.issue_token())
-        self.at("/oauth/token", basic=("\nGET /forged", "\n"), form={"grant_type": "refresh_token"})
-        self.assertGreater(len(self.lines), 2)
-        for line in "\n".join(self.lines).split("\n"):
+        log = io.StringIO()
+        with contextlib.redirect_stderr(log), s4s.Server(verbose=True) as portal:
+            ask(App(portal).authorize_url(scope="patient/*.rs \r\nGET /forged 200\x1b[2J\u2028", state="\n"))
+            ask(f"{portal.fhir_url}/Patient/%0aGET%20/forged", token=portal.issue_token())
+            form = {"grant_type": "refresh_token"}
+            ask(portal.url + "/oauth/token", basic=("\nGET /forged", "\n"), form=form)
+        self.assertGreater(log.getvalue().count("\n"), 6)
+        for line in log.getvalue().removesuffix("\n").split("\n"):
             self.assertRegex(line, r"^(GET|POST|    )[ -~]+$")
             self.assertFalse(line.startswith("GET /forged"), line)
 
@@ -7742,6 +7746,19 @@ class CommandLine(unittest.TestCase):
         self.assertEqual((status, out.count("\n")), (0, 1))
         self.assertLess(time.monotonic() - begun, 10, "it was waited for")
 
+    def test_no_name_in_data_writes_a_line_or_steers_the_terminal(self) -> None:
+        odd, log = "X\nlisten on everything\x1b]0;\x07\u202e", io.StringIO()
+        with contextlib.redirect_stderr(log), s4s.Server(data=made(odd)) as portal:
+            s4s.write_log(*s4s.banner(portal, []))
+            portal.portal.log(f"warning: {odd}")
+        for settings in ({"data": odd}, {"fixtures": odd}, {"fhir_version": odd}):
+            with self.subTest(settings=settings), self.assertRaises(s4s.StartError) as caught:
+                s4s.Server(**settings).start()
+            log.write(f"{caught.exception}\n")
+        self.assertEqual(len(re.findall(r"X\\x0alisten on everything\\x1b.*\\x07\\x202e", log.getvalue())), 5)
+        for line in log.getvalue().splitlines():
+            self.assertTrue(line.isprintable() and not line.startswith("listen"), line)
+
     def test_a_signal_ends_a_start_that_takes_long(self) -> None:
         for kind in (signal.SIGINT, signal.SIGTERM):
             with mock.patch.object(s4s, "sources", lambda _: signal.raise_signal(kind)):  # noqa: B023
@@ -8226,7 +8243,7 @@ def benchmark_forwarding() -> None:
         path = "Observation" if parts else "Observation/mine"
         with bare_process(json.dumps(bundle if parts else record).encode()) as bare, \
                 s4s.Server(fhir_server=bare) as portal:
-            portal.portal.log = lambda line: None  # not the warning that a bare handler has no metadata
+            portal.portal.log = lambda *lines: None  # not the warning that a bare handler has no metadata
             token = portal.issue_token(scope="patient/*.rs")["access_token"]
             for connections in (1, 8):
                 floor = rate(bare, raw("GET", f"/{path}"), connections)[0]
