@@ -295,11 +295,19 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
 
 
+def excerpt(text: str) -> str:
+    """A text or, of a long one, its two ends. Whole words: nothing would know half a secret, to hide it."""
+    if len(text) <= 2000:
+        return text
+    return f"{text[:900].rpartition(' ')[0]} ... {text[-900:].partition(' ')[2]}"
+
+
 class PortalError(Exception):
     """A refusal: `status` is HTTP's, `error` a code from the endpoint's specification, `description` for
     people. What it becomes on the way out, JSON or a page, the endpoint's kind says: see error_response."""
     aside = ""  # what the log alone is told: the words of a FHIR server behind
     def __init__(self, error: str, description: str, status: int = 400, headers: Headers = ()):
+        description = excerpt(description)  # it may quote what came, and that be long
         super().__init__(f"{error}: {description}")
         self.error, self.description, self.status, self.headers = error, description, status, list(headers)
 
@@ -477,7 +485,7 @@ def negotiate_scope(asked: str, registered: str, contexts: Sequence[str] = ("pat
     >>> negotiate_scope("openid patient/*.cruds patient/*.* user/*.rs", "openid patient/*.rs")
     'openid patient/*.rs patient/*.read'
     """
-    need(SCOPE_SYNTAX.fullmatch(asked), f"scope {asked[:200]!r}: expected {SCOPE_WORDS}", "invalid_scope")
+    need(SCOPE_SYNTAX.fullmatch(asked), f"scope {asked!r}: expected {SCOPE_WORDS}", "invalid_scope")
     granted = [grantable(word, registered, contexts) for word in dict.fromkeys(asked.split())]
     return " ".join(dict.fromkeys(filter(None, granted)))  # each once, in the order asked
 
@@ -737,8 +745,9 @@ def dispatch(portal: Portal, request: Request) -> Response:
         status = response.status
     finally:
         if not request.path.startswith("/oauth/debug/"):
-            portal.recorded.append((request, status))
-            request.body = request.body[:MAX_RECORDED_BODY]
+            portal.recorded.append((  # and nothing else of it
+                request.method, request.path, request.query, status, request.headers,
+                request.body[:MAX_RECORDED_BODY], request.client_id, request.username))
     if route and route.cors:
         response.headers += ALLOWED_ORIGIN
     response.headers.append(NO_SNIFFING)
@@ -774,7 +783,7 @@ def respond(portal: Portal, request: Request, route: Route | None) -> Response:
     except ConnectionAbortedError:
         raise
     except PortalError as error:
-        refusal = error
+        refusal = error.with_traceback(None)  # else it lives, with the request, until a garbage collection
     except sqlite3.OperationalError as error:  # a full disk, a file that can't be written: reading goes on
         portal.log(f"DATABASE {error} in {request.method} {scrubbed(portal, request.path)}")
         told = f"the database says: {error}; nothing was changed"
@@ -1140,7 +1149,7 @@ def need_member(good: object, metadata: Json, name: str, expected: str) -> None:
     """Refuse a member that is not good, by its name (RFC 7591 section 3.2.2)."""
     if not good:
         error = "invalid_redirect_uri" if name == "redirect_uris" else "invalid_client_metadata"
-        came = json.dumps(metadata.get(name), default=str)[:200]
+        came = json.dumps(metadata.get(name), default=str)
         raise PortalError(error, f"{name}: expected {expected}, got {came}")
 
 
@@ -3052,7 +3061,8 @@ def unregistered(client: Client | None, *words: str) -> str:
     """Where none of these words of a scope is within what the client registered for: that this is why."""
     if not client or any(covered(client.scope, word) for word in words):
         return ""
-    return f": the client registered for {client.scope[:1000]!r}: add it to the registration or to --fixtures"
+    scope = excerpt(client.scope)
+    return f": the client registered for {scope!r}: add it to the registration or to --fixtures"
 
 
 def resource_matches(resource: Json, version: str, parameters: Sequence[tuple[str, str]]) -> bool:
@@ -5049,7 +5059,7 @@ def refused(description: str, status: int = 502, headers: Headers = (), words: s
     else's record."""
     description = f"the FHIR server behind this portal {description}"
     error = FhirError(ISSUE_CODES.get(status, "exception"), description, status, headers)
-    error.aside = words and f"; it says: {words[:500]}"
+    error.aside = words and f"; it says: {excerpt(words)}"
     return error
 
 
@@ -6761,6 +6771,8 @@ def parse_headers(lines: bytes) -> Mapping[str, str]:
     """Header lines as name (lower case) -> value; BadRequest unless they are as RFC 9112 section 5 says."""
     if not _HEADER_LINES.fullmatch(lines):
         raise BadRequest(400, "a header line is malformed")
+    if lines.count(b"\n") > 200:  # each is remembered (RecordedRequest), and takes more than its bytes
+        raise BadRequest(431, "more than 200 header lines")
     headers: dict[str, str] = {}
     for line in lines.decode("latin-1").split("\n")[:-1]:
         name, _, value = line.partition(":")
@@ -7071,7 +7083,7 @@ def base64url_bytes(text: str) -> bytes:
     """base64url back to bytes; ValueError for anything that `base64url` would not have written."""
     data = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
     if base64url(data) != text:
-        raise ValueError(f"{text[:20]!r} is not base64url without padding")
+        raise ValueError(f"{text!r} is not base64url without padding")
     return data
 
 
@@ -8553,7 +8565,7 @@ class Portal:
         self.stopping = threading.Event()  # set when the server stops, so that nobody waits on
         self.sockets = OpenSockets()       # all connections, to apps and to the FHIR server
         self.faults: dict[str, list[Iterator[Fault]]] = {}  # of an endpoint, each order of a test
-        self.recorded: collections.deque[tuple[Request, int]] = collections.deque(maxlen=1000)  # with status
+        self.recorded: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=1000)  # RecordedRequest
         self.key_lock = threading.Lock()   # held while the signing key is made
         self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what a jwks_uri gave: until when, keys
         with contextlib.ExitStack() as undo:
@@ -8968,12 +8980,12 @@ def debug_requests(portal: Portal, request: Request) -> Response:
 
 class RecordedRequest:
     """A request that came in, as it was; `repr` and `redacted` leave the secrets out."""
-    def __init__(self, portal: Portal, request: Request, status: int):
-        self.method, self.path, self.query = request.method, request.path, request.query
-        self.status = status                  # 0: a test ordered a drop
-        self.headers = dict(request.headers)  # names in lower case
-        self.body = request.body[:MAX_RECORDED_BODY].decode("utf-8", "replace")
-        self.client_id, self.username, self._portal = request.client_id, request.username, portal
+    def __init__(self, portal: Portal, method: str, path: str, query: str, status: int,
+                 headers: Mapping[str, str], body: bytes, client_id: str, username: str):
+        self.method, self.path, self.query, self._portal = method, path, query, portal
+        self.status, self.headers = status, dict(headers)  # 0: a test ordered a drop; names in lower case
+        self.body, self._cut = body.decode("utf-8", "replace"), len(body) == MAX_RECORDED_BODY
+        self.client_id, self.username = client_id, username
 
     def redacted(self, own: Collection[str] = ()) -> Json:
         """The same as JSON, fit for a log: whatever may hold a secret is replaced. own: those that came with
@@ -8983,7 +8995,8 @@ class RecordedRequest:
                           re.compile(f"{found}|{self._portal.seeds.known.pattern}"))
         media_type, body = self.headers.get("content-type", "").lower(), self.body and REDACTED
         if "x-www-form-urlencoded" in media_type or ("json" in media_type and self.body[:1] in ("{", "[")):
-            body = shown.text(self.body)  # of any other kind, nobody can tell where in it a secret stands
+            # Of any other kind, nobody can tell where in it a secret stands. Of half a secret neither.
+            body = shown.text(f"{self.body.rpartition('&')[0]}&{REDACTED}" if self._cut else self.body)
         secret = {name for name in self.headers if _SECRET_HEADER.search(name)}
         shown.came.update(*(credentials_in(f"{name}: {self.headers[name]}") for name in secret))
         headers = {shown.text(name): REDACTED if name in secret else shown.text(value)

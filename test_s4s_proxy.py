@@ -11,6 +11,7 @@ import contextlib
 import datetime
 import doctest
 import functools
+import gc
 import gzip
 import hashlib
 import html.parser
@@ -36,6 +37,7 @@ import threading
 import time
 import tracemalloc
 import unittest
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -2434,6 +2436,38 @@ class WhatIsRemembered(unittest.TestCase):
                     self.assertLess(ours.size, 3_000_000)
                     portal.reset()
                     self.assertEqual([memory for memory in s4s.MEMORIES if len(memory) > 2], [])
+
+    def test_of_a_request_no_more_is_kept_than_a_test_may_see(self) -> None:
+        long, form = "x" * 1_000_000, {"Content-Type": "application/x-www-form-urlencoded"}
+        ours, times = tracemalloc.Filter(True, s4s.__file__), 20
+        with s4s.Server() as portal:
+            token, search = portal.issue_token()["access_token"], "/api/fhir/Observation/_search"
+            many = b"&".join([b"_id=" + b"x" * 900] * 999)
+            for name, path, how, status in (
+                    ("an error of its length", "/oauth/token", {"form": {"grant_type": long}}, 400),
+                    ("a value", search, {"form": {"_lastUpdated": long}, "token": token}, 400),
+                    ("many values", search, {"body": many, "headers": form, "token": token}, 400),
+                    ("a broken body", "/oauth/token", {"body": b"x" * (2 << 20), "headers": form}, 413),
+                    ("many headers", "/health", {"headers": {f"x{i}": "" for i in range(6000)}}, 431)):
+                with self.subTest(name):
+                    tracemalloc.start()
+                    portal.portal.recorded.clear()
+                    for _ in range(times):
+                        with contextlib.suppress(OSError):  # a body too large is not read to its end
+                            self.assertEqual(ask(portal.url + path, **cast(Any, how)).status, status)
+                    gc.collect()
+                    snapshot = tracemalloc.take_snapshot()
+                    tracemalloc.stop()
+                    self.assertEqual(len(portal.portal.recorded), times)
+                    kept = sum(found.size for found in snapshot.filter_traces([ours]).statistics("filename"))
+                    self.assertLess(kept, times * (s4s.MAX_RECORDED_BODY + 30_000) + 1_000_000)
+                    told = ask(portal.url + path, **cast(Any, how)).text if status == 400 else ""
+                    self.assertLess(len(told), 3000)
+            request = s4s.Request("POST", "/oauth/token", {"host": "localhost"}, long.encode())
+            lives = weakref.ref(request)
+            s4s.dispatch(portal.portal, request)
+            del request
+            self.assertIsNone(lives(), "nor until the next garbage collection")
 
 
 class WhoseItIs(unittest.TestCase):
@@ -5565,6 +5599,10 @@ class Faults(ForwardingTest):
                     self.assertEqual(got.status, 400 if status in (400, 422) else 502)
                     self.assertNotRegex(got.text, f"no x|{self.behind.port}")
                     self.assertEqual((told in lines[-1], "swordfish" in lines[-1]), (words, False), lines)
+            self.script("Observation", {"issue": [{"diagnostics": f"{token} " * 100}]}, 400)
+            ask(portal.fhir_url + "/Observation", token=token)
+            self.assertIn("it says: [redacted] [", lines[-1])
+            self.assertNotIn(token[:8], lines[-1], "nor a part of it")
 
     def test_answers_that_are_no_fhir_are_502(self) -> None:
         mine = json.dumps(observation("mine"))
@@ -7214,6 +7252,28 @@ class Secrets(PortalTest):
                 secret = secret if secret in text else secret[-20:]  # nor most of it
                 self.assertNotIn(secret, text, (number, text[max(0, text.find(secret) - 300):][:400]))
 
+    def test_what_is_cut_cuts_through_no_secret(self) -> None:
+        token = self.portal.issue_token()["access_token"]
+        app = App(self.portal, "launch/patient " + " ".join(f"{i:04}.{token}" for i in range(150)))
+        many, form = f"{token} " * 500, {"Content-Type": "application/x-www-form-urlencoded"}
+        for path, how, words in (
+                ("register", {"data": {"redirect_uris": many}}, "redirect_uris: expected an array"),
+                ("register", {"data": {"redirect_uris": [App.redirect_uri], "jwks": {"keys": [
+                    {"kty": "RSA", "kid": "x", "n": f"{token}~", "e": "AQAB"}]}}}, "without padding"),
+                *(("token", {"form": {"grant_type": "x" * pad + f" {many}"}}, "refresh_token")
+                  for pad in range(0, 36, 9))):
+            got = self.at(f"/oauth/{path}", **cast(Any, how))
+            self.assertIn(words, got.json["error_description"])
+        for scope in (f'"{many}', "patient/*.rs", "launch/patient patient/*.rs"):
+            ask(app.authorize_url(scope=scope))
+        for kept in range(1, 36):
+            body = f"note={'. ' * 40_000}"[:s4s.MAX_RECORDED_BODY - 3 - kept] + f"&x={token}y&z=1"
+            self.at("/oauth/token", body=body.encode(), headers=form)
+        texts = [*map(repr, self.portal.requests[-35:]), "\n".join(self.lines)]
+        self.assertIn("note=. . ", texts[0])
+        for text in texts:
+            self.assertNotIn(token[:5], text, text[max(0, text.find(token[:5]) - 100):][:200])
+
     def test_secrets_of_any_characters_are_hidden_however_they_are_written(self) -> None:
         for secret in self.own:
             escaped = "".join(f"\\u{ord(char):04x}" for char in secret)
@@ -7610,7 +7670,7 @@ class SlowClients(RawTest):
 
     def test_a_header_may_be_long_but_not_longer_than_64_kib(self) -> None:
         for lines, status in ((["X: " + "x" * 60_000], 200), (["X: " + "x" * 66_000], 431),
-                              (["X: y"] * 12_000, 431)):
+                              (["X: y"] * 190, 200), (["X: y"] * 201, 431), (["X: y"] * 12_000, 431)):
             self.assertEqual(self.statuses(self.request("GET /health", *lines)), [status])
 
     def test_no_more_threads_to_be_had_closes_the_connection_and_nothing_else(self) -> None:
