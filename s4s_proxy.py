@@ -9256,7 +9256,8 @@ class Listener(http.server.ThreadingHTTPServer):
         if settings.quiet:
             return
         path = _LOOKS_DRAWN.sub(REDACTED, request.path)
-        if status >= 400:  # where something was found, the rest is its address
+        # Where a resource was found (/api/fhir/[type]/[id]), this is its address. Else it may hold anything.
+        if status >= 300 or request.method == "OPTIONS" or path.count("/") > 4:
             path = scrubbed(self.portal, path)
         taken, notes = f"{status} {seconds * 1000:.1f} ms", request.notes if settings.verbose else ()
         line = " ".join(filter(None, (request.method, path, taken, request.client_id, request.username)))

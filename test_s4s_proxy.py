@@ -7240,6 +7240,9 @@ class Secrets(PortalTest):
                          f"note=code_{secret}", f"a-{secret}{secret}",
                          f"u=https%253A%252F%252Fa%253Fb%253D{secret}"):
                 self.fhir(f"Observation?{text}", headers={"Referer": f"https://a.example/?{text}"})
+                self.fhir(text, method="OPTIONS")
+                self.at(f"/revoke/{text}", form={})
+                self.at(f"/api/open-fhir/Patient/{text}/Observation")
                 self.at(f"/nothing/{text}", headers={"X-Odd": f"a {text}, b", secret: "x"})
             self.at("/oauth/token", form={"client_id": secret, "grant_type": "x"})
             self.at("/oauth/token", basic=(secret, "x"), form={"grant_type": "x"})
