@@ -6998,7 +6998,8 @@ def reshaped(text: str, pairs: Sequence[tuple[str, str]], version: str) -> str:
     wanted = ALWAYS_SHOWN.union(names.split(","))
 
     def shows(name: str) -> bool:
-        stems = [name[:end.start()] for end in re.finditer("[A-Z]|$", name)]  # value is valueQuantity, too
+        # value is valueQuantity, too. FHIR's names are shorter than 64 characters; strangers may be long.
+        stems = [name[:end.start()] for end in re.finditer("[A-Z]|$", name[:64])]
         return name != hidden and not (names and wanted.isdisjoint(stems))
 
     def cut(resource: Json) -> Json:

@@ -4852,6 +4852,15 @@ class Reading(RecordsTest):
                 self.assertEqual((again.status, again.headers["etag"]), (status, tag))
                 self.assertEqual(again.body == b"", status == 304)
 
+    def test_a_long_name_costs_no_more_than_its_length(self) -> None:
+        self.portal.load({**made("Basic/1"), "A" * 20_000: 1, "valueA" + "A" * 20_000: 1})
+        tracemalloc.start()
+        for query in ("_pretty=true", "_elements=value", f"_elements={'A' * 9000}"):
+            self.assertEqual(self.at(f"/api/open-fhir/Basic/1?{query}").status, 200)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        self.assertLess(peak, 10_000_000)
+
     def test_the_current_version_can_be_read_by_its_number(self) -> None:
         self.assertEqual(self.read(f"Patient/{DANIEL}/_history/1")["id"], DANIEL)
         self.assert_refused(f"Patient/{DANIEL}/_history/2", 404, "current")
