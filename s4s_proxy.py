@@ -2658,6 +2658,14 @@ def smart_style(portal: Portal, request: Request) -> Response:
 # ######################################################################## 14 identity
 
 
+# What this server says by itself of a token or of who signed in, or would: RFC 7662 section 2.2, OpenID
+# Connect Core section 2, SMART's launch context. Claims of the fixtures that are named so are not told.
+OWN_CLAIMS = frozenset((
+    "active", "scope", "client_id", "username", "token_type", "exp", "iat", "nbf", "sub", "aud", "iss", "jti",
+    "auth_time", "nonce", "acr", "amr", "azp", "at_hash", "c_hash", "fhirUser", "profile", "patient",
+    "encounter", "intent", "need_patient_banner", "smart_style_url", "fhirContext"))
+
+
 def claims_of(portal: Portal, row: Row) -> Json:
     """Who the user of a grant or token is (OpenID Connect Core section 5.1): `sub`, and if the app may know
     it, `fhirUser`, the user's own resource, with another person's record not the patient (SMART, "Scopes for
@@ -2668,7 +2676,7 @@ def claims_of(portal: Portal, row: Row) -> Json:
         return {}
     user = portal.state.row("SELECT claims FROM users WHERE username = ?", row["username"])
     claims = {name: value for name, value in json.loads(user["claims"] if user else "{}").items()
-              if ("email" if name.startswith("email") else "profile") in words}
+              if ("email" if name.startswith("email") else "profile") in words and name not in OWN_CLAIMS}
     claims["sub"] = row["username"]
     who = portal.fhir_user(row["username"], row["patient_id"])
     if who and may_know_who(row):

@@ -4001,9 +4001,12 @@ class Identity(PortalTest):
             self.assertEqual("name" in got.json, named)
 
     def test_what_the_fixtures_say_of_a_user_is_told_with_email_and_profile(self) -> None:
-        user = {"username": "maria", "password": "s", "fhir_user": f"Patient/{AMY}", "email": "m@x.example",
+        ours = re.findall(r"\w+", """active scope client_id username token_type exp iat nbf sub aud iss jti
+            nonce auth_time acr amr azp at_hash c_hash fhirUser profile patient encounter intent
+            need_patient_banner smart_style_url fhirContext""")
+        user = {"username": "maria", "password": "s", "email": "m@x.example",
                 "patients": [{"patient_id": AMY}], "claims": {
-                    "email_verified": True, "locale": "pt", "name": "Maria", "sub": "root", "aud": "other"}}
+                    "email_verified": True, "locale": "pt", "name": "Maria", **dict.fromkeys(ours, "stolen")}}
         mails, more = {"email": "m@x.example", "email_verified": True}, {"locale": "pt", "name": "Maria"}
         with s4s.Server(fixtures={"users": [user]}) as portal:
             set_signing_key(portal)
@@ -4013,8 +4016,10 @@ class Identity(PortalTest):
                 with self.subTest(scope):
                     tokens = app.tokens("maria", scope=scope + " patient/*.rs")
                     id_token = s4s.read_jwt(tokens["id_token"]).claims
-                    for claims in (ask(portal.url + "/oauth/userinfo", token=tokens).json, id_token):
+                    for claims in (ask(portal.url + "/oauth/userinfo", token=tokens).json, id_token,
+                                   introspected(app, tokens["access_token"])):
                         self.assertEqual({**claims, **told, "sub": "maria"}, claims)
+                        self.assertNotIn("stolen", claims.values())
                         self.assertEqual(claims.keys() & hidden.keys(), set())
                     self.assertEqual(id_token["aud"], app.client_id)
 
