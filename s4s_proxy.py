@@ -2758,7 +2758,7 @@ def me(portal: Portal, request: Request) -> Response:
 
 ASSERTION_TYPE = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 ASSERTION_SECONDS, LEEWAY_SECONDS = 300, 10  # the longest life of an assertion; how far two clocks may differ
-MAX_KEY_SET = 64 << 10  # bytes
+MAX_KEY_SET, MAX_KEY_SETS = 64 << 10, 100  # bytes of one, and how many are kept
 KEY_TYPES = {"RS384": "RSA", "ES384": "EC"}  # what an app may sign with, and the kind of key it takes
 
 
@@ -2871,20 +2871,24 @@ def client_keys(portal: Portal, client: Client, fresh: bool) -> list[Json]:
     """A client's keys: registered, or fetched and kept as long as Cache-Control says; `fresh`: not kept."""
     if "jwks" in client.metadata:
         return key_set(client.metadata["jwks"])
-    url, now = client.metadata["jwks_uri"], portal.clock.now()
-    until, keys = portal.key_sets.get(url, (0.0, []))
-    if fresh or until <= now:
-        # A stranger's URL could make this server ask its neighbours things for the stranger (SSRF).
-        stranger = client.registered_itself and not portal.settings.serves_debug
-        try:
+    url, now, kept = client.metadata["jwks_uri"], portal.clock.now(), portal.key_sets
+    until, text = kept.get(client.client_id, (0.0, b""))
+    # A stranger's URL could make this server ask its neighbours things for the stranger (SSRF).
+    stranger = client.registered_itself and not portal.settings.serves_debug
+    try:
+        if fresh or until <= now:
             text, lifetime = fetch(url, stranger, portal.sockets)
-            keys = key_set(_JSON.decode(text.decode("utf-8")))
-        except (OSError, BadRequest, ValueError, RecursionError) as error:
-            # Told, it would show anyone who registers addresses which ports are open where.
-            portal.log(f"warning: jwks_uri of {client.client_id} at {urlsplit(url).netloc}: {error!r}")
-            raise ValueError(f"jwks_uri: expected status 200 and a JSON Web Key Set of at most {MAX_KEY_SET} "
-                             "bytes, in time; the server's log says what came")
-        portal.key_sets[url] = (now + lifetime, keys)
+            until = now + lifetime
+        keys = key_set(_JSON.decode(text.decode("utf-8")))
+    except (OSError, BadRequest, ValueError, RecursionError) as error:
+        # Told, it would show anyone who registers addresses which ports are open where.
+        why = scrubbed(portal, f"{urlsplit(url).netloc}: {error!r}")
+        portal.log(f"warning: jwks_uri of {client.client_id} at {why}")
+        raise ValueError(f"jwks_uri: expected status 200 and a JSON Web Key Set of at most {MAX_KEY_SET} "
+                         "bytes, in time; the server's log says what came")
+    if len(kept) > MAX_KEY_SETS:  # anybody may register
+        kept.clear()
+    kept[client.client_id] = until, text
     return keys
 
 
@@ -8576,7 +8580,7 @@ class Portal:
         self.faults: dict[str, list[Iterator[Fault]]] = {}  # of an endpoint, each order of a test
         self.recorded: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=1000)  # RecordedRequest
         self.key_lock = threading.Lock()   # held while the signing key is made
-        self.key_sets: dict[str, tuple[float, list[Json]]] = {}  # what a jwks_uri gave: until when, keys
+        self.key_sets: dict[str, tuple[float, bytes]] = {}  # what clients' jwks_uri gave: until when, text
         with contextlib.ExitStack() as undo:
             undo.callback(self.state.close)
             self.records: Records = (

@@ -4167,6 +4167,14 @@ class KeysByUrl(PortalTest):
                 self.portal.advance(seconds)
                 self.assertEqual((app.token().status, len(self.asked)), (200, expected))
 
+    def test_a_bounded_number_is_kept_and_each_for_the_client_that_names_it(self) -> None:
+        self.answer({"keys": [RSA_JWK]}, headers={"Cache-Control": "max-age=600"})
+        with mock.patch.object(s4s, "MAX_KEY_SETS", 3):
+            for number in range(1, 10):
+                self.assertEqual(self.app().token().status, 200)
+                self.assertEqual(len(self.asked), number)
+                self.assertLess(len(self.portal.portal.key_sets), 5)
+
     def test_a_key_that_is_not_among_those_kept_is_looked_for_again(self) -> None:
         app = self.app()
         self.answer({"keys": [RFC_6979_JWK]}, headers={"Cache-Control": "max-age=600"})
@@ -4201,6 +4209,9 @@ class KeysByUrl(PortalTest):
                 for words in (cause, app.client_id, url.split("/")[2]):
                     self.assertIn(words, warning)
         self.assertEqual(len(told), 1, told)
+        token = self.portal.issue_token()["access_token"]
+        KeyedApp(self.portal, jwks_uri=f"http://{token}.invalid/").token()
+        self.assertNotIn(token, str(lines))
 
     def test_another_sites_page_makes_this_server_fetch_nothing(self) -> None:
         for settings in ({}, {"debug": False}, {"host": "0.0.0.0", "base_url": "http://portal.example"}):
@@ -4221,10 +4232,13 @@ class KeysByUrl(PortalTest):
                             ({"jwks": {"keys": [RSA_JWK]}}, "unauthorized_client")):
             with self.subTest(keys=keys), s4s.Server(debug=False, fixtures=with_service(**keys)) as portal:
                 app, portal.portal.log = KeyedApp(portal, **keys), mock.Mock()
+                self.answer({"keys": [RSA_JWK]}, headers={"Cache-Control": "max-age=60"})
                 self.asked.clear()
                 self.assertEqual((app.token().json["error"], self.asked), (error, []))
-                app.client_id = "service"
+                itself, app.client_id = app.client_id, "service"
                 self.assertEqual(app.token().status, 200)
+                app.client_id = itself
+                self.assertEqual(app.token().json["error"], error, "what another's fetch brought is not its")
 
     def test_a_fetch_that_drips_is_cut_off(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as quiet, self.assertRaises(s4s.BadRequest):
