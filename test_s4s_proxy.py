@@ -7339,11 +7339,13 @@ class Secrets(PortalTest):
             ("/oauth/token", {"client_id": sesame, "code": sesame}),
             ("/oauth/token", {"x": f' {{"p\\u0061ssword": "{sesame}"}}', "y": sesame}),
             ("/x", {"pw": sesame, "b": f"x%2525{sesame}"}),
+            ("/x", {"pw": f"{sesame} & {sesame}, " * 9, "b": "my " + f"{sesame} & {sesame}, " * 9}),
             ("/x", {f"password{number}": f"{number}{sesame}" for number in range(300)}),
             ("/oauth/register", {"jwks": json.dumps(key), "pem": pem, "y": jwt}))]
         rows += [("/oauth/register", {"data": data}) for data in (
             {"redirect_uris": [], "jwks": {"keys": [key]}}, {"jwks": json.dumps([key]), "key": pem, "x": jwt},
-            {"password": sesame}, {"code": [sesame]})]
+            {"password": sesame}, {"code": [sesame]},
+            {"password": f"{sesame} & " * 9, "x": ["my " + f"{sesame} & " * 9]})]
         rows += [(f"/x?x={sesame}", {"headers": {name: value, "X-Odd": sesame}}) for name, value in (
             ("Authorization", f"Bearer {sesame}"), ("Proxy-Authorization", f"Basic {sesame}"),
             ("X-Api-Key", sesame), ("X-Auth-Token", sesame), ("Cookie", f"a=1; theirs={sesame}; b=2"))]
@@ -7393,9 +7395,11 @@ class Secrets(PortalTest):
         for text in ("eyJ" * 20_000, "a=" * 30_000, "%25" * 20_000, "-----BEGIN " * 5000, '"=' * 30_000,
                      "{" * 60_000, "a-" * 30_000, "0" * 60_000, "00000000-0000-0000-0000-" * 2500,
                      ("0" * 300 + ".") * 200, "&".join(f"password{i}=p{i}" for i in range(4000)),
-                     "&".join(f"password{i}={i}" for i in range(20)) + "&x=" + "p0" * 30_000):
+                     "&".join(f"password{i}={i}" for i in range(20)) + "&x=" + "p0" * 30_000,
+                     f"password={'p' * 30_000}0&x={'p' * 30_000}",
+                     "&".join(f"password{i}={'p' * 1500}{i}" for i in range(19)) + "&x=" + "p" * 34_000):
             self.at("/oauth/token", body=text.encode(), headers=form)
-        self.assertEqual(len(self.at("/oauth/debug/requests").json["requests"]), 12)
+        self.assertEqual(len(self.at("/oauth/debug/requests").json["requests"]), 14)
         self.assertLess(time.process_time() - started, 5)
 
     def run_everything(self, level: dict[str, bool]) -> None:
