@@ -1431,7 +1431,7 @@ def begin_authorization(portal: Portal, request: Request, fields: Fields, issuer
             error=error.error, error_description=error.error_description))
     request_id, now = new_token(), portal.clock.now()
     details = {"redirect_uri": asked.redirect_uri, "scope": asked.scope, "issuer": asked.issuer,
-               "launch": asked.launch, "signed_in_since": asked.signed_in_since,
+               "launch": asked.launch, "signed_in_since": asked.signed_in_since, "asked_at": issuer,
                **{name: fields.get(name) for name in ("state", "code_challenge", "nonce", "login_hint")}}
     with portal.state.transaction() as database:
         forget_expired(database, "pending", now)
@@ -1625,6 +1625,9 @@ def consent(portal: Portal, request: Request) -> Response:
     decision = fields.get("decision") if posted else ""  # a link can't decide
     client, details = pending_request(portal, request_id)
     request.client_id = client.client_id
+    # A stranger may ask under a Host of their own, to which the code goes, and bring the answer from here.
+    need(details.get("asked_at") == portal.browser_base(request), "The app asked for this under another "
+         "address of this server. Go back to it and start again.", kind=PageError)
     user = session_user(portal, request)
     if not user or user["started"] < details["signed_in_since"]:
         return to_sign_in(portal, request, f"/oauth/consent?request={request_id}",

@@ -1235,6 +1235,29 @@ class Exposed(Test):
                         portal.address + "/.well-known/openid-configuration")]
                 self.assertEqual([answer.status for answer in answers], statuses, host)
 
+    def test_who_asks_under_another_name_is_answered_under_that_alone(self) -> None:
+        for host, evil in (("127.0.0.1", "localhost:9999"), ("0.0.0.0", "203.0.113.5")):
+            with s4s.Server(host=host, debug=True) as portal:
+                demo = App(portal, known=("demo-app", ""), redirect_uris=[f"http://{evil}/demo"])
+                true, other = f"127.0.0.1:{portal.port}", f"localhost:{portal.port}"
+                browser = signed_in(portal)
+                [session_id] = browser.cookies.values()
+                for app, asked_at in ((demo, evil), (App(portal), evil), (App(portal), other)):
+                    url = app.authorize_url(aud=f"http://{asked_at}/api/fhir")
+                    given = {**ask(url, headers={"Host": asked_at}).location, "patient_id": DANIEL}
+                    chosen = {**given, "decision": "approve", "form_token": s4s.form_token(session_id),
+                              "security_labels": "patient", "approval_expires": s4s.day_of(time.time(), 1)}
+                    for name, statuses, has_code in ((true, [400, 400], False), (asked_at, [200, 303], True)):
+                        with self.subTest(asked_at=asked_at, answered_at=name):
+                            consent = f"{portal.url}/oauth/consent?{urlencode(given)}"
+                            answers = [browser.ask(consent, headers={"Host": name}, form=form)
+                                       for form in (None, chosen)]
+                            self.assertEqual([answer.status for answer in answers], statuses)
+                            self.assertEqual("code=" in answers[1].headers.get("location", ""), has_code)
+                    played = {"url": url.replace(true, asked_at), "username": "daniel-adams"}
+                    back = ask(f"{portal.url}/oauth/debug/authorize", headers={"Host": asked_at}, data=played)
+                    self.assertIn("code=", back.json["redirect_to"])
+
     def fetch(self, url: str) -> None:
         with self.assertRaises((OSError, ValueError, s4s.BadRequest)):
             s4s.fetch(url, True, s4s.OpenSockets(), seconds=0.5)
