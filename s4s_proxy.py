@@ -2239,7 +2239,8 @@ class Access:
 
     def may_write(self, resource: Resource, letter: str) -> bool:
         """Whether this very resource may be created (c), or stand before or after an update (u)."""
-        is_owned = resource.owner not in (NOBODY, UNKNOWN)  # what is nobody's is only read
+        # What is nobody's is only read, whomever it names.
+        is_owned = resource.owner not in (NOBODY, UNKNOWN) and resource.type not in SHARED_TYPES
         return is_owned and not self.unlimited and self._opens(resource, letter)
 
     def _opens(self, resource: Resource, letters: str) -> bool:
@@ -2338,7 +2339,7 @@ def access_of(portal: Portal, row: Row) -> Access:
 # about accesses, Schedule and Slot point at doctors, Group and Person at several people; Bundle and
 # Parameters hold resources, which no search or $everything should answer within its Bundle.
 OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
-    ("id",): "Patient",
+    (): "Patient",  # by its id
     ("patient",):
         "AllergyIntolerance BodySite BodyStructure Claim ClaimResponse Consent CoverageEligibilityRequest "
         "CoverageEligibilityResponse DetectedIssue Device EligibilityRequest EligibilityResponse "
@@ -2359,7 +2360,12 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("target",): "Provenance"}.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
                 "Endpoint", "Questionnaire")
+MAYBE_SHARED = ("Device", *SHARED_TYPES)
 SERVED_TYPES = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}  # in a scope
+# These are believed in types that have no such element, too: whoever wrote it meant somebody.
+OWNER_NAMES = frozenset(("patient", "subject", "beneficiary", "for", "individual"))
+_NAMING = {name: (names, OWNER_NAMES.difference(names)) for name, names in (
+    *OWNER_ELEMENTS.items(), *((name, ()) for name in SHARED_TYPES))}
 NOBODY, UNKNOWN = "", "?"  # owners: of what belongs to nobody, of what can't be told; no ids that FHIR allows
 _LOCAL = re.compile(rf"({_TYPE}/{_ID})(?:/_history/{_ID})?")
 _NO_PATIENT = re.compile("(?:.*/)?(?:Practitioner(?:Role)?|Location|Device|HealthcareService)/[A-Za-z0-9.-]+")
@@ -2375,7 +2381,7 @@ def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str
     id, not a record: it stays. So does Patient.link: to read the linked record takes a token for that one.
     """
     named = named_patients(resource, base, owners)
-    if not named and resource.get("resourceType") in ("Device", *SHARED_TYPES):
+    if not named and resource.get("resourceType") in MAYBE_SHARED:
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
         named |= patients_within(inner, base)
@@ -2410,19 +2416,21 @@ def values_within(value: Any) -> Iterator[Any]:
 def named_patients(resource: Json, base: str, owners: Mapping[str, str] = {}) -> set[str]:
     """The patients in a resource's owner elements; UNKNOWN among them stands for what can't be told."""
     type_name = resource.get("resourceType")
-    if type_name in SHARED_TYPES:
-        return set()
-    if type_name == "Patient":
-        return {id_of(resource) or UNKNOWN}
-    if not isinstance(type_name, str) or type_name not in OWNER_ELEMENTS:
+    if not isinstance(type_name, str) or type_name not in _NAMING:
         return {UNKNOWN}
-    values = [value for name in OWNER_ELEMENTS[type_name] for value in as_list(resource.get(name))]
+    names, others = _NAMING[type_name]
+    if not others.isdisjoint(resource):
+        names = (*names, *others)
+    values = [value for name in names for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
         values = [person.get("actor") if isinstance(person, dict) else None for person in values]
         values = [actor for actor in values if not _NO_PATIENT.fullmatch(reference_of(actor))]
     texts = [reference_of(value) for value in values]
     named = {_id_in(text, "Patient", base) or owners.get(local_name(text, base), UNKNOWN) for text in texts}
-    return named - {NOBODY}  # among the targets of a Provenance, what is nobody's says nothing
+    if type_name == "Patient":
+        named.add(id_of(resource) or UNKNOWN)
+    named.discard(NOBODY)  # among the targets of a Provenance, what is nobody's says nothing
+    return named
 
 
 @remembered(4)  # the same few stand in every resource of a record
@@ -2474,7 +2482,7 @@ _LABORATORY = ("BG", "BLB", "CG", "CH", "CP", "GE", "HM", "IMM", "LAB", "MB", "M
 def categories(resource: Json) -> list[str]:
     """The categories a resource falls into; what it contains adds none. [] for what is nobody's."""
     type_name = resource.get("resourceType")
-    if type_name in SHARED_TYPES or (type_name == "Device" and "patient" not in resource):
+    if type_name in MAYBE_SHARED and OWNER_NAMES.isdisjoint(resource):
         return []
     if type_name not in _BY_CONTENT:
         return [_LABEL_OF_TYPE.get(str(type_name), "other")]

@@ -2518,6 +2518,13 @@ class WhoseItIs(unittest.TestCase):
             *(("Goal", {"subject": me, "contained": [made("Schedule", actor=[actor])]}, whose)
               for actor, whose in ((local, ME), (away, s4s.UNKNOWN))),
             ("Basic", {"subject": me, "contained": [observation("y", contained=[theirs])]}, s4s.UNKNOWN),
+            # So is an element that is believed wherever it stands, FHIR's or not.
+            *((name, {element: who}, whose) for name in s4s.MAYBE_SHARED for who, whose in (
+                (me, ME), (other, OTHER), (away, s4s.UNKNOWN)) for element in s4s.OWNER_NAMES),
+            *((name, {"id": ME, "subject": me, "beneficiary": me, "target": me, element: other}, s4s.UNKNOWN)
+              for name in s4s.OWNER_ELEMENTS for element in ("patient", "for", "individual")),
+            *(("Goal", {"subject": me, "contained": [made("Encounter", subject=me, patient=who)]}, whose)
+              for who, whose in ((me, ME), (other, s4s.UNKNOWN))),
             # A Patient without an id is not nobody's, a Device without a patient is.
             *(("Patient", {"id": key}, s4s.UNKNOWN) for key in (s4s.NOBODY, "..", "a b", None, 7)),
             ("Device", {}, s4s.NOBODY), ("Device", {"patient": {"display": "somebody"}}, s4s.UNKNOWN),
@@ -2718,7 +2725,8 @@ class OnePatientAndNothingElse(RecordTest):
         cases: Any = (
             ("another's", 403, "", observation("x", OTHER), device | {"patient": other},
              file | {"securityContext": other}),
-            ("nobody's", 403, "", device, file, made("Practitioner"), made("Observation")),
+            ("nobody's", 403, "", device, file, made("Practitioner"), made("Observation"),
+             made("Practitioner", subject=mine["subject"])),
             ("whose nobody can tell", 403, "", *(mine | {"subject": subject} for subject in (
                 {"identifier": {"value": ME}}, [], [to(f"Patient/{ME}"), other], *map(to, (
                     "Group/1", "#p", f"https://elsewhere.example/fhir/Patient/{ME}", f"Patient?_id={ME}",
@@ -2967,12 +2975,23 @@ class OnePatientAndNothingElse(RecordTest):
                 f"/{person}", f"{person}?", f"{person},Patient/{OTHER}", f" {person}", [ME], None)),
             *((404, subject) for subject in (
                 {"identifier": {"value": ME}}, {"display": "me"}, person, 7, [[person]], [me, {}]))]
-        for name, cases in (("contained", contained), ("subject", subjects)):
+        strays: list[tuple[int, Any]] = [(200, me), *((404, who) for who in (other, "x", [me, other]))]
+        for name, cases in (("contained", contained), ("subject", subjects), ("for", strays)):
             for expected, value in cases:
                 with self.subTest(name, value=value):
                     self.put(observation("mine", **{name: value}))
                     self.assertEqual(self.get("Observation/mine").status, expected)
                     self.assertEqual("mine" in self.ids("Observation?_count=1000"), expected == 200)
+
+    def test_what_is_mostly_nobodys_is_of_whoever_it_names_and_then_of_a_category(self) -> None:
+        narrow = token_for(self.portal, "problems")
+        for name in ("Device", "Medication", "Questionnaire"):
+            for who, token, expected in ((None, narrow, 200), (OTHER, self.token, 404), (ME, self.token, 200),
+                                         (ME, narrow, 404)):
+                with self.subTest(name, who=who, token=token):
+                    self.put(made(f"{name}/{name}", **({"subject": to(f"Patient/{who}")} if who else {})))
+                    self.assertEqual(self.get(f"{name}/{name}", token=token).status, expected)
+                    self.assertEqual(name in self.ids(name, token=token), expected == 200)
 
     def test_a_binary_is_opened_by_what_points_to_it_or_by_itself(self) -> None:
         self.assertEqual(self.get("Binary/my-file").text, "hi")
