@@ -5498,7 +5498,10 @@ class ForwardedRecords(Records):
 
     def answer(self, asked: FhirRequest) -> Response:
         """What the FHIR server answers, judged: the methods of Forwarding are named as the interactions."""
-        return cast(Response, getattr(Forwarding(self, asked), asked.interaction)())
+        try:
+            return cast(Response, getattr(Forwarding(self, asked), asked.interaction)())
+        except RecursionError:  # it came in, and is too deep to be read again further down the stack
+            raise refused("answered with JSON that nests too deep")
 
     def describe(self, statement: Json, secured: bool) -> None:
         """Those of the FHIR server's types and parameters that the portal lets through."""

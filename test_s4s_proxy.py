@@ -3449,6 +3449,19 @@ class HostileAnswers(ForwardingTest):
                     self.assertIn(got.status, (200, 502))
                     self.assertNotIn(OTHER, got.text)
 
+    def test_no_depth_of_json_is_an_error_of_the_portals_own(self) -> None:
+        form = made("QuestionnaireResponse/r", questionnaire="Questionnaire/q", subject=to(f"Patient/{ME}"))
+        token = self.issue("patient/*.rs patient/Observation.rs?status=final")  # includes are read again
+        file: Any = made("Binary/my-file", contentType="text/plain", data="aGk=", x="deep")
+        page = self.behind.bundle(form, made("Questionnaire/q", x="deep"))
+        page["entry"][1]["search"] = {"mode": "include"}
+        for depth in range(940, 1000):  # at about 1000, Python refuses to read it at all
+            deep = "[" * depth + "]" * depth
+            for path, body in (("Binary/my-file", file), ("QuestionnaireResponse", page)):
+                self.script(path, json.dumps(body).replace('"deep"', deep).encode())
+                with self.subTest(path, depth=depth):
+                    self.assertIn(self.get(path, token=token).status, (200, 502))
+
     def test_json_of_the_wrong_type_shows_nothing_and_breaks_nothing(self) -> None:
         report = made("DiagnosticReport/r", subject=to(f"Patient/{ME}"))
         self.script("Binary/my-file", made("Binary/my-file", securityContext=7))
