@@ -2155,7 +2155,7 @@ def permit(good: object, description: str, error: str = "forbidden") -> None:
 def judge_write(records: Records, asked: FhirRequest, new: Resource, stored: Resource | None = None,
                 tag: str = "") -> None:
     """THE JUDGE of writing: FhirError unless what a client sent, and what it replaces (`stored`, of the
-    version `tag`), may both be written with this token, and are in one record. See `check_files` too."""
+    version `tag`), may both be written with this token, and are in one record. See `check_pointers` too."""
     access, sent = asked.access, f"the {asked.type} sent"
     if asked.interaction == "update":
         if not stored or not access.may_see(stored, "r" if access.allows(asked.type, "r") else "u"):
@@ -4048,6 +4048,19 @@ def describe_profiles(statement: Json) -> None:
                 f"{base}StructureDefinition/{guide}-{name or type_name.lower()}")
 
 
+# The members by which something is judged where they are missing, too.
+JUDGED = OWNER_NAMES | {"category", "code", "coding", "contained", "id", "reference", "system", "url"}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a JSON value, if an object, is the same to a server that takes Subject for subject, or an old
+    long s for an s: with no member twice then, and none of JUDGED in other letters."""
+    if not isinstance(value, dict):
+        return True
+    names = {name.lower() for name in value if re.fullmatch(r"\w+", name, re.ASCII)}
+    return len(names) == len(value) and names & JUDGED <= value.keys()
+
+
 def sent_resource(asked: FhirRequest) -> Json:
     """What a client wants to have written, as far as the address and its own words tell; else 400."""
     request, resource = asked.request, asked.request.json()
@@ -4057,40 +4070,46 @@ def sent_resource(asked: FhirRequest) -> Json:
             (isinstance(resource.get("meta", {}), dict), "an object as meta"),
             ("SUBSETTED" not in elements(resource, "meta.tag.code"), "a whole resource, not one SUBSETTED"),
             ({"if-none-exist", "if-none-match", "if-unmodified-since"}.isdisjoint(request.headers),
-             "no condition but If-Match: search, then write")):  # to pass over one would break a promise
+             "no condition but If-Match: search, then write"),  # to pass over one would break a promise
+            (all(map(is_plain, values_within(resource))), "each member once, in FHIR's own letters")):
         need(good, f"{request.method} {asked.path}: expected {expected}", "invalid", kind=FhirError)
     return resource
 
 
-MAX_FILES = 20  # to which one resource that is written may point: each is looked for
+MAX_POINTED = 100  # files and targets of one resource that is written: each is looked for
 _FILE = re.compile("(?:^|/)binary[/?]", re.IGNORECASE)
 _ABROAD = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")  # an address with a scheme
 
 
-def check_files(records: Records, asked: FhirRequest, resource: Json, abroad: bool) -> None:
+def check_pointers(records: Records, asked: FhirRequest, resource: Json, abroad: bool) -> None:
     """403 if what is to be written points to a Binary that the token does not open already: a document opens
     what it points to. However it is spelled: who knows what a FHIR server makes of dots or percent signs. And
-    with `abroad` on whatever server, for the one behind may have names that nobody knows here."""
-    base, addresses = asked.base, set[str]()
+    with `abroad` on whatever server, for the one behind may have names that nobody knows here. Nor may a
+    Provenance be about what the token does not read: that it may be written would tell what is there."""
+    base, links = asked.base, set[str]()
+    targets = elements(resource, "target.reference") if asked.type == "Provenance" else []
+    pointed = dict.fromkeys(map(str, targets))
     for value in values_within(resource):
+        links.update(map(str, elements(value, "url", "reference")))  # comes before these themselves
         if isinstance(value, str):
-            plain = re.sub(r"[\t\r\n]", "", unquote(unquote(value)).strip().replace("\\", "/"))
+            plain = re.sub(r"\s", "", unquote(unquote(value)).replace("\\", "/"))
             is_near = abroad or value.startswith(base + "/") or not _ABROAD.match(value)
-            if is_near and " " not in plain and _FILE.search(plain):
-                addresses.add(value)
+            is_prose = " " in value.strip() and value not in links
+            if is_near and not is_prose and _FILE.search(plain):
+                pointed[value] = None
         if abroad and "?" in "".join(map(str, elements(value, "reference"))):
             permit(False, f"the {asked.type} sent refers to what a search finds: the FHIR server behind "
                    "would look into other records for it")
-    permit(len(addresses) <= MAX_FILES, f"the {asked.type} sent points to more than {MAX_FILES} Binaries")
-    for address in addresses:
-        binary_id = _id_in(address, "Binary", base)
+    permit(len(pointed) <= MAX_POINTED, f"the {asked.type} sent points to more than {MAX_POINTED} places")
+    for address in pointed:
+        type_name, _, key = local_name(address, base).partition("/")
         try:
-            permit(binary_id, "not by the address Binary/[id]")
+            permit(key, "not by the address [type]/[id]")
             answer_fhir(records, asked._replace(request=Request("GET", "", {}), interaction="read",
-                                                type="Binary", id=str(binary_id)))
+                                                type=type_name, id=key))
         except FhirError as error:
-            permit(error.status not in (403, 404), f"the {asked.type} sent points to a file that this token "
-                   f"does not open: {error.description}")
+            permit(error.status not in (403, 404), f"the {asked.type} sent points to what this token does "
+                   f"not open: {error.description}")
             raise
 
 
@@ -4724,7 +4743,7 @@ class EmbeddedRecords(Records):
         self._filled()
         with self.store.transaction() as database:
             permit(asked.request.era == self.era, "everything was reset meanwhile, with this token")
-            check_files(self, asked, resource, abroad=False)
+            check_pointers(self, asked, resource, abroad=False)
             stored = self.find(asked.type, asked.id) if asked.id else None
             before = stored.version if stored else "0"
             number = str(int(before) + 1) if before.isdecimal() else "1"
@@ -5667,9 +5686,9 @@ class FetchedResource(Resource):
     def __init__(self, content: Json, forwarding: Forwarding):
         super().__init__(content, forwarding.base)
         self.forwarding = forwarding
-        if self.type == "Provenance":
+        if self.type == "Provenance":  # of one about another nobody could keep track: see place_provenances
             self.owner = owner(content, self.base, forwarding.owners)
-        if id_of(content):
+        elif id_of(content):
             forwarding.owners[f"{self.type}/{self.id}"] = self.owner
 
     def is_pointed_to(self, access: Access) -> bool:
@@ -5749,16 +5768,17 @@ class Forwarding:
             body = json.dumps(resource).encode()
         headers = {"Content-Type": FHIR_TYPES.get(self.version, FHIR_TYPE),
                    "Prefer": "return=representation"}
+        ours = re.escape(self.base).replace("/", r"\\?/") + r'(?=\\?/|[?"])'  # PHP writes \/ in JSON
+        sent = re.sub(ours, lambda _: self.upstream.base, body.decode())
+        seen = self.upstream.rewritten(sent.encode(), self.base)
+        resource = parse_json(seen.encode())
+        check_pointers(self.records, asked, resource, abroad=True)  # before another's could be told by it
         if asked.id:
             url, answer, found, text = self.fetched()
             stored, tag = self.placed(found, text), validators(answer, found).get("ETag", "")
             headers.update({"If-Match": tag} if tag else {})
-        ours = re.escape(self.base).replace("/", r"\\?/") + r'(?=\\?/|[?"])'  # PHP writes \/ in JSON
-        sent = re.sub(ours, lambda _: self.upstream.base, body.decode())
-        seen = self.upstream.rewritten(sent.encode(), self.base)
-        new = self.placed(parse_json(seen.encode()), seen)
+        new = self.placed(resource, seen)
         judge_write(self.records, asked, new, stored, tag)
-        check_files(self.records, asked, new.content, abroad=True)
         answer = self.upstream.ask(url, headers, sent.encode(), writes="PUT" if asked.id else "POST")
         return self.written(answer, new.owner)
 
@@ -5818,8 +5838,8 @@ class Forwarding:
                 ids = [name.partition("/")[2] for name in group]
                 for start in range(0, len(ids), 100):  # all at once might be too long for an address line
                     search = f"{type_name}?_id={','.join(ids[start:start + 100])}&_count=100"
-                    for target in self.all_of(search):
-                        self.owners[f"{target.type}/{target.id}"] = target.owner
+                    for _ in self.all_of(search):  # each notes whose it is
+                        pass
 
     def all_of(self, search: str) -> Iterator[FetchedResource]:
         """What the FHIR server finds, as far as the lookups left go."""

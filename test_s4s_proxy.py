@@ -2722,6 +2722,11 @@ class OnePatientAndNothingElse(RecordTest):
     def test_what_is_created_is_mine_whole_and_in_full(self) -> None:
         mine, other, person = observation("x"), to(f"Patient/{OTHER}"), made(f"Patient/{OTHER}")
         device, file = made("Device"), made("Binary", contentType="text/plain")
+        self.put(made("Provenance/p", target=[to("Observation/mine")]))
+        misread: list[Any] = [
+            {"Subject": other}, {"\u017fubject": other}, {"subject ": other}, {"sUBJECT": other}, {"ID": "x"},
+            {"Category": []}, {"note": [{"text": "x", "Text": "y"}]},
+            {"content": [{"attachment": {"uRL": ""}}]}]
         cases: Any = (
             ("another's", 403, "", observation("x", OTHER), device | {"patient": other},
              file | {"securityContext": other}),
@@ -2736,15 +2741,16 @@ class OnePatientAndNothingElse(RecordTest):
             ("of what is another's", 403, "", *(made("Provenance", target=[*map(to, names.split())])
                                                 for names in (
                 "Observation/theirs", "Observation/mine Observation/theirs", "Practitioner/dr",
-                "Observation/absent", f"Observation/mine Patient/{OTHER}"))),
+                "Observation/absent", f"Observation/mine Patient/{OTHER}", "Provenance/p",
+                "Observation/mine Provenance/p"))),
+            ("of itself", 403, "Provenance/p", made("Provenance/p", target=[to("Provenance/p")])),
             ("a new person", 403, "", person, made(f"Patient/{ME}")),
             ("a part of one, no meta", 400, "", mine | {"meta": {"tag": [{"code": "SUBSETTED"}]}},
              mine | {"meta": "1"}), ("another type than the address, none", 400, "Condition", mine, {}),
-            ("no object", 400, "Observation", [mine]))
+            ("no object", 400, "Observation", [mine]),
+            ("what others might read otherwise", 400, "Observation", *(mine | more for more in misread)))
         for case in cases:
             self.assert_not_written(*case)
-        self.assertEqual(1, len({self.write("Provenance", made("Provenance", target=[
-            to(f"Observation/{name}")])).text for name in ("theirs", "absent")}), "it says whose")
         clinician = self.issue("user/*.crus", username="clinician")
         self.assert_not_written("who may open both", 403, "Patient", person, token=clinician)
         self.assert_not_written("absent", 403, "Observation", observation("x", "absent"), token=clinician)
@@ -2773,9 +2779,12 @@ class OnePatientAndNothingElse(RecordTest):
         for path, resource in (("Observation/mine", observation("mine", OTHER)),
                                ("Observation/theirs", observation("theirs"))):
             self.assert_not_written("moved by who may open both", 403, path, resource, token=clinician)
-        absent, theirs = (self.told(f"Observation/{name}", name, self.issue("patient/*.crus"), method="PUT",
-            data=observation(name), headers={"If-Match": '"nope"'}) for name in ("absent", "theirs"))
-        self.assertEqual(absent, theirs)
+        extras: list[Any] = [{}, {"extension": [{"valueUrl": "Binary/none"}]}]
+        for extra in extras:
+            absent, theirs = (self.told(f"Observation/{name}", name, self.issue("patient/*.crus"),
+                method="PUT", data=observation(name, **extra), headers={"If-Match": '"nope"'})
+                for name in ("absent", "theirs"))
+            self.assertEqual(absent, theirs)
         self.assert_not_written("another version", 412, "Observation/mine", **{"If-Match": 'W/"nope", "no"'})
         for condition in ("If-None-Exist", "If-None-Match", "If-Unmodified-Since"):
             for path in ("Observation", "Observation/mine"):
@@ -2810,6 +2819,24 @@ class OnePatientAndNothingElse(RecordTest):
             with self.subTest(path, token=token):
                 self.assertIn(self.write(path, resource, token).status, (200, 201))
 
+    def test_what_a_provenance_may_be_about_tells_nothing_of_what_is_hidden(self) -> None:
+        by_category = token_for(self.portal, "other", scope="launch/patient patient/*.crus")
+        by_parameter = self.issue("patient/Observation.rs?status=final patient/Provenance.crus")
+        self.put(observation("lab", category=[{"coding": [{"code": "laboratory"}]}]))
+        for token, hidden in ((by_category, "lab"), (by_parameter, "draft"),
+                              (self.issue("patient/Provenance.crus"), "mine")):
+            for seen, path in itertools.product((["Observation/mine"], []), ("Provenance", "Provenance/p")):
+                answers = []
+                for name in ("absent", "theirs", hidden):
+                    self.put(made("Provenance/p", target=[to("Observation/mine")]))
+                    sent = made(path, target=[*map(to, (*seen, f"Observation/{name}"))])
+                    answers.append(self.told(path, name, token, data=sent,
+                                             method="PUT" if "/" in path else "POST"))
+                with self.subTest(hidden, path=path, seen=seen):
+                    self.assertEqual((answers[0][0], answers[1:]), (403, 2 * answers[:1]))
+            got = self.write("Provenance", made("Provenance", target=[to("Observation/mine")]), token)
+            self.assertEqual(got.status, 403 if hidden == "mine" else 201, got)
+
     def test_what_is_written_points_only_to_files_that_are_open_already(self) -> None:
         def places(url: str) -> dict[str, dict[str, Any]]:
             doc = document("my-doc", ME, "Binary/my-file")
@@ -2828,6 +2855,12 @@ class OnePatientAndNothingElse(RecordTest):
             for binary_id in ("their-file", "absent"):
                 for path, resource in places(spelling.format(binary_id)).items():
                     self.assert_not_written(spelling, 403, path, resource)
+        for url in ("Binary/their-file?x=1 2", " Binary/their-file x", "a b/../Binary/their-file",
+                    "Binary /their-file", "Binary%20/their-file"):
+            for path in ("DocumentReference", "DocumentReference/my-doc", "DiagnosticReport"):
+                self.assert_not_written(url, 403, path, places(url)[path])
+            noted = observation("x", note=[{"text": f"See {url}"}], code={"text": "at Binary/x, y"})
+            self.assertEqual(self.write("Observation", noted).status, 201, "it is prose")
         for path, resource in places("https://elsewhere.example/fhir/Binary/their-file").items():
             self.assertIn(self.write(path, resource).status, (403,) if self.asked_behind() else (200, 201))
         self.put(made("Binary/their-file", contentType="text/plain", data="aGk="))
@@ -3356,6 +3389,7 @@ class HostileAnswers(ForwardingTest):
 
     def test_a_provenance_is_of_the_patient_of_all_its_targets(self) -> None:
         records = self.behind.records
+        records["Provenance/q"] = made("Provenance/q", target=[to("Observation/mine")])
         mine, theirs, both = "Observation/mine", "Observation/theirs", [f"Patient/{ME}", f"Patient/{OTHER}"]
         for name in ("mine", "theirs"):
             self.script(f"/fhir/Observation?_id={name}&_count=100", [records[f"Observation/{name}"]])
@@ -3367,6 +3401,7 @@ class HostileAnswers(ForwardingTest):
                 ("another patient's", [mine], [theirs], False), ("both patients", [mine], both, False),
                 ("of both", [mine, theirs], [mine, theirs], False),
                 ("with what is not there", [mine], [mine, "Observation/nope"], False),
+                ("another Provenance", ["Provenance/q", mine], [mine, "Provenance/q"], False),
                 ("elsewhere", [mine], [f"https://elsewhere.example/{mine}"], False)):
             with self.subTest(why):
                 records["Provenance/p"] = made("Provenance/p", target=[*map(to, targets)])
