@@ -270,9 +270,10 @@ def length(value: Any) -> int:
 # It uses of what stands below: elements, as_list, id_of, reference_of, tokens_of, attachments, DOCUMENT_TYPES
 # (what stands in a resource), search_table and parse_term (the records), LAST_SECOND, moment, http_date,
 # same_address, APP_SCHEMES, ACTED_UPON (times and addresses), fhir_response, outcome, FHIR_TYPE,
-# FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest (messages), Connection (19), RsaKey,
-# new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page, picker_page, consent_page,
-# LOOK_JSON and LOOK_DIGEST (pages), check_tables (the portal), scrubbed (test controls).
+# FHIR_TYPES, JSON_TYPES, take_parameters, parse_json, _JSON, BadRequest, printable, excerpt (messages),
+# Connection (19), RsaKey, new_rsa_key, sign_jwt, read_jwt and verify (signing), error_page, sign_in_page,
+# picker_page, consent_page, LOOK_JSON and LOOK_DIGEST (pages), check_tables (the portal), scrubbed (test
+# controls).
 #
 # Most functions are handed the portal (section 25): portal.settings is the command line, portal.state the
 # tables of section 4, portal.records the FHIR data, portal.clock the time; portal.client(id),
@@ -288,18 +289,6 @@ class StartError(Exception):
     """The server can't start; the message says why and how to mend it, in one line."""
     def __init__(self, message: str):
         super().__init__(printable(message))
-
-
-def printable(text: str) -> str:
-    """A text on one line: a name in data or in a folder steers no terminal, and writes no line of its own."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
-
-
-def excerpt(text: str) -> str:
-    """A text or, of a long one, its two ends. Whole words: nothing would know half a secret, to hide it."""
-    if len(text) <= 2000:
-        return text
-    return f"{text[:900].rpartition(' ')[0]} ... {text[-900:].partition(' ')[2]}"
 
 
 class PortalError(Exception):
@@ -6615,6 +6604,18 @@ def moment(seconds: float) -> datetime.datetime:
     """A Unix time, UTC. Windows' own calendar ends in the year 3000; this one doesn't."""
     epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
     return epoch + datetime.timedelta(seconds=int(seconds))
+
+
+def printable(text: str) -> str:
+    """A text on one line: a name in data or in a folder steers no terminal, and writes no line of its own."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+def excerpt(text: str) -> str:
+    """A text or, of a long one, its two ends. Whole words: nothing would know half a secret, to hide it."""
+    if len(text) <= 2000:
+        return text
+    return f"{text[:900].rpartition(' ')[0]} ... {text[-900:].partition(' ')[2]}"
 
 
 @functools.lru_cache(maxsize=1000)
