@@ -1944,9 +1944,9 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
 def introspect(portal: Portal, request: Request) -> Response:
     """What a token is good for (RFC 7662)."""
     form = Fields(request.form())
-    row = known_token(portal, form.need("token"))
+    now, row = portal.clock.now(), known_token(portal, form.need("token"))
     check_asker(portal, request, form, row)
-    if not row or not is_active(portal, row):
+    if not row or not is_active(row, now):
         return json_response({"active": False})  # and nothing else (RFC 7662 section 2.2)
     answer = {"active": True, "scope": row["token_scope"], "client_id": row["client_id"],
               "exp": int(row["expires"]), "iat": int(row["issued"]), "iss": row["issuer"],
@@ -1978,8 +1978,8 @@ def bearer(portal: Portal, request: Request, posted: str = "", error: str = "inv
     value = posted or bearer_value(request)
     if value is None:
         raise PortalError("invalid_token", "no token: send Authorization: Bearer ...", 401, [challenge()])
-    row = known_token(portal, value)
-    if not row or row["kind"] != "access" or not is_active(portal, row):
+    now, row = portal.clock.now(), known_token(portal, value)
+    if not row or row["kind"] != "access" or not is_active(row, now):
         timed_out = row and row["kind"] == "access" and row["live"]
         why = f"the access token {'has expired' if timed_out else 'is not a valid one'}"
         told = challenge(error="invalid_token", error_description=why)
@@ -2002,9 +2002,10 @@ def known_token(portal: Portal, value: str) -> Row | None:
     return row if row and row["kind"] != "code" else None
 
 
-def is_active(portal: Portal, row: Row) -> bool:
-    """Whether a token is good now."""
-    return bool(row["live"]) and row["expires"] > portal.clock.now()
+def is_active(row: Row, now: float) -> bool:
+    """Whether a token is good. `now` is of before its row was looked up: a reset after that sets the clock
+    back, and what has expired stays expired."""
+    return bool(row["live"]) and row["expires"] > now
 
 
 @route("POST /oauth/revoke", "RFC 7009 section 2", cors=True, fault="revoke")
@@ -8630,7 +8631,6 @@ class Portal:
 
     def reset(self) -> None:
         """Back to the start: the clock too, and every client, grant, token and session made since gone."""
-        self.clock.offset = 0.0
         for kept in (self.faults, self.recorded, self.key_sets):
             kept.clear()
         for memory in MEMORIES:
@@ -8640,6 +8640,7 @@ class Portal:
             for table in [*tables.split(), "forgotten"]:  # the last, which gets what others lose
                 database.execute(f"DELETE FROM {table}")
             self.seeds.write(database, self.clock.now())
+        self.clock.advance(-self.clock.offset)  # no sooner: nothing is left that would be good once more
         self.records.reset()  # last: nobody has a token to write with any more
 
     def close(self) -> None:
@@ -9003,7 +9004,7 @@ def authorization_request(portal: Portal, url: Any) -> Request:
 def debug_introspect(portal: Portal, request: Request) -> Response:
     """All that is known of an access or refresh token, its values too; no client needs to ask (S4S)."""
     value = Fields(request.pairs()).need("token")
-    row = known_token(portal, value)
+    now, row = portal.clock.now(), known_token(portal, value)
     if not row:
         return json_response({"active": False})
     refresh, access, expires = row["refresh_token"], value, row["expires"]  # type: str, str | None, float
@@ -9011,7 +9012,7 @@ def debug_introspect(portal: Portal, request: Request) -> Response:
         newest = "SELECT token, expires FROM tokens WHERE refresh_token = ? ORDER BY rowid DESC LIMIT 1"
         refresh, (access, expires) = value, portal.state.row(newest, value) or (None, expires)
     return json_response({
-        "active": is_active(portal, row), "access_token": access, "refresh_token": refresh,
+        "active": is_active(row, now), "access_token": access, "refresh_token": refresh,
         "access_expires": http_date(expires), "approval_expires": http_date(row["approval_expires"]),
         "client_id": row["client_id"], "scope": row["token_scope"], "token_type": "Bearer",
         "security_labels": json.loads(row["security_labels"]), "username": row["username"]})

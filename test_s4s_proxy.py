@@ -281,6 +281,19 @@ class Test(unittest.TestCase):
         return context.__enter__()
 
 
+def doing(place: Any, name: str, before: Callable[[], object] = bool,
+          after: Callable[[], object] = bool) -> Any:
+    """Let something else be done just before or after a function, on its way."""
+    real = getattr(place, name)
+
+    def both(*given: Any) -> Any:
+        before()
+        got = real(*given)
+        after()
+        return got
+    return mock.patch.object(place, name, both)
+
+
 class PortalTest(Test):
     """A class of tests has one server, reset before each test."""
     settings: ClassVar[dict[str, Any]] = {}
@@ -782,6 +795,28 @@ class Clocks(PortalTest):
             self.assertEqual(self.fhir("Patient", token).status, 200)
         with self.system_clock(now - 7200 + 3601):
             self.assertEqual(self.fhir("Patient", token).status, 401)
+
+    def test_at_no_moment_of_a_reset_is_a_token_good_that_has_expired(self) -> None:
+        asker, see, seen = App(self.portal, known=TEST_SUITE), "/oauth/debug/introspect?token=", list[Any]()
+
+        def expired() -> str:
+            token = self.portal.issue_token(scope="openid patient/*.rs", access_lifetime=10)["access_token"]
+            self.portal.advance(11)
+            return str(token)
+        doors: list[Callable[[str], None]] = [
+            lambda value: seen.append(self.fhir("Patient", value).status),
+            lambda value: seen.append(self.at("/oauth/userinfo", token=value).status),
+            lambda value: seen.append(introspected(asker, value)["active"]),
+            lambda value: seen.append(self.at(see + value).json["active"])]
+        for look in doors:
+            value = expired()
+            with doing(s4s, "known_token", after=self.portal.reset):
+                look(value)
+            just_before = functools.partial(look, expired())
+            with doing(self.portal.portal.state, "transaction", before=just_before):
+                self.portal.reset()
+        self.assertEqual(seen, [401] * 4 + [False] * 4)
+        self.assertLess(self.portal.portal.clock.now(), time.time() + 5)
 
     def to(self, *date: int) -> None:
         """Advance the portal to a moment, UTC."""
