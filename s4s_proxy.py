@@ -727,7 +727,7 @@ MAX_RECORDED_BODY = 64 << 10  # how much of a request's body tests may see
 
 def dispatch(portal: Portal, request: Request) -> Response:
     """Answer a request: the whole server without its sockets. ConnectionAbortedError: a test wants a drop."""
-    route, status = find_route(request), 0
+    route, status, request.era = find_route(request), 0, portal.records.era
     try:
         with portal.records.one_request:
             response = respond(portal, request, route)
@@ -885,7 +885,7 @@ class Request:
         self.host, self.rest = headers.get("host", ""), ""
         self.client_id = self.username = ""     # learnt on the way, for the log
         self._pairs: list[tuple[str, str]] | None = None
-        self.era = 0                            # of the records, when their token was judged
+        self.era = 0                            # resets before it: a later one takes what it relies on
         self.notes: list[str] = []              # what was decided on the way and why, for --verbose
         self.broken: PortalError | None = None  # why the body, or without headers the head, can't be used
 
@@ -1293,7 +1293,7 @@ def login(portal: Portal, request: Request) -> Response:
     salt, kept_hash = (user["password_salt"], user["password_hash"]) if user else ("nobody", "")
     if not same_secret(hash_password(form.get("password"), salt), kept_hash):
         return sign_in_page(portal, request, username, "User name and password do not match.", next_path)
-    session_id = start_session(portal, username, browser_session(portal, request))
+    session_id = start_session(portal, request, username)
     return redirect(portal.browser_base(request) + next_path, [set_cookie(portal, request, session_id)])
 
 
@@ -1307,13 +1307,14 @@ def local_path(text: str) -> str:
     return text if re.fullmatch(r"/([A-Za-z0-9][A-Za-z0-9/_.-]*(\?[A-Za-z0-9=&_.%-]*)?)?", text) else "/apps"
 
 
-def start_session(portal: Portal, username: str, earlier: str) -> str:
+def start_session(portal: Portal, request: Request, username: str) -> str:
     """Sign a user in; gives the session's id. Always a new one: an id that somebody planted in the browser,
     and so knows, must not become this user's (session fixation). The browser's earlier session ends."""
     session_id, now = new_session_id(), portal.clock.now()
     with portal.state.transaction() as database:
+        need(request.era == portal.records.era, "All was reset meanwhile. Sign in again.", kind=PageError)
         forget_expired(database, "sessions", now)
-        database.execute("DELETE FROM sessions WHERE session_id = ?", (earlier,))
+        database.execute("DELETE FROM sessions WHERE session_id = ?", (browser_session(portal, request),))
         database.execute("INSERT INTO sessions VALUES (?, ?, ?, ?)",
                          (session_id, username, now, now + SESSION_SECONDS))
     return session_id
@@ -2038,7 +2039,6 @@ def fhir(portal: Portal, request: Request) -> Response:
     """The record of the patient that the access token is for, and nothing else. PATCH, DELETE: refused."""
     if request.rest.startswith(".well-known/"):  # some libraries look for OpenID's document here
         raise FhirError("not-found", f"{request.path}: expected .well-known/smart-configuration", 404)
-    request.era = portal.records.era  # before the token is looked at: it may be reset before it writes
     row = bearer(portal, request)
     base = portal.base(request) + "/api/fhir"
     return answer_fhir(portal.records, fhir_request(request, access_of(portal, row), base, row["grant_id"]))
@@ -2949,6 +2949,8 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
     grant = {"client_id": client.client_id, "scope": scope, "approval_expires": now + 300,
              "issuer": portal.base(request)}
     with portal.state.transaction() as database:
+        if request.era != portal.records.era:
+            raise invalid_client("everything was reset meanwhile, with this client")
         return issue_tokens(portal, database, store_grant(database, grant, now), scope, now, False)
 
 
@@ -4498,7 +4500,6 @@ class EmbeddedRecords(Records):
     def reset(self) -> None:
         """As at the start: what `load` added is gone, what it replaced is back, in its old place."""
         with self.store.transaction() as database:
-            self.era += 1
             before = database.execute("SELECT number, json FROM before_load").fetchall()
             provenances = provenances_of(database, [number for number, _ in before])
             load = Load(self, later=False)
@@ -8636,6 +8637,7 @@ class Portal:
         for memory in MEMORIES:
             memory.clear()
         with self.state.transaction() as database:
+            self.records.era += 1  # in here: who saw it sees no row of before, who did not writes none after
             tables = "pages tokens grants pending launches sessions assertions clients patients users"
             for table in [*tables.split(), "forgotten"]:  # the last, which gets what others lose
                 database.execute(f"DELETE FROM {table}")

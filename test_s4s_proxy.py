@@ -1540,7 +1540,7 @@ class Cookies(PortalTest):
             [cookie] = ask(portal.address + "/login", headers=host).cookies
             pattern = r"^__Host-s4s_session_\d+=[\w-]{32}; Path=/; HttpOnly; SameSite=Lax; Secure$"
             self.assertRegex(cookie, pattern)
-            session = s4s.start_session(portal.portal, "daniel-adams", "")
+            session = s4s.start_session(portal.portal, s4s.Request("GET", "/", {}), "daniel-adams")
             for prefix, sees in (("__Host-", True), ("", False), ("__host-", False), ("__Secure-", False)):
                 name = f"{prefix}s4s_session_{portal.port}"
                 got = ask(portal.address + "/apps", headers={**host, "Cookie": f"{name}={session}"})
@@ -4373,6 +4373,25 @@ class KeysByUrl(PortalTest):
 
 class BackendServices(PortalTest):
     """client_credentials (SMART, "Backend Services")."""
+    def reset_half(self, portal: s4s.Server) -> None:
+        """A reset but for the records, which come last."""
+        records = mock.patch.object(portal.portal.records, "reset", side_effect=KeyError)
+        with records, self.assertRaises(KeyError):
+            portal.reset()
+
+    def test_what_a_request_relied_on_before_a_reset_gives_no_token_and_no_session_after_it(self) -> None:
+        for settings in ({}, {"fhir_server": "http://127.0.0.1:1/fhir"}):
+            with s4s.Server(**settings) as portal:
+                state, service, browser = portal.portal.state, KeyedApp(portal), Browser(portal)
+                browser.open(portal.url + "/login")
+                for name, act, status in (("spend_assertion", service.token, 401),
+                                          ("hash_password", browser.sign_in, 400)):
+                    meanwhile = functools.partial(self.reset_half, portal)
+                    with self.subTest(name, **settings), doing(s4s, name, after=meanwhile):
+                        self.assertEqual(act().status, status)
+                for table in ("tokens", "grants", "sessions"):
+                    self.assertEqual(state.rows(f"SELECT * FROM {table}"), [], table)
+
     def test_a_token_lasts_five_minutes_has_no_refresh_token_and_stands_for_no_user(self) -> None:
         got = KeyedApp(self.portal).token().json
         self.assertEqual((got["expires_in"], got["scope"], got["token_type"]), (300, "system/*.rs", "Bearer"))
