@@ -9327,8 +9327,8 @@ class Listener(http.server.ThreadingHTTPServer):
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         self.portal.sockets.end()
-        for thread in threads:
-            thread.join(1)
+        for thread in threads:  # one second for all: there may be hundreds that no end wakes
+            thread.join(max(0.0, deadline + 1 - time.monotonic()))
 
     def server_close(self) -> None:
         """Close the listening socket and the wake sockets; also called where it can't listen."""

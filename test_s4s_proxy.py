@@ -7197,6 +7197,19 @@ class Fixture(PortalTest):
                 ask(server.url + "/health")
 
 
+    def test_a_stop_takes_three_seconds_at_most_however_many_requests_are_stuck(self) -> None:
+        now, server = [0.0], s4s.Server().start()
+
+        class Stuck:
+            def join(self, seconds: float) -> None:
+                now[0] += seconds
+        threads = cast(Any, server._listener)._threads_of_connections
+        threads.update(Stuck() for _ in range(12))
+        with mock.patch.object(time, "monotonic", lambda: now[0]):
+            server.stop()
+        self.assertEqual(now, [3])
+
+
 class DebugTokens(PortalTest):
     """POST /oauth/debug/token, GET /oauth/debug/introspect (S4S)."""
     def token(self, **members: Any) -> Answer:
