@@ -933,8 +933,8 @@ class Request:
         """A cookie's value, or "": also where two values came, of which a neighbour must have planted one."""
         # Not http.cookies: it drops all for one that it dislikes (localhost's come from every port), is slow
         # (quadratic), and decodes line breaks, which would get into Set-Cookie.
-        cookies = self.headers.get("cookie", "")
-        values = set(re.findall(rf"(?:^|;) *{name}=([A-Za-z0-9_-]*) *(?=;|$)", cookies))
+        pairs = re.findall(r"(?:^|;) *([^=; ]+)=([A-Za-z0-9_-]*) *(?=;|$)", self.headers.get("cookie", ""))
+        values = {value for key, value in pairs if key == name}
         return values.pop() if len(values) == 1 else ""
 
 
@@ -1365,23 +1365,23 @@ def new_session_id() -> str:
 def browser_session(portal: Portal, request: Request) -> str:
     """The session id in this browser's cookie, "" if none; sign_in_page draws one before a sign-in. What
     `new_session_id` can't have drawn a neighbour planted: it gets into no header and no page."""
-    value = request.cookie(cookie_name(portal))
+    value = request.cookie(cookie_name(portal, request))
     return value if re.fullmatch(r"[A-Za-z0-9_-]{32}", value) else ""
 
 
-def cookie_name(portal: Portal) -> str:
-    """The session cookie's name. Cookies don't know ports, so two portals on localhost need two names. With
+def cookie_name(portal: Portal, request: Request) -> str:
+    """The session cookie's name, of the address that browsers see: two portals on a host need two names. With
     __Host- the browser takes it over https only, and from this host alone: else a neighbour plants a session
     of its own, and the user acts in that (RFC 6265bis section 4.1.3.2)."""
-    prefix = "__Host-" if portal.browser_base().startswith("https:") else ""
-    return f"{prefix}s4s_session_{portal.address.rpartition(':')[2]}"
+    scheme, _, place = portal.browser_base(request).partition("://")
+    return ("__Host-" if scheme == "https" else "") + "s4s_session_" + re.sub(r"[^A-Za-z0-9.-]", "_", place)
 
 
 def set_cookie(portal: Portal, request: Request, value: str) -> str:
     """A Set-Cookie value. HttpOnly: no script that got into a page can read it. SameSite: other sites' forms
     are sent without it (CSRF). Secure, where we have https: nobody on the way hears it."""
     secure = "; Secure" if portal.browser_base(request).startswith("https:") else ""
-    return f"{cookie_name(portal)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
+    return f"{cookie_name(portal, request)}={value}; Path=/; HttpOnly; SameSite=Lax{secure}"
 
 
 # ######################################################################## 8 the authorization request

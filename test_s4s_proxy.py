@@ -1166,7 +1166,8 @@ class OtherSites(PortalTest):
         self.assertRegex(apps, "(?s)Signed in as Daniel.*Stop sharing")
 
     def test_a_session_planted_before_is_worth_nothing_after_signing_in(self) -> None:
-        browser, name, planted = Browser(self.portal), s4s.cookie_name(self.portal.portal), "planted-" * 4
+        name, planted = f"s4s_session_127.0.0.1_{self.portal.port}", "planted-" * 4
+        browser = Browser(self.portal)
         browser.cookies[name] = planted  # of the shape of ours, so the sign-in page takes it
         browser.open(self.portal.url + "/login")
         self.assertEqual(browser.cookies[name], planted)
@@ -1277,6 +1278,8 @@ class Exposed(Test):
                 true, other = f"127.0.0.1:{portal.port}", f"localhost:{portal.port}"
                 browser = signed_in(portal)
                 [session_id] = browser.cookies.values()
+                browser.cookies = {f"s4s_session_{re.sub('[^a-z0-9.]', '_', name)}": session_id
+                                   for name in (true, other, evil)}  # as if it had signed in at each
                 for app, asked_at in ((demo, evil), (App(portal), evil), (App(portal), other)):
                     url = app.authorize_url(aud=f"http://{asked_at}/api/fhir")
                     given = {**ask(url, headers={"Host": asked_at}).location, "patient_id": DANIEL}
@@ -1517,12 +1520,20 @@ class ClientAuthentication(PortalTest):
 class Cookies(PortalTest):
     """The session cookie, and the forms that hang on it."""
     def test_a_planted_cookie_comes_back_in_no_header(self) -> None:
-        name = s4s.cookie_name(self.portal.portal)
+        name = f"s4s_session_127.0.0.1_{self.portal.port}"
         for value in ('"a\\015\\012X-Evil: 1"', "a%0d%0ab", "short", "x" * 31 + "=", "x" * 33, "'" * 32):
             got = self.at("/login", headers={"Cookie": f"{name}={value}"})
             [cookie] = got.cookies
             self.assertEqual((got.status, "x-evil" in got.headers, value in cookie), (200, False, False))
             self.assertRegex(cookie, rf"^{name}=[A-Za-z0-9_-]{{32}}; Path=/; HttpOnly; SameSite=Lax$", value)
+
+    def test_its_name_is_of_the_address_that_browsers_see(self) -> None:
+        containers = ("http://localhost:8001", "localhost_8001"), ("http://localhost:8002", "localhost_8002")
+        for url, place in (*containers, ("http://h.example/north", "h.example_north"), ("", "localhost_8001"),
+                           ("http://h.example/a/south", "h.example_a_south"), ("http://[::1]:1", "___1__1")):
+            with s4s.Server(base_url=url or []) as portal:
+                [cookie] = ask(portal.address + "/login", headers={"Host": "localhost:8001"}).cookies
+                self.assertEqual(cookie.partition("=")[0], f"s4s_session_{place}", url)
 
     def test_a_session_that_a_neighbour_planted_beside_ours_counts_for_nobody(self) -> None:
         [(name, ours)], theirs = signed_in(self.portal).cookies.items(), Browser(self.portal)
@@ -1538,11 +1549,11 @@ class Cookies(PortalTest):
         with s4s.Server(base_url="https://portal.example") as portal:
             host = {"Host": "portal.example"}
             [cookie] = ask(portal.address + "/login", headers=host).cookies
-            pattern = r"^__Host-s4s_session_\d+=[\w-]{32}; Path=/; HttpOnly; SameSite=Lax; Secure$"
+            pattern = r"^__Host-s4s_session_portal.example=[\w-]{32}; Path=/; HttpOnly; SameSite=Lax; Secure$"
             self.assertRegex(cookie, pattern)
             session = s4s.start_session(portal.portal, s4s.Request("GET", "/", {}), "daniel-adams")
             for prefix, sees in (("__Host-", True), ("", False), ("__host-", False), ("__Secure-", False)):
-                name = f"{prefix}s4s_session_{portal.port}"
+                name = f"{prefix}s4s_session_portal.example"
                 got = ask(portal.address + "/apps", headers={**host, "Cookie": f"{name}={session}"})
                 self.assertEqual("Sign out" in got.text, sees, name)
 
