@@ -1107,11 +1107,13 @@ METADATA_CHOICES: dict[str, Sequence[str]] = {
 def client_metadata(metadata: Json, listed: bool = False) -> Json:
     """Client metadata, checked, with its defaults. What is unknown is not registered and not given back: an
     app would take it for a promise (RFC 7591 section 3.2.1). client_name#fr is French (section 2.2).
-    `listed`: by whoever runs this server, in --client or --fixtures."""
+    `listed`: by whoever runs this server, in --client or --fixtures; others have less room."""
     members = METADATA_STRINGS | METADATA_URLS | METADATA_LISTS | {"jwks"}
     known = {name: value for name, value in metadata.items() if name.partition("#")[0] in members}
     kept = {"redirect_uris": [], "grant_types": ["authorization_code", "refresh_token"],
             "scope": DEFAULT_SCOPE, "token_endpoint_auth_method": "client_secret_basic", **known}
+    need(listed or len(json.dumps(kept, default=str)) <= 64 << 10, "the metadata of an app that registers "
+         "itself: expected 64 KiB at most, as JSON in ASCII", "invalid_client_metadata")
     for name in known:
         check_member(kept, name)
     code = ["code"] if "authorization_code" in kept["grant_types"] else []  # none: a backend service

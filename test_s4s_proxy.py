@@ -1340,6 +1340,9 @@ class Registration(PortalTest):
     def register(self, **members: Any) -> Answer:
         return self.post("/oauth/register", {"redirect_uris": ["https://app.example/cb"], **members})
 
+    def kept(self, registered: Answer) -> Any:
+        return cast(Any, self.portal.portal.client(registered.json["client_id"])).metadata
+
     def assert_refused(self, error: str, member: str, value: Any, **others: Any) -> None:
         with self.subTest(member=member, value=value):
             self.is_error(self.register(**{member: value}, **others), error, words=member.partition("#")[0])
@@ -1350,7 +1353,7 @@ class Registration(PortalTest):
                 "default_max_age": 5, "of_our_own": 1, "client_id": "mine", "client_secret": "mine"}
         answer = self.register(**sent)
         self.assertEqual((answer.status, answer.headers["cache-control"]), (201, "no-store"))
-        got, kept = answer.json, cast(Any, self.portal.portal.client(answer.json["client_id"])).metadata
+        got, kept = answer.json, self.kept(answer)
         for name in ("client_id", "client_secret"):
             self.assertRegex(got[name], r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
         self.assertEqual({name for name in sent if name in kept or got.get(name) == sent[name]}, set())
@@ -1430,6 +1433,19 @@ class Registration(PortalTest):
                 ("jwks", {"keys": [{"kty": "EC", "crv": "P-384"}]}), ("jwks", {"keys": [{"kty": "RSA"}]})):
             error = "invalid_redirect_uri" if member == "redirect_uris" else "invalid_client_metadata"
             self.assert_refused(error, member, value)
+
+    def test_who_registers_itself_says_64_kib_at_most_as_kept(self) -> None:
+        over, uri = 64 << 10, "https://app.example/"
+        for member, value in (("client_name", "&" * over), ("client_name", "\u20ac" * (over // 6)),
+                              ("client_name#fr", "x" * over), ("redirect_uris", [uri] * (over // len(uri))),
+                              ("jwks", {"keys": [{"kid": str(number)} for number in range(over // 10)]})):
+            got = self.register(**{member: value})
+            self.is_error(got, "invalid_client_metadata", words="itself: expected 64 KiB at most")
+        name = "x" * (over - len(json.dumps(self.kept(self.register(client_name="x")))) + 1)
+        got = self.register(client_name=name)
+        self.assertEqual((got.status, len(json.dumps(self.kept(got)))), (201, over))
+        listed = {"client_id": "mine", "client_name": "x" * over, "redirect_uris": [uri]}
+        self.assertTrue(s4s.Seeds(s4s.Settings(fixtures={"clients": [listed]})).clients["mine"])
 
     def test_a_key_without_a_type_or_of_another_kind_is_let_be(self) -> None:
         for key in ({"crv": "P-384", "kid": "x"}, {"kty": ["RSA"]}, {"kty": "EC", "crv": "P-256"},
