@@ -1931,13 +1931,18 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     """refresh_token (RFC 6749 section 6): a new access token, and a new refresh token for the used one. A
     narrower scope is the new access token's alone; the refresh token keeps what was granted."""
     value, wanted = form.need("refresh_token"), form.get("scope")
-    need(not wanted or SCOPE_SYNTAX.fullmatch(wanted),
-         "scope: expected words of ASCII, 8192 characters at most", "invalid_scope")
+    need(not wanted or SCOPE_SYNTAX.fullmatch(wanted), f"scope: expected {SCOPE_WORDS}", "invalid_scope")
+    # Before the transaction, in which nobody is to wait for a FHIR server that tells its version.
+    served = {word: served_scope(portal, word, word) for word in wanted.split()}
     with spending(portal, client, "refresh", value) as (database, row):
-        for word in dict.fromkeys(wanted.split()):
-            need(negotiate_scope(word, row["scope"]),
+        granted = {word: negotiate_scope(word, row["scope"]) for word in served}
+        for word, some in granted.items():
+            # What was not granted is refused (RFC 6749 section 6). But SMART 1's apps send their first scope
+            # again at each refresh: of its words (.read, .write, .*) they get what was granted of them.
+            old = word.partition("?")[0].rpartition(".")[2] in LETTERS
+            need(served[word] and (some == word or (old and some)),
                  f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
-        scope = negotiate_scope(wanted, row["scope"]) if wanted else row["scope"]
+        scope = " ".join(dict.fromkeys(granted.values())) or row["scope"]
         answer = issue_tokens(portal, database, row, scope, portal.clock.now(), True)
     request.note("refresh token rotated: the old one, used again, ends all (RFC 9700 section 4.14.2)")
     return answer

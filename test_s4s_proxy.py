@@ -2252,15 +2252,32 @@ class TokenEndpoint(TokenTest):
             self.is_error(got)
         for scope, words in (("user/*.rs", "not granted"), ("patient/*.rs", "not granted"),
                              ("patient/Observation.rs openid", "not granted"), ("patient/*.rs?a:b=c", ""),
-                             ("patient/Observation.c", ""), ("patient/Observation.write", "")):
+                             ("patient/Observation.c", ""), ("patient/Observation.write", ""),
+                             ("patient/Observation.cruds", "not granted"), ("patient/Foo.rs", "not granted"),
+                             ("patient/Observation.rs?nonsense=1", "no search parameter")):
             self.is_error(self.app.refresh(value, scope=scope), "invalid_scope", words=words)
         self.assertEqual(self.fhir(f"Observation?patient={DANIEL}", tokens).status, 200)
         for scope, granted in (("patient/Observation.r", "patient/Observation.r"),
-                               ("patient/Observation.crs", "patient/Observation.rs"),
+                               *((f"patient/Observation.{word}", "patient/Observation.read")
+                                 for word in ("*", "read", "read patient/Observation.*")),
                                ("", tokens["scope"]), (tokens["scope"], tokens["scope"])):
             got = self.app.refresh(value, scope=scope).json
             self.assertEqual(got["scope"], granted)
             value = got["refresh_token"]
+        whole = self.app.tokens(scope="launch/patient patient/*.rs offline_access")["refresh_token"]
+        for scope in ("patient/*.rs patient/Bundle.rs", "patient/*.crus", "patient/*.write"):
+            self.is_error(self.app.refresh(whole, scope=scope), "invalid_scope")
+        self.assertEqual(self.app.refresh(whole, scope="patient/*.* launch").json["scope"],
+                         "patient/*.read launch")
+
+    def test_what_a_person_left_of_a_scope_can_be_asked_for_again(self) -> None:
+        for version in s4s.FHIR_VERSIONS:
+            with self.subTest(version), s4s.Server(fhir_version=version) as portal:
+                app = App(portal, "launch/patient patient/Observation.rs patient/*.read offline_access")
+                tokens = app.tokens(security_labels=["smoking", "vital-signs"])
+                self.assertIn("patient/Observation.rs?category=", tokens["scope"])
+                got = app.refresh(tokens["refresh_token"], scope=tokens["scope"]).json
+                self.assertEqual(got["scope"], tokens["scope"])
 
     def test_what_is_wrong_is_said_with_the_rfcs_code(self) -> None:
         long = {"grant_type": "refresh_token", "refresh_token": "x", "scope": "x" * 9000}
