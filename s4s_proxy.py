@@ -2913,11 +2913,19 @@ def key_set(value: Any) -> list[Json]:
     return keys
 
 
+def is_public(text: str) -> bool:
+    """Whether an IP address is of the public internet. Of those that ipaddress calls global, none that leads
+    on to an IPv4 address, which may be a neighbour's (NAT64, 6to4, IPv4-compatible), is a site's own, or a
+    group's (multicast)."""
+    import ipaddress  # takes long to import, and few need it
+    address, near = ipaddress.ip_address(text), "64:ff9b::/32 2002::/16 ::/96 fec0::/10 ff00::/8 224.0.0.0/4"
+    return address.is_global and not any(address in ipaddress.ip_network(net) for net in near.split())
+
+
 def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5) -> tuple[bytes, float]:
     """What is at a URL, and for how many seconds it may be kept; OSError, BadRequest or ValueError if it does
     not come. No redirect is followed. public_only: only the public internet is asked, or a stranger could
     learn of our neighbours. A name is looked up once: the next time it may mean addresses not judged."""
-    import ipaddress  # takes long to import, and few need it
     parts, deadline = urlsplit(url), time.monotonic() + seconds
     secure, host = parts.scheme.lower() == "https", parts.hostname or ""
     target = (parts.path or "/") + ("?" + parts.query if parts.query else "")
@@ -2925,7 +2933,7 @@ def fetch(url: str, public_only: bool, sockets: OpenSockets, seconds: float = 5)
                "Connection: close\r\n\r\n").encode("ascii")
     known = socket.getaddrinfo(host, parts.port or (443 if secure else 80), type=socket.SOCK_STREAM)
     addresses = [(str(address[0]), int(address[1])) for *_, address in known]
-    if public_only and not all(ipaddress.ip_address(address).is_global for address, _ in addresses):
+    if public_only and not all(is_public(address) for address, _ in addresses):
         raise OSError("a client that registered itself has its keys at an address that is not public; while "
                       "debug controls are off, it takes --fixtures")
     opened = Connection(secure, host, addresses, deadline, sockets, MAX_KEY_SET)

@@ -1310,6 +1310,11 @@ class Exposed(Test):
                 self.fetch(url)
             with self.assertRaises(TimeoutError if sys.version_info >= (3, 10) else socket.timeout):
                 neighbour.accept()  # nobody came
+        with mock.patch("socket.create_connection", side_effect=OSError) as to:  # some have a way there
+            for near in ("[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]", "[2002:7f00:1::]", "[::127.0.0.1]",
+                         "[fec0::1]", "[ff0e::1]", "224.0.0.1"):
+                self.fetch(f"http://{near}/")
+        self.assertEqual(to.call_args_list, [])
 
     def test_the_address_that_was_judged_is_the_one_connected_to(self) -> None:
         answers = [[(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, 80))] for ip in ("8.8.8.8", "127.0.0.1")]
