@@ -8701,7 +8701,7 @@ class Portal:
         sql = "SELECT * FROM patients WHERE username = ? ORDER BY is_user DESC, name"
         word = re.compile(r"\b" + re.escape(text), re.IGNORECASE)
         return {row["patient_id"]: row["name"] for row in self.state.rows(sql, username)
-                if row["patient_id"] == text or word.search(row["name"])}
+                if not text or row["patient_id"] == text or word.search(row["name"])}
 
     def patient_name(self, username: str, patient_id: str) -> str | None:
         """A patient's name; None if this user may not open that record."""

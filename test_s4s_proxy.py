@@ -6978,6 +6978,12 @@ class Fixtures(Test):
                 portal.reset()
                 self.assertEqual(portal.issue_token(username="maria")["patient"], JOSEPH)
 
+    def test_a_record_is_opened_by_whatever_name(self) -> None:
+        for name in ("\U0001f642", "***", " "):
+            user = {"username": "u", "password": "u", "patients": [{"patient_id": AMY, "name": name}]}
+            with s4s.Server(fixtures={"users": [user]}) as portal:
+                self.assertEqual(App(portal).tokens("u", patient_id=AMY)["patient"], AMY)
+
     def test_a_patient_who_was_loaded_signs_in_by_id(self) -> None:
         with s4s.Server() as portal:
             portal.load({"resourceType": "Patient", "id": "p1", "name": [{"text": "Pia One"}]})
