@@ -6984,6 +6984,18 @@ class Fixtures(Test):
             with s4s.Server(fixtures={"users": [user]}) as portal:
                 self.assertEqual(App(portal).tokens("u", patient_id=AMY)["patient"], AMY)
 
+    def test_a_reset_leaves_no_claim_of_a_user_who_is_in_the_fixtures_no_more(self) -> None:
+        path = os.path.join(self.during(tempfile.TemporaryDirectory()), "state.db")
+        eve = {"username": "eve", "password": "e", "email": "old-eve@x.example",
+               "claims": {"locale": "pt"}}
+        for users, told in (([eve], "old-eve@x.example"), ([], None)):
+            with s4s.Server(db=path, fixtures={"users": users}) as portal:
+                portal.reset()
+                portal.load(made("Patient/eve", name=[{"text": "Eve New"}]))
+                token = portal.issue_token(username="eve", scope="openid profile email")
+                got = ask(portal.url + "/oauth/userinfo", token=token).json
+                self.assertEqual((got.get("email"), got.get("locale") == "pt"), (told, bool(told)))
+
     def test_a_patient_who_was_loaded_signs_in_by_id(self) -> None:
         with s4s.Server() as portal:
             portal.load({"resourceType": "Patient", "id": "p1", "name": [{"text": "Pia One"}]})
