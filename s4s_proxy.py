@@ -2416,12 +2416,12 @@ def named_patients(resource: Json, base: str, owners: Mapping[str, str] = {}) ->
     if not isinstance(type_name, str) or type_name not in _NAMING:
         return {UNKNOWN}
     names, others = _NAMING[type_name]
-    if not others.isdisjoint(resource):
-        names = (*names, *others)
     values = [value for name in names for value in as_list(resource.get(name))]
     if type_name == "Appointment":  # doctors and rooms take part too
         values = [person.get("actor") if isinstance(person, dict) else None for person in values]
         values = [actor for actor in values if not _NO_PATIENT.fullmatch(reference_of(actor))]
+    if not others.isdisjoint(resource):
+        values += [value for name in others for value in as_list(resource.get(name))]
     texts = [reference_of(value) for value in values]
     named = {_id_in(text, "Patient", base) or owners.get(local_name(text, base), UNKNOWN) for text in texts}
     if type_name == "Patient":

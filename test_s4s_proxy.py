@@ -2589,6 +2589,8 @@ class WhoseItIs(unittest.TestCase):
         cases: list[tuple[Any, Any, str]] = [
             ("Account", {"subject": [me]}, ME), ("Patient", {"id": ME}, ME),
             ("Appointment", {"participant": [{"actor": doctor}, {"actor": me}]}, ME),
+            *(("Appointment", {"participant": [{"actor": me}], "patient": who}, whose)
+              for who, whose in ((me, ME), (other, s4s.UNKNOWN), ({"actor": me}, s4s.UNKNOWN))),
             # Of absolute references, those below our own base.
             ("Goal", {"subject": local}, ME),
             ("Goal", {"subject": away}, s4s.UNKNOWN), ("Goal", {"subject": fake}, s4s.UNKNOWN),
