@@ -4068,8 +4068,8 @@ def is_plain(value: Any) -> bool:
     return len(names) == len(value) and names & JUDGED <= value.keys()
 
 
-def sent_resource(asked: FhirRequest) -> Json:
-    """What a client wants to have written, as far as the address and its own words tell; else 400."""
+def sent_resource(asked: FhirRequest, version: str) -> Json:
+    """What a client wants to have written, as far as address, version and its own words tell; else 400."""
     request, resource = asked.request, asked.request.json()
     key = asked.id and resource.get("id")  # one in a create is ignored (FHIR, "create")
     for good, expected in (
@@ -4080,6 +4080,7 @@ def sent_resource(asked: FhirRequest) -> Json:
              "no condition but If-Match: search, then write"),  # to pass over one would break a promise
             (all(map(is_plain, values_within(resource))), "each member once, in FHIR's own letters")):
         need(good, f"{request.method} {asked.path}: expected {expected}", "invalid", kind=FhirError)
+    check_version(resource, version)
     return resource
 
 
@@ -4133,19 +4134,24 @@ def is_unchanged(request: Request, tag: str, updated: float) -> bool:
 
 # What shows a resource's version of FHIR: versions | types or elements (:JSON type, where others have them).
 TELLTALES = """\
-dstu2 | AllergyIntolerance.substance Condition.patient DiagnosticOrder Encounter.class:string \
-    Encounter.patient Immunization.wasNotGiven MedicationDispense.patient MedicationOrder \
-    MedicationStatement.patient Observation.category:object Patient.name.family:array \
-    Practitioner.name:object Questionnaire.group QuestionnaireResponse.group
+dstu2 | AllergyIntolerance.substance ClinicalImpression.patient Condition.patient DiagnosticOrder \
+    Encounter.class:string Encounter.patient Immunization.wasNotGiven MedicationAdministration.patient \
+    MedicationDispense.patient MedicationOrder MedicationStatement.patient Observation.category:object \
+    Patient.name.family:array Practitioner.name:object Questionnaire.group QuestionnaireResponse.group \
+    ReferralRequest.patient
 dstu2 stu3 | Condition.clinicalStatus:string DiagnosticReport.category:object DocumentReference.indexed \
-    ImagingStudy.uid Immunization.date ProcedureRequest QuestionnaireResponse.questionnaire:object
+    ImagingStudy.patient ImagingStudy.uid Immunization.date ProcedureRequest \
+    QuestionnaireResponse.questionnaire:object
 stu3 | AllergyIntolerance.clinicalStatus:string ExplanationOfBenefit.insurance:object Immunization.notGiven \
-    MedicationRequest.requester.agent MedicationStatement.taken
-stu3 r4 | CareTeam Encounter.class:object Endpoint MedicationRequest Observation.category:array \
-    Patient.name.family:string Practitioner.name:array PractitionerRole Questionnaire.item
+    MeasureReport.patient MedicationRequest.requester.agent MedicationStatement.taken ReferralRequest.subject
+stu3 r4 | CareTeam ClinicalImpression.subject Condition.subject Encounter.class:object Encounter.subject \
+    Endpoint MedicationAdministration.subject MedicationDispense.subject MedicationRequest \
+    MedicationStatement.subject Observation.category:array Patient.name.family:string \
+    Practitioner.name:array PractitionerRole Questionnaire.item
 r4 | AllergyIntolerance.clinicalStatus:object Condition.clinicalStatus:object DocumentReference.date \
-    DiagnosticReport.category:array ExplanationOfBenefit.insurance:array ServiceRequest \
-    Immunization.occurrenceDateTime QuestionnaireResponse.questionnaire:string
+    DiagnosticReport.category:array ExplanationOfBenefit.insurance:array ImagingStudy.subject \
+    Immunization.occurrenceDateTime MeasureReport.subject QuestionnaireResponse.questionnaire:string \
+    ServiceRequest
 """
 _JSON_TYPES: dict[type, str] = {dict: "object", list: "array", str: "string"}
 
@@ -4158,8 +4164,8 @@ def check_version(resource: Json, version: str) -> None:
             if (isinstance(holder, dict) and name in holder
                     and kind in ("", _JSON_TYPES.get(type(holder[name])))):
                 sign, theirs = f"{path} {kind}".strip(), versions.replace(" ", " or ")
-                raise PortalError("invalid_request", f"{sign} is of {theirs}, the records are {version}: "
-                                  "choose with --fhir-version")
+                raise PortalError("invalid_request", f"{sign} is of {theirs}, the records are {version}, by "
+                                  "--fhir-version or the FHIR server behind")
 
 
 @functools.cache
@@ -4739,8 +4745,7 @@ class EmbeddedRecords(Records):
     def answer_create(self, asked: FhirRequest) -> Response:
         """All in one transaction: judged is what lies there before, and what would after it. An absolute
         reference is local below our own base; any other stays as it is, whatever is loaded later."""
-        resource, load = sent_resource(asked), Load(self, later=True)
-        check_version(resource, self.version)
+        resource, load = sent_resource(asked, self.version), Load(self, later=True)
         fhir_type(asked.request, self.version)  # or 406
         text, base = _ENCODER.encode(resource), json.dumps(asked.base)[1:-1]
         for local in ('"reference":"', '"url":"Binary/'):
@@ -5769,7 +5774,7 @@ class Forwarding:
         which it knows what is its own, in place of this portal's. The version that was judged goes with it,
         so that nobody puts another patient's resource there in between."""
         asked, stored, tag, url = self.asked, None, "", f"{self.upstream.base}/{self.asked.type}"
-        resource, body = sent_resource(asked), self.request.body
+        resource, body = sent_resource(asked, self.version), self.request.body
         if not asked.id and resource.pop("id", None) is not None:
             body = json.dumps(resource).encode()
         headers = {"Content-Type": FHIR_TYPES.get(self.version, FHIR_TYPE),

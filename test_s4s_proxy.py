@@ -538,6 +538,9 @@ def json_answer(value: Any, status: int = 200, **headers: str) -> tuple[int, dic
 
 
 ME, OTHER = DANIEL, "somebody-else"
+# Types that name a patient in DSTU2 and a subject from STU3 on; ImagingStudy and MeasureReport do from R4 on.
+MOVED = ("ClinicalImpression Condition Encounter MedicationAdministration MedicationDispense "
+         "MedicationStatement")
 
 
 def to(name: Any) -> dict[str, Any]:
@@ -2834,6 +2837,8 @@ class OnePatientAndNothingElse(RecordTest):
             ("a part of one, no meta", 400, "", mine | {"meta": {"tag": [{"code": "SUBSETTED"}]}},
              mine | {"meta": "1"}), ("another type than the address, none", 400, "Condition", mine, {}),
             ("no object", 400, "Observation", [mine]),
+            ("of another version", 400, "", *(made(name, patient=mine["subject"])
+                                              for name in f"{MOVED} ImagingStudy MeasureReport".split())),
             ("what others might read otherwise", 400, "Observation", *(mine | more for more in misread)))
         for case in cases:
             self.assert_not_written(*case)
@@ -3315,9 +3320,9 @@ class WritingHere(RecordTest):
         self.assertEqual(statuses, [401])
         sent, token = s4s.sent_resource, self.issue("patient/*.crus")
 
-        def reset_first(asked: Any) -> Any:
+        def reset_first(*asked: Any) -> Any:
             self.portal.reset()  # the token was looked at, nothing is written yet
-            return sent(asked)
+            return sent(*asked)
         with mock.patch.object(s4s, "sent_resource", reset_first):
             self.assertEqual(self.write("Observation", observation("x"), token).status, 403)
 
@@ -4572,10 +4577,11 @@ class Searching(RecordsTest):
         for version, more in (("dstu2", "Order"), ("stu3", "Task"), ("r4", "Consent")):
             served = s4s.search_table(version)
             self.assertEqual({*named, more} - served.keys(), set(), version)
+            first = {"dstu2": {*served}, "stu3": {"ImagingStudy", "MeasureReport"}}.get(version, set())
             with s4s.Server(fhir_version=version) as portal:
                 token = portal.issue_token(scope="patient/*.rs")["access_token"]
                 for name in sorted(served.keys() - {*s4s.SHARED_TYPES, "Binary", "Patient", "Provenance"}):
-                    element = s4s.OWNER_ELEMENTS[name][0 if version == "dstu2" else -1]
+                    element = s4s.OWNER_ELEMENTS[name][0 if name in first else -1]
                     for key, patient in (("mine", DANIEL), ("theirs", AMY)):
                         whose: Any = to(f"Patient/{patient}")
                         whose = [{"actor": whose}] if name == "Appointment" else whose
@@ -5476,13 +5482,18 @@ class LoadingRecords(Test):
         self.assertEqual(self.records(db=self.db).find_patients(), [("a", "A")])
 
     def test_data_of_another_version_is_noticed(self) -> None:
-        for version, type_name, elements in (("r4", "MedicationOrder", {}), ("stu3", "MedicationOrder", {}),
+        cases: Any = (("r4", "MedicationOrder", {}), ("stu3", "MedicationOrder", {}),
                 ("r4", "Condition", {"clinicalStatus": "active"}), ("dstu2", "Observation", {"category": []}),
                 ("stu3", "Condition", {"clinicalStatus": {}}), ("r4", "Observation", {"category": {}}),
                 ("r4", "Patient", {"name": [{"family": []}]}), ("dstu2", "Patient", {"name": {"family": ""}}),
                 ("stu3", "Immunization", {"occurrenceDateTime": "2008"}),
                 ("r4", "Questionnaire", {"group": {}}), ("dstu2", "Questionnaire", {"item": []}),
-                ("stu3", "QuestionnaireResponse", {"questionnaire": ""})):
+                ("stu3", "QuestionnaireResponse", {"questionnaire": ""}),
+                *((version, name, {element: {}}) for version, element, names in (
+                    ("dstu2", "subject", f"{MOVED} ReferralRequest ImagingStudy"),
+                    ("stu3", "patient", f"{MOVED} ReferralRequest"),
+                    ("stu3", "subject", "ImagingStudy MeasureReport")) for name in names.split()))
+        for version, type_name, elements in cases:
             with self.subTest(version=version, type=type_name), \
                     self.assertRaisesRegex(s4s.StartError, "--fhir-version"):
                 self.records({"resourceType": type_name, **elements}, fhir_version=version)
