@@ -5092,18 +5092,21 @@ def connect_to_first(addresses: Sequence[tuple[str, int]], seconds: float) -> so
 
 
 def unpacked(body: bytes, coding: str, most: int) -> bytes:
-    """A body without its gzip, of so many bytes at most."""
+    """A body without its gzip, of one or more parts (RFC 1952 section 2.2), and so many bytes at most."""
     if coding == "identity":
         return body
     if coding not in ("gzip", "x-gzip"):
         raise BadRequest(400, "its Content-Encoding was not asked for")
-    unpack = zlib.decompressobj(31)  # 31: with gzip's header
+    text = b""
     with contextlib.suppress(zlib.error):
-        body = unpack.decompress(body, most + 1)
-        if len(body) > most:
-            raise too_large(most)
-        if unpack.eof and not unpack.unused_data:
-            return body
+        for _ in range(100):  # more would take long, however little is in them
+            unpack = zlib.decompressobj(31)  # 31: with gzip's header
+            text += unpack.decompress(body, most + 1 - len(text))
+            if len(text) > most:
+                raise too_large(most)
+            body = unpack.unused_data
+            if unpack.eof and not body:
+                return text
     raise BadRequest(400, "its gzip is broken")
 
 
@@ -5322,7 +5325,7 @@ class Upstream:
     def rewritten(self, body: bytes, ours: str) -> str:
         """The text of an answer, with `ours` for each address of the FHIR server; ValueError if not UTF-8.
         Other traces (another path on its host) become fhir-server.invalid. Base64 is not looked into."""
-        text = body.decode("utf-8")
+        text = body.decode("utf-8").removeprefix("\ufeff")  # some servers begin with this, a byte order mark
         bases, hints, addresses, traces = self._spelled
         if "\0" in text or "\1" in text:
             raise ValueError("a control character")
