@@ -5231,7 +5231,9 @@ class Upstream:
                 answer: Answer = self._opener.open(request, timeout=deadline - time.monotonic())
                 if answer.status not in (301, 302, 303, 307, 308) or writes:
                     return answer
-                url, body = self.inside(answer.headers.get("location", ""), url) or "", None
+                if body is not None and answer.status < 307:  # a GET might follow, without what it asks for
+                    raise refused(f"redirects a posted search with status {answer.status}, not 307 or 308")
+                url = self.inside(answer.headers.get("location", ""), url) or ""
                 if not url:
                     raise refused("redirects to an address that is not its own")
             raise refused("redirects in circles")

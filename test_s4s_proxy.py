@@ -5940,6 +5940,22 @@ class Faults(ForwardingTest):
                 self.script("Observation/1", b"", 302, {"Location": place})
                 self.assert_refused("Observation/1", 502)
 
+    def test_a_posted_search_keeps_what_it_asks_for_in_a_redirect_or_ends_in_words(self) -> None:
+        for status in (301, 302, 303, 307, 308):
+            with self.subTest(status):
+                self.script("Observation/_search", b"", status, {"Location": "/fhir/Observation/_search/"})
+                self.script("Observation/_search/", [observation("mine")])
+                self.behind.seen.clear()
+                if status < 307:
+                    self.assert_refused("Observation/_search", 502, "redirects a posted search",
+                                        form={"code": "x"})
+                    self.assertEqual(len(self.behind.seen), 1)
+                else:
+                    self.assertEqual(self.ids("Observation/_search", form={"code": "x"}), ["mine"])
+                    (_, first, body), (_, then, sent) = self.behind.seen
+                    self.assertEqual((then, sent), (first, f"code=x&patient=Patient/{ME}".encode()))
+                    self.assertEqual((then[":method"], sent), ("POST", body))
+
 
 class Transport(ForwardingTest):
     """What travels, and over which connections."""
