@@ -5631,8 +5631,7 @@ def owner_value(pin: str, patient_ids: Iterable[str]) -> str:
     return ",".join(patient_id if pin == "_id" else f"Patient/{patient_id}" for patient_id in patient_ids)
 
 
-def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str,
-                        base: str) -> tuple[str, str]:
+def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str) -> tuple[str, str]:
     """One parameter of a search as it goes on. Asking for another patient is refused in words, not found
     empty: in a parameter that names the owner, under whichever name, and by Patient/... in any other. So is
     what can't be checked: chains (a.b), and modifiers on what names the owner, but for subject:Patient."""
@@ -5641,7 +5640,7 @@ def forwarded_parameter(allowed: frozenset[str], pin: str, name: str, value: str
     permit(not chained and may_be_forwarded(stem), f"{name}: not forwarded, may look into other records")
     owns = stem in OWNER_PARAMETERS or stem == pin
     permit(not owns or modifier in ("", "Patient"), f"{name}: expected {stem} without a modifier")
-    texts = [text.removeprefix(base + "/") for text in value.split(",")]
+    texts = value.split(",")
     if owns or modifier == "Patient":
         patient_ids = [text.removeprefix("Patient/") for text in texts]
     else:
@@ -5904,12 +5903,14 @@ class Forwarding:
         if asked.compartment:  # Patient/P/Observation is Observation?patient=P, which more servers understand
             pairs = [(pin, asked.compartment), *pairs]
         counts = ("_summary", "count") if openly else None
-        pairs = [pair for pair in pairs
-                 if pair[1] and (pair[0].partition(":")[0] not in NOT_FORWARDED or pair == counts)]
+        # A reference by this portal's address goes on without it: that server knows it by another.
+        pairs = [(name, ",".join([local_name(text, self.base) or text for text in value.split(",")]))
+                 for name, value in pairs
+                 if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == counts)]
         if openly:
             return pairs
         allowed = self.access.patients(asked.type, "s")
-        sent = [forwarded_parameter(allowed, pin, name, value, self.base) for name, value in pairs]
+        sent = [forwarded_parameter(allowed, pin, name, value) for name, value in pairs]
         if not isinstance(allowed, Everybody) and asked.type not in SHARED_TYPES and pin not in dict(sent):
             sent.append((pin, owner_value(pin, sorted(allowed))))
         return sent

@@ -3455,13 +3455,16 @@ class HostileAnswers(ForwardingTest):
 
     def test_a_search_is_pinned_to_the_patient(self) -> None:
         pin, since = f"patient=Patient/{ME}", "_since=2026-01-01T00:00:00Z"
+        ours, away = self.portal.fhir_url, "https://elsewhere.example/fhir/Encounter/6"
         everything = f"Patient/{ME}/$everything?_count=5&{since}&_type=Patient,Goal&start=2020&end=2021"
         for path, expected in (
                 *((f"Observation?{query}", f"Observation?{query}&{pin}") for query in (
                     "code=x", "_source=urn:x&_language=de", "_sort:desc=date")),  # that of DSTU2, too
+                (f"Observation?encounter={ours}/Encounter/5,{away}&code={ours}/CodeSystem/x|1",
+                 f"Observation?encounter=Encounter/5,{away}&code={ours}/CodeSystem/x|1&{pin}"),
                 *((f"Observation?{query}", f"Observation?{pin}") for query in (
                     f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
-                    f"patient={self.portal.fhir_url}/Patient/{ME}")),
+                    f"patient={ours}/Patient/{ME}")),
                 ("Coverage", f"Coverage?beneficiary=Patient/{ME}"),
                 ("Patient?name=x", f"Patient?name=x&_id={ME}"),
                 (f"Patient/{ME}/Observation", f"Observation?{pin}"),
@@ -5794,12 +5797,17 @@ class Paging(ForwardingTest):
                 self.assert_refused("Observation", 502)
 
     def test_a_portal_behind_a_portal(self) -> None:
-        with s4s.Server() as back, s4s.Server(fhir_server=back.open_fhir_url) as front:
+        with s4s.Server() as back, s4s.Server(fhir_server=back.open_fhir_url, open_fhir=True) as front:
             token = front.issue_token(scope="patient/*.rs")["access_token"]
             found = [key for page in pages_from(f"{front.fhir_url}/Observation?_count=50", token)
                      for key in ids_within(page)]
             self.assertEqual(len(found), len(set(found)))
             self.assertGreater(len(found), 100)
+            visit = ids_within(ask(f"{back.open_fhir_url}/Encounter?patient={ME}").json)[0]
+            at_it = [ids_within(ask(f"{url}/Observation?encounter={url}/Encounter/{visit}", token=token).json)
+                     for url in (back.open_fhir_url, front.open_fhir_url, front.fhir_url)]
+            self.assertTrue(at_it[0])
+            self.assertEqual(at_it, [at_it[0]] * 3)
 
 
 class Faults(ForwardingTest):
