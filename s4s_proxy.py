@@ -7811,8 +7811,9 @@ def share_row(portal: Portal, request: Request, grants: list[Row], stop: str) ->
 
 def app_and_record(portal: Portal, grant: Row) -> tuple[str, str]:
     """The names of a grant's app and patient."""
-    client, patient_id = portal.client(grant["client_id"]), grant["patient_id"]
-    name = portal.patient_name(grant["username"], patient_id) if patient_id else "nobody's in particular"
+    client, patient_id, name = portal.client(grant["client_id"]), grant["patient_id"], None
+    with contextlib.suppress(FhirError):  # a FHIR server behind that is down keeps nobody from stopping it
+        name = portal.patient_name(grant["username"], patient_id) if patient_id else "nobody's in particular"
     return client.name if client else grant["client_id"], name or patient_id
 
 

@@ -2128,6 +2128,17 @@ class WhoseRecordBehind(ForwardingTest):
         self.script(f"Patient/{ME}", b"<html>", 503)
         self.assertEqual(self.app.tokens(patient_id=ME)["patient"], ME)
 
+    def test_while_it_is_down_the_list_of_apps_comes_and_sharing_stops(self) -> None:
+        token = self.issue(self.scope, username="clinician", patient_id="p2")
+        with mock.patch.object(self.upstream, "ask", side_effect=s4s.refused("is down")):
+            browser = signed_in(self.portal, "/apps", "clinician")
+            for _ in ("the row's button", "the question's"):
+                self.assertIn(": p2", browser.page.text)
+                self.assertEqual(browser.submit("Stop sharing").status, 200)
+            self.assertEqual(self.get("Patient/p2", token=token).status, 401)
+            for path, words in (("/", "Welcome, "), ("/apps", "share with no app"), ("/login", "Password")):
+                self.assertIn(words, browser.open(self.portal.url + path).text)
+
 
 # ######################################################################## 10 tokens
 
