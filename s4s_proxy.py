@@ -5345,13 +5345,15 @@ class Upstream:
             text = text.replace("\1", quote(ours, safe=""))
         return text.replace("\0", ours)
 
-    def resource(self, answer: Answer, ours: str) -> tuple[Json, str]:
-        """The resource in an answer, and its text, with our addresses."""
+    def resource(self, answer: Answer, ours: str, *expected: str) -> tuple[Json, str]:
+        """The resource in an answer, of the type and id expected, if any; its text, with our addresses."""
         check_status(answer)
         try:
             text = self.rewritten(answer.body, ours)
             value, end = _JSON.raw_decode(text, len(text) - len(text.lstrip(" \t\r\n")))
             if isinstance(value["resourceType"], str) and not text[end:].strip():
+                if expected not in ((), (value["resourceType"], value.get("id"))):
+                    raise refused("answered with another resource than the one asked for")
                 return value, text
         except (ValueError, RecursionError, TypeError, KeyError):
             pass
@@ -5571,8 +5573,12 @@ class ForwardedRecords(Records):
 
     def patient_name(self, patient_id: str) -> str | None:
         """As the server has it, asked in the portal's own name; FhirError if it can't be asked."""
-        answer = self.upstream.ask(f"{self.upstream.base}/Patient/{quote(patient_id, safe='')}")
-        return None if answer.status in (404, 410) else display_name(self.upstream.resource(answer, "")[0])
+        if not FHIR_ID.fullmatch(patient_id):  # it might lead elsewhere
+            return None
+        answer = self.upstream.ask(f"{self.upstream.base}/Patient/{patient_id}")
+        if answer.status in (404, 410):
+            return None
+        return display_name(self.upstream.resource(answer, "", "Patient", patient_id)[0])
 
     def lacks_patient(self, patient_id: str) -> bool:
         """Whether the server says so; one that is down will be noticed when the app reads."""
@@ -5766,9 +5772,7 @@ class Forwarding:
         if answer.status in (404, 410):  # judged all the same, which for a Binary means a search: same cost
             self.access.may_see(FetchedResource({"resourceType": asked.type, "id": asked.id}, self), "r")
             raise not_in_record(asked)
-        resource, text = self.upstream.resource(answer, self.base)
-        if (resource["resourceType"], resource.get("id")) != (asked.type, asked.id):
-            raise refused("answered with another resource than the one asked for")
+        resource, text = self.upstream.resource(answer, self.base, asked.type, asked.id)
         if asked.type == "Provenance" and not self.access.unlimited:
             self.find_targets([resource])
         return url, answer, resource, text
@@ -7878,7 +7882,7 @@ def launch_form(portal: Portal, request: Request, fields: Fields, error: PortalE
     patients, patient_id = portal.patients_of("clinician", text), chosen["patient_id"]
     if patient_id and patient_id not in patients:
         patients[patient_id] = portal.patient_name("clinician", patient_id) or patient_id
-    visits = encounters_of(portal, patient_id) if patient_id else {}
+    visits = encounters_of(portal, patient_id) if FHIR_ID.fullmatch(patient_id) else {}
     session_id = browser_session(portal, request) or new_session_id()
 
     def choose(label: str, name: str, nothing: str, choices: Iterable[tuple[str, str]]) -> Markup:

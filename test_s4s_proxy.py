@@ -2139,6 +2139,20 @@ class WhoseRecordBehind(ForwardingTest):
             for path, words in (("/", "Welcome, "), ("/apps", "share with no app"), ("/login", "Password")):
                 self.assertIn(words, browser.open(self.portal.url + path).text)
 
+    def test_only_what_can_be_an_id_is_asked_for_and_only_that_patient_is_taken_for_it(self) -> None:
+        for patient_id in ("_search", "..", "..%2fadmin", "$everything", "a/b?c", "a,b", "x" * 65):
+            self.script(f"Patient/{quote(patient_id, safe='')}", made("Bundle"))
+            self.behind.seen.clear()
+            with self.subTest(patient_id), self.assertRaisesRegex(s4s.PortalError, "is not a patient of"):
+                self.issue(self.scope, username="clinician", patient_id=patient_id)
+            chosen = quote(patient_id, safe="")
+            self.assertEqual(self.browser.open(f"{self.portal.url}/launch?patient_id={chosen}").status, 200)
+            self.assertEqual({target for target, *_ in self.behind.seen}, {"/fhir/Patient?_count=50"})
+        for answer in (made("Bundle/p2"), made("Patient/p3"), made("Patient")):
+            self.script("Patient/p2", answer)
+            with self.subTest(answer), self.assertRaisesRegex(s4s.PortalError, "another resource"):
+                self.issue(self.scope, username="clinician", patient_id="p2")
+
 
 # ######################################################################## 10 tokens
 
