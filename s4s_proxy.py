@@ -1272,9 +1272,8 @@ def invalid_client(description: str) -> PortalError:
 SESSION_SECONDS = 1800
 
 
-def to_sign_in(portal: Portal, request: Request, back: str = "", username: str = "") -> Response:
-    """Send the browser to sign in and then back, by default to this page; `username` is filled in."""
-    back = back or request.path + ("?" + request.query if request.query else "")
+def to_sign_in(portal: Portal, request: Request, back: str, username: str = "") -> Response:
+    """Send the browser to sign in and then back; `username` is filled in."""
     hint = {"username": username} if username else {}
     return redirect(with_query(portal.browser_base(request) + "/login", next=back, **hint))
 
@@ -7778,7 +7777,7 @@ def apps(portal: Portal, request: Request) -> Response:
     """What the user shares, with whom, until when, and a button to stop it."""
     user = session_user(portal, request)
     if not user:
-        return to_sign_in(portal, request)
+        return to_sign_in(portal, request, "/apps")
     shares: dict[tuple[str, str | None], list[Row]] = {}  # client and patient: their grants, the newest first
     live = "SELECT * FROM grants WHERE username = ? AND NOT ended AND approval_expires > ?"
     for grant in portal.state.rows(f"{live} ORDER BY approved DESC", user["username"], portal.clock.now()):

@@ -1437,7 +1437,8 @@ class Registration(PortalTest):
                 ("jwks", {}), ("jwks", {"keys": [1]}), ("jwks", {"keys": [{**RSA_JWK, "d": "x"}]}),
                 ("jwks", {"keys": [RSA_JWK] * 2}), ("jwks", {"keys": [{**RSA_JWK, "n": "AQAB"}]}),
                 ("jwks_uri", "x"), ("security_labels", ["nonsense"]), ("client_uri#fr", 1),
-                ("subject_type", "pairwise"), ("tos_uri", None), ("response_types", []),
+                ("subject_type", "pairwise"), ("tos_uri", None), ("response_types", []), ("contacts", [""]),
+                ("logo_uri", "http://:80/x"),
                 ("jwks", {"keys": [{"kty": "EC", "crv": "P-384"}]}), ("jwks", {"keys": [{"kty": "RSA"}]})):
             error = "invalid_redirect_uri" if member == "redirect_uris" else "invalid_client_metadata"
             self.assert_refused(error, member, value)
