@@ -2356,7 +2356,6 @@ OWNER_ELEMENTS: dict[str, tuple[str, ...]] = {name: paths for paths, names in {
     ("target",): "Provenance"}.items() for name in names.split()}
 SHARED_TYPES = ("Practitioner", "PractitionerRole", "Organization", "Location", "Medication", "Substance",
                 "Endpoint", "Questionnaire")
-MAYBE_SHARED = ("Device", *SHARED_TYPES)
 SERVED_TYPES = {"*", *SHARED_TYPES, *OWNER_ELEMENTS}  # in a scope
 # These are believed in types that have no such element, too: whoever wrote it meant somebody.
 OWNER_NAMES = frozenset(("patient", "subject", "beneficiary", "for", "individual"))
@@ -2377,7 +2376,7 @@ def owner(resource: Json, base: str = "", owners: Mapping[str, str] = {}) -> str
     id, not a record: it stays. So does Patient.link: to read the linked record takes a token for that one.
     """
     named = named_patients(resource, base, owners)
-    if not named and resource.get("resourceType") in MAYBE_SHARED:
+    if not named and resource.get("resourceType") in ("Device", *SHARED_TYPES):
         named = {NOBODY}
     for inner in as_list(resource.get("contained")):
         named |= patients_within(inner, base)
@@ -2476,10 +2475,8 @@ _LABORATORY = ("BG", "BLB", "CG", "CH", "CP", "GE", "HM", "IMM", "LAB", "MB", "M
 
 
 def categories(resource: Json) -> list[str]:
-    """The categories a resource falls into; what it contains adds none. [] for what is nobody's."""
+    """The categories a resource falls into, if it is somebody's; what it contains adds none."""
     type_name = resource.get("resourceType")
-    if type_name in MAYBE_SHARED and OWNER_NAMES.isdisjoint(resource):
-        return []
     if type_name not in _BY_CONTENT:
         return [_LABEL_OF_TYPE.get(str(type_name), "other")]
     tokens = tokens_of(elements(resource, "category"))

@@ -2634,7 +2634,7 @@ class WhoseItIs(unittest.TestCase):
               for actor, whose in ((local, ME), (away, s4s.UNKNOWN))),
             ("Basic", {"subject": me, "contained": [observation("y", contained=[theirs])]}, s4s.UNKNOWN),
             # So is an element that is believed wherever it stands, FHIR's or not.
-            *((name, {element: who}, whose) for name in s4s.MAYBE_SHARED for who, whose in (
+            *((name, {element: who}, whose) for name in ("Device", *s4s.SHARED_TYPES) for who, whose in (
                 (me, ME), (other, OTHER), (away, s4s.UNKNOWN)) for element in s4s.OWNER_NAMES),
             *((name, {"id": ME, "subject": me, "beneficiary": me, "target": me, element: other}, s4s.UNKNOWN)
               for name in s4s.OWNER_ELEMENTS for element in ("patient", "for", "individual")),
@@ -2655,15 +2655,20 @@ class WhoseItIs(unittest.TestCase):
                     for codes in ("vital-signs", "vital-signs laboratory"))
         cases: Any = ((narrowed, s4s.NO_LIMIT, "r", observation("x"), observation("x", status="preliminary")),
                 ("patient/*.rs", vital, "s", observation("x", category=one), observation("x", category=two)),
+                ("patient/*.r", frozenset(["other"]), "r", {**observation("x"), "category": one,
+                    "resourceType": "DiagnosticReport"}, observation("x", category=one)),
+                ("patient/Binary.r", s4s.NO_LIMIT, "r", file := made("Binary"), made("DocumentReference")),
+                ("patient/Binary.s system/Condition.r", s4s.NO_LIMIT, "r", made("Condition"), file),
                 ("system/Observation.r", s4s.NO_LIMIT, "r", theirs, made(f"Patient/{OTHER}")),
                 ("system/AuditEvent.s system/Observation.r", s4s.NO_LIMIT, "s", made("AuditEvent"), theirs),
                 ("system/Patient.rs", s4s.NO_LIMIT, "r", made(f"Patient/{OTHER}"), made("AuditEvent")))
         for scope, labels, letter, seen, hidden in cases:
             with self.subTest(scope):
                 access = s4s.Access(scope, ME, labels=labels)
-                got = [access.may_see(s4s.Resource(resource), letter) for resource in (seen, hidden)]
+                with mock.patch.object(s4s.Resource, "is_pointed_to", return_value=True):
+                    got = [access.may_see(s4s.Resource(resource), letter) for resource in (seen, hidden)]
                 self.assertEqual(got, [True, False])
-                self.assertIs(access.narrowed, scope.startswith("patient/"))
+                self.assertIs(access.narrowed, bool(labels) or "?" in scope)
 
 
 HIDDEN = "bm90Zm9yeW91"  # stands in all that is another patient's, and never comes out: as it is, or decoded
@@ -3016,6 +3021,7 @@ class OnePatientAndNothingElse(RecordTest):
         for written, status in ((path, 200), ("Observation", 201)):
             got = self.write(written, new, Prefer="handling=strict; return=minimal")
             self.assertEqual((got.status, got.body, "location" in got.headers), (status, b"", True))
+        self.assertIn(b"status", self.get(path, headers={"Prefer": "return=minimal"}).body)
         file = self.write("Binary", made("Binary", contentType="text/plain", data="aGk=",
                                          securityContext=to(f"Patient/{ME}"))).json["id"]
         doc = self.write("DocumentReference", document("x", ME, f"Binary/{file}")).json
