@@ -1794,6 +1794,8 @@ def decide(portal: Portal, request_id: str, grant: Json | None) -> str:
 def store_grant(database: sqlite3.Connection, grant: Json, now: float) -> Row:
     """Write a grant down, by those of its columns that are known; gives its row."""
     columns = {"grant_id": new_token(), "security_labels": "[]", **grant, "approved": now}
+    there = database.execute("SELECT 1 FROM clients WHERE client_id = ?", (grant["client_id"],)).fetchone()
+    need(there, "this client is gone: everything was reset meanwhile", "invalid_client", 401)
     database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
                      tuple(columns.values()))
     sql = "SELECT * FROM grants WHERE grant_id = ?"
@@ -1934,12 +1936,11 @@ def refresh(portal: Portal, request: Request, client: Client, form: Fields) -> J
     # Before the transaction, in which nobody is to wait for a FHIR server that tells its version.
     served = {word: served_scope(portal, word, word) for word in wanted.split()}
     with spending(portal, client, "refresh", value) as (database, row):
+        # What was not granted is refused (RFC 6749 section 6). But apps send their first scope again at each
+        # refresh: of a word that was granted in part they get this part.
         granted = {word: negotiate_scope(word, row["scope"]) for word in served}
         for word, some in granted.items():
-            # What was not granted is refused (RFC 6749 section 6). But SMART 1's apps send their first scope
-            # again at each refresh: of its words (.read, .write, .*) they get what was granted of them.
-            old = word.partition("?")[0].rpartition(".")[2] in LETTERS
-            need(served[word] and (some == word or (old and some)),
+            need(served[word] and some,
                  f"scope: {word!r} was not granted; granted is {row['scope']!r}", "invalid_scope")
         scope = " ".join(dict.fromkeys(granted.values())) or row["scope"]
         answer = issue_tokens(portal, database, row, scope, portal.clock.now(), True)
@@ -2960,8 +2961,6 @@ def backend_token(portal: Portal, request: Request, client: Client, form: Fields
     grant = {"client_id": client.client_id, "scope": scope, "approval_expires": now + 300,
              "issuer": portal.base(request)}
     with portal.state.transaction() as database:
-        if request.era != portal.records.era:
-            raise invalid_client("everything was reset meanwhile, with this client")
         return issue_tokens(portal, database, store_grant(database, grant, now), scope, now, False)
 
 
@@ -3894,9 +3893,8 @@ CREATE TABLE IF NOT EXISTS unresolved (
 CREATE INDEX IF NOT EXISTS unresolved_by_reference ON unresolved (reference);
 
 -- What reset brings back: the JSON before a load or an app replaced it; NULL: it was not there. written: an
--- app did, whose word for who somebody is no load believes.
-CREATE TABLE IF NOT EXISTS before_load (
-    number INTEGER PRIMARY KEY, json TEXT, written INTEGER NOT NULL DEFAULT 0);
+-- app did (1), and it may have taken another's identifier (2), by which a load would find it.
+CREATE TABLE IF NOT EXISTS before_load (number INTEGER PRIMARY KEY, json TEXT, written INTEGER NOT NULL);
 
 -- version: of FHIR; samples: they are in.
 CREATE TABLE IF NOT EXISTS record_facts (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -4055,26 +4053,28 @@ def describe_profiles(statement: Json) -> None:
 JUDGED = OWNER_NAMES | {"category", "code", "coding", "contained", "id", "reference", "system", "url"}
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a JSON value, if an object, is the same to a server that takes Subject for subject, or an old
-    long s for an s: with no member twice then, and none of JUDGED in other letters."""
+def odd_members(value: Any) -> set[str]:
+    """The members of a JSON object that another server may take for others: for subject it may take Subject,
+    or one with an old long s. Those that stand twice then, or are one of JUDGED in other letters."""
     if not isinstance(value, dict):
-        return True
-    names = {name.lower() for name in value if re.fullmatch(r"\w+", name, re.ASCII)}
-    return len(names) == len(value) and names & JUDGED <= value.keys()
+        return set()
+    last = {name.lower(): name for name in value}
+    return {name for name in value if last[name.lower()] != name or not name.isascii()
+            or not name.isidentifier() or (name.lower() in JUDGED and name not in JUDGED)}
 
 
 def sent_resource(asked: FhirRequest, version: str) -> Json:
     """What a client wants to have written, as far as address, version and its own words tell; else 400."""
     request, resource = asked.request, asked.request.json()
     key = asked.id and resource.get("id")  # one in a create is ignored (FHIR, "create")
+    odd = set[str]().union(*map(odd_members, values_within(resource)))
     for good, expected in (
             ((resource.get("resourceType"), key) == (asked.type, asked.id), "a resource of this type and id"),
             (isinstance(resource.get("meta", {}), dict), "an object as meta"),
             ("SUBSETTED" not in elements(resource, "meta.tag.code"), "a whole resource, not one SUBSETTED"),
             ({"if-none-exist", "if-none-match", "if-unmodified-since"}.isdisjoint(request.headers),
              "no condition but If-Match: search, then write"),  # to pass over one would break a promise
-            (all(map(is_plain, values_within(resource))), "each member once, in FHIR's own letters")):
+            (not odd, f"each member once, in FHIR's own letters; not {', '.join(sorted(odd))}")):
         need(good, f"{request.method} {asked.path}: expected {expected}", "invalid", kind=FhirError)
     check_version(resource, version)
     return resource
@@ -4094,14 +4094,15 @@ def check_pointers(records: Records, asked: FhirRequest, resource: Json, abroad:
     targets = elements(resource, "target.reference") if asked.type == "Provenance" else []
     pointed = dict.fromkeys(map(str, targets))
     for value in values_within(resource):
-        links.update(map(str, elements(value, "url", "reference")))  # comes before these themselves
+        # Before these come themselves.
+        links.update(text for text in elements(value, "url", "reference") if isinstance(text, str))
         if isinstance(value, str):
             plain = re.sub(r"\s", "", unquote(unquote(value)).replace("\\", "/"))
             is_near = abroad or value.startswith(base + "/") or not _ABROAD.match(value)
             is_prose = " " in value.strip() and value not in links
             if is_near and not is_prose and _FILE.search(plain):
                 pointed[value] = None
-        if abroad and "?" in "".join(map(str, elements(value, "reference"))):
+        if abroad and any("?" in text for text in elements(value, "reference") if isinstance(text, str)):
             permit(False, f"the {asked.type} sent refers to what a search finds: the FHIR server behind "
                    "would look into other records for it")
     permit(len(pointed) <= MAX_POINTED, f"the {asked.type} sent points to more than {MAX_POINTED} places")
@@ -4160,8 +4161,8 @@ def check_version(resource: Json, version: str) -> None:
             if (isinstance(holder, dict) and name in holder
                     and kind in ("", _JSON_TYPES.get(type(holder[name])))):
                 sign, theirs = f"{path} {kind}".strip(), versions.replace(" ", " or ")
-                raise PortalError("invalid_request", f"{sign} is of {theirs}, the records are {version}, by "
-                                  "--fhir-version or the FHIR server behind")
+                raise PortalError("invalid_request", f"{sign} is of {theirs}, the records are {version}: "
+                                  "choose with --fhir-version, or the FHIR server behind")
 
 
 @functools.cache
@@ -4728,10 +4729,10 @@ class EmbeddedRecords(Records):
             may_see = asked.access.may_see(resource, letters)
             return may_see and (resource.type in types or bool(led_to(resource)))
 
-        sql = ("SELECT *, type != 'Patient' AS other FROM resources r "  # the Patient comes first
-               f"WHERE type IN ({_marks(looked_at)}) AND patient_id = ? AND updated >= ? AND {CARE_DATES}")
+        sql = (f"SELECT * FROM resources r WHERE type IN ({_marks(looked_at)}) AND patient_id = ? "
+               f"AND updated >= ? AND {CARE_DATES}")
         select = Sql(sql, (*looked_at, asked.id, since, end, start))
-        keys = [("other", False), ("type", False), ("id", False)]
+        keys = [("type", False), ("id", False)]
         page = self._page(select, keys, query.limit, query.after, has_place, "rs")
         included = {other.number: other for match in page.matches for other in led_to(match)}
         matches = [match for match in page.matches if match.type in types]
@@ -4757,8 +4758,9 @@ class EmbeddedRecords(Records):
             now, key = self.clock.now(), asked.id or new_token()
             meta = {**meta, "versionId": number, "lastUpdated": instant(now)}
             new = prepare({**resource, "id": key, "meta": meta}, self.version)
+            was = stored.content.get("identifier") if stored else resource
+            load.by_app = 1 if was == resource.get("identifier") else 2
             load.put([new])
-            database.execute("UPDATE before_load SET written = 1 WHERE number = ?", load.written)
             place_provenances(database, load.written)
             judge_write(self, asked, cast(Resource, self.find(asked.type, key)), stored, f'"{before}"')
         headers = [("Location", f"{asked.base}/{asked.type}/{key}/_history/{number}"),
@@ -4812,6 +4814,7 @@ class Load:
         self.version, self.served, self.clock = records.version, records.served, records.clock
         self.skipped: collections.Counter[str] = collections.Counter()  # types that aren't served
         self.written: list[int] = []  # the numbers of what came later than the start
+        self.by_app = 0  # before_load.written
         self.left_out: set[str] = set()  # files of folders that hold something else than FHIR
 
     def sources(self, given: Sequence[Source]) -> None:
@@ -4858,7 +4861,7 @@ class Load:
                 self._renew(new)
             elif self.later:
                 self.written.append(number)
-                self.database.execute("INSERT INTO before_load VALUES (?, NULL, 0)", (number,))
+                self.database.execute("INSERT INTO before_load VALUES (?, NULL, ?)", (number, self.by_app))
 
     def _renew(self, new: Prepared) -> None:
         """Replace a resource, unless the new one says the same but for the meta that we gave it."""
@@ -4880,8 +4883,9 @@ class Load:
         """Write a resource in another's place; `text`, the one before, is what reset brings back."""
         if self.later:
             self.written.append(number)
-            self.database.execute("INSERT INTO before_load VALUES (?, ?, 0) ON CONFLICT (number) "
-                                  "DO UPDATE SET written = 0", (number, text))
+            self.database.execute(
+                "INSERT INTO before_load VALUES (?, ?, ?) ON CONFLICT (number) DO UPDATE SET written = "
+                "max(written, excluded.written) * (excluded.written > 0)", (number, text, self.by_app))
         else:
             self.database.execute("DELETE FROM before_load WHERE number = ?", (number,))
         _write(self.database, number, new)
@@ -4936,7 +4940,7 @@ class Load:
     def _meant_by(self, reference: str) -> Sequence[Row]:
         """What Type?search finds, which must be one (FHIR, transaction); what has urn:uuid:'s id; or what an
         absolute reference names: all that is loaded is one server's, whatever its name. What an app wrote is
-        not found: it could take another's identifier, and so what is loaded for that one."""
+        found by an identifier that it left alone, or not: it could take another's, and what comes for it."""
         type_name, conditional, search = reference.partition("?")
         select = "SELECT type, id FROM resources r WHERE"
         if absolute := _ABSOLUTE.fullmatch(reference):
@@ -4948,8 +4952,9 @@ class Load:
             with contextlib.suppress(FhirError, ValueError):
                 query = parse_query(self.version, type_name, tuple(parse_qsl(search)))
                 where = search_condition(query, EVERYBODY)
-                loaded = "number NOT IN (SELECT number FROM before_load WHERE written)"
-                return self.store.rows(f"{select} {where.sql} AND {loaded} LIMIT 2", *where.values)
+                loaded = "number NOT IN (SELECT number FROM before_load WHERE written >= ?)"
+                level = 2 if re.fullmatch("identifier=[^&]*", search) else 1
+                return self.store.rows(f"{select} {where.sql} AND {loaded} LIMIT 2", *where.values, level)
         return ()
 
     def warnings(self, before: int) -> Iterator[str]:
@@ -5904,7 +5909,7 @@ class Forwarding:
             pairs = [(pin, asked.compartment), *pairs]
         counts = ("_summary", "count") if openly else None
         # A reference by this portal's address goes on without it: that server knows it by another.
-        pairs = [(name, ",".join([local_name(text, self.base) or text for text in value.split(",")]))
+        pairs = [(name, ",".join(map(self.known_behind, value.split(","))))
                  for name, value in pairs
                  if value and (name.partition(":")[0] not in NOT_FORWARDED or (name, value) == counts)]
         if openly:
@@ -5914,6 +5919,12 @@ class Forwarding:
         if not isinstance(allowed, Everybody) and asked.type not in SHARED_TYPES and pin not in dict(sent):
             sent.append((pin, owner_value(pin, sorted(allowed))))
         return sent
+
+    def known_behind(self, text: str) -> str:
+        """A value below this portal's base as the FHIR server knows it; any other as it is."""
+        if not text.startswith(self.base + "/"):
+            return text
+        return local_name(text, self.base) or self.upstream.base + text[len(self.base):]
 
     def everything(self) -> Response:
         """Patient/[id]/$everything. It reads and searches, so each resource in it takes both letters."""
@@ -8668,7 +8679,7 @@ class Portal:
             tables = "pages tokens grants pending launches sessions assertions clients patients users"
             for table in [*tables.split(), "forgotten"]:  # the last, which gets what others lose
                 database.execute(f"DELETE FROM {table}")
-            self.seeds.write(database, self.clock.now())
+            self.seeds.write(database, self.clock.now() - self.clock.offset)
         self.clock.advance(-self.clock.offset)  # no sooner: nothing is left that would be good once more
         self.records.reset()  # last: nobody has a token to write with any more
 

@@ -2287,19 +2287,20 @@ class TokenEndpoint(TokenTest):
         for scope, words in (("user/*.rs", "not granted"), ("patient/*.rs", "not granted"),
                              ("patient/Observation.rs openid", "not granted"), ("patient/*.rs?a:b=c", ""),
                              ("patient/Observation.c", ""), ("patient/Observation.write", ""),
-                             ("patient/Observation.cruds", "not granted"), ("patient/Foo.rs", "not granted"),
+                             ("patient/Foo.rs", "not granted"),
                              ("patient/Observation.rs?nonsense=1", "no search parameter")):
             self.is_error(self.app.refresh(value, scope=scope), "invalid_scope", words=words)
         self.assertEqual(self.fhir(f"Observation?patient={DANIEL}", tokens).status, 200)
         for scope, granted in (("patient/Observation.r", "patient/Observation.r"),
                                *((f"patient/Observation.{word}", "patient/Observation.read")
                                  for word in ("*", "read", "read patient/Observation.*")),
+                               ("patient/Observation.cruds", "patient/Observation.rs"),
                                ("", tokens["scope"]), (tokens["scope"], tokens["scope"])):
             got = self.app.refresh(value, scope=scope).json
             self.assertEqual(got["scope"], granted)
             value = got["refresh_token"]
         whole = self.app.tokens(scope="launch/patient patient/*.rs offline_access")["refresh_token"]
-        for scope in ("patient/*.rs patient/Bundle.rs", "patient/*.crus", "patient/*.write"):
+        for scope in ("patient/*.rs patient/Bundle.rs", "patient/*.cu", "patient/*.write"):
             self.is_error(self.app.refresh(whole, scope=scope), "invalid_scope")
         self.assertEqual(self.app.refresh(whole, scope="patient/*.* launch").json["scope"],
                          "patient/*.read launch")
@@ -3302,7 +3303,11 @@ class WritingHere(RecordTest):
 
     def test_a_text_costs_no_more_than_its_length(self) -> None:
         begun, text = time.process_time(), "/binary/" * 100_000 + " \0x"
-        self.assertEqual(self.write("Observation", observation("x", note=[{"text": text}])).status, 201)
+        nested: Any = [1] * 100_000 + ["\U0001f600"]
+        for _ in range(90):
+            nested = {"url": nested}
+        for note in ({"text": text}, nested):
+            self.assertEqual(self.write("Observation", observation("x", note=[note])).status, 201)
         self.assertLess(time.process_time() - begun, 2)
 
     def test_no_load_makes_anothers_of_what_was_written_and_a_reset_takes_it_back(self) -> None:
@@ -3325,19 +3330,28 @@ class WritingHere(RecordTest):
         self.assert_refused(f"Observation/{seen['id']}", 404)
 
     def test_no_load_takes_an_apps_word_for_who_somebody_is(self) -> None:
-        known = {"identifier": [{"system": "https://ids.example", "value": "7"}]}
-        about = to("Patient?identifier=https://ids.example|7")
-        theirs = self.issue("patient/*.rs", username="joseph-ross")
-        mine = self.write(f"Patient/{ME}", {**self.read(f"Patient/{ME}"), **known})
-        self.assertEqual(mine.status, 200, mine)
-        for name, more in (("a", [made(f"Patient/{JOSEPH}", **known)]), ("b", [])):
+        own, taken = ({"identifier": [{"system": "https://ids.example", "value": key}]} for key in "67")
+        theirs, path = self.issue("patient/*.rs", username="joseph-ross"), f"Patient/{ME}"
+
+        def put(**more: Any) -> None:
+            self.assertEqual(self.write(path, {**self.read(path), **more}).status, 200)
+
+        def load(name: str, key: str, *more: Any) -> None:
+            about = to(f"Patient?identifier=https://ids.example|{key}")
             self.portal.load(bundle_of(*more, observation(name, subject=about)))
+        self.portal.load(made(path, **own))
+        put(active=True)
+        load("own", "6")  # by an identifier that the app left alone
+        self.read("Observation/own")
+        put(**taken)
+        put(active=False)
+        for name, more in (("a", [made(f"Patient/{JOSEPH}", **taken)]), ("b", [])):
+            load(name, "7", *more)
             self.assert_refused(f"Observation/{name}", 404)
             self.read(f"Observation/{name}", token=theirs)
         self.portal.load(made(f"Patient/{JOSEPH}"))
-        self.portal.load(self.read(f"Patient/{ME}"))  # says the same, so what the app wrote stays the app's
-        self.portal.load({**self.read(f"Patient/{ME}"), "active": False})
-        self.portal.load(observation("c", subject=about))
+        self.portal.load({**self.read(path), "active": True})  # now it is the word of who loads
+        load("c", "7")
         self.read("Observation/c")
 
     def test_a_token_of_before_a_reset_writes_nothing_after_it(self) -> None:
@@ -3493,7 +3507,7 @@ class HostileAnswers(ForwardingTest):
                 *((f"Observation?{query}", f"Observation?{query}&{pin}") for query in (
                     "code=x", "_source=urn:x&_language=de", "_sort:desc=date")),  # that of DSTU2, too
                 (f"Observation?encounter={ours}/Encounter/5,{away}&code={ours}/CodeSystem/x|1",
-                 f"Observation?encounter=Encounter/5,{away}&code={ours}/CodeSystem/x|1&{pin}"),
+                 f"Observation?encounter=Encounter/5,{away}&code={self.behind.url}/CodeSystem/x|1&{pin}"),
                 *((f"Observation?{query}", f"Observation?{pin}") for query in (
                     f"patient={ME}", f"subject=Patient/{ME}", f"subject:Patient={ME}",
                     f"patient={ours}/Patient/{ME}")),
@@ -5148,13 +5162,13 @@ class Reading(RecordsTest):
                 ("Coverage", "undated", "2026-01-01T00:00:00Z", {"beneficiary": who})):
             self.portal.load({"resourceType": name, "id": key, "meta": {"lastUpdated": updated}, **more})
         token = self.portal.issue_token(username="clinician", patient_id="e", scope="patient/*.rs")
-        for query, ids in (*((query, "e long undated new old dr") for query in ("", "_count=1", "_count=2")),
+        for query, ids in (*((query, "long undated new old e dr") for query in ("", "_count=1", "_count=2")),
                 ("_since=2026-01-01T00:00:00Z", "undated new dr"), ("_since=2026-01-01T00:00:01Z", "new dr"),
-                ("_since=2027", ""), ("_since=2026-02", "new"), ("_type=Observation,Patient", "e new old"),
-                ("_type=Observation&_type=Patient", "e new old"), ("_type=Practitioner", "dr"),
+                ("_since=2027", ""), ("_since=2026-02", "new"), ("_type=Observation,Patient", "new old e"),
+                ("_type=Observation&_type=Patient", "new old e"), ("_type=Practitioner", "dr"),
                 ("_type=Observation,Practitioner,Slot", "new old dr"), ("_type=Slot", ""),
-                ("start=2010-01-01", "e long undated new dr"), ("end=2001-05-05", "e long undated old"),
-                ("start=2001-05-06&end=2020", "e long undated"), ("start=2031&_type=Condition", ""),
+                ("start=2010-01-01", "long undated new e dr"), ("end=2001-05-05", "long undated old e"),
+                ("start=2001-05-06&end=2020", "long undated e"), ("start=2031&_type=Condition", ""),
                 ("_type=Observation&_since=2026&start=2020&end=2022&_count=1", "new"),
                 ("_type=Observation&_count=1", "new old"), ("_type=Practitioner&_count=1", "dr"),
                 ("_type=Patient,Organization&_count=1", "e"), ("_type=Organization&_count=1", "")):
@@ -7357,6 +7371,11 @@ class DebugTokens(PortalTest):
 
     def look(self, token: str) -> Any:
         return self.at(f"/oauth/debug/introspect/?token={token}").json
+
+    def test_a_client_that_a_reset_takes_away_meanwhile_gets_none(self) -> None:
+        gone = App(self.portal).client_id
+        with doing(s4s, "served_scope", after=self.portal.reset):
+            self.is_error(self.token(client_id=gone), "invalid_client", 401)
 
     def test_a_token_opens_the_users_own_record_and_members_may_be_said_in_several_ways(self) -> None:
         got = self.token().json
