@@ -5746,10 +5746,10 @@ class Forwarding:
     def headers(self, *names: str) -> dict[str, str]:
         """Those of the request's headers that travel on. Authorization and cookies never do; and no
         preference for an answer that would not come here to be judged (respond-async)."""
-        travelling = {name: self.request.headers.get(name.lower(), "") for name in names}
-        if "Prefer" in names:
-            travelling["Prefer"] = ", ".join(_PREFERENCES.findall(travelling["Prefer"]))
-        return {name: value for name, value in travelling.items() if value}
+        given = self.request.headers
+        travelling = {name: value for name in names if (value := given.get(name.lower()))}
+        preferred = ", ".join(_PREFERENCES.findall(travelling.pop("Prefer", "")))
+        return {**travelling, "Prefer": preferred} if preferred else travelling
 
     def version_of(self, answer: Answer) -> str:
         """The FHIR version of an answer: DSTU2's media type is its own."""
