@@ -3953,7 +3953,9 @@ class EhrLaunch(PortalTest):
         tokens = self.tokens()
         self.assertEqual((tokens["patient"], tokens["need_patient_banner"]), (DANIEL, True))
         self.assertEqual({"intent", "fhirContext", "encounter"} & tokens.keys(), set())
-        context = [{"reference": "ImagingStudy/1", "role": "https://app.example/role"}]
+        role = {"role": "https://app.example/role"}
+        context = [{"reference": "ImagingStudy/1"}, {"reference": "Task/1", "role": "launch"},
+                   {"reference": "Patient/1", **role}, {"canonical": "https://app.example/form", **role}]
         self.launch(encounter_id="visit-1", intent="review", need_patient_banner=False, fhir_context=context)
         wanted = {"patient": DANIEL, "encounter": "visit-1", "intent": "review", "need_patient_banner": False,
                   "fhirContext": context}
@@ -4047,7 +4049,8 @@ class EhrLaunch(PortalTest):
             ("need_patient_banner", {"need_patient_banner": "yes"}), ("fhir_context", *(
                 {"fhir_context": bad} for bad in ({}, [{}], [{"canonical": 7}], [{"identifier": "x"}], *(
                     [{"reference": name, **more}] for name, more in (
-                        ("x", {}), ("Patient/1", {}), ("Task/1", {"role": ""}), ("Task/1", {"type": 7})))))))
+                        ("x", {}), (7, {}), ("Patient/1", {}), ("Task/1", {"role": ""}),
+                        ("Task/1", {"role": 7}), ("Task/1", {"type": 7})))))))
         for member, *tries in rows:
             for given in tries:
                 with self.subTest(given=given):
