@@ -3916,9 +3916,11 @@ class StoredResource(Resource):
         return cast(Json, json.loads(self.text))
 
     def categories(self) -> list[str]:
+        """See Resource."""
         return str(self.labels).split()
 
     def is_pointed_to(self, access: Access) -> bool:
+        """See Resource."""
         return self.id in access.binaries_in(self.records.pointing_to(str(self.id)))
 
 
@@ -4663,11 +4665,13 @@ class EmbeddedRecords(Records):
                             "r.number AND parameter = 'version'))", value, system[1:])
 
     def check_type(self, asked: FhirRequest) -> None:
+        """See Records."""
         if asked.type not in self.served:
             known = ", ".join(sorted(self.served))
             raise FhirError("not-supported", f"{asked.type}: not a type that is served: {known}", 404)
 
     def answer(self, asked: FhirRequest) -> Response:
+        """See Records."""
         if asked.interaction == "read":  # by far the most of them
             return self.answer_read(asked)
         return cast(Response, getattr(self, f"answer_{asked.interaction}")(asked))
@@ -4770,6 +4774,7 @@ class EmbeddedRecords(Records):
     answer_update = answer_create
 
     def describe(self, statement: Json, secured: bool) -> None:
+        """See Records."""
         statement["rest"][0]["resource"] = [self._describe_type(name, secured)
                                             for name in sorted(self.served)]
         describe_everything(statement["rest"][0], self.version)
@@ -4791,18 +4796,22 @@ class EmbeddedRecords(Records):
         return {member: value for member, value in described.items() if value}
 
     def patient_name(self, patient_id: str) -> str | None:
+        """See Records."""
         patient = self.find("Patient", patient_id)
         return display_name(patient.content) if patient else None
 
     def birth_dates(self, patient_ids: list[str]) -> dict[str, str]:
+        """See Records."""
         patients = [self.find("Patient", patient_id) for patient_id in patient_ids]
         return {str(patient.id): str(patient.content.get("birthDate", "")) for patient in patients if patient}
 
     def visits(self, patient_id: str) -> list[Json]:
+        """See Records."""
         query = parse_query(self.version, "Encounter", (("patient", patient_id), ("_count", "100")))
         return [resource.content for resource in self.search(query, OPEN_ACCESS).matches]
 
     def close(self) -> None:
+        """See Records."""
         self.store.close()
 
 
