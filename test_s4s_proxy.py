@@ -2649,6 +2649,20 @@ class WhoseItIs(unittest.TestCase):
             with self.subTest((name, more)):
                 self.assertEqual(s4s.owner({"resourceType": name, **more}, base), expected)
 
+    def test_each_type_is_opened_by_its_category_and_by_no_other(self) -> None:
+        rows = """patient: Patient | allergies: AllergyIntolerance | immunizations: Immunization
+            | medications: MedicationOrder MedicationRequest MedicationStatement MedicationDispense
+            MedicationAdministration | problems: Condition | procedures: Procedure | coverage: Coverage
+            | documents: DocumentReference Binary | explanation-of-benefit: ExplanationOfBenefit
+            | imaging: ImagingStudy | encounters: Encounter | other: Goal CarePlan Device Task Observation"""
+        for label, types in (row.strip().split(": ") for row in rows.split("|")):
+            for type_name, open_to in itertools.product(types.split(), (*s4s.CATEGORIES, "")):
+                of_mine = dict.fromkeys(s4s.OWNER_ELEMENTS[type_name][:1], to(f"Patient/{ME}"))
+                resource = made(f"{type_name}/{ME}", **of_mine)
+                access = s4s.Access("patient/*.rs", ME, labels=frozenset(filter(None, [open_to])))
+                self.assertEqual(access.may_see(s4s.Resource(resource), "r"), open_to in ("", label),
+                                 (type_name, open_to))
+
     def test_what_scopes_and_categories_open(self) -> None:
         narrowed, vital = "patient/Observation.rs?status=final,amended", frozenset(["vital-signs"])
         theirs = observation("theirs", OTHER)
