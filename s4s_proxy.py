@@ -1794,8 +1794,8 @@ def decide(portal: Portal, request_id: str, grant: Json | None) -> str:
 def store_grant(database: sqlite3.Connection, grant: Json, now: float) -> Row:
     """Write a grant down, by those of its columns that are known; gives its row."""
     columns = {"grant_id": new_token(), "security_labels": "[]", **grant, "approved": now}
-    there = database.execute("SELECT 1 FROM clients WHERE client_id = ?", (grant["client_id"],)).fetchone()
-    need(there, "this client is gone: everything was reset meanwhile", "invalid_client", 401)
+    if not database.execute("SELECT 1 FROM clients WHERE client_id = ?", (grant["client_id"],)).fetchone():
+        raise invalid_client("this client is gone: everything was reset meanwhile")
     database.execute(f"INSERT INTO grants ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
                      tuple(columns.values()))
     sql = "SELECT * FROM grants WHERE grant_id = ?"

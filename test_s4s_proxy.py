@@ -7392,7 +7392,9 @@ class DebugTokens(PortalTest):
     def test_a_client_that_a_reset_takes_away_meanwhile_gets_none(self) -> None:
         gone = App(self.portal).client_id
         with doing(s4s, "served_scope", after=self.portal.reset):
-            self.is_error(self.token(client_id=gone), "invalid_client", 401)
+            got = self.token(client_id=gone)
+        self.is_error(got, "invalid_client", 401)
+        self.assertIn("www-authenticate", got.headers)
 
     def test_a_token_opens_the_users_own_record_and_members_may_be_said_in_several_ways(self) -> None:
         got = self.token().json
